@@ -1,0 +1,248 @@
+"""Single pictures with names: four permissively licensed emoji icon sets, rendered on a white ground.
+
+The icon sets are the npm packages in `STYLES`; groups, subgroups and keywords come from `emojibase-data` (MIT).
+`build` fetches them with the ``npm`` client (or reads a folder given by the caller), renders every visible icon
+with resvg and writes three parquet splits that `datasets.load_dataset(folder)` reads:
+
+- ``train``;
+- ``validation``: held-out *combinations*, a style and a concept that training sees apart but never together;
+- ``test``: held-out *concepts*, in no style ever trained on.
+"""
+
+import hashlib
+import json
+import random
+import re
+import shutil
+import subprocess
+import tarfile
+import tempfile
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from io import BytesIO
+from pathlib import Path
+
+from PIL import Image
+from tqdm import tqdm
+
+
+@dataclass(frozen=True)
+class Style:
+    package: str
+    version: str
+    licence: str
+    prompt: str  # how a caption names the style
+
+
+STYLES = {
+    "fluent": Style("@iconify-json/fluent-emoji", "1.2.7", "MIT", "fluent style"),
+    "flat": Style("@iconify-json/fluent-emoji-flat", "1.2.6", "MIT", "flat style"),
+    "noto": Style("@iconify-json/noto", "1.2.9", "Apache-2.0", "noto style"),
+    "twemoji": Style("@iconify-json/twemoji", "1.2.5", "CC-BY-4.0", "twemoji style"),
+}
+NAMES_PACKAGE = ("emojibase-data", "17.0.0")
+TEST_PERCENT, VALIDATION_PERCENT = 4, 3  # of the concepts; of the (style, concept) pairs
+SPLITS = ("train", "validation", "test")
+
+_TONE = r"(?:medium-light|medium-dark|light|medium|dark)"
+_LONG_TONES = re.compile(rf"(?:-{_TONE}-skin-tone)+(?=-|$)")
+_SHORT_TONES = re.compile(rf"(?:-{_TONE}){{1,2}}$")
+
+
+@dataclass
+class Icon:
+    """One picture before it is rendered; the fields become the columns of the parquet files."""
+
+    name: str  # "red apple", "waving hand medium dark skin tone"
+    concept: str  # the name without skin tones: splits are made on it
+    style: str
+    skin_tone: str  # "" where the icon has none
+    group: str  # emojibase group, "food-drink"
+    subgroup: str
+    keywords: list[str]
+    caption: str
+    licence: str
+    source: str  # package@version:icon
+
+
+def slug(text: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", text.lower().replace("’", "").replace("ñ", "n")).strip("-")
+
+
+def split_of(style: str, concept: str, styles_of_concept: int) -> str:
+    """The fixed split of a picture: a hash of its concept, then of its style and concept."""
+    if _percent(concept) < TEST_PERCENT:
+        return "test"
+    if styles_of_concept > 1 and _percent(f"{style}/{concept}") < VALIDATION_PERCENT:
+        return "validation"
+    return "train"
+
+
+def _percent(key: str) -> int:
+    return int.from_bytes(hashlib.sha256(f"argen/{key}".encode()).digest()[:4], "big") % 100
+
+
+def with_article(name: str) -> str:
+    """"apple" -> "an apple"; names in the plural and names that open with a number stay bare."""
+    if (name.endswith("s") and not name.endswith("ss")) or name[0].isdigit() or name.startswith("flag "):
+        return name
+    return f"{'an' if name[0] in 'aeiou' else 'a'} {name}"
+
+
+def caption(name: str, style: str, keywords: list[str], rng: random.Random) -> str:
+    """A caption drawn at random: article, style and keywords come and go, a keyword may stand for the name."""
+    subject = rng.choice(keywords) if keywords and rng.random() < 0.1 else name
+    text = with_article(subject) if rng.random() < 0.7 else subject
+    if keywords and rng.random() < 0.15:
+        text += ", " + ", ".join(rng.sample(keywords, k=min(len(keywords), rng.randint(1, 2))))
+    if rng.random() < 0.75:
+        text += f", {STYLES[style].prompt}"
+    return text
+
+
+def fetch_package(package: str, version: str, cache: Path) -> Path:
+    """The unpacked npm package `package`@`version`, fetched once into `cache`.
+
+    Raises:
+        FileNotFoundError: the ``npm`` command is missing.
+        ConnectionError: npm could not fetch the package.
+    """
+    folder = cache / f"{package.replace('/', '_')}-{version}"
+    if folder.exists():
+        return folder
+    if not shutil.which("npm"):
+        raise FileNotFoundError(
+            f"`npm` was not found and {package} is not at {folder}: install Node.js, or give --icons a folder "
+            "that holds the unpacked packages"
+        )
+    cache.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=cache) as temporary:
+        done = subprocess.run(
+            ["npm", "pack", "--silent", f"{package}@{version}"], cwd=temporary, capture_output=True, text=True
+        )
+        if done.returncode:
+            raise ConnectionError(f"npm could not fetch {package}@{version}: {done.stderr.strip()[-300:]}")
+        archive = next(Path(temporary).glob("*.tgz"))
+        with tarfile.open(archive) as tar:
+            tar.extractall(temporary, filter="data")
+        (Path(temporary) / "package").rename(folder)
+    return folder
+
+
+def _names(folder: Path) -> dict[str, dict]:
+    """slug of the English label -> emojibase record (group and subgroup as words)."""
+    messages = json.loads((folder / "en/messages.json").read_text())
+    groups = {g["order"]: g["key"] for g in messages["groups"]}
+    subgroups = {g["order"]: g["key"] for g in messages["subgroups"]}
+    table = {}
+    for record in json.loads((folder / "en/data.json").read_text()):
+        if "group" in record:
+            table[slug(record["label"])] = {
+                "group": groups[record["group"]],
+                "subgroup": subgroups[record["subgroup"]],
+                "tags": sorted(record.get("tags", [])),
+            }
+    return table
+
+
+def split_tone(icon: str, known: dict) -> tuple[str, str]:
+    """Separate skin tones from an icon's name, spelled long or short.
+
+    "waving-hand-medium-dark" -> ("waving-hand", "medium dark"); "man-dark-skin-tone-beard" -> ("man-beard", "dark").
+    """
+    match = _LONG_TONES.search(icon)
+    if not match and icon not in known:
+        match = _SHORT_TONES.search(icon)
+    if not match or icon in known:
+        return icon, ""
+    tones = re.findall(_TONE, match.group())
+    return icon[: match.start()] + icon[match.end() :], " and ".join(dict.fromkeys(t.replace("-", " ") for t in tones))
+
+
+def icons(cache: Path) -> Iterator[tuple[Icon, str]]:
+    """Every visible icon of the four sets with its SVG text, in a fixed order."""
+    known = _names(fetch_package(*NAMES_PACKAGE, cache))
+    group_names = {"Animals & Nature": "animals-nature", "Food & Drink": "food-drink", "Travel & Places": "travel-places"}
+    group_names |= {"Smileys & Emotion": "smileys-emotion", "People & Body": "people-body"}
+    for style, source in STYLES.items():
+        folder = fetch_package(source.package, source.version, cache)
+        data = json.loads((folder / "icons.json").read_text())
+        metadata = json.loads((folder / "metadata.json").read_text())
+        category = {
+            icon: group_names.get(group, group.lower())
+            for group, members in metadata.get("categories", {}).items()
+            for icon in members
+        }
+        for icon, body in sorted(data["icons"].items()):
+            if body.get("hidden"):
+                continue
+            base, tone = split_tone(icon, known)
+            record = known.get(base, {"group": category.get(icon, "other"), "subgroup": "", "tags": []})
+            concept = base.replace("-", " ")
+            name = f"{concept} {tone} skin tone" if tone else concept
+            width, height = (body.get(side, data[side]) for side in ("width", "height"))
+            left, top = body.get("left", 0), body.get("top", 0)
+            svg = (
+                '<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
+                f'viewBox="{left} {top} {width} {height}" width="{width}" height="{height}">{body["body"]}</svg>'
+            )
+            yield (
+                Icon(
+                    name=name,
+                    concept=concept,
+                    style=style,
+                    skin_tone=tone,
+                    group=record["group"],
+                    subgroup=record["subgroup"],
+                    keywords=record["tags"],
+                    caption=f"{with_article(name)}, {source.prompt}",
+                    licence=source.licence,
+                    source=f"{source.package}@{source.version}:{icon}",
+                ),
+                svg,
+            )
+
+
+def render(svg: str, size: int) -> bytes:
+    """An SVG as a `size` x `size` PNG, padded to a square, on white."""
+    import resvg_py
+
+    drawn = Image.open(BytesIO(bytes(resvg_py.svg_to_bytes(svg_string=svg, width=2 * size, skip_system_fonts=True)))).convert("RGBA")
+    drawn.thumbnail((size, size), Image.Resampling.LANCZOS)
+    picture = Image.new("RGB", (size, size), "white")
+    picture.paste(drawn, ((size - drawn.width) // 2, (size - drawn.height) // 2), drawn)
+    buffer = BytesIO()
+    picture.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def _render_job(job: tuple[str, int]) -> bytes:
+    return render(*job)
+
+
+def build(out: Path, icons_dir: Path | None = None, size: int = 128) -> dict[str, int]:
+    """Render the whole set into `out` as parquet splits; returns the number of pictures of each split.
+
+    Args:
+        out: a new folder; it appears only when everything is written.
+        icons_dir: where the npm packages are kept (default: argen's cache folder); missing ones are fetched.
+        size: side of the square pictures, in pixels.
+    """
+    from argen.data.tables import write_splits
+
+    cache = icons_dir or Path.home() / ".cache/argen/icons"
+    records, svgs = zip(*icons(cache), strict=True)
+    styles_of = defaultdict(set)
+    for record in records:
+        styles_of[record.concept].add(record.style)
+
+    rows: dict[str, list[dict]] = {split: [] for split in SPLITS}
+    with ProcessPoolExecutor() as pool:
+        pictures = pool.map(_render_job, ((svg, size) for svg in svgs), chunksize=64)
+        for record, png in tqdm(zip(records, pictures, strict=True), total=len(records), desc="render"):
+            split = split_of(record.style, record.concept, len(styles_of[record.concept]))
+            rows[split].append({"image": png, **asdict(record)})
+    write_splits(out, rows)
+    return dict(Counter({split: len(part) for split, part in rows.items()}))

@@ -1,0 +1,173 @@
+"""Recipe `emoji-clip`: a small CLIP (arXiv 2103.00020) in transformers' own classes, on singles and scenes."""
+
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from torch import Tensor, nn
+from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, PreTrainedTokenizerFast
+
+from argen.data.emoji import STYLES, caption
+from argen.data.tables import pixels, read_split
+from argen.train.loop import Schedule
+
+SCHEDULES = {
+    "cpu": Schedule(steps=1500, batch_size=192, learning_rate=1e-3, weight_decay=0.05, betas=(0.9, 0.98)),
+    "gpu": Schedule(steps=8000, batch_size=1024, learning_rate=1e-3, weight_decay=0.05, betas=(0.9, 0.98)),
+}
+MAX_LENGTH = 32
+VOCABULARY = 2048
+SCENES_SHARE = 0.25
+
+
+def text_tokenizer(captions: list[str]) -> PreTrainedTokenizerFast:
+    """A lower-case byte-level BPE of `VOCABULARY` pieces, trained on `captions`."""
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    tokenizer.decoder = decoders.ByteLevel()
+    special = ["<pad>", "<s>", "</s>", "<unk>"]
+    tokenizer.train_from_iterator(
+        captions,
+        trainers.BpeTrainer(
+            vocab_size=VOCABULARY,
+            special_tokens=special,
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        ),
+    )
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        model_max_length=MAX_LENGTH,
+    )
+
+
+def network() -> CLIPModel:
+    tower = {"hidden_size": 192, "intermediate_size": 768, "num_attention_heads": 3}
+    return CLIPModel(
+        CLIPConfig(
+            text_config={
+                **tower,
+                "num_hidden_layers": 3,
+                "vocab_size": VOCABULARY,
+                "max_position_embeddings": MAX_LENGTH,
+                "pad_token_id": 0,
+                "bos_token_id": 1,
+                "eos_token_id": 2,
+            },
+            vision_config={**tower, "num_hidden_layers": 4, "image_size": 128, "patch_size": 16},
+            projection_dim=192,
+        )
+    )
+
+
+class CLIPTask:
+    """Args:
+    data, scenes: folders made by ``argen data emoji`` and ``argen data scenes``.
+    """
+
+    def __init__(self, data: Path, scenes: Path):
+        self.singles = {split: read_split(data, split) for split in ("train", "test")}
+        self.pictures = {split: torch.from_numpy(pixels(table)) for split, table in self.singles.items()}
+        self.rows = self.singles["train"].remove_columns("image").to_list()
+        table = read_split(scenes, "train")
+        self.scene_pictures, self.scene_captions = torch.from_numpy(pixels(table)), list(table["caption"])
+        counts: dict[str, int] = {}
+        for row in self.rows:
+            counts[row["concept"]] = counts.get(row["concept"], 0) + 1
+        self.weights = torch.tensor([counts[row["concept"]] ** -0.5 for row in self.rows])
+        rng = random.Random(0)
+        drawn = [caption(row["name"], row["style"], row["keywords"], rng) for row in self.rows for _ in range(3)]
+        self.tokenizer = text_tokenizer(drawn + self.scene_captions)
+        self.networks: dict[str, nn.Module] = {"model": network()}
+
+    def batch(self, size: int, generator: torch.Generator) -> dict[str, Tensor]:
+        scenes = int(size * SCENES_SHARE)
+        chosen = torch.multinomial(self.weights, size - scenes, generator=generator).tolist()
+        others = torch.randint(len(self.scene_captions), (scenes,), generator=generator).tolist()
+        rng = random.Random(int(torch.randint(2**62, (1,), generator=generator)))
+        captions, keys = [], []
+        for row in (self.rows[index] for index in chosen):
+            captions.append(caption(row["name"], row["style"], row["keywords"], rng))
+            keys.append((row["name"], row["style"]))
+        captions += [self.scene_captions[index] for index in others]
+        keys += [(text, "") for text in captions[len(chosen) :]]
+        text = self.tokenizer(captions, padding="max_length", max_length=MAX_LENGTH, truncation=True, return_tensors="pt")
+        pictures = torch.cat([self.pictures["train"][chosen], self.scene_pictures[others]])
+        return {
+            "input_ids": text.input_ids,
+            "attention_mask": text.attention_mask,
+            "pixel_values": preprocess(pictures),
+            "positive": positives(captions, keys),
+        }
+
+    def losses(self, batch: dict[str, Tensor], step: int, log: dict[str, float]) -> Iterator[tuple[str, Tensor]]:
+        positive = batch.pop("positive").float()
+        out = self.networks["model"](**batch)
+        by_text = out.logits_per_text.float()
+        targets = [p / p.sum(dim=1, keepdim=True) for p in (positive, positive.T)]
+        loss = (F.cross_entropy(by_text, targets[0]) + F.cross_entropy(by_text.T, targets[1])) / 2
+        log |= {"loss": loss.item(), "accuracy": (by_text.argmax(1) == positive.argmax(1)).float().mean().item()}
+        yield "model", loss
+
+    @torch.no_grad()
+    def evaluate(self) -> dict[str, float]:
+        """Held-out concepts: is the right picture the first (of the first five) among 100 random ones?"""
+        model = getattr(self.networks["model"], "module", self.networks["model"])
+        generator = torch.Generator().manual_seed(0)
+        picked = torch.randperm(len(self.pictures["test"]), generator=generator)[:600].tolist()
+        captions = [self.singles["test"][index]["caption"] for index in picked]
+        text = self.tokenizer(captions, padding="max_length", max_length=MAX_LENGTH, truncation=True, return_tensors="pt")
+        inputs = {"input_ids": text.input_ids, "attention_mask": text.attention_mask}
+        device = next(model.parameters()).device
+        out = model(**{k: v.to(device) for k, v in inputs.items()}, pixel_values=preprocess(self.pictures["test"][picked]).to(device))
+        ranks = [
+            (part > part.diagonal()[:, None]).sum(dim=1)
+            for i in range(0, 600, 100)
+            for part in (out.logits_per_text[i : i + 100, i : i + 100].float(),)
+        ]
+        ranks = torch.cat(ranks)
+        return {"recall@1 of 100": (ranks < 1).float().mean().item(), "recall@5 of 100": (ranks < 5).float().mean().item()}
+
+    def sample(self) -> Image.Image:
+        grid = self.pictures["test"][:32].unflatten(0, (4, 8)).permute(0, 2, 1, 3, 4).flatten(0, 1).flatten(1, 2)
+        return Image.fromarray(grid.numpy())
+
+    def save(self, folder: Path) -> None:
+        model = getattr(self.networks["model"], "module", self.networks["model"])
+        model.to(torch.bfloat16).save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+        processor().save_pretrained(folder)
+
+
+def processor() -> CLIPImageProcessor:
+    half = [0.5, 0.5, 0.5]
+    size = {"height": 128, "width": 128}
+    return CLIPImageProcessor(size=size, crop_size=size, image_mean=half, image_std=half)
+
+
+def preprocess(pictures: Tensor) -> Tensor:
+    """[B, H, W, 3] uint8 -> [B, 3, H, W] in [-1, 1], as `processor` does for pictures of the right size."""
+    return pictures.permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def positives(captions: list[str], keys: list[tuple[str, str]]) -> Tensor:
+    """[B, B] bool: does caption i describe picture j too (same name; same style where the caption says one)?"""
+    prompts = tuple(style.prompt for style in STYLES.values())
+    names = [key[0] for key in keys]
+    same = torch.tensor([[a == b for b in names] for a in names])
+    styles = [key[1] for key in keys]
+    free = torch.tensor([not text.endswith(prompts) for text in captions])
+    same_style = torch.tensor([[a == b for b in styles] for a in styles])
+    return same & (same_style | free[:, None])

@@ -1,0 +1,172 @@
+"""The one training loop: accelerate, bf16, EMA, exact resume, sample grids.
+
+A *task* (`argen/train/<model>.py`) holds the networks, draws a batch for a step and says its losses; the loop does the
+rest. Batches are drawn from (seed, step) alone, so that a run that was stopped goes on exactly as if it had not been.
+"""
+
+import json
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from diffusers.training_utils import EMAModel
+from PIL import Image
+from torch import Tensor, nn
+from tqdm import tqdm
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How long and how fast: one for `cpu` (two cores with bf16 units), one for `gpu` (one H100)."""
+
+    steps: int
+    batch_size: int
+    learning_rate: float
+    warmup: int = 300
+    betas: tuple[float, float] = (0.9, 0.99)
+    weight_decay: float = 1e-4
+    grad_clip: float = 1.0
+    ema_decay: float = 0.999
+
+    def rate(self, step: int) -> float:
+        """Learning rate of a step: linear warm-up, then a cosine down to 2%."""
+        progress = min(1.0, step / self.steps)
+        cosine = 0.5 * (1 + torch.cos(torch.tensor(progress * torch.pi)).item())
+        return self.learning_rate * min(1.0, (step + 1) / self.warmup) * (0.02 + 0.98 * cosine)
+
+
+class Task(Protocol):
+    networks: dict[str, nn.Module]  # "model" is the one that is averaged, evaluated and shipped
+
+    def batch(self, size: int, generator: torch.Generator) -> dict[str, Tensor]: ...
+
+    def losses(self, batch: dict[str, Tensor], step: int, log: dict[str, float]) -> Iterator[tuple[str, Tensor]]:
+        """Yields (network, loss) pairs; the network takes an optimizer step before the next pair is asked for."""
+
+    def evaluate(self) -> dict[str, float]:
+        """Scores on held-out data, with the averaged weights in place."""
+
+    def sample(self) -> Image.Image:
+        """A picture to look at."""
+
+    def save(self, folder: Path) -> None:
+        """Write what ships."""
+
+
+def step_generator(seed: int, step: int) -> torch.Generator:
+    return torch.Generator().manual_seed((seed << 32) + step)
+
+
+def train(
+    task: Task,
+    schedule: Schedule,
+    out: Path,
+    seed: int = 0,
+    steps: int | None = None,
+    checkpoint_every: int = 500,
+    evaluate_every: int = 1000,
+    mixed_precision: str = "bf16",
+) -> dict[str, float]:
+    """Train until ``schedule.steps`` (or `steps`), resuming from the last checkpoint in `out`; returns the last scores.
+
+    Writes ``out/checkpoint`` (everything needed to go on), ``out/log.jsonl``, ``out/sample-<step>.png`` and, at the end
+    of the schedule, ``out/final`` with the averaged weights.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    set_seed(seed)
+    accelerator = Accelerator(mixed_precision=mixed_precision)
+    names = list(task.networks)
+    optimizers = {
+        name: torch.optim.AdamW(
+            [p for p in network.parameters() if p.requires_grad],
+            lr=schedule.learning_rate,
+            betas=schedule.betas,
+            weight_decay=schedule.weight_decay,
+        )
+        for name, network in task.networks.items()
+    }
+    task.networks = {name: accelerator.prepare(network) for name, network in task.networks.items()}
+    optimizers = {name: accelerator.prepare(optimizer) for name, optimizer in optimizers.items()}
+    model = accelerator.unwrap_model(task.networks["model"])
+    ema = EMAModel(model.parameters(), decay=schedule.ema_decay, use_ema_warmup=True, power=0.75)
+    ema.to(accelerator.device)
+    progress = Progress()
+    accelerator.register_for_checkpointing(ema, progress)
+    if (out / "checkpoint").exists():
+        accelerator.load_state(out / "checkpoint")
+
+    scores: dict[str, float] = {}
+    end = min(steps or schedule.steps, schedule.steps)
+    bar = tqdm(initial=progress.step, total=end, desc=out.name, disable=not accelerator.is_main_process)
+    log: dict[str, float] = {}
+    started = time.time()
+    while progress.step < end:
+        rank_seed = seed * 1000 + accelerator.process_index
+        batch = task.batch(schedule.batch_size, step_generator(rank_seed, progress.step))
+        batch = {key: value.to(accelerator.device) for key, value in batch.items()}
+        losses = task.losses(batch, progress.step, log)
+        while True:
+            with accelerator.autocast():
+                item = next(losses, None)
+            if item is None:
+                break
+            name, loss = item
+            optimizer = optimizers[name]
+            for group in optimizer.param_groups:
+                group["lr"] = schedule.rate(progress.step)
+            optimizer.zero_grad()
+            accelerator.backward(loss)
+            accelerator.clip_grad_norm_(task.networks[name].parameters(), schedule.grad_clip)
+            optimizer.step()
+        ema.step(model.parameters())
+        progress.step += 1
+        bar.update()
+        if progress.step % 20 == 0:
+            bar.set_postfix({key: f"{value:.4g}" for key, value in log.items()})
+        if progress.step % evaluate_every == 0 or progress.step == end:
+            ema.store(model.parameters())
+            ema.copy_to(model.parameters())
+            model.eval()
+            if accelerator.is_main_process:
+                scores = task.evaluate()
+                task.sample().save(out / f"sample-{progress.step:06d}.png")
+                entry = {"step": progress.step, "seconds": time.time() - started, **log, **scores}
+                with (out / "log.jsonl").open("a") as file:
+                    file.write(json.dumps(entry) + "\n")
+                tqdm.write(json.dumps({key: round(value, 4) for key, value in entry.items()}))
+                if progress.step == schedule.steps:
+                    task.save(out / "final")
+            model.train()
+            ema.restore(model.parameters())
+        if progress.step % checkpoint_every == 0 or progress.step == end:
+            _checkpoint(accelerator, out, {"schedule": asdict(schedule), "seed": seed, "networks": names})
+    bar.close()
+    return scores
+
+
+class Progress:
+    """The step count, kept with the checkpoint."""
+
+    step: int = 0
+
+    def state_dict(self) -> dict[str, int]:
+        return {"step": self.step}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.step = state["step"]
+
+
+def _checkpoint(accelerator: Accelerator, out: Path, recipe: dict) -> None:
+    new, old = out / "checkpoint.new", out / "checkpoint"
+    accelerator.save_state(new)
+    if accelerator.is_main_process:
+        (new / "recipe.json").write_text(json.dumps(recipe, indent=2))
+        shutil.rmtree(old, ignore_errors=True)
+        new.rename(old)
+    accelerator.wait_for_everyone()

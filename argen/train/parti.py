@@ -1,0 +1,140 @@
+"""Recipe `emoji-parti`: text to the tokens of `emoji-vitvqgan`, conditioned on the text states of `emoji-clip`."""
+
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from PIL import Image
+from torch import Tensor, nn
+from transformers import AutoTokenizer, CLIPTextModel
+
+from argen.data.emoji import caption
+from argen.data.tables import pixels, read_split
+from argen.models.parti import Parti, PartiSession
+from argen.train.loop import Schedule
+from argen.train.vit_vqgan import to_unit
+from samplers.logits import Sampling, uniforms
+from samplers.steps import Plain
+from tokenizers_img.vit_vqgan import ViTVQGAN
+
+SCHEDULES = {
+    "cpu": Schedule(steps=6000, batch_size=64, learning_rate=1e-3, weight_decay=0.03, betas=(0.9, 0.98)),
+    "gpu": Schedule(steps=30000, batch_size=512, learning_rate=1e-3, weight_decay=0.03, betas=(0.9, 0.98)),
+}
+SCENES_SHARE = 0.12
+TEXT_DROPOUT = 0.1
+SHIFTS = ((0, 0), (0, 0), (3, -5), (-6, 2), (5, 6))  # (rows, columns) in pixels; the unmoved picture counts twice
+
+
+def shifted(pictures: Tensor, rows: int, columns: int) -> Tensor:
+    """Move pictures [B, H, W, 3] uint8 over the white ground."""
+    height, width = pictures.shape[1:3]
+    padded = F.pad(pictures, (0, 0, 8, 8, 8, 8), value=255)
+    return padded[:, 8 + rows : 8 + rows + height, 8 + columns : 8 + columns + width]
+
+
+class PartiTask:
+    """Args:
+    data, scenes: folders made by ``argen data emoji`` and ``argen data scenes``.
+    tokenizer, clip: folders of the trained `emoji-vitvqgan` and `emoji-clip`.
+    """
+
+    def __init__(self, data: Path, scenes: Path, tokenizer: Path, clip: Path):
+        self.vq = ViTVQGAN.from_pretrained(tokenizer).float().eval()
+        self.text_tokenizer = AutoTokenizer.from_pretrained(clip)
+        self.text_encoder = CLIPTextModel.from_pretrained(clip, dtype=torch.float32).eval().requires_grad_(False)
+
+        table = read_split(data, "train")
+        self.rows, pictures = table.remove_columns("image").to_list(), torch.from_numpy(pixels(table))
+        encoded = {shift: self.tokens(shifted(pictures, *shift)) for shift in dict.fromkeys(SHIFTS)}
+        self.variants = torch.stack([encoded[shift] for shift in SHIFTS])  # [V, pictures, N]
+        table = read_split(scenes, "train")
+        self.scene_captions = list(table["caption"])
+        self.scene_tokens = self.tokens(torch.from_numpy(pixels(table)))
+        table = read_split(data, "validation")
+        self.held_out_captions = list(table["caption"])
+        self.held_out_tokens = self.tokens(torch.from_numpy(pixels(table)))
+
+        counts: dict[str, int] = {}
+        for row in self.rows:
+            counts[row["concept"]] = counts.get(row["concept"], 0) + 1
+        self.weights = torch.tensor([counts[row["concept"]] ** -0.5 for row in self.rows])
+
+        config = self.vq.config
+        model = Parti(self.text_encoder.config.hidden_size, config.n_embed, config.image_size // config.patch_size)
+        codes = F.normalize(self.vq.quantizer.embedding.weight.detach(), dim=-1)
+        spread = torch.randn(codes.shape[1], model.config.dim, generator=torch.Generator().manual_seed(0))
+        model.embed_tokens.weight.data[:-1] = 0.02 * (codes @ spread)  # near codes start as near embeddings
+        self.networks: dict[str, nn.Module] = {"model": model}
+
+    @torch.no_grad()
+    def tokens(self, pictures: Tensor) -> Tensor:
+        """[B, H, W, 3] uint8 -> ids [B, N]."""
+        with torch.autocast(self.vq.device.type, torch.bfloat16):
+            return torch.cat([self.vq.encode(to_unit(part)) for part in pictures.split(128)])
+
+    def text(self, captions: list[str]) -> dict[str, Tensor]:
+        text = self.text_tokenizer(captions, padding=True, truncation=True, return_tensors="pt")
+        return {"input_ids": text.input_ids, "attention_mask": text.attention_mask}
+
+    def batch(self, size: int, generator: torch.Generator) -> dict[str, Tensor]:
+        scenes = int(size * SCENES_SHARE)
+        chosen = torch.multinomial(self.weights, size - scenes, generator=generator)
+        variant = torch.randint(len(SHIFTS), (size - scenes,), generator=generator)
+        others = torch.randint(len(self.scene_captions), (scenes,), generator=generator)
+        rng = random.Random(int(torch.randint(2**62, (1,), generator=generator)))
+        rows = [self.rows[index] for index in chosen.tolist()]
+        captions = [caption(row["name"], row["style"], row["keywords"], rng) for row in rows]
+        captions += [self.scene_captions[index] for index in others.tolist()]
+        captions = ["" if rng.random() < TEXT_DROPOUT else text for text in captions]
+        return {"tokens": torch.cat([self.variants[variant, chosen], self.scene_tokens[others]]), **self.text(captions)}
+
+    def encode_text(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        self.text_encoder.to(batch["input_ids"].device)
+        with torch.no_grad():
+            states = self.text_encoder(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+        return states.last_hidden_state, batch["attention_mask"].bool()
+
+    def losses(self, batch: dict[str, Tensor], step: int, log: dict[str, float]) -> Iterator[tuple[str, Tensor]]:
+        logits = self.networks["model"](*self.encode_text(batch), batch["tokens"])
+        loss = F.cross_entropy(logits.flatten(0, 1).float(), batch["tokens"].flatten())
+        log["loss"] = loss.item()
+        yield "model", loss
+
+    @torch.no_grad()
+    def evaluate(self) -> dict[str, float]:
+        """Nats a token on held-out (style, concept) combinations."""
+        model = self._model()
+        losses = []
+        for first in range(0, len(self.held_out_captions), 64):
+            batch = {**self.text(self.held_out_captions[first : first + 64]), "tokens": self.held_out_tokens[first : first + 64]}
+            batch = {key: value.to(model.device) for key, value in batch.items()}
+            logits = model(*self.encode_text(batch), batch["tokens"])
+            losses.append(F.cross_entropy(logits.flatten(0, 1).float(), batch["tokens"].flatten(), reduction="none"))
+        return {"held-out loss": torch.cat(losses).mean().item()}
+
+    @torch.no_grad()
+    def sample(self) -> Image.Image:
+        """32 held-out combinations, drawn with guidance 3."""
+        model, step = self._model(), max(1, len(self.held_out_captions) // 32)
+        captions = self.held_out_captions[::step][:32]
+        both = {key: value.to(model.device) for key, value in self.text([*captions, *[""] * len(captions)]).items()}
+        states, mask = self.encode_text(both)
+        half = len(captions)
+        session = PartiSession(model, states[:half], mask[:half], states[half:], mask[half:])
+        grid = torch.full((half, model.length), -1, device=model.device)
+        luck = uniforms([torch.Generator().manual_seed(i) for i in range(half)], model.length)
+        for state in Plain()(session, grid, Sampling(top_k=256), 3.0, luck):
+            grid = state.tokens
+        pictures = self.vq.decode(grid.to(self.vq.device)).float().clamp(0, 1).cpu()
+        sheet = rearrange(pictures, "(r c) d h w -> (r h) (c w) d", c=8)
+        return Image.fromarray((sheet * 255).round().to(torch.uint8).numpy())
+
+    def _model(self) -> Parti:
+        return getattr(self.networks["model"], "module", self.networks["model"])
+
+    def save(self, folder: Path) -> None:
+        self._model().to(torch.bfloat16).save_pretrained(folder)

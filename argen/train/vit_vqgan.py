@@ -1,0 +1,196 @@
+"""Recipe `emoji-vitvqgan`: ViT-VQGAN on the emoji pictures (arXiv 2110.04627, section 3)."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from PIL import Image
+from torch import Tensor, nn
+
+from argen.data.tables import pixels, read_split
+from argen.train.loop import Schedule
+from tokenizers_img.vit_vqgan import ViTVQGAN
+
+SCHEDULES = {
+    "cpu": Schedule(steps=4500, batch_size=64, learning_rate=8e-4, warmup=100),
+    "gpu": Schedule(steps=40000, batch_size=256, learning_rate=8e-4),
+}
+L1, L2, PERCEPTUAL, ADVERSARIAL = 0.2, 1.0, 0.1, 0.1
+REVIVE_EVERY = 50
+NOISE = 0.15  # standard deviation, of the size of the quantization error of 4096 codes on the unit sphere
+NOISE_ONLY, NOISE_UNTIL = 0.06, 0.2  # shares of the schedule: no picture quantized before, every picture after
+
+
+def network() -> ViTVQGAN:
+    return ViTVQGAN(
+        image_size=128,
+        patch_size=16,
+        encoder_size={"dim": 192, "depth": 4, "heads": 3, "dim_head": 64, "mlp_dim": 768},
+        decoder_size={"dim": 256, "depth": 5, "heads": 4, "dim_head": 64, "mlp_dim": 1024},
+        embed_dim=16,
+        n_embed=4096,
+        conv_channels=[32, 64, 128, 192],
+    )
+
+
+class PatchDiscriminator(nn.Sequential):
+    """Real or made, for overlapping squares of 46 pixels: pixels [B, 3, H, W] -> logits [B, 1, H/8, W/8]."""
+
+    def __init__(self, width: int = 32):
+        layers: list[nn.Module] = [nn.Conv2d(3, width, 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
+        for before, after in ((width, 2 * width), (2 * width, 4 * width)):
+            layers += [nn.Conv2d(before, after, 4, stride=2, padding=1), nn.GroupNorm(8, after), nn.LeakyReLU(0.2)]
+        super().__init__(*layers, nn.Conv2d(4 * width, 1, 3, padding=1))
+
+
+def augment(pictures: Tensor, generator: torch.Generator) -> Tensor:
+    """Mirror, shift by up to 8 pixels, now and then four pictures in one or other colours; [B, H, W, 3] uint8."""
+    flip, mosaic, recolour = (torch.rand(len(pictures), generator=generator) for _ in range(3))
+    out = torch.where(flip[:, None, None, None] < 0.5, pictures, pictures.flip(2))
+    shifts = torch.randint(-8, 9, (len(pictures), 2), generator=generator)
+    padded = F.pad(out, (0, 0, 8, 8, 8, 8), value=255)
+    height, width = out.shape[1:3]
+    out = torch.stack([p[8 + y : 8 + y + height, 8 + x : 8 + x + width] for p, (y, x) in zip(padded, shifts.tolist())])
+    for index in (mosaic < 0.12).nonzero().flatten().tolist():
+        four = out[torch.randint(len(out), (4,), generator=generator)]
+        small = F.avg_pool2d(four.permute(0, 3, 1, 2).float(), 2).round().to(torch.uint8)
+        out[index] = rearrange(small, "(r c) d h w -> (r h) (c w) d", r=2)
+    for index in (recolour < 0.1).nonzero().flatten().tolist():
+        out[index] = out[index][..., torch.randperm(3, generator=generator)]
+    return out
+
+
+def to_unit(pictures: Tensor) -> Tensor:
+    """[B, H, W, 3] uint8 -> [B, 3, H, W] in [0, 1], channels last in memory."""
+    return pictures.permute(0, 3, 1, 2).float() / 255
+
+
+class PerceptualDistance(nn.Module):
+    """Distance between pictures in the hidden states of our own picture encoder, each state normalised (as in LPIPS)."""
+
+    def __init__(self, vision: nn.Module, layers: tuple[int, ...] = (1, 2, 3, 4)):
+        super().__init__()
+        self.vision = vision.requires_grad_(False).eval()
+        self.layers = layers
+
+    def forward(self, made: Tensor, real: Tensor) -> Tensor:
+        """Pixels [B, 3, H, W] in [0, 1], twice -> scalar."""
+        with torch.no_grad():
+            wanted = self.vision(pixel_values=2 * real - 1, output_hidden_states=True).hidden_states
+        got = self.vision(pixel_values=2 * made - 1, output_hidden_states=True).hidden_states
+        distance = torch.zeros((), device=made.device)
+        for layer in self.layers:
+            a, b = (F.normalize(states[layer][:, 1:].float(), dim=-1) for states in (got, wanted))
+            distance = distance + (a - b).square().sum(-1).mean()
+        return distance / len(self.layers)
+
+
+class ViTVQGANTask:
+    """Args:
+    data: folder made by ``argen data emoji``.
+    perceptual: the picture encoder's folder (``argen/emoji-clip``), or None to train on pixels alone.
+    adversarial_from: step at which the discriminator joins.
+    """
+
+    def __init__(self, data: Path, perceptual: Path | None, adversarial_from: int, total: int):
+        self.train, self.test = (torch.from_numpy(pixels(read_split(data, s))) for s in ("train", "test"))
+        self.networks: dict[str, nn.Module] = {"model": network(), "discriminator": PatchDiscriminator()}
+        for module in self.networks.values():
+            module.to(memory_format=torch.channels_last)
+        self.perceptual = None
+        if perceptual:
+            from transformers import CLIPVisionModel
+
+            self.perceptual = PerceptualDistance(CLIPVisionModel.from_pretrained(perceptual, dtype=torch.float32))
+        self.adversarial_from, self.total = adversarial_from, total
+        model = self.networks["model"]
+        self.tokens, self.width = model.grid**2, model.config.embed_dim
+        self.used = torch.zeros(self.networks["model"].quantizer.embedding.num_embeddings)
+
+    def batch(self, size: int, generator: torch.Generator) -> dict[str, Tensor]:
+        chosen = torch.randint(len(self.train), (size,), generator=generator)
+        noise = NOISE * torch.randn(size, self.tokens, self.width, generator=generator)
+        return {
+            "pixels": to_unit(augment(self.train[chosen], generator)),
+            "noise": noise,
+            "luck": torch.rand(size, 1, 1, generator=generator),
+        }
+
+    def losses(self, batch: dict[str, Tensor], step: int, log: dict[str, float]) -> Iterator[tuple[str, Tensor]]:
+        real = batch["pixels"]
+        model, discriminator = self.networks["model"], self.networks["discriminator"]
+        skipping = (NOISE_UNTIL - step / self.total) / (NOISE_UNTIL - NOISE_ONLY)  # probability, falls from 1 to 0
+        noise = batch["noise"] * (batch["luck"] < skipping) if skipping > 0 else None
+        made, quantization, ids = model(real, noise)
+        made = made.float()
+        error = made - real
+        loss = L2 * error.square().mean() + L1 * error.abs().mean()
+        log |= {"l2": error.square().mean().item(), "vq": quantization.item()}
+        if self.perceptual:
+            distance = self.perceptual(made, real)
+            loss = loss + PERCEPTUAL * 0.1 * distance
+            log["perceptual"] = distance.item()
+        adversarial = step >= self.adversarial_from
+        if adversarial:
+            discriminator.requires_grad_(False)
+            fooled = -discriminator(made).mean()
+            weight = self._adaptive_weight(loss, fooled, made)
+            loss = loss + ADVERSARIAL * weight * fooled
+            discriminator.requires_grad_(True)
+        yield "model", loss + quantization
+        self._revive(ids, real, step)
+
+        if step >= self.adversarial_from - 200:  # a head start for the discriminator
+            real_logits, made_logits = discriminator(real).float(), discriminator(made.detach()).float()
+            hinge = F.relu(1 - real_logits).mean() + F.relu(1 + made_logits).mean()
+            log["discriminator"] = hinge.item()
+            yield "discriminator", hinge
+
+    @staticmethod
+    def _adaptive_weight(loss: Tensor, fooled: Tensor, made: Tensor) -> Tensor:
+        """Scale the adversarial gradient to the size of the others at the pixels (VQGAN, arXiv 2012.09841, eq. 7)."""
+        (wanted,) = torch.autograd.grad(loss, made, retain_graph=True)
+        (given,) = torch.autograd.grad(fooled, made, retain_graph=True)
+        return (wanted.norm() / (given.norm() + 1e-8)).clamp(max=1e4).detach()
+
+    @torch.no_grad()
+    def _revive(self, ids: Tensor, real: Tensor, step: int) -> None:
+        self.used += torch.bincount(ids.flatten().cpu(), minlength=len(self.used))
+        if step % REVIVE_EVERY or step > 0.8 * self.total:
+            return
+        model = self.networks["model"]
+        model = getattr(model, "module", model)
+        z = model.pre_quant(model.encoder(real)).flatten(0, 1)
+        dead = self.used < 2
+        model.quantizer.revive(dead.to(z.device), z)
+        self.used.zero_()
+
+    @torch.no_grad()
+    def _reconstruct(self, pictures: Tensor) -> tuple[Tensor, Tensor]:
+        model = self.networks["model"]
+        model = getattr(model, "module", model)
+        device = next(model.parameters()).device
+        parts = [model(to_unit(part).to(device)) for part in pictures.split(64)]
+        return torch.cat([p[0].float().clamp(0, 1).cpu() for p in parts]), torch.cat([p[2].cpu() for p in parts])
+
+    def evaluate(self) -> dict[str, float]:
+        made, ids = self._reconstruct(self.test)
+        error = (made - to_unit(self.test)).square().mean(dim=(1, 2, 3))
+        return {
+            "psnr": (-10 * error.log10()).mean().item(),
+            "codes_used": ids.unique().numel() / len(self.used),
+        }
+
+    def sample(self) -> Image.Image:
+        pictures = self.test[:: len(self.test) // 32][:32]
+        made, _ = self._reconstruct(pictures)
+        pairs = torch.stack([to_unit(pictures), made], dim=1)
+        grid = rearrange(pairs, "(r c) two d h w -> (r two h) (c w) d", c=8)
+        return Image.fromarray((grid * 255).round().to(torch.uint8).numpy().astype(np.uint8))
+
+    def save(self, folder: Path) -> None:
+        model = self.networks["model"]
+        getattr(model, "module", model).to(torch.bfloat16).save_pretrained(folder)
