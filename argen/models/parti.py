@@ -15,7 +15,7 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from torch import Tensor, nn
 
-from argen.models.cache import KeyValueCache, causal_mask, split_heads
+from argen.models.session import KeysValues, KeyValueCache, causal_mask, split_heads
 
 
 class Attention(nn.Module):
@@ -119,7 +119,7 @@ class Parti(ModelMixin, ConfigMixin):
         self.decoder_layers = nn.ModuleList(DecoderLayer(dim, heads, mlp_dim, dropout) for _ in range(decoder_depth))
         self.decoder_norm = nn.LayerNorm(dim)
         self.drop = nn.Dropout(dropout)
-        self.length = grid * grid
+        self.length, self.depth = grid * grid, decoder_depth
         nn.init.normal_(self.embed_tokens.weight, std=0.02)
         nn.init.normal_(self.embed_positions.weight, std=0.02)
 
@@ -135,7 +135,7 @@ class Parti(ModelMixin, ConfigMixin):
         tokens: Tensor,
         positions: Tensor,
         mask: Tensor,
-        text_keys_values: list[tuple[Tensor, Tensor]],
+        text_keys_values: KeysValues,
         text_mask: Tensor,
         cache: KeyValueCache | None = None,
     ) -> Tensor:
@@ -154,7 +154,7 @@ class Parti(ModelMixin, ConfigMixin):
             x = layer(x, mask, text_keys_values[index], text_mask[:, None, None, :], cache, index)
         return F.linear(self.decoder_norm(x), self.embed_tokens.weight[:-1])
 
-    def project_text(self, encoded: Tensor) -> list[tuple[Tensor, Tensor]]:
+    def project_text(self, encoded: Tensor) -> KeysValues:
         """Keys and values of the cross-attention of every decoder layer, computed once for a picture."""
         return [layer.cross_attn.keys_values(encoded) for layer in self.decoder_layers]
 
@@ -165,44 +165,3 @@ class Parti(ModelMixin, ConfigMixin):
         positions = torch.arange(-1, self.length - 1, device=tokens.device)
         mask = causal_mask(self.length, self.length, tokens.device)
         return self.decode(read, positions, mask, self.project_text(encoded), text_mask)
-
-
-class PartiSession:
-    """`samplers.steps.Session` of a `Parti` network.
-
-    Args:
-        text_states, text_mask: [B, T, text_dim] and [B, T] bool.
-        null_states, null_mask: the same for the empty prompt, or None where there is no guidance.
-    """
-
-    def __init__(
-        self,
-        model: Parti,
-        text_states: Tensor,
-        text_mask: Tensor,
-        null_states: Tensor | None = None,
-        null_mask: Tensor | None = None,
-    ):
-        self.model, self.length, self.guided = model, model.length, null_states is not None
-        if self.guided:
-            text_states, text_mask = torch.cat([text_states, null_states]), torch.cat([text_mask, null_mask])
-        self.text_mask = text_mask
-        self.text_keys_values = model.project_text(model.encode_text(text_states, text_mask))
-        self.cache = KeyValueCache(len(model.decoder_layers), self.length)
-
-    @property
-    def cached(self) -> int:
-        return self.cache.length
-
-    def forward(self, tokens: Tensor, positions: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """See `samplers.steps.Session.forward`."""
-        visible = self.cache.mask(tokens.shape[1], mask, tokens.device)
-        if self.guided:
-            tokens = torch.cat([tokens, tokens])
-            positions = torch.cat([positions, positions]) if positions.ndim == 2 else positions
-        logits = self.model.decode(tokens, positions, visible, self.text_keys_values, self.text_mask, self.cache)
-        return logits.chunk(2) if self.guided else (logits, None)
-
-    def keep(self, entries: Tensor) -> None:
-        """See `samplers.steps.Session.keep`."""
-        self.cache.keep(torch.cat([entries, entries]) if self.guided and entries.ndim == 2 else entries)

@@ -103,7 +103,7 @@ class CLIPTask:
             keys.append((row["name"], row["style"]))
         captions += [self.scene_captions[index] for index in others]
         keys += [(text, "") for text in captions[len(chosen) :]]
-        text = self.tokenizer(captions, padding="max_length", max_length=MAX_LENGTH, truncation=True, return_tensors="pt")
+        text = self.tokenizer(captions, padding=True, truncation=True, return_tensors="pt")
         pictures = torch.cat([self.pictures["train"][chosen], self.scene_pictures[others]])
         return {
             "input_ids": text.input_ids,
@@ -128,7 +128,7 @@ class CLIPTask:
         generator = torch.Generator().manual_seed(0)
         picked = torch.randperm(len(self.pictures["test"]), generator=generator)[:600].tolist()
         captions = [self.singles["test"][index]["caption"] for index in picked]
-        text = self.tokenizer(captions, padding="max_length", max_length=MAX_LENGTH, truncation=True, return_tensors="pt")
+        text = self.tokenizer(captions, padding=True, truncation=True, return_tensors="pt")
         inputs = {"input_ids": text.input_ids, "attention_mask": text.attention_mask}
         device = next(model.parameters()).device
         out = model(**{k: v.to(device) for k, v in inputs.items()}, pixel_values=preprocess(self.pictures["test"][picked]).to(device))

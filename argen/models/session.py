@@ -1,4 +1,10 @@
-"""What the decoders share: heads, masks, and a static key/value cache that can be rolled back."""
+"""What the discrete decoders share: heads, masks, a key/value cache that can be rolled back, and the session of samplers.
+
+Letters in shape comments: B pictures, n tokens of a pass, m keys, T text tokens, D width, H heads, K codes, R cache
+rows (2B under guidance: with the prompt, then without).
+"""
+
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -60,3 +66,57 @@ class KeyValueCache:
             rows = torch.arange(buffer.shape[1], device=buffer.device)[:, None]
             buffer[:, :, : index.shape[1]] = buffer[:, rows, index]
         self.length = entries.shape[-1]
+
+
+KeysValues = list[tuple[Tensor, Tensor]]  # of each layer's cross-attention, each [R, T, H, D/H]
+
+
+class CrossAttentionDecoder(Protocol):
+    """A causal decoder that reads its prompt through cross-attention, as `DecoderSession` drives it."""
+
+    length: int  # cells of a picture
+    depth: int  # layers
+
+    def project_text(self, encoded: Tensor) -> KeysValues: ...
+
+    def decode(
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        mask: Tensor,
+        text_keys_values: KeysValues,
+        text_mask: Tensor,
+        cache: KeyValueCache | None = None,
+    ) -> Tensor: ...
+
+
+class DecoderSession:
+    """`samplers.steps.Session` of a `CrossAttentionDecoder`, bound to the prompts of B pictures.
+
+    Args:
+        encoded, text_mask: [R, T, D] and [R, T] bool (true: a token). Under guidance R = 2B: the prompts of all
+            pictures, then the empty prompt as often; else R = B.
+    """
+
+    def __init__(self, decoder: CrossAttentionDecoder, encoded: Tensor, text_mask: Tensor, guided: bool):
+        self.decoder, self.length, self.guided = decoder, decoder.length, guided
+        self.text_mask = text_mask
+        self.text_keys_values = decoder.project_text(encoded)
+        self.cache = KeyValueCache(decoder.depth, decoder.length)
+
+    @property
+    def cached(self) -> int:
+        return self.cache.length
+
+    def forward(self, tokens: Tensor, positions: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """See `samplers.steps.Session.forward`."""
+        visible = self.cache.mask(tokens.shape[1], mask, tokens.device)
+        if self.guided:
+            tokens = torch.cat([tokens, tokens])
+            positions = torch.cat([positions, positions]) if positions.ndim == 2 else positions
+        logits = self.decoder.decode(tokens, positions, visible, self.text_keys_values, self.text_mask, self.cache)
+        return logits.chunk(2) if self.guided else (logits, None)
+
+    def keep(self, entries: Tensor) -> None:
+        """See `samplers.steps.Session.keep`."""
+        self.cache.keep(torch.cat([entries, entries]) if self.guided and entries.ndim == 2 else entries)
