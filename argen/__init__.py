@@ -1,0 +1,12 @@
+"""argen: a studio for autoregressive image generation."""
+
+__version__ = "0.1.0"
+__all__ = ["MODELS", "load"]
+
+
+def __getattr__(name: str):
+    if name in __all__:  # late, so that `import argen` and its command line start at once
+        from argen import registry
+
+        return getattr(registry, name)
+    raise AttributeError(f"module 'argen' has no attribute {name!r}")

@@ -15,6 +15,7 @@ from diffusers.models.attention_dispatch import dispatch_attention_fn
 from emoji import demojize
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerFast
 
 from argen.models.session import KeysValues, KeyValueCache, split_heads
 from tokenizers_img.checkpoint import load_strict, read_state_dict
@@ -205,29 +206,32 @@ def _sizes(size: str) -> dict[str, int]:
     return dict(SIZES[size])
 
 
-class DalleMiniTokenizer:
-    """Text -> ids: emoji become words, lower case, ASCII only, byte-pair merges inside the words between spaces.
+def text_tokenizer(vocab_file: str | Path, merges_file: str | Path) -> PreTrainedTokenizerFast:
+    """Byte-pair merges inside the words between spaces, from ``vocab[_mini].json`` and ``merges[_mini].txt`` as released."""
+    for file in (vocab_file, merges_file):
+        if not Path(file).is_file():
+            raise FileNotFoundError(f"no text vocabulary at {file}")
+    try:
+        tokenizer = Tokenizer(models.BPE.from_file(str(vocab_file), str(merges_file), unk_token="<unk>"))
+    except Exception as error:  # tokenizers raises bare exceptions
+        raise ValueError(f"{vocab_file} and {merges_file} are no vocabulary and merges ({error})") from error
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(" ", "removed"), pre_tokenizers.Metaspace("\u0120", prepend_scheme="always")]
+    )
+    tokenizer.decoder = decoders.Metaspace("\u0120")
+    marks = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **marks)
 
-    Args:
-        vocab_file, merges_file: ``vocab[_mini].json`` and ``merges[_mini].txt`` as released.
+
+def tokenize(tokenizer: PreTrainedTokenizerFast, prompts: list[str], max_length: int = TEXT_TOKENS) -> Tensor:
+    """Prompts -> ids [B, max_length] int64: emoji as words, lower case, ASCII only, between <s> and </s>.
+
+    Rows are padded with `PAD`; a long one loses its end and the end mark with it, as in the released code.
     """
-
-    def __init__(self, vocab_file: str | Path, merges_file: str | Path):
-        for file in (vocab_file, merges_file):
-            if not Path(file).is_file():
-                raise FileNotFoundError(f"no text vocabulary at {file}")
-        self.tokenizer = Tokenizer(models.BPE.from_file(str(vocab_file), str(merges_file), unk_token="<unk>"))
-        self.tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-            [pre_tokenizers.Split(" ", "removed"), pre_tokenizers.Metaspace("\u0120", prepend_scheme="always")]
-        )
-        self.tokenizer.decoder = decoders.Metaspace("\u0120")
-        self.start, self.end = (self.tokenizer.token_to_id(mark) for mark in ("<s>", "</s>"))
-
-    def __call__(self, prompts: list[str], max_length: int = TEXT_TOKENS) -> Tensor:
-        """Prompts -> ids [B, max_length] int64, <s> ... </s>, cut (the end mark too, as released) or padded with `PAD`."""
-        rows = torch.full((len(prompts), max_length), PAD)
-        for row, prompt in zip(rows, prompts, strict=True):
-            text = demojize(prompt, delimiters=("", "")).lower().encode("ascii", errors="ignore").decode()
-            ids = [self.start, *self.tokenizer.encode(text, add_special_tokens=False).ids, self.end][:max_length]
-            row[: len(ids)] = torch.tensor(ids)
-        return rows
+    rows = torch.full((len(prompts), max_length), PAD)
+    for row, prompt in zip(rows, prompts, strict=True):
+        text = demojize(prompt, delimiters=("", "")).lower().encode("ascii", errors="ignore").decode()
+        words = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+        ids = [tokenizer.bos_token_id, *words, tokenizer.eos_token_id][:max_length]
+        row[: len(ids)] = torch.tensor(ids)
+    return rows

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from torch import Tensor, nn
-from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, PreTrainedTokenizerFast
+from transformers import CLIPConfig, CLIPModel, PreTrainedTokenizerFast
 
 from argen.data.emoji import STYLES, caption
 from argen.data.tables import pixels, read_split
@@ -30,7 +30,7 @@ def text_tokenizer(captions: list[str]) -> PreTrainedTokenizerFast:
     tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
     tokenizer.decoder = decoders.ByteLevel()
-    special = ["<pad>", "<s>", "</s>", "<unk>"]
+    special = ["<pad>", "<s>", "<unk>", "</s>"]  # not </s> at 2: transformers pools elsewhere then
     tokenizer.train_from_iterator(
         captions,
         trainers.BpeTrainer(
@@ -41,7 +41,7 @@ def text_tokenizer(captions: list[str]) -> PreTrainedTokenizerFast:
         ),
     )
     tokenizer.post_processor = processors.TemplateProcessing(
-        single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)]
+        single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 3)]
     )
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
@@ -64,7 +64,7 @@ def network() -> CLIPModel:
                 "max_position_embeddings": MAX_LENGTH,
                 "pad_token_id": 0,
                 "bos_token_id": 1,
-                "eos_token_id": 2,
+                "eos_token_id": 3,
             },
             vision_config={**tower, "num_hidden_layers": 4, "image_size": 128, "patch_size": 16},
             projection_dim=192,
@@ -148,17 +148,10 @@ class CLIPTask:
         model = getattr(self.networks["model"], "module", self.networks["model"])
         model.to(torch.bfloat16).save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
-        processor().save_pretrained(folder)
-
-
-def processor() -> CLIPImageProcessor:
-    half = [0.5, 0.5, 0.5]
-    size = {"height": 128, "width": 128}
-    return CLIPImageProcessor(size=size, crop_size=size, image_mean=half, image_std=half)
 
 
 def preprocess(pictures: Tensor) -> Tensor:
-    """[B, H, W, 3] uint8 -> [B, 3, H, W] in [-1, 1], as `processor` does for pictures of the right size."""
+    """[B, H, W, 3] uint8 -> what the picture half reads, [B, 3, H, W] in [-1, 1]."""
     return pictures.permute(0, 3, 1, 2).float() / 127.5 - 1
 
 

@@ -1,0 +1,278 @@
+"""The command `argen`."""
+
+import argparse
+import json
+import logging
+import os
+import sys
+import time
+import warnings
+from pathlib import Path
+
+from argen import __version__
+
+COMMANDS = {}
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument error is one line, without the usage."""
+
+    def error(self, message: str):
+        self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+
+
+def command(function):
+    COMMANDS[function.__name__] = function
+    return function
+
+
+def parser() -> Parser:
+    formatter = argparse.ArgumentDefaultsHelpFormatter
+    top = Parser(prog="argen", description="Autoregressive image generation: pictures from words, offline.")
+    top.add_argument("--version", action="version", version=f"argen {__version__}")
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    add = commands.add_parser("generate", help="make pictures from a prompt")
+    add.add_argument("prompt", nargs="?", help='what to draw, for example "a red apple, noto style"')
+    add.add_argument("-o", "--out", type=Path, required=True, metavar="FILE", help="PNG file; with -n 2 or more FILE-1.png, ...")
+    add.add_argument("-n", "--num", type=int, dest="num_images", metavar="N", help="number of pictures (default: 1)")
+    add.add_argument("--seed", type=int, metavar="S", help="picture i is drawn with seed S + i (default: 0)")
+    add.add_argument("--model", metavar="ID", help="see `argen models`, or a saved pipeline's folder (default: argen/emoji-parti)")
+    add.add_argument("--guidance-scale", type=float, metavar="G", help="how closely to follow the prompt, 1: no guidance (default: the model's)")
+    add.add_argument("--temperature", type=float, metavar="T", help="0: always the likeliest token (default: the model's)")
+    add.add_argument("--top-k", type=int, metavar="K", help="draw among the K likeliest tokens, 0: all (default: the model's)")
+    add.add_argument("--top-p", type=float, metavar="P", help="draw among the likeliest tokens of joint probability P (default: the model's)")
+    add.add_argument("--sampler", metavar="NAME", help="how the tokens are written (default: plain)")
+    add.add_argument("--num-candidates", type=int, metavar="C", help="draw C pictures and keep the -n that fit the prompt best")
+    add.add_argument("--from", type=Path, dest="origin", metavar="PNG", help="take prompt and settings from a picture that argen made; other options win")
+    _device_and_json(add)
+
+    add = commands.add_parser("reconstruct", help="turn a picture into tokens and back", formatter_class=formatter)
+    add.add_argument("image", type=Path, metavar="IMG")
+    add.add_argument("--tokenizer", default="argen/emoji-vitvqgan", metavar="ID", help="see `argen models`")
+    add.add_argument("-o", "--out", type=Path, metavar="FILE", help="PNG file (default: IMG's name with -reconstructed.png)")
+    _device_and_json(add)
+
+    add = commands.add_parser("models", help="list what ships and which published weights can be loaded")
+    add.add_argument("--json", action="store_true", help="print JSON")
+
+    data = commands.add_parser("data", help="build the picture sets")
+    sets = data.add_subparsers(dest="set", required=True, metavar="SET")
+    add = sets.add_parser("emoji", help="single pictures with names, about 14,000 in 4 styles", formatter_class=formatter)
+    add.add_argument("--out", type=Path, required=True, metavar="DIR")
+    add.add_argument("--icons", type=Path, metavar="DIR", help="folder for the icon packages; missing ones are fetched with npm")
+    add.add_argument("--size", type=int, default=128, help="side of the pictures in pixels")
+    add = sets.add_parser("scenes", help="composed pictures with exact truth", formatter_class=formatter)
+    add.add_argument("--emoji", type=Path, required=True, metavar="DIR", help="made by `argen data emoji`")
+    add.add_argument("--out", type=Path, required=True, metavar="DIR")
+    add.add_argument("--num", type=int, default=12000, help="training scenes; the other splits have a tenth of that each")
+    add.add_argument("--seed", type=int, default=0)
+    add = sets.add_parser("sample", help="a small set out of a large one, as it ships for the tests", formatter_class=formatter)
+    add.add_argument("--emoji", type=Path, required=True, metavar="DIR", help="made by `argen data emoji`")
+    add.add_argument("--out", type=Path, required=True, metavar="DIR")
+    add.add_argument("--num", type=int, default=64, help="pictures")
+
+    add = commands.add_parser("train", help="train a shipped model anew", formatter_class=formatter)
+    add.add_argument("recipe", metavar="RECIPE", help="emoji-clip, emoji-vitvqgan, emoji-vitvqgan-decoder or emoji-parti")
+    add.add_argument("--data", type=Path, required=True, metavar="DIR", help="made by `argen data emoji`")
+    add.add_argument("--scenes", type=Path, metavar="DIR", help="made by `argen data scenes`")
+    add.add_argument("--out", type=Path, required=True, metavar="DIR", help="checkpoints, log, sample grids; goes on from what is there")
+    add.add_argument("--clip", type=Path, metavar="DIR", help="trained emoji-clip (default: the shipped one)")
+    add.add_argument("--tokenizer", type=Path, metavar="DIR", help="trained emoji-vitvqgan (default: the shipped one)")
+    add.add_argument("--setting", choices=("cpu", "gpu"), default="cpu", help="length and batch size")
+    add.add_argument("--steps", type=int, metavar="N", help="stop after step N of the schedule")
+    add.add_argument("--seed", type=int, default=0)
+
+    add = commands.add_parser("score", help="rank pictures of held-out and common prompts", formatter_class=formatter)
+    add.add_argument("--data", type=Path, required=True, metavar="DIR", help="made by `argen data emoji`")
+    add.add_argument("--model", default="argen/emoji-parti", metavar="ID")
+    add.add_argument("--num-candidates", type=int, default=16, metavar="C", help="for the scores with re-ranking")
+    add.add_argument("--grid", type=Path, metavar="PNG", help="also write a labelled grid of 32 pictures")
+    add.add_argument("--seed", type=int, default=0)
+    _device_and_json(add)
+
+    add = commands.add_parser("ui", help="open the web page", formatter_class=formatter)
+    add.add_argument("--port", type=int, default=7860)
+    add.add_argument("--host", default="127.0.0.1", help="0.0.0.0 to let other machines in")
+    add.add_argument("--data-dir", type=Path, default=Path("pictures"), metavar="DIR", help="where finished pictures are kept")
+    add.add_argument("--device", metavar="NAME", help="cpu, cuda, mps (default: the best one here)")
+    return top
+
+
+def _device_and_json(add: argparse.ArgumentParser) -> None:
+    add.add_argument("--device", metavar="NAME", help="cpu, cuda, mps (default: the best one here)")
+    add.add_argument("--json", action="store_true", help="print JSON")
+
+
+def writable_png(path: Path) -> Path:
+    """`path`, if a PNG file can be written there.
+
+    Raises:
+        ValueError: it has another ending, or its folder is missing or locked.
+    """
+    if path.suffix.lower() != ".png":
+        raise ValueError(f"cannot write {path}: expected a name that ends in .png")
+    if path.is_dir() or not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
+        raise ValueError(f"cannot write {path}: expected a file name in a folder that exists and may be written")
+    return path
+
+
+@command
+def generate(args) -> None:
+    from argen.metadata import read_request, save_pictures
+    from argen.request import Request
+
+    writable_png(args.out)
+    names = ("prompt", "num_images", "seed", "model", "guidance_scale", "temperature", "top_k", "top_p", "sampler")
+    given = {name: getattr(args, name) for name in (*names, "num_candidates") if getattr(args, name) is not None}
+    if args.origin:
+        given = read_request(args.origin).to_dict() | given
+    if "prompt" not in given:
+        raise ValueError('no prompt: say what to draw, for example argen generate "a red apple" -o apple.png')
+    request = Request(**given)
+
+    pipe = _load(request.model, args.device, "generator")
+    started = time.perf_counter()
+    with pipe.progress_bar(total=100) as bar:
+        for job in pipe.run(request):
+            bar.update(round(100 * job.progress) - bar.n)
+    seconds = time.perf_counter() - started
+    paths = [args.out]
+    if len(job.pictures) > 1:
+        paths = [args.out.with_stem(f"{args.out.stem}-{i}") for i in range(1, len(job.pictures) + 1)]
+    save_pictures(list(zip(job.pictures, job.requests, strict=True)), paths)
+    if args.json:
+        scores = job.scores or [None] * len(paths)
+        pictures = [
+            {"file": str(path), **request.to_dict(), "score": score, "tokens": tokens}
+            for path, request, score, tokens in zip(paths, job.requests, scores, job.tokens.tolist(), strict=True)
+        ]
+        print(json.dumps({"seconds": round(seconds, 3), "pictures": pictures}))
+    else:
+        print(f"{', '.join(map(str, paths))} ({seconds:.1f} s)")
+
+
+@command
+def reconstruct(args) -> None:
+    import torch
+    from diffusers.utils import numpy_to_pil
+
+    from argen.metadata import open_picture, save_pictures
+    from tokenizers_img.pixels import from_pil
+
+    out = writable_png(args.out or args.image.with_name(f"{args.image.stem}-reconstructed.png"))
+    picture = open_picture(args.image)
+    tokenizer = _load(args.tokenizer, args.device, "tokenizer")
+    pixels = from_pil(picture, tokenizer.config.image_size)[None].to(tokenizer.device)
+    with torch.no_grad():
+        ids = tokenizer.encode(pixels)
+        made = tokenizer.decode(ids).clamp(0, 1)
+    psnr = -10 * (made - pixels).square().mean().log10().item()
+    save_pictures([(numpy_to_pil(made[0].permute(1, 2, 0).cpu().numpy())[0], None)], [out])
+    if args.json:
+        print(json.dumps({"file": str(out), "tokenizer": args.tokenizer, "psnr": psnr, "tokens": ids[0].tolist()}))
+    else:
+        print(f"{out} ({ids.shape[1]} tokens, PSNR {psnr:.1f} dB)")
+
+
+@command
+def models(args) -> None:
+    from argen.registry import MODELS, WEIGHTS
+
+    rows = []
+    for name, model in MODELS.items():
+        folder = WEIGHTS / name.removeprefix("argen/")
+        size = None if model.repo else sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+        row = {"id": name, "kind": model.kind, "ships": model.repo is None, "parameters_in_millions": model.parameters}
+        rows.append(row | {"bytes": size, "licence": model.licence, "about": model.about, "repo": model.repo})
+    if args.json:
+        print(json.dumps(rows, indent=1))
+        return
+    for title, ships in (("Ships with argen", True), ("Published, fetched from the hub when first used", False)):
+        print(f"{title}:")
+        for row in (row for row in rows if row["ships"] is ships):
+            size = f"{row['bytes'] / 1e6:.1f} MB" if ships else f"{row['parameters_in_millions']:,.0f}M parameters"
+            print(f"  {row['id']:34} {row['kind']:10} {size:>17}  {row['about']} ({row['licence']})")
+
+
+@command
+def data(args) -> None:
+    from argen.data import emoji, scenes
+
+    if args.set == "emoji":
+        counts = emoji.build(args.out, args.icons, args.size)
+    elif args.set == "scenes":
+        counts = scenes.build(args.emoji, args.out, args.num, args.seed)
+    else:
+        counts = emoji.sample(args.emoji, args.out, args.num)
+    print(f"{args.out}: " + ", ".join(f"{count:,} {split}" for split, count in counts.items()))
+
+
+@command
+def train(args) -> None:
+    from argen.registry import WEIGHTS
+    from argen.train.recipes import run
+
+    clip, tokenizer = args.clip or WEIGHTS / "emoji-clip", args.tokenizer or WEIGHTS / "emoji-vitvqgan"
+    scores = run(
+        args.recipe, args.setting, args.data, args.scenes, clip, tokenizer, args.out, seed=args.seed, steps=args.steps
+    )
+    print(f"{args.out}: " + ", ".join(f"{name} {value:.4g}" for name, value in scores.items()))
+
+
+@command
+def score(args) -> None:
+    from argen.eval.prompts import evaluate
+
+    if args.grid:
+        writable_png(args.grid)
+    pipe = _load(args.model, args.device, "generator")
+    scores = evaluate(pipe, args.data, args.num_candidates, args.seed, args.grid)
+    print(json.dumps(scores) if args.json else "\n".join(f"{name:55} {value:.3f}" for name, value in scores.items()))
+
+
+@command
+def ui(args) -> None:
+    from argen.ui.build import launch
+
+    launch(args.host, args.port, args.data_dir, args.device)
+
+
+def _load(model: str, device: str | None, kind: str):
+    from argen.device import pick
+    from argen.registry import MODELS, load
+
+    found = MODELS[model].kind if model in MODELS else kind
+    if found != kind:
+        known = ", ".join(name for name, entry in MODELS.items() if entry.kind == kind)
+        raise ValueError(f"{model} is of the kind {found}, expected a {kind}: {known}")
+    where = pick(device)
+    loaded = load(model)
+    if hasattr(loaded, "set_progress_bar_config"):
+        loaded.set_progress_bar_config(disable=None, bar_format="{desc}{percentage:3.0f}%|{bar:30}| {elapsed}")
+    return loaded.to(where)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a command; bad input is one line on stderr and the exit code 2."""
+    args = parser().parse_args(argv)
+    warnings.simplefilter("ignore")
+    logging.basicConfig(format="argen: %(message)s", level=logging.WARNING)
+    for library in ("transformers", "diffusers", "huggingface_hub"):
+        logging.getLogger(library).setLevel(logging.ERROR)
+    try:
+        COMMANDS[args.command](args)
+    except (ValueError, OSError) as error:
+        print(f"argen {args.command}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except ModuleNotFoundError as error:
+        print(f"argen {args.command}: error: {error.name} is not installed: pip install 'argen[train]'", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"argen {args.command}: stopped", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,242 @@
+"""The call of every generator of discrete tokens: prompts in, a grid of tokens filled step by step, pictures out.
+
+Letters in shape comments: B pictures, N cells of a picture (row-major), H W pixels.
+"""
+
+import logging
+from abc import abstractmethod
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.utils import BaseOutput, numpy_to_pil
+from einops import rearrange
+from PIL import Image
+from torch import Tensor
+
+from argen.request import Job, Request
+from samplers import by_name
+from samplers.logits import Sampling, uniforms
+from samplers.steps import GuidanceScale, Sampler, Session, Step
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Defaults:
+    """What a generator was made for; each can be set anew in a call."""
+
+    guidance_scale: float
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+
+
+@dataclass
+class TokenPipelineOutput(BaseOutput):
+    """Args:
+    images: as `output_type` says.
+    tokens: [B, N] int64, the ids of each picture; -1 in cells left undecided by an interruption.
+    scores: cosine of each picture to its prompt where candidates were ranked, else None.
+    """
+
+    images: list[Image.Image] | np.ndarray | Tensor
+    tokens: Tensor
+    scores: list[float] | None = None
+
+
+class TokenPipeline(DiffusionPipeline):
+    """Base of the pipelines: a subclass says how a prompt is read and how tokens become pixels.
+
+    Attributes:
+        defaults: of the sampling settings.
+        length: N, cells of a picture; the grid is square.
+    """
+
+    defaults: Defaults
+    length: int
+    _interrupt = False
+
+    @abstractmethod
+    def start(self, prompts: list[str], guided: bool) -> Session:
+        """A fresh session for one picture of each prompt; `guided`: with an unguided half."""
+
+    @abstractmethod
+    def decode_tokens(self, tokens: Tensor) -> Tensor:
+        """Ids [B, N] -> pixels [B, 3, H, W] in [0, 1]."""
+
+    def blank_tokens(self) -> Tensor:
+        """Ids [N] that stand for undecided cells in a preview."""
+        return torch.zeros(self.length, dtype=torch.int64)
+
+    def rank(self, prompt: str, images: list[Image.Image]) -> list[float]:
+        """How well each picture fits the prompt (higher is better)."""
+        raise ValueError(f"{type(self).__name__} has no picture encoder to rank candidates with: leave num_candidates out")
+
+    def stream(
+        self,
+        prompts: list[str],
+        generators: list[torch.Generator],
+        guidance_scale: GuidanceScale | None = None,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        sampler: str | Sampler = "plain",
+        tokens: Tensor | None = None,
+        every: int = 1,
+    ) -> Iterator[Step]:
+        """Write one picture for each prompt, and yield the state whenever `every` more cells are decided, and at the end.
+
+        Stop iterating to cancel; the last state holds what there is, and given back as `tokens` it is gone on with.
+
+        Args:
+            generators: of the pictures, one each; a picture depends on its own alone.
+            guidance_scale: a number, or one for each cell; None, here and below, is the model's own.
+            tokens: [B, N] int64, decided cells that are kept, -1 in those to fill.
+        """
+        scale = self.defaults.guidance_scale if guidance_scale is None else guidance_scale
+        given = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+        sampling = Sampling(**{k: getattr(self.defaults, k) if v is None else v for k, v in given.items()})
+        sampler = by_name(sampler) if isinstance(sampler, str) else sampler
+        if len(generators) != len(prompts):
+            raise ValueError(f"got {len(generators)} generators for {len(prompts)} pictures: expected one for each")
+        grid = torch.full((len(prompts), self.length), -1) if tokens is None else tokens
+        if grid.shape != (len(prompts), self.length):
+            raise ValueError(f"tokens are {list(grid.shape)}: expected {[len(prompts), self.length]}")
+        luck = uniforms(generators, self.length)
+        return self._write(prompts, grid.to(self.device), sampling, scale, sampler, luck, every)
+
+    @torch.no_grad()
+    def _write(self, prompts, grid, sampling, scale, sampler, luck, every) -> Iterator[Step]:
+        shown = -every
+        step = Step(grid.clone(), passes=0)
+        session = self.start(prompts, guided=callable(scale) or scale != 1)
+        for step in sampler(session, grid, sampling, scale, luck):
+            if step.decided - shown >= every:
+                shown = step.decided
+                yield step
+        if step.decided != shown:
+            yield step
+
+    def __call__(
+        self,
+        prompt: str | list[str],
+        num_images_per_prompt: int = 1,
+        guidance_scale: GuidanceScale | None = None,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        sampler: str | Sampler = "plain",
+        num_candidates: int | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        tokens: Tensor | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: Callable[["TokenPipeline", int, int, dict], dict | None] | None = None,
+    ) -> TokenPipelineOutput | tuple:
+        """Make pictures.
+
+        Args:
+            prompt: one, or a list.
+            num_images_per_prompt: pictures given back for each prompt.
+            guidance_scale: classifier-free guidance, 1 for none; a function of the cell is allowed. None, here and
+                for the next three, is the model's own.
+            temperature, top_k, top_p: see `samplers.logits.Sampling`.
+            sampler: a name in `samplers.SAMPLERS`, or a sampler.
+            num_candidates: pictures drawn for each prompt; the best by `rank` are given back, best first.
+            generator: one, from which every picture gets luck of its own in turn, or a list with one for each
+                picture drawn. None draws a new one.
+            tokens: [drawn, N] int64 to go on from, -1 in the cells to fill.
+            output_type: "pil", "np" ([B, H, W, 3] in [0, 1]), "pt" ([B, 3, H, W] in [0, 1]) or "latent" (ids [B, N]).
+            callback_on_step_end: called as ``callback(pipe, step, cells decided, {"tokens": [drawn, N]})`` after each
+                step; set ``pipe._interrupt = True`` in it to stop there and keep what is written.
+        """
+        if output_type not in ("pil", "np", "pt", "latent"):
+            raise ValueError(f"unknown output_type {output_type!r}: expected pil, np, pt or latent")
+        each = num_images_per_prompt if num_candidates is None else num_candidates
+        if not 1 <= num_images_per_prompt <= each:
+            raise ValueError(
+                f"num_images_per_prompt is {num_images_per_prompt} and num_candidates {num_candidates}: "
+                "expected at least 1 picture, and at least as many candidates"
+            )
+        asked = [prompt] if isinstance(prompt, str) else prompt
+        prompts = [text for text in asked for _ in range(each)]
+        generators = generator if isinstance(generator, list) else own_generators(generator, len(prompts))
+        settings = {"guidance_scale": guidance_scale, "temperature": temperature, "top_k": top_k, "top_p": top_p}
+        self._interrupt = False
+        with self.progress_bar(total=self.length) as bar:
+            for index, step in enumerate(self.stream(prompts, generators, **settings, sampler=sampler, tokens=tokens)):
+                bar.update(step.decided - bar.n)
+                if callback_on_step_end:
+                    callback_on_step_end(self, index, step.decided, {"tokens": step.tokens})
+                if self._interrupt:
+                    break
+        grid, scores = step.tokens, None
+        if num_candidates is not None:
+            kept, scores = self._best(asked, grid, each, num_images_per_prompt)
+            grid = grid[kept]
+        images = self.pictures(grid, output_type)
+        output = TokenPipelineOutput(images=images, tokens=grid, scores=scores)
+        return output if return_dict else output.to_tuple()
+
+    def run(self, request: Request, every: int = 1) -> Iterator[Job]:
+        """Carry out a request; yields its job, the same object, after each step, and at last with its pictures.
+
+        Close the iterator to cancel.
+        """
+        own = {key: getattr(self.defaults, key) for key in ("guidance_scale", "temperature", "top_k", "top_p")}
+        settings = {key: value if getattr(request, key) is None else getattr(request, key) for key, value in own.items()}
+        request = replace(request, **settings)
+        generators = request.generators()
+        job = Job(request, torch.full((len(generators), self.length), -1))
+        prompts = [request.prompt] * len(generators)
+        for step in self.stream(prompts, generators, **settings, sampler=request.sampler, every=every):
+            job.tokens, job.passes = step.tokens, step.passes
+            yield job
+        kept = list(range(len(generators)))
+        if request.num_candidates is not None:
+            kept, job.scores = self._best([request.prompt], job.tokens, len(generators), request.num_images)
+            job.log.append(f"kept {len(kept)} of {len(generators)} candidates")
+        job.requests = [request.of_picture(index) for index in kept]
+        job.tokens = job.tokens[kept]
+        job.pictures = self.pictures(job.tokens)
+        yield job
+
+    def _best(self, prompts: list[str], tokens: Tensor, each: int, keep: int) -> tuple[list[int], list[float]]:
+        """Of `each` pictures of every prompt the `keep` that fit it best: their indices, best first, and scores."""
+        images, kept, scores = self.pictures(tokens), [], []
+        for first, prompt in zip(range(0, len(images), each), prompts, strict=True):
+            ranked = self.rank(prompt, images[first : first + each])
+            order = sorted(range(each), key=lambda index: -ranked[index])[:keep]
+            kept += [first + index for index in order]
+            scores += [ranked[index] for index in order]
+        return kept, scores
+
+    @torch.no_grad()
+    def pictures(self, tokens: Tensor, output_type: str = "pil") -> list[Image.Image] | np.ndarray | Tensor:
+        """Ids [B, N] -> pictures as `__call__` gives them; undecided cells (-1) are white."""
+        if output_type == "latent":
+            return tokens
+        decided = tokens >= 0
+        pixels = self.decode_tokens(torch.where(decided, tokens, self.blank_tokens().to(tokens.device)))
+        if not decided.all():
+            side = int(self.length**0.5)
+            size = pixels.shape[-1] // side
+            mask = rearrange(decided, "b (h w) -> b 1 h w", h=side)
+            mask = mask.repeat_interleave(size, 2).repeat_interleave(size, 3)
+            pixels = torch.where(mask, pixels, torch.ones_like(pixels))
+        if output_type == "pt":
+            return pixels
+        array = rearrange(pixels.float().cpu(), "b d h w -> b h w d").numpy()
+        return numpy_to_pil(array) if output_type == "pil" else array
+
+
+def own_generators(generator: torch.Generator | None, count: int) -> list[torch.Generator]:
+    """A generator for each picture, drawn from `generator` in turn: the first n do not depend on how many follow."""
+    if generator is None:
+        generator = torch.Generator()
+        generator.seed()
+    seeds = [int(torch.randint(2**62, (1,), generator=generator, device=generator.device)) for _ in range(count)]
+    return [torch.Generator().manual_seed(seed) for seed in seeds]

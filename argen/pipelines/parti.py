@@ -1,0 +1,90 @@
+"""Text to image with a Parti-style generator (arXiv 2206.10789) over ViT-VQGAN tokens."""
+
+import logging
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+from transformers import CLIPModel, PreTrainedTokenizerFast
+
+from argen.models.parti import Parti
+from argen.models.session import DecoderSession
+from argen.pipelines.base import Defaults, TokenPipeline
+from argen.request import check_prompt
+from tokenizers_img.pixels import from_pil
+from tokenizers_img.vit_vqgan import ViTVQGAN
+
+logger = logging.getLogger(__name__)
+
+
+class PartiPipeline(TokenPipeline):
+    """Args:
+    clip: text/picture encoder; its text half conditions the generator, both halves rank candidates.
+    tokenizer: of the text.
+    transformer: the generator.
+    image_tokenizer: turns the generator's tokens into pixels.
+    """
+
+    defaults = Defaults(guidance_scale=3.0, top_k=256)
+    model_cpu_offload_seq = "clip->transformer->image_tokenizer"
+
+    def __init__(
+        self,
+        clip: CLIPModel,
+        tokenizer: PreTrainedTokenizerFast,
+        transformer: Parti,
+        image_tokenizer: ViTVQGAN,
+    ):
+        super().__init__()
+        self.register_modules(clip=clip, tokenizer=tokenizer, transformer=transformer, image_tokenizer=image_tokenizer)
+
+    @property
+    def length(self) -> int:
+        return self.transformer.length
+
+    def encode_text(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
+        """Prompts -> hidden states [B, T, text_dim] of the text encoder, mask [B, T] bool."""
+        longest = self.tokenizer.model_max_length
+        if any(len(self.tokenizer(prompt, truncation=False, verbose=False).input_ids) > longest for prompt in prompts):
+            logger.warning("the prompt is longer than %d text tokens: the rest of it is not read", longest)
+        text = self.tokenizer(prompts, padding=True, truncation=True, return_tensors="pt").to(self.device)
+        states = self.clip.text_model(input_ids=text.input_ids, attention_mask=text.attention_mask).last_hidden_state
+        return states, text.attention_mask.bool()
+
+    def start(self, prompts: list[str], guided: bool) -> DecoderSession:
+        """See `TokenPipeline.start`. Raises ValueError for an empty or endless prompt."""
+        for prompt in dict.fromkeys(prompts):
+            check_prompt(prompt)
+        texts = list(dict.fromkeys([*prompts, ""]))
+        states, mask = self.encode_text(texts)
+        encoded = self.transformer.encode_text(states, mask)
+        rows = [texts.index(prompt) for prompt in prompts]
+        rows += [texts.index("")] * len(prompts) if guided else []
+        return DecoderSession(self.transformer, encoded[rows], mask[rows], guided)
+
+    def decode_tokens(self, tokens: Tensor) -> Tensor:
+        """See `TokenPipeline.decode_tokens`."""
+        return self.image_tokenizer.decode(tokens).clamp(0, 1)
+
+    def blank_tokens(self) -> Tensor:
+        """See `TokenPipeline.blank_tokens`: those of a white picture."""
+        size = self.image_tokenizer.config.image_size
+        white = torch.ones(1, 3, size, size, device=self.device, dtype=self.image_tokenizer.dtype)
+        return self.image_tokenizer.encode(white)[0]
+
+    @torch.no_grad()
+    def rank(self, prompt: str, images: list[Image.Image]) -> list[float]:
+        """Cosine of each picture to the prompt, by `clip`."""
+        text, pictures = self.embed([prompt], images)
+        return (pictures @ text[0]).tolist()
+
+    @torch.no_grad()
+    def embed(self, prompts: list[str], images: list[Image.Image]) -> tuple[Tensor, Tensor]:
+        """Unit vectors of prompts [P, E] and pictures [B, E], by `clip`."""
+        text = self.tokenizer(prompts, padding=True, truncation=True, return_tensors="pt").to(self.device)
+        size = self.clip.config.vision_config.image_size
+        pixels = torch.stack([from_pil(image, size) for image in images]).to(self.device, self.clip.dtype)
+        by_text = self.clip.text_projection(self.clip.text_model(**text).pooler_output)
+        by_picture = self.clip.visual_projection(self.clip.vision_model(2 * pixels - 1).pooler_output)
+        return F.normalize(by_text.float(), dim=-1), F.normalize(by_picture.float(), dim=-1)

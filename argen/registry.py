@@ -1,0 +1,170 @@
+"""What exists: the weights that ship with argen and the published ones that it loads; `load` gives any of them."""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from diffusers import ModelMixin
+from safetensors import SafetensorError
+from transformers import AutoTokenizer, CLIPModel
+from transformers.utils import logging as transformers_logging
+
+from argen.models.parti import Parti
+from argen.pipelines.base import TokenPipeline
+from argen.pipelines.dalle_mini import DalleMiniPipeline
+from argen.pipelines.parti import PartiPipeline
+from tokenizers_img.vit_vqgan import ViTVQGAN
+
+WEIGHTS = Path(__file__).parent / "weights"
+PIPELINES = {cls.__name__: cls for cls in (PartiPipeline, DalleMiniPipeline)}
+
+
+@dataclass(frozen=True)
+class Model:
+    """One line of `argen models`, and how it is loaded.
+
+    Attributes:
+        kind: "generator" (`load` gives a pipeline), "tokenizer" (picture <-> ids) or "encoder" (text and picture).
+        repo: hub repository of published weights, None for shipped ones.
+        files: glob patterns of the files in `repo` that are read.
+        read: turns the folder that holds the files into the pipeline or network.
+        parameters: in millions, of everything that the id loads by itself.
+    """
+
+    kind: str
+    about: str
+    licence: str
+    parameters: float
+    read: Callable[[Path], TokenPipeline | torch.nn.Module]
+    repo: str | None = None
+    files: tuple[str, ...] = ()
+
+
+def _parti(folder: Path) -> PartiPipeline:
+    return PartiPipeline(
+        clip=_clip(WEIGHTS / "emoji-clip"),
+        tokenizer=AutoTokenizer.from_pretrained(WEIGHTS / "emoji-clip"),
+        transformer=_network(Parti, folder),
+        image_tokenizer=_network(ViTVQGAN, WEIGHTS / "emoji-vitvqgan"),
+    )
+
+
+def _clip(folder: Path) -> CLIPModel:
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        model, info = CLIPModel.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()
+    return _complete(model, info, folder)
+
+
+def _network(cls: type[ModelMixin], folder: Path) -> ModelMixin:
+    model, info = cls.from_pretrained(folder, torch_dtype=torch.float32, output_loading_info=True)
+    return _complete(model, info, folder)
+
+
+def _complete(model: torch.nn.Module, info: dict, folder: Path) -> torch.nn.Module:
+    wrong = [f"{kind.removesuffix('_keys')} {key}" for kind in info for key in info[kind]]
+    if wrong:
+        raise ValueError(f"does not fit {type(model).__name__}: {'; '.join(wrong[:3])}")
+    return model.eval()
+
+
+def _vitvqgan(size: str) -> Callable[[Path], ViTVQGAN]:
+    def read(folder: Path) -> ViTVQGAN:
+        found = sorted(folder.glob("*.ckpt"))
+        if len(found) != 1:
+            raise FileNotFoundError(f"{len(found)} .ckpt files in {folder}: expected one")
+        return ViTVQGAN.from_original(found[0], size)
+
+    return read
+
+
+def _dalle(size: str) -> dict:
+    return {
+        "licence": "Apache-2.0 (weights), MIT (their PyTorch form)",
+        "repo": "kuprel/min-dalle",
+        "files": tuple(DalleMiniPipeline.original_files(size)),
+        "read": lambda folder: DalleMiniPipeline.from_original(folder, size),
+    }
+
+
+MODELS = {
+    "argen/emoji-parti": Model(
+        "generator", "text -> 64 tokens -> 128 x 128 emoji, Parti-style", "Apache-2.0", 6.3, _parti
+    ),
+    "argen/emoji-vitvqgan": Model(
+        "tokenizer", "ViT-VQGAN, 128 x 128 <-> 8 x 8 ids of 4096", "Apache-2.0", 8.0, lambda f: _network(ViTVQGAN, f)
+    ),
+    "argen/emoji-clip": Model(
+        "encoder", "CLIP of emoji and their captions", "Apache-2.0", 3.7, _clip
+    ),
+    "dalle-mini": Model("generator", "DALL-E mini, text -> 256 tokens -> 256 x 256", parameters=484.7, **_dalle("mini")),
+    "dalle-mega": Model("generator", "DALL-E mega, text -> 256 tokens -> 256 x 256", parameters=2634.7, **_dalle("mega")),
+    **{
+        f"thuanz123/vitvqgan-imagenet-{size}": Model(
+            "tokenizer",
+            f"ViT-VQGAN {size}, 256 x 256 <-> 32 x 32 ids of 8192",
+            "MIT",
+            parameters,
+            _vitvqgan(size),
+            repo=f"thuanz123/vitvqgan-imagenet-{size}",
+            files=("*.ckpt",),
+        )
+        for size, parameters in (("small", 52.0), ("base", 172.2))
+    },
+}
+
+
+def load(model: str | Path) -> TokenPipeline | torch.nn.Module:
+    """The pipeline of a generator, or the network of a tokenizer or encoder, on the CPU in float32.
+
+    Args:
+        model: an id of `MODELS`, or a folder written by a pipeline's ``save_pretrained``. Published weights are taken
+            from the hub's cache, or fetched into it.
+
+    Raises:
+        ValueError: no such model; weights that cannot be read or do not fit.
+        FileNotFoundError, ConnectionError: published weights that are not here and cannot be fetched.
+    """
+    if str(model) in MODELS:
+        entry = MODELS[str(model)]
+        folder = _fetch(str(model), entry) if entry.repo else WEIGHTS / str(model).removeprefix("argen/")
+        read = entry.read
+    elif (Path(model) / "model_index.json").is_file():
+        folder, read = Path(model), _pipeline
+    else:
+        raise ValueError(
+            f"unknown model {str(model)!r}: expected one of {', '.join(MODELS)}, or a folder with a saved pipeline"
+        )
+    try:
+        return read(folder)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        if isinstance(error, FileNotFoundError):
+            raise
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(f"the weights in {folder} cannot be used ({reason}): install argen or fetch them again") from error
+
+
+def _pipeline(folder: Path) -> TokenPipeline:
+    name = json.loads((folder / "model_index.json").read_text()).get("_class_name")
+    if name not in PIPELINES:
+        raise ValueError(f"it holds a {name}, expected one of {', '.join(PIPELINES)}")
+    return PIPELINES[name].from_pretrained(folder)
+
+
+def _fetch(name: str, entry: Model) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(entry.repo, allow_patterns=list(entry.files)))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise ConnectionError(
+            f"{name} is not on this machine and could not be fetched from the hub: connect to the network, or put "
+            f"{', '.join(entry.files)} of {entry.repo} into the hub's cache"
+        ) from error

@@ -1,0 +1,109 @@
+"""What is asked of a generator, and what has become of it: one object behind command line, Python, web page and APIs."""
+
+from dataclasses import asdict, dataclass, field, replace
+
+import torch
+from PIL import Image
+
+from samplers import SAMPLERS
+from samplers.logits import Sampling
+
+MAX_PROMPT, MAX_IMAGES, MAX_CANDIDATES = 1000, 64, 64
+
+
+@dataclass(frozen=True)
+class Request:
+    """A wish for pictures, checked when it is made.
+
+    Attributes:
+        prompt: at most `MAX_PROMPT` characters.
+        model: id of the generator.
+        num_images: pictures to give back.
+        seed: picture i is drawn with ``seed + i``, and with nothing else: it does not depend on the others.
+        guidance_scale: classifier-free guidance, 1 for none; None for the model's own.
+        temperature, top_k, top_p: see `samplers.logits.Sampling`; None for the model's own.
+        sampler: a name in `samplers.SAMPLERS`.
+        num_candidates: pictures drawn, of which the `num_images` that fit the prompt best are kept; None draws no more
+            than are asked for.
+
+    Raises:
+        ValueError: says which value is out of bounds and what is expected.
+    """
+
+    prompt: str
+    model: str = "argen/emoji-parti"
+    num_images: int = 1
+    seed: int = 0
+    guidance_scale: float | None = None
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    sampler: str = "plain"
+    num_candidates: int | None = None
+
+    def __post_init__(self):
+        check_prompt(self.prompt)
+        if not 1 <= self.num_images <= MAX_IMAGES:
+            raise ValueError(f"the number of pictures is {self.num_images}: expected 1 to {MAX_IMAGES}")
+        if not 0 <= self.seed < 2**63 - MAX_CANDIDATES:
+            raise ValueError(f"seed is {self.seed}: expected 0 or more, and less than 2^63 - {MAX_CANDIDATES}")
+        if self.guidance_scale is not None and not 0 <= self.guidance_scale <= 100:
+            raise ValueError(f"guidance_scale is {self.guidance_scale}: expected 0 to 100 (1 is no guidance)")
+        if self.sampler not in SAMPLERS:
+            raise ValueError(f"unknown sampler {self.sampler!r}: expected one of {', '.join(SAMPLERS)}")
+        if self.num_candidates is not None and not self.num_images <= self.num_candidates <= MAX_CANDIDATES:
+            raise ValueError(
+                f"num_candidates is {self.num_candidates}: expected at least the number of pictures "
+                f"({self.num_images}) and at most {MAX_CANDIDATES}"
+            )
+        Sampling(**{key: value for key in ("temperature", "top_k", "top_p") if (value := getattr(self, key)) is not None})
+
+    def generators(self) -> list[torch.Generator]:
+        """A source of luck for each picture that is drawn."""
+        return [torch.Generator().manual_seed(self.seed + i) for i in range(self.num_candidates or self.num_images)]
+
+    def of_picture(self, index: int) -> "Request":
+        """The request that makes the picture drawn as number `index`, alone."""
+        return replace(self, seed=self.seed + index, num_images=1, num_candidates=None)
+
+    def to_dict(self) -> dict:
+        """Plain values, without those left to the model."""
+        return {key: value for key, value in asdict(self).items() if value is not None}
+
+
+def check_prompt(prompt: str) -> None:
+    """Raises:
+    ValueError: the prompt is empty, or longer than `MAX_PROMPT` characters.
+    """
+    if not prompt.strip():
+        raise ValueError('the prompt is empty: say what to draw, for example "a red apple"')
+    if len(prompt) > MAX_PROMPT:
+        raise ValueError(f"the prompt has {len(prompt):,} characters: expected at most {MAX_PROMPT:,}")
+
+
+@dataclass
+class Job:
+    """A request under way.
+
+    Attributes:
+        request: with every value left to the model filled in.
+        tokens: [drawn, N] int64, -1 where nothing is decided yet.
+        passes: of the network, so far.
+        pictures: PIL pictures, best first where candidates were ranked; empty until they are ready.
+        requests: what makes each of `pictures` again, alone.
+        scores: cosine of each of `pictures` to the prompt, where candidates were ranked.
+        log: lines about what happened.
+    """
+
+    request: Request
+    tokens: torch.Tensor
+    passes: int = 0
+    pictures: list[Image.Image] = field(default_factory=list)
+    requests: list[Request] = field(default_factory=list)
+    scores: list[float] = field(default_factory=list)
+    log: list[str] = field(default_factory=list)
+
+    @property
+    def progress(self) -> float:
+        """Decided cells of all, 0 to 1."""
+        return (self.tokens >= 0).float().mean().item()
