@@ -34,23 +34,51 @@ def parser() -> Parser:
 
     add = commands.add_parser("generate", help="make pictures from a prompt")
     add.add_argument("prompt", nargs="?", help='what to draw, for example "a red apple, noto style"')
-    add.add_argument("-o", "--out", type=Path, required=True, metavar="FILE", help="PNG file; with -n 2 or more FILE-1.png, ...")
+    add.add_argument(
+        "-o", "--out", type=Path, required=True, metavar="FILE", help="PNG file; with -n 2 or more FILE-1.png, ..."
+    )
     add.add_argument("-n", "--num", type=int, dest="num_images", metavar="N", help="number of pictures (default: 1)")
     add.add_argument("--seed", type=int, metavar="S", help="picture i is drawn with seed S + i (default: 0)")
-    add.add_argument("--model", metavar="ID", help="see `argen models`, or a saved pipeline's folder (default: argen/emoji-parti)")
-    add.add_argument("--guidance-scale", type=float, metavar="G", help="how closely to follow the prompt, 1: no guidance (default: the model's)")
-    add.add_argument("--temperature", type=float, metavar="T", help="0: always the likeliest token (default: the model's)")
-    add.add_argument("--top-k", type=int, metavar="K", help="draw among the K likeliest tokens, 0: all (default: the model's)")
-    add.add_argument("--top-p", type=float, metavar="P", help="draw among the likeliest tokens of joint probability P (default: the model's)")
+    add.add_argument(
+        "--model", metavar="ID", help="see `argen models`, or a saved pipeline's folder (default: argen/emoji-parti)"
+    )
+    add.add_argument(
+        "--guidance-scale",
+        type=float,
+        metavar="G",
+        help="how closely to follow the prompt, 1: no guidance (default: the model's)",
+    )
+    add.add_argument(
+        "--temperature", type=float, metavar="T", help="0: always the likeliest token (default: the model's)"
+    )
+    add.add_argument(
+        "--top-k", type=int, metavar="K", help="draw among the K likeliest tokens, 0: all (default: the model's)"
+    )
+    add.add_argument(
+        "--top-p",
+        type=float,
+        metavar="P",
+        help="draw among the likeliest tokens of joint probability P (default: the model's)",
+    )
     add.add_argument("--sampler", metavar="NAME", help="how the tokens are written (default: plain)")
-    add.add_argument("--num-candidates", type=int, metavar="C", help="draw C pictures and keep the -n that fit the prompt best")
-    add.add_argument("--from", type=Path, dest="origin", metavar="PNG", help="take prompt and settings from a picture that argen made; other options win")
+    add.add_argument(
+        "--num-candidates", type=int, metavar="C", help="draw C pictures and keep the -n that fit the prompt best"
+    )
+    add.add_argument(
+        "--from",
+        type=Path,
+        dest="origin",
+        metavar="PNG",
+        help="take prompt and settings from a picture that argen made; other options win",
+    )
     _device_and_json(add)
 
     add = commands.add_parser("reconstruct", help="turn a picture into tokens and back", formatter_class=formatter)
     add.add_argument("image", type=Path, metavar="IMG")
     add.add_argument("--tokenizer", default="argen/emoji-vitvqgan", metavar="ID", help="see `argen models`")
-    add.add_argument("-o", "--out", type=Path, metavar="FILE", help="PNG file (default: IMG's name with -reconstructed.png)")
+    add.add_argument(
+        "-o", "--out", type=Path, metavar="FILE", help="PNG file (default: IMG's name with -reconstructed.png)"
+    )
     _device_and_json(add)
 
     add = commands.add_parser("models", help="list what ships and which published weights can be loaded")
@@ -58,25 +86,41 @@ def parser() -> Parser:
 
     data = commands.add_parser("data", help="build the picture sets")
     sets = data.add_subparsers(dest="set", required=True, metavar="SET")
-    add = sets.add_parser("emoji", help="single pictures with names, about 14,000 in 4 styles", formatter_class=formatter)
+    add = sets.add_parser(
+        "emoji", help="single pictures with names, about 14,000 in 4 styles", formatter_class=formatter
+    )
     add.add_argument("--out", type=Path, required=True, metavar="DIR")
-    add.add_argument("--icons", type=Path, metavar="DIR", help="folder for the icon packages; missing ones are fetched with npm")
+    add.add_argument(
+        "--icons", type=Path, metavar="DIR", help="folder for the icon packages; missing ones are fetched with npm"
+    )
     add.add_argument("--size", type=int, default=128, help="side of the pictures in pixels")
     add = sets.add_parser("scenes", help="composed pictures with exact truth", formatter_class=formatter)
     add.add_argument("--emoji", type=Path, required=True, metavar="DIR", help="made by `argen data emoji`")
     add.add_argument("--out", type=Path, required=True, metavar="DIR")
-    add.add_argument("--num", type=int, default=12000, help="training scenes; the other splits have a tenth of that each")
+    add.add_argument(
+        "--num", type=int, default=12000, help="training scenes; the other splits have a tenth of that each"
+    )
     add.add_argument("--seed", type=int, default=0)
-    add = sets.add_parser("sample", help="a small set out of a large one, as it ships for the tests", formatter_class=formatter)
+    add = sets.add_parser(
+        "sample", help="a small set out of a large one, as it ships for the tests", formatter_class=formatter
+    )
     add.add_argument("--emoji", type=Path, required=True, metavar="DIR", help="made by `argen data emoji`")
     add.add_argument("--out", type=Path, required=True, metavar="DIR")
     add.add_argument("--num", type=int, default=64, help="pictures")
 
     add = commands.add_parser("train", help="train a shipped model anew", formatter_class=formatter)
-    add.add_argument("recipe", metavar="RECIPE", help="emoji-clip, emoji-vitvqgan, emoji-vitvqgan-decoder or emoji-parti")
+    add.add_argument(
+        "recipe", metavar="RECIPE", help="emoji-clip, emoji-vitvqgan, emoji-vitvqgan-decoder or emoji-parti"
+    )
     add.add_argument("--data", type=Path, required=True, metavar="DIR", help="made by `argen data emoji`")
     add.add_argument("--scenes", type=Path, metavar="DIR", help="made by `argen data scenes`")
-    add.add_argument("--out", type=Path, required=True, metavar="DIR", help="checkpoints, log, sample grids; goes on from what is there")
+    add.add_argument(
+        "--out",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="checkpoints, log, sample grids; goes on from what is there",
+    )
     add.add_argument("--clip", type=Path, metavar="DIR", help="trained emoji-clip (default: the shipped one)")
     add.add_argument("--tokenizer", type=Path, metavar="DIR", help="trained emoji-vitvqgan (default: the shipped one)")
     add.add_argument("--setting", choices=("cpu", "gpu"), default="cpu", help="length and batch size")
@@ -94,7 +138,9 @@ def parser() -> Parser:
     add = commands.add_parser("ui", help="open the web page", formatter_class=formatter)
     add.add_argument("--port", type=int, default=7860)
     add.add_argument("--host", default="127.0.0.1", help="0.0.0.0 to let other machines in")
-    add.add_argument("--data-dir", type=Path, default=Path("pictures"), metavar="DIR", help="where finished pictures are kept")
+    add.add_argument(
+        "--data-dir", type=Path, default=Path("pictures"), metavar="DIR", help="where finished pictures are kept"
+    )
     add.add_argument("--device", metavar="NAME", help="cpu, cuda, mps (default: the best one here)")
     return top
 
@@ -266,7 +312,9 @@ def main(argv: list[str] | None = None) -> int:
         print(f"argen {args.command}: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except ModuleNotFoundError as error:
-        print(f"argen {args.command}: error: {error.name} is not installed: pip install 'argen[train]'", file=sys.stderr)
+        print(
+            f"argen {args.command}: error: {error.name} is not installed: pip install 'argen[train]'", file=sys.stderr
+        )
         return 2
     except KeyboardInterrupt:
         print(f"argen {args.command}: stopped", file=sys.stderr)

@@ -25,7 +25,9 @@ def open_picture(path: str | Path) -> Image.Image:
         picture = Image.open(path)
         picture.load()
     except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path} could not be read as a picture ({error}): expected a PNG, JPEG or WebP file") from error
+        raise ValueError(
+            f"{path} could not be read as a picture ({error}): expected a PNG, JPEG or WebP file"
+        ) from error
     return picture
 
 
@@ -57,7 +59,9 @@ def read_request(path: str | Path) -> Request:
     """
     text = open_picture(path).info.get(KEY)
     if text is None:
-        raise ValueError(f"{path} holds no settings of argen: expected a PNG file made by `argen generate` or the web page")
+        raise ValueError(
+            f"{path} holds no settings of argen: expected a PNG file made by `argen generate` or the web page"
+        )
     try:
         return Request(**json.loads(text))
     except (TypeError, ValueError) as error:

@@ -1,7 +1,9 @@
 """What exists: the weights that ship with argen and the published ones that it loads; `load` gives any of them."""
 
+import importlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,7 +11,6 @@ import torch
 from diffusers import ModelMixin
 from safetensors import SafetensorError
 from transformers import AutoTokenizer, CLIPModel
-from transformers.utils import logging as transformers_logging
 
 from argen.models.parti import Parti
 from argen.pipelines.base import TokenPipeline
@@ -52,22 +53,16 @@ def _parti(folder: Path) -> PartiPipeline:
 
 
 def _clip(folder: Path) -> CLIPModel:
-    shown = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
-    try:
-        model, info = CLIPModel.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
-    finally:
-        if shown:
-            transformers_logging.enable_progress_bar()
-    return _complete(model, info, folder)
+    model, info = CLIPModel.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    return _complete(model, info)
 
 
 def _network(cls: type[ModelMixin], folder: Path) -> ModelMixin:
     model, info = cls.from_pretrained(folder, torch_dtype=torch.float32, output_loading_info=True)
-    return _complete(model, info, folder)
+    return _complete(model, info)
 
 
-def _complete(model: torch.nn.Module, info: dict, folder: Path) -> torch.nn.Module:
+def _complete(model: torch.nn.Module, info: dict) -> torch.nn.Module:
     wrong = [f"{kind.removesuffix('_keys')} {key}" for kind in info for key in info[kind]]
     if wrong:
         raise ValueError(f"does not fit {type(model).__name__}: {'; '.join(wrong[:3])}")
@@ -100,11 +95,13 @@ MODELS = {
     "argen/emoji-vitvqgan": Model(
         "tokenizer", "ViT-VQGAN, 128 x 128 <-> 8 x 8 ids of 4096", "Apache-2.0", 8.0, lambda f: _network(ViTVQGAN, f)
     ),
-    "argen/emoji-clip": Model(
-        "encoder", "CLIP of emoji and their captions", "Apache-2.0", 3.7, _clip
+    "argen/emoji-clip": Model("encoder", "CLIP of emoji and their captions", "Apache-2.0", 3.7, _clip),
+    "dalle-mini": Model(
+        "generator", "DALL-E mini, text -> 256 tokens -> 256 x 256", parameters=484.7, **_dalle("mini")
     ),
-    "dalle-mini": Model("generator", "DALL-E mini, text -> 256 tokens -> 256 x 256", parameters=484.7, **_dalle("mini")),
-    "dalle-mega": Model("generator", "DALL-E mega, text -> 256 tokens -> 256 x 256", parameters=2634.7, **_dalle("mega")),
+    "dalle-mega": Model(
+        "generator", "DALL-E mega, text -> 256 tokens -> 256 x 256", parameters=2634.7, **_dalle("mega")
+    ),
     **{
         f"thuanz123/vitvqgan-imagenet-{size}": Model(
             "tokenizer",
@@ -142,12 +139,29 @@ def load(model: str | Path) -> TokenPipeline | torch.nn.Module:
             f"unknown model {str(model)!r}: expected one of {', '.join(MODELS)}, or a folder with a saved pipeline"
         )
     try:
-        return read(folder)
+        with _without_progress_bars():
+            return read(folder)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         if isinstance(error, FileNotFoundError):
             raise
         reason = " ".join(str(error).split())[:300]
-        raise ValueError(f"the weights in {folder} cannot be used ({reason}): install argen or fetch them again") from error
+        raise ValueError(
+            f"the weights in {folder} cannot be used ({reason}): install argen or fetch them again"
+        ) from error
+
+
+@contextmanager
+def _without_progress_bars() -> Iterator[None]:
+    """These weights load faster than a bar is drawn."""
+    libraries = [importlib.import_module(f"{name}.utils.logging") for name in ("diffusers", "transformers")]
+    shown = [library for library in libraries if library.is_progress_bar_enabled()]
+    for library in shown:
+        library.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for library in shown:
+            library.enable_progress_bar()
 
 
 def _pipeline(folder: Path) -> TokenPipeline:

@@ -56,7 +56,9 @@ class Request:
                 f"num_candidates is {self.num_candidates}: expected at least the number of pictures "
                 f"({self.num_images}) and at most {MAX_CANDIDATES}"
             )
-        Sampling(**{key: value for key in ("temperature", "top_k", "top_p") if (value := getattr(self, key)) is not None})
+        Sampling(
+            **{key: value for key in ("temperature", "top_k", "top_p") if (value := getattr(self, key)) is not None}
+        )
 
     def generators(self) -> list[torch.Generator]:
         """A source of luck for each picture that is drawn."""

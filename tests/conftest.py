@@ -8,6 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import argen
+
 GOLDEN = Path(__file__).parent / "golden"
 
 
@@ -43,3 +45,11 @@ def published_keys(system: str) -> dict[str, dict[str, list[int]]]:
 
 def shapes(module: torch.nn.Module) -> dict[str, list[int]]:
     return {key: list(value.shape) for key, value in module.state_dict().items()}
+
+
+@pytest.fixture(scope="session")
+def pipe():
+    """The shipped generator."""
+    pipe = argen.load("argen/emoji-parti")
+    pipe.set_progress_bar_config(disable=True)
+    return pipe

@@ -115,7 +115,11 @@ class ConvHead(nn.Sequential):
         first = 2 ** (len(channels) - 2)
         layers: list[nn.Module] = [nn.Conv2d(dim, channels[1] * first**2, 1), nn.PixelShuffle(first)]
         layers += [ResidualBlock(channels[1]), ResidualBlock(channels[1])]
-        layers += [nn.Conv2d(channels[1], channels[0] * 4, 3, padding=1), nn.PixelShuffle(2), ResidualBlock(channels[0])]
+        layers += [
+            nn.Conv2d(channels[1], channels[0] * 4, 3, padding=1),
+            nn.PixelShuffle(2),
+            ResidualBlock(channels[0]),
+        ]
         layers += [nn.SiLU(), nn.Conv2d(channels[0], 12, 3, padding=1), nn.PixelShuffle(2)]
         super().__init__(*layers)
 

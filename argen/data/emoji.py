@@ -45,6 +45,13 @@ STYLES = {
 NAMES_PACKAGE = ("emojibase-data", "17.0.0")
 TEST_PERCENT, VALIDATION_PERCENT = 4, 3  # of the concepts; of the (style, concept) pairs
 SPLITS = ("train", "validation", "test")
+THINGS = (
+    "animals-nature",
+    "food-drink",
+    "travel-places",
+    "activities",
+    "objects",
+)  # groups of what is no face, person, flag or sign
 
 _TONE = r"(?:medium-light|medium-dark|light|medium|dark)"
 _LONG_TONES = re.compile(rf"(?:-{_TONE}-skin-tone)+(?=-|$)")
@@ -85,7 +92,7 @@ def _percent(key: str) -> int:
 
 
 def with_article(name: str) -> str:
-    """"apple" -> "an apple"; names in the plural and names that open with a number stay bare."""
+    """ "apple" -> "an apple"; names in the plural and names that open with a number stay bare."""
     if (name.endswith("s") and not name.endswith("ss")) or name[0].isdigit() or name.startswith("flag "):
         return name
     return f"{'an' if name[0] in 'aeiou' else 'a'} {name}"
@@ -164,7 +171,11 @@ def split_tone(icon: str, known: dict) -> tuple[str, str]:
 def icons(cache: Path) -> Iterator[tuple[Icon, str]]:
     """Every visible icon of the four sets with its SVG text, in a fixed order."""
     known = _names(fetch_package(*NAMES_PACKAGE, cache))
-    group_names = {"Animals & Nature": "animals-nature", "Food & Drink": "food-drink", "Travel & Places": "travel-places"}
+    group_names = {
+        "Animals & Nature": "animals-nature",
+        "Food & Drink": "food-drink",
+        "Travel & Places": "travel-places",
+    }
     group_names |= {"Smileys & Emotion": "smileys-emotion", "People & Body": "people-body"}
     for style, source in STYLES.items():
         folder = fetch_package(source.package, source.version, cache)
@@ -209,7 +220,9 @@ def render(svg: str, size: int) -> bytes:
     """An SVG as a `size` x `size` PNG, padded to a square, on white."""
     import resvg_py
 
-    drawn = Image.open(BytesIO(bytes(resvg_py.svg_to_bytes(svg_string=svg, width=2 * size, skip_system_fonts=True)))).convert("RGBA")
+    drawn = Image.open(
+        BytesIO(bytes(resvg_py.svg_to_bytes(svg_string=svg, width=2 * size, skip_system_fonts=True)))
+    ).convert("RGBA")
     drawn.thumbnail((size, size), Image.Resampling.LANCZOS)
     picture = Image.new("RGB", (size, size), "white")
     picture.paste(drawn, ((size - drawn.width) // 2, (size - drawn.height) // 2), drawn)
@@ -246,3 +259,33 @@ def build(out: Path, icons_dir: Path | None = None, size: int = 128) -> dict[str
             rows[split].append({"image": png, **asdict(record)})
     write_splits(out, rows)
     return dict(Counter({split: len(part) for split, part in rows.items()}))
+
+
+def sample(emoji: Path, out: Path, num: int = 64) -> dict[str, int]:
+    """A small set out of the one in `emoji`: of each style as many, three of four for training; same layout and columns.
+
+    The pictures are those of things with short names, in an order fixed by a hash.
+    """
+    from argen.data.tables import read_split, write_splits
+
+    rows: dict[str, list[dict]] = {}
+    shares = {"train": num * 3 // 4, "validation": num // 8, "test": num - num * 3 // 4 - num // 8}
+    for split, share in shares.items():
+        table = read_split(emoji, split)
+        plain = table.remove_columns("image").to_list()
+        chosen = []
+        for index, style in enumerate(STYLES):
+            fits = [
+                place
+                for place, row in enumerate(plain)
+                if row["style"] == style and row["group"] in THINGS and len(row["name"].split()) <= 2
+            ]
+            fits.sort(key=lambda place: hashlib.sha256(plain[place]["source"].encode()).digest())
+            chosen += fits[: (share + index) // len(STYLES)]
+        rows[split] = []
+        for place in chosen:
+            buffer = BytesIO()
+            table[place]["image"].save(buffer, "PNG", optimize=True)
+            rows[split].append({"image": buffer.getvalue(), **plain[place]})
+    write_splits(out, rows)
+    return {split: len(part) for split, part in rows.items()}

@@ -16,14 +16,13 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from argen.data.emoji import SPLITS, STYLES, with_article
+from argen.data.emoji import SPLITS, STYLES, THINGS, with_article
 from argen.data.tables import read_split, write_splits
 
 HUES = {"red": 0, "orange": 20, "yellow": 42, "green": 88, "blue": 155, "purple": 195, "pink": 230}  # of 256
 NUMBERS = ("zero", "one", "two", "three", "four", "five", "six")
 RELATIONS = ("to the left of", "to the right of", "above", "below")
 KINDS = {"count": 0.35, "colour": 0.15, "pair": 0.25, "relation": 0.25}
-GROUPS = ("animals-nature", "food-drink", "travel-places", "activities", "objects")
 LAYOUTS = {1: [(1, 1)], 2: [(1, 2), (2, 1)], 3: [(2, 2), (1, 3)], 4: [(2, 2)], 5: [(2, 3), (3, 2)], 6: [(2, 3), (3, 2)]}
 
 
@@ -77,7 +76,7 @@ class Composer:
         for row in table:
             name = row["concept"]
             simple = len(name.split()) <= 2 and not name.endswith("s") and not any(c.isdigit() for c in name)
-            if row["group"] not in GROUPS or not simple:
+            if row["group"] not in THINGS or not simple:
                 continue
             picture = np.asarray(row["image"].convert("RGB"))
             self.icons[row["style"]].append((name, picture))
@@ -120,7 +119,12 @@ class Composer:
         top, left = (cell[axis] * extent[axis] + rng.randint(1, extent[axis] - side - 1) for axis in (0, 1))
         canvas[top : top + side, left : left + side] = small
         rows, columns = np.nonzero((small < 245).any(-1))
-        return left + int(columns.min()), top + int(rows.min()), left + int(columns.max()) + 1, top + int(rows.max()) + 1
+        return (
+            left + int(columns.min()),
+            top + int(rows.min()),
+            left + int(columns.max()) + 1,
+            top + int(rows.max()) + 1,
+        )
 
     @staticmethod
     def _caption(things: list[Thing], kind: str, relation: str) -> str:

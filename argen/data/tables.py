@@ -13,8 +13,9 @@ def write_splits(out: Path, rows: dict[str, list[dict]]) -> None:
     Args:
         rows: split name -> records; ``image`` holds PNG bytes, the other fields plain values or lists of them.
     """
-    from datasets import Dataset, Features, Image
+    from datasets import Dataset, Features, Image, disable_progress_bars
 
+    disable_progress_bars()
     out = Path(out)
     if out.exists() and any(out.iterdir()):
         raise FileExistsError(f"{out} exists and is not empty: choose another folder with --out")
@@ -39,16 +40,15 @@ def write_splits(out: Path, rows: dict[str, list[dict]]) -> None:
         raise
 
 
-
-
 def read_split(folder: str | Path, split: str):
     """One split of a folder written by `write_splits`, as a `datasets.Dataset`.
 
     Raises:
         FileNotFoundError: there is no such folder or split.
     """
-    from datasets import Dataset
+    from datasets import Dataset, disable_progress_bars
 
+    disable_progress_bars()
     files = sorted(Path(folder).glob(f"data/{split}-*.parquet"))
     if not files:
         raise FileNotFoundError(f"no split {split!r} in {folder}: make the set with `argen data`, or check the path")

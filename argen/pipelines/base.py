@@ -73,7 +73,9 @@ class TokenPipeline(DiffusionPipeline):
 
     def rank(self, prompt: str, images: list[Image.Image]) -> list[float]:
         """How well each picture fits the prompt (higher is better)."""
-        raise ValueError(f"{type(self).__name__} has no picture encoder to rank candidates with: leave num_candidates out")
+        raise ValueError(
+            f"{type(self).__name__} has no picture encoder to rank candidates with: leave num_candidates out"
+        )
 
     def stream(
         self,
@@ -187,7 +189,9 @@ class TokenPipeline(DiffusionPipeline):
         Close the iterator to cancel.
         """
         own = {key: getattr(self.defaults, key) for key in ("guidance_scale", "temperature", "top_k", "top_p")}
-        settings = {key: value if getattr(request, key) is None else getattr(request, key) for key, value in own.items()}
+        settings = {
+            key: value if getattr(request, key) is None else getattr(request, key) for key, value in own.items()
+        }
         request = replace(request, **settings)
         generators = request.generators()
         job = Job(request, torch.full((len(generators), self.length), -1))
@@ -220,7 +224,10 @@ class TokenPipeline(DiffusionPipeline):
         if output_type == "latent":
             return tokens
         decided = tokens >= 0
-        pixels = self.decode_tokens(torch.where(decided, tokens, self.blank_tokens().to(tokens.device)))
+        filled = torch.where(decided, tokens, self.blank_tokens().to(tokens.device))
+        pixels = torch.cat(
+            [self.decode_tokens(row) for row in filled.split(1)]
+        )  # alone, so that no bit feels the batch
         if not decided.all():
             side = int(self.length**0.5)
             size = pixels.shape[-1] // side

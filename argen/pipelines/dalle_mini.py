@@ -38,7 +38,13 @@ class DalleMiniPipeline(TokenPipeline):
     def original_files(size: str) -> list[str]:
         """Names of the released files that `from_original` reads."""
         suffix = "_mini" if size == "mini" else ""
-        return [f"vocab{suffix}.json", f"merges{suffix}.txt", f"encoder{suffix}.pt", f"decoder{suffix}.pt", "detoker.pt"]
+        return [
+            f"vocab{suffix}.json",
+            f"merges{suffix}.txt",
+            f"encoder{suffix}.pt",
+            f"decoder{suffix}.pt",
+            "detoker.pt",
+        ]
 
     @classmethod
     def from_original(cls, folder: str | Path, size: str = "mini") -> "DalleMiniPipeline":

@@ -16,7 +16,7 @@ from argen.data.tables import pixels, read_split
 from argen.train.loop import Schedule
 
 SCHEDULES = {
-    "cpu": Schedule(steps=1500, batch_size=192, learning_rate=1e-3, weight_decay=0.05, betas=(0.9, 0.98)),
+    "cpu": Schedule(steps=900, batch_size=192, learning_rate=1e-3, warmup=100, weight_decay=0.05, betas=(0.9, 0.98)),
     "gpu": Schedule(steps=8000, batch_size=1024, learning_rate=1e-3, weight_decay=0.05, betas=(0.9, 0.98)),
 }
 MAX_LENGTH = 32
@@ -131,14 +131,20 @@ class CLIPTask:
         text = self.tokenizer(captions, padding=True, truncation=True, return_tensors="pt")
         inputs = {"input_ids": text.input_ids, "attention_mask": text.attention_mask}
         device = next(model.parameters()).device
-        out = model(**{k: v.to(device) for k, v in inputs.items()}, pixel_values=preprocess(self.pictures["test"][picked]).to(device))
+        out = model(
+            **{k: v.to(device) for k, v in inputs.items()},
+            pixel_values=preprocess(self.pictures["test"][picked]).to(device),
+        )
         ranks = [
             (part > part.diagonal()[:, None]).sum(dim=1)
             for i in range(0, 600, 100)
             for part in (out.logits_per_text[i : i + 100, i : i + 100].float(),)
         ]
         ranks = torch.cat(ranks)
-        return {"recall@1 of 100": (ranks < 1).float().mean().item(), "recall@5 of 100": (ranks < 5).float().mean().item()}
+        return {
+            "recall@1 of 100": (ranks < 1).float().mean().item(),
+            "recall@5 of 100": (ranks < 5).float().mean().item(),
+        }
 
     def sample(self) -> Image.Image:
         grid = self.pictures["test"][:32].unflatten(0, (4, 8)).permute(0, 2, 1, 3, 4).flatten(0, 1).flatten(1, 2)

@@ -13,7 +13,8 @@ from transformers import AutoTokenizer, CLIPTextModel
 
 from argen.data.emoji import caption
 from argen.data.tables import pixels, read_split
-from argen.models.parti import Parti, PartiSession
+from argen.models.parti import Parti
+from argen.models.session import DecoderSession
 from argen.train.loop import Schedule
 from argen.train.vit_vqgan import to_unit
 from samplers.logits import Sampling, uniforms
@@ -110,7 +111,10 @@ class PartiTask:
         model = self._model()
         losses = []
         for first in range(0, len(self.held_out_captions), 64):
-            batch = {**self.text(self.held_out_captions[first : first + 64]), "tokens": self.held_out_tokens[first : first + 64]}
+            batch = {
+                **self.text(self.held_out_captions[first : first + 64]),
+                "tokens": self.held_out_tokens[first : first + 64],
+            }
             batch = {key: value.to(model.device) for key, value in batch.items()}
             logits = model(*self.encode_text(batch), batch["tokens"])
             losses.append(F.cross_entropy(logits.flatten(0, 1).float(), batch["tokens"].flatten(), reduction="none"))
@@ -124,7 +128,7 @@ class PartiTask:
         both = {key: value.to(model.device) for key, value in self.text([*captions, *[""] * len(captions)]).items()}
         states, mask = self.encode_text(both)
         half = len(captions)
-        session = PartiSession(model, states[:half], mask[:half], states[half:], mask[half:])
+        session = DecoderSession(model, model.encode_text(states, mask), mask, guided=True)
         grid = torch.full((half, model.length), -1, device=model.device)
         luck = uniforms([torch.Generator().manual_seed(i) for i in range(half)], model.length)
         for state in Plain()(session, grid, Sampling(top_k=256), 3.0, luck):

@@ -1,25 +1,34 @@
-"""Recipe `emoji-vitvqgan`: ViT-VQGAN on the emoji pictures (arXiv 2110.04627, section 3)."""
+"""Recipes `emoji-vitvqgan` and `emoji-vitvqgan-decoder`: ViT-VQGAN on the emoji pictures (arXiv 2110.04627, section 3).
+
+The paper's losses in two stages: the first trains everything on the codebook, L2 and L1 terms; the second keeps encoder and
+codes, so that ids keep their meaning, and trains the decoder on with the perceptual and the adversarial term.
+"""
 
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from PIL import Image
 from torch import Tensor, nn
+from transformers import CLIPVisionModel
 
 from argen.data.tables import pixels, read_split
 from argen.train.loop import Schedule
 from tokenizers_img.vit_vqgan import ViTVQGAN
 
 SCHEDULES = {
-    "cpu": Schedule(steps=4500, batch_size=64, learning_rate=8e-4, warmup=100),
+    "cpu": Schedule(steps=4000, batch_size=32, learning_rate=6e-4, warmup=200),
     "gpu": Schedule(steps=40000, batch_size=256, learning_rate=8e-4),
 }
-L1, L2, PERCEPTUAL, ADVERSARIAL = 0.2, 1.0, 0.1, 0.1
-REVIVE_EVERY = 50
+DECODER_SCHEDULES = {
+    "cpu": Schedule(steps=1000, batch_size=32, learning_rate=2e-4, warmup=50),
+    "gpu": Schedule(steps=10000, batch_size=256, learning_rate=2e-4),
+}
+L1, L2 = 0.2, 1.0
+PERCEPTUAL, ADVERSARIAL = 0.01, 0.2  # the second relative to the gradient of the other terms
+REVIVE_EVERY, REVIVE_UNTIL = 50, 0.8  # steps; share of the schedule
 NOISE = 0.15  # standard deviation, of the size of the quantization error of 4096 codes on the unit sphere
 NOISE_ONLY, NOISE_UNTIL = 0.06, 0.2  # shares of the schedule: no picture quantized before, every picture after
 
@@ -53,7 +62,9 @@ def augment(pictures: Tensor, generator: torch.Generator) -> Tensor:
     shifts = torch.randint(-8, 9, (len(pictures), 2), generator=generator)
     padded = F.pad(out, (0, 0, 8, 8, 8, 8), value=255)
     height, width = out.shape[1:3]
-    out = torch.stack([p[8 + y : 8 + y + height, 8 + x : 8 + x + width] for p, (y, x) in zip(padded, shifts.tolist())])
+    out = torch.stack(
+        [p[8 + y : 8 + y + height, 8 + x : 8 + x + width] for p, (y, x) in zip(padded, shifts.tolist(), strict=True)]
+    )
     for index in (mosaic < 0.12).nonzero().flatten().tolist():
         four = out[torch.randint(len(out), (4,), generator=generator)]
         small = F.avg_pool2d(four.permute(0, 3, 1, 2).float(), 2).round().to(torch.uint8)
@@ -88,109 +99,125 @@ class PerceptualDistance(nn.Module):
         return distance / len(self.layers)
 
 
-class ViTVQGANTask:
-    """Args:
-    data: folder made by ``argen data emoji``.
-    perceptual: the picture encoder's folder (``argen/emoji-clip``), or None to train on pixels alone.
-    adversarial_from: step at which the discriminator joins.
+class Reconstruction:
+    """What both stages share: pictures in, pictures out, compared on held-out concepts.
+
+    Args:
+        model: the tokenizer that is trained.
+        data: folder made by ``argen data emoji``.
     """
 
-    def __init__(self, data: Path, perceptual: Path | None, adversarial_from: int, total: int):
+    def __init__(self, model: ViTVQGAN, data: Path):
         self.train, self.test = (torch.from_numpy(pixels(read_split(data, s))) for s in ("train", "test"))
-        self.networks: dict[str, nn.Module] = {"model": network(), "discriminator": PatchDiscriminator()}
-        for module in self.networks.values():
-            module.to(memory_format=torch.channels_last)
-        self.perceptual = None
-        if perceptual:
-            from transformers import CLIPVisionModel
+        self.networks: dict[str, nn.Module] = {"model": model}
+        model.to(memory_format=torch.channels_last)
 
-            self.perceptual = PerceptualDistance(CLIPVisionModel.from_pretrained(perceptual, dtype=torch.float32))
-        self.adversarial_from, self.total = adversarial_from, total
-        model = self.networks["model"]
-        self.tokens, self.width = model.grid**2, model.config.embed_dim
-        self.used = torch.zeros(self.networks["model"].quantizer.embedding.num_embeddings)
-
-    def batch(self, size: int, generator: torch.Generator) -> dict[str, Tensor]:
-        chosen = torch.randint(len(self.train), (size,), generator=generator)
-        noise = NOISE * torch.randn(size, self.tokens, self.width, generator=generator)
-        return {
-            "pixels": to_unit(augment(self.train[chosen], generator)),
-            "noise": noise,
-            "luck": torch.rand(size, 1, 1, generator=generator),
-        }
-
-    def losses(self, batch: dict[str, Tensor], step: int, log: dict[str, float]) -> Iterator[tuple[str, Tensor]]:
-        real = batch["pixels"]
-        model, discriminator = self.networks["model"], self.networks["discriminator"]
-        skipping = (NOISE_UNTIL - step / self.total) / (NOISE_UNTIL - NOISE_ONLY)  # probability, falls from 1 to 0
-        noise = batch["noise"] * (batch["luck"] < skipping) if skipping > 0 else None
-        made, quantization, ids = model(real, noise)
-        made = made.float()
-        error = made - real
-        loss = L2 * error.square().mean() + L1 * error.abs().mean()
-        log |= {"l2": error.square().mean().item(), "vq": quantization.item()}
-        if self.perceptual:
-            distance = self.perceptual(made, real)
-            loss = loss + PERCEPTUAL * 0.1 * distance
-            log["perceptual"] = distance.item()
-        adversarial = step >= self.adversarial_from
-        if adversarial:
-            discriminator.requires_grad_(False)
-            fooled = -discriminator(made).mean()
-            weight = self._adaptive_weight(loss, fooled, made)
-            loss = loss + ADVERSARIAL * weight * fooled
-            discriminator.requires_grad_(True)
-        yield "model", loss + quantization
-        self._revive(ids, real, step)
-
-        if step >= self.adversarial_from - 200:  # a head start for the discriminator
-            real_logits, made_logits = discriminator(real).float(), discriminator(made.detach()).float()
-            hinge = F.relu(1 - real_logits).mean() + F.relu(1 + made_logits).mean()
-            log["discriminator"] = hinge.item()
-            yield "discriminator", hinge
-
-    @staticmethod
-    def _adaptive_weight(loss: Tensor, fooled: Tensor, made: Tensor) -> Tensor:
-        """Scale the adversarial gradient to the size of the others at the pixels (VQGAN, arXiv 2012.09841, eq. 7)."""
-        (wanted,) = torch.autograd.grad(loss, made, retain_graph=True)
-        (given,) = torch.autograd.grad(fooled, made, retain_graph=True)
-        return (wanted.norm() / (given.norm() + 1e-8)).clamp(max=1e4).detach()
-
-    @torch.no_grad()
-    def _revive(self, ids: Tensor, real: Tensor, step: int) -> None:
-        self.used += torch.bincount(ids.flatten().cpu(), minlength=len(self.used))
-        if step % REVIVE_EVERY or step > 0.8 * self.total:
-            return
-        model = self.networks["model"]
-        model = getattr(model, "module", model)
-        z = model.pre_quant(model.encoder(real)).flatten(0, 1)
-        dead = self.used < 2
-        model.quantizer.revive(dead.to(z.device), z)
-        self.used.zero_()
+    def model(self) -> ViTVQGAN:
+        return getattr(self.networks["model"], "module", self.networks["model"])
 
     @torch.no_grad()
     def _reconstruct(self, pictures: Tensor) -> tuple[Tensor, Tensor]:
-        model = self.networks["model"]
-        model = getattr(model, "module", model)
-        device = next(model.parameters()).device
-        parts = [model(to_unit(part).to(device)) for part in pictures.split(64)]
+        parts = [self.model()(to_unit(part).to(self.model().device)) for part in pictures.split(64)]
         return torch.cat([p[0].float().clamp(0, 1).cpu() for p in parts]), torch.cat([p[2].cpu() for p in parts])
 
     def evaluate(self) -> dict[str, float]:
+        """On held-out concepts: PSNR in dB, mean of the pictures; share of the codes that they use."""
         made, ids = self._reconstruct(self.test)
         error = (made - to_unit(self.test)).square().mean(dim=(1, 2, 3))
-        return {
-            "psnr": (-10 * error.log10()).mean().item(),
-            "codes_used": ids.unique().numel() / len(self.used),
-        }
+        codes = self.model().config.n_embed
+        return {"psnr": (-10 * error.log10()).mean().item(), "codes_used": ids.unique().numel() / codes}
 
     def sample(self) -> Image.Image:
+        """32 held-out pictures, each above its reconstruction."""
         pictures = self.test[:: len(self.test) // 32][:32]
         made, _ = self._reconstruct(pictures)
         pairs = torch.stack([to_unit(pictures), made], dim=1)
         grid = rearrange(pairs, "(r c) two d h w -> (r two h) (c w) d", c=8)
-        return Image.fromarray((grid * 255).round().to(torch.uint8).numpy().astype(np.uint8))
+        return Image.fromarray((grid * 255).round().to(torch.uint8).numpy())
 
     def save(self, folder: Path) -> None:
-        model = self.networks["model"]
-        getattr(model, "module", model).to(torch.bfloat16).save_pretrained(folder)
+        self.model().to(torch.bfloat16).save_pretrained(folder)
+
+
+class ViTVQGANTask(Reconstruction):
+    """The first stage: everything, from scratch.
+
+    Args:
+        total: steps of the schedule, which the noise and the revival of dead codes follow.
+    """
+
+    def __init__(self, data: Path, total: int):
+        super().__init__(network(), data)
+        self.total = total
+        self.used = torch.zeros(self.model().config.n_embed)
+
+    def batch(self, size: int, generator: torch.Generator) -> dict[str, Tensor]:
+        config = self.model().config
+        chosen = torch.randint(len(self.train), (size,), generator=generator)
+        noise = NOISE * torch.randn(size, self.model().grid ** 2, config.embed_dim, generator=generator)
+        pictures = to_unit(augment(self.train[chosen], generator))
+        return {"pixels": pictures, "noise": noise, "luck": torch.rand(size, 1, 1, generator=generator)}
+
+    def losses(self, batch: dict[str, Tensor], step: int, log: dict[str, float]) -> Iterator[tuple[str, Tensor]]:
+        real = batch["pixels"]
+        skipping = (NOISE_UNTIL - step / self.total) / (NOISE_UNTIL - NOISE_ONLY)  # probability, falls from 1 to 0
+        noise = batch["noise"] * (batch["luck"] < skipping) if skipping > 0 else None
+        made, quantization, ids = self.networks["model"](real, noise)
+        error = made.float() - real
+        log |= {"l2": error.square().mean().item(), "vq": quantization.item()}
+        yield "model", L2 * error.square().mean() + L1 * error.abs().mean() + quantization
+        self._revive(ids, real, step)
+
+    @torch.no_grad()
+    def _revive(self, ids: Tensor, real: Tensor, step: int) -> None:
+        self.used += torch.bincount(ids.flatten().cpu(), minlength=len(self.used))
+        if step % REVIVE_EVERY or step > REVIVE_UNTIL * self.total:
+            return
+        model = self.model()
+        z = model.pre_quant(model.encoder(real)).flatten(0, 1)
+        model.quantizer.revive((self.used < 2).to(z.device), z)
+        self.used.zero_()
+
+
+class DecoderTask(Reconstruction):
+    """The second stage: the decoder alone, with the perceptual and the adversarial term.
+
+    Args:
+        tokenizer, clip: folders of the tokenizer after the first stage, and of `emoji-clip`.
+    """
+
+    def __init__(self, data: Path, tokenizer: Path, clip: Path):
+        model = ViTVQGAN.from_pretrained(tokenizer, torch_dtype=torch.float32)
+        for part in (model.encoder, model.pre_quant, model.quantizer):
+            part.requires_grad_(False)
+        super().__init__(model, data)
+        self.networks["discriminator"] = PatchDiscriminator().to(memory_format=torch.channels_last)
+        self.perceptual = PerceptualDistance(CLIPVisionModel.from_pretrained(clip, dtype=torch.float32))
+
+    def batch(self, size: int, generator: torch.Generator) -> dict[str, Tensor]:
+        chosen = torch.randint(len(self.train), (size,), generator=generator)
+        return {"pixels": to_unit(augment(self.train[chosen], generator))}
+
+    def losses(self, batch: dict[str, Tensor], step: int, log: dict[str, float]) -> Iterator[tuple[str, Tensor]]:
+        real, discriminator = batch["pixels"], self.networks["discriminator"]
+        made = self.networks["model"](real)[0].float()
+        distance = self.perceptual.to(real.device)(made, real)
+        error = made - real
+        loss = L2 * error.square().mean() + L1 * error.abs().mean() + PERCEPTUAL * distance
+        discriminator.requires_grad_(False)
+        fooled = -discriminator(made).float().mean()
+        discriminator.requires_grad_(True)
+        log |= {"l2": error.square().mean().item(), "perceptual": distance.item(), "fooled": fooled.item()}
+        yield "model", loss + ADVERSARIAL * adaptive_weight(loss, fooled, made) * fooled
+
+        real_logits, made_logits = discriminator(real).float(), discriminator(made.detach()).float()
+        hinge = F.relu(1 - real_logits).mean() + F.relu(1 + made_logits).mean()
+        log["discriminator"] = hinge.item()
+        yield "discriminator", hinge
+
+
+def adaptive_weight(loss: Tensor, fooled: Tensor, made: Tensor) -> Tensor:
+    """What brings the adversarial gradient to the size of the others' at the pixels (VQGAN, arXiv 2012.09841, eq. 7)."""
+    (wanted,) = torch.autograd.grad(loss, made, retain_graph=True)
+    (given,) = torch.autograd.grad(fooled, made, retain_graph=True)
+    return (wanted.norm() / (given.norm() + 1e-8)).clamp(max=1e4).detach()

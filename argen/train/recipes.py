@@ -1,0 +1,47 @@
+"""The recipes by name: which task and schedule `argen train RECIPE` runs, and what it needs."""
+
+from pathlib import Path
+
+from argen.train import clip as clip_recipe
+from argen.train import parti, vit_vqgan
+from argen.train.loop import train
+
+SCHEDULES = {
+    "emoji-clip": clip_recipe.SCHEDULES,
+    "emoji-vitvqgan": vit_vqgan.SCHEDULES,
+    "emoji-vitvqgan-decoder": vit_vqgan.DECODER_SCHEDULES,
+    "emoji-parti": parti.SCHEDULES,
+}
+
+
+def run(
+    recipe: str,
+    setting: str,
+    data: Path,
+    scenes: Path | None,
+    clip: Path,
+    tokenizer: Path,
+    out: Path,
+    seed: int = 0,
+    steps: int | None = None,
+) -> dict[str, float]:
+    """Train `recipe` in `out`, from its last checkpoint if there is one; returns the scores on held-out data.
+
+    Args:
+        setting: "cpu" or "gpu", the schedule.
+        data, scenes: folders made by ``argen data emoji`` and ``argen data scenes``.
+        clip, tokenizer: folders of the trained parts that a recipe builds on.
+        steps: stop there; the schedule stays as long as it is.
+    """
+    if recipe not in SCHEDULES:
+        raise ValueError(f"unknown recipe {recipe!r}: expected one of {', '.join(SCHEDULES)}")
+    schedule = SCHEDULES[recipe][setting]
+    if recipe in ("emoji-clip", "emoji-parti") and scenes is None:
+        raise ValueError(f"the recipe {recipe} needs scenes too: give --scenes a folder made by `argen data scenes`")
+    task = {
+        "emoji-clip": lambda: clip_recipe.CLIPTask(data, scenes),
+        "emoji-vitvqgan": lambda: vit_vqgan.ViTVQGANTask(data, schedule.steps),
+        "emoji-vitvqgan-decoder": lambda: vit_vqgan.DecoderTask(data, tokenizer, clip),
+        "emoji-parti": lambda: parti.PartiTask(data, scenes, tokenizer, clip),
+    }[recipe]()
+    return train(task, schedule, out, seed=seed, steps=steps)

@@ -1,0 +1,49 @@
+"""The web page: its tabs, and the server that shows it."""
+
+import socket
+from pathlib import Path
+
+import gradio as gr
+
+from argen.device import pick
+from argen.registry import load
+from argen.ui import generate
+
+
+def build(data_dir: Path, device: str | None = None) -> gr.Blocks:
+    """The page with the shipped generator behind it.
+
+    Args:
+        data_dir: where finished pictures are kept; made if it is missing.
+    """
+    data_dir.mkdir(parents=True, exist_ok=True)
+    pipe = load("argen/emoji-parti").to(pick(device))
+    with gr.Blocks(title="argen", analytics_enabled=False) as page:
+        gr.Markdown("# argen\nPictures written token by token, from words.")
+        with gr.Tab("Generate"):
+            generate.tab(pipe, data_dir)
+    return page
+
+
+def launch(host: str, port: int, data_dir: Path, device: str | None = None) -> None:
+    """Serve the page until it is interrupted.
+
+    Raises:
+        OSError: the port is taken.
+    """
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except (OSError, OverflowError) as error:
+            raise OSError(f"cannot serve on {host}:{port} ({error}): choose another --port or --host") from error
+    page = build(data_dir, device)
+    page.queue().launch(
+        server_name=host,
+        server_port=port,
+        allowed_paths=[str(data_dir.resolve())],
+        quiet=True,
+        prevent_thread_lock=True,
+    )
+    print(f"argen is at http://{host}:{port} - Ctrl-C stops it", flush=True)
+    page.block_thread()

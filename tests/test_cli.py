@@ -1,0 +1,173 @@
+"""The command line, as a user types it: what it writes, and one clear line for what it cannot do."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from PIL import Image
+
+from argen.cli import main
+from argen.metadata import read_request
+from argen.registry import MODELS, WEIGHTS
+
+
+@pytest.fixture(scope="module")
+def apple(tmp_path_factory):
+    path = tmp_path_factory.mktemp("pictures") / "apple.png"
+    assert main(["generate", "a red apple", "-o", str(path), "--seed", "3", "--temperature", "0.9"]) == 0
+    return path
+
+
+def refused(capsys, *argv: str) -> str:
+    """Run a command that must fail; its one line on stderr."""
+    try:
+        code = main(list(argv))
+    except SystemExit as stop:
+        code = stop.code
+    out, err = capsys.readouterr()
+    assert code == 2
+    assert out == ""
+    assert err.count("\n") == 1, err
+    assert "Traceback" not in err
+    return err
+
+
+def test_generate_writes_a_picture_that_knows_its_settings(apple):
+    assert Image.open(apple).size == (128, 128)
+    request = read_request(apple)
+    assert (request.prompt, request.seed, request.temperature) == ("a red apple", 3, 0.9)
+    assert list(apple.parent.iterdir()) == [apple]
+
+
+def test_a_picture_is_made_again_from_itself(apple, tmp_path):
+    assert main(["generate", "--from", str(apple), "-o", str(tmp_path / "again.png")]) == 0
+    assert (tmp_path / "again.png").read_bytes() == apple.read_bytes()
+    assert main(["generate", "--from", str(apple), "--seed", "4", "-o", str(tmp_path / "other.png")]) == 0
+    assert (tmp_path / "other.png").read_bytes() != apple.read_bytes()
+
+
+def test_many_pictures_and_json(capsys, tmp_path):
+    command = ["generate", "a pizza", "-n", "2", "--num-candidates", "4", "-o", str(tmp_path / "p.png"), "--json"]
+    assert main(command) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["p-1.png", "p-2.png"]
+    assert [len(picture["tokens"]) for picture in told["pictures"]] == [64, 64]
+    assert told["pictures"][0]["score"] >= told["pictures"][1]["score"]
+    second = told["pictures"][1]
+    assert main(["generate", "--from", second["file"], "-o", str(tmp_path / "alone.png")]) == 0
+    assert (tmp_path / "alone.png").read_bytes() == (tmp_path / "p-2.png").read_bytes()
+
+
+def test_reconstruct(capsys, apple, tmp_path):
+    assert main(["reconstruct", str(apple), "-o", str(tmp_path / "r.png"), "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert len(told["tokens"]) == 64
+    assert told["psnr"] > 18
+    assert Image.open(tmp_path / "r.png").size == (128, 128)
+
+
+def test_reconstruct_takes_any_picture(tmp_path):
+    Image.new("LA", (300, 50), (0, 128)).save(tmp_path / "wide.png")
+    assert main(["reconstruct", str(tmp_path / "wide.png")]) == 0
+    assert (tmp_path / "wide-reconstructed.png").exists()
+
+
+def test_models(capsys):
+    assert main(["models", "--json"]) == 0
+    assert [row["id"] for row in json.loads(capsys.readouterr().out)] == list(MODELS)
+    assert main(["models"]) == 0
+    listing = capsys.readouterr().out
+    assert all(name in listing for name in MODELS)
+
+
+def test_bad_input_is_one_line(capsys, apple, tmp_path):
+    out = str(tmp_path / "x.png")
+    assert "the prompt is empty" in refused(capsys, "generate", "", "-o", out)
+    assert "10,000 characters" in refused(capsys, "generate", "a" * 10_000, "-o", out)
+    assert "unknown model 'argen/nothing'" in refused(capsys, "generate", "a", "-o", out, "--model", "argen/nothing")
+    assert "expected a generator" in refused(capsys, "generate", "a", "-o", out, "--model", "argen/emoji-clip")
+    assert "expected a tokenizer" in refused(capsys, "reconstruct", str(apple), "--tokenizer", "argen/emoji-parti")
+    assert "expected 1 to 64" in refused(capsys, "generate", "a", "-o", out, "-n", "0")
+    assert "invalid int value" in refused(capsys, "generate", "a", "-o", out, "-n", "two")
+    assert "seed is -1" in refused(capsys, "generate", "a", "-o", out, "--seed", "-1")
+    assert "top_p is 2.0" in refused(capsys, "generate", "a", "-o", out, "--top-p", "2")
+    assert "unknown sampler" in refused(capsys, "generate", "a", "-o", out, "--sampler", "magic")
+    assert "device 'moon'" in refused(capsys, "generate", "a", "-o", out, "--device", "moon")
+    assert "no prompt" in refused(capsys, "generate", "-o", out)
+    assert "--out" in refused(capsys, "generate", "a")
+    assert "a folder that exists" in refused(capsys, "generate", "a", "-o", str(tmp_path / "no" / "x.png"))
+    assert "ends in .png" in refused(capsys, "generate", "a", "-o", str(tmp_path / "x.gif"))
+    assert "no picture at" in refused(capsys, "reconstruct", str(tmp_path / "no.png"))
+    assert "no picture at" in refused(capsys, "generate", "--from", str(tmp_path / "no.png"), "-o", out)
+    assert "unknown recipe" in refused(capsys, "train", "emoji-x", "--data", "a", "--out", str(tmp_path / "t"))
+    assert "no split" in refused(capsys, "train", "emoji-vitvqgan", "--data", "no", "--out", str(tmp_path / "t"))
+    assert "no split" in refused(capsys, "data", "scenes", "--emoji", "no", "--out", str(tmp_path / "s"))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_pictures_that_are_none_of_ours(capsys, tmp_path):
+    plain, text, cut = tmp_path / "plain.png", tmp_path / "text.png", tmp_path / "cut.png"
+    Image.effect_noise((64, 64), 50).save(plain)
+    text.write_text("no picture")
+    cut.write_bytes(plain.read_bytes()[:500])
+    out = str(tmp_path / "x.png")
+    assert "holds no settings of argen" in refused(capsys, "generate", "--from", str(plain), "-o", out)
+    for path in (text, cut):
+        assert "could not be read as a picture" in refused(capsys, "generate", "--from", str(path), "-o", out)
+        assert "could not be read as a picture" in refused(capsys, "reconstruct", str(path))
+
+
+@pytest.mark.parametrize("part", ["transformer", "image_tokenizer", "clip"])
+def test_corrupt_weights(capsys, pipe, tmp_path, part):
+    pipe.save_pretrained(tmp_path / "saved")
+    weights = next((tmp_path / "saved" / part).glob("*.safetensors"))
+    weights.write_bytes(weights.read_bytes()[:100_000])
+    capsys.readouterr()
+    line = refused(capsys, "generate", "a", "-o", str(tmp_path / "x.png"), "--model", str(tmp_path / "saved"))
+    assert "cannot be used" in line
+    assert not (tmp_path / "x.png").exists()
+
+
+def test_a_missing_part_of_the_weights_is_noticed(monkeypatch, tmp_path):
+    """No layer is left at random numbers."""
+    from safetensors.torch import load_file, save_file
+
+    import argen
+
+    folder = tmp_path / "emoji-vitvqgan"
+    folder.mkdir()
+    name = "diffusion_pytorch_model.safetensors"
+    state = load_file(WEIGHTS / "emoji-vitvqgan" / name)
+    state.pop("post_quant.weight")
+    save_file(state, folder / name, metadata={"format": "pt"})
+    (folder / "config.json").write_bytes((WEIGHTS / "emoji-vitvqgan" / "config.json").read_bytes())
+    monkeypatch.setattr("argen.registry.WEIGHTS", tmp_path)
+    with pytest.raises(ValueError, match="post_quant.weight"):
+        argen.load("argen/emoji-vitvqgan")
+
+
+def test_nothing_half_written_stays(monkeypatch, tmp_path):
+    from argen.metadata import save_pictures
+
+    picture = Image.new("RGB", (8, 8))
+    with pytest.raises(AttributeError):
+        save_pictures([(picture, None), (None, None)], [tmp_path / "a.png", tmp_path / "b.png"])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_published_weights_that_are_not_here(capsys, monkeypatch, tmp_path):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    line = refused(capsys, "generate", "a", "-o", str(tmp_path / "x.png"), "--model", "dalle-mini")
+    assert "could not be fetched from the hub" in line
+
+
+def test_import_is_light_and_the_command_is_there():
+    done = subprocess.run(
+        [sys.executable, "-c", "import sys, argen; print('torch' in sys.modules)"], capture_output=True, text=True
+    )
+    assert done.stdout.strip() == "False"
+    done = subprocess.run([sys.executable, "-m", "argen.cli", "--help"], capture_output=True, text=True)
+    assert "generate" in done.stdout

@@ -1,0 +1,127 @@
+"""The pipelines as diffusers' users call them."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import GOLDEN
+
+import argen
+from argen.models.dalle_mini import DalleMiniDecoder, DalleMiniEncoder, text_tokenizer
+from argen.pipelines.dalle_mini import DalleMiniPipeline
+from tokenizers_img.vqgan import VQGANDetokenizer
+
+
+def luck(seed):
+    return torch.Generator().manual_seed(seed)
+
+
+def test_the_readme_call(pipe):
+    out = pipe("a red apple, noto style", num_images_per_prompt=4, guidance_scale=3.0, generator=luck(0))
+    assert [image.size for image in out.images] == [(128, 128)] * 4
+    assert out.tokens.shape == (4, 64)
+    assert out.tokens.min() >= 0
+    assert out.scores is None
+
+
+def test_the_picture_is_of_the_prompt(pipe):
+    """Of eight things the judge names the one that was asked for, more often than not."""
+    prompts = ["a red apple", "a pizza", "a dog face", "a rocket", "a sunflower", "a guitar", "a house", "a red heart"]
+    images = pipe(prompts, num_candidates=4, generator=luck(0)).images
+    text, pictures = pipe.embed(prompts, images)
+    right = (pictures @ text.T).argmax(dim=1) == torch.arange(len(prompts))
+    assert right.sum() >= 6
+
+
+@pytest.mark.parametrize(("output_type", "kind"), [("np", np.ndarray), ("pt", torch.Tensor), ("latent", torch.Tensor)])
+def test_output_types(pipe, output_type, kind):
+    images, tokens, *_ = pipe("a pizza", generator=luck(0), output_type=output_type, return_dict=False)
+    assert isinstance(images, kind)
+    shape = {"np": (1, 128, 128, 3), "pt": (1, 3, 128, 128), "latent": (1, 64)}[output_type]
+    assert images.shape == shape
+    if output_type != "latent":
+        assert images.min() >= 0
+        assert images.max() <= 1
+
+
+def test_callback_sees_every_step_and_can_stop(pipe):
+    seen = []
+
+    def callback(pipe, step, decided, state):
+        seen.append((step, decided, int((state["tokens"] >= 0).sum())))
+        pipe._interrupt = decided == 20
+
+    out = pipe("a pizza", generator=luck(0), callback_on_step_end=callback)
+    assert seen == [(i, i + 1, i + 1) for i in range(20)]
+    assert (out.tokens >= 0).sum() == 20
+    assert np.asarray(out.images[0])[64:].min() == 255  # what is not written is white
+
+
+def test_candidates_are_ranked(pipe):
+    every = pipe("a rocket", num_images_per_prompt=8, num_candidates=8, generator=luck(0))
+    assert every.scores == sorted(every.scores, reverse=True)
+    best = pipe("a rocket", num_images_per_prompt=2, num_candidates=8, generator=luck(0))
+    assert torch.equal(best.tokens, every.tokens[:2])
+    assert best.scores == pytest.approx(every.scores[:2])
+    assert pipe.rank("a rocket", best.images) == pytest.approx(best.scores, abs=1e-5)
+
+
+def test_save_and_load(pipe, tmp_path):
+    pipe.save_pretrained(tmp_path / "saved")
+    again = argen.load(tmp_path / "saved")
+    again.set_progress_bar_config(disable=True)
+    assert torch.equal(again("a bus", generator=luck(4)).tokens, pipe("a bus", generator=luck(4)).tokens)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        ({"prompt": " "}, "the prompt is empty"),
+        ({"prompt": "a" * 10_000}, "10,000 characters: expected at most"),
+        ({"prompt": "a", "num_images_per_prompt": 0}, "num_images_per_prompt is 0"),
+        ({"prompt": "a", "num_images_per_prompt": 3, "num_candidates": 2}, "at least as many candidates"),
+        ({"prompt": "a", "output_type": "jpg"}, "unknown output_type 'jpg'"),
+        ({"prompt": "a", "tokens": torch.zeros(1, 5, dtype=torch.int64)}, r"tokens are \[1, 5\]: expected \[1, 64\]"),
+        ({"prompt": "a", "generator": [luck(0), luck(1)]}, "got 2 generators for 1 pictures"),
+        ({"prompt": "a", "temperature": -0.5}, "temperature is -0.5"),
+    ],
+)
+def test_bad_calls(pipe, call, message):
+    with pytest.raises(ValueError, match=message):
+        pipe(**call)
+
+
+def test_a_long_prompt_is_said_to_be_cut(pipe, caplog):
+    pipe("a red apple " * 30, generator=luck(0))
+    assert "the rest of it is not read" in caplog.text
+
+
+@pytest.fixture
+def dalle(golden):
+    """The whole DALL-E pipeline with the golden's tiny networks and a tiny detokenizer."""
+    config = golden("min_dalle/tiny").config
+    size = {"dim": config["dim"], "depth": config["layers"], "heads": config["heads"], "mlp_dim": config["glu"]}
+    torch.manual_seed(0)
+    pipe = DalleMiniPipeline(
+        tokenizer=text_tokenizer(GOLDEN / "min_dalle_text/vocab.json", GOLDEN / "min_dalle_text/merges.txt"),
+        encoder=DalleMiniEncoder(**size, vocab_size=200),
+        transformer=DalleMiniDecoder(**size, image_vocab=64, codes=64, length=16),
+        image_tokenizer=VQGANDetokenizer(n_embed=64, embed_dim=32, channels=(32, 32, 64), layers_per_block=1),
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def test_dalle_mini_draws_saves_and_loads(dalle, tmp_path):
+    out = dalle("a red apple", num_images_per_prompt=2, guidance_scale=16.0, generator=luck(0))
+    assert [image.size for image in out.images] == [(16, 16)] * 2
+    assert out.tokens.max() < 64
+    dalle.save_pretrained(tmp_path / "dalle")
+    again = argen.load(tmp_path / "dalle")
+    again.set_progress_bar_config(disable=True)
+    same = again("a red apple", num_images_per_prompt=2, guidance_scale=16.0, generator=luck(0))
+    assert torch.equal(same.tokens, out.tokens)
+
+
+def test_dalle_mini_says_that_it_cannot_rank(dalle):
+    with pytest.raises(ValueError, match="has no picture encoder to rank candidates with"):
+        dalle("a red apple", num_candidates=3)

@@ -1,0 +1,156 @@
+"""The step protocol on the shipped generator: cache, batches, cancel and resume, guidance, rollback, trees."""
+
+import pytest
+import torch
+
+import argen
+from samplers import by_name
+from samplers.logits import Sampling, draw, guide, keep_top_k, keep_top_p, uniforms
+from samplers.steps import START
+
+
+@pytest.fixture(scope="module")
+def exact():
+    """The shipped generator in float64, where passes of different shapes round alike."""
+    pipe = argen.load("argen/emoji-parti").to(torch.float64)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def luck(*seeds):
+    return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+
+def test_a_draw_follows_the_probabilities():
+    probs = torch.tensor([0.1, 0.0, 0.6, 0.3])
+    numbers = torch.linspace(0, 1, 10001, dtype=torch.float64)[:-1]
+    drawn = draw(probs.expand(len(numbers), -1), numbers)
+    share = torch.bincount(drawn, minlength=4) / len(numbers)
+    torch.testing.assert_close(share, probs, atol=1e-3, rtol=0)
+    assert drawn[0] == 0
+    assert drawn[-1] == 3
+
+
+def test_filters():
+    logits = torch.tensor([[3.0, 1.0, 2.0, 2.0, 0.0]])
+    assert keep_top_k(logits, 2).isfinite().tolist() == [[True, False, True, True, False]]  # ties stay
+    assert torch.equal(keep_top_k(logits, 0), logits)
+    probs = torch.tensor([[0.5, 0.3, 0.15, 0.05]])
+    assert keep_top_p(probs.log(), 0.7).isfinite().tolist() == [[True, True, False, False]]
+    assert keep_top_p(probs.log(), 0.01).isfinite().tolist() == [[True, False, False, False]]
+    torch.testing.assert_close(guide(logits, torch.zeros_like(logits), 2.5), 2.5 * logits)
+
+
+@pytest.mark.parametrize("wrong", [{"temperature": -1}, {"top_k": -1}, {"top_p": 0}, {"top_p": 1.5}])
+def test_settings_out_of_bounds(wrong):
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        Sampling(**wrong)
+
+
+@torch.no_grad()
+def test_cache_equals_no_cache(exact):
+    """Token by token through the cache, and all at once by teacher forcing."""
+    prompt = "a red apple"
+    tokens = torch.randint(4096, (1, exact.length), generator=luck(0)[0])
+    states, mask = exact.encode_text([prompt])
+    whole = exact.transformer(states, mask, tokens)
+    session = exact.start([prompt], guided=False)
+    read, rows = torch.tensor([[START]]), []
+    for cell in range(exact.length):
+        logits, unguided = session.forward(read, torch.tensor([cell - 1]))
+        assert unguided is None
+        rows.append(logits)
+        read = tokens[:, cell : cell + 1]
+    torch.testing.assert_close(torch.cat(rows, dim=1), whole, atol=1e-9, rtol=1e-9)
+
+
+@torch.no_grad()
+def test_rollback_forgets(exact):
+    """A chain that is written, kept in part and written on is the chain written straight."""
+    session = exact.start(["a pizza", "a dog face"], guided=True)
+    chain = torch.randint(4096, (2, 6), generator=luck(1)[0])
+    session.forward(torch.cat([torch.full((2, 1), START), chain], dim=1), torch.arange(-1, 6))
+    assert session.cached == 7
+    session.keep(torch.arange(4))  # the start token and three tokens
+    again = session.forward(chain[:, 3:], torch.arange(3, 6))
+    fresh = exact.start(["a pizza", "a dog face"], guided=True)
+    straight = fresh.forward(torch.cat([torch.full((2, 1), START), chain], dim=1), torch.arange(-1, 6))
+    for one, other in zip(again, straight, strict=True):
+        torch.testing.assert_close(one, other[:, 4:], atol=1e-9, rtol=1e-9)
+
+
+@torch.no_grad()
+def test_a_tree_is_its_branches(exact):
+    """Two branches in one pass with a tree mask give the logits of each branch written alone; one can be kept."""
+    start, branches = torch.tensor([[START]]), torch.tensor([[10, 20], [30, 40]])
+    session = exact.start(["a rose"], guided=False)
+    session.forward(start, torch.tensor([-1]))
+    mask = torch.tensor([[1, 0, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 1, 1]], dtype=torch.bool)
+    logits, _ = session.forward(branches.reshape(1, 4), torch.tensor([0, 1, 0, 1]), mask)
+    for index, branch in enumerate(branches):
+        alone = exact.start(["a rose"], guided=False)
+        wanted, _ = alone.forward(torch.cat([start, branch[None]], dim=1), torch.arange(-1, 2))
+        torch.testing.assert_close(logits[:, 2 * index : 2 * index + 2], wanted[:, 1:], atol=1e-9, rtol=1e-9)
+    session.keep(torch.tensor([0, 3, 4]))  # the second branch
+    after, _ = session.forward(torch.tensor([[50]]), torch.tensor([2]))
+    wanted, _ = alone.forward(torch.tensor([[50]]), torch.tensor([2]))
+    torch.testing.assert_close(after, wanted, atol=1e-9, rtol=1e-9)
+
+
+def test_a_picture_does_not_depend_on_its_batch(pipe):
+    together = pipe(["a red apple", "a pizza", "a dog face"], generator=luck(5, 6, 7))
+    for index, prompt in enumerate(["a red apple", "a pizza", "a dog face"]):
+        alone = pipe(prompt, generator=luck(5 + index))
+        assert torch.equal(alone.tokens[0], together.tokens[index])
+        assert alone.images[0].tobytes() == together.images[index].tobytes()
+
+
+def test_one_generator_gives_each_picture_luck_of_its_own(pipe):
+    four = pipe("a rocket", num_images_per_prompt=4, generator=luck(0)[0]).tokens
+    assert len(four.unique(dim=0)) == 4
+    assert torch.equal(pipe("a rocket", num_images_per_prompt=2, generator=luck(0)[0]).tokens, four[:2])
+
+
+def test_cancel_keeps_and_resume_goes_on(exact):
+    """A stream stopped half-way and given back its grid ends as the one that was not stopped."""
+    prompts = ["a guitar", "a house"]
+    *_, whole = exact.stream(prompts, luck(1, 2))
+    for step in exact.stream(prompts, luck(1, 2)):
+        if step.decided >= 30:
+            break
+    assert step.decided == 30
+    assert (step.tokens >= 0).sum() == 2 * 30
+    assert torch.equal(step.tokens[:, :30], whole.tokens[:, :30])
+    *_, rest = exact.stream(prompts, luck(1, 2), tokens=step.tokens)
+    assert torch.equal(rest.tokens, whole.tokens)
+    assert rest.passes == 64 - 30
+
+
+def test_steps_are_told_every_k_tokens(pipe):
+    told = [step.decided for step in pipe.stream(["a ghost"], luck(0), every=10)]
+    assert told == [1, 11, 21, 31, 41, 51, 61, 64]
+
+
+def test_decided_cells_are_kept(pipe):
+    grid = torch.full((1, 64), -1)
+    grid[0, 10:20] = 7
+    *_, step = pipe.stream(["a castle"], luck(0), tokens=grid)
+    assert (step.tokens[0, 10:20] == 7).all()
+    assert (step.tokens >= 0).all()
+
+
+def test_guidance_matters_and_greedy_does_not_draw(pipe):
+    greedy = pipe("a banana", temperature=0, generator=luck(0)).tokens
+    assert torch.equal(greedy, pipe("a banana", temperature=0, generator=luck(9)).tokens)
+    assert not torch.equal(greedy, pipe("a banana", temperature=0, guidance_scale=1.0).tokens)
+    assert torch.equal(greedy, pipe("a banana", top_k=1, generator=luck(3)).tokens)
+
+
+def test_unknown_sampler():
+    with pytest.raises(ValueError, match="unknown sampler 'magic': expected one of plain"):
+        by_name("magic")
+
+
+def test_uniforms_are_each_generators_own():
+    both = uniforms(luck(0, 1), 8)
+    assert torch.equal(both[1:], uniforms(luck(1), 8))

@@ -1,0 +1,106 @@
+"""The web page, driven in Chromium as a person would."""
+
+import os
+import re
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+from argen.metadata import read_request
+
+CHROMIUM = Path("/usr/bin/chromium")
+FLAGS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
+
+pytestmark = [
+    pytest.mark.browser,
+    pytest.mark.skipif(not CHROMIUM.exists(), reason="needs Chromium at /usr/bin/chromium"),
+]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    """(address, folder of pictures) of a running `argen ui`."""
+    folder, port = tmp_path_factory.mktemp("ui") / "pictures", free_port()
+    log = (folder.parent / "log").open("w")
+    command = [sys.executable, "-m", "argen.cli", "ui", "--port", str(port), "--data-dir", str(folder)]
+    server = subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, "HF_HUB_OFFLINE": "1"})
+    address = f"http://127.0.0.1:{port}"
+    try:
+        for _ in range(240):
+            assert server.poll() is None, Path(log.name).read_text()
+            try:
+                urllib.request.urlopen(address, timeout=5).close()
+                break
+            except OSError:
+                time.sleep(0.5)
+        yield address, folder
+    finally:
+        server.terminate()
+        server.wait(timeout=30)
+
+
+@pytest.fixture
+def page(site):
+    sync_api = pytest.importorskip("playwright.sync_api")
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=str(CHROMIUM), args=FLAGS)
+        page = browser.new_page(viewport={"width": 1280, "height": 1000})
+        page.goto(site[0])
+        page.get_by_placeholder("a red apple").wait_for(timeout=60_000)
+        yield page
+        browser.close()
+
+
+def test_a_prompt_becomes_pictures_that_keep_their_settings(page, site):
+    page.get_by_placeholder("a red apple").fill("a pizza")
+    page.get_by_role("button", name="Draw").click()
+    growing = page.locator("#state", has_text=re.compile(r"\d+%"))
+    growing.wait_for(timeout=60_000)  # previews arrive while the picture is written
+    assert page.locator("#pictures img").count() >= 1
+    page.locator("#state", has_text="4 pictures in").wait_for(timeout=60_000)
+    assert page.locator("#pictures img").count() >= 4
+    shown = page.locator("#pictures img").first
+    assert shown.evaluate("img => img.decode().then(() => img.naturalWidth)") == 128
+    page.locator("#settings", has_text="a pizza").wait_for(timeout=10_000)
+
+    files = sorted(site[1].glob("*.png"))
+    assert len(files) == 4
+    assert [read_request(file).seed for file in files] == [0, 1, 2, 3]
+    assert read_request(files[0]).prompt == "a pizza"
+    if folder := os.environ.get("ARGEN_SCREENSHOTS"):
+        page.screenshot(path=Path(folder) / "page.png")
+
+
+def test_an_empty_prompt_is_answered_with_one_line(page):
+    page.get_by_role("button", name="Draw").click()
+    page.get_by_text("the prompt is empty").first.wait_for(timeout=30_000)
+
+
+def test_stop_stops(page, site):
+    before = len(list(site[1].glob("*.png")))
+    page.get_by_placeholder("a red apple").fill("a rocket")
+    page.get_by_label("Pictures").first.fill("9")
+    page.get_by_role("button", name="Draw").click()
+    page.locator("#state", has_text=re.compile(r"\d+%")).wait_for(timeout=60_000)
+    page.get_by_role("button", name="Stop").click()
+    time.sleep(5)
+    assert len(list(site[1].glob("*.png"))) == before
