@@ -82,13 +82,19 @@ class Composer:
             self.icons[row["style"]].append((name, picture))
             if not any(word in HUES for word in name.split()) and _colourful(picture):
                 self.colourful[row["style"]].append((name, picture))
-        self.styles = sorted(style for style in self.icons if len(self.colourful[style]) >= 2)
+        self.styles = sorted(style for style, pictures in self.icons.items() if len(pictures) >= 2)
+        if not self.styles:
+            raise ValueError(
+                "too few pictures to compose scenes: expected at least two things of one style in each split"
+            )
 
     def scene(self, rng: random.Random) -> tuple[Scene, Image.Image]:
         kind = rng.choices(list(KINDS), KINDS.values())[0]
         style = rng.choice(self.styles)
+        few = len(self.colourful[style]) < 2  # then no scene of this style names a colour
+        kind = {"colour": "count", "pair": "relation"}.get(kind, kind) if few else kind
         relation = rng.choice(RELATIONS) if kind == "relation" else ""
-        coloured = {"count": rng.random() < 0.5, "relation": False}.get(kind, True)
+        coloured = {"count": rng.random() < 0.5 and not few, "relation": False}.get(kind, True)
         pool = self.colourful[style] if coloured else self.icons[style]
         chosen = rng.sample(pool, 2 if kind in ("pair", "relation") else 1)
         colours = rng.sample(sorted(HUES), len(chosen)) if coloured else [""] * len(chosen)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from torch import Tensor, nn
@@ -121,34 +122,35 @@ class CLIPTask:
         log |= {"loss": loss.item(), "accuracy": (by_text.argmax(1) == positive.argmax(1)).float().mean().item()}
         yield "model", loss
 
+    def _held_out_logits(self) -> tuple[Tensor, Tensor]:
+        """Of up to 600 pictures of held-out concepts, at random: their places [n], and logits [n, n], by caption."""
+        model = getattr(self.networks["model"], "module", self.networks["model"])
+        generator = torch.Generator().manual_seed(0)
+        picked = torch.randperm(len(self.pictures["test"]), generator=generator)[:600]
+        captions = [self.singles["test"][index]["caption"] for index in picked.tolist()]
+        text = self.tokenizer(captions, padding=True, truncation=True, return_tensors="pt").to(model.device)
+        pictures = preprocess(self.pictures["test"][picked]).to(model.device)
+        out = model(input_ids=text.input_ids, attention_mask=text.attention_mask, pixel_values=pictures)
+        return picked, out.logits_per_text.float().cpu()
+
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
         """Held-out concepts: is the right picture the first (of the first five) among 100 random ones?"""
-        model = getattr(self.networks["model"], "module", self.networks["model"])
-        generator = torch.Generator().manual_seed(0)
-        picked = torch.randperm(len(self.pictures["test"]), generator=generator)[:600].tolist()
-        captions = [self.singles["test"][index]["caption"] for index in picked]
-        text = self.tokenizer(captions, padding=True, truncation=True, return_tensors="pt")
-        inputs = {"input_ids": text.input_ids, "attention_mask": text.attention_mask}
-        device = next(model.parameters()).device
-        out = model(
-            **{k: v.to(device) for k, v in inputs.items()},
-            pixel_values=preprocess(self.pictures["test"][picked]).to(device),
-        )
-        ranks = [
-            (part > part.diagonal()[:, None]).sum(dim=1)
-            for i in range(0, 600, 100)
-            for part in (out.logits_per_text[i : i + 100, i : i + 100].float(),)
-        ]
-        ranks = torch.cat(ranks)
+        _, logits = self._held_out_logits()
+        blocks = [logits[i : i + 100, i : i + 100] for i in range(0, len(logits), 100)]
+        ranks = torch.cat([(block > block.diagonal()[:, None]).sum(dim=1) for block in blocks])
         return {
             "recall@1 of 100": (ranks < 1).float().mean().item(),
             "recall@5 of 100": (ranks < 5).float().mean().item(),
         }
 
+    @torch.no_grad()
     def sample(self) -> Image.Image:
-        grid = self.pictures["test"][:32].unflatten(0, (4, 8)).permute(0, 2, 1, 3, 4).flatten(0, 1).flatten(1, 2)
-        return Image.fromarray(grid.numpy())
+        """Eight held-out pictures, each before the seven that its caption finds first."""
+        picked, logits = self._held_out_logits()
+        found = torch.cat([torch.arange(8)[:, None], logits[:8].topk(7, dim=1).indices], dim=1)
+        rows = self.pictures["test"][picked[found]]  # [8, 8, H, W, 3]
+        return Image.fromarray(rearrange(rows, "r c h w d -> (r h) (c w) d").numpy())
 
     def save(self, folder: Path) -> None:
         model = getattr(self.networks["model"], "module", self.networks["model"])

@@ -129,7 +129,7 @@ class Reconstruction:
 
     def sample(self) -> Image.Image:
         """32 held-out pictures, each above its reconstruction."""
-        pictures = self.test[:: len(self.test) // 32][:32]
+        pictures = self.test[:: max(1, len(self.test) // 32)][:32]
         made, _ = self._reconstruct(pictures)
         pairs = torch.stack([to_unit(pictures), made], dim=1)
         grid = rearrange(pairs, "(r c) two d h w -> (r two h) (c w) d", c=8)

@@ -1,0 +1,117 @@
+"""The training loop and the recipes, for a few steps on the shipped sample."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from argen.data import emoji, scenes
+from argen.models.parti import Parti
+from argen.registry import WEIGHTS
+from argen.train.clip import CLIPTask, positives
+from argen.train.loop import Schedule, train
+from argen.train.parti import PartiTask
+from argen.train.recipes import SCHEDULES
+from argen.train.vit_vqgan import DecoderTask, ViTVQGANTask
+from tokenizers_img.vit_vqgan import ViTVQGAN
+
+SAMPLE = Path(emoji.__file__).parent / "sample"
+SCHEDULE = Schedule(steps=4, batch_size=4, learning_rate=1e-3, warmup=2)
+
+
+@pytest.fixture(scope="module")
+def composed(tmp_path_factory):
+    out = tmp_path_factory.mktemp("data") / "scenes"
+    scenes.build(SAMPLE, out, num=20)
+    return out
+
+
+@pytest.fixture(params=list(SCHEDULES))
+def task(request, composed):
+    """Makes the task of a recipe anew."""
+    clip, tokenizer = WEIGHTS / "emoji-clip", WEIGHTS / "emoji-vitvqgan"
+    return {
+        "emoji-clip": lambda: CLIPTask(SAMPLE, composed),
+        "emoji-vitvqgan": lambda: ViTVQGANTask(SAMPLE, SCHEDULE.steps),
+        "emoji-vitvqgan-decoder": lambda: DecoderTask(SAMPLE, tokenizer, clip),
+        "emoji-parti": lambda: PartiTask(SAMPLE, composed, tokenizer, clip),
+    }[request.param]
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(next(folder.glob("*.safetensors")))
+
+
+def test_a_stopped_run_goes_on_as_if_it_had_not_been(task, tmp_path):
+    for steps, out in ((None, "straight"), (2, "stopped"), (None, "stopped")):
+        torch.manual_seed(0)
+        scores = train(task(), SCHEDULE, tmp_path / out, steps=steps)
+    assert scores
+    assert all(value == value for value in scores.values())
+    straight, stopped = (weights(tmp_path / out / "final") for out in ("straight", "stopped"))
+    assert straight.keys() == stopped.keys()
+    for key, value in straight.items():
+        assert torch.equal(value, stopped[key]), key
+    log = [json.loads(line) for line in (tmp_path / "stopped" / "log.jsonl").read_text().splitlines()]
+    assert [entry["step"] for entry in log] == [2, 4]
+    assert (tmp_path / "straight" / "sample-000004.png").exists()
+
+
+def test_the_decoder_recipe_keeps_the_meaning_of_the_ids(tmp_path):
+    train(DecoderTask(SAMPLE, WEIGHTS / "emoji-vitvqgan", WEIGHTS / "emoji-clip"), SCHEDULE, tmp_path / "out")
+    before, after = weights(WEIGHTS / "emoji-vitvqgan"), weights(tmp_path / "out" / "final")
+    changed = {key.split(".")[0] for key in before if not torch.equal(before[key], after[key])}
+    assert changed == {"decoder", "post_quant"}
+
+
+def test_dead_codes_are_revived():
+    task = ViTVQGANTask(SAMPLE, total=1000)
+    model = task.model()
+    pictures = task.batch(8, torch.Generator().manual_seed(0))["pixels"]
+    codes = model.quantizer.embedding.weight
+    before = codes.detach().clone()
+    task.used[:] = 5
+    task.used[:100] = 0
+    task._revive(torch.full((8, 64), 3000), pictures, step=50)
+    assert (codes[:100] != before[:100]).any(dim=1).all()
+    assert torch.equal(codes[100:], before[100:])
+    torch.testing.assert_close(codes[:100].norm(dim=1), torch.ones(100))
+
+
+def test_a_caption_describes_every_picture_it_fits():
+    captions = ["a red apple, noto style", "a red apple", "a pizza, flat style", "an apple, flat style"]
+    keys = [("red apple", "noto"), ("red apple", "flat"), ("pizza", "flat"), ("red apple", "flat")]
+    assert positives(captions, keys).tolist() == [
+        [True, False, False, False],
+        [True, True, False, True],
+        [False, False, True, False],
+        [False, True, False, True],
+    ]
+
+
+def test_the_straight_through_gradient_reaches_the_encoder():
+    model = ViTVQGAN(
+        32, 8, *[{"dim": 32, "depth": 1, "heads": 1, "dim_head": 32, "mlp_dim": 32}] * 2, embed_dim=8, n_embed=16
+    )
+    made, loss, _ = model(torch.rand(2, 3, 32, 32))
+    (made.square().mean() + loss).backward()
+    assert model.encoder.to_patch_embedding[0].weight.grad.abs().sum() > 0
+    assert model.quantizer.embedding.weight.grad.abs().sum() > 0
+
+
+@torch.no_grad()
+def test_parti_does_not_look_ahead():
+    model = Parti(text_dim=16, n_embed=32, grid=4, dim=32, decoder_depth=2, heads=2, mlp_dim=32).eval()
+    states, mask = torch.randn(1, 5, 16), torch.ones(1, 5, dtype=torch.bool)
+    tokens = torch.randint(32, (1, 16))
+    changed = tokens.clone()
+    changed[:, 9:] = (changed[:, 9:] + 1) % 32
+    before, after = model(states, mask, tokens), model(states, mask, changed)
+    torch.testing.assert_close(before[:, :10], after[:, :10])
+    assert (before[:, 10:] - after[:, 10:]).abs().max() > 1e-3
+    mask[:, 3:] = False
+    masked = model(states, mask, tokens)
+    states[:, 3:] = 9.0
+    torch.testing.assert_close(model(states, mask, tokens), masked)  # padding is not read
