@@ -1,6 +1,7 @@
 """The command line, as a user types it: what it writes, and one clear line for what it cannot do."""
 
 import json
+import socket
 import subprocess
 import sys
 
@@ -162,6 +163,15 @@ def test_published_weights_that_are_not_here(capsys, monkeypatch, tmp_path):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     line = refused(capsys, "generate", "a", "-o", str(tmp_path / "x.png"), "--model", "dalle-mini")
     assert "could not be fetched from the hub" in line
+
+
+def test_a_port_that_is_taken(capsys, tmp_path):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        line = refused(capsys, "ui", "--port", port, "--data-dir", str(tmp_path / "pictures"))
+    assert f"cannot serve on 127.0.0.1:{port}" in line
 
 
 def test_import_is_light_and_the_command_is_there():

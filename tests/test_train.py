@@ -66,6 +66,12 @@ def test_the_decoder_recipe_keeps_the_meaning_of_the_ids(tmp_path):
     assert changed == {"decoder", "post_quant"}
 
 
+def test_a_folder_of_another_training_is_left_alone(tmp_path):
+    train(ViTVQGANTask(SAMPLE, SCHEDULE.steps), SCHEDULE, tmp_path / "out", steps=1)
+    with pytest.raises(ValueError, match="holds a training with another recipe, setting or seed"):
+        train(ViTVQGANTask(SAMPLE, SCHEDULE.steps), SCHEDULE, tmp_path / "out", seed=1)
+
+
 def test_dead_codes_are_revived():
     task = ViTVQGANTask(SAMPLE, total=1000)
     model = task.model()

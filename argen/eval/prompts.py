@@ -1,8 +1,7 @@
 """How well pictures fit their prompts: ranks by the text/picture encoder, and a labelled grid to look at.
 
-Two sets of prompts: 200 captions of held-out combinations (a style and a concept that training saw apart, never together)
-and `COMMON`, what people would
-type first (of concepts that are not held out as a whole).
+Two sets of prompts: 200 captions of held-out combinations (a style and a concept that training saw apart, never
+together) and `COMMON`, what people would type first (of concepts that are not held out as a whole).
 """
 
 from collections.abc import Iterator
