@@ -72,14 +72,23 @@ def test_a_folder_of_another_training_is_left_alone(tmp_path):
         train(ViTVQGANTask(SAMPLE, SCHEDULE.steps), SCHEDULE, tmp_path / "out", seed=1)
 
 
+def test_the_use_of_codes_is_kept_with_the_checkpoint(tmp_path):
+    """Else the first step after a stop would revive codes that are alive."""
+    tasks = [ViTVQGANTask(SAMPLE, SCHEDULE.steps) for _ in range(2)]
+    for steps, task in zip((2, 3), tasks, strict=True):
+        train(task, SCHEDULE, tmp_path / "out", steps=steps)
+    assert tasks[0].usage.count.sum() == 1 * 4 * 64  # the first step revives and counts anew
+    assert tasks[1].usage.count.sum() == 2 * 4 * 64
+
+
 def test_dead_codes_are_revived():
     task = ViTVQGANTask(SAMPLE, total=1000)
     model = task.model()
     pictures = task.batch(8, torch.Generator().manual_seed(0))["pixels"]
     codes = model.quantizer.embedding.weight
     before = codes.detach().clone()
-    task.used[:] = 5
-    task.used[:100] = 0
+    task.usage.count[:] = 5
+    task.usage.count[:100] = 0
     task._revive(torch.full((8, 64), 3000), pictures, step=50)
     assert (codes[:100] != before[:100]).any(dim=1).all()
     assert torch.equal(codes[100:], before[100:])

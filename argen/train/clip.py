@@ -14,7 +14,7 @@ from transformers import CLIPConfig, CLIPModel, PreTrainedTokenizerFast
 
 from argen.data.emoji import STYLES, caption
 from argen.data.tables import pixels, read_split
-from argen.train.loop import Schedule
+from argen.train.loop import Schedule, Task
 
 SCHEDULES = {
     "cpu": Schedule(steps=900, batch_size=192, learning_rate=1e-3, warmup=100, weight_decay=0.05, betas=(0.9, 0.98)),
@@ -73,7 +73,7 @@ def network() -> CLIPModel:
     )
 
 
-class CLIPTask:
+class CLIPTask(Task):
     """Args:
     data, scenes: folders made by ``argen data emoji`` and ``argen data scenes``.
     """

@@ -45,6 +45,7 @@ class Schedule:
 
 class Task(Protocol):
     networks: dict[str, nn.Module]  # "model" is the one that is averaged, evaluated and shipped
+    kept: tuple[nn.Module, ...] = ()  # what else a checkpoint must hold
 
     def batch(self, size: int, generator: torch.Generator) -> dict[str, Tensor]: ...
 
@@ -104,7 +105,7 @@ def train(
     ema = EMAModel(model.parameters(), decay=schedule.ema_decay, use_ema_warmup=True, power=0.75)
     ema.to(accelerator.device)
     progress = Progress()
-    accelerator.register_for_checkpointing(ema, progress)
+    accelerator.register_for_checkpointing(ema, progress, *task.kept)
     recipe = {"schedule": asdict(schedule), "seed": seed, "networks": names}
     if (out / "checkpoint").exists():
         if json.loads((out / "checkpoint/recipe.json").read_text()) != json.loads(json.dumps(recipe)):

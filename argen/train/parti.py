@@ -15,7 +15,7 @@ from argen.data.emoji import caption
 from argen.data.tables import pixels, read_split
 from argen.models.parti import Parti
 from argen.models.session import DecoderSession
-from argen.train.loop import Schedule
+from argen.train.loop import Schedule, Task
 from argen.train.vit_vqgan import to_unit
 from samplers.logits import Sampling, uniforms
 from samplers.steps import Plain
@@ -29,7 +29,7 @@ SCENES_SHARE = 0.12
 TEXT_DROPOUT = 0.1
 
 
-class PartiTask:
+class PartiTask(Task):
     """Args:
     data, scenes: folders made by ``argen data emoji`` and ``argen data scenes``.
     tokenizer, clip: folders of the trained `emoji-vitvqgan` and `emoji-clip`.

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import CLIPVisionModel
 
 from argen.data.tables import pixels, read_split
-from argen.train.loop import Schedule
+from argen.train.loop import Schedule, Task
 from tokenizers_img.vit_vqgan import ViTVQGAN
 
 SCHEDULES = {
@@ -99,7 +99,7 @@ class PerceptualDistance(nn.Module):
         return distance / len(self.layers)
 
 
-class Reconstruction:
+class Reconstruction(Task):
     """What both stages share: pictures in, pictures out, compared on held-out concepts.
 
     Args:
@@ -139,6 +139,14 @@ class Reconstruction:
         self.model().to(torch.bfloat16).save_pretrained(folder)
 
 
+class CodeUsage(nn.Module):
+    """How often each code was chosen since dead ones were last revived; kept with the checkpoint."""
+
+    def __init__(self, codes: int):
+        super().__init__()
+        self.register_buffer("count", torch.zeros(codes, dtype=torch.int64))
+
+
 class ViTVQGANTask(Reconstruction):
     """The first stage: everything, from scratch.
 
@@ -149,7 +157,8 @@ class ViTVQGANTask(Reconstruction):
     def __init__(self, data: Path, total: int):
         super().__init__(network(), data)
         self.total = total
-        self.used = torch.zeros(self.model().config.n_embed)
+        self.usage = CodeUsage(self.model().config.n_embed)
+        self.kept = (self.usage,)
 
     def batch(self, size: int, generator: torch.Generator) -> dict[str, Tensor]:
         config = self.model().config
@@ -170,13 +179,14 @@ class ViTVQGANTask(Reconstruction):
 
     @torch.no_grad()
     def _revive(self, ids: Tensor, real: Tensor, step: int) -> None:
-        self.used += torch.bincount(ids.flatten().cpu(), minlength=len(self.used))
+        count = self.usage.count
+        count += torch.bincount(ids.flatten().cpu(), minlength=len(count))
         if step % REVIVE_EVERY or step > REVIVE_UNTIL * self.total:
             return
         model = self.model()
         z = model.pre_quant(model.encoder(real)).flatten(0, 1)
-        model.quantizer.revive((self.used < 2).to(z.device), z)
-        self.used.zero_()
+        model.quantizer.revive((count < 2).to(z.device), z)
+        count.zero_()
 
 
 class DecoderTask(Reconstruction):
