@@ -127,7 +127,12 @@ def parser() -> Parser:
     add.add_argument("--steps", type=int, metavar="N", help="stop after step N of the schedule")
     add.add_argument("--seed", type=int, default=0)
 
-    add = commands.add_parser("score", help="rank pictures of held-out and common prompts", formatter_class=formatter)
+    add = commands.add_parser(
+        "score",
+        help="measure a model on held-out data",
+        description="Measure a model on held-out data: a generator by the ranks of its prompts, a tokenizer by what it keeps, an encoder by what it finds.",
+        formatter_class=formatter,
+    )
     add.add_argument("--data", type=Path, required=True, metavar="DIR", help="made by `argen data emoji`")
     add.add_argument("--model", default="argen/emoji-parti", metavar="ID")
     add.add_argument("--num-candidates", type=int, default=16, metavar="C", help="for the scores with re-ranking")
@@ -268,12 +273,20 @@ def train(args) -> None:
 
 @command
 def score(args) -> None:
-    from argen.eval.prompts import evaluate
+    import torch
 
+    from argen.data.tables import pixels, read_split
+    from argen.eval import prompts, reconstruction, retrieval
+
+    model = _load(args.model, args.device)
     if args.grid:
         writable_png(args.grid)
-    pipe = _load(args.model, args.device, "generator")
-    scores = evaluate(pipe, args.data, args.num_candidates, args.seed, args.grid)
+    if hasattr(model, "run"):
+        scores = prompts.evaluate(model, args.data, args.num_candidates, args.seed, args.grid)
+    elif hasattr(model, "embed"):
+        scores = retrieval.evaluate(model.embed, args.data)
+    else:
+        scores = reconstruction.evaluate(model, torch.from_numpy(pixels(read_split(args.data, "test"))))
     print(json.dumps(scores) if args.json else "\n".join(f"{name:55} {value:.3f}" for name, value in scores.items()))
 
 
@@ -284,12 +297,12 @@ def ui(args) -> None:
     launch(args.host, args.port, args.data_dir, args.device)
 
 
-def _load(model: str, device: str | None, kind: str):
+def _load(model: str, device: str | None, kind: str | None = None):
     from argen.device import pick
     from argen.registry import MODELS, load
 
     found = MODELS[model].kind if model in MODELS else kind
-    if found != kind:
+    if kind and found != kind:
         known = ", ".join(name for name, entry in MODELS.items() if entry.kind == kind)
         raise ValueError(f"{model} is of the kind {found}, expected a {kind}: {known}")
     where = pick(device)

@@ -12,6 +12,7 @@ from diffusers import ModelMixin
 from safetensors import SafetensorError
 from transformers import AutoTokenizer, CLIPModel
 
+from argen.models.clip import TextImageEncoder
 from argen.models.parti import Parti
 from argen.pipelines.base import TokenPipeline
 from argen.pipelines.dalle_mini import DalleMiniPipeline
@@ -30,7 +31,7 @@ class Model:
         kind: "generator" (`load` gives a pipeline), "tokenizer" (picture <-> ids) or "encoder" (text and picture).
         repo: hub repository of published weights, None for shipped ones.
         files: glob patterns of the files in `repo` that are read.
-        read: turns the folder that holds the files into the pipeline or network.
+        read: turns the folder that holds the files into what `load` gives.
         parameters: in millions, of everything that the id loads by itself.
     """
 
@@ -38,23 +39,24 @@ class Model:
     about: str
     licence: str
     parameters: float
-    read: Callable[[Path], TokenPipeline | torch.nn.Module]
+    read: Callable[[Path], TokenPipeline | ViTVQGAN | TextImageEncoder]
     repo: str | None = None
     files: tuple[str, ...] = ()
 
 
 def _parti(folder: Path) -> PartiPipeline:
+    encoder = _encoder(WEIGHTS / "emoji-clip")
     return PartiPipeline(
-        clip=_clip(WEIGHTS / "emoji-clip"),
-        tokenizer=AutoTokenizer.from_pretrained(WEIGHTS / "emoji-clip"),
+        clip=encoder.clip,
+        tokenizer=encoder.tokenizer,
         transformer=_network(Parti, folder),
         image_tokenizer=_network(ViTVQGAN, WEIGHTS / "emoji-vitvqgan"),
     )
 
 
-def _clip(folder: Path) -> CLIPModel:
+def _encoder(folder: Path) -> TextImageEncoder:
     model, info = CLIPModel.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
-    return _complete(model, info)
+    return TextImageEncoder(_complete(model, info), AutoTokenizer.from_pretrained(folder))
 
 
 def _network(cls: type[ModelMixin], folder: Path) -> ModelMixin:
@@ -95,7 +97,7 @@ MODELS = {
     "argen/emoji-vitvqgan": Model(
         "tokenizer", "ViT-VQGAN, 128 x 128 <-> 8 x 8 ids of 4096", "Apache-2.0", 8.0, lambda f: _network(ViTVQGAN, f)
     ),
-    "argen/emoji-clip": Model("encoder", "CLIP of emoji and their captions", "Apache-2.0", 3.7, _clip),
+    "argen/emoji-clip": Model("encoder", "CLIP of emoji and their captions", "Apache-2.0", 3.7, _encoder),
     "dalle-mini": Model(
         "generator", "DALL-E mini, text -> 256 tokens -> 256 x 256", parameters=484.7, **_dalle("mini")
     ),
@@ -117,8 +119,8 @@ MODELS = {
 }
 
 
-def load(model: str | Path) -> TokenPipeline | torch.nn.Module:
-    """The pipeline of a generator, or the network of a tokenizer or encoder, on the CPU in float32.
+def load(model: str | Path) -> TokenPipeline | ViTVQGAN | TextImageEncoder:
+    """The pipeline of a generator, the network of a tokenizer, or a text/picture encoder, on the CPU in float32.
 
     Args:
         model: an id of `MODELS`, or a folder written by a pipeline's ``save_pretrained``. Published weights are taken

@@ -14,3 +14,8 @@ def from_pil(picture: Image.Image, size: int) -> Tensor:
     ground = Image.new("RGBA", (size, size), "white")
     array = np.asarray(Image.alpha_composite(ground, picture).convert("RGB"))
     return torch.from_numpy(array.copy()).permute(2, 0, 1).float() / 255
+
+
+def from_uint8(pictures: Tensor) -> Tensor:
+    """[B, H, W, 3] uint8 -> pixels [B, 3, H, W] in [0, 1]; the memory stays channels last."""
+    return pictures.permute(0, 3, 1, 2).float() / 255

@@ -3,16 +3,15 @@
 import logging
 
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 from transformers import CLIPModel, PreTrainedTokenizerFast
 
+from argen.models.clip import TextImageEncoder
 from argen.models.parti import Parti
 from argen.models.session import DecoderSession
 from argen.pipelines.base import Defaults, TokenPipeline
 from argen.request import check_prompt
-from tokenizers_img.pixels import from_pil
 from tokenizers_img.vit_vqgan import ViTVQGAN
 
 logger = logging.getLogger(__name__)
@@ -73,18 +72,11 @@ class PartiPipeline(TokenPipeline):
         white = torch.ones(1, 3, size, size, device=self.device, dtype=self.image_tokenizer.dtype)
         return self.image_tokenizer.encode(white)[0]
 
-    @torch.no_grad()
+    def embed(self, prompts: list[str], images: list[Image.Image]) -> tuple[Tensor, Tensor]:
+        """Unit vectors of prompts [P, E] and pictures [B, E], by `clip`."""
+        return TextImageEncoder(self.clip, self.tokenizer).embed(prompts, images)
+
     def rank(self, prompt: str, images: list[Image.Image]) -> list[float]:
         """Cosine of each picture to the prompt, by `clip`."""
         text, pictures = self.embed([prompt], images)
         return (pictures @ text[0]).tolist()
-
-    @torch.no_grad()
-    def embed(self, prompts: list[str], images: list[Image.Image]) -> tuple[Tensor, Tensor]:
-        """Unit vectors of prompts [P, E] and pictures [B, E], by `clip`."""
-        text = self.tokenizer(prompts, padding=True, truncation=True, return_tensors="pt").to(self.device)
-        size = self.clip.config.vision_config.image_size
-        pixels = torch.stack([from_pil(image, size) for image in images]).to(self.device, self.clip.dtype)
-        by_text = self.clip.text_projection(self.clip.text_model(**text).pooler_output)
-        by_picture = self.clip.visual_projection(self.clip.vision_model(2 * pixels - 1).pooler_output)
-        return F.normalize(by_text.float(), dim=-1), F.normalize(by_picture.float(), dim=-1)

@@ -14,7 +14,10 @@ from transformers import CLIPConfig, CLIPModel, PreTrainedTokenizerFast
 
 from argen.data.emoji import STYLES, caption
 from argen.data.tables import pixels, read_split
+from argen.eval.retrieval import held_out_sample, recall
+from argen.models.clip import TextImageEncoder
 from argen.train.loop import Schedule, Task
+from tokenizers_img.pixels import from_uint8
 
 SCHEDULES = {
     "cpu": Schedule(steps=900, batch_size=192, learning_rate=1e-3, warmup=100, weight_decay=0.05, betas=(0.9, 0.98)),
@@ -80,7 +83,7 @@ class CLIPTask(Task):
 
     def __init__(self, data: Path, scenes: Path):
         self.singles = {split: read_split(data, split) for split in ("train", "test")}
-        self.pictures = {split: torch.from_numpy(pixels(table)) for split, table in self.singles.items()}
+        self.pictures = torch.from_numpy(pixels(self.singles["train"]))
         self.rows = self.singles["train"].remove_columns("image").to_list()
         table = read_split(scenes, "train")
         self.scene_pictures, self.scene_captions = torch.from_numpy(pixels(table)), list(table["caption"])
@@ -105,11 +108,11 @@ class CLIPTask(Task):
         captions += [self.scene_captions[index] for index in others]
         keys += [(text, "") for text in captions[len(chosen) :]]
         text = self.tokenizer(captions, padding=True, truncation=True, return_tensors="pt")
-        pictures = torch.cat([self.pictures["train"][chosen], self.scene_pictures[others]])
+        pictures = torch.cat([self.pictures[chosen], self.scene_pictures[others]])
         return {
             "input_ids": text.input_ids,
             "attention_mask": text.attention_mask,
-            "pixel_values": preprocess(pictures),
+            "pixel_values": 2 * from_uint8(pictures) - 1,
             "positive": positives(captions, keys),
         }
 
@@ -122,45 +125,29 @@ class CLIPTask(Task):
         log |= {"loss": loss.item(), "accuracy": (by_text.argmax(1) == positive.argmax(1)).float().mean().item()}
         yield "model", loss
 
-    def _held_out_logits(self) -> tuple[Tensor, Tensor]:
-        """Of up to 600 pictures of held-out concepts, at random: their places [n], and logits [n, n], by caption."""
+    def _held_out(self) -> tuple[list[int], Tensor]:
+        """Pictures of held-out concepts: their places [n], and cosines [n, n], by caption."""
         model = getattr(self.networks["model"], "module", self.networks["model"])
-        generator = torch.Generator().manual_seed(0)
-        picked = torch.randperm(len(self.pictures["test"]), generator=generator)[:600]
-        captions = [self.singles["test"][index]["caption"] for index in picked.tolist()]
-        text = self.tokenizer(captions, padding=True, truncation=True, return_tensors="pt").to(model.device)
-        pictures = preprocess(self.pictures["test"][picked]).to(model.device)
-        out = model(input_ids=text.input_ids, attention_mask=text.attention_mask, pixel_values=pictures)
-        return picked, out.logits_per_text.float().cpu()
+        picked = held_out_sample(len(self.singles["test"]))
+        rows = self.singles["test"].select(picked)
+        text, pictures = TextImageEncoder(model, self.tokenizer).embed(list(rows["caption"]), list(rows["image"]))
+        return picked, (text @ pictures.T).cpu()
 
-    @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
-        """Held-out concepts: is the right picture the first (of the first five) among 100 random ones?"""
-        _, logits = self._held_out_logits()
-        blocks = [logits[i : i + 100, i : i + 100] for i in range(0, len(logits), 100)]
-        ranks = torch.cat([(block > block.diagonal()[:, None]).sum(dim=1) for block in blocks])
-        return {
-            "recall@1 of 100": (ranks < 1).float().mean().item(),
-            "recall@5 of 100": (ranks < 5).float().mean().item(),
-        }
+        """Recall on held-out concepts."""
+        return recall(self._held_out()[1])
 
-    @torch.no_grad()
     def sample(self) -> Image.Image:
         """Eight held-out pictures, each before the seven that its caption finds first."""
-        picked, logits = self._held_out_logits()
-        found = torch.cat([torch.arange(8)[:, None], logits[:8].topk(7, dim=1).indices], dim=1)
-        rows = self.pictures["test"][picked[found]]  # [8, 8, H, W, 3]
+        picked, cosines = self._held_out()
+        found = torch.cat([torch.arange(8)[:, None], cosines[:8].topk(7, dim=1).indices], dim=1)
+        rows = torch.from_numpy(pixels(self.singles["test"]))[torch.tensor(picked)[found]]  # [8, 8, H, W, 3]
         return Image.fromarray(rearrange(rows, "r c h w d -> (r h) (c w) d").numpy())
 
     def save(self, folder: Path) -> None:
         model = getattr(self.networks["model"], "module", self.networks["model"])
         model.to(torch.bfloat16).save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
-
-
-def preprocess(pictures: Tensor) -> Tensor:
-    """[B, H, W, 3] uint8 -> what the picture half reads, [B, 3, H, W] in [-1, 1]."""
-    return pictures.permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def positives(captions: list[str], keys: list[tuple[str, str]]) -> Tensor:

@@ -16,9 +16,9 @@ from argen.data.tables import pixels, read_split
 from argen.models.parti import Parti
 from argen.models.session import DecoderSession
 from argen.train.loop import Schedule, Task
-from argen.train.vit_vqgan import to_unit
 from samplers.logits import Sampling, uniforms
 from samplers.steps import Plain
+from tokenizers_img.pixels import from_uint8
 from tokenizers_img.vit_vqgan import ViTVQGAN
 
 SCHEDULES = {
@@ -66,7 +66,7 @@ class PartiTask(Task):
     def tokens(self, pictures: Tensor) -> Tensor:
         """[B, H, W, 3] uint8 -> ids [B, N]."""
         with torch.autocast(self.vq.device.type, torch.bfloat16):
-            return torch.cat([self.vq.encode(to_unit(part)) for part in pictures.split(128)])
+            return torch.cat([self.vq.encode(from_uint8(part)) for part in pictures.split(128)])
 
     def text(self, captions: list[str]) -> dict[str, Tensor]:
         text = self.text_tokenizer(captions, padding=True, truncation=True, return_tensors="pt")

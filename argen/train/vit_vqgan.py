@@ -15,7 +15,9 @@ from torch import Tensor, nn
 from transformers import CLIPVisionModel
 
 from argen.data.tables import pixels, read_split
+from argen.eval import reconstruction
 from argen.train.loop import Schedule, Task
+from tokenizers_img.pixels import from_uint8
 from tokenizers_img.vit_vqgan import ViTVQGAN
 
 SCHEDULES = {
@@ -74,11 +76,6 @@ def augment(pictures: Tensor, generator: torch.Generator) -> Tensor:
     return out
 
 
-def to_unit(pictures: Tensor) -> Tensor:
-    """[B, H, W, 3] uint8 -> [B, 3, H, W] in [0, 1], channels last in memory."""
-    return pictures.permute(0, 3, 1, 2).float() / 255
-
-
 class PerceptualDistance(nn.Module):
     """Distance between pictures in the hidden states of our own picture encoder, each state normalised (as in LPIPS)."""
 
@@ -115,23 +112,15 @@ class Reconstruction(Task):
     def model(self) -> ViTVQGAN:
         return getattr(self.networks["model"], "module", self.networks["model"])
 
-    @torch.no_grad()
-    def _reconstruct(self, pictures: Tensor) -> tuple[Tensor, Tensor]:
-        parts = [self.model()(to_unit(part).to(self.model().device)) for part in pictures.split(64)]
-        return torch.cat([p[0].float().clamp(0, 1).cpu() for p in parts]), torch.cat([p[2].cpu() for p in parts])
-
     def evaluate(self) -> dict[str, float]:
-        """On held-out concepts: PSNR in dB, mean of the pictures; share of the codes that they use."""
-        made, ids = self._reconstruct(self.test)
-        error = (made - to_unit(self.test)).square().mean(dim=(1, 2, 3))
-        codes = self.model().config.n_embed
-        return {"psnr": (-10 * error.log10()).mean().item(), "codes_used": ids.unique().numel() / codes}
+        """Scores on held-out concepts."""
+        return reconstruction.evaluate(self.model(), self.test)
 
     def sample(self) -> Image.Image:
         """32 held-out pictures, each above its reconstruction."""
         pictures = self.test[:: max(1, len(self.test) // 32)][:32]
-        made, _ = self._reconstruct(pictures)
-        pairs = torch.stack([to_unit(pictures), made], dim=1)
+        made, _ = reconstruction.reconstruct(self.model(), pictures)
+        pairs = torch.stack([from_uint8(pictures), made], dim=1)
         grid = rearrange(pairs, "(r c) two d h w -> (r two h) (c w) d", c=8)
         return Image.fromarray((grid * 255).round().to(torch.uint8).numpy())
 
@@ -164,7 +153,7 @@ class ViTVQGANTask(Reconstruction):
         config = self.model().config
         chosen = torch.randint(len(self.train), (size,), generator=generator)
         noise = NOISE * torch.randn(size, self.model().grid ** 2, config.embed_dim, generator=generator)
-        pictures = to_unit(augment(self.train[chosen], generator))
+        pictures = from_uint8(augment(self.train[chosen], generator))
         return {"pixels": pictures, "noise": noise, "luck": torch.rand(size, 1, 1, generator=generator)}
 
     def losses(self, batch: dict[str, Tensor], step: int, log: dict[str, float]) -> Iterator[tuple[str, Tensor]]:
@@ -206,7 +195,7 @@ class DecoderTask(Reconstruction):
 
     def batch(self, size: int, generator: torch.Generator) -> dict[str, Tensor]:
         chosen = torch.randint(len(self.train), (size,), generator=generator)
-        return {"pixels": to_unit(augment(self.train[chosen], generator))}
+        return {"pixels": from_uint8(augment(self.train[chosen], generator))}
 
     def losses(self, batch: dict[str, Tensor], step: int, log: dict[str, float]) -> Iterator[tuple[str, Tensor]]:
         real, discriminator = batch["pixels"], self.networks["discriminator"]
