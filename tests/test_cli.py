@@ -4,11 +4,13 @@ import json
 import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from PIL import Image
 
 from argen.cli import main
+from argen.data import emoji
 from argen.metadata import read_request
 from argen.registry import MODELS, WEIGHTS
 
@@ -103,6 +105,12 @@ def test_bad_input_is_one_line(capsys, apple, tmp_path):
     assert "no picture at" in refused(capsys, "generate", "--from", str(tmp_path / "no.png"), "-o", out)
     assert "unknown recipe" in refused(capsys, "train", "emoji-x", "--data", "a", "--out", str(tmp_path / "t"))
     assert "no split" in refused(capsys, "train", "emoji-vitvqgan", "--data", "no", "--out", str(tmp_path / "t"))
+    sample, steps = str(Path(emoji.__file__).parent / "sample"), ("--steps", "0")
+    assert "steps is 0" in refused(capsys, "train", "emoji-vitvqgan", "--data", sample, "--out", out, *steps)
+    assert "needs scenes" in refused(capsys, "train", "emoji-parti", "--data", sample, "--out", out)
+    assert "num is 0" in refused(capsys, "data", "scenes", "--emoji", sample, "--out", out, "--num", "0")
+    assert "is not empty" in refused(capsys, "data", "scenes", "--emoji", sample, "--out", sample)
+    assert "size is 0" in refused(capsys, "data", "emoji", "--out", out, "--size", "0")
     assert "no split" in refused(capsys, "data", "scenes", "--emoji", "no", "--out", str(tmp_path / "s"))
     assert list(tmp_path.iterdir()) == []
 

@@ -243,8 +243,11 @@ def build(out: Path, icons_dir: Path | None = None, size: int = 128) -> dict[str
         icons_dir: where the npm packages are kept (default: argen's cache folder); missing ones are fetched.
         size: side of the square pictures, in pixels.
     """
-    from argen.data.tables import write_splits
+    from argen.data.tables import check_new, write_splits
 
+    check_new(out)
+    if not 8 <= size <= 1024:
+        raise ValueError(f"size is {size}: expected 8 to 1024 pixels")
     cache = icons_dir or Path.home() / ".cache/argen/icons"
     records, svgs = zip(*icons(cache), strict=True)
     styles_of = defaultdict(set)
@@ -266,8 +269,11 @@ def sample(emoji: Path, out: Path, num: int = 64) -> dict[str, int]:
 
     The pictures are those of things with short names, in an order fixed by a hash.
     """
-    from argen.data.tables import read_split, write_splits
+    from argen.data.tables import check_new, read_split, write_splits
 
+    check_new(out)
+    if num < 32:
+        raise ValueError(f"num is {num}: expected at least 32, so that each style is in each split")
     rows: dict[str, list[dict]] = {}
     shares = {"train": num * 3 // 4, "validation": num // 8, "test": num - num * 3 // 4 - num // 8}
     for split, share in shares.items():

@@ -17,7 +17,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from argen.data.emoji import SPLITS, STYLES, THINGS, with_article
-from argen.data.tables import read_split, write_splits
+from argen.data.tables import check_new, read_split, write_splits
 
 HUES = {"red": 0, "orange": 20, "yellow": 42, "green": 88, "blue": 155, "purple": 195, "pink": 230}  # of 256
 NUMBERS = ("zero", "one", "two", "three", "four", "five", "six")
@@ -148,6 +148,9 @@ def build(emoji: Path, out: Path, num: int = 12000, seed: int = 0) -> dict[str, 
         emoji: folder made by ``argen data emoji``.
         seed: the same seed gives the same scenes.
     """
+    check_new(out)
+    if num < 10:
+        raise ValueError(f"num is {num}: expected at least 10, so that no split is empty")
     rows: dict[str, list[dict]] = {}
     for split in SPLITS:
         table = read_split(emoji, split)

@@ -7,6 +7,14 @@ from pathlib import Path
 import numpy as np
 
 
+def check_new(out: Path) -> None:
+    """Raises:
+    FileExistsError: `out` is a file, or a folder that is not empty.
+    """
+    if out.is_file() or (out.is_dir() and any(out.iterdir())):
+        raise FileExistsError(f"{out} exists and is not empty: choose another folder with --out")
+
+
 def write_splits(out: Path, rows: dict[str, list[dict]]) -> None:
     """Write each split as ``out/data/<split>-00000-of-00001.parquet``; `out` appears whole or not at all.
 
@@ -16,9 +24,7 @@ def write_splits(out: Path, rows: dict[str, list[dict]]) -> None:
     from datasets import Dataset, Features, Image, disable_progress_bars
 
     disable_progress_bars()
-    out = Path(out)
-    if out.exists() and any(out.iterdir()):
-        raise FileExistsError(f"{out} exists and is not empty: choose another folder with --out")
+    check_new(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
     try:

@@ -35,6 +35,8 @@ def run(
     """
     if recipe not in SCHEDULES:
         raise ValueError(f"unknown recipe {recipe!r}: expected one of {', '.join(SCHEDULES)}")
+    if steps is not None and steps < 1:
+        raise ValueError(f"steps is {steps}: expected at least 1")
     schedule = SCHEDULES[recipe][setting]
     if recipe in ("emoji-clip", "emoji-parti") and scenes is None:
         raise ValueError(f"the recipe {recipe} needs scenes too: give --scenes a folder made by `argen data scenes`")

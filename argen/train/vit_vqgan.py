@@ -25,7 +25,7 @@ SCHEDULES = {
     "gpu": Schedule(steps=40000, batch_size=256, learning_rate=8e-4),
 }
 DECODER_SCHEDULES = {
-    "cpu": Schedule(steps=1000, batch_size=32, learning_rate=2e-4, warmup=50),
+    "cpu": Schedule(steps=600, batch_size=32, learning_rate=2e-4, warmup=50),
     "gpu": Schedule(steps=10000, batch_size=256, learning_rate=2e-4),
 }
 L1, L2 = 0.2, 1.0
