@@ -25,11 +25,11 @@ SCHEDULES = {
     "gpu": Schedule(steps=40000, batch_size=256, learning_rate=8e-4),
 }
 DECODER_SCHEDULES = {
-    "cpu": Schedule(steps=600, batch_size=32, learning_rate=2e-4, warmup=50),
+    "cpu": Schedule(steps=1000, batch_size=32, learning_rate=3e-4, warmup=50),
     "gpu": Schedule(steps=10000, batch_size=256, learning_rate=2e-4),
 }
 L1, L2 = 0.2, 1.0
-PERCEPTUAL, ADVERSARIAL = 0.01, 0.2  # the second relative to the gradient of the other terms
+PERCEPTUAL, ADVERSARIAL = 0.01, 0.1  # the second relative to the gradient of the other terms
 REVIVE_EVERY, REVIVE_UNTIL = 50, 0.8  # steps; share of the schedule
 NOISE = 0.15  # standard deviation, of the size of the quantization error of 4096 codes on the unit sphere
 NOISE_ONLY, NOISE_UNTIL = 0.06, 0.2  # shares of the schedule: no picture quantized before, every picture after
