@@ -14,7 +14,7 @@ from argen.train.clip import CLIPTask, positives
 from argen.train.loop import Schedule, train
 from argen.train.parti import PartiTask
 from argen.train.recipes import SCHEDULES
-from argen.train.vit_vqgan import DecoderTask, ViTVQGANTask
+from argen.train.vit_vqgan import DecoderTask, ViTVQGANTask, refit_codes
 from tokenizers_img.vit_vqgan import ViTVQGAN
 
 SAMPLE = Path(emoji.__file__).parent / "sample"
@@ -93,6 +93,14 @@ def test_dead_codes_are_revived():
     assert (codes[:100] != before[:100]).any(dim=1).all()
     assert torch.equal(codes[100:], before[100:])
     torch.testing.assert_close(codes[:100].norm(dim=1), torch.ones(100))
+
+
+def test_codes_move_to_the_vectors_they_serve():
+    task = ViTVQGANTask(SAMPLE, total=1000)
+    before = refit_codes(task.model(), task.train, rounds=0)
+    after = refit_codes(task.model(), task.train, rounds=5)
+    assert after > before + 0.01
+    assert refit_codes(task.model(), task.train, rounds=0) == pytest.approx(after)  # what was measured is in place
 
 
 def test_a_caption_describes_every_picture_it_fits():

@@ -1,7 +1,8 @@
 """Recipes `emoji-vitvqgan` and `emoji-vitvqgan-decoder`: ViT-VQGAN on the emoji pictures (arXiv 2110.04627, section 3).
 
-The paper's losses in two stages: the first trains everything on the codebook, L2 and L1 terms; the second keeps encoder and
-codes, so that ids keep their meaning, and trains the decoder on with the perceptual and the adversarial term.
+The paper's losses in two stages: the first trains everything on the codebook, L2 and L1 terms, and at its end moves the
+codes to where the vectors are; the second keeps encoder and codes, so that ids keep their meaning, and trains the decoder on
+with the perceptual and the adversarial term.
 """
 
 from collections.abc import Iterator
@@ -156,6 +157,10 @@ class ViTVQGANTask(Reconstruction):
         pictures = from_uint8(augment(self.train[chosen], generator))
         return {"pixels": pictures, "noise": noise, "luck": torch.rand(size, 1, 1, generator=generator)}
 
+    def save(self, folder: Path) -> None:
+        refit_codes(self.model(), self.train)
+        super().save(folder)
+
     def losses(self, batch: dict[str, Tensor], step: int, log: dict[str, float]) -> Iterator[tuple[str, Tensor]]:
         real = batch["pixels"]
         skipping = (NOISE_UNTIL - step / self.total) / (NOISE_UNTIL - NOISE_ONLY)  # probability, falls from 1 to 0
@@ -176,6 +181,33 @@ class ViTVQGANTask(Reconstruction):
         z = model.pre_quant(model.encoder(real)).flatten(0, 1)
         model.quantizer.revive((count < 2).to(z.device), z)
         count.zero_()
+
+
+@torch.no_grad()
+def refit_codes(model: ViTVQGAN, pictures: Tensor, rounds: int = 12) -> float:
+    """Move each code to the middle of the vectors that choose it, by spherical k-means from the learned codes.
+
+    Codes that nothing chooses take the place of the vectors that are served worst.
+
+    Args:
+        pictures: [B, H, W, 3] uint8.
+
+    Returns:
+        The mean cosine of the vectors to their codes.
+    """
+    with torch.autocast(model.device.type, torch.bfloat16):
+        parts = [model.pre_quant(model.encoder(from_uint8(p).to(model.device))).float() for p in pictures.split(64)]
+    z = F.normalize(torch.cat(parts).flatten(0, 1), dim=-1)  # [M, C]
+    codes = F.normalize(model.quantizer.embedding.weight.float(), dim=-1)
+    for round_ in range(rounds + 1):
+        best = [(part @ codes.T).max(dim=1) for part in z.split(16384)]
+        cosine, ids = torch.cat([b.values for b in best]), torch.cat([b.indices for b in best])
+        if round_ < rounds:
+            codes = F.normalize(torch.zeros_like(codes).index_add_(0, ids, z), dim=-1)
+            dead = torch.bincount(ids, minlength=len(codes)) == 0
+            codes[dead] = z[cosine.topk(int(dead.sum()), largest=False).indices]
+    model.quantizer.embedding.weight.copy_(codes)
+    return cosine.mean().item()
 
 
 class DecoderTask(Reconstruction):
