@@ -203,9 +203,11 @@ def refit_codes(model: ViTVQGAN, pictures: Tensor, rounds: int = 12) -> float:
         best = [(part @ codes.T).max(dim=1) for part in z.split(16384)]
         cosine, ids = torch.cat([b.values for b in best]), torch.cat([b.indices for b in best])
         if round_ < rounds:
-            codes = F.normalize(torch.zeros_like(codes).index_add_(0, ids, z), dim=-1)
             dead = torch.bincount(ids, minlength=len(codes)) == 0
-            codes[dead] = z[cosine.topk(int(dead.sum()), largest=False).indices]
+            moved = F.normalize(torch.zeros_like(codes).index_add_(0, ids, z), dim=-1)
+            codes = torch.where(dead[:, None], codes, moved)
+            worst = cosine.topk(min(int(dead.sum()), len(z)), largest=False).indices
+            codes[dead.nonzero().flatten()[: len(worst)]] = z[worst]
     model.quantizer.embedding.weight.copy_(codes)
     return cosine.mean().item()
 
