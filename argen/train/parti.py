@@ -22,7 +22,7 @@ from tokenizers_img.pixels import from_uint8
 from tokenizers_img.vit_vqgan import ViTVQGAN
 
 SCHEDULES = {
-    "cpu": Schedule(steps=3600, batch_size=64, learning_rate=1e-3, warmup=200, weight_decay=0.03, betas=(0.9, 0.98)),
+    "cpu": Schedule(steps=3200, batch_size=64, learning_rate=1e-3, warmup=200, weight_decay=0.03, betas=(0.9, 0.98)),
     "gpu": Schedule(steps=30000, batch_size=512, learning_rate=1e-3, weight_decay=0.03, betas=(0.9, 0.98)),
 }
 SCENES_SHARE = 0.12
