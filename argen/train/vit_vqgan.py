@@ -221,6 +221,7 @@ class DecoderTask(Reconstruction):
 
     def __init__(self, data: Path, tokenizer: Path, clip: Path):
         model = ViTVQGAN.from_pretrained(tokenizer, torch_dtype=torch.float32)
+        model.register_to_config(_name_or_path="emoji-vitvqgan")  # what is saved names no folder of this machine
         for part in (model.encoder, model.pre_quant, model.quantizer):
             part.requires_grad_(False)
         super().__init__(model, data)
