@@ -3,7 +3,6 @@
 Letters in shape comments: B pictures, N cells of a picture (row-major), H W pixels.
 """
 
-import logging
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -20,8 +19,6 @@ from argen.request import Job, Request
 from samplers import by_name
 from samplers.logits import Sampling, uniforms
 from samplers.steps import GuidanceScale, Sampler, Session, Step
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
