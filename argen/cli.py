@@ -2,23 +2,14 @@
 
 import argparse
 import json
-import logging
-import os
 import sys
 import time
-import warnings
 from pathlib import Path
 
-from argen import __version__
+from argen import __version__, evaluate
+from argen.command import Parser, device_and_json, guarded, load_model, writable_png
 
 COMMANDS = {}
-
-
-class Parser(argparse.ArgumentParser):
-    """An argument error is one line, without the usage."""
-
-    def error(self, message: str):
-        self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
 
 
 def command(function):
@@ -71,7 +62,7 @@ def parser() -> Parser:
         metavar="PNG",
         help="take prompt and settings from a picture that argen made; other options win",
     )
-    _device_and_json(add)
+    device_and_json(add)
 
     add = commands.add_parser("reconstruct", help="turn a picture into tokens and back", formatter_class=formatter)
     add.add_argument("image", type=Path, metavar="IMG")
@@ -79,7 +70,7 @@ def parser() -> Parser:
     add.add_argument(
         "-o", "--out", type=Path, metavar="FILE", help="PNG file (default: IMG's name with -reconstructed.png)"
     )
-    _device_and_json(add)
+    device_and_json(add)
 
     add = commands.add_parser("models", help="list what ships and which published weights can be loaded")
     add.add_argument("--json", action="store_true", help="print JSON")
@@ -138,7 +129,10 @@ def parser() -> Parser:
     add.add_argument("--num-candidates", type=int, default=16, metavar="C", help="for the scores with re-ranking")
     add.add_argument("--grid", type=Path, metavar="PNG", help="also write a labelled grid of 32 pictures")
     add.add_argument("--seed", type=int, default=0)
-    _device_and_json(add)
+    device_and_json(add)
+
+    add = commands.add_parser("eval", help="FID and the other numbers that papers report")
+    evaluate.add_commands(add)
 
     add = commands.add_parser("ui", help="open the web page", formatter_class=formatter)
     add.add_argument("--port", type=int, default=7860)
@@ -148,24 +142,6 @@ def parser() -> Parser:
     )
     add.add_argument("--device", metavar="NAME", help="cpu, cuda, mps (default: the best one here)")
     return top
-
-
-def _device_and_json(add: argparse.ArgumentParser) -> None:
-    add.add_argument("--device", metavar="NAME", help="cpu, cuda, mps (default: the best one here)")
-    add.add_argument("--json", action="store_true", help="print JSON")
-
-
-def writable_png(path: Path) -> Path:
-    """`path`, if a PNG file can be written there.
-
-    Raises:
-        ValueError: it has another ending, or its folder is missing or locked.
-    """
-    if path.suffix.lower() != ".png":
-        raise ValueError(f"cannot write {path}: expected a name that ends in .png")
-    if path.is_dir() or not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
-        raise ValueError(f"cannot write {path}: expected a file name in a folder that exists and may be written")
-    return path
 
 
 @command
@@ -182,7 +158,7 @@ def generate(args) -> None:
         raise ValueError('no prompt: say what to draw, for example argen generate "a red apple" -o apple.png')
     request = Request(**given)
 
-    pipe = _load(request.model, args.device, "generator")
+    pipe = load_model(request.model, args.device, "generator")
     started = time.perf_counter()
     with pipe.progress_bar(total=100) as bar:
         for job in pipe.run(request):
@@ -213,7 +189,7 @@ def reconstruct(args) -> None:
 
     out = writable_png(args.out or args.image.with_name(f"{args.image.stem}-reconstructed.png"))
     picture = open_picture(args.image)
-    tokenizer = _load(args.tokenizer, args.device, "tokenizer")
+    tokenizer = load_model(args.tokenizer, args.device, "tokenizer")
     pixels = from_pil(picture, tokenizer.config.image_size)[None].to(tokenizer.device)
     with torch.no_grad():
         ids = tokenizer.encode(pixels)
@@ -278,7 +254,7 @@ def score(args) -> None:
     from argen.data.tables import pixels, read_split
     from argen.eval import prompts, reconstruction, retrieval
 
-    model = _load(args.model, args.device)
+    model = load_model(args.model, args.device)
     if args.grid:
         writable_png(args.grid)
     if hasattr(model, "run"):
@@ -291,48 +267,21 @@ def score(args) -> None:
 
 
 @command
+def eval(args) -> None:
+    evaluate.COMMANDS[args.metric](args)
+
+
+@command
 def ui(args) -> None:
     from argen.ui.build import launch
 
     launch(args.host, args.port, args.data_dir, args.device)
 
 
-def _load(model: str, device: str | None, kind: str | None = None):
-    from argen.device import pick
-    from argen.registry import MODELS, load
-
-    found = MODELS[model].kind if model in MODELS else kind
-    if kind and found != kind:
-        known = ", ".join(name for name, entry in MODELS.items() if entry.kind == kind)
-        raise ValueError(f"{model} is of the kind {found}, expected a {kind}: {known}")
-    where = pick(device)
-    loaded = load(model)
-    if hasattr(loaded, "set_progress_bar_config"):
-        loaded.set_progress_bar_config(disable=None, bar_format="{desc}{percentage:3.0f}%|{bar:30}| {elapsed}")
-    return loaded.to(where)
-
-
 def main(argv: list[str] | None = None) -> int:
     """Run a command; bad input is one line on stderr and the exit code 2."""
     args = parser().parse_args(argv)
-    warnings.simplefilter("ignore")
-    logging.basicConfig(format="argen: %(message)s", level=logging.WARNING)
-    for library in ("transformers", "diffusers", "huggingface_hub"):
-        logging.getLogger(library).setLevel(logging.ERROR)
-    try:
-        COMMANDS[args.command](args)
-    except (ValueError, OSError) as error:
-        print(f"argen {args.command}: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    except ModuleNotFoundError as error:
-        print(
-            f"argen {args.command}: error: {error.name} is not installed: pip install 'argen[train]'", file=sys.stderr
-        )
-        return 2
-    except KeyboardInterrupt:
-        print(f"argen {args.command}: stopped", file=sys.stderr)
-        return 130
-    return 0
+    return guarded(f"argen {args.command}", COMMANDS[args.command], args)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,8 @@ LAYERS = [
     ["argen.train"],
     ["argen.registry"],
     ["argen"],
-    ["argen.ui", "argen.server"],
+    ["argen.command"],
+    ["argen.evaluate", "argen.ui", "argen.server"],
     ["argen.cli", "app"],
 ]
 NAMES = {name: (level, name) for level, names in enumerate(LAYERS) for name in names}

@@ -6,19 +6,20 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import nn
 
 from argen.data import emoji, scenes
 from argen.models.parti import Parti
 from argen.registry import WEIGHTS
 from argen.train.clip import CLIPTask, positives
-from argen.train.loop import Schedule, train
+from argen.train.loop import Schedule, optimizers_of, train
 from argen.train.parti import PartiTask
 from argen.train.recipes import SCHEDULES
 from argen.train.vit_vqgan import DecoderTask, ViTVQGANTask, refit_codes
 from tokenizers_img.vit_vqgan import ViTVQGAN
 
 SAMPLE = Path(emoji.__file__).parent / "sample"
-SCHEDULE = Schedule(steps=4, batch_size=4, learning_rate=1e-3, warmup=2)
+SCHEDULE = Schedule(steps=4, batch_size=4, learning_rate=1e-3, warmup=2, muon=True)
 
 
 @pytest.fixture(scope="module")
@@ -32,10 +33,10 @@ def composed(tmp_path_factory):
 def task(request, composed):
     """Makes the task of a recipe anew."""
     clip, tokenizer = WEIGHTS / "emoji-clip", WEIGHTS / "emoji-vitvqgan"
-    return {
+    return {  # the decoder's sharpens from the second step on
         "emoji-clip": lambda: CLIPTask(SAMPLE, composed),
         "emoji-vitvqgan": lambda: ViTVQGANTask(SAMPLE, SCHEDULE.steps),
-        "emoji-vitvqgan-decoder": lambda: DecoderTask(SAMPLE, tokenizer, clip),
+        "emoji-vitvqgan-decoder": lambda: DecoderTask(SAMPLE, tokenizer, clip, total=1),
         "emoji-parti": lambda: PartiTask(SAMPLE, composed, tokenizer, clip),
     }[request.param]
 
@@ -60,10 +61,21 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(task, tmp_path):
 
 
 def test_the_decoder_recipe_keeps_the_meaning_of_the_ids(tmp_path):
-    train(DecoderTask(SAMPLE, WEIGHTS / "emoji-vitvqgan", WEIGHTS / "emoji-clip"), SCHEDULE, tmp_path / "out")
+    train(DecoderTask(SAMPLE, WEIGHTS / "emoji-vitvqgan", WEIGHTS / "emoji-clip", total=1), SCHEDULE, tmp_path / "out")
     before, after = weights(WEIGHTS / "emoji-vitvqgan"), weights(tmp_path / "out" / "final")
     changed = {key.split(".")[0] for key in before if not torch.equal(before[key], after[key])}
     assert changed == {"decoder", "post_quant"}
+
+
+def test_muon_trains_the_hidden_matrices_and_nothing_else():
+    network = nn.ModuleDict({"embed": nn.Embedding(5, 4), "hidden": nn.Linear(4, 3), "conv": nn.Conv2d(3, 2, 1)})
+    adamw, muon = optimizers_of(network, SCHEDULE)
+    assert isinstance(adamw, torch.optim.AdamW)
+    assert isinstance(muon, torch.optim.Muon)
+    (matrices,) = (group["params"] for group in muon.param_groups)
+    assert len(matrices) == 1
+    assert matrices[0] is network["hidden"].weight
+    assert len(adamw.param_groups[0]["params"]) == 4  # the embedding, a bias, the convolution and its bias
 
 
 def test_a_folder_of_another_training_is_left_alone(tmp_path):

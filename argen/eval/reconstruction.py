@@ -1,9 +1,15 @@
 """What a tokenizer of pictures keeps."""
 
+from collections.abc import Callable
+
 import torch
+from diffusers.utils import numpy_to_pil
+from PIL import Image
 from torch import Tensor
 
-from tokenizers_img.pixels import from_uint8
+from argen.eval.images import Picture, Pictures, cropped, digest
+from argen.eval.metrics import psnr, ssim
+from tokenizers_img.pixels import from_pil, from_uint8
 from tokenizers_img.vit_vqgan import ViTVQGAN
 
 
@@ -20,5 +26,48 @@ def reconstruct(tokenizer: ViTVQGAN, pictures: Tensor) -> tuple[Tensor, Tensor]:
 def evaluate(tokenizer: ViTVQGAN, pictures: Tensor) -> dict[str, float]:
     """PSNR in dB, mean of the pictures [B, H, W, 3] uint8; share of the codes that they use."""
     made, ids = reconstruct(tokenizer, pictures)
-    error = (made - from_uint8(pictures)).square().mean(dim=(1, 2, 3))
-    return {"psnr": (-10 * error.log10()).mean().item(), "codes_used": ids.unique().numel() / tokenizer.config.n_embed}
+    return {
+        "psnr": psnr(made, from_uint8(pictures)).mean().item(),
+        "codes_used": ids.unique().numel() / tokenizer.config.n_embed,
+    }
+
+
+class Fitted(Pictures):
+    """Pictures cropped, then padded to a tokenizer's square: what goes in, and what its output is compared with."""
+
+    def __init__(self, pictures: Pictures, size: int, crop: str | None):
+        self.pictures, self.size, self.crop = pictures, size, crop
+        self.identity = digest([pictures.identity, size, crop])
+
+    def __len__(self) -> int:
+        return len(self.pictures)
+
+    def __getitem__(self, index: int) -> Picture:
+        pixels = from_pil(Image.fromarray(cropped(self.pictures[index], self.crop)), self.size)
+        return (pixels * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
+
+
+def reconstructor(tokenizer: ViTVQGAN, pictures: Pictures) -> Callable[[range], list[Image.Image]]:
+    """Numbers of pictures -> what the tokenizer makes of them."""
+
+    def make(rows: range) -> list[Image.Image]:
+        real = torch.stack([torch.tensor(pictures[index]) for index in rows])
+        made, _ = reconstruct(tokenizer, real)
+        return numpy_to_pil(made.permute(0, 2, 3, 1).numpy())
+
+    return make
+
+
+def compare(tokenizer: ViTVQGAN, made: Pictures, real: Pictures) -> dict[str, dict]:
+    """PSNR and SSIM of the 8-bit pictures, and the share of the codes that the real ones use."""
+    sums, used = {"PSNR (dB)": 0.0, "SSIM": 0.0}, set()
+    for first in range(0, len(real), 64):
+        rows = range(first, min(first + 64, len(real)))
+        pair = [torch.stack([torch.tensor(side[index]) for index in rows]) for side in (made, real)]
+        for name, metric in (("PSNR (dB)", psnr), ("SSIM", ssim)):
+            sums[name] += metric(*(from_uint8(side) for side in pair)).sum().item()
+        ids = tokenizer.encode(from_uint8(pair[1]).to(tokenizer.device, tokenizer.dtype))
+        used |= set(ids.unique().tolist())
+    scores = {name: total / len(real) for name, total in sums.items()}
+    scores["codes used"] = len(used) / tokenizer.config.n_embed
+    return {name: {"value": value, "n": len(real)} for name, value in scores.items()}

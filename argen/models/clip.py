@@ -28,9 +28,18 @@ class TextImageEncoder:
     @torch.no_grad()
     def embed(self, prompts: list[str], images: list[Image.Image]) -> tuple[Tensor, Tensor]:
         """Unit vectors [P, E] of prompts and [B, E] of pictures of any size; their products are cosines."""
-        text = self.tokenizer(prompts, padding=True, truncation=True, return_tensors="pt").to(self.clip.device)
         size = self.clip.config.vision_config.image_size
-        pixels = torch.stack([from_pil(image, size) for image in images]).to(self.clip.device, self.clip.dtype)
-        by_text = self.clip.text_projection(self.clip.text_model(**text).pooler_output)
-        by_picture = self.clip.visual_projection(self.clip.vision_model(2 * pixels - 1).pooler_output)
-        return F.normalize(by_text.float(), dim=-1), F.normalize(by_picture.float(), dim=-1)
+        return self.embed_text(prompts), self.embed_pixels(torch.stack([from_pil(image, size) for image in images]))
+
+    @torch.no_grad()
+    def embed_text(self, prompts: list[str]) -> Tensor:
+        """Unit vectors [P, E]."""
+        text = self.tokenizer(prompts, padding=True, truncation=True, return_tensors="pt").to(self.clip.device)
+        return F.normalize(self.clip.text_projection(self.clip.text_model(**text).pooler_output).float(), dim=-1)
+
+    @torch.no_grad()
+    def embed_pixels(self, pixels: Tensor, normalise: bool = True) -> Tensor:
+        """Pixels [B, 3, H, W] in [0, 1], of the encoder's size -> vectors [B, E], of length 1 if `normalise`."""
+        seen = self.clip.vision_model(2 * pixels.to(self.clip.device, self.clip.dtype) - 1).pooler_output
+        found = self.clip.visual_projection(seen).float()
+        return F.normalize(found, dim=-1) if normalise else found

@@ -8,7 +8,7 @@ import json
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Protocol
@@ -35,6 +35,7 @@ class Schedule:
     weight_decay: float = 1e-4
     grad_clip: float = 1.0
     ema_decay: float = 0.999
+    muon: bool = False  # train the matrices of the hidden layers with Muon, at the same rate
 
     def rate(self, step: int) -> float:
         """Learning rate of a step: linear warm-up, then a cosine down to 2%."""
@@ -66,6 +67,23 @@ def step_generator(seed: int, step: int) -> torch.Generator:
     return torch.Generator().manual_seed((seed << 32) + step)
 
 
+def optimizers_of(network: nn.Module, schedule: Schedule) -> list[torch.optim.Optimizer]:
+    """AdamW; with `schedule.muon`, Muon (arXiv 2502.16982) for the matrices that are no embedding, AdamW for the rest.
+
+    Muon's steps are scaled to the size of AdamW's, so that one learning rate serves both.
+    """
+    rate, decay = schedule.learning_rate, schedule.weight_decay
+    embeddings = {id(m.weight) for m in network.modules() if isinstance(m, nn.Embedding)}
+    trained = [p for p in network.parameters() if p.requires_grad]
+    matrices = [p for p in trained if schedule.muon and p.ndim == 2 and id(p) not in embeddings]
+    chosen = {id(p) for p in matrices}
+    rest = [p for p in trained if id(p) not in chosen]
+    found: list[torch.optim.Optimizer] = [torch.optim.AdamW(rest, lr=rate, betas=schedule.betas, weight_decay=decay)]
+    if matrices:
+        found.append(torch.optim.Muon(matrices, lr=rate, weight_decay=decay, adjust_lr_fn="match_rms_adamw"))
+    return found
+
+
 def short_attention(device: torch.device) -> AbstractContextManager:
     """For sequences of some 64 tokens: on a CPU plain matrix products train faster than the fused kernel."""
     return sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else nullcontext()
@@ -90,17 +108,9 @@ def train(
     set_seed(seed)
     accelerator = Accelerator(mixed_precision=mixed_precision)
     names = list(task.networks)
-    optimizers = {
-        name: torch.optim.AdamW(
-            [p for p in network.parameters() if p.requires_grad],
-            lr=schedule.learning_rate,
-            betas=schedule.betas,
-            weight_decay=schedule.weight_decay,
-        )
-        for name, network in task.networks.items()
-    }
+    optimizers = {name: optimizers_of(network, schedule) for name, network in task.networks.items()}
     task.networks = {name: accelerator.prepare(network) for name, network in task.networks.items()}
-    optimizers = {name: accelerator.prepare(optimizer) for name, optimizer in optimizers.items()}
+    optimizers = {name: [accelerator.prepare(one) for one in found] for name, found in optimizers.items()}
     model = accelerator.unwrap_model(task.networks["model"])
     ema = EMAModel(model.parameters(), decay=schedule.ema_decay, use_ema_warmup=True, power=0.75)
     ema.to(accelerator.device)
@@ -122,43 +132,50 @@ def train(
         batch = task.batch(schedule.batch_size, step_generator(rank_seed, progress.step))
         batch = {key: value.to(accelerator.device) for key, value in batch.items()}
         losses = task.losses(batch, progress.step, log)
-        while True:
-            with accelerator.autocast(), short_attention(accelerator.device):
-                item = next(losses, None)
-            if item is None:
-                break
+        while (item := _next(losses, accelerator)) is not None:
             name, loss = item
-            optimizer = optimizers[name]
-            for group in optimizer.param_groups:
-                group["lr"] = schedule.rate(progress.step)
-            optimizer.zero_grad()
             accelerator.backward(loss)
             accelerator.clip_grad_norm_(task.networks[name].parameters(), schedule.grad_clip)
-            optimizer.step()
+            for optimizer in optimizers[name]:
+                for group in optimizer.param_groups:
+                    group["lr"] = schedule.rate(progress.step)
+                optimizer.step()
+            task.networks[name].zero_grad()
         ema.step(model.parameters())
         progress.step += 1
         bar.update()
         if progress.step % 20 == 0:
             bar.set_postfix({key: f"{value:.4g}" for key, value in log.items()})
         if progress.step % evaluate_every == 0 or progress.step == end:
-            ema.store(model.parameters())
-            ema.copy_to(model.parameters())
-            model.eval()
-            if accelerator.is_main_process:
-                scores = task.evaluate()
-                task.sample().save(out / f"sample-{progress.step:06d}.png")
-                entry = {"step": progress.step, "seconds": time.time() - started, **log, **scores}
-                with (out / "log.jsonl").open("a") as file:
-                    file.write(json.dumps(entry) + "\n")
-                tqdm.write(json.dumps({key: round(value, 4) for key, value in entry.items()}))
-                if progress.step == schedule.steps:
-                    task.save(out / "final")
-            model.train()
-            ema.restore(model.parameters())
+            with _averaged(model, ema):
+                if accelerator.is_main_process:
+                    scores = task.evaluate()
+                    task.sample().save(out / f"sample-{progress.step:06d}.png")
+                    entry = {"step": progress.step, "seconds": time.time() - started, **log, **scores}
+                    with (out / "log.jsonl").open("a") as file:
+                        file.write(json.dumps(entry) + "\n")
+                    tqdm.write(json.dumps({key: round(value, 4) for key, value in entry.items()}))
+                    if progress.step == schedule.steps:
+                        task.save(out / "final")
         if progress.step % checkpoint_every == 0 or progress.step == end:
             _checkpoint(accelerator, out, recipe)
     bar.close()
     return scores
+
+
+def _next(losses: Iterator[tuple[str, Tensor]], accelerator: Accelerator) -> tuple[str, Tensor] | None:
+    with accelerator.autocast(), short_attention(accelerator.device):
+        return next(losses, None)
+
+
+@contextmanager
+def _averaged(model: nn.Module, ema: EMAModel) -> Iterator[None]:
+    ema.store(model.parameters())
+    ema.copy_to(model.parameters())
+    model.eval()
+    yield
+    model.train()
+    ema.restore(model.parameters())
 
 
 class Progress:

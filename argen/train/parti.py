@@ -1,6 +1,7 @@
 """Recipe `emoji-parti`: text to the tokens of `emoji-vitvqgan`, conditioned on the text states of `emoji-clip`."""
 
 import random
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,11 +23,14 @@ from tokenizers_img.pixels import from_uint8
 from tokenizers_img.vit_vqgan import ViTVQGAN
 
 SCHEDULES = {
-    "cpu": Schedule(steps=3200, batch_size=64, learning_rate=1e-3, warmup=200, weight_decay=0.03, betas=(0.9, 0.98)),
+    "cpu": Schedule(
+        steps=5000, batch_size=64, learning_rate=4e-3, warmup=120, weight_decay=0.03, betas=(0.9, 0.98), muon=True
+    ),
     "gpu": Schedule(steps=30000, batch_size=512, learning_rate=1e-3, weight_decay=0.03, betas=(0.9, 0.98)),
 }
 SCENES_SHARE = 0.12
 TEXT_DROPOUT = 0.1
+CORRUPTION = 0.15  # at most this share of the tokens that are read is another picture's: sampling will slip, too
 
 
 class PartiTask(Task):
@@ -50,10 +54,8 @@ class PartiTask(Task):
         self.held_out_captions = list(table["caption"])
         self.held_out_tokens = self.tokens(torch.from_numpy(pixels(table)))
 
-        counts: dict[str, int] = {}
-        for row in self.rows:
-            counts[row["concept"]] = counts.get(row["concept"], 0) + 1
-        self.weights = torch.tensor([counts[row["concept"]] ** -0.5 for row in self.rows])
+        tones = Counter((row["concept"], row["style"]) for row in self.rows)  # these share one picture's weight
+        self.weights = torch.tensor([1 / tones[row["concept"], row["style"]] for row in self.rows])
 
         config = self.vq.config
         model = Parti(self.text_encoder.config.hidden_size, config.n_embed, config.image_size // config.patch_size)
@@ -81,7 +83,11 @@ class PartiTask(Task):
         captions = [caption(row["name"], row["style"], row["keywords"], rng) for row in rows]
         captions += [self.scene_captions[index] for index in others.tolist()]
         captions = ["" if rng.random() < TEXT_DROPOUT else text for text in captions]
-        return {"tokens": torch.cat([self.picture_tokens[chosen], self.scene_tokens[others]]), **self.text(captions)}
+        tokens = torch.cat([self.picture_tokens[chosen], self.scene_tokens[others]])
+        share = CORRUPTION * torch.rand(size, 1, generator=generator)
+        slipped = torch.rand(tokens.shape, generator=generator) < share
+        read = torch.where(slipped, tokens[torch.randperm(size, generator=generator)], tokens)
+        return {"tokens": tokens, "read": read, **self.text(captions)}
 
     def encode_text(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         self.text_encoder.to(batch["input_ids"].device)
@@ -90,7 +96,7 @@ class PartiTask(Task):
         return states.last_hidden_state, batch["attention_mask"].bool()
 
     def losses(self, batch: dict[str, Tensor], step: int, log: dict[str, float]) -> Iterator[tuple[str, Tensor]]:
-        logits = self.networks["model"](*self.encode_text(batch), batch["tokens"])
+        logits = self.networks["model"](*self.encode_text(batch), batch["read"])
         loss = F.cross_entropy(logits.flatten(0, 1).float(), batch["tokens"].flatten())
         log["loss"] = loss.item()
         yield "model", loss

@@ -43,7 +43,7 @@ def run(
     task = {
         "emoji-clip": lambda: clip_recipe.CLIPTask(data, scenes),
         "emoji-vitvqgan": lambda: vit_vqgan.ViTVQGANTask(data, schedule.steps),
-        "emoji-vitvqgan-decoder": lambda: vit_vqgan.DecoderTask(data, tokenizer, clip),
+        "emoji-vitvqgan-decoder": lambda: vit_vqgan.DecoderTask(data, tokenizer, clip, schedule.steps),
         "emoji-parti": lambda: parti.PartiTask(data, scenes, tokenizer, clip),
     }[recipe]()
     return train(task, schedule, out, seed=seed, steps=steps)

@@ -1,8 +1,8 @@
 """Recipes `emoji-vitvqgan` and `emoji-vitvqgan-decoder`: ViT-VQGAN on the emoji pictures (arXiv 2110.04627, section 3).
 
 The paper's losses in two stages: the first trains everything on the codebook, L2 and L1 terms, and at its end moves the
-codes to where the vectors are; the second keeps encoder and codes, so that ids keep their meaning, and trains the decoder on
-with the perceptual and the adversarial term.
+codes to where the vectors are; the second keeps encoder and codes, so that ids keep their meaning, and trains the decoder
+on, at its end with the perceptual and the adversarial term.
 """
 
 from collections.abc import Iterator
@@ -26,11 +26,13 @@ SCHEDULES = {
     "gpu": Schedule(steps=40000, batch_size=256, learning_rate=8e-4),
 }
 DECODER_SCHEDULES = {
-    "cpu": Schedule(steps=1000, batch_size=32, learning_rate=3e-4, warmup=50),
+    "cpu": Schedule(steps=2400, batch_size=32, learning_rate=1.5e-3, warmup=50, muon=True),
     "gpu": Schedule(steps=10000, batch_size=256, learning_rate=2e-4),
 }
 L1, L2 = 0.2, 1.0
-PERCEPTUAL, ADVERSARIAL = 0.01, 0.1  # the second relative to the gradient of the other terms
+PERCEPTUAL, ADVERSARIAL = 0.01, 0.15  # the second relative to the gradient of the other terms
+SHARPEN_FROM = 0.65  # share of the decoder's schedule after which these two terms join
+SMOOTHNESS, SHAKE = 20.0, 0.05  # weight of the discriminator's penalty, and the noise that it must not notice
 REVIVE_EVERY, REVIVE_UNTIL = 50, 0.8  # steps; share of the schedule
 NOISE = 0.15  # standard deviation, of the size of the quantization error of 4096 codes on the unit sphere
 NOISE_ONLY, NOISE_UNTIL = 0.06, 0.2  # shares of the schedule: no picture quantized before, every picture after
@@ -213,13 +215,14 @@ def refit_codes(model: ViTVQGAN, pictures: Tensor, rounds: int = 12) -> float:
 
 
 class DecoderTask(Reconstruction):
-    """The second stage: the decoder alone, with the perceptual and the adversarial term.
+    """The second stage: the decoder alone, at its end with the perceptual and the adversarial term.
 
     Args:
         tokenizer, clip: folders of the tokenizer after the first stage, and of `emoji-clip`.
+        total: steps of the schedule, which says when the two terms join.
     """
 
-    def __init__(self, data: Path, tokenizer: Path, clip: Path):
+    def __init__(self, data: Path, tokenizer: Path, clip: Path, total: int):
         model = ViTVQGAN.from_pretrained(tokenizer, torch_dtype=torch.float32)
         model.register_to_config(_name_or_path="emoji-vitvqgan")  # what is saved names no folder of this machine
         for part in (model.encoder, model.pre_quant, model.quantizer):
@@ -227,27 +230,37 @@ class DecoderTask(Reconstruction):
         super().__init__(model, data)
         self.networks["discriminator"] = PatchDiscriminator().to(memory_format=torch.channels_last)
         self.perceptual = PerceptualDistance(CLIPVisionModel.from_pretrained(clip, dtype=torch.float32))
+        self.total = total
 
     def batch(self, size: int, generator: torch.Generator) -> dict[str, Tensor]:
         chosen = torch.randint(len(self.train), (size,), generator=generator)
-        return {"pixels": from_uint8(augment(self.train[chosen], generator))}
+        pictures = from_uint8(augment(self.train[chosen], generator))
+        return {"pixels": pictures, "noise": torch.randn(pictures.shape, generator=generator)}
 
     def losses(self, batch: dict[str, Tensor], step: int, log: dict[str, float]) -> Iterator[tuple[str, Tensor]]:
         real, discriminator = batch["pixels"], self.networks["discriminator"]
         made = self.networks["model"](real)[0].float()
-        distance = self.perceptual.to(real.device)(made, real)
         error = made - real
-        loss = L2 * error.square().mean() + L1 * error.abs().mean() + PERCEPTUAL * distance
+        loss = L2 * error.square().mean() + L1 * error.abs().mean()
+        log |= {"l2": error.square().mean().item(), "l1": error.abs().mean().item()}
+        if step < SHARPEN_FROM * self.total:
+            yield "model", loss
+            return
+
+        distance = self.perceptual.to(real.device)(made, real)
+        loss = loss + PERCEPTUAL * distance
         discriminator.requires_grad_(False)
         fooled = -discriminator(made).float().mean()
         discriminator.requires_grad_(True)
-        log |= {"l2": error.square().mean().item(), "perceptual": distance.item(), "fooled": fooled.item()}
+        log |= {"perceptual": distance.item(), "fooled": fooled.item()}
         yield "model", loss + ADVERSARIAL * adaptive_weight(loss, fooled, made) * fooled
 
         real_logits, made_logits = discriminator(real).float(), discriminator(made.detach()).float()
         hinge = F.relu(1 - real_logits).mean() + F.relu(1 + made_logits).mean()
-        log["discriminator"] = hinge.item()
-        yield "discriminator", hinge
+        shaken = discriminator(real + SHAKE * batch["noise"]).float()
+        penalty = (shaken - real_logits).square().mean()  # R1 by finite differences (arXiv 2501.08316, section 3.3)
+        log |= {"discriminator": hinge.item(), "penalty": penalty.item()}
+        yield "discriminator", hinge + SMOOTHNESS * penalty
 
 
 def adaptive_weight(loss: Tensor, fooled: Tensor, made: Tensor) -> Tensor:

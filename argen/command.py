@@ -1,0 +1,69 @@
+"""What the commands share: a parser with short errors, checks of paths, loading a model by id, one line for bad input."""
+
+import argparse
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument error is one line, without the usage."""
+
+    def error(self, message: str):
+        self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+
+
+def device_and_json(add: argparse.ArgumentParser) -> None:
+    add.add_argument("--device", metavar="NAME", help="cpu, cuda, mps (default: the best one here)")
+    add.add_argument("--json", action="store_true", help="print JSON")
+
+
+def writable_png(path: Path) -> Path:
+    """`path`, if a PNG file can be written there.
+
+    Raises:
+        ValueError: it has another ending, or its folder is missing or locked.
+    """
+    if path.suffix.lower() != ".png":
+        raise ValueError(f"cannot write {path}: expected a name that ends in .png")
+    if path.is_dir() or not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
+        raise ValueError(f"cannot write {path}: expected a file name in a folder that exists and may be written")
+    return path
+
+
+def load_model(model: str, device: str | None, kind: str | None = None):
+    from argen.device import pick
+    from argen.registry import MODELS, load
+
+    found = MODELS[model].kind if model in MODELS else kind
+    if kind and found != kind:
+        known = ", ".join(name for name, entry in MODELS.items() if entry.kind == kind)
+        raise ValueError(f"{model} is of the kind {found}, expected a {kind}: {known}")
+    where = pick(device)
+    loaded = load(model)
+    if hasattr(loaded, "set_progress_bar_config"):
+        loaded.set_progress_bar_config(disable=None, bar_format="{desc}{percentage:3.0f}%|{bar:30}| {elapsed}")
+    return loaded.to(where)
+
+
+def guarded(name: str, function: Callable[[argparse.Namespace], None], args: argparse.Namespace) -> int:
+    """Run `function` -> exit code: bad input is one line on stderr and 2, an interruption 130."""
+    warnings.simplefilter("ignore")
+    logging.basicConfig(format="argen: %(message)s", level=logging.WARNING)
+    for library in ("transformers", "diffusers", "huggingface_hub"):
+        logging.getLogger(library).setLevel(logging.ERROR)
+    try:
+        function(args)
+    except (ValueError, OSError) as error:
+        print(f"{name}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except ModuleNotFoundError as error:
+        print(f"{name}: error: {error.name} is not installed: pip install 'argen[train]'", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"{name}: stopped", file=sys.stderr)
+        return 130
+    return 0

@@ -1,0 +1,236 @@
+"""Pictures on disk, one at a time: folders, zips, npz batches and parquet tables; crops; and the ways to a network's size."""
+
+import hashlib
+import re
+import zipfile
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".ppm", ".tif", ".tiff", ".gif"}
+Picture = np.ndarray  # [H, W, 3] uint8
+
+
+class Pictures(Sequence):
+    """A set of pictures that is read as it is asked for.
+
+    Attributes:
+        captions: of each picture, where the set has some.
+        identity: a digest that changes when the set does.
+    """
+
+    captions: list[str] | None = None
+    identity: str
+
+    @abstractmethod
+    def __getitem__(self, index: int) -> Picture: ...
+
+
+class FileList(Pictures):
+    """Pictures in files under a folder, or in a zip, in natural order ("2.png" before "10.png")."""
+
+    def __init__(self, path: Path):
+        self.path, self.zip = path, None
+        if path.is_dir():
+            files = {str(f.relative_to(path)): f.stat() for f in path.rglob("*") if f.suffix.lower() in SUFFIXES}
+            facts = {name: (stat.st_size, stat.st_mtime_ns) for name, stat in files.items()}
+        else:
+            self.zip = zipfile.ZipFile(path)
+            members = [m for m in self.zip.infolist() if Path(m.filename).suffix.lower() in SUFFIXES]
+            facts = {m.filename: (m.file_size, m.CRC) for m in members}
+        self.names = sorted(facts, key=lambda name: [int(p) if p.isdigit() else p for p in re.split(r"(\d+)", name)])
+        self.identity = digest([path.name, *((name, facts[name]) for name in self.names)])
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, index: int) -> Picture:
+        name = self.names[index]
+        data = self.zip.read(name) if self.zip else (self.path / name).read_bytes()
+        return decode(data, f"{self.path / name}")
+
+
+class Batch(Pictures):
+    """``arr_0`` of an npz file as guided-diffusion writes it, [N, H, W, 3] uint8, mapped and never loaded whole."""
+
+    def __init__(self, path: Path):
+        self.array = _map_array(path, "arr_0")
+        if self.array.ndim != 4 or self.array.shape[3] != 3 or self.array.dtype != np.uint8:
+            raise ValueError(
+                f"{path} holds {self.array.dtype} of the shape {list(self.array.shape)}: expected uint8 [N, H, W, 3]"
+            )
+        stat = path.stat()
+        self.identity = digest([path.name, stat.st_size, stat.st_mtime_ns])
+
+    def __len__(self) -> int:
+        return len(self.array)
+
+    def __getitem__(self, index: int) -> Picture:
+        return np.asarray(self.array[index])
+
+
+class Table(Pictures):
+    """The ``image`` column of a parquet file, as `argen data` writes them."""
+
+    def __init__(self, path: Path):
+        from datasets import Dataset, disable_progress_bars
+
+        disable_progress_bars()
+        self.table = Dataset.from_parquet(str(path))
+        if "image" not in self.table.column_names:
+            raise ValueError(f"{path} has no column `image`: expected a table made by `argen data`")
+        self.captions = list(self.table["caption"]) if "caption" in self.table.column_names else None
+        stat = path.stat()
+        self.identity = digest([path.name, stat.st_size, stat.st_mtime_ns])
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def __getitem__(self, index: int) -> Picture:
+        return np.asarray(self.table[index]["image"].convert("RGB"))
+
+
+def open_pictures(path: str | Path) -> Pictures:
+    """The pictures at `path`: a folder (with its subfolders), a ``.zip``, an ``.npz`` batch or a ``.parquet`` table.
+
+    Raises:
+        FileNotFoundError: there is nothing.
+        ValueError: it holds no pictures, or is damaged.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"no pictures at {path}: expected a folder, or a .zip, .npz or .parquet file")
+    kind = FileList if path.is_dir() else {".zip": FileList, ".npz": Batch, ".parquet": Table}.get(path.suffix.lower())
+    if kind is None:
+        raise ValueError(f"{path} is no set of pictures: expected a folder, or a .zip, .npz or .parquet file")
+    try:
+        found = kind(path)
+    except (zipfile.BadZipFile, KeyError, EOFError) as error:
+        raise ValueError(f"{path} cannot be read ({error}): make or fetch it again") from error
+    if not len(found):
+        hint = ": for a set made by `argen data`, give the .parquet file of a split" if path.is_dir() else ""
+        raise ValueError(f"no pictures in {path}{hint}")
+    return found
+
+
+def decode(data: bytes, name: str) -> Picture:
+    """The bytes of a picture file -> [H, W, 3] uint8.
+
+    Raises:
+        ValueError: the file is broken; says which.
+    """
+    try:
+        return np.asarray(Image.open(BytesIO(data)).convert("RGB"))
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{name} is no readable picture ({error}): mend it or take it out") from error
+
+
+def _map_array(path: Path, name: str) -> np.ndarray:
+    """An array of an npz file; mapped where it is stored without compression, as these files are."""
+    with zipfile.ZipFile(path) as archive:
+        if f"{name}.npy" not in archive.namelist():
+            raise ValueError(f"{path} holds no {name}: expected a batch of pictures, [N, H, W, 3] uint8")
+        member = archive.getinfo(f"{name}.npy")
+        if member.compress_type != zipfile.ZIP_STORED:
+            return np.load(archive.open(member))
+        with archive.open(member) as file:
+            version = np.lib.format.read_magic(file)
+            read_header = {1: np.lib.format.read_array_header_1_0, 2: np.lib.format.read_array_header_2_0}[version[0]]
+            shape, fortran, dtype = read_header(file)
+            header = file.tell()
+    with open(path, "rb") as file:
+        file.seek(member.header_offset + 26)
+        lengths = int.from_bytes(file.read(2), "little") + int.from_bytes(file.read(2), "little")
+    offset = member.header_offset + 30 + lengths + header
+    return np.memmap(path, dtype, "r", offset, shape, "F" if fortran else "C")
+
+
+def digest(facts: object) -> str:
+    return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
+
+
+def crop_adm(picture: Image.Image, size: int) -> Image.Image:
+    """Centre square as ImageNet evaluations take it: halved while twice too large, bicubic, cut (guided-diffusion)."""
+    while min(picture.size) >= 2 * size:
+        picture = picture.resize((picture.width // 2, picture.height // 2), Image.Resampling.BOX)
+    scale = size / min(picture.size)
+    picture = picture.resize((round(picture.width * scale), round(picture.height * scale)), Image.Resampling.BICUBIC)
+    left, top = (picture.width - size) // 2, (picture.height - size) // 2
+    return picture.crop((left, top, left + size, top + size))
+
+
+def crop_square(picture: Image.Image, size: int) -> Image.Image:
+    """Centre square, then Lanczos: text-to-image evaluations on COCO (LlamaGen)."""
+    side = min(picture.size)
+    left, top = (picture.width - side) // 2, (picture.height - side) // 2
+    return picture.crop((left, top, left + side, top + side)).resize((size, size), Image.Resampling.LANCZOS)
+
+
+CROPS: dict[str, Callable[[Image.Image, int], Image.Image]] = {"adm": crop_adm, "square": crop_square}
+
+
+def cropped(picture: Picture, crop: str | None) -> Picture:
+    """Args:
+    crop: None, or a name of `CROPS` and a size, as in "adm-256".
+
+    Raises:
+        ValueError: another name.
+    """
+    if crop is None:
+        return picture
+    name, _, size = crop.partition("-")
+    if name not in CROPS or not size.isdigit() or int(size) < 8:
+        raise ValueError(f"unknown crop {crop!r}: expected {' or '.join(f'{c}-SIZE' for c in CROPS)}, as in adm-256")
+    return np.asarray(CROPS[name](Image.fromarray(picture), int(size)))
+
+
+def tf1_bilinear(picture: Tensor, height: int, width: int) -> Tensor:
+    """TensorFlow 1's resize of [3, H, W]: no half-pixel shift, the right and lower neighbour clamped."""
+    x = picture.float()
+    for dim, size in ((2, width), (1, height)):
+        place = torch.arange(size, dtype=torch.float32) * (x.shape[dim] / size)
+        low = place.floor().long()
+        share = (place - low).reshape(-1, *[1] * (2 - dim))
+        high = (low + 1).clamp(max=x.shape[dim] - 1)
+        below, above = x.index_select(dim, low), x.index_select(dim, high)
+        x = below + (above - below) * share
+    return x
+
+
+def torch_bilinear(picture: Tensor, height: int, width: int, antialias: bool = False) -> Tensor:
+    """[3, H, W], centres of pixels aligned."""
+    return F.interpolate(picture[None].float(), (height, width), mode="bilinear", antialias=antialias)[0]
+
+
+def torch_bilinear_antialias(picture: Tensor, height: int, width: int) -> Tensor:
+    return torch_bilinear(picture, height, width, antialias=True)
+
+
+def pil_bicubic_float(picture: Tensor, height: int, width: int) -> Tensor:
+    """clean-fid's "clean": each channel of [3, H, W] as floats, clipped and not rounded."""
+    channels = [Image.fromarray(channel.float().numpy()) for channel in picture]
+    out = [np.asarray(channel.resize((width, height), Image.Resampling.BICUBIC)) for channel in channels]
+    return torch.from_numpy(np.stack(out)).clamp(0, 255)
+
+
+RESIZES = {  # protocol -> how a picture [3, H, W] of 0 to 255 is brought to size
+    "adm": tf1_bilinear,
+    "pytorch-fid": torch_bilinear,
+    "clean": pil_bicubic_float,
+    "torchmetrics": torch_bilinear_antialias,
+}
+
+
+def prepared(picture: Picture, protocol: str, size: int) -> Tensor:
+    """[H, W, 3] uint8 -> what the tool named by `protocol` gives to the network, [3, size, size] in about [-1, 1]."""
+    channels = torch.tensor(picture).permute(2, 0, 1)
+    if protocol == "pytorch-fid":
+        return 2 * torch_bilinear(channels / 255, size, size) - 1
+    return (RESIZES[protocol](channels, size, size) - 128) / 128

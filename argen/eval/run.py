@@ -1,0 +1,421 @@
+"""An evaluation from start to end: pictures are drawn or read, looked at in chunks that survive a kill, compared, reported.
+
+Every step is split over the processes of `accelerate launch`, gives the same result for any number of them, and goes on
+where it stopped when it is called again with the same settings and the same folder.
+"""
+
+import json
+import os
+import platform
+import time
+import zipfile
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from argen import __version__
+from argen.eval import metrics
+from argen.eval.features import Extractor
+from argen.eval.images import Picture, Pictures, cropped, digest, open_pictures
+
+CHUNK = 256  # pictures; a killed run loses at most the chunk it was at
+KID_SUBSETS, KID_SIZE, IS_SPLITS, NEIGHBOURS = 100, 1000, 10, 3
+METRICS = {"fid": "features", "sfid": "spatial", "is": "logits", "kid": "features", "pr": "features"}
+
+
+@dataclass
+class Statistics:
+    """Mean and covariance of a set of pictures, as they are kept in a file.
+
+    Attributes:
+        moments: of each array of features; "spatial" where it is known.
+        n: pictures, None where the file does not say.
+        settings: what they depend on (protocol, crop, weights); empty for files of other tools.
+        pictures: real pictures of the file, for precision and recall (guided-diffusion's reference batches).
+    """
+
+    moments: dict[str, tuple[Tensor, Tensor]]
+    n: int | None = None
+    settings: dict[str, str | None] = field(default_factory=dict)
+    pictures: Pictures | None = None
+
+
+def processes() -> PartialState:
+    """Which of how many processes this is."""
+    return PartialState(cpu=not torch.accelerator.is_available())
+
+
+def features(
+    pictures: Pictures,
+    extractor: Extractor,
+    arrays: Sequence[str],
+    folder: Path,
+    crop: str | None = None,
+    batch_size: int = 32,
+) -> dict[str, Tensor]:
+    """What `extractor` sees in every picture, kept in `folder` as one ``<array>.npy`` each and mapped from there.
+
+    Args:
+        arrays: which of the extractor's arrays.
+        crop: see `argen.eval.images.cropped`.
+
+    Raises:
+        ValueError: a picture is broken, or its features are not finite; says which.
+    """
+    state = processes()
+    folder.mkdir(parents=True, exist_ok=True)
+    wanted = [name for name in arrays if not (folder / f"{name}.npy").exists()]
+    starts = range(0, len(pictures), CHUNK) if wanted else range(0)
+    bar = tqdm(
+        total=len(pictures), desc=f"look ({extractor.name})", disable=None if wanted and state.is_main_process else True
+    )
+    for number, first in enumerate(starts):
+        files = {name: folder / f"{name}-{first:09d}.npy" for name in wanted}
+        rows = range(first, min(first + CHUNK, len(pictures)))
+        if number % state.num_processes == state.process_index and not all(file.exists() for file in files.values()):
+            found = _look(pictures, rows, extractor, crop, batch_size)
+            for name, file in files.items():
+                save_array(file, found[name].numpy())
+        bar.update(len(rows))
+    bar.close()
+    state.wait_for_everyone()
+    if state.is_main_process:
+        for name in wanted:
+            parts = [folder / f"{name}-{first:09d}.npy" for first in starts]
+            _join(folder / f"{name}.npy", parts, len(pictures))
+    state.wait_for_everyone()
+    return {name: torch.from_numpy(np.load(folder / f"{name}.npy", mmap_mode="c")) for name in arrays}
+
+
+@torch.no_grad()
+def _look(pictures: Pictures, rows: range, extractor: Extractor, crop: str | None, batch: int) -> dict[str, Tensor]:
+    def read(index: int) -> Tensor:
+        return extractor.prepare(cropped(pictures[index], crop))
+
+    found: dict[str, list[Tensor]] = {name: [] for name in extractor.arrays}
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        for first in range(rows.start, rows.stop, batch):
+            part = range(first, min(first + batch, rows.stop))
+            for name, value in extractor.look(torch.stack(list(pool.map(read, part)))).items():
+                finite = value.isfinite().all(dim=1)
+                if not finite.all():
+                    place = part[int((~finite).nonzero()[0])]
+                    raise ValueError(
+                        f"the features of picture {place} are not finite: the weights or the picture are damaged"
+                    )
+                found[name].append(value.float().cpu())
+    return {name: torch.cat(parts) for name, parts in found.items()}
+
+
+def save_array(path: Path, array: np.ndarray) -> None:
+    """As npy; the file appears whole or not at all."""
+    with _whole(path) as file:
+        np.save(file, array)
+
+
+def _join(path: Path, parts: list[Path], rows: int) -> None:
+    first = np.load(parts[0], mmap_mode="r")
+    header = {
+        "descr": np.lib.format.dtype_to_descr(first.dtype),
+        "fortran_order": False,
+        "shape": (rows, first.shape[1]),
+    }
+    with _whole(path) as file:
+        np.lib.format.write_array_header_1_0(file, header)
+        for part in parts:
+            file.write(np.load(part).tobytes())
+    for part in parts:
+        part.unlink()
+
+
+@contextmanager
+def _whole(path: Path) -> Iterator:
+    """A file to write into that takes its name when it is complete, and is gone otherwise."""
+    work = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with work.open("wb") as file:
+            yield file
+        work.replace(path)
+    except BaseException:
+        work.unlink(missing_ok=True)
+        raise
+
+
+def moments(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean [D] and covariance [D, D] of rows [N, D], read in parts."""
+    first, *rest = rows.split(4096)
+    total = metrics.Moments.of(first)
+    for part in rest:
+        total = total + metrics.Moments.of(part)
+    return total.mean, total.covariance
+
+
+def settings_of(extractor: Extractor, crop: str | None) -> dict[str, str | None]:
+    """What features depend on besides the pictures."""
+    return {"features": extractor.name, "protocol": extractor.protocol, "crop": crop, "weights": extractor.weights}
+
+
+def cached(cache: Path, pictures: Pictures, extractor: Extractor, crop: str | None) -> Path:
+    """Where the features of a reference set are kept from one run to the next."""
+    return cache / digest([pictures.identity, len(pictures), settings_of(extractor, crop), CHUNK])
+
+
+def writable_npz(path: Path) -> None:
+    """Raises ValueError: nothing can be written there."""
+    if path.suffix != ".npz" or path.is_dir() or not os.access(path.absolute().parent, os.W_OK):
+        raise ValueError(f"cannot write {path}: expected a name that ends in .npz, in a folder that may be written")
+
+
+def save_statistics(
+    path: Path, pictures: Pictures, extractor: Extractor, crop: str | None, cache: Path, batch_size: int = 32
+) -> int:
+    """Write ``mu``, ``sigma`` (and ``mu_s``, ``sigma_s``) as pytorch-fid and guided-diffusion read them, and ``meta``.
+
+    Returns:
+        The number of pictures.
+    """
+    enough(len(pictures), "the set")
+    arrays = [name for name in ("features", "spatial") if name in extractor.arrays]
+    found = features(pictures, extractor, arrays, cached(cache, pictures, extractor, crop), crop, batch_size)
+    if processes().is_main_process:
+        content = {}
+        for name, suffix in (("features", ""), ("spatial", "_s")):
+            if name in found:
+                mean, covariance = moments(found[name])
+                content |= {f"mu{suffix}": mean.numpy(), f"sigma{suffix}": covariance.numpy()}
+        meta = json.dumps({"n": len(pictures), **settings_of(extractor, crop)})
+        with _whole(path) as file:
+            np.savez(file, **content, meta=np.array(meta))
+    return len(pictures)
+
+
+def read_reference(path: Path, extractor: Extractor, crop: str | None, force: bool = False) -> Pictures | Statistics:
+    """A set of pictures, or statistics: ours, pytorch-fid's, or a guided-diffusion reference batch.
+
+    Raises:
+        ValueError: statistics of another resize, crop or network (unless `force`), or of another shape.
+    """
+    if path.suffix != ".npz" or not path.is_file():
+        return open_pictures(path)
+    try:
+        with np.load(path) as file:
+            names = set(file.files)
+            if "mu" not in names or "sigma" not in names:
+                return open_pictures(path)
+            read = {
+                name: torch.from_numpy(np.asarray(file[name], dtype=np.float64))
+                for name in names
+                if name[:2] in ("mu", "si")
+            }
+            meta = json.loads(str(file["meta"])) if "meta" in names else {}
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{path} cannot be read ({error}): make or fetch it again") from error
+    found = {"features": (read["mu"], read["sigma"])}
+    if {"mu_s", "sigma_s"} <= names:
+        found["spatial"] = (read["mu_s"], read["sigma_s"])
+    for mean, covariance in found.values():
+        if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
+            raise ValueError(
+                f"{path} holds mu {list(mean.shape)} and sigma {list(covariance.shape)}: expected [D] and [D, D]"
+            )
+    n = meta.pop("n", None)
+    ours = settings_of(extractor, crop)
+    checked = [key for key in meta if key != "crop" or crop is not None]
+    different = [f"{key} {meta[key]} instead of {ours[key]}" for key in checked if meta[key] != ours.get(key)]
+    if different and not force:
+        raise ValueError(
+            f"the statistics in {path} were made with {', '.join(different)}: make them again with `argen eval stats`, "
+            "or compare all the same with --force"
+        )
+    return Statistics(found, n, meta, open_pictures(path) if "arr_0" in names else None)
+
+
+def enough(n: int, name: str) -> None:
+    """Raises ValueError for fewer than two pictures, which have no covariance."""
+    if n < 2:
+        raise ValueError(f"{name} has {n} picture{'s' if n != 1 else ''}: expected at least 2")
+
+
+def check(wanted: Sequence[str], extractor: Extractor, reference: Pictures | Statistics) -> None:
+    """Raises ValueError: a metric is unknown, or cannot be had from these features and this reference."""
+    unknown = [name for name in wanted if name not in METRICS]
+    if unknown:
+        raise ValueError(f"unknown metric {', '.join(unknown)}: expected some of {', '.join(METRICS)}")
+    for name in wanted:
+        if METRICS[name] not in extractor.arrays:
+            raise ValueError(f"{name} cannot be had from {extractor.name}: it needs --features inception")
+    if not isinstance(reference, Statistics):
+        enough(len(reference), "the reference")
+        return
+    for name in set(wanted) & {"kid", "pr"}:
+        if reference.pictures is None:
+            raise ValueError(f"{name} needs the pictures of the reference, and its file holds statistics alone")
+    for name in set(wanted) & {"fid", "sfid"}:
+        if METRICS[name] not in reference.moments:
+            raise ValueError(f"{name} needs mu_s and sigma_s in the file of the reference, which has none")
+
+
+def compare(
+    samples: Pictures,
+    reference: Pictures | Statistics,
+    extractor: Extractor,
+    wanted: Sequence[str],
+    folder: Path,
+    cache: Path,
+    crop: str | None = None,
+    batch_size: int = 32,
+) -> dict[str, dict]:
+    """Distances of `samples` to `reference`: {metric: {"value", "n", "n_reference", ...}}, and warnings under "warnings".
+
+    Args:
+        wanted: names of `METRICS`.
+        folder, cache: for the features of the samples and of the reference.
+        crop: of the reference's pictures alone.
+    """
+    check(wanted, extractor, reference)
+    enough(len(samples), "the set of samples")
+    real_set = reference.pictures if isinstance(reference, Statistics) else reference
+    arrays = sorted({METRICS[name] for name in wanted})
+    fake = features(samples, extractor, arrays, folder, None, batch_size)
+    real = {}
+    if real_set is not None:
+        needed = [a for a in arrays if a != "logits" and not (isinstance(reference, Statistics) and a == "spatial")]
+        real = features(real_set, extractor, needed, cached(cache, real_set, extractor, crop), crop, batch_size)
+    return _measure(wanted, fake, real, reference, extractor) if processes().is_main_process else {}
+
+
+def _measure(wanted, fake, real, reference, extractor) -> dict[str, dict]:
+    n, out = len(next(iter(fake.values()))), {}
+    known = reference.n if isinstance(reference, Statistics) else len(reference)
+    for name in wanted:
+        rows, array = fake[METRICS[name]], METRICS[name]
+        entry: dict = {"n": n, "n_reference": known}
+        if name in ("fid", "sfid"):
+            if isinstance(reference, Statistics):
+                mean, covariance = reference.moments[array]
+            else:
+                mean, covariance = moments(real[array])
+            if len(mean) != rows.shape[1]:
+                raise ValueError(
+                    f"the reference has {len(mean)} features, expected {rows.shape[1]} as {extractor.name} gives"
+                )
+            entry["value"] = metrics.frechet_distance(*moments(rows), mean, covariance)
+            if n <= rows.shape[1]:
+                entry["warning"] = f"{n} samples for {rows.shape[1]} features: the value is biased upward"
+        elif name == "is":
+            order = metrics.canonical_order(rows)
+            mean, deviation = metrics.inception_score(rows[order], IS_SPLITS)
+            entry |= {"value": mean, "std": deviation, "splits": IS_SPLITS, "order": "by content, then shuffled"}
+            entry["n_reference"] = None
+        elif name == "kid":
+            mean, deviation = metrics.kernel_distance(real[array], rows, KID_SUBSETS, KID_SIZE)
+            entry |= {"value": mean, "std": deviation, "subsets": KID_SUBSETS, "n_reference": len(real[array])}
+            entry["subset_size"] = min(KID_SIZE, n, len(real[array]))
+        else:
+            if min(n, len(real[array])) <= NEIGHBOURS:
+                raise ValueError(f"precision and recall need more than {NEIGHBOURS} pictures on both sides")
+            precision, recall = metrics.precision_recall(real[array], rows, NEIGHBOURS)
+            entry |= {"neighbours": NEIGHBOURS, "n_reference": len(real[array])}
+            out[extractor.called("precision")] = entry | {"value": precision}
+            out[extractor.called("recall")] = entry | {"value": recall}
+            continue
+        out[extractor.called({"fid": "FID", "sfid": "sFID", "is": "IS", "kid": "KID"}[name])] = entry
+    return out
+
+
+def draw(sample: Callable[[range], list[Image.Image]], n: int, folder: Path, batch_size: int = 32) -> Pictures:
+    """Pictures 0 to n - 1 as PNG files in `folder`; those that are there already are kept.
+
+    Args:
+        sample: picture numbers -> pictures, each of which depends on its number alone.
+    """
+    state = processes()
+    folder.mkdir(parents=True, exist_ok=True)
+    bar = tqdm(total=n, desc="draw", disable=None if state.is_main_process else True)
+    for number, first in enumerate(range(0, n, batch_size)):
+        rows = range(first, min(first + batch_size, n))
+        files = [folder / f"{index:06d}.png" for index in rows]
+        if number % state.num_processes == state.process_index and not all(file.exists() for file in files):
+            for file, picture in zip(files, sample(rows), strict=True):
+                with _whole(file) as out:
+                    picture.save(out, "PNG")
+        bar.update(len(rows))
+    bar.close()
+    state.wait_for_everyone()
+    found = open_pictures(folder)
+    if len(found) != n:
+        raise ValueError(f"{folder} holds {len(found)} pictures, expected {n}: choose another --out")
+    return found
+
+
+def claim(folder: Path, settings: dict) -> None:
+    """Mark `folder` as the place of a run with `settings`.
+
+    Raises:
+        ValueError: another run is in it, or other files are.
+    """
+    state = processes()
+    note = folder / "settings.json"
+    settings = json.loads(json.dumps(settings))
+    if state.is_main_process:
+        if note.exists():
+            was = json.loads(note.read_text())
+            changed = [key for key in settings | was if settings.get(key) != was.get(key)]
+            if changed:
+                raise ValueError(f"{folder} holds a run with another {', '.join(changed)}: choose another --out")
+        elif folder.exists() and any(folder.iterdir()):
+            raise ValueError(f"{folder} is not empty and holds no run of this kind: choose another --out")
+        else:
+            folder.mkdir(parents=True, exist_ok=True)
+            note.write_text(json.dumps(settings, indent=1))
+    state.wait_for_everyone()
+
+
+def report(folder: Path, settings: dict, scores: dict[str, dict], seconds: dict[str, float], shown: Pictures) -> str:
+    """Write ``report.json`` and ``grid.png`` (the first 64 pictures) into `folder`; the table to print."""
+    if not processes().is_main_process:
+        return ""
+    known = {"argen": __version__, "python": platform.python_version()}
+    known |= {name: version(name) for name in ("torch", "diffusers", "transformers")}
+    content = {"scores": scores, "settings": settings, "seconds": seconds, "versions": known}
+    content["processes"] = processes().num_processes
+    with _whole(folder / "report.json") as file:
+        file.write(json.dumps(content, indent=1).encode())
+    with _whole(folder / "grid.png") as file:
+        grid([shown[i] for i in range(min(64, len(shown)))]).save(file, "PNG")
+    lines = []
+    for name, entry in scores.items():
+        extra = f" +- {entry['std']:.4g}" if "std" in entry else ""
+        counts = f"N {entry['n']:,}" + (f" against {entry['n_reference']:,}" if entry.get("n_reference") else "")
+        lines.append(f"{name:28} {entry['value']:>10.4f}{extra:14} {counts}")
+        if "warning" in entry:
+            lines.append(f"  warning: {entry['warning']}")
+    return "\n".join([*lines, f"{folder / 'report.json'}"])
+
+
+def grid(pictures: list[Picture], columns: int = 8, side: int = 128) -> Image.Image:
+    """Small pictures in rows."""
+    rows = -(-len(pictures) // columns)
+    page = Image.new("RGB", (columns * side, rows * side), "white")
+    for index, picture in enumerate(pictures):
+        small = Image.fromarray(picture)
+        small.thumbnail((side, side))
+        page.paste(small, (index % columns * side, index // columns * side))
+    return page
+
+
+@contextmanager
+def timed(seconds: dict[str, float], name: str) -> Iterator[None]:
+    start = time.perf_counter()
+    yield
+    seconds[name] = round(time.perf_counter() - start, 2)

@@ -1,0 +1,242 @@
+"""`argen eval`, and the same over many processes or machines: ``accelerate launch -m argen.evaluate fid ...``."""
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+
+from argen.command import Parser, device_and_json, guarded, load_model
+
+COMMANDS = {}
+
+
+def command(function):
+    COMMANDS[function.__name__] = function
+    return function
+
+
+def add_commands(top: argparse.ArgumentParser) -> None:
+    """Add what can be measured to a parser, as sub-commands."""
+    commands = top.add_subparsers(dest="metric", required=True, metavar="WHAT")
+    pictures = "pictures: a folder, or a .zip, .npz or .parquet file"
+
+    add = commands.add_parser(
+        "fid",
+        help="distance of a model's pictures, or of any set, to real ones",
+        description="How far pictures are from real ones: FID, sFID, IS, KID, precision and recall.",
+    )
+    what = add.add_mutually_exclusive_group(required=True)
+    what.add_argument("--samples", type=Path, metavar="PATH", help=pictures)
+    what.add_argument("--model", metavar="ID", help="draw pictures with this generator, see `argen models`")
+    add.add_argument("--ref", type=Path, required=True, metavar="PATH", help=f"real {pictures}, or .npz statistics")
+    add.add_argument("--metrics", default="fid", metavar="LIST", help="of fid, sfid, is, kid, pr (default: fid)")
+    _drawing(add, "pictures to draw with --model (default: 2000)", "the captions of --ref")
+    _looking(add)
+    add.add_argument("--force", action="store_true", help="accept statistics made with another resize or network")
+    _output(add)
+
+    add = commands.add_parser("rfid", help="what a tokenizer keeps: rFID, PSNR, SSIM, use of codes")
+    add.add_argument(
+        "--tokenizer", default="argen/emoji-vitvqgan", metavar="ID", help="(default: argen/emoji-vitvqgan)"
+    )
+    add.add_argument("--data", type=Path, required=True, metavar="PATH", help=pictures)
+    _looking(add)
+    _output(add)
+
+    add = commands.add_parser("clip", help="how well a generator's pictures fit their prompts, by a CLIP")
+    add.add_argument("--model", default="argen/emoji-parti", metavar="ID", help="(default: argen/emoji-parti)")
+    _drawing(add, "pictures (default: one a prompt)", None)
+    clip = "openai/clip-vit-base-patch32"
+    add.add_argument("--clip", default=clip, metavar="ID", help=f"hub id or folder, or emoji (default: {clip})")
+    add.add_argument("--prefix", default="", metavar="TEXT", help='before each prompt; LlamaGen: "A photo depicts "')
+    _output(add)
+
+    add = commands.add_parser("stats", help="mean and covariance of a set, for pytorch-fid, guided-diffusion and argen")
+    add.add_argument("data", type=Path, metavar="PATH", help=pictures)
+    add.add_argument("-o", "--out", type=Path, required=True, metavar="FILE.npz")
+    _looking(add)
+    device_and_json(add)
+
+
+def _drawing(add: argparse.ArgumentParser, num: str, prompts: str | None) -> None:
+    add.add_argument("--num", type=int, metavar="N", help=num)
+    default = f" (default: {prompts})" if prompts else ""
+    add.add_argument(
+        "--prompts", type=Path, required=not prompts, metavar="FILE", help=f"one prompt a line, taken in turn{default}"
+    )
+    add.add_argument("--seed", type=int, default=0, help="picture i is drawn from (seed, i) alone (default: 0)")
+    add.add_argument("--guidance-scale", type=float, metavar="G", help="(default: the model's)")
+
+
+def _looking(add: argparse.ArgumentParser) -> None:
+    add.add_argument(
+        "--features",
+        default="inception",
+        metavar="NAME",
+        help="what looks at the pictures: inception (FID as published), emoji (ships) or clip:ID (default: inception)",
+    )
+    add.add_argument("--inception-weights", type=Path, metavar="FILE", help="(default: torch's cache, or fetched)")
+    add.add_argument(
+        "--protocol",
+        default="adm",
+        metavar="NAME",
+        help="whose way of resizing for inception: adm, pytorch-fid, clean or torchmetrics (default: adm)",
+    )
+    add.add_argument("--crop", metavar="NAME-SIZE", help="of the real pictures: adm-256 (ImageNet), square-256 (COCO)")
+    add.add_argument("--batch-size", type=int, default=32, metavar="B", help="pictures at a time (default: 32)")
+
+
+def _output(add: argparse.ArgumentParser) -> None:
+    add.add_argument(
+        "--out",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="report.json, grid.png, pictures and features; goes on from what is there",
+    )
+    device_and_json(add)
+
+
+def _extractor(args: argparse.Namespace):
+    from argen.device import pick
+    from argen.eval import features
+
+    device = pick(args.device)
+    if args.features == "inception":
+        return features.inception_features(args.inception_weights, args.protocol, device)
+    if args.features == "emoji":
+        return features.encoder_features("emoji", load_model("argen/emoji-clip", args.device))
+    if args.features.startswith("clip:"):
+        name = args.features.removeprefix("clip:")
+        return features.clip_features(name, features.PublishedCLIP(name, device))
+    raise ValueError(f"unknown features {args.features!r}: expected inception, emoji or clip: and a hub id or folder")
+
+
+def _cache() -> Path:
+    return Path(os.environ.get("ARGEN_CACHE", Path.home() / ".cache" / "argen")) / "eval"
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        found = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no text file: expected one prompt a line") from error
+    if not found:
+        raise ValueError(f"{path} holds no prompts: expected one a line")
+    return found
+
+
+def _draw(args: argparse.Namespace, prompts: list[str], num: int, settings: dict):
+    """The pictures of ``--model`` for `prompts` in turn."""
+    import torch
+
+    from argen.eval import run
+
+    if num < 2:
+        raise ValueError(f"--num is {num}: expected at least 2")
+    settings |= {"model": args.model, "num": num, "seed": args.seed, "guidance_scale": args.guidance_scale}
+    settings |= {"prompts": run.digest(prompts), "prompt_order": "i % prompts", "uint8": "rounded"}
+    run.claim(args.out, settings)
+    pipe = load_model(args.model, args.device, "generator")
+    pipe.set_progress_bar_config(disable=True)
+
+    def sample(rows: range):
+        luck = [torch.Generator().manual_seed((args.seed << 32) + index) for index in rows]
+        texts = [prompts[index % len(prompts)] for index in rows]
+        return pipe(texts, guidance_scale=args.guidance_scale, generator=luck).images
+
+    return run.draw(sample, num, args.out / "samples")
+
+
+def _finish(args: argparse.Namespace, settings: dict, scores: dict, seconds: dict, shown) -> None:
+    from argen.eval import run
+
+    table = run.report(args.out, settings, scores, seconds, shown)
+    if table:
+        print(json.dumps(scores) if args.json else table)
+
+
+@command
+def fid(args: argparse.Namespace) -> None:
+    from argen.eval import run
+    from argen.eval.images import open_pictures
+
+    extractor, seconds = _extractor(args), {}
+    wanted = [name.strip() for name in args.metrics.split(",")]
+    settings = {**run.settings_of(extractor, args.crop), "reference": str(args.ref), "metrics": wanted}
+    reference = run.read_reference(args.ref, extractor, args.crop, args.force)
+    run.check(wanted, extractor, reference)
+    if args.model:
+        prompts = _lines(args.prompts) if args.prompts else getattr(reference, "captions", None)
+        if not prompts:
+            raise ValueError(f"{args.ref} has no captions to draw: give --prompts FILE, one prompt a line")
+        with run.timed(seconds, "draw"):
+            samples = _draw(args, prompts, 2000 if args.num is None else args.num, settings)
+    else:
+        samples = open_pictures(args.samples)
+        settings["samples"] = [str(args.samples), samples.identity]
+        run.claim(args.out, settings)
+    with run.timed(seconds, "look and compare"):
+        scores = run.compare(
+            samples, reference, extractor, wanted, args.out, _cache(), args.crop, batch_size=args.batch_size
+        )
+    _finish(args, settings, scores, seconds, samples)
+
+
+@command
+def rfid(args: argparse.Namespace) -> None:
+    from argen.eval import reconstruction, run
+    from argen.eval.images import open_pictures
+
+    extractor, seconds = _extractor(args), {}
+    tokenizer = load_model(args.tokenizer, args.device, "tokenizer")
+    real = reconstruction.Fitted(open_pictures(args.data), tokenizer.config.image_size, args.crop)
+    settings = {**run.settings_of(extractor, args.crop), "tokenizer": args.tokenizer, "uint8": "rounded"}
+    settings["data"] = [str(args.data), real.identity]
+    run.claim(args.out, settings)
+    with run.timed(seconds, "reconstruct"):
+        made = run.draw(reconstruction.reconstructor(tokenizer, real), len(real), args.out / "samples")
+    with run.timed(seconds, "look and compare"):
+        scores = run.compare(made, real, extractor, ["fid"], args.out, _cache(), batch_size=args.batch_size)
+    scores = {f"r{name}": entry for name, entry in scores.items()} | reconstruction.compare(tokenizer, made, real)
+    _finish(args, settings, scores, seconds, made)
+
+
+@command
+def clip(args: argparse.Namespace) -> None:
+    from argen.device import pick
+    from argen.eval import clip_score, run
+    from argen.eval.features import PublishedCLIP
+
+    prompts, seconds = _lines(args.prompts), {}
+    judge = load_model("argen/emoji-clip", args.device) if args.clip == "emoji" else None
+    judge = judge or PublishedCLIP(args.clip, pick(args.device))
+    settings = {"clip": args.clip, "prefix": args.prefix}
+    with run.timed(seconds, "draw"):
+        samples = _draw(args, prompts, len(prompts) if args.num is None else args.num, settings)
+    with run.timed(seconds, "look"):
+        scores = clip_score.evaluate(judge, args.clip, samples, prompts, args.prefix)
+    _finish(args, settings, scores, seconds, samples)
+
+
+@command
+def stats(args: argparse.Namespace) -> None:
+    from argen.eval import run
+    from argen.eval.images import open_pictures
+
+    run.writable_npz(args.out)
+    n = run.save_statistics(args.out, open_pictures(args.data), _extractor(args), args.crop, _cache(), args.batch_size)
+    print(json.dumps({"file": str(args.out), "n": n}) if args.json else f"{args.out}: {n:,} pictures")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one of the commands; see `argen eval --help`."""
+    parser = Parser(prog="argen eval", description="The numbers that papers report.")
+    add_commands(parser)
+    args = parser.parse_args(argv)
+    return guarded(f"argen eval {args.metric}", COMMANDS[args.metric], args)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
