@@ -52,7 +52,8 @@ def inception_features(weights: Path | None, protocol: str, device: torch.device
     network = inception.FIDInception.from_original(path).to(device, memory_format=torch.channels_last)
 
     def look(batch: Tensor) -> dict[str, Tensor]:
-        out = network(batch.to(device, memory_format=torch.channels_last))
+        with torch.backends.cudnn.flags(allow_tf32=False):  # TF32 moves the numbers
+            out = network(batch.to(device, memory_format=torch.channels_last))
         return {"features": out["2048"], "spatial": out["spatial"], "logits": out["logits_unbiased"]}
 
     prepare = partial(prepared, protocol=protocol, size=inception.SIZE)

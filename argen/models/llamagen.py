@@ -1,0 +1,296 @@
+"""LlamaGen: a decoder-only Transformer over picture tokens, after a class or a caption.
+
+Paper: "Autoregressive Model Beats Diffusion: Llama for Scalable Image Generation" (arXiv 2406.06525). Code and weights:
+github.com/FoundationVision/LlamaGen (MIT), whose layout this file has.
+
+The condition stands before the picture as T positions whose rotary table is zero: their queries and keys vanish. So each
+of them averages the values of the positions that it sees, and to a picture token all of them together are one key with
+the score log(how many are seen) and their mean value. This file keeps them as that one cache entry, which is exact.
+
+Letters in shape comments: R rows (2B under guidance: with the condition, then without), T condition positions, n picture
+tokens of a pass, m keys, D width, H heads, K codes.
+"""
+
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from diffusers import ConfigMixin, ModelMixin
+from diffusers.configuration_utils import register_to_config
+from diffusers.models.attention_dispatch import dispatch_attention_fn
+from torch import Tensor, nn
+
+from argen.models.session import KeyValueCache, split_heads
+from tokenizers_img.checkpoint import load_strict, read_state_dict
+
+SIZES = {  # the published widths
+    "B": {"dim": 768, "depth": 12, "heads": 12},
+    "L": {"dim": 1024, "depth": 24, "heads": 16},
+    "XL": {"dim": 1280, "depth": 36, "heads": 20},
+    "XXL": {"dim": 1536, "depth": 48, "heads": 24},
+    "3B": {"dim": 3200, "depth": 24, "heads": 32},
+}
+
+
+class RMSNorm(nn.Module):
+    """In float32 up to the weight, as published."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x.float(), (x.shape[-1],), eps=1e-5).to(x.dtype) * self.weight
+
+
+def rotate(x: Tensor, turns: Tensor) -> Tensor:
+    """Turn neighbouring pairs of x [R, n, H, D/H] by the angles whose (cos, sin) `turns` [R or 1, n, 1, D/2H, 2] holds."""
+    a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    cos, sin = turns.unbind(-1)
+    return torch.stack([a * cos - b * sin, b * cos + a * sin], dim=-1).flatten(-2).to(x.dtype)
+
+
+def rotary_table(head_dim: int, side: int) -> Tensor:
+    """(cos, sin) [side * side, head_dim / 2, 2] of each cell: the first half of the angles turns with the row."""
+    rates = 10000.0 ** (-2 * torch.arange(head_dim // 4, dtype=torch.float32) / (head_dim // 2))
+    rows, columns = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
+    angles = torch.cat([place.reshape(-1, 1) * rates for place in (rows, columns)], dim=1)
+    return torch.stack([angles.cos(), angles.sin()], dim=-1)
+
+
+class Attention(nn.Module):
+    def __init__(self, dim: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.wqkv = nn.Linear(dim, 3 * dim, bias=False)
+        self.wo = nn.Linear(dim, dim, bias=False)
+
+    def forward(
+        self, x: Tensor, turns: Tensor, mask: Tensor, layer: int, cache: KeyValueCache | None, mean: Tensor | None
+    ) -> Tensor:
+        """x [R, n, D]; `mask` [R, 1, n, m]; `mean` [R, 1, D]: the condition's value, where no cache holds it."""
+        query, key, value = (split_heads(part, self.heads) for part in self.wqkv(x).chunk(3, dim=-1))
+        query, key = rotate(query, turns), rotate(key, turns)
+        if cache is not None:
+            key, value = cache.append(layer, key, value)
+        else:
+            slot = self.slot(mean)
+            key, value = torch.cat([slot[0], key], dim=1), torch.cat([slot[1], value], dim=1)
+        return self.wo(dispatch_attention_fn(query, key, value, attn_mask=mask).flatten(2))
+
+    def slot(self, mean: Tensor) -> tuple[Tensor, Tensor]:
+        """Key and value [R, 1, H, D/H] of the condition as a whole."""
+        value = split_heads(mean, self.heads)
+        return torch.zeros_like(value), value
+
+    def condition(self, x: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
+        """Condition positions x [R, T, D], of which `seen` [R, T, 1] is 1 for those that others see -> their output, and
+        the mean value [R, 1, D] of those that are seen."""
+        value = F.linear(x, self.wqkv.weight[2 * x.shape[-1] :])
+        means = (value * seen).cumsum(dim=1) / seen.cumsum(dim=1).clamp(min=1)
+        return self.wo(torch.where(seen.bool(), means, value)), means[:, -1:]
+
+
+class FeedForward(nn.Module):
+    def __init__(self, dim: int, hidden: int):
+        super().__init__()
+        self.w1 = nn.Linear(dim, hidden, bias=False)
+        self.w3 = nn.Linear(dim, hidden, bias=False)
+        self.w2 = nn.Linear(hidden, dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.w2(F.silu(self.w1(x)) * self.w3(x))
+
+
+class Layer(nn.Module):
+    def __init__(self, dim: int, heads: int, hidden: int, dropout: float):
+        super().__init__()
+        self.attention, self.attention_norm = Attention(dim, heads), RMSNorm(dim)
+        self.feed_forward, self.ffn_norm = FeedForward(dim, hidden), RMSNorm(dim)
+        self.drop = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor, *attending) -> Tensor:
+        x = x + self.drop(self.attention(self.attention_norm(x), *attending))
+        return x + self.drop(self.feed_forward(self.ffn_norm(x)))
+
+    def condition(self, x: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
+        attended, mean = self.attention.condition(self.attention_norm(x), seen)
+        x = x + self.drop(attended)
+        return x + self.drop(self.feed_forward(self.ffn_norm(x))), mean
+
+
+class ClassEmbedder(nn.Module):
+    """Class ids [R] -> [R, 1, D]; the last id is "no class"."""
+
+    def __init__(self, classes: int, dim: int):
+        super().__init__()
+        self.embedding_table = nn.Embedding(classes + 1, dim)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.embedding_table(ids)[:, None]
+
+
+class CaptionEmbedder(nn.Module):
+    """Text features [R, T, caption_dim] -> [R, T, D]; `uncond_embedding` are the features of "no caption"."""
+
+    def __init__(self, length: int, caption_dim: int, dim: int):
+        super().__init__()
+        self.cap_proj = nn.ModuleDict(
+            {"fc1": nn.Linear(caption_dim, dim, bias=False), "fc2": nn.Linear(dim, dim, bias=False)}
+        )
+        self.register_buffer("uncond_embedding", torch.randn(length, caption_dim) / caption_dim**0.5)
+
+    def forward(self, features: Tensor) -> Tensor:
+        return self.cap_proj["fc2"](F.gelu(self.cap_proj["fc1"](features), approximate="tanh"))
+
+
+class LlamaGen(ModelMixin, ConfigMixin):
+    """A condition and tokens so far -> logits of the tokens that follow.
+
+    Args:
+        n_embed: K, the picture tokenizer's vocabulary.
+        grid: side of the square token grid; N = grid * grid.
+        classes: how many there are, for a class-conditional model; else None.
+        caption_dim, caption_length: width and number T of the text features, for a caption-conditional model.
+        dim, depth, heads: sizes.
+        multiple_of: the feed-forward width is 8/3 of `dim`, rounded up to a multiple of this.
+        dropout: in training, on embeddings and on what a layer adds.
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        n_embed: int = 16384,
+        grid: int = 16,
+        classes: int | None = None,
+        caption_dim: int = 2048,
+        caption_length: int = 120,
+        dim: int = 768,
+        depth: int = 12,
+        heads: int = 12,
+        multiple_of: int = 256,
+        dropout: float = 0.1,
+    ):
+        super().__init__()
+        hidden = multiple_of * -(-int(8 * dim / 3) // multiple_of)
+        self.cls_embedding = (
+            CaptionEmbedder(caption_length, caption_dim, dim) if classes is None else ClassEmbedder(classes, dim)
+        )
+        self.tok_embeddings = nn.Embedding(n_embed, dim)
+        self.layers = nn.ModuleList(Layer(dim, heads, hidden, dropout) for _ in range(depth))
+        self.norm = RMSNorm(dim)
+        self.output = nn.Linear(dim, n_embed, bias=False)
+        self.drop = nn.Dropout(dropout)
+        self.length, self.depth = grid * grid, depth
+        self.register_buffer("turns", rotary_table(dim // heads, grid), persistent=False)
+        self.apply(_init)
+        nn.init.zeros_(self.output.weight)
+
+    @classmethod
+    def from_original(cls, path: str | Path, size: str, grid: int, classes: int | None = None) -> "LlamaGen":
+        """Load a published file.
+
+        Args:
+            path: as ``c2i_L_384.pt`` or ``t2i_XL_stage1_256.pt``.
+            size: a name in `SIZES`.
+            grid: cells on a side, which the file does not say: 16 for 256 pixels, 24 for 384, 32 for 512.
+            classes: 1000 for c2i, None for t2i.
+        """
+        if size not in SIZES:
+            raise ValueError(f"unknown LlamaGen size {size!r}: expected one of {', '.join(SIZES)}")
+        model = cls(grid=grid, classes=classes, **SIZES[size])
+        state = {key: value for key, value in read_state_dict(path).items() if key != "freqs_cis"}
+        return load_strict(model, state, source=path)
+
+    def condition(self, embedded: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """Read the condition.
+
+        Args:
+            embedded: [R, T, D] from `cls_embedding`.
+            mask: [R, T] bool, the positions that others see; the last one is among them.
+
+        Returns:
+            Logits [R, 1, K] of the first token, how many positions are seen [R], and the mean value [R, 1, D] of each layer.
+        """
+        x, seen, means = self.drop(embedded), mask[..., None].to(embedded.dtype), []
+        for layer in self.layers:
+            x, mean = layer.condition(x, seen)
+            means.append(mean)
+        return self.output(self.norm(x[:, -1:])), mask.sum(dim=1), means
+
+    def decode(
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        visible: Tensor,
+        seen: Tensor,
+        means: list[Tensor] | None = None,
+        cache: KeyValueCache | None = None,
+    ) -> Tensor:
+        """Logits [R, n, K] of the tokens that follow.
+
+        Args:
+            tokens, positions: [R, n], [n] or [R, n].
+            visible: [1, 1, n, m - 1] bool, which picture tokens, cached and new, each token sees.
+            seen: from `condition`.
+            means: from `condition`, or None where they are the first entry of `cache`.
+        """
+        turns = self.turns[positions if positions.ndim == 2 else positions[None]][:, :, None]
+        mask = torch.zeros(len(seen), 1, *visible.shape[2:], device=tokens.device).masked_fill(~visible, -torch.inf)
+        among = seen.log()[:, None, None, None].expand(-1, 1, tokens.shape[1], 1)
+        x = self.drop(self.tok_embeddings(tokens))
+        mask = torch.cat([among, mask], dim=-1).to(x.dtype)
+        for index, layer in enumerate(self.layers):
+            x = layer(x, turns, mask, index, cache, None if means is None else means[index])
+        return self.output(self.norm(x))
+
+    def forward(self, embedded: Tensor, mask: Tensor, tokens: Tensor) -> Tensor:
+        """Teacher forcing: condition [R, T, D] and its mask [R, T], tokens [R, N] -> logits [R, N, K], float32."""
+        first, seen, means = self.condition(embedded, mask)
+        read, places = tokens[:, :-1], torch.arange(self.length - 1, device=tokens.device)
+        visible = torch.ones(len(places), len(places), dtype=torch.bool, device=tokens.device).tril()[None, None]
+        return torch.cat([first, self.decode(read, places, visible, seen, means)], dim=1).float()
+
+
+def _init(module: nn.Module) -> None:
+    if isinstance(module, nn.Linear | nn.Embedding):
+        nn.init.normal_(module.weight, std=0.02)
+
+
+class LlamaGenSession:
+    """`samplers.steps.Session` of a `LlamaGen`, bound to the conditions of B pictures.
+
+    Args:
+        embedded, mask: as `LlamaGen.condition` takes them. Under guidance R = 2B: all conditions, then "none" as often.
+    """
+
+    def __init__(self, model: LlamaGen, embedded: Tensor, mask: Tensor, guided: bool):
+        self.model, self.length, self.guided = model, model.length, guided
+        self.first, self.seen, means = model.condition(embedded, mask)
+        self.cache = KeyValueCache(model.depth, model.length)
+        for index, (layer, mean) in enumerate(zip(model.layers, means, strict=True)):
+            self.cache.append(index, *layer.attention.slot(mean))
+        self.begun = False
+
+    @property
+    def cached(self) -> int:
+        return self.cache.length if self.begun else 0
+
+    def forward(self, tokens: Tensor, positions: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """See `samplers.steps.Session.forward`; the condition, which is cached already, stands for the start token."""
+        parts = []
+        if not self.begun:
+            self.begun, parts = True, [self.first]
+            tokens, positions, mask = tokens[:, 1:], positions[..., 1:], None if mask is None else mask[1:, 1:]
+        if tokens.shape[1]:
+            visible = self.cache.mask(tokens.shape[1], mask, tokens.device)[..., 1:]
+            if self.guided:
+                tokens = torch.cat([tokens, tokens])
+                positions = torch.cat([positions, positions]) if positions.ndim == 2 else positions
+            parts.append(self.model.decode(tokens, positions, visible, self.seen, cache=self.cache))
+        logits = torch.cat(parts, dim=1).float()
+        return logits.chunk(2) if self.guided else (logits, None)
+
+    def keep(self, entries: Tensor) -> None:
+        """See `samplers.steps.Session.keep`."""
+        self.cache.keep(torch.cat([entries, entries]) if self.guided and entries.ndim == 2 else entries)

@@ -1,0 +1,77 @@
+"""Pictures a second through the FID network: ours against pytorch-fid's own loop, in turns, on the same random weights.
+
+    pip install . pytorch-fid && python benchmarks/inception.py
+
+Prints the ratio of each turn and the largest difference of a feature (both resize as pytorch-fid does).
+"""
+
+import argparse
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from pytorch_fid import fid_score
+from pytorch_fid import inception as theirs
+from safetensors.torch import save_file
+
+from argen.eval import features, run
+from argen.eval.images import open_pictures
+from argen.eval.inception import FIDInception
+
+
+def random_network() -> FIDInception:
+    """Random weights that keep the variance of what flows through them."""
+    torch.manual_seed(0)
+    network = FIDInception()
+    for module in network.modules():
+        if isinstance(module, torch.nn.Conv2d):
+            torch.nn.init.kaiming_normal_(module.weight)
+    return network.eval()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--num", type=int, default=64, help="pictures")
+    parser.add_argument("--size", type=int, default=256, help="side of the pictures")
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--turns", type=int, default=3)
+    parser.add_argument("--device", default="cpu")
+    args = parser.parse_args()
+
+    with tempfile.TemporaryDirectory() as folder:
+        where = Path(folder)
+        (where / "pictures").mkdir()
+        luck = np.random.default_rng(0)
+        for index in range(args.num):
+            coarse = Image.fromarray(luck.integers(0, 256, (16, 16, 3), dtype=np.uint8))
+            coarse.resize((args.size, args.size), Image.Resampling.BICUBIC).save(
+                where / "pictures" / f"{index:05d}.png"
+            )
+        state = {k: v for k, v in random_network().state_dict().items() if not k.endswith("num_batches_tracked")}
+        save_file(state, where / "weights.safetensors")
+
+        theirs.load_state_dict_from_url = lambda *_, **__: state
+        network = theirs.InceptionV3().to(args.device)
+        extractor = features.inception_features(where / "weights.safetensors", "pytorch-fid", torch.device(args.device))
+        pictures = open_pictures(where / "pictures")
+        files = sorted((where / "pictures").glob("*.png"))
+        print(f"{args.num} pictures of {args.size} x {args.size}, {args.device}, {torch.get_num_threads()} threads")
+        for turn in range(args.turns):
+            start = time.perf_counter()
+            mine = run.features(pictures, extractor, ["features"], where / f"turn-{turn}", None, args.batch_size)
+            middle = time.perf_counter()
+            other = fid_score.get_activations(files, network, args.batch_size, device=args.device)
+            end = time.perf_counter()
+            rates = args.num / (middle - start), args.num / (end - middle)
+            apart = np.abs(mine["features"].numpy() - other).max()
+            print(
+                f"argen {rates[0]:.2f}/s, pytorch-fid {rates[1]:.2f}/s, ratio {rates[0] / rates[1]:.2f}, "
+                f"largest difference {apart:.1e} of features up to {np.abs(other).max():.1f}"
+            )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,109 @@
+"""LlamaGen's VQ tokenizer: a convolutional VQGAN whose codes are compared on the unit sphere.
+
+Paper: arXiv 2406.06525, section 2.1. Weights: ``vq_ds16_c2i.pt``, ``vq_ds8_c2i.pt`` and ``vq_ds16_t2i.pt`` of
+github.com/FoundationVision/LlamaGen (MIT). The network is `diffusers.VQModel`: this file converts the published names, and
+normalises the codebook once, after which the plain nearest neighbour is the published one.
+
+Letters in shape comments: B batch, H W pixels, h w token grid, N = h*w tokens (row-major), C code width.
+"""
+
+import re
+from pathlib import Path
+
+import torch.nn.functional as F
+from diffusers import VQModel
+from torch import Tensor, nn
+
+from tokenizers_img.checkpoint import load_strict, read_state_dict
+
+MULTIPLIERS = {16: (1, 1, 2, 2, 4), 8: (1, 2, 2, 4)}  # down-sampling -> widths of the levels, in base widths
+UNUSED = "quantize.codebook_used"
+
+RENAMED = [  # published -> diffusers; the decoder counts its levels from the deepest in both
+    (r"^encoder\.conv_blocks\.(\d+)\.", r"encoder.down_blocks.\1."),
+    (r"^decoder\.conv_blocks\.(\d+)\.", r"decoder.up_blocks.\1."),
+    (r"\.res\.(\d+)\.", r".resnets.\1."),
+    (r"\.attn\.(\d+)\.", r".attentions.\1."),
+    (r"\.mid\.0\.", ".mid_block.resnets.0."),
+    (r"\.mid\.1\.", ".mid_block.attentions.0."),
+    (r"\.mid\.2\.", ".mid_block.resnets.1."),
+    (r"\.nin_shortcut\.", ".conv_shortcut."),
+    (r"\.downsample\.", ".downsamplers.0."),
+    (r"\.upsample\.", ".upsamplers.0."),
+    (r"\.norm_out\.", ".conv_norm_out."),
+    (r"(attentions\.\d+)\.norm\.", r"\1.group_norm."),
+    (r"(attentions\.\d+)\.([qkv])\.", r"\1.to_\2."),
+    (r"(attentions\.\d+)\.proj_out\.", r"\1.to_out.0."),
+]
+
+
+def converted(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors under their published names -> under those of `diffusers.VQModel`."""
+    out = {}
+    for key, value in state.items():
+        if key == UNUSED:
+            continue
+        for published, ours in RENAMED:
+            key = re.sub(published, ours, key)
+        if ".attentions." in key and value.ndim == 4:
+            value = value[:, :, 0, 0]  # 1 x 1 convolutions are matrices there
+        if key == "quantize.embedding.weight":
+            value = F.normalize(value, dim=-1)
+        out[key] = value
+    return out
+
+
+def network(
+    multipliers: tuple[int, ...], width: int = 128, latent_channels: int = 256, codes: int = 16384, code_width: int = 8
+) -> VQModel:
+    """The published network, or one of other sizes."""
+    levels = len(multipliers)
+    return VQModel(
+        down_block_types=("DownEncoderBlock2D",) * (levels - 1) + ("AttnDownEncoderBlock2D",),
+        up_block_types=("AttnUpDecoderBlock2D",) + ("UpDecoderBlock2D",) * (levels - 1),
+        block_out_channels=tuple(width * m for m in multipliers),
+        layers_per_block=2,
+        latent_channels=latent_channels,
+        num_vq_embeddings=codes,
+        vq_embed_dim=code_width,
+        norm_num_groups=32,
+        lookup_from_codebook=True,
+    )
+
+
+class LlamaGenVQ(nn.Module):
+    """Pixels <-> ids, of any size that the down-sampling divides.
+
+    Args:
+        vq: the network, its codebook normalised.
+    """
+
+    def __init__(self, vq: VQModel):
+        super().__init__()
+        self.vq = vq
+        self.stride = 2 ** (len(vq.config.block_out_channels) - 1)
+
+    @classmethod
+    def from_original(cls, path: str | Path, stride: int = 16) -> "LlamaGenVQ":
+        """Load a published file; `stride` is 16 (``vq_ds16_*``) or 8 (``vq_ds8_*``)."""
+        if stride not in MULTIPLIERS:
+            raise ValueError(f"unknown stride {stride}: expected {' or '.join(map(str, MULTIPLIERS))}")
+        return cls(load_strict(network(MULTIPLIERS[stride]), converted(read_state_dict(path)), source=path))
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        """Pixels [B, 3, H, W] in [0, 1] -> ids [B, N] int64.
+
+        Raises:
+            ValueError: a side is no multiple of the stride.
+        """
+        if pixels.shape[2] % self.stride or pixels.shape[3] % self.stride:
+            raise ValueError(f"pictures are {list(pixels.shape[2:])}: expected multiples of {self.stride}")
+        z = self.vq.encode(2 * pixels - 1).latents.permute(0, 2, 3, 1)  # [B, h, w, C]
+        similar = F.normalize(z.float(), dim=-1).flatten(1, 2) @ self.vq.quantize.embedding.weight.float().T
+        return similar.argmax(dim=-1)
+
+    def decode(self, ids: Tensor, shape: tuple[int, int] | None = None) -> Tensor:
+        """Ids [B, N] -> pixels [B, 3, H, W], about [0, 1] and not clipped; `shape` is (h, w), square by default."""
+        height, width = shape or (int(ids.shape[1] ** 0.5),) * 2
+        size = (len(ids), height, width, self.vq.config.vq_embed_dim)
+        return (self.vq.decode(ids.flatten(), force_not_quantize=True, shape=size).sample + 1) / 2
