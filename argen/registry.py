@@ -10,17 +10,19 @@ from pathlib import Path
 import torch
 from diffusers import ModelMixin
 from safetensors import SafetensorError
-from transformers import AutoTokenizer, CLIPModel
+from transformers import AutoTokenizer, CLIPModel, T5EncoderModel
 
 from argen.models.clip import TextImageEncoder
 from argen.models.parti import Parti
 from argen.pipelines.base import TokenPipeline
 from argen.pipelines.dalle_mini import DalleMiniPipeline
+from argen.pipelines.llamagen import LlamaGenPipeline
 from argen.pipelines.parti import PartiPipeline
+from tokenizers_img.llamagen_vq import LlamaGenVQ
 from tokenizers_img.vit_vqgan import ViTVQGAN
 
 WEIGHTS = Path(__file__).parent / "weights"
-PIPELINES = {cls.__name__: cls for cls in (PartiPipeline, DalleMiniPipeline)}
+PIPELINES = {cls.__name__: cls for cls in (PartiPipeline, DalleMiniPipeline, LlamaGenPipeline)}
 
 
 @dataclass(frozen=True)
@@ -90,6 +92,63 @@ def _dalle(size: str) -> dict:
     }
 
 
+def _llamagen(name: str, parameters: float) -> Model:
+    """`name` is that of the released file, as "c2i_L_384"."""
+    kind, size, *_, pixels = name.split("_")
+    repo = "FoundationVision/LlamaGen" if kind == "c2i" else "peizesun/llamagen_t2i"
+
+    def read(folder: Path) -> LlamaGenPipeline:
+        text = (None, None)
+        if kind == "t2i":
+            dtype = torch.bfloat16  # as it was trained; T5 overflows in float16
+            text = (T5EncoderModel.from_pretrained(T5, dtype=dtype).eval(), AutoTokenizer.from_pretrained(T5))
+        files = folder / f"{name}.pt", folder / f"vq_ds16_{kind}.pt"
+        return LlamaGenPipeline.from_original(*files, size, int(pixels) // 16, *text)
+
+    asked = "class" if kind == "c2i" else "caption"
+    about = f"LlamaGen {size}, {asked} -> {(int(pixels) // 16) ** 2} tokens -> {pixels} x {pixels}"
+    return Model("generator", about, "MIT", parameters, read, repo, (f"{name}.pt", f"vq_ds16_{kind}.pt"))
+
+
+def _llamagen_vq(name: str, parameters: float) -> Model:
+    """`name` is that of the released file, as "vq_ds16_c2i"."""
+    _, stride, kind = name.split("_")
+    repo = "FoundationVision/LlamaGen" if kind == "c2i" else "peizesun/llamagen_t2i"
+    side = 256 // int(stride.removeprefix("ds"))
+    about = f"LlamaGen's VQ, 256 x 256 <-> {side} x {side} ids of 16384"
+    return Model(
+        "tokenizer",
+        about,
+        "MIT",
+        parameters,
+        lambda folder: LlamaGenVQ.from_original(folder / f"{name}.pt", 256 // side),
+        repo,
+        (f"{name}.pt",),
+    )
+
+
+T5 = "google/flan-t5-xl"
+LLAMAGEN = {
+    **{  # with the picture tokenizer's 71.9 million
+        name: _llamagen(name, parameters)
+        for name, parameters in {
+            "c2i_B_256": 182.8,
+            "c2i_B_384": 182.8,
+            "c2i_L_256": 414.8,
+            "c2i_L_384": 414.8,
+            "c2i_XL_384": 846.6,
+            "c2i_XXL_384": 1482.9,
+            "c2i_3B_384": 3168.5,
+            "t2i_XL_stage1_256": 849.6,
+            "t2i_XL_stage2_512": 849.6,
+        }.items()
+    },
+    **{
+        name: _llamagen_vq(name, parameters)
+        for name, parameters in {"vq_ds16_c2i": 71.9, "vq_ds8_c2i": 70.1, "vq_ds16_t2i": 71.9}.items()
+    },
+}
+
 MODELS = {
     "argen/emoji-parti": Model(
         "generator", "text -> 64 tokens -> 128 x 128 emoji, Parti-style", "Apache-2.0", 7.3, _parti
@@ -104,6 +163,7 @@ MODELS = {
     "dalle-mega": Model(
         "generator", "DALL-E mega, text -> 256 tokens -> 256 x 256", parameters=2634.7, **_dalle("mega")
     ),
+    **{f"{model.repo}:{name}": model for name, model in LLAMAGEN.items()},
     **{
         f"thuanz123/vitvqgan-imagenet-{size}": Model(
             "tokenizer",
@@ -123,8 +183,8 @@ def load(model: str | Path) -> TokenPipeline | ViTVQGAN | TextImageEncoder:
     """The pipeline of a generator, the network of a tokenizer, or a text/picture encoder, on the CPU in float32.
 
     Args:
-        model: an id of `MODELS`, or a folder written by a pipeline's ``save_pretrained``. Published weights are taken
-            from the hub's cache, or fetched into it.
+        model: an id of `MODELS`, a folder written by a pipeline's ``save_pretrained``, or the released file of a LlamaGen
+            beside its tokenizer's. Published weights are taken from the hub's cache, or fetched into it.
 
     Raises:
         ValueError: no such model; weights that cannot be read or do not fit.
@@ -136,6 +196,8 @@ def load(model: str | Path) -> TokenPipeline | ViTVQGAN | TextImageEncoder:
         read = entry.read
     elif (Path(model) / "model_index.json").is_file():
         folder, read = Path(model), _pipeline
+    elif Path(model).is_file() and Path(model).stem in LLAMAGEN:
+        folder, read = Path(model).parent, LLAMAGEN[Path(model).stem].read
     else:
         raise ValueError(
             f"unknown model {str(model)!r}: expected one of {', '.join(MODELS)}, or a folder with a saved pipeline"

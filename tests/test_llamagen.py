@@ -1,11 +1,19 @@
 """LlamaGen against the official code's numbers and the published key lists."""
 
+import json
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import published_keys, shapes
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
+import argen
+from argen.data.imagenet import class_id
 from argen.models.llamagen import SIZES, LlamaGen, LlamaGenSession
+from argen.pipelines.llamagen import LlamaGenPipeline, clean_caption, left_padded
 from samplers.logits import Sampling
 from samplers.steps import Plain
 from tokenizers_img import llamagen_vq
@@ -148,3 +156,90 @@ def test_every_published_key_of_the_tokenizers_has_its_place(name, stride):
         vq = llamagen_vq.network(llamagen_vq.MULTIPLIERS[stride])
         published = {key: torch.empty(shape) for key, shape in published_keys("llamagen")[name].items()}
     assert shapes(vq) == {key: list(value.shape) for key, value in llamagen_vq.converted(published).items()}
+
+
+@pytest.fixture
+def class_pipe(golden):
+    case, vq_case = golden("llamagen/c2i"), golden("llamagen_vq/f4_wide_groups")  # 96 codes both
+    config = vq_case.config
+    sizes = {"width": config["ch"], "latent_channels": config["z_channels"], "codes": 96, "code_width": 6}
+    vq = llamagen_vq.network(tuple(config["encoder_ch_mult"]), **sizes)
+    pipe = LlamaGenPipeline(tiny(case), load_strict(vq, llamagen_vq.converted(vq_case.weights), source="golden"))
+    pipe.set_progress_bar_config(disable=True)
+    return pipe, case
+
+
+def test_the_pipeline_writes_the_official_ids(class_pipe, tmp_path):
+    pipe, case = class_pipe
+    prompts = [f"class:{number}" for number in case.io["class_ids"].tolist()]
+    out = pipe(prompts, guidance_scale=4.0, temperature=0)
+    assert torch.equal(out.tokens, case.io["ids_greedy_cfg4"])
+    assert out.images[0].size == (16, 16)
+    pipe.save_pretrained(tmp_path)
+    again = argen.load(tmp_path)
+    again.set_progress_bar_config(disable=True)
+    assert torch.equal(again(prompts, guidance_scale=4.0, temperature=0).tokens, out.tokens)
+    partly = pipe.pictures(torch.where(torch.arange(16) < 8, out.tokens, -1))[0]
+    assert partly.getpixel((8, 15)) == (255, 255, 255)
+
+
+def test_classes_are_asked_for_by_number_or_name():
+    assert class_id("class:207") == class_id("Golden Retriever") == class_id("class: golden retriever") == 207
+    assert (class_id("class:0"), class_id("class:999")) == (0, 999)
+    with pytest.raises(ValueError, match="did you mean golden retriever"):
+        class_id("class:golden retreiver")
+    with pytest.raises(ValueError, match="class 1000 does not exist: expected 0 to 999"):
+        class_id("class:1000")
+    with pytest.raises(ValueError, match="no ImageNet class is named"):
+        class_id("a red apple")
+
+
+def test_captions_are_cleaned_as_published(golden):
+    cases = json.loads((golden("llamagen/captions").folder / "cases.json").read_text())
+    assert len(cases) == 25
+    assert [clean_caption(typed) for typed, _ in cases] == [expected for _, expected in cases]
+
+
+def test_words_stand_last():
+    features = torch.arange(1.0, 9.0).reshape(2, 4, 1)
+    moved, mask = left_padded(features, torch.tensor([[1, 1, 1, 0], [1, 0, 0, 0]]))
+    assert moved[..., 0].tolist() == [[0, 1, 2, 3], [0, 0, 0, 5]]
+    assert mask.tolist() == [[False, True, True, True], [False, False, False, True]]
+
+
+@torch.no_grad()
+def test_a_caption_becomes_a_picture(golden, class_pipe):
+    case, words = golden("llamagen/t2i"), ["<pad>", "</s>", "<unk>", "▁a", "▁red", "▁apple"]
+    backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, "<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace()
+    backend.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", eos_token="</s>")
+    torch.manual_seed(0)
+    t5 = T5EncoderModel(T5Config(vocab_size=6, d_model=24, d_kv=6, num_heads=4, num_layers=1, d_ff=32)).eval()
+    pipe = LlamaGenPipeline(tiny(case), class_pipe[0].vq, t5, tokenizer)
+    pipe.set_progress_bar_config(disable=True)
+    features, mask = pipe.encode_text(["A RED apple", "a"])
+    assert mask.tolist() == [[False, False, True, True, True, True], [False, False, False, False, True, True]]
+    alone = t5(input_ids=torch.tensor([[3, 1]])).last_hidden_state
+    torch.testing.assert_close(features[1, -2:], alone[0])
+    assert pipe.defaults.guidance_scale == 7.5
+    out = pipe(["a red apple", "a"], generator=torch.Generator().manual_seed(0))
+    assert out.tokens.shape == (2, 16)
+
+
+def test_released_files_are_read_where_they_lie(golden, monkeypatch, tmp_path):
+    config = golden("llamagen/c2i").config
+    monkeypatch.setitem(SIZES, "B", {"dim": 48, "depth": 3, "heads": 4})
+    monkeypatch.setattr(llamagen_vq, "MULTIPLIERS", {16: (1, 1, 1, 1, 1)})
+    monkeypatch.setattr(llamagen_vq, "network", partial(llamagen_vq.network, width=32, latent_channels=32, codes=64))
+    published = LlamaGen(classes=1000, **SIZES["B"]).state_dict()
+    torch.save({"model": published | {"freqs_cis": torch.zeros(3)}, "steps": 3}, tmp_path / "c2i_B_256.pt")
+    weights = golden("llamagen_vq/f16").weights | {llamagen_vq.UNUSED: torch.zeros(65536)}
+    torch.save({"model": weights}, tmp_path / "vq_ds16_c2i.pt")
+    pipe = argen.load(tmp_path / "c2i_B_256.pt")
+    assert (pipe.length, pipe.defaults.guidance_scale) == (256, 4.0)
+    assert torch.equal(pipe.transformer.state_dict()["norm.weight"], published["norm.weight"])
+    assert argen.load(tmp_path / "vq_ds16_c2i.pt").stride == 16
+    torch.save({"model": published | {"norm.weight": torch.zeros(config["dim"] + 1)}}, tmp_path / "c2i_B_256.pt")
+    with pytest.raises(ValueError, match=r"norm.weight has shape \[49\], expected \[48\]"):
+        argen.load(tmp_path / "c2i_B_256.pt")

@@ -10,8 +10,10 @@ Letters in shape comments: B batch, H W pixels, h w token grid, N = h*w tokens (
 import re
 from pathlib import Path
 
+import torch
 import torch.nn.functional as F
 from diffusers import VQModel
+from diffusers.configuration_utils import FrozenDict
 from torch import Tensor, nn
 
 from tokenizers_img.checkpoint import load_strict, read_state_dict
@@ -82,6 +84,7 @@ class LlamaGenVQ(nn.Module):
         super().__init__()
         self.vq = vq
         self.stride = 2 ** (len(vq.config.block_out_channels) - 1)
+        self.config = FrozenDict(image_size=256, n_embed=vq.config.num_vq_embeddings)  # the size it was trained at
 
     @classmethod
     def from_original(cls, path: str | Path, stride: int = 16) -> "LlamaGenVQ":
@@ -89,6 +92,14 @@ class LlamaGenVQ(nn.Module):
         if stride not in MULTIPLIERS:
             raise ValueError(f"unknown stride {stride}: expected {' or '.join(map(str, MULTIPLIERS))}")
         return cls(load_strict(network(MULTIPLIERS[stride]), converted(read_state_dict(path)), source=path))
+
+    @property
+    def device(self) -> torch.device:
+        return self.vq.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.vq.dtype
 
     def encode(self, pixels: Tensor) -> Tensor:
         """Pixels [B, 3, H, W] in [0, 1] -> ids [B, N] int64.

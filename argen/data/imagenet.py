@@ -1,0 +1,36 @@
+"""The 1,000 classes of ImageNet by name, in the order of every published class-conditional model.
+
+`imagenet_classes.txt` has the short names that torchvision ships (BSD-3-Clause).
+"""
+
+import difflib
+from functools import cache
+from pathlib import Path
+
+
+@cache
+def class_names() -> tuple[str, ...]:
+    """Name of each class."""
+    return tuple(Path(__file__).with_name("imagenet_classes.txt").read_text(encoding="utf-8").splitlines())
+
+
+def class_id(asked: str) -> int:
+    """The class that is asked for by number or name, as in "class:207", "class:golden retriever", "golden retriever".
+
+    Raises:
+        ValueError: there is none; says the nearest names.
+    """
+    names = class_names()
+    word = asked.strip().lower().removeprefix("class:").strip()
+    if word.isdigit():
+        if int(word) >= len(names):
+            raise ValueError(f"class {word} does not exist: expected 0 to {len(names) - 1}, or a name")
+        return int(word)
+    lowered = [name.lower() for name in names]
+    if word in lowered:
+        return lowered.index(word)
+    near = difflib.get_close_matches(word, lowered, n=3, cutoff=0.5)
+    hint = (
+        f"did you mean {' or '.join(near)}?" if near else 'expected a number or a name, as in "class:golden retriever"'
+    )
+    raise ValueError(f"no ImageNet class is named {word!r}: {hint}")
