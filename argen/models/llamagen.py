@@ -20,7 +20,7 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from torch import Tensor, nn
 
-from argen.models.session import KeyValueCache, split_heads
+from argen.models.session import KeyValueCache, causal_mask, split_heads
 from tokenizers_img.checkpoint import load_strict, read_state_dict
 
 SIZES = {  # the published widths
@@ -119,6 +119,18 @@ class Layer(nn.Module):
         return x + self.drop(self.feed_forward(self.ffn_norm(x))), mean
 
 
+class MLP(nn.Module):
+    """Two matrices without biases, so that zeros stay zeros."""
+
+    def __init__(self, inputs: int, dim: int):
+        super().__init__()
+        self.fc1 = nn.Linear(inputs, dim, bias=False)
+        self.fc2 = nn.Linear(dim, dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+
+
 class ClassEmbedder(nn.Module):
     """Class ids [R] -> [R, 1, D]; the last id is "no class"."""
 
@@ -135,13 +147,11 @@ class CaptionEmbedder(nn.Module):
 
     def __init__(self, length: int, caption_dim: int, dim: int):
         super().__init__()
-        self.cap_proj = nn.ModuleDict(
-            {"fc1": nn.Linear(caption_dim, dim, bias=False), "fc2": nn.Linear(dim, dim, bias=False)}
-        )
+        self.cap_proj = MLP(caption_dim, dim)
         self.register_buffer("uncond_embedding", torch.randn(length, caption_dim) / caption_dim**0.5)
 
     def forward(self, features: Tensor) -> Tensor:
-        return self.cap_proj["fc2"](F.gelu(self.cap_proj["fc1"](features), approximate="tanh"))
+        return self.cap_proj(features)
 
 
 class LlamaGen(ModelMixin, ConfigMixin):
@@ -202,18 +212,28 @@ class LlamaGen(ModelMixin, ConfigMixin):
         state = {key: value for key, value in read_state_dict(path).items() if key != "freqs_cis"}
         return load_strict(model, state, source=path)
 
-    def condition(self, embedded: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
+    def controlled(self, x: Tensor, layer: int, control: Tensor | None) -> Tensor:
+        """x [R, n, D] before a layer, with what `control` [J, R, n, D] adds there: one part before each J-th of the layers."""
+        if control is None or layer % (self.depth // len(control)):
+            return x
+        return x + control[layer // (self.depth // len(control))]
+
+    def condition(
+        self, embedded: Tensor, mask: Tensor, control: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, list[Tensor]]:
         """Read the condition.
 
         Args:
             embedded: [R, T, D] from `cls_embedding`.
             mask: [R, T] bool, the positions that others see; the last one is among them.
+            control: [J, R, 1, D] of the first cell, see `argen.models.controlar`.
 
         Returns:
             Logits [R, 1, K] of the first token, how many positions are seen [R], and the mean value [R, 1, D] of each layer.
         """
         x, seen, means = self.drop(embedded), mask[..., None].to(embedded.dtype), []
-        for layer in self.layers:
+        for index, layer in enumerate(self.layers):
+            x = torch.cat([x[:, :-1], self.controlled(x[:, -1:], index, control)], dim=1)
             x, mean = layer.condition(x, seen)
             means.append(mean)
         return self.output(self.norm(x[:, -1:])), mask.sum(dim=1), means
@@ -226,6 +246,7 @@ class LlamaGen(ModelMixin, ConfigMixin):
         seen: Tensor,
         means: list[Tensor] | None = None,
         cache: KeyValueCache | None = None,
+        control: Tensor | None = None,
     ) -> Tensor:
         """Logits [R, n, K] of the tokens that follow.
 
@@ -234,6 +255,7 @@ class LlamaGen(ModelMixin, ConfigMixin):
             visible: [1, 1, n, m - 1] bool, which picture tokens, cached and new, each token sees.
             seen: from `condition`.
             means: from `condition`, or None where they are the first entry of `cache`.
+            control: [J, R, n, D] of the cells that are predicted.
         """
         turns = self.turns[positions if positions.ndim == 2 else positions[None]][:, :, None]
         mask = torch.zeros(len(seen), 1, *visible.shape[2:], device=tokens.device).masked_fill(~visible, -torch.inf)
@@ -241,15 +263,19 @@ class LlamaGen(ModelMixin, ConfigMixin):
         x = self.drop(self.tok_embeddings(tokens))
         mask = torch.cat([among, mask], dim=-1).to(x.dtype)
         for index, layer in enumerate(self.layers):
+            x = self.controlled(x, index, control)
             x = layer(x, turns, mask, index, cache, None if means is None else means[index])
         return self.output(self.norm(x))
 
-    def forward(self, embedded: Tensor, mask: Tensor, tokens: Tensor) -> Tensor:
-        """Teacher forcing: condition [R, T, D] and its mask [R, T], tokens [R, N] -> logits [R, N, K], float32."""
-        first, seen, means = self.condition(embedded, mask)
-        read, places = tokens[:, :-1], torch.arange(self.length - 1, device=tokens.device)
-        visible = torch.ones(len(places), len(places), dtype=torch.bool, device=tokens.device).tril()[None, None]
-        return torch.cat([first, self.decode(read, places, visible, seen, means)], dim=1).float()
+    def forward(self, embedded: Tensor, mask: Tensor, tokens: Tensor, control: Tensor | None = None) -> Tensor:
+        """Teacher forcing: condition [R, T, D] and its mask [R, T], tokens [R, n], control [J, R, n, D] -> logits [R, n, K],
+        float32."""
+        parts = (None, None) if control is None else (control[:, :, :1], control[:, :, 1:])
+        first, seen, means = self.condition(embedded, mask, parts[0])
+        read = tokens[:, :-1]
+        places = torch.arange(read.shape[1], device=tokens.device)
+        visible = causal_mask(len(places), len(places), tokens.device)
+        return torch.cat([first, self.decode(read, places, visible, seen, means, control=parts[1])], dim=1).float()
 
 
 def _init(module: nn.Module) -> None:
@@ -262,12 +288,14 @@ class LlamaGenSession:
 
     Args:
         embedded, mask: as `LlamaGen.condition` takes them. Under guidance R = 2B: all conditions, then "none" as often.
+        control: [J, R, N, D] of every cell of the picture, which then has N cells; without it as many as the grid.
     """
 
-    def __init__(self, model: LlamaGen, embedded: Tensor, mask: Tensor, guided: bool):
-        self.model, self.length, self.guided = model, model.length, guided
-        self.first, self.seen, means = model.condition(embedded, mask)
-        self.cache = KeyValueCache(model.depth, model.length)
+    def __init__(self, model: LlamaGen, embedded: Tensor, mask: Tensor, guided: bool, control: Tensor | None = None):
+        self.model, self.guided, self.control = model, guided, control
+        self.length = model.length if control is None else control.shape[2]
+        self.first, self.seen, means = model.condition(embedded, mask, None if control is None else control[:, :, :1])
+        self.cache = KeyValueCache(model.depth, self.length)
         for index, (layer, mean) in enumerate(zip(model.layers, means, strict=True)):
             self.cache.append(index, *layer.attention.slot(mean))
         self.begun = False
@@ -287,9 +315,22 @@ class LlamaGenSession:
             if self.guided:
                 tokens = torch.cat([tokens, tokens])
                 positions = torch.cat([positions, positions]) if positions.ndim == 2 else positions
-            parts.append(self.model.decode(tokens, positions, visible, self.seen, cache=self.cache))
+            parts.append(
+                self.model.decode(
+                    tokens, positions, visible, self.seen, cache=self.cache, control=self._ahead(positions)
+                )
+            )
         logits = torch.cat(parts, dim=1).float()
         return logits.chunk(2) if self.guided else (logits, None)
+
+    def _ahead(self, positions: Tensor) -> Tensor | None:
+        """The control of the cells after `positions`: [J, R, n, D]."""
+        if self.control is None:
+            return None
+        cells = (positions + 1).clamp(max=self.length - 1)
+        if cells.ndim == 1:
+            return self.control[:, :, cells]
+        return self.control[:, torch.arange(len(cells), device=cells.device)[:, None], cells]
 
     def keep(self, entries: Tensor) -> None:
         """See `samplers.steps.Session.keep`."""
