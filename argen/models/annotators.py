@@ -1,0 +1,101 @@
+"""From a picture to a control picture: canny edges, HED edges, line art, depth.
+
+HED: ``ControlNetHED.pth`` of lllyasviel/Annotators (Apache-2.0), arXiv 1504.06375. Line art: the generator of
+informative-drawings (MIT), ``sk_model.pth`` there, arXiv 2203.12691. Depth: DPT through transformers. The two networks have
+the published names; canny needs OpenCV (``pip install "argen[control]"``) and nothing else.
+
+Letters in shape comments: B pictures, H W pixels.
+"""
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class HEDBlock(nn.Module):
+    def __init__(self, inputs: int, outputs: int, depth: int):
+        super().__init__()
+        widths = [inputs] + [outputs] * depth
+        self.convs = nn.ModuleList(nn.Conv2d(a, b, 3, padding=1) for a, b in zip(widths[:-1], widths[1:], strict=True))
+        self.projection = nn.Conv2d(outputs, 1, 1)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        for conv in self.convs:
+            x = F.relu(conv(x))
+        return x, self.projection(x)
+
+
+class HED(nn.Module):
+    """Pixels [B, 3, H, W] of 0 to 255 -> edges [B, 1, H, W] of 0 to 255, white on black."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.Parameter(torch.zeros(1, 3, 1, 1))
+        sizes = ((3, 64, 2), (64, 128, 2), (128, 256, 3), (256, 512, 3), (512, 512, 3))
+        self.block1, self.block2, self.block3, self.block4, self.block5 = (HEDBlock(*size) for size in sizes)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        x, sides = pixels - self.norm, []
+        for index, block in enumerate((self.block1, self.block2, self.block3, self.block4, self.block5)):
+            x, side = block(F.max_pool2d(x, 2) if index else x)
+            sides.append(F.interpolate(side, pixels.shape[2:], mode="bilinear", align_corners=False))
+        return 255 * torch.stack(sides).mean(dim=0).sigmoid()
+
+
+class DrawingBlock(nn.Module):
+    def __init__(self, width: int):
+        super().__init__()
+        half = [nn.ReflectionPad2d(1), nn.Conv2d(width, width, 3), nn.InstanceNorm2d(width)]
+        again = [nn.ReflectionPad2d(1), nn.Conv2d(width, width, 3), nn.InstanceNorm2d(width)]
+        self.conv_block = nn.Sequential(*half, nn.ReLU(), *again)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.conv_block(x)
+
+
+class LineArt(nn.Module):
+    """Pixels [B, 3, H, W] of 0 to 255 -> drawing [B, 1, H, W] in [0, 1], black on white; H and W multiples of 4."""
+
+    def __init__(self, blocks: int = 3):
+        super().__init__()
+
+        def normed(conv: nn.Module, width: int) -> list[nn.Module]:
+            return [conv, nn.InstanceNorm2d(width), nn.ReLU()]
+
+        half = {"kernel_size": 3, "stride": 2, "padding": 1}
+        self.model0 = nn.Sequential(nn.ReflectionPad2d(3), *normed(nn.Conv2d(3, 64, 7), 64))
+        self.model1 = nn.Sequential(*normed(nn.Conv2d(64, 128, **half), 128), *normed(nn.Conv2d(128, 256, **half), 256))
+        self.model2 = nn.Sequential(*[DrawingBlock(256) for _ in range(blocks)])
+        self.model3 = nn.Sequential(
+            *normed(nn.ConvTranspose2d(256, 128, output_padding=1, **half), 128),
+            *normed(nn.ConvTranspose2d(128, 64, output_padding=1, **half), 64),
+        )
+        self.model4 = nn.Sequential(nn.ReflectionPad2d(3), nn.Conv2d(64, 1, 7), nn.Sigmoid())
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        return self.model4(self.model3(self.model2(self.model1(self.model0(pixels)))))
+
+
+def canny(picture: np.ndarray, low: int = 100, high: int = 200) -> np.ndarray:
+    """Picture [H, W, 3] uint8 -> edges [H, W] uint8, 255 on 0, by OpenCV with these thresholds.
+
+    Raises:
+        ModuleNotFoundError: OpenCV is not installed.
+    """
+    import cv2
+
+    return cv2.Canny(np.ascontiguousarray(picture), low, high)
+
+
+def depth_picture(depth: Tensor, recipe: str = "dpt") -> Tensor:
+    """Raw depth [1, H, W] -> 0 to 255: "dpt" divides by the largest, "midas" takes the smallest off and cuts to integers."""
+    if recipe == "dpt":
+        return depth * 255 / depth.max()
+    low, high = depth.min(), depth.max()
+    return ((depth - low) / (high - low) * 255).to(torch.uint8).float()
+
+
+def as_control(picture: Tensor) -> Tensor:
+    """One channel or three [1 or 3, H, W] of 0 to 255 -> what a control encoder reads, [3, H, W] in [-1, 1]."""
+    return 2 * (picture.float().expand(3, -1, -1) / 255 - 0.5)
