@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import published_keys, shapes
+from test_llamagen import condition
 
 from argen.models.controlar import ENCODERS, ControlAR, converted
 from argen.models.llamagen import SIZES, LlamaGenSession
@@ -38,17 +39,6 @@ def tiny(case) -> ControlAR:
         multiple_of=config["multiple_of"],
     )
     return load_strict(model, converted(case.weights, config["encoder"]["type"]), source="golden")
-
-
-def condition(model, case) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Embedded condition, embedded "none", mask."""
-    if "class_ids" in case.io:
-        ids = case.io["class_ids"]
-        none = torch.full_like(ids, case.config["num_classes"])
-        return model.cls_embedding(ids), model.cls_embedding(none), torch.ones(len(ids), 1, dtype=torch.bool)
-    features = case.io["caption_features"]
-    none = model.cls_embedding.uncond_embedding.expand(len(features), -1, -1)
-    return model.cls_embedding(features), model.cls_embedding(none), case.io["caption_mask"].bool()
 
 
 @torch.no_grad()

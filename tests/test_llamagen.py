@@ -43,7 +43,7 @@ def tiny(case) -> LlamaGen:
 
 def condition(model, case) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Embedded condition, embedded "none", mask."""
-    if case.config["model_type"] == "c2i":
+    if "class_ids" in case.io:
         ids = case.io["class_ids"]
         none = torch.full_like(ids, case.config["num_classes"])
         return model.cls_embedding(ids), model.cls_embedding(none), torch.ones(len(ids), 1, dtype=torch.bool)
