@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import published_keys, shapes
-from test_llamagen import condition
+from test_llamagen import condition, sizes
 
 from argen.models.controlar import ENCODERS, ControlAR, converted
 from argen.models.llamagen import SIZES, LlamaGenSession
@@ -28,15 +28,7 @@ def tiny(case) -> ControlAR:
         encoder=config["encoder"]["type"],
         encoder_sizes=encoder,
         resize="nearest" if config["condition_type"] in ("canny", "seg") else "bicubic",
-        n_embed=config["vocab_size"],
-        grid=int(config["block_size"] ** 0.5),
-        classes=config.get("num_classes"),
-        caption_dim=config.get("caption_dim", 0),
-        caption_length=config["cls_token_num"],
-        dim=config["dim"],
-        depth=config["n_layer"],
-        heads=config["n_head"],
-        multiple_of=config["multiple_of"],
+        **sizes(config),
     )
     return load_strict(model, converted(case.weights, config["encoder"]["type"]), source="golden")
 

@@ -25,20 +25,23 @@ def case(request, golden):
     return golden(f"llamagen/{request.param}")
 
 
+def sizes(config: dict) -> dict:
+    """Of a golden case, under our names."""
+    return {
+        "n_embed": config["vocab_size"],
+        "grid": int(config["block_size"] ** 0.5),
+        "classes": config.get("num_classes"),
+        "caption_dim": config.get("caption_dim", 0),
+        "caption_length": config["cls_token_num"],
+        "dim": config["dim"],
+        "depth": config["n_layer"],
+        "heads": config["n_head"],
+        "multiple_of": config["multiple_of"],
+    }
+
+
 def tiny(case) -> LlamaGen:
-    config = case.config
-    model = LlamaGen(
-        n_embed=config["vocab_size"],
-        grid=int(config["block_size"] ** 0.5),
-        classes=config.get("num_classes"),
-        caption_dim=config.get("caption_dim", 0),
-        caption_length=config["cls_token_num"],
-        dim=config["dim"],
-        depth=config["n_layer"],
-        heads=config["n_head"],
-        multiple_of=config["multiple_of"],
-    )
-    return load_strict(model, case.weights, source="golden")
+    return load_strict(LlamaGen(**sizes(case.config)), case.weights, source="golden")
 
 
 def condition(model, case) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -134,9 +137,9 @@ def test_every_published_key_and_shape_is_there(kind, size, pixels):
 def test_the_tokenizer_gives_the_official_numbers(golden, name):
     case = golden(f"llamagen_vq/{name}")
     config, io = case.config, case.io
-    sizes = {"width": config["ch"], "latent_channels": config["z_channels"]}
-    sizes |= {"codes": config["codebook_size"], "code_width": config["codebook_embed_dim"]}
-    vq = llamagen_vq.network(tuple(config["encoder_ch_mult"]), **sizes)
+    widths = {"width": config["ch"], "latent_channels": config["z_channels"]}
+    widths |= {"codes": config["codebook_size"], "code_width": config["codebook_embed_dim"]}
+    vq = llamagen_vq.network(tuple(config["encoder_ch_mult"]), **widths)
     tokenizer = llamagen_vq.LlamaGenVQ(load_strict(vq, llamagen_vq.converted(case.weights), source="golden"))
     pixels, close = (io["pixels"] + 1) / 2, {"atol": 1e-4, "rtol": 1e-4}
     torch.testing.assert_close(vq.encode(io["pixels"]).latents, io["pre_quant"], **close)
@@ -162,8 +165,8 @@ def test_every_published_key_of_the_tokenizers_has_its_place(name, stride):
 def class_pipe(golden):
     case, vq_case = golden("llamagen/c2i"), golden("llamagen_vq/f4_wide_groups")  # 96 codes both
     config = vq_case.config
-    sizes = {"width": config["ch"], "latent_channels": config["z_channels"], "codes": 96, "code_width": 6}
-    vq = llamagen_vq.network(tuple(config["encoder_ch_mult"]), **sizes)
+    widths = {"width": config["ch"], "latent_channels": config["z_channels"], "codes": 96, "code_width": 6}
+    vq = llamagen_vq.network(tuple(config["encoder_ch_mult"]), **widths)
     pipe = LlamaGenPipeline(tiny(case), load_strict(vq, llamagen_vq.converted(vq_case.weights), source="golden"))
     pipe.set_progress_bar_config(disable=True)
     return pipe, case

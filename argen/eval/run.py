@@ -275,7 +275,7 @@ def compare(
     crop: str | None = None,
     batch_size: int = 32,
 ) -> dict[str, dict]:
-    """Distances of `samples` to `reference`: {metric: {"value", "n", "n_reference", ...}}, and warnings under "warnings".
+    """Distances of `samples` to `reference`: {metric: {"value", "n", "n_reference", ...}}, some with a "warning".
 
     Args:
         wanted: names of `METRICS`.
@@ -284,12 +284,13 @@ def compare(
     """
     check(wanted, extractor, reference)
     enough(len(samples), "the set of samples")
-    real_set = reference.pictures if isinstance(reference, Statistics) else reference
     arrays = sorted({METRICS[name] for name in wanted})
     fake = features(samples, extractor, arrays, folder, None, batch_size)
+    known = isinstance(reference, Statistics)  # then pictures are looked at for what statistics do not give
+    real_set = reference.pictures if known else reference
+    needed = sorted({METRICS[name] for name in wanted if name in ("kid", "pr") or not known} - {"logits"})
     real = {}
-    if real_set is not None:
-        needed = [a for a in arrays if a != "logits" and not (isinstance(reference, Statistics) and a == "spatial")]
+    if needed:
         real = features(real_set, extractor, needed, cached(cache, real_set, extractor, crop), crop, batch_size)
     return _measure(wanted, fake, real, reference, extractor) if processes().is_main_process else {}
 
