@@ -4,17 +4,27 @@ import argparse
 import json
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 from argen import __version__, evaluate
 from argen.command import Parser, device_and_json, guarded, load_model, writable_png
 
 COMMANDS = {}
+CONTROLS = "canny, hed, lineart, lineart-inverted, depth, depth-midas, seg or map"  # argen.models.annotators.KINDS
 
 
 def command(function):
     COMMANDS[function.__name__] = function
     return function
+
+
+def size(text: str) -> tuple[int, int]:
+    """ "128x64" -> width and height."""
+    width, _, height = text.lower().partition("x")
+    if not (width.isdigit() and height.isdigit() and int(width) and int(height)):
+        raise argparse.ArgumentTypeError(f"{text!r} is no size: expected WIDTHxHEIGHT in pixels, as 128x128")
+    return int(width), int(height)
 
 
 def parser() -> Parser:
@@ -55,6 +65,10 @@ def parser() -> Parser:
     add.add_argument(
         "--num-candidates", type=int, metavar="C", help="draw C pictures and keep the -n that fit the prompt best"
     )
+    add.add_argument("--control", type=Path, metavar="PNG", help="picture to follow, for a model that takes one")
+    add.add_argument("--control-type", metavar="TYPE", help=f"how it is read: {CONTROLS} (default: canny)")
+    add.add_argument("--control-strength", type=float, metavar="X", help="0: not at all (default: 1)")
+    add.add_argument("--size", type=size, metavar="WxH", help="of the picture, under a control (default: the model's)")
     add.add_argument(
         "--from",
         type=Path,
@@ -71,6 +85,12 @@ def parser() -> Parser:
         "-o", "--out", type=Path, metavar="FILE", help="PNG file (default: IMG's name with -reconstructed.png)"
     )
     device_and_json(add)
+
+    add = commands.add_parser("control", help="make a control picture: edges, depth, a line drawing")
+    add.add_argument("image", type=Path, metavar="IMG")
+    add.add_argument("--type", default="canny", metavar="TYPE", help=f"{CONTROLS} (default: canny)")
+    add.add_argument("--size", type=size, metavar="WxH", help="of the control picture (default: the picture's own)")
+    add.add_argument("-o", "--out", type=Path, required=True, metavar="FILE", help="PNG file")
 
     add = commands.add_parser("models", help="list what ships and which published weights can be loaded")
     add.add_argument("--json", action="store_true", help="print JSON")
@@ -101,7 +121,9 @@ def parser() -> Parser:
 
     add = commands.add_parser("train", help="train a shipped model anew", formatter_class=formatter)
     add.add_argument(
-        "recipe", metavar="RECIPE", help="emoji-clip, emoji-vitvqgan, emoji-vitvqgan-decoder or emoji-parti"
+        "recipe",
+        metavar="RECIPE",
+        help="emoji-clip, emoji-vitvqgan, emoji-vitvqgan-decoder, emoji-parti, emoji-parti-second or emoji-judge",
     )
     add.add_argument("--data", type=Path, required=True, metavar="DIR", help="made by `argen data emoji`")
     add.add_argument("--scenes", type=Path, metavar="DIR", help="made by `argen data scenes`")
@@ -114,6 +136,7 @@ def parser() -> Parser:
     )
     add.add_argument("--clip", type=Path, metavar="DIR", help="trained emoji-clip (default: the shipped one)")
     add.add_argument("--tokenizer", type=Path, metavar="DIR", help="trained emoji-vitvqgan (default: the shipped one)")
+    add.add_argument("--generator", type=Path, metavar="DIR", help="trained emoji-parti (default: the shipped one)")
     add.add_argument("--setting", choices=("cpu", "gpu"), default="cpu", help="length and batch size")
     add.add_argument("--steps", type=int, metavar="N", help="stop after step N of the schedule")
     add.add_argument("--seed", type=int, default=0)
@@ -146,14 +169,22 @@ def parser() -> Parser:
 
 @command
 def generate(args) -> None:
-    from argen.metadata import read_request, save_pictures
-    from argen.request import Request
+    from argen.metadata import open_picture, read_request, save_pictures
+    from argen.request import Control, Request
 
     writable_png(args.out)
     names = ("prompt", "num_images", "seed", "model", "guidance_scale", "temperature", "top_k", "top_p", "sampler")
     given = {name: getattr(args, name) for name in (*names, "num_candidates") if getattr(args, name) is not None}
     if args.origin:
-        given = read_request(args.origin).to_dict() | given
+        given = read_request(args.origin).given() | given
+    control = {"kind": args.control_type, "strength": args.control_strength, "size": args.size}
+    control = {name: value for name, value in control.items() if value is not None}
+    if args.control:
+        given["control"] = Control(open_picture(args.control), **control)
+    elif control and "control" not in given:
+        raise ValueError("--control-type, --control-strength and --size need --control, the picture to follow")
+    elif control:
+        given["control"] = replace(given["control"], **control)
     if "prompt" not in given:
         raise ValueError('no prompt: say what to draw, for example argen generate "a red apple" -o apple.png')
     request = Request(**given)
@@ -172,7 +203,9 @@ def generate(args) -> None:
         scores = job.scores or [None] * len(paths)
         pictures = [
             {"file": str(path), **request.to_dict(), "score": score, "tokens": tokens}
-            for path, request, score, tokens in zip(paths, job.requests, scores, job.tokens.tolist(), strict=True)
+            for path, request, score, tokens in zip(
+                paths, job.requests, scores, job.tokens.flatten(1).tolist(), strict=True
+            )
         ]
         print(json.dumps({"seconds": round(seconds, 3), "pictures": pictures}))
     else:
@@ -200,6 +233,18 @@ def reconstruct(args) -> None:
         print(json.dumps({"file": str(out), "tokenizer": args.tokenizer, "psnr": psnr, "tokens": ids[0].tolist()}))
     else:
         print(f"{out} ({ids.shape[1]} tokens, PSNR {psnr:.1f} dB)")
+
+
+@command
+def control(args) -> None:
+    from argen.metadata import open_picture, save_pictures
+    from argen.models.annotators import annotate, as_picture, resized
+
+    writable_png(args.out)
+    picture = open_picture(args.image)
+    flat = resized(picture, args.type, args.size or picture.size)
+    save_pictures([(as_picture(annotate(flat, args.type)), None)], [args.out])
+    print(f"{args.out} ({args.type}, {flat.width} x {flat.height})")
 
 
 @command
@@ -240,10 +285,13 @@ def train(args) -> None:
     from argen.registry import WEIGHTS
     from argen.train.recipes import run
 
-    clip, tokenizer = args.clip or WEIGHTS / "emoji-clip", args.tokenizer or WEIGHTS / "emoji-vitvqgan"
-    scores = run(
-        args.recipe, args.setting, args.data, args.scenes, clip, tokenizer, args.out, seed=args.seed, steps=args.steps
-    )
+    parts = {
+        "clip": args.clip or WEIGHTS / "emoji-clip",
+        "tokenizer": args.tokenizer or WEIGHTS / "emoji-vitvqgan",
+        "generator": args.generator or WEIGHTS / "emoji-parti",
+    }
+    chosen = {"data": args.data, "scenes": args.scenes, "out": args.out, "seed": args.seed, "steps": args.steps}
+    scores = run(args.recipe, args.setting, **parts, **chosen)
     print(f"{args.out}: " + ", ".join(f"{name} {value:.4g}" for name, value in scores.items()))
 
 

@@ -52,6 +52,18 @@ def add_commands(top: argparse.ArgumentParser) -> None:
     add.add_argument("--prefix", default="", metavar="TEXT", help='before each prompt; LlamaGen: "A photo depicts "')
     _output(add)
 
+    add = commands.add_parser(
+        "emoji",
+        help="objects, colours, counts and places in pictures of 500 fixed prompts",
+        description="Draw 500 fixed prompts whose truth is known and judge what the pictures show, beside the share that "
+        "the judge gets right on real held-out pictures.",
+    )
+    add.add_argument("--model", default="argen/emoji-parti", metavar="ID", help="(default: argen/emoji-parti)")
+    add.add_argument("--num", type=int, default=500, metavar="N", help="the first N pictures (default: 500)")
+    add.add_argument("--seed", type=int, default=0, help="picture i is drawn from (seed, i) alone (default: 0)")
+    add.add_argument("--guidance-scale", type=float, metavar="G", help="(default: the model's)")
+    _output(add)
+
     add = commands.add_parser("stats", help="mean and covariance of a set, for pytorch-fid, guided-diffusion and argen")
     add.add_argument("data", type=Path, metavar="PATH", help=pictures)
     add.add_argument("-o", "--out", type=Path, required=True, metavar="FILE.npz")
@@ -217,6 +229,20 @@ def clip(args: argparse.Namespace) -> None:
         samples = _draw(args, prompts, len(prompts) if args.num is None else args.num, settings)
     with run.timed(seconds, "look"):
         scores = clip_score.evaluate(judge, args.clip, samples, prompts, args.prefix)
+    _finish(args, settings, scores, seconds, samples)
+
+
+@command
+def emoji(args: argparse.Namespace) -> None:
+    from argen.eval import judge, run
+    from argen.eval.features import weights_digest
+
+    network, truths, seconds = load_model("argen/emoji-judge", args.device), judge.read_prompts(), {}
+    settings = {"judge": weights_digest(network)}
+    with run.timed(seconds, "draw"):
+        samples = _draw(args, [truth.prompt for truth in truths], args.num, settings)
+    with run.timed(seconds, "judge"):
+        scores = judge.evaluate(network, samples, truths)
     _finish(args, settings, scores, seconds, samples)
 
 

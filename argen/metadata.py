@@ -63,6 +63,6 @@ def read_request(path: str | Path) -> Request:
             f"{path} holds no settings of argen: expected a PNG file made by `argen generate` or the web page"
         )
     try:
-        return Request(**json.loads(text))
-    except (TypeError, ValueError) as error:
+        return Request.from_dict(json.loads(text))
+    except (TypeError, ValueError, KeyError, OSError) as error:
         raise ValueError(f"the settings in {path} cannot be used: {error}") from error

@@ -10,19 +10,21 @@ from pathlib import Path
 import torch
 from diffusers import ModelMixin
 from safetensors import SafetensorError
-from transformers import AutoTokenizer, CLIPModel, T5EncoderModel
+from transformers import AutoTokenizer, CLIPModel, PreTrainedTokenizerFast, T5EncoderModel
 
 from argen.models.clip import TextImageEncoder
 from argen.models.parti import Parti
 from argen.pipelines.base import TokenPipeline
+from argen.pipelines.controlar import ControlARPipeline
 from argen.pipelines.dalle_mini import DalleMiniPipeline
 from argen.pipelines.llamagen import LlamaGenPipeline
 from argen.pipelines.parti import PartiPipeline
+from tokenizers_img.checkpoint import hub_file, hub_folder
 from tokenizers_img.llamagen_vq import LlamaGenVQ
 from tokenizers_img.vit_vqgan import ViTVQGAN
 
 WEIGHTS = Path(__file__).parent / "weights"
-PIPELINES = {cls.__name__: cls for cls in (PartiPipeline, DalleMiniPipeline, LlamaGenPipeline)}
+PIPELINES = {cls.__name__: cls for cls in (PartiPipeline, DalleMiniPipeline, LlamaGenPipeline, ControlARPipeline)}
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,8 @@ class Model:
     """One line of `argen models`, and how it is loaded.
 
     Attributes:
-        kind: "generator" (`load` gives a pipeline), "tokenizer" (picture <-> ids) or "encoder" (text and picture).
+        kind: "generator" (`load` gives a pipeline), "tokenizer" (picture <-> ids), "encoder" (text and picture) or
+            "judge" (what a picture shows).
         repo: hub repository of published weights, None for shipped ones.
         files: glob patterns of the files in `repo` that are read.
         read: turns the folder that holds the files into what `load` gives.
@@ -98,16 +101,32 @@ def _llamagen(name: str, parameters: float) -> Model:
     repo = "FoundationVision/LlamaGen" if kind == "c2i" else "peizesun/llamagen_t2i"
 
     def read(folder: Path) -> LlamaGenPipeline:
-        text = (None, None)
-        if kind == "t2i":
-            dtype = torch.bfloat16  # as it was trained; T5 overflows in float16
-            text = (T5EncoderModel.from_pretrained(T5, dtype=dtype).eval(), AutoTokenizer.from_pretrained(T5))
+        text = _t5() if kind == "t2i" else (None, None)
         files = folder / f"{name}.pt", folder / f"vq_ds16_{kind}.pt"
         return LlamaGenPipeline.from_original(*files, size, int(pixels) // 16, *text)
 
     asked = "class" if kind == "c2i" else "caption"
     about = f"LlamaGen {size}, {asked} -> {(int(pixels) // 16) ** 2} tokens -> {pixels} x {pixels}"
     return Model("generator", about, "MIT", parameters, read, repo, (f"{name}.pt", f"vq_ds16_{kind}.pt"))
+
+
+def _t5() -> tuple[T5EncoderModel, PreTrainedTokenizerFast]:
+    """In bfloat16, as LlamaGen was trained: it overflows in float16."""
+    return T5EncoderModel.from_pretrained(T5, dtype=torch.bfloat16).eval(), AutoTokenizer.from_pretrained(T5)
+
+
+def _controlar(name: str, about: str, encoder: str, grid: int, resize: str) -> Model:
+    """`name` is that of the released file, as "canny_MR"; the others as in `ControlAR.from_original`."""
+
+    def read(folder: Path) -> ControlARPipeline:
+        vq = folder / "vq_ds16_t2i.pt"
+        vq = vq if vq.is_file() else hub_file("peizesun/llamagen_t2i", vq.name)
+        return ControlARPipeline.from_original(folder / f"{name}.safetensors", vq, encoder, grid, resize, *_t5())
+
+    size = "any size up to 2304 tokens" if grid == 48 else "512 x 512"
+    parameters = 886.9 if encoder == "dinov2-small" else 951.9
+    about = f"ControlAR on LlamaGen XL, caption and {about} -> {size}"
+    return Model("generator", about, "Apache-2.0", parameters, read, "wondervictor/ControlAR", (f"{name}.safetensors",))
 
 
 def _llamagen_vq(name: str, parameters: float) -> Model:
@@ -149,6 +168,16 @@ LLAMAGEN = {
     },
 }
 
+CONTROLAR = {
+    "canny_MR": _controlar("canny_MR", "canny edges", "dinov2-small", 48, "nearest"),
+    "depth_MR": _controlar("depth_MR", "depth", "dinov2-small", 48, "bicubic"),
+    "hed": _controlar("hed", "HED edges", "dinov2-small", 32, "bicubic"),
+    "seg_cocostuff": _controlar("seg_cocostuff", "COCO-Stuff segments", "dinov2-small", 32, "nearest"),
+    "edge_base": _controlar("edge_base", "canny, HED or inverted line art", "dinov2-base", 32, "bicubic"),
+    "depth_base": _controlar("depth_base", "depth", "dinov2-base", 32, "bicubic"),
+}
+RELEASED = LLAMAGEN | CONTROLAR  # name of the file -> its entry
+
 MODELS = {
     "argen/emoji-parti": Model(
         "generator", "text -> 64 tokens -> 128 x 128 emoji, Parti-style", "Apache-2.0", 7.3, _parti
@@ -163,7 +192,7 @@ MODELS = {
     "dalle-mega": Model(
         "generator", "DALL-E mega, text -> 256 tokens -> 256 x 256", parameters=2634.7, **_dalle("mega")
     ),
-    **{f"{model.repo}:{name}": model for name, model in LLAMAGEN.items()},
+    **{f"{model.repo}:{name}": model for name, model in RELEASED.items()},
     **{
         f"thuanz123/vitvqgan-imagenet-{size}": Model(
             "tokenizer",
@@ -183,8 +212,8 @@ def load(model: str | Path) -> TokenPipeline | ViTVQGAN | TextImageEncoder:
     """The pipeline of a generator, the network of a tokenizer, or a text/picture encoder, on the CPU in float32.
 
     Args:
-        model: an id of `MODELS`, a folder written by a pipeline's ``save_pretrained``, or the released file of a LlamaGen
-            beside its tokenizer's. Published weights are taken from the hub's cache, or fetched into it.
+        model: an id of `MODELS`, a folder written by a pipeline's ``save_pretrained``, or the released file of a
+            LlamaGen or ControlAR beside its tokenizer's. Published weights are taken from the hub's cache, or fetched into it.
 
     Raises:
         ValueError: no such model; weights that cannot be read or do not fit.
@@ -192,12 +221,12 @@ def load(model: str | Path) -> TokenPipeline | ViTVQGAN | TextImageEncoder:
     """
     if str(model) in MODELS:
         entry = MODELS[str(model)]
-        folder = _fetch(str(model), entry) if entry.repo else WEIGHTS / str(model).removeprefix("argen/")
+        folder = hub_folder(entry.repo, entry.files) if entry.repo else WEIGHTS / str(model).removeprefix("argen/")
         read = entry.read
     elif (Path(model) / "model_index.json").is_file():
         folder, read = Path(model), _pipeline
-    elif Path(model).is_file() and Path(model).stem in LLAMAGEN:
-        folder, read = Path(model).parent, LLAMAGEN[Path(model).stem].read
+    elif Path(model).is_file() and Path(model).stem in RELEASED:
+        folder, read = Path(model).parent, RELEASED[Path(model).stem].read
     else:
         raise ValueError(
             f"unknown model {str(model)!r}: expected one of {', '.join(MODELS)}, or a folder with a saved pipeline"
@@ -233,16 +262,3 @@ def _pipeline(folder: Path) -> TokenPipeline:
     if name not in PIPELINES:
         raise ValueError(f"it holds a {name}, expected one of {', '.join(PIPELINES)}")
     return PIPELINES[name].from_pretrained(folder)
-
-
-def _fetch(name: str, entry: Model) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(entry.repo, allow_patterns=list(entry.files)))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise ConnectionError(
-            f"{name} is not on this machine and could not be fetched from the hub: connect to the network, or put "
-            f"{', '.join(entry.files)} of {entry.repo} into the hub's cache"
-        ) from error

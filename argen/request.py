@@ -1,6 +1,8 @@
 """What is asked of a generator, and what has become of it: one object behind command line, Python, web page and APIs."""
 
-from dataclasses import asdict, dataclass, field, replace
+import base64
+from dataclasses import dataclass, field, fields, replace
+from io import BytesIO
 
 import torch
 from PIL import Image
@@ -9,6 +11,52 @@ from samplers import SAMPLERS
 from samplers.logits import Sampling
 
 MAX_PROMPT, MAX_IMAGES, MAX_CANDIDATES = 1000, 64, 64
+MIN_CONTROL = 16  # pixels on a side of a control picture
+
+
+@dataclass(frozen=True)
+class Control:
+    """What a controlled generator follows.
+
+    Attributes:
+        picture: of any mode; one that is as large as the picture asked for is taken as it is.
+        kind: how the control picture is made of it, see `argen.models.annotators.KINDS`.
+        strength: of the control, 0 for none.
+        size: width and height of the picture that is asked for; None for the model's own.
+
+    Raises:
+        ValueError: says which value is out of bounds and what is expected.
+    """
+
+    picture: Image.Image
+    kind: str = "canny"
+    strength: float = 1.0
+    size: tuple[int, int] | None = None
+
+    def __post_init__(self):
+        if not 0 <= self.strength <= 10:
+            raise ValueError(f"control strength is {self.strength}: expected 0 to 10 (0 is no control)")
+        if min(self.picture.size) < MIN_CONTROL:
+            width, height = self.picture.size
+            raise ValueError(
+                f"the control picture is {width} x {height}: expected at least {MIN_CONTROL} x {MIN_CONTROL} pixels"
+            )
+        if self.size is not None and min(self.size) < 1:
+            raise ValueError(f"size is {self.size[0]} x {self.size[1]}: expected positive numbers of pixels")
+
+    def to_dict(self) -> dict:
+        """For JSON: the picture as base64 of a PNG file."""
+        buffer = BytesIO()
+        self.picture.save(buffer, "PNG")
+        own = {"kind": self.kind, "strength": self.strength, "size": self.size}
+        return {"picture": base64.b64encode(buffer.getvalue()).decode(), **own}
+
+    @classmethod
+    def from_dict(cls, saved: dict) -> "Control":
+        """What `to_dict` gave."""
+        picture = Image.open(BytesIO(base64.b64decode(saved["picture"], validate=True)))
+        picture.load()
+        return cls(**saved | {"picture": picture, "size": saved["size"] and tuple(saved["size"])})
 
 
 @dataclass(frozen=True)
@@ -25,6 +73,7 @@ class Request:
         sampler: a name in `samplers.SAMPLERS`.
         num_candidates: pictures drawn, of which the `num_images` that fit the prompt best are kept; None draws no more
             than are asked for.
+        control: what the pictures follow, for a model that takes it.
 
     Raises:
         ValueError: says which value is out of bounds and what is expected.
@@ -40,6 +89,7 @@ class Request:
     top_p: float | None = None
     sampler: str = "plain"
     num_candidates: int | None = None
+    control: Control | None = None
 
     def __post_init__(self):
         check_prompt(self.prompt)
@@ -68,9 +118,20 @@ class Request:
         """The request that makes the picture drawn as number `index`, alone."""
         return replace(self, seed=self.seed + index, num_images=1, num_candidates=None)
 
+    def given(self) -> dict:
+        """The values by name, without those left to the model."""
+        values = {item.name: getattr(self, item.name) for item in fields(self)}
+        return {name: value for name, value in values.items() if value is not None}
+
     def to_dict(self) -> dict:
-        """Plain values, without those left to the model."""
-        return {key: value for key, value in asdict(self).items() if value is not None}
+        """`given`, for JSON."""
+        return self.given() | ({"control": self.control.to_dict()} if self.control else {})
+
+    @classmethod
+    def from_dict(cls, saved: dict) -> "Request":
+        """What `to_dict` gave."""
+        control = {"control": Control.from_dict(saved["control"])} if "control" in saved else {}
+        return cls(**saved | control)
 
 
 def check_prompt(prompt: str) -> None:
@@ -89,7 +150,7 @@ class Job:
 
     Attributes:
         request: with every value left to the model filled in.
-        tokens: [drawn, N] int64, -1 where nothing is decided yet.
+        tokens: [drawn, h, w] int64, -1 where nothing is decided yet.
         passes: of the network, so far.
         pictures: PIL pictures, best first where candidates were ranked; empty until they are ready.
         requests: what makes each of `pictures` again, alone.

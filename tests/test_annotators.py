@@ -3,9 +3,13 @@
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
+from PIL import Image
 from torch import nn
 
-from argen.models.annotators import HED, LineArt, as_control, canny, depth_picture
+from argen.cli import CONTROLS, main
+from argen.models import annotators
+from argen.models.annotators import HED, KINDS, LineArt, annotate, as_control, canny, depth_picture, resized
 
 
 def filled(network: nn.Module) -> nn.Module:
@@ -63,3 +67,52 @@ def test_depth(io):
     for recipe in ("dpt", "midas"):
         control = as_control(depth_picture(io["raw_depth"], recipe))[None]
         torch.testing.assert_close(control, io[f"control_depth_{recipe}"], atol=1e-4, rtol=0)
+
+
+def test_every_kind_makes_a_control_picture(io, monkeypatch):
+    picture = Image.fromarray(io["image_rgb_uint8"].numpy())
+    monkeypatch.setattr(annotators, "_network", lambda cls, *where: filled(cls()))
+    monkeypatch.setattr(annotators.DPTForDepthEstimation, "from_pretrained", lambda repo: Depth())
+    torch.testing.assert_close(annotate(picture, "hed"), io["hed_0_255"], atol=2e-3, rtol=1e-5)
+    torch.testing.assert_close(annotate(picture, "lineart") / 255, io["lineart_0_1"][0], atol=1e-4, rtol=0)
+    for kind in KINDS:
+        control = annotate(picture, kind)
+        assert control.shape in [(1, picture.height, picture.width), (3, picture.height, picture.width)], kind
+        assert 0 <= control.min() <= control.max() <= 255.001
+    assert CONTROLS.replace(" or ", ", ").split(", ") == list(KINDS)
+    with pytest.raises(ValueError, match="unknown control type 'pose': expected one of canny, hed"):
+        annotate(picture, "pose")
+
+
+class Depth(nn.Module):
+    """Stands for DPT: the depth is the brightness, at half the size."""
+
+    def forward(self, pixel_values):
+        self.predicted_depth = 2 + F.avg_pool2d(pixel_values.mean(dim=1), 2)
+        return self
+
+
+def test_pictures_of_any_mode_come_flat_and_in_size():
+    glass = Image.new("RGBA", (40, 20), (255, 0, 0, 0))
+    assert resized(glass, "canny", (32, 16)).getpixel((5, 5)) == (255, 255, 255)
+    assert resized(Image.new("L", (40, 20), 7), "map", (40, 20)).getpixel((0, 0)) == (7, 7, 7)
+    segments = Image.new("RGB", (40, 20), "red")
+    segments.paste((0, 0, 255), (0, 0, 20, 20))
+    colours = resized(segments, "seg", (32, 16)).getcolors()
+    assert sorted(colour for _, colour in colours) == [(0, 0, 255), (255, 0, 0)]
+
+
+def test_the_command_writes_edges(tmp_path, capsys):
+    Image.new("RGB", (64, 48), "white").save(tmp_path / "blank.png")
+    picture = Image.new("RGBA", (64, 48), "white")
+    picture.paste((0, 0, 0, 255), (16, 16, 48, 32))
+    picture.save(tmp_path / "box.png")
+    out = tmp_path / "edges.png"
+    assert main(["control", str(tmp_path / "box.png"), "--type", "canny", "-o", str(out), "--size", "128x96"]) == 0
+    edges = np.asarray(Image.open(out))
+    assert edges.shape == (96, 128, 3)
+    assert set(np.unique(edges)) == {0, 255}
+    assert edges[60:68, 40].max() == 255  # the lower side
+    assert edges[45:55, 60].max() == 0  # inside
+    assert main(["control", str(tmp_path / "blank.png"), "--type", "pose", "-o", str(out)]) == 2
+    assert "unknown control type 'pose'" in capsys.readouterr().err

@@ -1,15 +1,27 @@
 """ControlAR against the official code's numbers and the published key lists."""
 
+from functools import partial
+
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import published_keys, shapes
+from PIL import Image
+from safetensors.torch import save_file
 from test_llamagen import condition, sizes
 
+import argen
+from argen import registry
+from argen.metadata import read_request, save_pictures
+from argen.models.annotators import as_control, canny
 from argen.models.controlar import ENCODERS, ControlAR, converted
 from argen.models.llamagen import SIZES, LlamaGenSession
+from argen.pipelines.controlar import ControlARPipeline
+from argen.request import Control, Request
 from samplers.logits import Sampling
 from samplers.steps import Plain
+from tokenizers_img import llamagen_vq
 from tokenizers_img.checkpoint import load_strict
 
 CASES = ["c2i_canny", "t2i_canny_square", "t2i_depth_wide", "t2i_lineart_tall"]
@@ -128,3 +140,116 @@ def test_every_published_key_and_shape_has_its_place(name):
         model = ControlAR(kind, ENCODERS[encoder], grid=grid, classes=classes, **SIZES[size])
         published = {key: torch.empty(shape) for key, shape in published_keys("controlar")[name].items()}
     assert shapes(model) == {key: list(value.shape) for key, value in converted(published, kind).items()}
+
+
+def code(width: int, height: int) -> Image.Image:
+    """A picture with edges."""
+    picture = Image.new("RGB", (width, height), "white")
+    picture.paste((200, 30, 30), (width // 4, height // 4, 3 * width // 4, 3 * height // 4))
+    return picture
+
+
+def piped(case, any_size: bool = True) -> ControlARPipeline:
+    """A tiny model of classes, with a picture tokenizer of its 16-pixel cells."""
+    codes = case.config["vocab_size"]
+    vq = llamagen_vq.network((1, 1, 1, 1, 1), width=32, latent_channels=32, codes=codes, code_width=8).eval()
+    pipe = ControlARPipeline(tiny(case), vq, any_size=any_size)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def test_the_pipeline_follows_the_picture_and_keeps_its_shape(golden, tmp_path):
+    torch.manual_seed(0)
+    pipe = piped(golden("controlar/c2i_canny"))
+    side = pipe.transformer.config.grid * 16
+    call = {"guidance_scale": 4.0, "temperature": 0, "control_type": "canny"}
+    out = pipe(["class:1", "class:2"], control_image=code(side, side), **call)
+    assert out.images[0].size == (side, side)
+    edges = torch.from_numpy(canny(np.asarray(code(side, side))))[None]
+    added = pipe.transformer.control(as_control(edges)[None])
+    embed, ids = pipe.transformer.cls_embedding, torch.tensor([1, 2])
+    none = torch.full_like(ids, pipe.transformer.config.classes)
+    session = LlamaGenSession(
+        pipe.transformer,
+        torch.cat([embed(ids), embed(none)]),
+        torch.ones(4, 1, dtype=torch.bool),
+        True,
+        torch.cat([added, added, torch.zeros_like(added).repeat(1, 2, 1, 1)], dim=1),
+    )
+    grid = torch.full((2, session.length), -1)
+    *_, last = Plain()(session, grid, Sampling(temperature=0), 4.0, torch.zeros(grid.shape))
+    assert torch.equal(out.tokens, last.tokens)
+
+    wide = pipe("class:1", control_image=code(side, side // 2), size=(side, side // 2), **call)
+    assert wide.images[0].size == (side, side // 2)
+    assert wide.tokens.shape == (1, pipe.length // 2)
+    free = pipe("class:1", control_image=code(400, 100), **call)
+    assert free.images[0].width > 3 * free.images[0].height
+
+    pipe.save_pretrained(tmp_path)
+    again = argen.load(tmp_path)
+    again.set_progress_bar_config(disable=True)
+    assert again.config.any_size
+    same = again(["class:1", "class:2"], control_image=[code(side, side)] * 2, **call)
+    assert torch.equal(same.tokens, out.tokens)
+
+
+def test_a_request_with_a_control_is_made_again_from_its_picture(golden, tmp_path):
+    torch.manual_seed(0)
+    pipe = piped(golden("controlar/c2i_canny"))
+    grey = code(300, 300).convert("LA")
+    request = Request("class:1", seed=3, num_images=2, control=Control(grey, "canny", 0.5))
+    *_, job = pipe.run(request)
+    save_pictures(list(zip(job.pictures, job.requests, strict=True)), [tmp_path / "1.png", tmp_path / "2.png"])
+    saved = read_request(tmp_path / "2.png")
+    assert (saved.seed, saved.control.kind, saved.control.strength) == (4, "canny", 0.5)
+    assert saved.control.size == saved.control.picture.size == job.pictures[0].size
+    *_, again = pipe.run(saved)
+    assert torch.equal(again.tokens[0], job.tokens[1])
+
+
+def test_control_pictures_that_do_not_fit_are_refused_in_one_line(golden):
+    pipe = piped(golden("controlar/c2i_canny"), any_size=False)
+    side = pipe.transformer.config.grid * 16
+
+    def refused(match: str, picture: Image.Image, **more):
+        with pytest.raises(ValueError, match=match):
+            pipe("class:1", control_image=picture, **more)
+
+    refused(f"300 x 100, of another shape than the picture asked for, {side} x {side}: crop it$", code(300, 100))
+    refused("1 x 1: expected at least 16 x 16", code(1, 1))
+    refused("unknown control type 'pose'", code(64, 64), control_type="pose")
+    refused("control strength is -1", code(64, 64), control_strength=-1)
+    refused(f"makes pictures of {side} x {side} only", code(64, 32), size=(32, 16))
+    pipe = piped(golden("controlar/c2i_canny"))
+    refused("crop it or ask for the size", code(300, 100), size=(side, side))
+    refused("expected multiples of 16", code(64, 64), size=(40, 40))
+    refused("too long and thin", code(3000, 16))
+    with pytest.raises(ValueError, match="got 2 control pictures for 1 prompts"):
+        pipe("class:1", control_image=[code(64, 64)] * 2)
+
+
+def test_a_model_without_control_says_so(pipe):
+    with pytest.raises(ValueError, match="takes no control picture"):
+        pipe("a red apple", control_image=code(128, 128))
+
+
+def test_released_files_are_read_where_they_lie(golden, monkeypatch, tmp_path):
+    encoder = ENCODERS["dinov2-small"] | {"hidden_size": 24, "num_attention_heads": 3, "num_hidden_layers": 1}
+    monkeypatch.setitem(ENCODERS, "dinov2-small", encoder)
+    monkeypatch.setitem(SIZES, "XL", {"dim": 48, "depth": 3, "heads": 4})
+    monkeypatch.setattr(llamagen_vq, "MULTIPLIERS", {16: (1, 1, 1, 1, 1)})
+    monkeypatch.setattr(llamagen_vq, "network", partial(llamagen_vq.network, width=32, latent_channels=32, codes=64))
+    monkeypatch.setattr(registry, "_t5", lambda: (None, None))
+    model = ControlAR("dinov2", encoder, grid=48, **SIZES["XL"])
+    published = {key: value.contiguous() for key, value in model.state_dict().items()}
+    save_file(published | {"condition_embeddings.weight": torch.zeros(2, 48)}, tmp_path / "canny_MR.safetensors")
+    torch.save({"model": golden("llamagen_vq/f16").weights}, tmp_path / "vq_ds16_t2i.pt")
+    pipe = argen.load(tmp_path / "canny_MR.safetensors")
+    assert (pipe.length, pipe.config.any_size, pipe.transformer.adapter.resize) == (2304, True, "nearest")
+    assert (pipe.defaults.guidance_scale, pipe.defaults.top_k) == (4.0, 2000)
+    save_file(
+        {key: value for key, value in published.items() if "adapter_mlp" not in key}, tmp_path / "hed.safetensors"
+    )
+    with pytest.raises(ValueError, match="missing adapter_mlp.fc1.weight"):
+        argen.load(tmp_path / "hed.safetensors")

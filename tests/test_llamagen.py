@@ -193,7 +193,7 @@ def test_classes_are_asked_for_by_number_or_name():
         class_id("class:golden retreiver")
     with pytest.raises(ValueError, match="class 1000 does not exist: expected 0 to 999"):
         class_id("class:1000")
-    with pytest.raises(ValueError, match="no ImageNet class is named"):
+    with pytest.raises(ValueError, match="no class is named"):
         class_id("a red apple")
 
 

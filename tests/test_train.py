@@ -12,6 +12,7 @@ from argen.data import emoji, scenes
 from argen.models.parti import Parti
 from argen.registry import WEIGHTS
 from argen.train.clip import CLIPTask, positives
+from argen.train.judge import JudgeTask
 from argen.train.loop import Schedule, optimizers_of, train
 from argen.train.parti import PartiTask
 from argen.train.recipes import SCHEDULES
@@ -38,6 +39,8 @@ def task(request, composed):
         "emoji-vitvqgan": lambda: ViTVQGANTask(SAMPLE, SCHEDULE.steps),
         "emoji-vitvqgan-decoder": lambda: DecoderTask(SAMPLE, tokenizer, clip, total=1),
         "emoji-parti": lambda: PartiTask(SAMPLE, composed, tokenizer, clip),
+        "emoji-parti-second": lambda: PartiTask(SAMPLE, composed, tokenizer, clip, WEIGHTS / "emoji-parti"),
+        "emoji-judge": lambda: JudgeTask(SAMPLE, composed, tokenizer),
     }[request.param]
 
 

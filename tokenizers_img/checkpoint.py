@@ -1,13 +1,39 @@
-"""Published checkpoint files, opened safely and loaded strictly."""
+"""Published checkpoint files: fetched from the hub, opened safely and loaded strictly."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TypeVar
 
 import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 Network = TypeVar("Network", bound=nn.Module)
+
+
+def hub_folder(repo: str, files: Sequence[str]) -> Path:
+    """The folder of a hub repository with `files` (names or glob patterns), out of the hub's cache or fetched into it.
+
+    Raises:
+        ConnectionError: they are not here and cannot be fetched.
+    """
+    try:
+        return Path(snapshot_download(repo, allow_patterns=list(files)))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise ConnectionError(
+            f"{', '.join(files)} of {repo} is not on this machine and could not be fetched from the hub: connect to the "
+            "network, or put it into the hub's cache"
+        ) from error
+
+
+def hub_file(repo: str, name: str) -> Path:
+    """One file of a hub repository, see `hub_folder`."""
+    path = hub_folder(repo, [name]) / name
+    if not path.is_file():  # the cache has the repository, without it
+        raise ConnectionError(f"{name} of {repo} is not in the hub's cache: connect to the network to fetch it")
+    return path
 
 
 def read_state_dict(path: str | Path) -> dict[str, Tensor]:

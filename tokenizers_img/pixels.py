@@ -6,14 +6,22 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 
+def upright(picture: Image.Image) -> Image.Image:
+    """A picture of any mode -> RGBA, turned as its camera says."""
+    return ImageOps.exif_transpose(picture).convert("RGBA")
+
+
+def on_white(picture: Image.Image) -> Image.Image:
+    """RGBA -> RGB, laid on white."""
+    return Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
+
+
 def from_pil(picture: Image.Image, size: int) -> Tensor:
     """A picture of any size and mode -> pixels [3, size, size] in [0, 1]: padded to a square and laid on white."""
-    picture = ImageOps.exif_transpose(picture).convert("RGBA")
+    picture = upright(picture)
     if picture.size != (size, size):
         picture = ImageOps.pad(picture, (size, size), Image.Resampling.LANCZOS, color=(255, 255, 255, 0))
-    ground = Image.new("RGBA", (size, size), "white")
-    array = np.asarray(Image.alpha_composite(ground, picture).convert("RGB"))
-    return torch.from_numpy(array.copy()).permute(2, 0, 1).float() / 255
+    return torch.from_numpy(np.array(on_white(picture))).permute(2, 0, 1).float() / 255
 
 
 def from_uint8(pictures: Tensor) -> Tensor:

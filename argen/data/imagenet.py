@@ -4,6 +4,7 @@
 """
 
 import difflib
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
@@ -14,13 +15,16 @@ def class_names() -> tuple[str, ...]:
     return tuple(Path(__file__).with_name("imagenet_classes.txt").read_text(encoding="utf-8").splitlines())
 
 
-def class_id(asked: str) -> int:
+def class_id(asked: str, names: Sequence[str] | None = None) -> int:
     """The class that is asked for by number or name, as in "class:207", "class:golden retriever", "golden retriever".
+
+    Args:
+        names: of the classes; None are ImageNet's.
 
     Raises:
         ValueError: there is none; says the nearest names.
     """
-    names = class_names()
+    names = class_names() if names is None else names
     word = asked.strip().lower().removeprefix("class:").strip()
     if word.isdigit():
         if int(word) >= len(names):
@@ -30,7 +34,6 @@ def class_id(asked: str) -> int:
     if word in lowered:
         return lowered.index(word)
     near = difflib.get_close_matches(word, lowered, n=3, cutoff=0.5)
-    hint = (
-        f"did you mean {' or '.join(near)}?" if near else 'expected a number or a name, as in "class:golden retriever"'
-    )
-    raise ValueError(f"no ImageNet class is named {word!r}: {hint}")
+    near = near or [name for name in lowered if word and word in name][:3]
+    hint = f"did you mean {' or '.join(near)}?" if near else f'expected a number or a name, as in "class:{names[0]}"'
+    raise ValueError(f"no class is named {word!r}: {hint}")

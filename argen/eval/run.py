@@ -399,6 +399,8 @@ def report(folder: Path, settings: dict, scores: dict[str, dict], seconds: dict[
         extra = f" +- {entry['std']:.4g}" if "std" in entry else ""
         counts = f"N {entry['n']:,}" + (f" against {entry['n_reference']:,}" if entry.get("n_reference") else "")
         lines.append(f"{name:28} {entry['value']:>10.4f}{extra:14} {counts}")
+        if entry.get("judge_on_real") is not None:
+            lines[-1] += f" (on real held-out pictures: {entry['judge_on_real']:.4f})"
         if "warning" in entry:
             lines.append(f"  warning: {entry['warning']}")
     return "\n".join([*lines, f"{folder / 'report.json'}"])

@@ -1,4 +1,4 @@
-"""From a picture to a control picture: canny edges, HED edges, line art, depth.
+"""From a picture to a control picture: canny edges, HED edges, line art, depth; or a control picture that is given.
 
 HED: ``ControlNetHED.pth`` of lllyasviel/Annotators (Apache-2.0), arXiv 1504.06375. Line art: the generator of
 informative-drawings (MIT), ``sk_model.pth`` there, arXiv 2203.12691. Depth: DPT through transformers. The two networks have
@@ -7,10 +7,17 @@ the published names; canny needs OpenCV (``pip install "argen[control]"``) and n
 Letters in shape comments: B pictures, H W pixels.
 """
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor, nn
+from transformers import DPTForDepthEstimation
+
+from tokenizers_img.checkpoint import hub_file, load_strict, read_state_dict
+from tokenizers_img.pixels import on_white, upright
 
 
 class HEDBlock(nn.Module):
@@ -96,6 +103,84 @@ def depth_picture(depth: Tensor, recipe: str = "dpt") -> Tensor:
     return ((depth - low) / (high - low) * 255).to(torch.uint8).float()
 
 
+def _hed(picture: Tensor) -> Tensor:
+    network = _network(HED, *ANNOTATORS["hed"])
+    return network(picture[None].float())[0]
+
+
+def _lineart(picture: Tensor) -> Tensor:
+    height, width = picture.shape[1:]
+    padded = F.pad(picture[None].float(), (0, -width % 4, 0, -height % 4), mode="replicate")
+    return 255 * _network(LineArt, *ANNOTATORS["lineart"])(padded)[0, :, :height, :width]
+
+
+def _depth(picture: Tensor, recipe: str) -> Tensor:
+    repo = DEPTH[recipe]
+    try:
+        network = DPTForDepthEstimation.from_pretrained(repo)
+    except OSError as error:
+        raise ConnectionError(
+            f"{repo} is not on this machine and could not be fetched: connect, or give a depth map with the type map"
+        ) from error
+    depth = network.eval()(pixel_values=picture[None].float() / 127.5 - 1).predicted_depth
+    depth = F.interpolate(depth[:, None], picture.shape[1:], mode="bicubic", align_corners=False)[:, 0]
+    return depth_picture(depth, recipe)
+
+
+def _network(cls: type[nn.Module], repo: str, name: str) -> nn.Module:
+    return load_strict(cls(), read_state_dict(hub_file(repo, name)), source=name)
+
+
+ANNOTATORS = {  # published weights, Apache-2.0
+    "hed": ("lllyasviel/Annotators", "ControlNetHED.pth"),
+    "lineart": ("lllyasviel/Annotators", "sk_model.pth"),
+}
+DEPTH = {"dpt": "Intel/dpt-large", "midas": "Intel/dpt-hybrid-midas"}
+KINDS: dict[str, tuple[str, Callable[[Tensor], Tensor]]] = {  # type -> what it is, [3, H, W] uint8 -> [1 or 3, H, W]
+    "canny": ("edges, white on black", lambda x: torch.from_numpy(canny(x.permute(1, 2, 0).numpy()))[None]),
+    "hed": ("soft edges, white on black", _hed),
+    "lineart": ("line drawing, black on white", _lineart),
+    "lineart-inverted": ("line drawing, white on black, for edge_base", lambda x: 255 - _lineart(x)),
+    "depth": ("depth by DPT, near is light", lambda x: _depth(x, "dpt")),
+    "depth-midas": ("depth by MiDaS, for pictures that are not square", lambda x: _depth(x, "midas")),
+    "seg": ("the picture is a map of segments already", lambda x: x),
+    "map": ("the picture is a control picture already", lambda x: x),
+}
+
+
+@torch.no_grad()
+def annotate(picture: Image.Image, kind: str) -> Tensor:
+    """An RGB picture -> its control picture [1 or 3, H, W] of 0 to 255.
+
+    Raises:
+        ValueError: unknown kind.
+        ConnectionError: its network's weights are not here and cannot be fetched.
+        ModuleNotFoundError: canny without OpenCV.
+    """
+    check_kind(kind)
+    return KINDS[kind][1](torch.from_numpy(np.array(picture)).permute(2, 0, 1))
+
+
+def check_kind(kind: str) -> None:
+    """Raises ValueError for an unknown kind."""
+    if kind not in KINDS:
+        raise ValueError(f"unknown control type {kind!r}: expected one of {', '.join(KINDS)}")
+
+
+def resized(picture: Image.Image, kind: str, size: tuple[int, int]) -> Image.Image:
+    """A picture of any mode -> RGB of `size`, on white; maps of segments keep their colours."""
+    flat = on_white(upright(picture))
+    if flat.size == size:
+        return flat
+    return flat.resize(size, Image.Resampling.NEAREST if kind == "seg" else Image.Resampling.BICUBIC)
+
+
 def as_control(picture: Tensor) -> Tensor:
     """One channel or three [1 or 3, H, W] of 0 to 255 -> what a control encoder reads, [3, H, W] in [-1, 1]."""
     return 2 * (picture.float().expand(3, -1, -1) / 255 - 0.5)
+
+
+def as_picture(control: Tensor) -> Image.Image:
+    """[1 or 3, H, W] of 0 to 255 -> RGB, to look at."""
+    array = control.expand(3, -1, -1).round().clamp(0, 255).to(torch.uint8)
+    return Image.fromarray(array.permute(1, 2, 0).numpy())

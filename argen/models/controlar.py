@@ -15,6 +15,9 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+
+# the loader of pipelines looks for this name beside the class
+from diffusers import ModelMixin  # noqa: F401
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 from transformers import Dinov2Config, Dinov2Model, ViTConfig, ViTModel

@@ -1,8 +1,9 @@
 """The call of every generator of discrete tokens: prompts in, a grid of tokens filled step by step, pictures out.
 
-Letters in shape comments: B pictures, N cells of a picture (row-major), H W pixels.
+Letters in shape comments: B pictures, h w token grid, N = h*w cells of a picture (row-major), H W pixels.
 """
 
+import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -15,7 +16,7 @@ from einops import rearrange
 from PIL import Image
 from torch import Tensor
 
-from argen.request import Job, Request
+from argen.request import Control, Job, Request
 from samplers import by_name
 from samplers.logits import Sampling, uniforms
 from samplers.steps import GuidanceScale, Sampler, Session, Step
@@ -49,7 +50,7 @@ class TokenPipeline(DiffusionPipeline):
 
     Attributes:
         defaults: of the sampling settings.
-        length: N, cells of a picture; the grid is square.
+        length: N, cells of a picture of the model's own size, which is square.
     """
 
     defaults: Defaults
@@ -57,16 +58,32 @@ class TokenPipeline(DiffusionPipeline):
     _interrupt = False
 
     @abstractmethod
-    def start(self, prompts: list[str], guided: bool) -> Session:
-        """A fresh session for one picture of each prompt; `guided`: with an unguided half."""
+    def start(self, prompts: list[str], guided: bool, controls: list[Control] | None = None) -> Session:
+        """A fresh session for one picture of each prompt; `guided`: with an unguided half.
+
+        Args:
+            controls: of each picture, prepared by `prepare`; all of one size.
+        """
 
     @abstractmethod
     def decode_tokens(self, tokens: Tensor) -> Tensor:
-        """Ids [B, N] -> pixels [B, 3, H, W] in [0, 1]."""
+        """Ids [B, h, w] -> pixels [B, 3, H, W] in [0, 1]."""
 
-    def blank_tokens(self) -> Tensor:
-        """Ids [N] that stand for undecided cells in a preview."""
-        return torch.zeros(self.length, dtype=torch.int64)
+    def blank_tokens(self, shape: tuple[int, int]) -> Tensor:
+        """Ids [h, w] that stand for undecided cells in a preview."""
+        return torch.zeros(shape, dtype=torch.int64)
+
+    def prepare(self, control: Control) -> Control:
+        """The control with its picture in the size of the picture asked for.
+
+        Raises:
+            ValueError: this model takes none, or not such a one.
+        """
+        raise ValueError(f"{type(self).__name__} takes no control picture: choose a model like argen/emoji-control")
+
+    def shape_of(self, control: Control | None) -> tuple[int, int]:
+        """Rows h and columns w of the token grid, under a prepared control."""
+        return (int(self.length**0.5),) * 2
 
     def rank(self, prompt: str, images: list[Image.Image]) -> list[float]:
         """How well each picture fits the prompt (higher is better)."""
@@ -84,6 +101,7 @@ class TokenPipeline(DiffusionPipeline):
         top_p: float | None = None,
         sampler: str | Sampler = "plain",
         tokens: Tensor | None = None,
+        controls: list[Control] | None = None,
         every: int = 1,
     ) -> Iterator[Step]:
         """Write one picture for each prompt, and yield the state whenever `every` more cells are decided, and at the end.
@@ -94,6 +112,7 @@ class TokenPipeline(DiffusionPipeline):
             generators: of the pictures, one each; a picture depends on its own alone.
             guidance_scale: a number, or one for each cell; None, here and below, is the model's own.
             tokens: [B, N] int64, decided cells that are kept, -1 in those to fill.
+            controls: of each picture, prepared by `prepare`.
         """
         scale = self.defaults.guidance_scale if guidance_scale is None else guidance_scale
         given = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
@@ -101,17 +120,20 @@ class TokenPipeline(DiffusionPipeline):
         sampler = by_name(sampler) if isinstance(sampler, str) else sampler
         if len(generators) != len(prompts):
             raise ValueError(f"got {len(generators)} generators for {len(prompts)} pictures: expected one for each")
-        grid = torch.full((len(prompts), self.length), -1) if tokens is None else tokens
-        if grid.shape != (len(prompts), self.length):
-            raise ValueError(f"tokens are {list(grid.shape)}: expected {[len(prompts), self.length]}")
-        luck = uniforms(generators, self.length)
-        return self._write(prompts, grid.to(self.device), sampling, scale, sampler, luck, every)
+        if controls and len({control.picture.size for control in controls}) > 1:
+            raise ValueError("the control pictures have several sizes: expected one")
+        length = math.prod(self.shape_of(controls[0] if controls else None))
+        grid = torch.full((len(prompts), length), -1) if tokens is None else tokens
+        if grid.shape != (len(prompts), length):
+            raise ValueError(f"tokens are {list(grid.shape)}: expected {[len(prompts), length]}")
+        luck = uniforms(generators, length)
+        return self._write(prompts, controls, grid.to(self.device), sampling, scale, sampler, luck, every)
 
     @torch.no_grad()
-    def _write(self, prompts, grid, sampling, scale, sampler, luck, every) -> Iterator[Step]:
+    def _write(self, prompts, controls, grid, sampling, scale, sampler, luck, every) -> Iterator[Step]:
         shown = -every
         step = Step(grid.clone(), passes=0)
-        session = self.start(prompts, guided=callable(scale) or scale != 1)
+        session = self.start(prompts, callable(scale) or scale != 1, controls)
         for step in sampler(session, grid, sampling, scale, luck):
             if step.decided - shown >= every:
                 shown = step.decided
@@ -131,6 +153,10 @@ class TokenPipeline(DiffusionPipeline):
         num_candidates: int | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
         tokens: Tensor | None = None,
+        control_image: Image.Image | list[Image.Image] | None = None,
+        control_type: str = "canny",
+        control_strength: float = 1.0,
+        size: tuple[int, int] | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
         callback_on_step_end: Callable[["TokenPipeline", int, int, dict], dict | None] | None = None,
@@ -148,6 +174,10 @@ class TokenPipeline(DiffusionPipeline):
             generator: one, from which every picture gets luck of its own in turn, or a list with one for each
                 picture drawn. None draws a new one.
             tokens: [drawn, N] int64 to go on from, -1 in the cells to fill.
+            control_image: what the pictures follow, one for all or one for each prompt, for a model that takes it.
+            control_type: how the control picture is made of it, see `argen.models.annotators.KINDS`.
+            control_strength: of the control, 0 for none.
+            size: width and height of the pictures, under a control; None is the model's own.
             output_type: "pil", "np" ([B, H, W, 3] in [0, 1]), "pt" ([B, 3, H, W] in [0, 1]) or "latent" (ids [B, N]).
             callback_on_step_end: called as ``callback(pipe, step, cells decided, {"tokens": [drawn, N]})`` after each
                 step; set ``pipe._interrupt = True`` in it to stop there and keep what is written.
@@ -162,11 +192,20 @@ class TokenPipeline(DiffusionPipeline):
             )
         asked = [prompt] if isinstance(prompt, str) else prompt
         prompts = [text for text in asked for _ in range(each)]
+        controls = None
+        if control_image is not None:
+            given = control_image if isinstance(control_image, list) else [control_image] * len(asked)
+            if len(given) != len(asked):
+                raise ValueError(f"got {len(given)} control pictures for {len(asked)} prompts: expected one for each")
+            ready = [self.prepare(Control(picture, control_type, control_strength, size)) for picture in given]
+            controls = [control for control in ready for _ in range(each)]
+        shape = self.shape_of(controls[0] if controls else None)
         generators = generator if isinstance(generator, list) else own_generators(generator, len(prompts))
         settings = {"guidance_scale": guidance_scale, "temperature": temperature, "top_k": top_k, "top_p": top_p}
         self._interrupt = False
-        with self.progress_bar(total=self.length) as bar:
-            for index, step in enumerate(self.stream(prompts, generators, **settings, sampler=sampler, tokens=tokens)):
+        with self.progress_bar(total=math.prod(shape)) as bar:
+            steps = self.stream(prompts, generators, **settings, sampler=sampler, tokens=tokens, controls=controls)
+            for index, step in enumerate(steps):
                 bar.update(step.decided - bar.n)
                 if callback_on_step_end:
                     callback_on_step_end(self, index, step.decided, {"tokens": step.tokens})
@@ -174,9 +213,9 @@ class TokenPipeline(DiffusionPipeline):
                     break
         grid, scores = step.tokens, None
         if num_candidates is not None:
-            kept, scores = self._best(asked, grid, each, num_images_per_prompt)
+            kept, scores = self._best(asked, grid.unflatten(1, shape), each, num_images_per_prompt)
             grid = grid[kept]
-        images = self.pictures(grid, output_type)
+        images = self.pictures(grid.unflatten(1, shape), output_type)
         output = TokenPipelineOutput(images=images, tokens=grid, scores=scores)
         return output if return_dict else output.to_tuple()
 
@@ -189,12 +228,15 @@ class TokenPipeline(DiffusionPipeline):
         settings = {
             key: value if getattr(request, key) is None else getattr(request, key) for key, value in own.items()
         }
-        request = replace(request, **settings)
-        generators = request.generators()
-        job = Job(request, torch.full((len(generators), self.length), -1))
-        prompts = [request.prompt] * len(generators)
-        for step in self.stream(prompts, generators, **settings, sampler=request.sampler, every=every):
-            job.tokens, job.passes = step.tokens, step.passes
+        control = self.prepare(request.control) if request.control else None
+        request = replace(request, **settings, control=control)
+        generators, shape = request.generators(), self.shape_of(control)
+        job = Job(request, torch.full((len(generators), *shape), -1))
+        prompts, controls = [request.prompt] * len(generators), [control] * len(generators) if control else None
+        for step in self.stream(
+            prompts, generators, **settings, sampler=request.sampler, controls=controls, every=every
+        ):
+            job.tokens, job.passes = step.tokens.unflatten(1, shape), step.passes
             yield job
         kept = list(range(len(generators)))
         if request.num_candidates is not None:
@@ -217,19 +259,21 @@ class TokenPipeline(DiffusionPipeline):
 
     @torch.no_grad()
     def pictures(self, tokens: Tensor, output_type: str = "pil") -> list[Image.Image] | np.ndarray | Tensor:
-        """Ids [B, N] -> pictures as `__call__` gives them; undecided cells (-1) are white."""
+        """Ids [B, h, w], or [B, N] of a square, -> pictures as `__call__` gives them; undecided cells (-1) are white."""
+        if tokens.ndim == 2:
+            tokens = tokens.unflatten(1, self.shape_of(None))
         if output_type == "latent":
-            return tokens
+            return tokens.flatten(1)
         decided = tokens >= 0
-        filled = torch.where(decided, tokens, self.blank_tokens().to(tokens.device))
+        filled = tokens
+        if not decided.all():
+            filled = torch.where(decided, tokens, self.blank_tokens(tuple(tokens.shape[1:])).to(tokens.device))
         pixels = torch.cat(
             [self.decode_tokens(row) for row in filled.split(1)]
         )  # alone, so that no bit feels the batch
         if not decided.all():
-            side = int(self.length**0.5)
-            size = pixels.shape[-1] // side
-            mask = rearrange(decided, "b (h w) -> b 1 h w", h=side)
-            mask = mask.repeat_interleave(size, 2).repeat_interleave(size, 3)
+            cell = pixels.shape[-1] // tokens.shape[2]
+            mask = decided[:, None].repeat_interleave(cell, 2).repeat_interleave(cell, 3)
             pixels = torch.where(mask, pixels, torch.ones_like(pixels))
         if output_type == "pt":
             return pixels

@@ -61,7 +61,7 @@ class DalleMiniPipeline(TokenPipeline):
     def length(self) -> int:
         return self.transformer.length
 
-    def start(self, prompts: list[str], guided: bool) -> DecoderSession:
+    def start(self, prompts: list[str], guided: bool, controls: None = None) -> DecoderSession:
         """See `TokenPipeline.start`. Raises ValueError for an empty or endless prompt."""
         for prompt in dict.fromkeys(prompts):
             check_prompt(prompt)
@@ -73,4 +73,4 @@ class DalleMiniPipeline(TokenPipeline):
 
     def decode_tokens(self, tokens: Tensor) -> Tensor:
         """See `TokenPipeline.decode_tokens`."""
-        return self.image_tokenizer.decode(tokens).clamp(0, 1)
+        return self.image_tokenizer.decode(tokens.flatten(1)).clamp(0, 1)

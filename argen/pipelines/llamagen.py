@@ -4,21 +4,26 @@ from pathlib import Path
 
 import torch
 from diffusers import PixArtAlphaPipeline, VQModel
+from PIL import Image
 from torch import Tensor
-from transformers import PreTrainedTokenizerFast, T5EncoderModel
+from transformers import CLIPModel, PreTrainedTokenizerFast, T5EncoderModel
 
 from argen.data.imagenet import class_id
+from argen.models.clip import TextImageEncoder
 from argen.models.llamagen import LlamaGen, LlamaGenSession
 from argen.pipelines.base import Defaults, TokenPipeline
-from argen.request import check_prompt
+from argen.request import Control, check_prompt
 from tokenizers_img.llamagen_vq import LlamaGenVQ
+from tokenizers_img.vit_vqgan import ViTVQGAN
 
 
 class LlamaGenPipeline(TokenPipeline):
     """Args:
     transformer: the generator.
     vq: the network of its picture tokenizer.
-    text_encoder, tokenizer: flan-t5-xl's, for a model of captions; None for a model of classes.
+    text_encoder, tokenizer: for a model of captions; None for a model of classes. They are flan-t5-xl's as published;
+        the shipped model has a CLIP, which can rank candidates, too.
+    groups: what a model of captions takes as "class:NAME".
     """
 
     model_cpu_offload_seq = "text_encoder->transformer->vq"
@@ -27,11 +32,13 @@ class LlamaGenPipeline(TokenPipeline):
     def __init__(
         self,
         transformer: LlamaGen,
-        vq: VQModel,
-        text_encoder: T5EncoderModel | None = None,
+        vq: VQModel | ViTVQGAN,
+        text_encoder: T5EncoderModel | CLIPModel | None = None,
         tokenizer: PreTrainedTokenizerFast | None = None,
+        groups: list[str] | None = None,
     ):
         super().__init__()
+        self.register_to_config(groups=groups)
         self.register_modules(transformer=transformer, vq=vq, text_encoder=text_encoder, tokenizer=tokenizer)
 
     @classmethod
@@ -54,7 +61,9 @@ class LlamaGenPipeline(TokenPipeline):
 
     @property
     def defaults(self) -> Defaults:
-        """Those of the official scripts."""
+        """Those of the official scripts; of the shipped model, what scored best."""
+        if isinstance(self.text_encoder, CLIPModel):
+            return Defaults(guidance_scale=5.0, top_k=256)
         by_class = self.transformer.config.classes is not None
         return Defaults(guidance_scale=4.0, top_k=2000) if by_class else Defaults(guidance_scale=7.5, top_k=1000)
 
@@ -62,7 +71,11 @@ class LlamaGenPipeline(TokenPipeline):
     def length(self) -> int:
         return self.transformer.length
 
-    def start(self, prompts: list[str], guided: bool) -> LlamaGenSession:
+    @property
+    def image_tokenizer(self) -> LlamaGenVQ | ViTVQGAN:
+        return self.vq if isinstance(self.vq, ViTVQGAN) else LlamaGenVQ(self.vq)
+
+    def start(self, prompts: list[str], guided: bool, controls: list[Control] | None = None) -> LlamaGenSession:
         """See `TokenPipeline.start`. A prompt is a class (`argen.data.imagenet.class_id`) or a caption.
 
         Raises:
@@ -78,31 +91,69 @@ class LlamaGenPipeline(TokenPipeline):
         else:
             features, mask = self.encode_text(prompts)
             embedded, none = embed(features), embed(embed.uncond_embedding.expand(len(prompts), -1, -1))
+        added = self.control(controls) if controls else None
         if guided:
-            embedded, mask = (
-                torch.cat([embedded, none]),
-                torch.cat([mask, mask]),
-            )  # the caption's mask hides "none", too
-        return LlamaGenSession(self.transformer, embedded, mask, guided)
+            embedded = torch.cat([embedded, none])
+            mask = torch.cat([mask, mask])  # the caption's mask hides "none", too
+            added = None if added is None else torch.cat([added, torch.zeros_like(added)], dim=1)
+        return LlamaGenSession(self.transformer, embedded, mask, guided, added)
+
+    def control(self, controls: list[Control]) -> Tensor:
+        """What prepared control pictures add to the stream, as `LlamaGenSession` takes it."""
+        raise NotImplementedError
 
     def encode_text(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
-        """Captions -> T5 features [B, T, C] with the words at the end and zeros before, mask [B, T] bool."""
+        """Captions -> text features [B, T, C] with the words at the end and zeros before, mask [B, T] bool."""
         length = self.transformer.config.caption_length
-        texts = [clean_caption(prompt) for prompt in prompts]
+        encoder = self.text_encoder
+        if isinstance(encoder, CLIPModel):
+            encoder, texts = encoder.text_model, [group_caption(prompt, self.config.groups) for prompt in prompts]
+        else:
+            texts = [clean_caption(prompt) for prompt in prompts]
         text = self.tokenizer(texts, max_length=length, padding="max_length", truncation=True, return_tensors="pt")
         text = text.to(self.device)
-        states = self.text_encoder(input_ids=text.input_ids, attention_mask=text.attention_mask).last_hidden_state
+        states = encoder(input_ids=text.input_ids, attention_mask=text.attention_mask).last_hidden_state
         return left_padded(states.to(self.transformer.dtype), text.attention_mask)
 
     def decode_tokens(self, tokens: Tensor) -> Tensor:
-        """See `TokenPipeline.decode_tokens`."""
-        return LlamaGenVQ(self.vq).decode(tokens).clamp(0, 1)
+        """See `TokenPipeline.decode_tokens`. The shipped picture tokenizer knows one size: what a grid lacks is blank."""
+        shape = tokens.shape[1:]
+        if not isinstance(self.vq, ViTVQGAN):
+            return self.image_tokenizer.decode(tokens.flatten(1), shape).clamp(0, 1)
+        side, cell = self.vq.grid, self.vq.config.patch_size
+        whole = self.blank_tokens((side, side)).repeat(len(tokens), 1, 1)
+        whole[:, : shape[0], : shape[1]] = tokens
+        return self.vq.decode(whole.flatten(1))[..., : cell * shape[0], : cell * shape[1]].clamp(0, 1)
 
-    def blank_tokens(self) -> Tensor:
+    def blank_tokens(self, shape: tuple[int, int]) -> Tensor:
         """See `TokenPipeline.blank_tokens`: those of a white picture."""
-        tokenizer, side = LlamaGenVQ(self.vq), int(self.length**0.5)
-        size = side * tokenizer.stride
-        return tokenizer.encode(torch.ones(1, 3, size, size, device=self.device, dtype=self.vq.dtype))[0]
+        fixed = isinstance(self.vq, ViTVQGAN)
+        size = (self.vq.config.image_size,) * 2 if fixed else [self.image_tokenizer.stride * side for side in shape]
+        white = torch.ones(1, 3, *size, device=self.device, dtype=self.vq.dtype)
+        ids = self.image_tokenizer.encode(white)[0]
+        return ids.unflatten(0, (self.vq.grid, -1))[: shape[0], : shape[1]] if fixed else ids.unflatten(0, shape)
+
+    def embed(self, prompts: list[str], images: list[Image.Image]) -> tuple[Tensor, Tensor]:
+        """Unit vectors of prompts [P, E] and pictures [B, E], by the shipped model's CLIP."""
+        return TextImageEncoder(self.text_encoder, self.tokenizer).embed(prompts, images)
+
+    def rank(self, prompt: str, images: list[Image.Image]) -> list[float]:
+        """Cosine of each picture to the prompt, by the shipped model's CLIP."""
+        if not isinstance(self.text_encoder, CLIPModel):
+            return super().rank(prompt, images)
+        text, pictures = self.embed([group_caption(prompt, self.config.groups)], images)
+        return (pictures @ text[0]).tolist()
+
+
+def group_caption(prompt: str, groups: list[str] | None) -> str:
+    """ "class:food-drink" -> the caption that stands for the group; any other prompt stays.
+
+    Raises:
+        ValueError: there is no such group.
+    """
+    if groups is None or not prompt.strip().lower().startswith("class:"):
+        return prompt
+    return f"class {groups[class_id(prompt, groups)].replace('-', ' ')}"
 
 
 def clean_caption(text: str) -> str:

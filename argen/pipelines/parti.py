@@ -51,7 +51,7 @@ class PartiPipeline(TokenPipeline):
         states = self.clip.text_model(input_ids=text.input_ids, attention_mask=text.attention_mask).last_hidden_state
         return states, text.attention_mask.bool()
 
-    def start(self, prompts: list[str], guided: bool) -> DecoderSession:
+    def start(self, prompts: list[str], guided: bool, controls: None = None) -> DecoderSession:
         """See `TokenPipeline.start`. Raises ValueError for an empty or endless prompt."""
         for prompt in dict.fromkeys(prompts):
             check_prompt(prompt)
@@ -64,13 +64,13 @@ class PartiPipeline(TokenPipeline):
 
     def decode_tokens(self, tokens: Tensor) -> Tensor:
         """See `TokenPipeline.decode_tokens`."""
-        return self.image_tokenizer.decode(tokens).clamp(0, 1)
+        return self.image_tokenizer.decode(tokens.flatten(1)).clamp(0, 1)
 
-    def blank_tokens(self) -> Tensor:
+    def blank_tokens(self, shape: tuple[int, int]) -> Tensor:
         """See `TokenPipeline.blank_tokens`: those of a white picture."""
         size = self.image_tokenizer.config.image_size
         white = torch.ones(1, 3, size, size, device=self.device, dtype=self.image_tokenizer.dtype)
-        return self.image_tokenizer.encode(white)[0]
+        return self.image_tokenizer.encode(white)[0].unflatten(0, shape)
 
     def embed(self, prompts: list[str], images: list[Image.Image]) -> tuple[Tensor, Tensor]:
         """Unit vectors of prompts [P, E] and pictures [B, E], by `clip`."""

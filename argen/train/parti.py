@@ -28,6 +28,12 @@ SCHEDULES = {
     ),
     "gpu": Schedule(steps=30000, batch_size=512, learning_rate=1e-3, weight_decay=0.03, betas=(0.9, 0.98)),
 }
+SECOND_SCHEDULES = {
+    "cpu": Schedule(
+        steps=5000, batch_size=64, learning_rate=2.5e-3, warmup=100, weight_decay=0.03, betas=(0.9, 0.98), muon=True
+    ),
+    "gpu": Schedule(steps=10000, batch_size=512, learning_rate=5e-4, weight_decay=0.03, betas=(0.9, 0.98)),
+}
 SCENES_SHARE = 0.12
 TEXT_DROPOUT = 0.1
 CORRUPTION = 0.15  # at most this share of the tokens that are read is another picture's: sampling will slip, too
@@ -37,9 +43,10 @@ class PartiTask(Task):
     """Args:
     data, scenes: folders made by ``argen data emoji`` and ``argen data scenes``.
     tokenizer, clip: folders of the trained `emoji-vitvqgan` and `emoji-clip`.
+    first_stage: folder of a trained `emoji-parti`, to go on from without dropout.
     """
 
-    def __init__(self, data: Path, scenes: Path, tokenizer: Path, clip: Path):
+    def __init__(self, data: Path, scenes: Path, tokenizer: Path, clip: Path, first_stage: Path | None = None):
         self.vq = ViTVQGAN.from_pretrained(tokenizer).float().eval()
         self.text_tokenizer = AutoTokenizer.from_pretrained(clip)
         self.text_encoder = CLIPTextModel.from_pretrained(clip, dtype=torch.float32).eval().requires_grad_(False)
@@ -57,6 +64,10 @@ class PartiTask(Task):
         tones = Counter((row["concept"], row["style"]) for row in self.rows)  # these share one picture's weight
         self.weights = torch.tensor([1 / tones[row["concept"], row["style"]] for row in self.rows])
 
+        if first_stage is not None:
+            model = Parti.from_pretrained(first_stage, dropout=0.0).float()
+            self.networks: dict[str, nn.Module] = {"model": model}
+            return
         config = self.vq.config
         model = Parti(self.text_encoder.config.hidden_size, config.n_embed, config.image_size // config.patch_size)
         codes = F.normalize(self.vq.quantizer.embedding.weight.detach(), dim=-1)
@@ -66,9 +77,8 @@ class PartiTask(Task):
 
     @torch.no_grad()
     def tokens(self, pictures: Tensor) -> Tensor:
-        """[B, H, W, 3] uint8 -> ids [B, N]."""
-        with torch.autocast(self.vq.device.type, torch.bfloat16):
-            return torch.cat([self.vq.encode(from_uint8(part)) for part in pictures.split(128)])
+        """[B, H, W, 3] uint8 -> ids [B, N]; in fp32, because bf16 changes every fifth id."""
+        return torch.cat([self.vq.encode(from_uint8(part)) for part in pictures.split(128)])
 
     def text(self, captions: list[str]) -> dict[str, Tensor]:
         text = self.text_tokenizer(captions, padding=True, truncation=True, return_tensors="pt")

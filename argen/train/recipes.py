@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from argen.train import clip as clip_recipe
-from argen.train import parti, vit_vqgan
+from argen.train import judge, parti, vit_vqgan
 from argen.train.loop import train
 
 SCHEDULES = {
@@ -11,7 +11,10 @@ SCHEDULES = {
     "emoji-vitvqgan": vit_vqgan.SCHEDULES,
     "emoji-vitvqgan-decoder": vit_vqgan.DECODER_SCHEDULES,
     "emoji-parti": parti.SCHEDULES,
+    "emoji-parti-second": parti.SECOND_SCHEDULES,
+    "emoji-judge": judge.SCHEDULES,
 }
+NEEDS_SCENES = ("emoji-clip", "emoji-parti", "emoji-parti-second", "emoji-judge")
 
 
 def run(
@@ -21,6 +24,7 @@ def run(
     scenes: Path | None,
     clip: Path,
     tokenizer: Path,
+    generator: Path,
     out: Path,
     seed: int = 0,
     steps: int | None = None,
@@ -30,7 +34,7 @@ def run(
     Args:
         setting: "cpu" or "gpu", the schedule.
         data, scenes: folders made by ``argen data emoji`` and ``argen data scenes``.
-        clip, tokenizer: folders of the trained parts that a recipe builds on.
+        clip, tokenizer, generator: folders of the trained parts that a recipe builds on.
         steps: stop there; the schedule stays as long as it is.
     """
     if recipe not in SCHEDULES:
@@ -38,12 +42,14 @@ def run(
     if steps is not None and steps < 1:
         raise ValueError(f"steps is {steps}: expected at least 1")
     schedule = SCHEDULES[recipe][setting]
-    if recipe in ("emoji-clip", "emoji-parti") and scenes is None:
+    if recipe in NEEDS_SCENES and scenes is None:
         raise ValueError(f"the recipe {recipe} needs scenes too: give --scenes a folder made by `argen data scenes`")
     task = {
         "emoji-clip": lambda: clip_recipe.CLIPTask(data, scenes),
         "emoji-vitvqgan": lambda: vit_vqgan.ViTVQGANTask(data, schedule.steps),
         "emoji-vitvqgan-decoder": lambda: vit_vqgan.DecoderTask(data, tokenizer, clip, schedule.steps),
         "emoji-parti": lambda: parti.PartiTask(data, scenes, tokenizer, clip),
+        "emoji-parti-second": lambda: parti.PartiTask(data, scenes, tokenizer, clip, generator),
+        "emoji-judge": lambda: judge.JudgeTask(data, scenes, tokenizer),
     }[recipe]()
     return train(task, schedule, out, seed=seed, steps=steps)

@@ -1,0 +1,173 @@
+"""The judge of the emoji family: what a picture shows, held against prompts whose truth is known exactly.
+
+Objects are the connected components of what is not white; `argen.models.judge.Judge` names each and its colour. 500 prompts
+of four kinds are fixed in `argen/data/judge_prompts.jsonl`.
+"""
+
+import json
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from itertools import permutations
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from argen.data import scenes
+from argen.data.emoji import STYLES, with_article
+from argen.eval.images import Picture, Pictures
+from argen.models.judge import SIZE, Judge
+from tokenizers_img.pixels import from_pil
+
+PROMPTS = Path(scenes.__file__).with_name("judge_prompts.jsonl")
+INK, AREA = 245, 100  # darker than this in some channel is no ground; pixels of 128 x 128 that an object has at least
+AT_MOST = 8  # objects that are looked at
+SHARES = {"single": 100, "colour": 50, "pair": 125, "count": 125, "relation": 100}  # of the 500 prompts
+
+
+@dataclass(frozen=True)
+class Truth:
+    """A prompt and what its picture must show.
+
+    Attributes:
+        kind: "single", "colour", "count", "pair" or "relation".
+        objects: (name, colour) of each; "" where no colour is asked for.
+        relation: of the first to the second object, or "".
+    """
+
+    prompt: str
+    kind: str
+    objects: tuple[tuple[str, str], ...]
+    relation: str = ""
+
+
+def read_prompts(path: Path = PROMPTS) -> list[Truth]:
+    """The fixed prompts."""
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return [Truth(**row | {"objects": tuple(map(tuple, row["objects"]))}) for row in rows]
+
+
+def boxes(picture: Picture) -> list[tuple[int, int, int, int]]:
+    """(left, top, right, bottom) of each connected component of the ink of [H, W, 3] uint8, largest first."""
+    ink = torch.from_numpy(picture.min(axis=2) < INK)
+    places = torch.arange(1.0, ink.numel() + 1).reshape(ink.shape)
+    labels = torch.where(ink, places, 0.0)
+    while not torch.equal(labels, grown := torch.where(ink, F.max_pool2d(labels[None], 3, 1, 1)[0], 0.0)):
+        labels = grown
+    least = AREA * ink.numel() / 128**2
+    ids, areas = labels[ink].unique(return_counts=True)
+    found = []
+    for label in ids[areas.argsort(descending=True)][: int((areas >= least).sum())]:
+        rows, columns = (labels == label).nonzero(as_tuple=True)
+        found.append((int(columns.min()), int(rows.min()), int(columns.max()) + 1, int(rows.max()) + 1))
+    return found
+
+
+def around(found: Sequence[tuple[int, int, int, int]]) -> tuple[int, int, int, int]:
+    """The box around all of some boxes."""
+    left, top, right, bottom = zip(*found, strict=True)
+    return min(left), min(top), max(right), max(bottom)
+
+
+def crop(picture: Picture, box: tuple[int, int, int, int]) -> Tensor:
+    """The object in a box -> [3, 64, 64] in [0, 1], padded to a square."""
+    return from_pil(Image.fromarray(picture).crop(box), SIZE)
+
+
+def verdict(judge: Judge, picture: Picture, truth: Truth) -> dict[str, float]:
+    """What is right about a picture: {question: 0 or 1}, the questions being those of the truth's kind."""
+    found = boxes(picture)[:AT_MOST]
+    names, colours = judge.answers(torch.stack([crop(picture, box) for box in found])) if found else ([], [])
+    if truth.kind in ("single", "colour"):  # an icon may have several parts
+        name, colour = (
+            (answer[0] for answer in judge.answers(crop(picture, around(found))[None])) if found else ("", "")
+        )
+        right = {"identity": float(name == truth.objects[0][0])}
+        return right | ({"colour": float(colour == truth.objects[0][1])} if truth.kind == "colour" else {})
+    if truth.kind == "count":
+        right = [name == truth.objects[0][0] for name in names]
+        return {"count": float(len(found) == len(truth.objects)), "identity": sum(right) / max(1, len(right))}
+    best = {"identity": 0.0, "colour": 0.0, "both": 0.0}
+    if len(found) >= 2:
+        best = max((_match(truth, names, colours, order) for order in permutations(range(len(found)), 2)), key=_rank)
+    if truth.kind == "pair":
+        return {"identity": best["identity"], "colour": best["colour"], "binding": best["both"]}
+    places = best.get("order")
+    holds = best["identity"] == 1 and _holds(truth.relation, found[places[0]], found[places[1]])
+    return {"identity": best["identity"], "relation": float(holds)}
+
+
+def _match(truth: Truth, names: Sequence[str], colours: Sequence[str], order: tuple[int, int]) -> dict:
+    same = [names[i] == name for i, (name, _) in zip(order, truth.objects, strict=True)]
+    tinted = [colours[i] == colour for i, (_, colour) in zip(order, truth.objects, strict=True)]
+    both = all(same) and all(tinted)
+    return {"identity": sum(same) / 2, "colour": sum(tinted) / 2, "both": float(both), "order": order}
+
+
+def _rank(match: dict) -> tuple:
+    return match["both"], match["identity"], match["colour"]
+
+
+def _holds(relation: str, first: tuple, second: tuple) -> bool:
+    """Whether the middle of one box lies as `relation` says to the other's."""
+    x, y = ((first[0] + first[2]) - (second[0] + second[2]), (first[1] + first[3]) - (second[1] + second[3]))
+    sideways = abs(x) > abs(y)
+    return {
+        "to the left of": x < 0 and sideways,
+        "to the right of": x > 0 and sideways,
+        "above": y < 0 and not sideways,
+        "below": y > 0 and not sideways,
+    }[relation]
+
+
+def evaluate(judge: Judge, pictures: Pictures, truths: Sequence[Truth]) -> dict[str, dict]:
+    """Shares of right answers over pictures, picture i being of prompt ``i % len(truths)``: {"kind: question": ...}."""
+    sums: dict[str, list[float]] = {}
+    for index in range(len(pictures)):
+        truth = truths[index % len(truths)]
+        for question, right in verdict(judge, pictures[index], truth).items():
+            sums.setdefault(f"{truth.kind}: {question}", []).append(right)
+    known = judge.config.accuracy or {}
+    return {
+        name: {"value": sum(found) / len(found), "n": len(found), "judge_on_real": known.get(name)}
+        for name, found in sorted(sums.items())
+    }
+
+
+def truths_of(table) -> Iterator[Truth]:
+    """What the scenes of a table made by ``argen data scenes`` show."""
+    for row in table:
+        objects = tuple((thing["name"], thing["colour"]) for thing in json.loads(row["objects"]))
+        yield Truth(row["caption"], row["kind"], objects, row["relation"])
+
+
+def draw_prompts(table, seed: int = 0) -> list[Truth]:
+    """The prompts of `PROMPTS`, drawn anew.
+
+    Args:
+        table: training split of a set made by ``argen data emoji``.
+    """
+    composer, rng = scenes.Composer(table, table[0]["image"].width), random.Random(f"judge/{seed}")
+    found: dict[str, Truth] = {}
+    left = dict(SHARES)
+    while left["single"]:
+        style = rng.choice(composer.styles)
+        name = rng.choice(composer.icons[style])[0]
+        prompt = f"{with_article(name)}, {STYLES[style].prompt}"
+        left["single"] -= prompt not in found
+        found[prompt] = Truth(prompt, "single", ((name, ""),))
+    while any(left.values()):
+        scene, _ = composer.scene(rng)
+        if left[scene.kind] and scene.caption not in found:
+            left[scene.kind] -= 1
+            objects = tuple((thing.name, thing.colour) for thing in scene.objects)
+            found[scene.caption] = Truth(scene.caption, scene.kind, objects, scene.relation)
+    return sorted(found.values(), key=lambda truth: list(SHARES).index(truth.kind))
+
+
+def write_prompts(truths: Sequence[Truth], path: Path = PROMPTS) -> None:
+    """One JSON object a line, as `read_prompts` reads them."""
+    path.write_text("".join(json.dumps(asdict(truth)) + "\n" for truth in truths), encoding="utf-8")

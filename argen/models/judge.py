@@ -1,0 +1,54 @@
+"""A small network that names one object and its colour: the judge of the emoji family (`argen eval emoji`).
+
+Letters in shape comments: B pictures, K names, C colours.
+"""
+
+import torch
+import torch.nn.functional as F
+from diffusers import ConfigMixin, ModelMixin
+from diffusers.configuration_utils import register_to_config
+from torch import Tensor, nn
+
+SIZE = 64
+
+
+class ResidualBlock(nn.Module):
+    def __init__(self, inputs: int, outputs: int):
+        super().__init__()
+        self.norm1, self.conv1 = nn.BatchNorm2d(inputs), nn.Conv2d(inputs, outputs, 3, 2, 1, bias=False)
+        self.norm2, self.conv2 = nn.BatchNorm2d(outputs), nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
+        self.skip = nn.Conv2d(inputs, outputs, 1, 2, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        active = F.relu(self.norm1(x))
+        return self.skip(active) + self.conv2(F.relu(self.norm2(self.conv1(active))))
+
+
+class Judge(ModelMixin, ConfigMixin):
+    """Pictures of one object [B, 3, 64, 64] in [0, 1] -> logits of its name [B, K] and of its colour [B, C].
+
+    Args:
+        names, colours: what the logits stand for.
+        width: channels of the first layer.
+        accuracy: shares of right answers on held-out pictures, measured when it was trained.
+    """
+
+    @register_to_config
+    def __init__(self, names: list[str], colours: list[str], width: int = 24, accuracy: dict[str, float] | None = None):
+        super().__init__()
+        self.stem = nn.Conv2d(3, width, 3, padding=1, bias=False)
+        self.blocks = nn.Sequential(*[ResidualBlock(width * 2**i, width * 2 ** (i + 1)) for i in range(4)])
+        self.norm = nn.BatchNorm2d(16 * width)
+        self.drop = nn.Dropout(0.2)
+        self.name = nn.Linear(16 * width, len(names))
+        self.colour = nn.Linear(16 * width, len(colours))
+
+    def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        x = F.relu(self.norm(self.blocks(self.stem(2 * pixels - 1)))).mean(dim=(2, 3))
+        return self.name(self.drop(x)), self.colour(x)
+
+    @torch.no_grad()
+    def answers(self, pixels: Tensor) -> tuple[list[str], list[str]]:
+        """The likeliest name and colour of each of [B, 3, 64, 64]."""
+        name, colour = (logits.argmax(dim=1).tolist() for logits in self(pixels.to(self.device, self.dtype)))
+        return [self.config.names[i] for i in name], [self.config.colours[i] for i in colour]

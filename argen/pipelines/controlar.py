@@ -1,0 +1,128 @@
+"""Pictures that follow a control picture, with ControlAR (arXiv 2410.02705) on LlamaGen."""
+
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from diffusers import VQModel
+from torch import Tensor
+from transformers import CLIPModel, PreTrainedTokenizerFast, T5EncoderModel
+
+from argen.models.annotators import annotate, as_control, check_kind, resized
+from argen.models.controlar import CELL, ControlAR
+from argen.pipelines.base import Defaults
+from argen.pipelines.llamagen import LlamaGenPipeline
+from argen.request import Control
+from tokenizers_img.llamagen_vq import LlamaGenVQ
+from tokenizers_img.vit_vqgan import ViTVQGAN
+
+
+class ControlARPipeline(LlamaGenPipeline):
+    """Args:
+    any_size: the model was trained on pictures of any shape, whose sides are multiples of 16 pixels and whose cells fit its
+        grid; else on squares of one size.
+    others: see `LlamaGenPipeline`, with a `ControlAR` as transformer.
+    """
+
+    def __init__(
+        self,
+        transformer: ControlAR,
+        vq: VQModel | ViTVQGAN,
+        text_encoder: T5EncoderModel | CLIPModel | None = None,
+        tokenizer: PreTrainedTokenizerFast | None = None,
+        groups: list[str] | None = None,
+        any_size: bool = False,
+    ):
+        super().__init__(transformer, vq, text_encoder, tokenizer, groups)
+        self.register_to_config(any_size=any_size)
+
+    @classmethod
+    def from_original(
+        cls,
+        generator: str | Path,
+        image_tokenizer: str | Path,
+        encoder: str,
+        grid: int,
+        resize: str,
+        text_encoder: T5EncoderModel,
+        tokenizer: PreTrainedTokenizerFast,
+    ) -> "ControlARPipeline":
+        """Load released files, as ``canny_MR.safetensors`` and ``vq_ds16_t2i.pt``; see `ControlAR.from_original`."""
+        transformer = ControlAR.from_original(generator, encoder, grid, resize)
+        vq = LlamaGenVQ.from_original(image_tokenizer).vq
+        return cls(transformer, vq, text_encoder, tokenizer, any_size=grid == 48)
+
+    @property
+    def defaults(self) -> Defaults:
+        """Those of the official scripts; of the shipped model, what scored best."""
+        shipped = isinstance(self.text_encoder, CLIPModel)
+        return Defaults(guidance_scale=3.0, top_k=256) if shipped else Defaults(guidance_scale=4.0, top_k=2000)
+
+    def prepare(self, control: Control) -> Control:
+        """See `TokenPipeline.prepare`. Without a size asked for, a model of any size takes the control picture's own, as
+        near as whole cells come and as large as fits.
+
+        Raises:
+            ValueError: an unknown kind; a size that the model does not make; a control picture of another shape than that.
+        """
+        check_kind(control.kind)
+        side = self.transformer.config.grid * CELL
+        width, height = control.picture.size
+        if control.size is not None:
+            size = control.size
+            self._check(size)
+        else:
+            size = self._fitting(width, height) if self.config.any_size else (side, side)
+        if abs(width * size[1] / height - size[0]) >= CELL and abs(height * size[0] / width - size[1]) >= CELL:
+            fitting = self._fitting(width, height)
+            hint = f" or ask for the size {fitting[0]}x{fitting[1]}" if self.config.any_size else ""
+            raise ValueError(
+                f"the control picture is {width} x {height}, of another shape than the picture asked for, "
+                f"{size[0]} x {size[1]}: crop it{hint}"
+            )
+        return replace(control, picture=resized(control.picture, control.kind, size), size=size)
+
+    @property
+    def _most(self) -> tuple[int, int]:
+        """Cells of a picture, and of one of its sides, at most."""
+        return self.transformer.length, self.vq.grid if isinstance(self.vq, ViTVQGAN) else self.transformer.length
+
+    def _check(self, size: tuple[int, int]) -> None:
+        side = self.transformer.config.grid * CELL
+        if not self.config.any_size and size != (side, side):
+            raise ValueError(f"size is {size[0]} x {size[1]}: this model makes pictures of {side} x {side} only")
+        cells, cells_of_side = self._most
+        if size[0] % CELL or size[1] % CELL or math.prod(size) > cells * CELL**2 or max(size) > cells_of_side * CELL:
+            raise ValueError(
+                f"size is {size[0]} x {size[1]}: expected multiples of {CELL}, and at most {side} x {side} pixels in all"
+            )
+
+    def _fitting(self, width: int, height: int) -> tuple[int, int]:
+        """The size in whole cells that has the shape of a picture and is as large as the grid allows.
+
+        Raises:
+            ValueError: it is too long and thin.
+        """
+        cells, cells_of_side = self._most
+        for rows in range(cells_of_side, 0, -1):
+            columns = round(rows * width / height)
+            if 1 <= columns <= cells_of_side and rows * columns <= cells:
+                return columns * CELL, rows * CELL
+        raise ValueError(f"the control picture is {width} x {height}, too long and thin for this model: crop it")
+
+    def shape_of(self, control: Control | None) -> tuple[int, int]:
+        """See `TokenPipeline.shape_of`."""
+        if control is None:
+            return super().shape_of(None)
+        width, height = control.picture.size
+        return height // CELL, width // CELL
+
+    def control(self, controls: list[Control]) -> Tensor:
+        """See `LlamaGenPipeline.control`."""
+        several = list({id(control): control for control in controls}.values())
+        pictures = torch.stack([as_control(annotate(control.picture, control.kind)) for control in several])
+        added = self.transformer.control(pictures.to(self.device, self.transformer.dtype))  # [3, B, N, D]
+        strength = torch.tensor([control.strength for control in several], device=self.device, dtype=added.dtype)
+        rows = [next(i for i, one in enumerate(several) if one is control) for control in controls]
+        return (added * strength[:, None, None])[:, rows]
