@@ -123,7 +123,7 @@ def parser() -> Parser:
     add.add_argument(
         "recipe",
         metavar="RECIPE",
-        help="emoji-clip, emoji-vitvqgan, emoji-vitvqgan-decoder, emoji-parti, emoji-parti-second or emoji-judge",
+        help="emoji-clip, emoji-vitvqgan, emoji-vitvqgan-decoder, emoji-parti, emoji-parti-second, emoji-llamagen or emoji-judge",
     )
     add.add_argument("--data", type=Path, required=True, metavar="DIR", help="made by `argen data emoji`")
     add.add_argument("--scenes", type=Path, metavar="DIR", help="made by `argen data scenes`")

@@ -60,13 +60,12 @@ def test_training_logits_and_loss(case):
     if "train_logits" not in case.io:
         pytest.skip("this case has none")
     model, io = tiny(case), case.io
-    embedded, none, mask = condition(model, case)
-    control = model.control(io["control_image"])
+    asked = io["class_ids" if "class_ids" in io else "caption_features"]
+    dropped = torch.zeros(len(asked), dtype=torch.bool)
     for suffix in ("", "_sample0_dropped"):
         if suffix:  # the condition and its control are dropped together
-            embedded = torch.cat([none[:1], embedded[1:]])
-            control = torch.cat([torch.zeros_like(control[:, :1]), control[:, 1:]], dim=1)
-        logits = model(embedded, mask, io["image_ids"], control)
+            asked, dropped = torch.cat([model.unconditional(asked)[:1], asked[1:]]), torch.arange(len(asked)) == 0
+        logits = model(asked, condition(model, case)[2], io["image_ids"], io["control_image"], dropped)
         torch.testing.assert_close(logits, io[f"train_logits{suffix}"], **CLOSE)
         loss = F.cross_entropy(logits.flatten(0, 1), io["image_ids"].flatten())
         torch.testing.assert_close(loss, io[f"train_loss{suffix}"], **CLOSE)

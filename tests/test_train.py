@@ -13,6 +13,7 @@ from argen.models.parti import Parti
 from argen.registry import WEIGHTS
 from argen.train.clip import CLIPTask, positives
 from argen.train.judge import JudgeTask
+from argen.train.llamagen import LlamaGenTask
 from argen.train.loop import Schedule, optimizers_of, train
 from argen.train.parti import PartiTask
 from argen.train.recipes import SCHEDULES
@@ -40,6 +41,7 @@ def task(request, composed):
         "emoji-vitvqgan-decoder": lambda: DecoderTask(SAMPLE, tokenizer, clip, total=1),
         "emoji-parti": lambda: PartiTask(SAMPLE, composed, tokenizer, clip),
         "emoji-parti-second": lambda: PartiTask(SAMPLE, composed, tokenizer, clip, WEIGHTS / "emoji-parti"),
+        "emoji-llamagen": lambda: LlamaGenTask(SAMPLE, composed, tokenizer, clip),
         "emoji-judge": lambda: JudgeTask(SAMPLE, composed, tokenizer),
     }[request.param]
 

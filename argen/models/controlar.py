@@ -168,6 +168,25 @@ class ControlAR(LlamaGen):
         tokens = self.condition_mlp.cap_proj(self.adapter_mlp(self.adapter(pictures)))
         return strength * torch.stack([layer(tokens) for layer in self.condition_layers])
 
+    def forward(
+        self,
+        condition: Tensor,
+        mask: Tensor,
+        tokens: Tensor,
+        pictures: Tensor | None = None,
+        dropped: Tensor | None = None,
+    ) -> Tensor:
+        """See `LlamaGen.forward`.
+
+        Args:
+            pictures: control pictures [R, 3, H, W] in [-1, 1]; None is no control.
+            dropped: [R] bool, the rows whose control picture is not looked at.
+        """
+        control = None if pictures is None else self.control(pictures)
+        if control is not None and dropped is not None:
+            control = control.masked_fill(dropped[None, :, None, None], 0)
+        return super().forward(condition, mask, tokens, control)
+
 
 def converted(state: dict[str, Tensor], kind: str) -> dict[str, Tensor]:
     """Tensors under their published names -> under ours, without those that nothing reads."""

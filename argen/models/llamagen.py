@@ -267,11 +267,26 @@ class LlamaGen(ModelMixin, ConfigMixin):
             x = layer(x, turns, mask, index, cache, None if means is None else means[index])
         return self.output(self.norm(x))
 
-    def forward(self, embedded: Tensor, mask: Tensor, tokens: Tensor, control: Tensor | None = None) -> Tensor:
-        """Teacher forcing: condition [R, T, D] and its mask [R, T], tokens [R, n], control [J, R, n, D] -> logits [R, n, K],
-        float32."""
+    def unconditional(self, condition: Tensor) -> Tensor:
+        """What stands for "none" where class ids [R] or text features [R, T, caption_dim] stand."""
+        if self.config.classes is not None:
+            return torch.full_like(condition, self.config.classes)
+        return self.cls_embedding.uncond_embedding.to(condition.dtype).expand_as(condition)
+
+    def forward(self, condition: Tensor, mask: Tensor, tokens: Tensor, control: Tensor | None = None) -> Tensor:
+        """Teacher forcing.
+
+        Args:
+            condition: class ids [R], or text features [R, T, caption_dim] with the words last.
+            mask: [R, T] bool; T is 1 for classes.
+            tokens: [R, n].
+            control: [J, R, n, D].
+
+        Returns:
+            Logits [R, n, K], float32.
+        """
         parts = (None, None) if control is None else (control[:, :, :1], control[:, :, 1:])
-        first, seen, means = self.condition(embedded, mask, parts[0])
+        first, seen, means = self.condition(self.cls_embedding(condition), mask, parts[0])
         read = tokens[:, :-1]
         places = torch.arange(read.shape[1], device=tokens.device)
         visible = causal_mask(len(places), len(places), tokens.device)

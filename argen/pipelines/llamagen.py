@@ -83,20 +83,17 @@ class LlamaGenPipeline(TokenPipeline):
         """
         for prompt in dict.fromkeys(prompts):
             check_prompt(prompt)
-        embed = self.transformer.cls_embedding
         if self.transformer.config.classes is not None:
-            ids = torch.tensor([class_id(prompt) for prompt in prompts], device=self.device)
-            embedded, none = embed(ids), embed(torch.full_like(ids, self.transformer.config.classes))
-            mask = torch.ones(len(ids), 1, dtype=torch.bool, device=self.device)
+            condition = torch.tensor([class_id(prompt) for prompt in prompts], device=self.device)
+            mask = torch.ones(len(prompts), 1, dtype=torch.bool, device=self.device)
         else:
-            features, mask = self.encode_text(prompts)
-            embedded, none = embed(features), embed(embed.uncond_embedding.expand(len(prompts), -1, -1))
+            condition, mask = self.encode_text(prompts)
         added = self.control(controls) if controls else None
         if guided:
-            embedded = torch.cat([embedded, none])
+            condition = torch.cat([condition, self.transformer.unconditional(condition)])
             mask = torch.cat([mask, mask])  # the caption's mask hides "none", too
             added = None if added is None else torch.cat([added, torch.zeros_like(added)], dim=1)
-        return LlamaGenSession(self.transformer, embedded, mask, guided, added)
+        return LlamaGenSession(self.transformer, self.transformer.cls_embedding(condition), mask, guided, added)
 
     def control(self, controls: list[Control]) -> Tensor:
         """What prepared control pictures add to the stream, as `LlamaGenSession` takes it."""

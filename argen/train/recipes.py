@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from argen.train import clip as clip_recipe
-from argen.train import judge, parti, vit_vqgan
+from argen.train import judge, llamagen, parti, vit_vqgan
 from argen.train.loop import train
 
 SCHEDULES = {
@@ -12,9 +12,10 @@ SCHEDULES = {
     "emoji-vitvqgan-decoder": vit_vqgan.DECODER_SCHEDULES,
     "emoji-parti": parti.SCHEDULES,
     "emoji-parti-second": parti.SECOND_SCHEDULES,
+    "emoji-llamagen": llamagen.SCHEDULES,
     "emoji-judge": judge.SCHEDULES,
 }
-NEEDS_SCENES = ("emoji-clip", "emoji-parti", "emoji-parti-second", "emoji-judge")
+NEEDS_SCENES = ("emoji-clip", "emoji-parti", "emoji-parti-second", "emoji-llamagen", "emoji-judge")
 
 
 def run(
@@ -50,6 +51,7 @@ def run(
         "emoji-vitvqgan-decoder": lambda: vit_vqgan.DecoderTask(data, tokenizer, clip, schedule.steps),
         "emoji-parti": lambda: parti.PartiTask(data, scenes, tokenizer, clip),
         "emoji-parti-second": lambda: parti.PartiTask(data, scenes, tokenizer, clip, generator),
+        "emoji-llamagen": lambda: llamagen.LlamaGenTask(data, scenes, tokenizer, clip),
         "emoji-judge": lambda: judge.JudgeTask(data, scenes, tokenizer),
     }[recipe]()
     return train(task, schedule, out, seed=seed, steps=steps)

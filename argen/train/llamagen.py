@@ -1,0 +1,57 @@
+"""Recipe `emoji-llamagen`: a decoder-only generator of the tokens of `emoji-vitvqgan`, after a caption or a group of emoji."""
+
+import random
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from argen.models.llamagen import LlamaGen
+from argen.pipelines.llamagen import LlamaGenPipeline, group_caption, left_padded
+from argen.train.loop import Schedule
+from argen.train.tokens import TokensTask
+
+SCHEDULES = {
+    "cpu": Schedule(
+        steps=5000, batch_size=64, learning_rate=3e-3, warmup=120, weight_decay=0.03, betas=(0.9, 0.98), muon=True
+    ),
+    "gpu": Schedule(steps=30000, batch_size=512, learning_rate=1e-3, weight_decay=0.03, betas=(0.9, 0.98)),
+}
+SIZES = {"caption_length": 24, "dim": 256, "depth": 6, "heads": 4, "multiple_of": 32, "dropout": 0.05}
+GROUP_SHARE = 0.06  # of the single pictures are shown with the name of their group instead of a caption
+
+
+class LlamaGenTask(TokensTask):
+    """See `TokensTask`."""
+
+    null_caption = None
+
+    def __init__(self, data: Path, scenes: Path, tokenizer: Path, clip: Path):
+        super().__init__(data, scenes, tokenizer, clip)
+        self.groups = sorted({row["group"] for row in self.rows})
+        text_dim = self.clip.config.text_config.hidden_size
+        model = LlamaGen(self.vq.config.n_embed, self.vq.grid, caption_dim=text_dim, **SIZES)
+        model.tok_embeddings.weight.data = self.codes(model.config.dim)
+        self.networks: dict[str, nn.Module] = {"model": model}
+
+    def caption(self, row: dict, rng: random.Random) -> str:
+        if rng.random() < GROUP_SHARE:
+            return group_caption(f"class:{row['group']}", self.groups)
+        return super().caption(row, rng)
+
+    def text(self, captions: list[str]) -> dict[str, Tensor]:
+        fixed = {"padding": "max_length", "max_length": SIZES["caption_length"]}
+        text = self.text_tokenizer(captions, truncation=True, return_tensors="pt", **fixed)
+        return {"input_ids": text.input_ids, "attention_mask": text.attention_mask}
+
+    def condition(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Features [B, T, C] with the words last, those of dropped captions replaced by "none"; mask [B, T]."""
+        features, mask = left_padded(*self.encode_text(batch))
+        none = self._model().unconditional(features)
+        return torch.where(batch["dropped"][:, None, None], none, features), mask
+
+    def logits(self, network: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        return network(*self.condition(batch), batch["read"])
+
+    def pipeline(self) -> LlamaGenPipeline:
+        return LlamaGenPipeline(self._model(), self.vq, self.clip, self.text_tokenizer, self.groups)

@@ -1,0 +1,147 @@
+"""What the recipes of the generators share: pictures as tokens of `emoji-vitvqgan`, captions as states of `emoji-clip`."""
+
+import random
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from PIL import Image
+from torch import Tensor, nn
+from transformers import AutoTokenizer, CLIPModel
+
+from argen.data.emoji import caption
+from argen.data.tables import pixels, read_split
+from argen.pipelines.base import TokenPipeline
+from argen.train.loop import Task
+from tokenizers_img.pixels import from_uint8
+from tokenizers_img.vit_vqgan import ViTVQGAN
+
+SCENES_SHARE = 0.12
+TEXT_DROPOUT = 0.1
+CORRUPTION = 0.15  # at most this share of the tokens that are read is another picture's: sampling will slip, too
+
+
+class TokensTask(Task):
+    """A generator of picture tokens after a caption; a subclass has the network.
+
+    Args:
+        data, scenes: folders made by ``argen data emoji`` and ``argen data scenes``.
+        tokenizer, clip: folders of the trained `emoji-vitvqgan` and `emoji-clip`.
+
+    Attributes:
+        null_caption: what is read where the caption is dropped; None where the network has its own "none".
+    """
+
+    null_caption: str | None = ""
+
+    def __init__(self, data: Path, scenes: Path, tokenizer: Path, clip: Path):
+        self.vq = ViTVQGAN.from_pretrained(tokenizer).float().eval().requires_grad_(False)
+        self.text_tokenizer = AutoTokenizer.from_pretrained(clip)
+        self.clip = CLIPModel.from_pretrained(clip, dtype=torch.float32).eval().requires_grad_(False)
+
+        table = read_split(data, "train")
+        self.rows, self.pictures = table.remove_columns("image").to_list(), torch.from_numpy(pixels(table))
+        table = read_split(scenes, "train")
+        self.captions = list(table["caption"])
+        self.scene_pictures = torch.from_numpy(pixels(table))
+        self.picture_tokens, self.scene_tokens = self.tokens(self.pictures), self.tokens(self.scene_pictures)
+        table = read_split(data, "validation")
+        self.held_out_captions, self.held_out_pictures = list(table["caption"]), torch.from_numpy(pixels(table))
+        self.held_out_tokens = self.tokens(self.held_out_pictures)
+
+        tones = Counter((row["concept"], row["style"]) for row in self.rows)  # these share one picture's weight
+        self.weights = torch.tensor([1 / tones[row["concept"], row["style"]] for row in self.rows])
+
+    @torch.no_grad()
+    def tokens(self, pictures: Tensor) -> Tensor:
+        """[B, H, W, 3] uint8 -> ids [B, N]; in fp32, because bf16 changes every fifth id."""
+        return torch.cat([self.vq.encode(from_uint8(part)) for part in pictures.split(128)])
+
+    def codes(self, dim: int) -> Tensor:
+        """A table [K, dim] to start the embeddings of tokens with: near codes are near."""
+        codes = F.normalize(self.vq.quantizer.embedding.weight.detach(), dim=-1)
+        return 0.02 * (codes @ torch.randn(codes.shape[1], dim, generator=torch.Generator().manual_seed(0)))
+
+    def caption(self, row: dict, rng: random.Random) -> str:
+        """A caption of a single picture, drawn at random."""
+        return caption(row["name"], row["style"], row["keywords"], rng)
+
+    def text(self, captions: list[str]) -> dict[str, Tensor]:
+        text = self.text_tokenizer(captions, padding=True, truncation=True, return_tensors="pt")
+        return {"input_ids": text.input_ids, "attention_mask": text.attention_mask}
+
+    def batch(self, size: int, generator: torch.Generator) -> dict[str, Tensor]:
+        scenes = int(size * SCENES_SHARE)
+        chosen = torch.multinomial(self.weights, size - scenes, generator=generator)
+        others = torch.randint(len(self.captions), (scenes,), generator=generator)
+        rng = random.Random(int(torch.randint(2**62, (1,), generator=generator)))
+        captions = [self.caption(self.rows[index], rng) for index in chosen.tolist()]
+        captions += [self.captions[index] for index in others.tolist()]
+        dropped = [rng.random() < TEXT_DROPOUT for _ in captions]
+        if self.null_caption is not None:
+            captions = [self.null_caption if drop else text for text, drop in zip(captions, dropped, strict=True)]
+        tokens = torch.cat([self.picture_tokens[chosen], self.scene_tokens[others]])
+        share = CORRUPTION * torch.rand(size, 1, generator=generator)
+        slipped = torch.rand(tokens.shape, generator=generator) < share
+        read = torch.where(slipped, tokens[torch.randperm(size, generator=generator)], tokens)
+        return {"tokens": tokens, "read": read, "dropped": torch.tensor(dropped), **self.text(captions)}
+
+    def encode_text(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Hidden states [B, T, C] of the captions, mask [B, T] (1: a token)."""
+        encoder = self.clip.text_model.to(batch["input_ids"].device)
+        with torch.no_grad():
+            states = encoder(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+        return states.last_hidden_state, batch["attention_mask"]
+
+    def logits(self, network: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        """[B, N, K] of the tokens that `batch["read"]` leads to."""
+        raise NotImplementedError
+
+    def losses(self, batch: dict[str, Tensor], step: int, log: dict[str, float]) -> Iterator[tuple[str, Tensor]]:
+        logits = self.logits(self.networks["model"], batch)
+        loss = F.cross_entropy(logits.flatten(0, 1).float(), batch["tokens"].flatten())
+        log["loss"] = loss.item()
+        yield "model", loss
+
+    def held_out(self, rows: slice) -> dict[str, Tensor]:
+        """A batch of held-out combinations."""
+        tokens = self.held_out_tokens[rows]
+        dropped = torch.zeros(len(tokens), dtype=torch.bool)
+        return {"tokens": tokens, "read": tokens, "dropped": dropped, **self.text(self.held_out_captions[rows])}
+
+    @torch.no_grad()
+    def evaluate(self) -> dict[str, float]:
+        """Nats a token on held-out (style, concept) combinations."""
+        model, losses = self._model(), []
+        for first in range(0, len(self.held_out_captions), 64):
+            batch = {key: value.to(model.device) for key, value in self.held_out(slice(first, first + 64)).items()}
+            logits = self.logits(model, batch)
+            losses.append(F.cross_entropy(logits.flatten(0, 1).float(), batch["tokens"].flatten(), reduction="none"))
+        return {"held-out loss": torch.cat(losses).mean().item()}
+
+    def pipeline(self) -> TokenPipeline:
+        """The network as it will be called."""
+        raise NotImplementedError
+
+    def asked(self) -> dict:
+        """What `sample` asks the pipeline for: 32 held-out combinations."""
+        return {"prompt": self.held_out_captions[:: max(1, len(self.held_out_captions) // 32)][:32]}
+
+    def sample(self) -> Image.Image:
+        """32 pictures of what the held-out split shows, 8 in a row."""
+        pipe, asked = self.pipeline().to(self._model().device), self.asked()
+        pipe.set_progress_bar_config(disable=True)
+        luck = [torch.Generator().manual_seed(index) for index in range(len(asked["prompt"]))]
+        pictures = pipe(**asked, generator=luck, output_type="pt").images.float().cpu()
+        missing = torch.ones(-len(pictures) % 8, *pictures.shape[1:])
+        sheet = rearrange(torch.cat([pictures, missing]), "(r c) d h w -> (r h) (c w) d", c=8)
+        return Image.fromarray((sheet * 255).round().to(torch.uint8).numpy())
+
+    def _model(self) -> nn.Module:
+        return getattr(self.networks["model"], "module", self.networks["model"])
+
+    def save(self, folder: Path) -> None:
+        self._model().to(torch.bfloat16).save_pretrained(folder)
