@@ -123,7 +123,7 @@ def parser() -> Parser:
     add.add_argument(
         "recipe",
         metavar="RECIPE",
-        help="emoji-clip, emoji-vitvqgan, emoji-vitvqgan-decoder, emoji-parti, emoji-parti-second, emoji-llamagen or emoji-judge",
+        help="emoji-clip, emoji-vitvqgan, emoji-vitvqgan-decoder, emoji-parti, emoji-parti-second, emoji-llamagen, emoji-control or emoji-judge",
     )
     add.add_argument("--data", type=Path, required=True, metavar="DIR", help="made by `argen data emoji`")
     add.add_argument("--scenes", type=Path, metavar="DIR", help="made by `argen data scenes`")
@@ -136,7 +136,12 @@ def parser() -> Parser:
     )
     add.add_argument("--clip", type=Path, metavar="DIR", help="trained emoji-clip (default: the shipped one)")
     add.add_argument("--tokenizer", type=Path, metavar="DIR", help="trained emoji-vitvqgan (default: the shipped one)")
-    add.add_argument("--generator", type=Path, metavar="DIR", help="trained emoji-parti (default: the shipped one)")
+    add.add_argument(
+        "--generator",
+        type=Path,
+        metavar="DIR",
+        help="trained generator that emoji-parti-second or emoji-control starts from (default: the shipped one)",
+    )
     add.add_argument("--setting", choices=("cpu", "gpu"), default="cpu", help="length and batch size")
     add.add_argument("--steps", type=int, metavar="N", help="stop after step N of the schedule")
     add.add_argument("--seed", type=int, default=0)
@@ -283,12 +288,12 @@ def data(args) -> None:
 @command
 def train(args) -> None:
     from argen.registry import WEIGHTS
-    from argen.train.recipes import run
+    from argen.train.recipes import STARTS, run
 
     parts = {
         "clip": args.clip or WEIGHTS / "emoji-clip",
         "tokenizer": args.tokenizer or WEIGHTS / "emoji-vitvqgan",
-        "generator": args.generator or WEIGHTS / "emoji-parti",
+        "generator": args.generator or WEIGHTS / STARTS.get(args.recipe, ""),
     }
     chosen = {"data": args.data, "scenes": args.scenes, "out": args.out, "seed": args.seed, "steps": args.steps}
     scores = run(args.recipe, args.setting, **parts, **chosen)

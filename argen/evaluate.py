@@ -64,6 +64,21 @@ def add_commands(top: argparse.ArgumentParser) -> None:
     add.add_argument("--guidance-scale", type=float, metavar="G", help="(default: the model's)")
     _output(add)
 
+    add = commands.add_parser(
+        "control",
+        help="how closely a generator follows control pictures",
+        description="Draw the captions of scenes after their edges or segments, and without: F1 of edges (within 2 pixels), "
+        "mIoU of segments.",
+    )
+    add.add_argument("--model", default="argen/emoji-control", metavar="ID", help="(default: argen/emoji-control)")
+    add.add_argument("--data", type=Path, required=True, metavar="PATH", help=".parquet of `argen data scenes`")
+    add.add_argument("--type", default="canny", choices=("canny", "seg"), help="(default: canny)")
+    add.add_argument("--strength", type=float, default=1.0, metavar="X", help="of the control (default: 1)")
+    add.add_argument("--num", type=int, default=200, metavar="N", help="the first N scenes (default: 200)")
+    add.add_argument("--seed", type=int, default=0, help="picture i is drawn from (seed, i) alone (default: 0)")
+    add.add_argument("--guidance-scale", type=float, metavar="G", help="(default: the model's)")
+    _output(add)
+
     add = commands.add_parser("stats", help="mean and covariance of a set, for pytorch-fid, guided-diffusion and argen")
     add.add_argument("data", type=Path, metavar="PATH", help=pictures)
     add.add_argument("-o", "--out", type=Path, required=True, metavar="FILE.npz")
@@ -139,8 +154,12 @@ def _lines(path: Path) -> list[str]:
     return found
 
 
-def _draw(args: argparse.Namespace, prompts: list[str], num: int, settings: dict):
-    """The pictures of ``--model`` for `prompts` in turn."""
+def _draw(args: argparse.Namespace, prompts: list[str], num: int, settings: dict, folder="samples", more=lambda _: {}):
+    """The pictures of ``--model`` for `prompts` in turn, kept in `folder`.
+
+    Args:
+        more: numbers of pictures -> what else the call for them is given.
+    """
     import torch
 
     from argen.eval import run
@@ -156,9 +175,9 @@ def _draw(args: argparse.Namespace, prompts: list[str], num: int, settings: dict
     def sample(rows: range):
         luck = [torch.Generator().manual_seed((args.seed << 32) + index) for index in rows]
         texts = [prompts[index % len(prompts)] for index in rows]
-        return pipe(texts, guidance_scale=args.guidance_scale, generator=luck).images
+        return pipe(texts, guidance_scale=args.guidance_scale, generator=luck, **more(rows)).images
 
-    return run.draw(sample, num, args.out / "samples")
+    return run.draw(sample, num, args.out / folder)
 
 
 def _finish(args: argparse.Namespace, settings: dict, scores: dict, seconds: dict, shown) -> None:
@@ -244,6 +263,25 @@ def emoji(args: argparse.Namespace) -> None:
     with run.timed(seconds, "judge"):
         scores = judge.evaluate(network, samples, truths)
     _finish(args, settings, scores, seconds, samples)
+
+
+@command
+def control(args: argparse.Namespace) -> None:
+    from argen.eval import control, run
+
+    scenes, seconds, drawn = control.Scenes(args.data), {}, []
+    settings = {"data": [str(args.data), scenes.table.identity], "control": args.type, "strength": args.strength}
+    for folder, strength in (("samples", args.strength), ("free", 0.0)):
+
+        def following(rows: range, strength: float = strength) -> dict:
+            pictures = [scenes.control(index, args.type) for index in rows]
+            return {"control_image": pictures, "control_type": args.type, "control_strength": strength}
+
+        with run.timed(seconds, f"draw {folder}"):
+            drawn.append(_draw(args, scenes.prompts, min(args.num, len(scenes)), settings, folder, following))
+    with run.timed(seconds, "compare"):
+        scores = control.evaluate(scenes, args.type, *drawn)
+    _finish(args, settings, scores, seconds, drawn[0])
 
 
 @command

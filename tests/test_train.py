@@ -9,11 +9,12 @@ from safetensors.torch import load_file
 from torch import nn
 
 from argen.data import emoji, scenes
+from argen.models.llamagen import LlamaGen
 from argen.models.parti import Parti
 from argen.registry import WEIGHTS
+from argen.train import controlar, llamagen
 from argen.train.clip import CLIPTask, positives
 from argen.train.judge import JudgeTask
-from argen.train.llamagen import LlamaGenTask
 from argen.train.loop import Schedule, optimizers_of, train
 from argen.train.parti import PartiTask
 from argen.train.recipes import SCHEDULES
@@ -31,9 +32,19 @@ def composed(tmp_path_factory):
     return out
 
 
+@pytest.fixture(scope="module")
+def small_llamagen(tmp_path_factory):
+    """A folder with an untrained generator of the shipped size."""
+    folder = tmp_path_factory.mktemp("llamagen")
+    torch.manual_seed(0)
+    LlamaGen(4096, 8, caption_dim=192, **llamagen.SIZES).save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture(params=list(SCHEDULES))
-def task(request, composed):
+def task(request, composed, small_llamagen, monkeypatch):
     """Makes the task of a recipe anew."""
+    monkeypatch.setattr(controlar, "SHAPED", 4)
     clip, tokenizer = WEIGHTS / "emoji-clip", WEIGHTS / "emoji-vitvqgan"
     return {  # the decoder's sharpens from the second step on
         "emoji-clip": lambda: CLIPTask(SAMPLE, composed),
@@ -41,7 +52,8 @@ def task(request, composed):
         "emoji-vitvqgan-decoder": lambda: DecoderTask(SAMPLE, tokenizer, clip, total=1),
         "emoji-parti": lambda: PartiTask(SAMPLE, composed, tokenizer, clip),
         "emoji-parti-second": lambda: PartiTask(SAMPLE, composed, tokenizer, clip, WEIGHTS / "emoji-parti"),
-        "emoji-llamagen": lambda: LlamaGenTask(SAMPLE, composed, tokenizer, clip),
+        "emoji-llamagen": lambda: llamagen.LlamaGenTask(SAMPLE, composed, tokenizer, clip),
+        "emoji-control": lambda: controlar.ControlTask(SAMPLE, composed, tokenizer, clip, small_llamagen),
         "emoji-judge": lambda: JudgeTask(SAMPLE, composed, tokenizer),
     }[request.param]
 
@@ -155,3 +167,20 @@ def test_parti_does_not_look_ahead():
     masked = model(states, mask, tokens)
     states[:, 3:] = 9.0
     torch.testing.assert_close(model(states, mask, tokens), masked)  # padding is not read
+
+
+def test_shaped_pictures_and_their_tokens_are_two_halves(composed, small_llamagen, monkeypatch):
+    monkeypatch.setattr(controlar, "SHAPED", 3)
+    parts = WEIGHTS / "emoji-vitvqgan", WEIGHTS / "emoji-clip"
+    task = controlar.ControlTask(SAMPLE, composed, *parts, small_llamagen)
+    for across, (captions, pictures, tokens) in zip((True, False), task.shaped, strict=True):
+        assert pictures.shape == ((3, 64, 128, 3) if across else (3, 128, 64, 3))
+        assert tokens.shape == (3, 32)
+        assert all(" and " in caption for caption in captions)
+        halves = pictures.split(64, dim=2 if across else 1)
+        assert all((half < 200).any() for half in halves)
+    monkeypatch.setattr(controlar, "SHAPED_SHARE", 1.0)
+    batch = task.batch(2, torch.Generator().manual_seed(0))
+    assert batch["control"].shape[-2:] in [(64, 128), (128, 64)]
+    losses = [loss for _, loss in task.losses(batch, 0, {})]
+    assert losses[0].isfinite()

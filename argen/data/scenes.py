@@ -10,6 +10,7 @@ import random
 from collections import defaultdict
 from dataclasses import asdict, dataclass
 from io import BytesIO
+from itertools import cycle
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,8 @@ HUES = {"red": 0, "orange": 20, "yellow": 42, "green": 88, "blue": 155, "purple"
 NUMBERS = ("zero", "one", "two", "three", "four", "five", "six")
 RELATIONS = ("to the left of", "to the right of", "above", "below")
 KINDS = {"count": 0.35, "colour": 0.15, "pair": 0.25, "relation": 0.25}
+PALETTE = ((230, 25, 75), (60, 180, 75), (0, 130, 200), (245, 130, 48), (145, 30, 180), (70, 240, 240))  # of segments
+INK = 245  # what is darker in some channel is no ground
 LAYOUTS = {1: [(1, 1)], 2: [(1, 2), (2, 1)], 3: [(2, 2), (1, 3)], 4: [(2, 2)], 5: [(2, 3), (3, 2)], 6: [(2, 3), (3, 2)]}
 
 
@@ -61,9 +64,18 @@ def recolour(picture: np.ndarray, colour: str) -> np.ndarray:
 
 
 def _colourful(picture: np.ndarray) -> bool:
-    ink = (picture < 245).any(-1)
+    ink = (picture < INK).any(-1)
     saturated = (picture.max(-1).astype(int) - picture.min(-1)) > 70
     return bool(ink.any()) and saturated[ink].mean() > 0.6
+
+
+def segments(picture: np.ndarray, boxes: list[tuple[int, int, int, int]]) -> np.ndarray:
+    """The map of the objects of [H, W, 3] uint8: the ink inside each box in its colour of `PALETTE`, on black."""
+    found = np.zeros_like(picture)
+    for (left, top, right, bottom), colour in zip(boxes, cycle(PALETTE), strict=False):
+        ink = (picture[top:bottom, left:right] < INK).any(-1)
+        found[top:bottom, left:right][ink] = colour
+    return found
 
 
 class Composer:
@@ -124,7 +136,7 @@ class Composer:
         extent = [self.size // n for n in layout]
         top, left = (cell[axis] * extent[axis] + rng.randint(1, extent[axis] - side - 1) for axis in (0, 1))
         canvas[top : top + side, left : left + side] = small
-        rows, columns = np.nonzero((small < 245).any(-1))
+        rows, columns = np.nonzero((small < INK).any(-1))
         return (
             left + int(columns.min()),
             top + int(rows.min()),

@@ -23,7 +23,7 @@ from argen.models.judge import SIZE, Judge
 from tokenizers_img.pixels import from_pil
 
 PROMPTS = Path(scenes.__file__).with_name("judge_prompts.jsonl")
-INK, AREA = 245, 100  # darker than this in some channel is no ground; pixels of 128 x 128 that an object has at least
+AREA = 100  # pixels of 128 x 128 that an object has at least
 AT_MOST = 8  # objects that are looked at
 SHARES = {"single": 100, "colour": 50, "pair": 125, "count": 125, "relation": 100}  # of the 500 prompts
 
@@ -52,7 +52,7 @@ def read_prompts(path: Path = PROMPTS) -> list[Truth]:
 
 def boxes(picture: Picture) -> list[tuple[int, int, int, int]]:
     """(left, top, right, bottom) of each connected component of the ink of [H, W, 3] uint8, largest first."""
-    ink = torch.from_numpy(picture.min(axis=2) < INK)
+    ink = torch.from_numpy(picture.min(axis=2) < scenes.INK)
     places = torch.arange(1.0, ink.numel() + 1).reshape(ink.shape)
     labels = torch.where(ink, places, 0.0)
     while not torch.equal(labels, grown := torch.where(ink, F.max_pool2d(labels[None], 3, 1, 1)[0], 0.0)):

@@ -5,7 +5,6 @@ In two stages: `emoji-parti` learns with dropout, `emoji-parti-second` goes on f
 
 from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 
 from argen.models.parti import Parti

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from argen.train import clip as clip_recipe
-from argen.train import judge, llamagen, parti, vit_vqgan
+from argen.train import controlar, judge, llamagen, parti, vit_vqgan
 from argen.train.loop import train
 
 SCHEDULES = {
@@ -13,9 +13,11 @@ SCHEDULES = {
     "emoji-parti": parti.SCHEDULES,
     "emoji-parti-second": parti.SECOND_SCHEDULES,
     "emoji-llamagen": llamagen.SCHEDULES,
+    "emoji-control": controlar.SCHEDULES,
     "emoji-judge": judge.SCHEDULES,
 }
-NEEDS_SCENES = ("emoji-clip", "emoji-parti", "emoji-parti-second", "emoji-llamagen", "emoji-judge")
+STARTS = {"emoji-parti-second": "emoji-parti", "emoji-control": "emoji-llamagen"}  # recipe -> model it goes on from
+NEEDS_SCENES = ("emoji-clip", "emoji-parti", "emoji-parti-second", "emoji-llamagen", "emoji-control", "emoji-judge")
 
 
 def run(
@@ -52,6 +54,7 @@ def run(
         "emoji-parti": lambda: parti.PartiTask(data, scenes, tokenizer, clip),
         "emoji-parti-second": lambda: parti.PartiTask(data, scenes, tokenizer, clip, generator),
         "emoji-llamagen": lambda: llamagen.LlamaGenTask(data, scenes, tokenizer, clip),
+        "emoji-control": lambda: controlar.ControlTask(data, scenes, tokenizer, clip, generator),
         "emoji-judge": lambda: judge.JudgeTask(data, scenes, tokenizer),
     }[recipe]()
     return train(task, schedule, out, seed=seed, steps=steps)

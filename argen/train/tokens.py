@@ -87,7 +87,12 @@ class TokensTask(Task):
         share = CORRUPTION * torch.rand(size, 1, generator=generator)
         slipped = torch.rand(tokens.shape, generator=generator) < share
         read = torch.where(slipped, tokens[torch.randperm(size, generator=generator)], tokens)
-        return {"tokens": tokens, "read": read, "dropped": torch.tensor(dropped), **self.text(captions)}
+        batch = {"tokens": tokens, "read": read, "dropped": torch.tensor(dropped), **self.text(captions)}
+        return batch | self.more(self.pictures[chosen], others, generator)
+
+    def more(self, pictures: Tensor, scenes: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+        """What else a batch holds, of single pictures [n, H, W, 3] uint8 and then of scenes by number."""
+        return {}
 
     def encode_text(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Hidden states [B, T, C] of the captions, mask [B, T] (1: a token)."""

@@ -1,0 +1,119 @@
+"""Recipe `emoji-control`: `emoji-llamagen` learns to follow canny edges and maps of segments, as ControlAR does."""
+
+import json
+import random
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from argen.data.scenes import segments
+from argen.data.tables import read_split
+from argen.models.annotators import as_control, canny
+from argen.models.controlar import ControlAR
+from argen.models.llamagen import LlamaGen
+from argen.pipelines.controlar import ControlARPipeline
+from argen.train.llamagen import LlamaGenTask
+from argen.train.loop import Schedule
+
+SCHEDULES = {
+    "cpu": Schedule(
+        steps=2500, batch_size=64, learning_rate=2e-3, warmup=100, weight_decay=0.03, betas=(0.9, 0.98), muon=True
+    ),
+    "gpu": Schedule(steps=15000, batch_size=512, learning_rate=5e-4, weight_decay=0.03, betas=(0.9, 0.98)),
+}
+ENCODER = {
+    "hidden_size": 128,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "intermediate_size": 384,
+    "image_size": 128,
+    "patch_size": 16,
+}
+SHAPED_SHARE, SHAPED = 0.15, 2000  # of the batches are of pictures twice as wide or high; so many pictures of each
+
+
+class ControlTask(LlamaGenTask):
+    """Args:
+    generator: folder of a trained `emoji-llamagen`.
+    others: see `TokensTask`.
+    """
+
+    def __init__(self, data: Path, scenes: Path, tokenizer: Path, clip: Path, generator: Path):
+        super().__init__(data, scenes, tokenizer, clip)
+        self.scene_boxes = [
+            [tuple(thing["box"]) for thing in json.loads(things)] for things in read_split(scenes, "train")["objects"]
+        ]
+        start = LlamaGen.from_pretrained(generator).float()
+        sizes = {key: value for key, value in start.config.items() if not key.startswith("_")}
+        model = ControlAR(encoder="vit", encoder_sizes=ENCODER, **sizes)
+        model.load_state_dict(start.state_dict(), strict=False)
+        self.networks: dict[str, nn.Module] = {"model": model}
+        self.shaped = [self.pairs(across, random.Random(f"pairs/{across}")) for across in (True, False)]
+
+    def pairs(self, across: bool, rng: random.Random) -> tuple[list[str], Tensor, Tensor]:
+        """Two single pictures at half their size, side by side (`across`) or one above the other: captions, pictures
+        [P, H, W, 3] uint8 and tokens [P, N / 2]."""
+        captions, pictures = [], torch.full((SHAPED, *self.pictures.shape[1:]), 255, dtype=torch.uint8)
+        half, grid = self.pictures.shape[1] // 2, self.vq.grid
+        for picture in pictures:
+            two = rng.choices(range(len(self.rows)), weights=self.weights.tolist(), k=2)
+            for place, index in enumerate(two):
+                small = Image.fromarray(self.pictures[index].numpy()).resize((half, half), Image.Resampling.LANCZOS)
+                first = place * half
+                there = (
+                    (slice(half), slice(first, first + half)) if across else (slice(first, first + half), slice(half))
+                )
+                picture[there] = torch.from_numpy(np.array(small))
+            captions.append(" and ".join(self.rows[index]["name"] for index in two))
+        tokens = self.tokens(pictures).unflatten(1, (grid, grid))
+        if across:
+            return captions, pictures[:, :half], tokens[:, : grid // 2].flatten(1)
+        return captions, pictures[:, :, :half].contiguous(), tokens[:, :, : grid // 2].flatten(1)
+
+    def batch(self, size: int, generator: torch.Generator) -> dict[str, Tensor]:
+        if torch.rand(1, generator=generator) >= SHAPED_SHARE:
+            return super().batch(size, generator)
+        captions, pictures, tokens = self.shaped[int(torch.randint(2, (1,), generator=generator))]
+        chosen = torch.randint(len(captions), (size,), generator=generator)
+        text = self.text([captions[index] for index in chosen.tolist()])
+        control = torch.stack([_edges(picture) for picture in pictures[chosen]])
+        dropped = torch.zeros(size, dtype=torch.bool)
+        return {"tokens": tokens[chosen], "read": tokens[chosen], "dropped": dropped, "control": control, **text}
+
+    def more(self, pictures: Tensor, scenes: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+        """The control pictures: edges or segments, by chance."""
+        side = pictures.shape[1]
+        shown = [(picture, [(0, 0, side, side)]) for picture in pictures]
+        shown += [(self.scene_pictures[index], self.scene_boxes[index]) for index in scenes.tolist()]
+        flat = torch.rand(len(shown), generator=generator) < 0.5
+        maps = [
+            _control(segments(picture.numpy(), boxes)) if segmented else _edges(picture)
+            for (picture, boxes), segmented in zip(shown, flat, strict=True)
+        ]
+        return {"control": torch.stack(maps)}
+
+    def held_out(self, rows: slice) -> dict[str, Tensor]:
+        return super().held_out(rows) | {"control": torch.stack([_edges(p) for p in self.held_out_pictures[rows]])}
+
+    def logits(self, network: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        return network(*self.condition(batch), batch["read"], batch["control"], batch["dropped"])
+
+    def pipeline(self) -> ControlARPipeline:
+        return ControlARPipeline(self._model(), self.vq, self.clip, self.text_tokenizer, self.groups, any_size=True)
+
+    def asked(self) -> dict:
+        step = max(1, len(self.held_out_captions) // 32)
+        pictures = [Image.fromarray(picture.numpy()) for picture in self.held_out_pictures[::step][:32]]
+        return super().asked() | {"control_image": pictures, "control_type": "canny"}
+
+
+def _control(picture) -> Tensor:
+    """[H, W, 3] uint8 -> [3, H, W] in [-1, 1]."""
+    return as_control(torch.from_numpy(picture).permute(2, 0, 1))
+
+
+def _edges(picture: Tensor) -> Tensor:
+    return as_control(torch.from_numpy(canny(picture.numpy()))[None])
