@@ -38,6 +38,7 @@ class Model:
         files: glob patterns of the files in `repo` that are read.
         read: turns the folder that holds the files into what `load` gives.
         parameters: in millions, of everything that the id loads by itself.
+        takes: what a generator is asked with: "text", "class", "control" (a picture to follow).
     """
 
     kind: str
@@ -47,6 +48,7 @@ class Model:
     read: Callable[[Path], TokenPipeline | ViTVQGAN | TextImageEncoder]
     repo: str | None = None
     files: tuple[str, ...] = ()
+    takes: tuple[str, ...] = ("text",)
 
 
 def _parti(folder: Path) -> PartiPipeline:
@@ -105,9 +107,10 @@ def _llamagen(name: str, parameters: float) -> Model:
         files = folder / f"{name}.pt", folder / f"vq_ds16_{kind}.pt"
         return LlamaGenPipeline.from_original(*files, size, int(pixels) // 16, *text)
 
-    asked = "class" if kind == "c2i" else "caption"
+    asked = "class" if kind == "c2i" else "text"
     about = f"LlamaGen {size}, {asked} -> {(int(pixels) // 16) ** 2} tokens -> {pixels} x {pixels}"
-    return Model("generator", about, "MIT", parameters, read, repo, (f"{name}.pt", f"vq_ds16_{kind}.pt"))
+    files = f"{name}.pt", f"vq_ds16_{kind}.pt"
+    return Model("generator", about, "MIT", parameters, read, repo, files, takes=(asked,))
 
 
 def _t5() -> tuple[T5EncoderModel, PreTrainedTokenizerFast]:
@@ -125,8 +128,9 @@ def _controlar(name: str, about: str, encoder: str, grid: int, resize: str) -> M
 
     size = "any size up to 2304 tokens" if grid == 48 else "512 x 512"
     parameters = 886.9 if encoder == "dinov2-small" else 951.9
-    about = f"ControlAR on LlamaGen XL, caption and {about} -> {size}"
-    return Model("generator", about, "Apache-2.0", parameters, read, "wondervictor/ControlAR", (f"{name}.safetensors",))
+    about = f"ControlAR on LlamaGen XL, text and {about} -> {size}"
+    files, takes = (f"{name}.safetensors",), ("text", "control")
+    return Model("generator", about, "Apache-2.0", parameters, read, "wondervictor/ControlAR", files, takes)
 
 
 def _llamagen_vq(name: str, parameters: float) -> Model:

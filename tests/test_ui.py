@@ -104,3 +104,9 @@ def test_stop_stops(page, site):
     page.get_by_role("button", name="Stop").click()
     time.sleep(5)
     assert len(list(site[1].glob("*.png"))) == before
+
+
+def test_a_model_that_is_not_here_is_answered_with_one_line(page):
+    page.get_by_label("Model").first.click()
+    page.get_by_role("option", name="FoundationVision/LlamaGen:c2i_B_256", exact=True).click()
+    page.get_by_text("could not be fetched from the hub").first.wait_for(timeout=60_000)

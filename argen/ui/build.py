@@ -1,27 +1,40 @@
 """The web page: its tabs, and the server that shows it."""
 
 import socket
+from functools import cache
 from pathlib import Path
 
 import gradio as gr
 
 from argen.device import pick
-from argen.registry import load
-from argen.ui import generate
+from argen.pipelines.base import TokenPipeline
+from argen.registry import MODELS, load
+from argen.ui import control, generate
 
 
 def build(data_dir: Path, device: str | None = None) -> gr.Blocks:
-    """The page with the shipped generator behind it.
+    """The page with every generator to choose from; each is loaded when it is first asked for.
 
     Args:
         data_dir: where finished pictures are kept; made if it is missing.
     """
     data_dir.mkdir(parents=True, exist_ok=True)
-    pipe = load("argen/emoji-parti").to(pick(device))
+    where = pick(device)
+
+    @cache
+    def models(name: str) -> TokenPipeline:
+        return load(name).to(where)
+
+    generators = {name: model.takes for name, model in MODELS.items() if model.kind == "generator"}
+    free = [name for name, takes in generators.items() if "control" not in takes]
+    controlled = [name for name, takes in generators.items() if "control" in takes]
     with gr.Blocks(title="argen", analytics_enabled=False) as page:
         gr.Markdown("# argen\nPictures written token by token, from words.")
         with gr.Tab("Generate"):
-            generate.tab(pipe, data_dir)
+            generate.tab(models, free, data_dir)
+        if any(MODELS[name].repo is None for name in controlled):  # one that works offline
+            with gr.Tab("Control"):
+                control.tab(models, controlled, data_dir)
     return page
 
 

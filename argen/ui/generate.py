@@ -1,33 +1,40 @@
 """The tab that makes pictures: they grow while they are written, and keep their settings."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime
 from pathlib import Path
 
 import gradio as gr
 
 from argen.data.emoji import STYLES
+from argen.data.imagenet import class_names
 from argen.metadata import save_pictures
 from argen.pipelines.base import TokenPipeline
 from argen.request import Request
 
 ANY_STYLE = "any"
 PREVIEW_SIDE = 256  # of the shown pictures, in pixels; the files keep the model's size
+Models = Callable[[str], TokenPipeline]  # id -> the generator
 
 
-def tab(pipe: TokenPipeline, data_dir: Path) -> None:
+def tab(models: Models, ids: Sequence[str], data_dir: Path) -> None:
     """Lay the tab out inside the current `gr.Blocks`.
 
     Args:
-        pipe: the generator.
+        models: gives a generator by its id.
+        ids: of the generators to choose from; the first is shown.
         data_dir: existing folder for finished pictures.
     """
+    shown = models(ids[0])
 
-    def run(prompt, style, num, seed, guidance_scale, temperature, top_k, num_candidates) -> Iterator[tuple]:
-        text = prompt.strip() if style == ANY_STYLE else f"{prompt.strip()}, {STYLES[style].prompt}"
-        try:
+    def run(model, prompt, style, num, seed, guidance_scale, temperature, top_k, num_candidates) -> Iterator[tuple]:
+        asked = prompt.strip()
+        styled = asked and style != ANY_STYLE and not asked.startswith("class:")
+        with refusals():
+            pipe = models(model)
             request = Request(
-                prompt=text if prompt.strip() else "",
+                prompt=f"{asked}, {STYLES[style].prompt}" if styled else asked,
+                model=model,
                 num_images=int(num),
                 seed=int(seed),
                 guidance_scale=guidance_scale,
@@ -35,31 +42,36 @@ def tab(pipe: TokenPipeline, data_dir: Path) -> None:
                 top_k=int(top_k),
                 num_candidates=int(num_candidates) if num_candidates > num else None,
             )
-        except (ValueError, TypeError) as error:
-            raise gr.Error(str(error), title="That cannot be drawn") from error
-        for job in pipe.run(request, every=4):
-            if not job.pictures:
-                shown = pipe.pictures(job.tokens[: request.num_images])
-                yield [_enlarge(picture) for picture in shown], f"{job.progress:.0%}", None
-        stamp = datetime.now().strftime("%Y%m%d-%H%M%S-%f")
-        paths = [data_dir / f"{stamp}-{index}.png" for index in range(1, len(job.pictures) + 1)]
-        save_pictures(list(zip(job.pictures, job.requests, strict=True)), paths)
-        settings = [{"file": path.name, **own.to_dict()} for path, own in zip(paths, job.requests, strict=True)]
-        state = f"{len(paths)} picture{'s' if len(paths) > 1 else ''} in {data_dir}"
-        yield [(str(path), own.prompt) for path, own in zip(paths, job.requests, strict=True)], state, settings
+        yield from draw(pipe, request, data_dir)
+
+    def choose(model):
+        with refusals():
+            pipe = models(model)
+        own, names = pipe.defaults, classes(pipe)
+        emoji = model.startswith("argen/")
+        return (
+            gr.update(value=ANY_STYLE, visible=emoji),
+            own.guidance_scale,
+            own.temperature,
+            own.top_k,
+            gr.update(choices=names, value=None, visible=bool(names)),
+        )
 
     with gr.Row():
         with gr.Column(scale=2):
+            model = gr.Dropdown(list(ids), value=ids[0], label="Model", elem_id="model")
             prompt = gr.Textbox(label="Prompt", placeholder="a red apple", autofocus=True, elem_id="prompt")
+            names = classes(shown)
+            group = gr.Dropdown(names, value=None, label="Or a class", visible=bool(names), elem_id="class")
             with gr.Row():
                 style = gr.Dropdown([ANY_STYLE, *STYLES], value=ANY_STYLE, label="Style")
                 num = gr.Slider(1, 9, value=4, step=1, label="Pictures")
                 seed = gr.Number(0, precision=0, minimum=0, label="Seed", info="picture i has seed + i")
             with gr.Accordion("More", open=False):
-                own = pipe.defaults
+                own = shown.defaults
                 guidance = gr.Slider(1, 10, value=own.guidance_scale, step=0.5, label="Guidance", info="1: none")
                 temperature = gr.Slider(0, 2, value=own.temperature, step=0.05, label="Temperature")
-                top_k = gr.Slider(0, 1024, value=own.top_k, step=1, label="Top-k", info="0: all tokens")
+                top_k = gr.Slider(0, 2048, value=own.top_k, step=1, label="Top-k", info="0: all tokens")
                 candidates = gr.Slider(
                     1, 32, value=1, step=1, label="Candidates", info="more than Pictures: the best ones are kept"
                 )
@@ -67,14 +79,62 @@ def tab(pipe: TokenPipeline, data_dir: Path) -> None:
                 go = gr.Button("Draw", variant="primary", elem_id="draw")
                 stop = gr.Button("Stop")
             gr.Examples(["a red apple", "a blue robot", "three yellow ducks", "a cat to the left of a pizza"], prompt)
-        with gr.Column(scale=3):
-            gallery = gr.Gallery(label="Pictures", columns=2, object_fit="contain", format="png", elem_id="pictures")
-            state = gr.Markdown(elem_id="state")
-            settings = gr.JSON(label="Settings of each picture, also inside its file", elem_id="settings")
+        outputs = results("")
 
-    inputs = [prompt, style, num, seed, guidance, temperature, top_k, candidates]
-    drawing = gr.on([go.click, prompt.submit], run, inputs, [gallery, state, settings], concurrency_limit=1)
+    model.change(choose, model, [style, guidance, temperature, top_k, group])
+    group.input(lambda name: f"class:{name}", group, prompt)
+    inputs = [model, prompt, style, num, seed, guidance, temperature, top_k, candidates]
+    drawing = gr.on([go.click, prompt.submit], run, inputs, outputs, concurrency_limit=1)
     stop.click(None, cancels=[drawing])
+
+
+def classes(pipe: TokenPipeline) -> list[str]:
+    """Names of the classes that a generator can be asked for as "class:NAME"."""
+    groups = getattr(pipe.config, "groups", None)
+    by_class = getattr(pipe.components.get("transformer"), "config", {}).get("classes") == len(class_names())
+    return list(class_names()) if by_class else list(groups or [])
+
+
+def results(suffix: str) -> list:
+    """The column of what comes out: gallery, state, settings."""
+    with gr.Column(scale=3):
+        gallery = gr.Gallery(
+            label="Pictures", columns=2, object_fit="contain", format="png", elem_id=f"pictures{suffix}"
+        )
+        state = gr.Markdown(elem_id=f"state{suffix}")
+        settings = gr.JSON(label="Settings of each picture, also inside its file", elem_id=f"settings{suffix}")
+    return [gallery, state, settings]
+
+
+def draw(pipe: TokenPipeline, request: Request, data_dir: Path) -> Iterator[tuple]:
+    """Carry a request out and keep its pictures; yields what `results` shows."""
+    with refusals():
+        for job in pipe.run(request, every=4):
+            if not job.pictures:
+                shown = pipe.pictures(job.tokens[: request.num_images])
+                yield [_enlarge(picture) for picture in shown], f"{job.progress:.0%}", None
+    stamp = datetime.now().strftime("%Y%m%d-%H%M%S-%f")
+    paths = [data_dir / f"{stamp}-{index}.png" for index in range(1, len(job.pictures) + 1)]
+    save_pictures(list(zip(job.pictures, job.requests, strict=True)), paths)
+    settings = [{"file": path.name, **_readable(own)} for path, own in zip(paths, job.requests, strict=True)]
+    state = f"{len(paths)} picture{'s' if len(paths) > 1 else ''} in {data_dir}"
+    yield [(str(path), own.prompt) for path, own in zip(paths, job.requests, strict=True)], state, settings
+
+
+class refusals:
+    """Bad input becomes a message on the page."""
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, kind, error, trace) -> None:
+        if isinstance(error, ValueError | TypeError | OSError | ModuleNotFoundError):
+            raise gr.Error(str(error), title="That cannot be drawn") from error
+
+
+def _readable(request: Request) -> dict:
+    control = request.control
+    shown = {"kind": control.kind, "strength": control.strength, "size": control.size} if control else None
+    return {name: shown if name == "control" else value for name, value in request.given().items()}
 
 
 def _enlarge(picture):

@@ -1,0 +1,72 @@
+"""The tab that follows a control picture: draw one or give one, see what the generator will see, and draw after it."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import gradio as gr
+from PIL import Image
+
+from argen.models.annotators import KINDS, annotate, as_picture
+from argen.request import Control, Request
+from argen.ui.generate import Models, draw, refusals, results
+
+CANVAS = 512  # pixels
+
+
+def tab(models: Models, ids: Sequence[str], data_dir: Path) -> None:
+    """Lay the tab out inside the current `gr.Blocks`; the arguments are those of `argen.ui.generate.tab`."""
+
+    def control(picture, kind, strength=1.0) -> Control:
+        drawn = (picture or {}).get("composite")
+        if drawn is None:
+            raise ValueError("there is no control picture: draw one, or drop a file on the canvas")
+        return Control(drawn, kind, strength)
+
+    def preview(model, picture, kind) -> Image.Image:
+        with refusals():
+            ready = models(model).prepare(control(picture, kind))
+            return as_picture(annotate(ready.picture, kind))
+
+    def run(model, prompt, picture, kind, strength, num, seed) -> Iterator[tuple]:
+        with refusals():
+            pipe = models(model)
+            asked = control(picture, kind, strength)
+            request = Request(prompt.strip(), model, int(num), int(seed), control=asked)
+        yield from draw(pipe, request, data_dir)
+
+    with gr.Row():
+        with gr.Column(scale=2):
+            model = gr.Dropdown(list(ids), value=ids[0], label="Model")
+            prompt = gr.Textbox(label="Prompt", placeholder="a pizza", elem_id="control-prompt")
+            picture = gr.ImageEditor(
+                value=Image.new("RGB", (CANVAS, CANVAS), "white"),
+                type="pil",
+                image_mode="RGB",
+                canvas_size=(CANVAS, CANVAS),
+                label="Draw, or drop a picture",
+                elem_id="canvas",
+            )
+            with gr.Row():
+                kind = gr.Dropdown(
+                    [(f"{name}: {about}", name) for name, (about, _) in KINDS.items()], value="canny", label="Control"
+                )
+                strength = gr.Slider(0, 2, value=1, step=0.05, label="Strength", info="0: none")
+            with gr.Row():
+                num = gr.Slider(1, 9, value=4, step=1, label="Pictures")
+                seed = gr.Number(0, precision=0, minimum=0, label="Seed")
+            with gr.Row():
+                look = gr.Button("Show the control picture", elem_id="look")
+                go = gr.Button("Draw", variant="primary", elem_id="control-draw")
+                stop = gr.Button("Stop")
+            seen = gr.Image(label="What the generator sees", height=256, elem_id="seen")
+        outputs = results("-control")
+
+    look.click(preview, [model, picture, kind], seen)
+    drawing = gr.on(
+        [go.click, prompt.submit],
+        run,
+        [model, prompt, picture, kind, strength, num, seed],
+        outputs,
+        concurrency_limit=1,
+    )
+    stop.click(None, cancels=[drawing])
