@@ -25,6 +25,7 @@ from tokenizers_img.pixels import from_pil
 PROMPTS = Path(scenes.__file__).with_name("judge_prompts.jsonl")
 AREA = 100  # pixels of 128 x 128 that an object has at least
 AT_MOST = 8  # objects that are looked at
+AMONG = 5  # an object is what it should be if that is among so many of the judge's likeliest names
 SHARES = {"single": 100, "colour": 50, "pair": 125, "count": 125, "relation": 100}  # of the 500 prompts
 
 
@@ -78,17 +79,22 @@ def crop(picture: Picture, box: tuple[int, int, int, int]) -> Tensor:
 
 
 def verdict(judge: Judge, picture: Picture, truth: Truth) -> dict[str, float]:
-    """What is right about a picture: {question: 0 or 1}, the questions being those of the truth's kind."""
+    """What is right about a picture: {question: 0 to 1}, the questions being those of the truth's kind.
+
+    "identity" is the share of the objects that are what they should be: among the judge's `AMONG` likeliest names; "name" is
+    that of single objects whose likeliest name is right.
+    """
     found = boxes(picture)[:AT_MOST]
-    names, colours = judge.answers(torch.stack([crop(picture, box) for box in found])) if found else ([], [])
+    looked = torch.stack([crop(picture, box) for box in found]) if found else None
+    names, colours = judge.answers(looked, AMONG) if found else ([], [])
     if truth.kind in ("single", "colour"):  # an icon may have several parts
-        name, colour = (
-            (answer[0] for answer in judge.answers(crop(picture, around(found))[None])) if found else ("", "")
-        )
-        right = {"identity": float(name == truth.objects[0][0])}
-        return right | ({"colour": float(colour == truth.objects[0][1])} if truth.kind == "colour" else {})
+        whole = crop(picture, around(found))[None] if found else None
+        (likely,), (colour,) = judge.answers(whole, AMONG) if found else ([[""]], [""])
+        asked, tint = truth.objects[0]
+        right = {"identity": float(asked in likely), "name": float(asked == likely[0])}
+        return right | ({"colour": float(colour == tint)} if truth.kind == "colour" else {})
     if truth.kind == "count":
-        right = [name == truth.objects[0][0] for name in names]
+        right = [truth.objects[0][0] in likely for likely in names]
         return {"count": float(len(found) == len(truth.objects)), "identity": sum(right) / max(1, len(right))}
     best = {"identity": 0.0, "colour": 0.0, "both": 0.0}
     if len(found) >= 2:
@@ -101,7 +107,7 @@ def verdict(judge: Judge, picture: Picture, truth: Truth) -> dict[str, float]:
 
 
 def _match(truth: Truth, names: Sequence[str], colours: Sequence[str], order: tuple[int, int]) -> dict:
-    same = [names[i] == name for i, (name, _) in zip(order, truth.objects, strict=True)]
+    same = [name in names[i] for i, (name, _) in zip(order, truth.objects, strict=True)]
     tinted = [colours[i] == colour for i, (_, colour) in zip(order, truth.objects, strict=True)]
     both = all(same) and all(tinted)
     return {"identity": sum(same) / 2, "colour": sum(tinted) / 2, "both": float(both), "order": order}

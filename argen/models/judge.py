@@ -39,7 +39,7 @@ class Judge(ModelMixin, ConfigMixin):
         self.stem = nn.Conv2d(3, width, 3, padding=1, bias=False)
         self.blocks = nn.Sequential(*[ResidualBlock(width * 2**i, width * 2 ** (i + 1)) for i in range(4)])
         self.norm = nn.BatchNorm2d(16 * width)
-        self.drop = nn.Dropout(0.2)
+        self.drop = nn.Dropout(0.3)
         self.name = nn.Linear(16 * width, len(names))
         self.colour = nn.Linear(16 * width, len(colours))
 
@@ -48,7 +48,8 @@ class Judge(ModelMixin, ConfigMixin):
         return self.name(self.drop(x)), self.colour(x)
 
     @torch.no_grad()
-    def answers(self, pixels: Tensor) -> tuple[list[str], list[str]]:
-        """The likeliest name and colour of each of [B, 3, 64, 64]."""
-        name, colour = (logits.argmax(dim=1).tolist() for logits in self(pixels.to(self.device, self.dtype)))
-        return [self.config.names[i] for i in name], [self.config.colours[i] for i in colour]
+    def answers(self, pixels: Tensor, among: int = 1) -> tuple[list[list[str]], list[str]]:
+        """The `among` likeliest names, likeliest first, and the likeliest colour of each of [B, 3, 64, 64]."""
+        name, colour = self(pixels.to(self.device, self.dtype))
+        names = [[self.config.names[i] for i in row] for row in name.topk(among, dim=1).indices.tolist()]
+        return names, [self.config.colours[i] for i in colour.argmax(dim=1).tolist()]

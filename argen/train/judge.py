@@ -20,11 +20,34 @@ from argen.train.loop import Schedule, Task
 from tokenizers_img.vit_vqgan import ViTVQGAN
 
 SCHEDULES = {
-    "cpu": Schedule(steps=3000, batch_size=128, learning_rate=2e-3, warmup=100, weight_decay=0.05),
+    "cpu": Schedule(steps=2500, batch_size=128, learning_rate=2e-3, warmup=100, weight_decay=0.1),
     "gpu": Schedule(steps=10000, batch_size=512, learning_rate=2e-3, weight_decay=0.05),
 }
 JITTER = 2  # pixels
+SETTLING = 30  # batches after which the norms know the averaged weights
 UNKNOWN = -100  # the colour of an icon that keeps its own
+
+
+def varied(pictures: Tensor, any_colour: Tensor, generator: torch.Generator) -> Tensor:
+    """[B, 3, S, S] in [0, 1] turned, stretched, lit and partly hidden by chance; of those in `any_colour` [B] some change
+    their colours, too."""
+
+    def chance(*shape: int, low: float = 0.0, high: float = 1.0) -> Tensor:
+        return low + (high - low) * torch.rand(len(pictures), *shape, generator=generator)
+
+    angle, scale = chance(low=-0.3, high=0.3), chance(2, low=0.85, high=1.2)
+    turn = torch.stack([angle.cos(), -angle.sin(), angle.sin(), angle.cos()], dim=1).unflatten(1, (2, 2))
+    places = torch.cat([turn / scale[:, :, None], chance(2, 1, low=-0.1, high=0.1)], dim=2)
+    grid = F.affine_grid(places, list(pictures.shape), align_corners=False)
+    out = 1 - F.grid_sample(1 - pictures, grid, align_corners=False)  # white comes in
+    order = torch.stack([torch.randperm(3, generator=generator) for _ in pictures])
+    order = torch.where((any_colour & (chance() < 0.3))[:, None], order, torch.arange(3))
+    out = out.gather(1, order[:, :, None, None].expand_as(out))
+    out = 1 - (1 - out) * chance(1, 1, 1, low=0.75, high=1.25)
+    cell = torch.arange(pictures.shape[-1]) / pictures.shape[-1]
+    down, across = ((cell - chance(1, low=-0.3)).abs() < 0.12 for _ in range(2))
+    hidden = down[:, None, :, None] & across[:, None, None, :]
+    return out.masked_fill(hidden, 1.0).clamp(0, 1)
 
 
 class JudgeTask(Task):
@@ -80,7 +103,8 @@ class JudgeTask(Task):
             crops.append(crop.flip(2) if mirrored else crop)
             names.append(name)
             colours.append(colour)
-        return {"pixels": torch.stack(crops), "names": torch.tensor(names), "colours": torch.tensor(colours)}
+        labels = {"names": torch.tensor(names), "colours": torch.tensor(colours)}
+        return {"pixels": varied(torch.stack(crops), labels["colours"] == UNKNOWN, generator), **labels}
 
     def losses(self, batch: dict[str, Tensor], step: int, log: dict[str, float]) -> Iterator[tuple[str, Tensor]]:
         name, colour = self.networks["model"](batch["pixels"])
@@ -92,8 +116,23 @@ class JudgeTask(Task):
     def _model(self) -> Judge:
         return getattr(self.networks["model"], "module", self.networks["model"])
 
+    @torch.no_grad()
+    def settle(self) -> None:
+        """Measure the statistics of the norms anew, for the averaged weights."""
+        norms = [module for module in self._model().modules() if isinstance(module, nn.BatchNorm2d)]
+        for norm in norms:
+            norm.reset_running_stats()
+            norm.momentum, kept = None, norm.momentum  # a plain mean
+        self._model().train()
+        for number in range(SETTLING):
+            self._model()(self.batch(64, torch.Generator().manual_seed(number))["pixels"].to(self._model().device))
+        self._model().eval()
+        for norm in norms:
+            norm.momentum = kept
+
     def evaluate(self) -> dict[str, float]:
         """Shares of right answers on real held-out scenes and pictures: what a perfect generator would get."""
+        self.settle()
         scores = scoring.evaluate(self._model(), self.scenes, self.truths)
         self.accuracy = {name: round(entry["value"], 4) for name, entry in scores.items()}
         return self.accuracy
