@@ -17,12 +17,16 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 from argen.command import Parser, guarded
 from argen.device import pick
 from argen.models.llamagen import SIZES, LlamaGen, LlamaGenSession
-from samplers.logits import Sampling, guide, uniforms
+from samplers.logits import Gumbel, Sampling, guide, keys_of
 from samplers.steps import Plain
-from samplers.steps import pick as draw
+from samplers.steps import pick as decide
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 SAMPLING = Sampling(top_k=2000)
+
+
+def noise_of(batch: int, length: int) -> Gumbel:
+    return Gumbel(keys_of([torch.Generator().manual_seed(index) for index in range(batch)], length))
 
 
 def plain(model: LlamaGen, batch: int, scale: float) -> Callable[[], Tensor]:
@@ -33,9 +37,9 @@ def plain(model: LlamaGen, batch: int, scale: float) -> Callable[[], Tensor]:
         condition = torch.cat([ids, torch.full_like(ids, model.config.classes)])
         mask = torch.ones(2 * batch, 1, dtype=torch.bool, device=model.device)
         session = LlamaGenSession(model, model.cls_embedding(condition), mask, guided=True)
-        luck = uniforms([torch.Generator().manual_seed(index) for index in range(batch)], model.length)
+        noise = noise_of(batch, model.length)
         grid = torch.full((batch, model.length), -1, device=model.device)
-        *_, last = Plain()(session, grid, SAMPLING, scale, luck)
+        *_, last = Plain()(session, grid, SAMPLING, scale, noise)
         return last.tokens
 
     return run
@@ -46,11 +50,12 @@ def eager(model: LlamaForCausalLM, batch: int, length: int, scale: float) -> Cal
 
     def run() -> Tensor:
         cache, token = DynamicCache(config=model.config), torch.zeros(2 * batch, 1, dtype=torch.long)
-        luck = uniforms([torch.Generator().manual_seed(index) for index in range(batch)], length)
+        noise = noise_of(batch, length)
         token, ids = token.to(model.device), []
         for cell in range(length):
             logits = model(token, past_key_values=cache, use_cache=True).logits[:, -1].float()
-            ids.append(draw(guide(*logits.chunk(2), scale), SAMPLING, luck[:, cell]))
+            guided = guide(*logits.chunk(2), scale)[:, None]
+            ids.append(decide(guided, SAMPLING, noise, torch.tensor([cell]))[:, 0])
             token = torch.cat([ids[-1], ids[-1]])[:, None]
         return torch.stack(ids, dim=1)
 

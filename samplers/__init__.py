@@ -1,8 +1,9 @@
 """How tokens are drawn: pure functions on tensors that know no network and no picture."""
 
+from samplers.jacobi import Jacobi
 from samplers.steps import Plain, Sampler
 
-SAMPLERS: dict[str, type] = {"plain": Plain}
+SAMPLERS: dict[str, type] = {"plain": Plain, "jacobi": Jacobi}
 
 
 def by_name(name: str) -> Sampler:

@@ -1,9 +1,10 @@
-"""From logits to one drawn token, as pure functions.
+"""From logits to one drawn token, as pure functions of the logits and of noise that is fixed for every cell.
 
-Letters in shape comments: B batch, K vocabulary.
+Letters in shape comments: B pictures, N cells of a picture, n cells of a pass, K vocabulary.
 """
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -60,17 +61,79 @@ class Sampling:
         return keep_top_p(logits / (self.temperature or 1.0), self.top_p)
 
 
-def draw(probs: Tensor, uniforms: Tensor) -> Tensor:
-    """Inverse-transform sampling: the first token at which the running sum of probs [..., K] passes uniforms [...].
+class Noise(Protocol):
+    """What decides each cell of each picture, whatever else is decided in the pass and however often it is asked."""
 
-    A draw depends on nothing but its own row and its own uniform number in [0, 1).
+    def draw(self, logits: Tensor, cells: Tensor) -> Tensor:
+        """Filtered logits [B, n, K] of `cells` ([n] or [B, n], on the CPU) -> tokens [B, n]."""
+
+
+@dataclass(frozen=True)
+class Gumbel:
+    """One vector of Gumbel noise for each cell: the arg-max of log-probabilities and noise is a draw from them.
+
+    The same noise under nearly the same probabilities gives the same token, which is what lets parallel samplers find the
+    tokens of the plain one. The noise is a hash of a key and the token's number, so it takes no memory and is the same on
+    every device.
+
+    Args:
+        keys: [B, N] int64, see `keys_of`.
     """
+
+    keys: Tensor
+
+    def draw(self, logits: Tensor, cells: Tensor) -> Tensor:
+        """See `Noise.draw`."""
+        rows = torch.arange(len(self.keys))[:, None]
+        keys = self.keys[rows, cells.expand(len(self.keys), -1)].to(logits.device)
+        return (logits + gumbel(keys, logits.shape[-1])).argmax(dim=-1)
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """One uniform number for each cell, by inverse-transform sampling: for draws that were written down.
+
+    Args:
+        uniforms: [B, N] in [0, 1).
+    """
+
+    uniforms: Tensor
+
+    def draw(self, logits: Tensor, cells: Tensor) -> Tensor:
+        """See `Noise.draw`."""
+        rows = torch.arange(len(self.uniforms))[:, None]
+        numbers = self.uniforms[rows, cells.expand(len(self.uniforms), -1)].to(logits.device)
+        return inverse_transform(logits.softmax(dim=-1), numbers)
+
+
+def inverse_transform(probs: Tensor, uniforms: Tensor) -> Tensor:
+    """The first token at which the running sum of probs [..., K] passes uniforms [...]."""
     total = probs.double().cumsum(dim=-1)
     reached = total > uniforms.double().unsqueeze(-1) * total[..., -1:]
     return reached.to(torch.uint8).argmax(dim=-1)
 
 
-def uniforms(generators: list[torch.Generator], count: int) -> Tensor:
-    """[B, count] float64 numbers in [0, 1): row b comes from generators[b] alone, so a picture never feels its batch."""
-    rows = [torch.rand(count, generator=g, dtype=torch.float64, device=g.device).cpu() for g in generators]
-    return torch.stack(rows)
+def gumbel(keys: Tensor, tokens: int) -> Tensor:
+    """Keys [...] int64 -> standard Gumbel noise [..., tokens] float32."""
+    steps = torch.arange(1, tokens + 1, device=keys.device) * -0x61C8864680B583EB
+    bits = _shifted(_mixed(keys[..., None] + steps), 32)
+    small = (bits.float() + 0.5) * 2.0**-32  # well resolved where it is small, which is where the noise is large
+    return -torch.log(-torch.log1p(-small))
+
+
+def _mixed(x: Tensor) -> Tensor:
+    """The finalizer of splitmix64 on int64."""
+    x = (x ^ _shifted(x, 30)) * -0x40A7B892E31B1A47
+    x = (x ^ _shifted(x, 27)) * -0x6B2FB644ECCEEE15
+    return x ^ _shifted(x, 31)
+
+
+def _shifted(x: Tensor, bits: int) -> Tensor:
+    """Logical shift to the right."""
+    return (x >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def keys_of(generators: list[torch.Generator], count: int) -> Tensor:
+    """[B, count] int64; row b comes from generators[b] alone, so a picture never feels its batch."""
+    low, high = -(2**63), 2**63 - 1
+    return torch.stack([torch.randint(low, high, (count,), generator=g, device=g.device).cpu() for g in generators])

@@ -14,7 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from samplers.logits import Sampling, draw, guide
+from samplers.logits import Noise, Sampling, guide
 
 START = -1  # the token, and the position, that stands before the first cell
 
@@ -24,28 +24,30 @@ class Session(Protocol):
 
     Attributes:
         length: N, the cells of one picture.
-        cached: entries in the cache, the start token included.
+        columns: cells of a row of its grid.
     """
 
     length: int
-    cached: int
+    columns: int
 
     def forward(self, tokens: Tensor, positions: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """One pass over n tokens; their keys and values join the cache.
+        """One pass over n tokens; their keys and values join the cache, over what it held from there on.
 
         Args:
             tokens: [B, n] int64, the tokens standing at `positions` (`START` for the start token).
-            positions: [n] or [B, n] int64, their cells (`START` for the start token).
-            mask: None where each token sees the cache and the tokens up to itself (a chain); else [n, n] bool, which
-                of the n new tokens each of them sees beside the cache (a tree; the diagonal is true).
+            positions: [n] or [B, n] int64 on the CPU, their cells (`START` for the start token): of a chain each one more
+                than the last, and no more than one behind the cells that are cached.
+            mask: None for a chain, in which each token sees all cells up to its own; else [n, n] or, with positions of
+                each picture, [B, n, n] bool: which of the n tokens each of them sees, beside the cells before the first
+                of them (a tree; the diagonal is true).
 
         Returns:
             Logits [B, n, K] for the token that follows each given one, with the prompt and (None where the session has
             no unguided half) without it.
         """
 
-    def keep(self, entries: Tensor) -> None:
-        """Rollback: of the cache keep only `entries` ([m] or [B, m] int64, in this order), forget the others."""
+    def keep(self, nodes: Tensor) -> None:
+        """Of a tree keep the tokens `nodes` ([m] or [B, m] int64, by their number in the pass): they become the chain."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +78,7 @@ class Sampler(Protocol):
     lossless: bool
 
     def __call__(
-        self, session: Session, tokens: Tensor, sampling: Sampling, guidance_scale: GuidanceScale, uniforms: Tensor
+        self, session: Session, tokens: Tensor, sampling: Sampling, guidance_scale: GuidanceScale, noise: Noise
     ) -> Iterator[Step]: ...
 
 
@@ -88,14 +90,14 @@ class Plain:
     lossless = True
 
     def __call__(
-        self, session: Session, tokens: Tensor, sampling: Sampling, guidance_scale: GuidanceScale, uniforms: Tensor
+        self, session: Session, tokens: Tensor, sampling: Sampling, guidance_scale: GuidanceScale, noise: Noise
     ) -> Iterator[Step]:
         """Fill the cells of `tokens` that are -1.
 
         Args:
             session: fresh, nothing cached.
             tokens: [B, N] int64, -1 in the cells to fill; not changed.
-            uniforms: [B, N] in [0, 1): the number that decides each cell, whatever else is decided in the pass.
+            noise: what decides each cell.
         """
         tokens = tokens.clone()
         waiting = [START]  # cells whose tokens the network has not read yet
@@ -105,7 +107,7 @@ class Plain:
                 waiting.append(cell)
                 continue
             logits = next_logits(session, tokens, waiting, guidance_scale, cell)
-            drawn = pick(logits, sampling, uniforms[:, cell])
+            drawn = pick(logits, sampling, noise, torch.tensor([cell]))[:, 0]
             tokens[:, cell] = torch.where(tokens[:, cell] < 0, drawn.to(tokens.device), tokens[:, cell])
             waiting, passes = [cell], passes + 1
             yield Step(tokens.clone(), passes)
@@ -114,17 +116,24 @@ class Plain:
 def next_logits(
     session: Session, tokens: Tensor, waiting: list[int], guidance_scale: GuidanceScale, cell: int
 ) -> Tensor:
-    """Let the session read the `waiting` cells; guided float32 logits [B, K] of `cell`."""
+    """Let the session read the `waiting` cells; guided float32 logits [B, 1, K] of `cell`."""
     read = torch.stack([tokens[:, c] if c >= 0 else torch.full_like(tokens[:, 0], START) for c in waiting], dim=1)
-    conditional, unconditional = session.forward(read, torch.tensor(waiting, device=tokens.device))
+    laws = [law[:, -1:] if law is not None else None for law in session.forward(read, torch.tensor(waiting))]
+    return guided(*laws, guidance_scale, torch.tensor([cell]))
+
+
+def guided(conditional: Tensor, unconditional: Tensor | None, scale: GuidanceScale, cells: Tensor) -> Tensor:
+    """Logits [B, n, K] with and without the prompt -> guided ones, float32, of `cells` ([n] or [B, n])."""
     if unconditional is None:
-        return conditional[:, -1].float()
-    scale = guidance_scale(cell) if callable(guidance_scale) else guidance_scale
-    return guide(conditional[:, -1].float(), unconditional[:, -1].float(), scale)
+        return conditional.float()
+    if callable(scale):
+        scale = torch.tensor([scale(int(cell)) for cell in cells.flatten()]).reshape(cells.shape)
+        scale = scale.to(conditional.device, torch.float32)[..., None]
+    return guide(conditional.float(), unconditional.float(), scale)
 
 
-def pick(logits: Tensor, sampling: Sampling, uniforms: Tensor) -> Tensor:
-    """Decide tokens [...] from logits [..., K]: the arg-max at temperature 0, else by `uniforms` [...]."""
+def pick(logits: Tensor, sampling: Sampling, noise: Noise, cells: Tensor) -> Tensor:
+    """Decide `cells` ([n] or [B, n]) from logits [B, n, K]: tokens [B, n]; the arg-max at temperature 0, else by `noise`."""
     if sampling.temperature == 0:
         return logits.argmax(dim=-1)
-    return draw(sampling.filter(logits).softmax(dim=-1), uniforms.to(logits.device))
+    return noise.draw(sampling.filter(logits), cells)

@@ -8,7 +8,7 @@ from conftest import GOLDEN, published_keys, shapes
 
 from argen.models.dalle_mini import SIZES, DalleMiniDecoder, DalleMiniEncoder, text_tokenizer, tokenize
 from argen.models.session import DecoderSession, causal_mask
-from samplers.logits import Sampling
+from samplers.logits import Recorded, Sampling
 from samplers.steps import Plain
 from tokenizers_img.checkpoint import load_strict
 from tokenizers_img.vqgan import VQGANDetokenizer
@@ -74,7 +74,7 @@ def test_sampling_gives_the_official_ids(case, kind):
     drawn = session(case, *networks(case), pictures=len(wanted))
     sampling = Sampling(**config["sampled"]) if kind == "sampled" else Sampling(temperature=0)
     grid = torch.full_like(wanted, -1)
-    *_, last = Plain()(drawn, grid, sampling, config["supercondition"], io["uniform_draws"])
+    *_, last = Plain()(drawn, grid, sampling, config["supercondition"], Recorded(io["uniform_draws"]))
     assert torch.equal(last.tokens, wanted)
 
 

@@ -17,7 +17,7 @@ LAYERS = [
     ["argen.registry"],
     ["argen"],
     ["argen.command"],
-    ["argen.evaluate", "argen.ui", "argen.server"],
+    ["argen.bench", "argen.evaluate", "argen.ui", "argen.server"],
     ["argen.cli", "app"],
 ]
 NAMES = {name: (level, name) for level, names in enumerate(LAYERS) for name in names}

@@ -14,7 +14,8 @@ import argen
 from argen.data.imagenet import class_id
 from argen.models.llamagen import SIZES, LlamaGen, LlamaGenSession
 from argen.pipelines.llamagen import LlamaGenPipeline, clean_caption, left_padded
-from samplers.logits import Sampling
+from samplers.jacobi import Jacobi
+from samplers.logits import Recorded, Sampling
 from samplers.steps import Plain
 from tokenizers_img import llamagen_vq
 from tokenizers_img.checkpoint import load_strict
@@ -65,7 +66,7 @@ def test_training_logits_and_loss(case):
 
 
 @torch.no_grad()
-def written(case, sampling: Sampling, scale=1.0, uniforms=None) -> torch.Tensor:
+def written(case, sampling: Sampling, scale=1.0, uniforms=None, sampler=Plain()) -> torch.Tensor:  # noqa: B008
     model = tiny(case)
     embedded, none, mask = condition(model, case)
     guided = callable(scale) or scale != 1
@@ -74,9 +75,9 @@ def written(case, sampling: Sampling, scale=1.0, uniforms=None) -> torch.Tensor:
     session = LlamaGenSession(model, embedded, mask, guided)
     batch = len(case.io["image_ids"])
     grid = torch.full((batch, model.length), -1)
-    uniforms = torch.zeros(batch, model.length) if uniforms is None else uniforms
-    *_, last = Plain()(session, grid, sampling, scale, uniforms)
-    assert session.cached == model.length  # one entry for the condition, and no more than a cell each
+    noise = Recorded(torch.zeros(batch, model.length) if uniforms is None else uniforms)
+    *_, last = sampler(session, grid, sampling, scale, noise)
+    assert session.cache.end == model.length  # one slot for the condition, and no more than a cell each
     return last.tokens
 
 
@@ -92,8 +93,9 @@ def test_greedy_ids(case):
 def test_sampled_ids(case):
     settings = dict(case.config["sampled"])
     scale = settings.pop("cfg_scale")
-    ids = written(case, Sampling(**settings), scale, case.io["uniform_draws"])
-    assert torch.equal(ids, case.io["ids_sampled_t0.9_topk3rd_topp0.95_cfg2"])
+    for sampler in (Plain(), Jacobi(1), Jacobi(5), Jacobi(100)):
+        ids = written(case, Sampling(**settings), scale, case.io["uniform_draws"], sampler)
+        assert torch.equal(ids, case.io["ids_sampled_t0.9_topk3rd_topp0.95_cfg2"])
 
 
 @torch.no_grad()
@@ -109,7 +111,6 @@ def test_chunks_trees_and_rollback_equal_single_steps(case):
     first, _ = chunked.forward(read[:, :5], places[:5])
     wrong = torch.zeros_like(read[:, 5:7])
     chunked.forward(wrong, places[5:7])
-    chunked.keep(torch.arange(5))  # the two were wrong
     branch = torch.tensor([[True, False, False], [False, True, False], [True, False, True]])  # 5 | 5' -> 6 after 5
     tree = torch.cat([read[:, 5:6], wrong[:, :1], read[:, 6:7]], dim=1)
     more, _ = chunked.forward(tree, torch.tensor([places[5], places[5], places[6]]), branch)

@@ -5,7 +5,8 @@ import torch
 
 import argen
 from samplers import by_name
-from samplers.logits import Sampling, draw, guide, keep_top_k, keep_top_p, uniforms
+from samplers.jacobi import Jacobi
+from samplers.logits import Gumbel, Sampling, guide, gumbel, inverse_transform, keep_top_k, keep_top_p, keys_of
 from samplers.steps import START
 
 
@@ -21,10 +22,10 @@ def luck(*seeds):
     return [torch.Generator().manual_seed(seed) for seed in seeds]
 
 
-def test_a_draw_follows_the_probabilities():
+def test_an_inverse_transform_follows_the_probabilities():
     probs = torch.tensor([0.1, 0.0, 0.6, 0.3])
     numbers = torch.linspace(0, 1, 10001, dtype=torch.float64)[:-1]
-    drawn = draw(probs.expand(len(numbers), -1), numbers)
+    drawn = inverse_transform(probs.expand(len(numbers), -1), numbers)
     share = torch.bincount(drawn, minlength=4) / len(numbers)
     torch.testing.assert_close(share, probs, atol=1e-3, rtol=0)
     assert drawn[0] == 0
@@ -65,18 +66,22 @@ def test_cache_equals_no_cache(exact):
 
 
 @torch.no_grad()
-def test_rollback_forgets(exact):
-    """A chain that is written, kept in part and written on is the chain written straight."""
+def test_a_wrong_guess_is_written_over(exact):
+    """A chain that is written, taken up again in its middle and written on is the chain written straight."""
     session = exact.start(["a pizza", "a dog face"], guided=True)
     chain = torch.randint(4096, (2, 6), generator=luck(1)[0])
-    session.forward(torch.cat([torch.full((2, 1), START), chain], dim=1), torch.arange(-1, 6))
-    assert session.cached == 7
-    session.keep(torch.arange(4))  # the start token and three tokens
+    wrong = torch.cat([chain[:, :3], (chain[:, 3:] + 1) % 4096], dim=1)
+    session.forward(torch.cat([torch.full((2, 1), START), wrong], dim=1), torch.arange(-1, 6))
     again = session.forward(chain[:, 3:], torch.arange(3, 6))
     fresh = exact.start(["a pizza", "a dog face"], guided=True)
     straight = fresh.forward(torch.cat([torch.full((2, 1), START), chain], dim=1), torch.arange(-1, 6))
     for one, other in zip(again, straight, strict=True):
         torch.testing.assert_close(one, other[:, 4:], atol=1e-9, rtol=1e-9)
+    places = torch.stack([torch.arange(2, 5), torch.arange(3, 6)])  # each picture at cells of its own
+    apart = session.forward(chain.gather(1, places), places)
+    for one, other in zip(apart, straight, strict=True):
+        wanted = torch.stack([row[place + 1] for row, place in zip(other, places, strict=True)])
+        torch.testing.assert_close(one, wanted, atol=1e-9, rtol=1e-9)
 
 
 @torch.no_grad()
@@ -91,7 +96,7 @@ def test_a_tree_is_its_branches(exact):
         alone = exact.start(["a rose"], guided=False)
         wanted, _ = alone.forward(torch.cat([start, branch[None]], dim=1), torch.arange(-1, 2))
         torch.testing.assert_close(logits[:, 2 * index : 2 * index + 2], wanted[:, 1:], atol=1e-9, rtol=1e-9)
-    session.keep(torch.tensor([0, 3, 4]))  # the second branch
+    session.keep(torch.tensor([2, 3]))  # the second branch
     after, _ = session.forward(torch.tensor([[50]]), torch.tensor([2]))
     wanted, _ = alone.forward(torch.tensor([[50]]), torch.tensor([2]))
     torch.testing.assert_close(after, wanted, atol=1e-9, rtol=1e-9)
@@ -147,10 +152,49 @@ def test_guidance_matters_and_greedy_does_not_draw(pipe):
 
 
 def test_unknown_sampler():
-    with pytest.raises(ValueError, match="unknown sampler 'magic': expected one of plain"):
+    with pytest.raises(ValueError, match="unknown sampler 'magic': expected one of plain, jacobi"):
         by_name("magic")
 
 
-def test_uniforms_are_each_generators_own():
-    both = uniforms(luck(0, 1), 8)
-    assert torch.equal(both[1:], uniforms(luck(1), 8))
+def test_keys_are_each_generators_own():
+    both = keys_of(luck(0, 1), 8)
+    assert torch.equal(both[1:], keys_of(luck(1), 8))
+
+
+def test_gumbel_noise_is_gumbel_and_draws_the_law():
+    noise = gumbel(keys_of(luck(0), 400), 1000)[0]
+    assert noise.isfinite().all()
+    assert noise.mean().item() == pytest.approx(0.5772, abs=0.01)
+    assert noise.var().item() == pytest.approx(1.6449, abs=0.02)
+    correlation = torch.corrcoef(noise.T[:50])  # of neighbouring tokens, over the cells
+    assert (correlation - torch.eye(50)).abs().max() < 0.25
+    probs = torch.tensor([0.1, 0.0, 0.6, 0.3])
+    drawn = Gumbel(keys_of(luck(1), 20000)).draw(probs.log().expand(1, 20000, -1), torch.arange(20000))
+    share = torch.bincount(drawn[0], minlength=4) / 20000
+    torch.testing.assert_close(share, probs, atol=0.012, rtol=0)
+
+
+@pytest.mark.parametrize("window", [1, 3, 16, 64])
+def test_jacobi_writes_the_plain_pictures(pipe, window):
+    prompts, seeds = ["a red apple", "a pizza", "three yellow ducks"], (3, 4, 5)
+    *_, plain = pipe.stream(prompts, luck(*seeds))
+    steps = list(pipe.stream(prompts, luck(*seeds), sampler=Jacobi(window)))
+    assert torch.equal(steps[-1].tokens, plain.tokens)
+    assert steps[-1].passes < (64 if window > 1 else 65)
+    for step in steps:  # nothing that is shown is taken back
+        assert torch.equal(torch.where(step.tokens >= 0, plain.tokens, -1), step.tokens)
+    *_, alone = pipe.stream(prompts[1:2], luck(4), sampler=Jacobi(window))
+    assert torch.equal(alone.tokens[0], plain.tokens[1])
+
+
+def test_jacobi_keeps_decided_cells_and_goes_on(pipe):
+    grid = torch.full((2, 64), -1)
+    grid[0, :20], grid[1, 10:20], grid[:, 40] = 7, 9, 11
+    wanted = [step.tokens for step in pipe.stream(["a castle", "a dog face"], luck(0, 1), tokens=grid)][-1]
+    *_, step = pipe.stream(["a castle", "a dog face"], luck(0, 1), tokens=grid, sampler="jacobi")
+    assert torch.equal(step.tokens, wanted)
+    assert step.passes < 64
+    greedy = {"temperature": 0, "guidance_scale": 1.0}
+    assert torch.equal(pipe("a banana", sampler="jacobi", **greedy).tokens, pipe("a banana", **greedy).tokens)
+    with pytest.raises(ValueError, match="window is 0"):
+        Jacobi(0)

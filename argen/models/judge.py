@@ -34,14 +34,14 @@ class Judge(ModelMixin, ConfigMixin):
     """
 
     @register_to_config
-    def __init__(self, names: list[str], colours: list[str], width: int = 24, accuracy: dict[str, float] | None = None):
+    def __init__(self, names: list[str], colours: list[str], width: int = 40, accuracy: dict[str, float] | None = None):
         super().__init__()
-        self.stem = nn.Conv2d(3, width, 3, padding=1, bias=False)
-        self.blocks = nn.Sequential(*[ResidualBlock(width * 2**i, width * 2 ** (i + 1)) for i in range(4)])
-        self.norm = nn.BatchNorm2d(16 * width)
+        self.stem = nn.Conv2d(3, width, 5, stride=2, padding=2, bias=False)
+        self.blocks = nn.Sequential(*[ResidualBlock(width * 2**i, width * 2 ** (i + 1)) for i in range(3)])
+        self.norm = nn.BatchNorm2d(8 * width)
         self.drop = nn.Dropout(0.3)
-        self.name = nn.Linear(16 * width, len(names))
-        self.colour = nn.Linear(16 * width, len(colours))
+        self.name = nn.Linear(8 * width, len(names))
+        self.colour = nn.Linear(8 * width, len(colours))
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         x = F.relu(self.norm(self.blocks(self.stem(2 * pixels - 1)))).mean(dim=(2, 3))

@@ -252,7 +252,7 @@ class LlamaGen(ModelMixin, ConfigMixin):
 
         Args:
             tokens, positions: [R, n], [n] or [R, n].
-            visible: [1, 1, n, m - 1] bool, which picture tokens, cached and new, each token sees.
+            visible: [1 or R, 1, n, m - 1] bool, which picture tokens, cached and new, each token sees.
             seen: from `condition`.
             means: from `condition`, or None where they are the first entry of `cache`.
             control: [J, R, n, D] of the cells that are predicted.
@@ -304,29 +304,36 @@ class LlamaGenSession:
     Args:
         embedded, mask: as `LlamaGen.condition` takes them. Under guidance R = 2B: all conditions, then "none" as often.
         control: [J, R, N, D] of every cell of the picture, which then has N cells; without it as many as the grid.
+        columns: cells of a row; as many as the grid has, by default.
     """
 
-    def __init__(self, model: LlamaGen, embedded: Tensor, mask: Tensor, guided: bool, control: Tensor | None = None):
+    def __init__(
+        self,
+        model: LlamaGen,
+        embedded: Tensor,
+        mask: Tensor,
+        guided: bool,
+        control: Tensor | None = None,
+        columns: int | None = None,
+    ):
         self.model, self.guided, self.control = model, guided, control
+        self.columns = columns or model.config.grid
         self.length = model.length if control is None else control.shape[2]
         self.first, self.seen, means = model.condition(embedded, mask, None if control is None else control[:, :, :1])
         self.cache = KeyValueCache(model.depth, self.length)
+        self.cache.place(torch.tensor([-1]), None, guided, embedded.device)
         for index, (layer, mean) in enumerate(zip(model.layers, means, strict=True)):
             self.cache.append(index, *layer.attention.slot(mean))
-        self.begun = False
-
-    @property
-    def cached(self) -> int:
-        return self.cache.length if self.begun else 0
 
     def forward(self, tokens: Tensor, positions: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """See `samplers.steps.Session.forward`; the condition, which is cached already, stands for the start token."""
         parts = []
-        if not self.begun:
-            self.begun, parts = True, [self.first]
-            tokens, positions, mask = tokens[:, 1:], positions[..., 1:], None if mask is None else mask[1:, 1:]
+        if int(positions.min()) < 0:
+            parts = [self.first]
+            tokens, positions, mask = tokens[:, 1:], positions[..., 1:], None if mask is None else mask[..., 1:, 1:]
         if tokens.shape[1]:
-            visible = self.cache.mask(tokens.shape[1], mask, tokens.device)[..., 1:]
+            visible = self.cache.place(positions, mask, self.guided, tokens.device)[..., 1:]
+            positions = positions.to(tokens.device)
             if self.guided:
                 tokens = torch.cat([tokens, tokens])
                 positions = torch.cat([positions, positions]) if positions.ndim == 2 else positions
@@ -347,6 +354,6 @@ class LlamaGenSession:
             return self.control[:, :, cells]
         return self.control[:, torch.arange(len(cells), device=cells.device)[:, None], cells]
 
-    def keep(self, entries: Tensor) -> None:
+    def keep(self, nodes: Tensor) -> None:
         """See `samplers.steps.Session.keep`."""
-        self.cache.keep(torch.cat([entries, entries]) if self.guided and entries.ndim == 2 else entries)
+        self.cache.keep(torch.cat([nodes, nodes]) if self.guided and nodes.ndim == 2 else nodes)

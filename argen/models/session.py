@@ -21,51 +21,74 @@ def causal_mask(new: int, total: int, device: torch.device) -> Tensor:
 
 
 class KeyValueCache:
-    """Keys and values of every layer, in buffers that are made once, at the first pass.
+    """Keys and values of every layer: those of the token at cell p in slot p + 1, those of the start token in slot 0.
+
+    A pass is stored in consecutive slots, from that of its first token on, over whatever stands there. What lies behind a
+    picture's last token is never seen, so the pictures of a batch may have different lengths, and a guess that was wrong is
+    simply written over.
 
     Args:
         layers: decoder layers.
-        capacity: entries that fit; more room is made when a tree needs it.
+        capacity: slots; more room is made when a tree needs it.
     """
 
     def __init__(self, layers: int, capacity: int):
         self.capacity = capacity
-        self.length = 0
         self.buffers: list[Tensor | None] = [None] * layers  # each [2, R, capacity, H, D/H]
+        self.first: int | Tensor = 0  # slot of the pass's first token; [R] where the pictures differ
+        self.end = 0  # slots up to here may be seen
+
+    def place(self, positions: Tensor, tree: Tensor | None, guided: bool, device: torch.device) -> Tensor:
+        """Choose the slots of a pass, and say what it sees: [1 or R, 1, n, end] bool.
+
+        Args:
+            positions, tree: as in `samplers.steps.Session.forward`.
+            guided: the rows are those of the pictures, twice.
+        """
+        slots, n = positions + 1, positions.shape[-1]
+        first = slots[..., 0]
+        self.end = int(first.max()) + n
+        columns = torch.arange(self.end)
+        if tree is None:
+            visible = columns <= slots[..., None]
+        else:
+            place = columns - first[..., None]  # among the pass's own tokens
+            inside = tree.gather(-1, place.clamp(0, n - 1)[..., None, :].expand(*tree.shape[:-1], self.end))
+            visible = torch.where(((place >= 0) & (place < n))[..., None, :], inside, (place < 0)[..., None, :])
+        visible = visible.reshape(-1, 1, n, self.end).to(device)
+        if positions.ndim == 1:
+            self.first = int(first)
+            return visible
+        twice = 2 if guided else 1
+        self.first = first.repeat(twice).to(device)
+        return visible.repeat(twice, 1, 1, 1)
 
     def append(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Store the keys and values [R, n, H, D/H] of a pass; returns all of them so far.
-
-        The pass counts from the moment in which the last layer has stored.
-        """
-        start, end = self.length, self.length + key.shape[1]
-        buffer = self.buffers[layer]
-        if buffer is None or buffer.shape[2] < end:
-            room = key.new_empty(2, key.shape[0], max(self.capacity, end), *key.shape[2:])
+        """Store the keys and values [R, n, H, D/H] of a pass in its slots; returns all up to the last of them."""
+        n, buffer = key.shape[1], self.buffers[layer]
+        if buffer is None or buffer.shape[2] < self.end:
+            room = key.new_zeros(2, key.shape[0], max(self.capacity, self.end), *key.shape[2:])
             if buffer is not None:
-                room[:, :, :start] = buffer[:, :, :start]
+                room[:, :, : buffer.shape[2]] = buffer
             self.buffers[layer] = buffer = room
-        buffer[0, :, start:end], buffer[1, :, start:end] = key, value
-        if layer == len(self.buffers) - 1:
-            self.length = end
-        return buffer[0, :, :end], buffer[1, :, :end]
+        if isinstance(self.first, int):
+            buffer[0, :, self.first : self.end], buffer[1, :, self.first : self.end] = key, value
+        else:
+            rows, slots = self._slots(torch.arange(n, device=key.device))
+            buffer[0, rows, slots], buffer[1, rows, slots] = key, value
+        return buffer[0, :, : self.end], buffer[1, :, : self.end]
 
-    def mask(self, new: int, tree: Tensor | None, device: torch.device) -> Tensor:
-        """[1, 1, new, length + new] bool: what `new` tokens see; `tree` [new, new] as in `Session.forward`."""
-        if tree is None:
-            return causal_mask(new, self.length + new, device)
-        past = torch.ones(new, self.length, dtype=torch.bool, device=device)
-        return torch.cat([past, tree.to(device)], dim=1)[None, None]
-
-    def keep(self, entries: Tensor) -> None:
-        """Keep `entries` ([m] or [R, m]) of the cache, in this order."""
+    def keep(self, nodes: Tensor) -> None:
+        """Of the last pass keep the tokens `nodes` ([m] or [R, m], by their number in it), moved to its first slots."""
         for buffer in self.buffers:
-            index = entries.to(buffer.device)
-            if index.ndim == 1:
-                index = index.expand(buffer.shape[1], -1)
-            rows = torch.arange(buffer.shape[1], device=buffer.device)[:, None]
-            buffer[:, :, : index.shape[1]] = buffer[:, rows, index]
-        self.length = entries.shape[-1]
+            index = nodes.to(buffer.device)
+            rows, slots = self._slots(torch.arange(index.shape[-1], device=buffer.device), len(buffer[0]))
+            buffer[:, rows, slots] = buffer[:, rows, self._slots(index, len(buffer[0]))[1]]
+
+    def _slots(self, nodes: Tensor, rows: int | None = None) -> tuple[Tensor, Tensor]:
+        """Rows [R, 1] and slots [R, m] of tokens of the pass."""
+        first = self.first if isinstance(self.first, Tensor) else nodes.new_full((rows,), self.first)
+        return torch.arange(len(first), device=nodes.device)[:, None], first[:, None] + nodes
 
 
 KeysValues = list[tuple[Tensor, Tensor]]  # of each layer's cross-attention, each [R, T, H, D/H]
@@ -100,23 +123,21 @@ class DecoderSession:
 
     def __init__(self, decoder: CrossAttentionDecoder, encoded: Tensor, text_mask: Tensor, guided: bool):
         self.decoder, self.length, self.guided = decoder, decoder.length, guided
+        self.columns = int(decoder.length**0.5)
         self.text_mask = text_mask
         self.text_keys_values = decoder.project_text(encoded)
         self.cache = KeyValueCache(decoder.depth, decoder.length)
 
-    @property
-    def cached(self) -> int:
-        return self.cache.length
-
     def forward(self, tokens: Tensor, positions: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """See `samplers.steps.Session.forward`."""
-        visible = self.cache.mask(tokens.shape[1], mask, tokens.device)
+        visible = self.cache.place(positions, mask, self.guided, tokens.device)
+        positions = positions.to(tokens.device)
         if self.guided:
             tokens = torch.cat([tokens, tokens])
             positions = torch.cat([positions, positions]) if positions.ndim == 2 else positions
         logits = self.decoder.decode(tokens, positions, visible, self.text_keys_values, self.text_mask, self.cache)
         return logits.chunk(2) if self.guided else (logits, None)
 
-    def keep(self, entries: Tensor) -> None:
+    def keep(self, nodes: Tensor) -> None:
         """See `samplers.steps.Session.keep`."""
-        self.cache.keep(torch.cat([entries, entries]) if self.guided and entries.ndim == 2 else entries)
+        self.cache.keep(torch.cat([nodes, nodes]) if self.guided and nodes.ndim == 2 else nodes)

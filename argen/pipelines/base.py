@@ -18,7 +18,7 @@ from torch import Tensor
 
 from argen.request import Control, Job, Request
 from samplers import by_name
-from samplers.logits import Sampling, uniforms
+from samplers.logits import Gumbel, Sampling, keys_of
 from samplers.steps import GuidanceScale, Sampler, Session, Step
 
 
@@ -126,15 +126,15 @@ class TokenPipeline(DiffusionPipeline):
         grid = torch.full((len(prompts), length), -1) if tokens is None else tokens
         if grid.shape != (len(prompts), length):
             raise ValueError(f"tokens are {list(grid.shape)}: expected {[len(prompts), length]}")
-        luck = uniforms(generators, length)
-        return self._write(prompts, controls, grid.to(self.device), sampling, scale, sampler, luck, every)
+        noise = Gumbel(keys_of(generators, length))
+        return self._write(prompts, controls, grid.to(self.device), sampling, scale, sampler, noise, every)
 
     @torch.no_grad()
-    def _write(self, prompts, controls, grid, sampling, scale, sampler, luck, every) -> Iterator[Step]:
+    def _write(self, prompts, controls, grid, sampling, scale, sampler, noise, every) -> Iterator[Step]:
         shown = -every
         step = Step(grid.clone(), passes=0)
         session = self.start(prompts, callable(scale) or scale != 1, controls)
-        for step in sampler(session, grid, sampling, scale, luck):
+        for step in sampler(session, grid, sampling, scale, noise):
             if step.decided - shown >= every:
                 shown = step.decided
                 yield step

@@ -93,7 +93,9 @@ class LlamaGenPipeline(TokenPipeline):
             condition = torch.cat([condition, self.transformer.unconditional(condition)])
             mask = torch.cat([mask, mask])  # the caption's mask hides "none", too
             added = None if added is None else torch.cat([added, torch.zeros_like(added)], dim=1)
-        return LlamaGenSession(self.transformer, self.transformer.cls_embedding(condition), mask, guided, added)
+        columns = self.shape_of(controls[0] if controls else None)[1]
+        embedded = self.transformer.cls_embedding(condition)
+        return LlamaGenSession(self.transformer, embedded, mask, guided, added, columns)
 
     def control(self, controls: list[Control]) -> Tensor:
         """What prepared control pictures add to the stream, as `LlamaGenSession` takes it."""

@@ -20,7 +20,7 @@ from argen.train.loop import Schedule, Task
 from tokenizers_img.vit_vqgan import ViTVQGAN
 
 SCHEDULES = {
-    "cpu": Schedule(steps=2500, batch_size=128, learning_rate=2e-3, warmup=100, weight_decay=0.1),
+    "cpu": Schedule(steps=3000, batch_size=128, learning_rate=2e-3, warmup=100, weight_decay=0.1),
     "gpu": Schedule(steps=10000, batch_size=512, learning_rate=2e-3, weight_decay=0.05),
 }
 JITTER = 2  # pixels
@@ -88,7 +88,8 @@ class JudgeTask(Task):
             if row["concept"] in known:
                 self.truths.append(scoring.Truth(row["concept"], "single", ((row["concept"], ""),)))
                 self.scenes = np.concatenate([self.scenes, np.asarray(row["image"].convert("RGB"))[None]])
-        self.networks: dict[str, nn.Module] = {"model": Judge(self.names, self.colours)}
+        model = Judge(self.names, self.colours).to(memory_format=torch.channels_last)  # a third faster on a CPU
+        self.networks: dict[str, nn.Module] = {"model": model}
 
     def batch(self, size: int, generator: torch.Generator) -> dict[str, Tensor]:
         chosen = torch.multinomial(self.weights, size, generator=generator).tolist()
@@ -107,7 +108,7 @@ class JudgeTask(Task):
         return {"pixels": varied(torch.stack(crops), labels["colours"] == UNKNOWN, generator), **labels}
 
     def losses(self, batch: dict[str, Tensor], step: int, log: dict[str, float]) -> Iterator[tuple[str, Tensor]]:
-        name, colour = self.networks["model"](batch["pixels"])
+        name, colour = self.networks["model"](batch["pixels"].contiguous(memory_format=torch.channels_last))
         by_name = F.cross_entropy(name.float(), batch["names"], label_smoothing=0.05)
         by_colour = F.cross_entropy(colour.float(), batch["colours"], ignore_index=UNKNOWN)
         log |= {"name": by_name.item(), "colour": by_colour.item()}
