@@ -61,7 +61,11 @@ def parser() -> Parser:
         metavar="P",
         help="draw among the likeliest tokens of joint probability P (default: the model's)",
     )
-    add.add_argument("--sampler", metavar="NAME", help="how the tokens are written (default: plain)")
+    add.add_argument(
+        "--sampler",
+        metavar="NAME",
+        help="how the tokens are written: plain, or jacobi: the same pictures in fewer passes (default: plain)",
+    )
     add.add_argument(
         "--num-candidates", type=int, metavar="C", help="draw C pictures and keep the -n that fit the prompt best"
     )
@@ -212,9 +216,9 @@ def generate(args) -> None:
                 paths, job.requests, scores, job.tokens.flatten(1).tolist(), strict=True
             )
         ]
-        print(json.dumps({"seconds": round(seconds, 3), "pictures": pictures}))
+        print(json.dumps({"seconds": round(seconds, 3), "passes": job.passes, "pictures": pictures}))
     else:
-        print(f"{', '.join(map(str, paths))} ({seconds:.1f} s)")
+        print(f"{', '.join(map(str, paths))} ({seconds:.1f} s, {job.tokens_a_pass:.1f} tokens a pass)")
 
 
 @command

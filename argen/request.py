@@ -167,6 +167,11 @@ class Job:
     log: list[str] = field(default_factory=list)
 
     @property
+    def tokens_a_pass(self) -> float:
+        """Cells of a picture that were decided in a pass of the network, on average."""
+        return self.progress * self.tokens[0].numel() / max(1, self.passes)
+
+    @property
     def progress(self) -> float:
         """Decided cells of all, 0 to 1."""
         return (self.tokens >= 0).float().mean().item()

@@ -11,6 +11,7 @@ from argen.data.imagenet import class_names
 from argen.metadata import save_pictures
 from argen.pipelines.base import TokenPipeline
 from argen.request import Request
+from samplers import SAMPLERS
 
 ANY_STYLE = "any"
 PREVIEW_SIDE = 256  # of the shown pictures, in pixels; the files keep the model's size
@@ -27,7 +28,9 @@ def tab(models: Models, ids: Sequence[str], data_dir: Path) -> None:
     """
     shown = models(ids[0])
 
-    def run(model, prompt, style, num, seed, guidance_scale, temperature, top_k, num_candidates) -> Iterator[tuple]:
+    def run(
+        model, prompt, style, num, seed, guidance_scale, temperature, top_k, num_candidates, sampler
+    ) -> Iterator[tuple]:
         asked = prompt.strip()
         styled = asked and style != ANY_STYLE and not asked.startswith("class:")
         with refusals():
@@ -41,6 +44,7 @@ def tab(models: Models, ids: Sequence[str], data_dir: Path) -> None:
                 temperature=temperature,
                 top_k=int(top_k),
                 num_candidates=int(num_candidates) if num_candidates > num else None,
+                sampler=sampler,
             )
         yield from draw(pipe, request, data_dir)
 
@@ -75,6 +79,12 @@ def tab(models: Models, ids: Sequence[str], data_dir: Path) -> None:
                 candidates = gr.Slider(
                     1, 32, value=1, step=1, label="Candidates", info="more than Pictures: the best ones are kept"
                 )
+                sampler = gr.Dropdown(
+                    list(SAMPLERS),
+                    value=Request.sampler,
+                    label="Sampler",
+                    info="jacobi: the same pictures in fewer passes",
+                )
             with gr.Row():
                 go = gr.Button("Draw", variant="primary", elem_id="draw")
                 stop = gr.Button("Stop")
@@ -83,7 +93,7 @@ def tab(models: Models, ids: Sequence[str], data_dir: Path) -> None:
 
     model.change(choose, model, [style, guidance, temperature, top_k, group])
     group.input(lambda name: f"class:{name}", group, prompt)
-    inputs = [model, prompt, style, num, seed, guidance, temperature, top_k, candidates]
+    inputs = [model, prompt, style, num, seed, guidance, temperature, top_k, candidates, sampler]
     drawing = gr.on([go.click, prompt.submit], run, inputs, outputs, concurrency_limit=1)
     stop.click(None, cancels=[drawing])
 
@@ -112,12 +122,14 @@ def draw(pipe: TokenPipeline, request: Request, data_dir: Path) -> Iterator[tupl
         for job in pipe.run(request, every=4):
             if not job.pictures:
                 shown = pipe.pictures(job.tokens[: request.num_images])
-                yield [_enlarge(picture) for picture in shown], f"{job.progress:.0%}", None
+                state = f"{job.progress:.0%} · {job.tokens_a_pass:.1f} tokens a pass"
+                yield [_enlarge(picture) for picture in shown], state, None
     stamp = datetime.now().strftime("%Y%m%d-%H%M%S-%f")
     paths = [data_dir / f"{stamp}-{index}.png" for index in range(1, len(job.pictures) + 1)]
     save_pictures(list(zip(job.pictures, job.requests, strict=True)), paths)
     settings = [{"file": path.name, **_readable(own)} for path, own in zip(paths, job.requests, strict=True)]
-    state = f"{len(paths)} picture{'s' if len(paths) > 1 else ''} in {data_dir}"
+    how = f"{request.sampler}, {job.passes} passes, {job.tokens_a_pass:.1f} tokens a pass"
+    state = f"{len(paths)} picture{'s' if len(paths) > 1 else ''} in {data_dir} ({how})"
     yield [(str(path), own.prompt) for path, own in zip(paths, job.requests, strict=True)], state, settings
 
 

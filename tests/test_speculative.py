@@ -1,0 +1,186 @@
+"""Verification of drafts: LANTERN's recorded draws, and laws by exact enumeration over small vocabularies."""
+
+from itertools import product
+
+import pytest
+import torch
+
+from samplers.lantern import Relaxed, neighbours
+from samplers.logits import Sampling, keep_top_k, keep_top_p
+from samplers.speculative import Drafted, Lossless, Tree, verify, verify_greedy, without_replacement
+
+
+@pytest.fixture
+def case(golden):
+    return golden("lantern/accept")
+
+
+def official_rule(settings: dict, io: dict):
+    if not settings["lantern"]:
+        return Lossless()
+    value = settings["lantern_delta"]
+    bound = {"lambda_": value} if value > 1 else {"delta": value}
+    return Relaxed(io["neighbours"], settings["lantern_k"], official=True, **bound)
+
+
+def processed(logits: torch.Tensor, io: dict, trial: int) -> torch.Tensor:
+    """Probabilities as the authors make them: temperature, top-p, then top-k."""
+    scaled = keep_top_p(logits / io["temperature"][trial], float(io["top_p"][trial]))
+    return keep_top_k(scaled, int(io["top_k"][trial])).softmax(dim=-1)
+
+
+def test_a_tree_knows_its_parents_and_masks(case):
+    io, tree = case.io, Tree.of_paths(case.config["tree_choices"])
+    assert list(tree.parents) == io["parent"].tolist()
+    assert [node for node, children in enumerate(tree.children) if children] == io["expanded_nodes"].tolist()
+    assert tree.depths.tolist() == [0] + sorted(len(path) for path in case.config["tree_choices"])
+    assert tree.mask.sum(dim=1).tolist() == (tree.depths + 1).tolist()
+
+
+@pytest.mark.parametrize("kind", ["greedy", "sample_topk", "sample_tree", "sample_tree_target_rule"])
+def test_the_authors_decisions(case, kind):
+    io, tree = case.io, Tree.of_paths(case.config["tree_choices"])
+    expanded = io["expanded_nodes"].tolist()
+    for mode, settings in case.config["modes"].items():
+        if (kind, mode) == ("sample_tree_target_rule", "lossless"):  # the two rules are one there
+            continue
+        rule = official_rule(settings, io)
+        for trial in range(case.config["trials"]):
+            tokens = io["tree_tokens_topk" if kind in ("greedy", "sample_topk") else "tree_tokens_sampled"][
+                trial
+            ].tolist()
+            wanted = {name: io[f"{kind}/{mode}/{name}"][trial] for name in ("best_path", "accept_length", "next")}
+            path = io["retrieve_indices"][wanted["best_path"]][: wanted["accept_length"] + 1].tolist()
+            if kind == "greedy":
+                assert verify_greedy(io["target_logits"][trial].softmax(dim=-1), tree, tokens, rule) == path
+                continue
+            drafted = None
+            if kind != "sample_topk":
+                laws = {node: io["draft_probs"][trial, row] for row, node in enumerate(expanded)}
+                chances = [1.0] * len(tree.parents)
+                for row, node in enumerate(expanded):
+                    for rank, child in enumerate(tree.children[node]):
+                        chances[child] = float(io["sampled_conditional_probs"][trial, row, rank])
+                drafted = Drafted(laws, chances)
+            numbers = iter(io["uniforms"][trial].tolist())
+            laws = processed(io["target_logits"][trial], io, trial)
+            wipe = "target" if kind.endswith("target_rule") else "draft"
+            kept, following = verify(laws, tree, tokens, rule, numbers, drafted, wipe)
+            assert kept == path, (mode, trial)
+            torch.testing.assert_close(following, wanted["next"], atol=1e-5, rtol=0)
+            used = io["uniforms"].shape[1] - len(list(numbers))
+            assert used == io[f"{kind}/{mode}/uniforms_used"][trial]
+
+
+def test_drawing_without_replacement(case):
+    io = case.io
+    for trial, row in product(range(3), range(11)):
+        law = processed(io["draft_logits"][trial, row], io, trial)
+        torch.testing.assert_close(law, io["draft_probs"][trial, row], atol=1e-6, rtol=0)
+        tokens, chances = without_replacement(law, io["draft_uniforms"][trial, row].tolist())
+        wanted = io["sampled_conditional_probs"][trial, row]
+        possible = wanted > 1e-6  # beyond the last possible token nothing is defined
+        assert torch.equal(torch.tensor(tokens)[possible], io["sampled_tokens"][trial, row][possible])
+        torch.testing.assert_close(torch.tensor(chances)[possible].float(), wanted[possible], atol=1e-5, rtol=1e-4)
+
+
+def outcome(law, draft, tokens, rule, drawn: bool) -> torch.Tensor:
+    """Law [K] of the first token that is written when `tokens` are the root's children, by integrating out every number."""
+    tree, total = Tree((-1, *[0] * len(tokens))), torch.zeros_like(law)
+    chances = [1.0]
+    left = draft.clone()
+    for token in tokens:
+        chances.append(float(left[token] / left.sum()))
+        left[token] = 0
+    drafted = Drafted({0: draft}, chances) if drawn else None
+    laws, reached = law.expand(len(tokens) + 1, -1), 1.0
+    for number, token in enumerate(tokens):
+        accepted = acceptance(laws, tree, tokens, rule, drafted, number)
+        total[token] += reached * accepted
+        reached *= 1 - accepted
+    if reached > 0:
+        _, following = verify(laws, tree, [0, *tokens], rule, iter([torch.inf] * len(tokens)), drafted)
+        total += reached * following
+    return total
+
+
+def acceptance(laws, tree, tokens, rule, drafted, number) -> float:
+    """Probability that candidate `number` is accepted after the earlier ones were not: by bisection on its number."""
+    low, high = 0.0, 1.0
+
+    def accepted(value: float) -> bool:
+        kept, _ = verify(
+            laws, tree, [0, *tokens], rule, iter([torch.inf] * number + [value] + [torch.inf] * 9), drafted
+        )
+        return kept == [0, number + 1]
+
+    if accepted(1.0):
+        return 1.0
+    if not accepted(0.0):
+        return 0.0
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if accepted(middle) else (low, middle)
+    return low
+
+
+SAMPLINGS = [Sampling(), Sampling(temperature=0.6), Sampling(temperature=1.5, top_k=3), Sampling(top_p=0.7)]
+
+
+@pytest.mark.parametrize("sampling", SAMPLINGS, ids=str)
+@pytest.mark.parametrize("exact", ["lossless", "k0", "delta0", "lambda1"])
+def test_what_is_written_has_the_targets_law(sampling, exact):
+    generator = torch.Generator().manual_seed(0)
+    table = neighbours(torch.randn(5, 2, generator=generator), 4)
+    rule = {
+        "lossless": Lossless(),
+        "k0": Relaxed(table, 0, delta=0.5),
+        "delta0": Relaxed(table, 3, delta=0.0),
+        "lambda1": Relaxed(table, 3, lambda_=1.0),
+    }[exact]
+    for _ in range(3):
+        law, draft = (sampling.filter(row).double().softmax(-1) for row in 2 * torch.randn(2, 5, generator=generator))
+        likeliest = draft.topk(2).indices.tolist()
+        torch.testing.assert_close(outcome(law, draft, likeliest, rule, drawn=False), law, atol=1e-9, rtol=0)
+        total, pairs = torch.zeros_like(law), 0.0
+        for pair in product(range(5), repeat=2):  # every pair that can be drawn without replacement
+            left = 1 - draft[pair[0]]
+            chance = float(draft[pair[0]] * draft[pair[1]] / left) if pair[0] != pair[1] and left > 1e-12 else 0.0
+            if chance:
+                total += chance * outcome(law, draft, list(pair), rule, drawn=True)
+                pairs += chance
+        torch.testing.assert_close(total, pairs * law, atol=1e-9, rtol=0)
+
+
+def test_delta_bounds_one_relaxation():
+    generator = torch.Generator().manual_seed(1)
+    table = neighbours(torch.randn(8, 2, generator=generator), 7)
+    for delta in (0.05, 0.2):
+        rule = Relaxed(table, 6, delta=delta)
+        law, draft = torch.randn(2, 8, generator=generator).double().softmax(-1)
+        moved = outcome(law, draft, [int(draft.argmax())], rule, drawn=False)
+        assert moved.sum().item() == pytest.approx(1)
+        assert 0.5 * (moved - law).abs().sum() <= delta + 1e-9
+        assert moved[draft.argmax()] >= law[draft.argmax()]
+
+
+def test_neighbours_are_the_nearest_codes():
+    codebook = torch.tensor([[0.0], [1.0], [3.0], [3.5]])
+    assert neighbours(codebook, 3).tolist() == [[1, 2, 3], [0, 2, 3], [3, 1, 0], [2, 1, 0]]
+    with pytest.raises(ValueError, match="k is 4: expected 0 to 3"):
+        neighbours(codebook, 4)
+
+
+@pytest.mark.parametrize(
+    ("given", "match"),
+    [
+        ({"k": 2, "delta": 1.1}, "delta is 1.1: expected 0 to 1"),
+        ({"k": 2, "lambda_": 0.5}, "lambda_ is 0.5: expected 1 or more"),
+        ({"k": 2}, "expected one bound"),
+        ({"k": 2, "delta": 0.1, "lambda_": 2}, "expected one bound"),
+        ({"k": 3, "delta": 0.1}, "k is 3: expected 0 to 2"),
+    ],
+)
+def test_bounds_that_make_no_sense(given, match):
+    with pytest.raises(ValueError, match=match):
+        Relaxed(torch.zeros(4, 3, dtype=torch.int64), **given)
