@@ -3,6 +3,7 @@
 Letters in shape comments: B pictures, N cells of a picture, n cells of a pass, K vocabulary.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -67,6 +68,9 @@ class Noise(Protocol):
     def draw(self, logits: Tensor, cells: Tensor) -> Tensor:
         """Filtered logits [B, n, K] of `cells` ([n] or [B, n], on the CPU) -> tokens [B, n]."""
 
+    def numbers(self, row: int) -> Iterator[float]:
+        """Uniform numbers in [0, 1) of one picture, for samplers that need more than one draw a cell."""
+
 
 @dataclass(frozen=True)
 class Gumbel:
@@ -88,13 +92,19 @@ class Gumbel:
         keys = self.keys[rows, cells.expand(len(self.keys), -1)].to(logits.device)
         return (logits + gumbel(keys, logits.shape[-1])).argmax(dim=-1)
 
+    def numbers(self, row: int) -> Iterator[float]:
+        """See `Noise.numbers`."""
+        generator = torch.Generator().manual_seed(int(self.keys[row, 0]))
+        while True:
+            yield from torch.rand(256, generator=generator, dtype=torch.float64).tolist()
+
 
 @dataclass(frozen=True)
 class Recorded:
     """One uniform number for each cell, by inverse-transform sampling: for draws that were written down.
 
     Args:
-        uniforms: [B, N] in [0, 1).
+        uniforms: [B, N] in [0, 1), of the cells, or in the order of use.
     """
 
     uniforms: Tensor
@@ -104,6 +114,10 @@ class Recorded:
         rows = torch.arange(len(self.uniforms))[:, None]
         numbers = self.uniforms[rows, cells.expand(len(self.uniforms), -1)].to(logits.device)
         return inverse_transform(logits.softmax(dim=-1), numbers)
+
+    def numbers(self, row: int) -> Iterator[float]:
+        """See `Noise.numbers`."""
+        return iter(self.uniforms[row].tolist())
 
 
 def inverse_transform(probs: Tensor, uniforms: Tensor) -> Tensor:

@@ -1,18 +1,23 @@
 """Verification of drafted tokens: which of a tree's tokens the target keeps, and from which law the next one is drawn.
 
-Papers: "Fast Inference from Transformers via Speculative Decoding" (arXiv 2211.17192), "SpecInfer" (arXiv 2305.09781, trees of
-candidates drawn without replacement), "EAGLE" (arXiv 2401.15077).
+Papers: "Fast Inference from Transformers via Speculative Decoding" (arXiv 2211.17192), "SpecInfer" (arXiv 2305.09781), EAGLE
+(arXiv 2401.15077), EAGLE-2 (arXiv 2406.16858).
 
-Letters in shape comments: M nodes of a tree, K vocabulary.
+Letters in shape comments: B pictures, N cells, M nodes of a tree, n tokens of a pass, K vocabulary, D width of hidden states, R
+rows (2B under guidance).
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+from samplers.logits import Noise, Sampling, inverse_transform
+from samplers.steps import START, GuidanceScale, Session, Step, guided
 
 
 @dataclass(frozen=True)
@@ -123,9 +128,13 @@ def verify(
     """
     node, kept = 0, [0]
     while True:
-        law, elder = laws[node].clone(), []
+        law, elder, tried = laws[node].clone(), [], set()
         for child in tree.children[node]:
-            token, number = tokens[child], next(uniforms)
+            token = tokens[child]
+            if token in tried:
+                continue
+            tried.add(token)
+            number = next(uniforms)
             chance = 1.0 if drafted is None else drafted.chances[child]
             if chance <= 0:
                 continue
@@ -188,3 +197,276 @@ def without_replacement(law: Tensor, uniforms: Sequence[float]) -> tuple[list[in
         chances.append(float(left[token] / total[-1]) if total[-1] > 0 else -1.0)
         left[token] = 0
     return tokens, chances
+
+
+class Drafting(Protocol):
+    """A drafter bound to the pictures of a session. It keeps what it has read of each picture."""
+
+    def guess(
+        self,
+        tokens: Tensor,
+        cells: Tensor,
+        hidden: Tensor,
+        tree: Tensor | None = None,
+        root: Tensor | None = None,
+    ) -> Tensor:
+        """Read tokens, and guess the target's hidden states.
+
+        Args:
+            tokens, cells: [B, n] int64, `cells` on the CPU: where the tokens stand.
+            hidden: [R, n, D], the hidden states that led to them: the target's own, or earlier guesses.
+            tree: None for a chain of decided tokens; else [B, n, m] bool, which of the m nodes so far each of the last n
+                sees, beside what was decided before them.
+            root: [B], the first cell of such a tree.
+
+        Returns:
+            [R, n, D], guesses of the hidden states that lead to the tokens after them.
+        """
+
+    def logits(self, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The target's logits [B, n, K] of hidden states, as `samplers.steps.Session.forward` gives them."""
+
+
+class Law:
+    """From logits to the probabilities that are drawn from, the same for drafter and target."""
+
+    def __init__(self, sampling: Sampling, guidance_scale: GuidanceScale):
+        self.sampling, self.scale = sampling, guidance_scale
+        self.greedy = sampling.temperature == 0
+
+    def __call__(self, conditional: Tensor, unconditional: Tensor | None, cells: Tensor) -> Tensor:
+        """Logits [B, n, K] of `cells` [B, n] -> probabilities on the CPU; at temperature 0 those of temperature 1."""
+        logits = guided(conditional, unconditional, self.scale, cells)
+        return (logits if self.greedy else self.sampling.filter(logits)).softmax(dim=-1).cpu()
+
+
+@dataclass(frozen=True)
+class Draft:
+    """What a shape has grown for one picture: the tree, the tokens of its nodes, and how they were drawn."""
+
+    tree: Tree
+    tokens: list[int]
+    drafted: Drafted | None
+
+
+@dataclass(frozen=True)
+class StaticTree:
+    """A tree of fixed shape: every node's children are drawn without replacement, or are the likeliest at temperature 0.
+
+    Args:
+        paths: see `Tree.of_paths`.
+        draws: tokens that are drawn at a node; None for as many as it has children.
+    """
+
+    paths: tuple[tuple[int, ...], ...]
+    draws: int | None = None
+
+    @cached_property
+    def tree(self) -> Tree:
+        return Tree.of_paths(self.paths)
+
+    def grow(
+        self,
+        drafting: Drafting,
+        hidden: Tensor,
+        roots: Tensor,
+        tokens: Tensor,
+        law: Law,
+        numbers: list[Iterator[float]],
+    ) -> list[Draft]:
+        """Draft for each picture.
+
+        Args:
+            hidden: [R, 1, D], the guess at the root.
+            roots: [B] on the CPU, cells of the roots.
+            tokens: [B] of the roots.
+            numbers: of each picture.
+        """
+        tree, batch = self.tree, len(roots)
+        found = [[int(token)] + [0] * (len(tree.parents) - 1) for token in tokens]
+        chances = [[1.0] * len(tree.parents) for _ in range(batch)]
+        laws: list[dict[int, Tensor]] = [{} for _ in range(batch)]
+        level, read = [0], []  # nodes with children whose guesses are at hand, and those that the drafter has read
+        while level:
+            cells = (roots[:, None] + tree.depths[level] + 1).expand(batch, -1)
+            rows = law(*drafting.logits(hidden), cells)
+            for index, node in enumerate(level):
+                children = tree.children[node]
+                for b in range(batch):
+                    drawn = self._drawn(rows[b, index], len(children), law.greedy, numbers[b])
+                    laws[b][node] = rows[b, index]
+                    for child, token, chance in zip(children, *drawn, strict=False):
+                        found[b][child], chances[b][child] = token, chance
+            grown = [child for node in level for child in tree.children[node] if tree.children[child]]
+            if not grown:
+                break
+            read += grown
+            above = torch.tensor([level.index(tree.parents[node]) for node in grown])
+            seen = tree.mask[grown][:, read].expand(batch, -1, -1)
+            fed = torch.tensor([[row[node] for node in grown] for row in found], device=hidden.device)
+            places = (roots[:, None] + tree.depths[grown]).expand(batch, -1)
+            hidden, level = drafting.guess(fed, places, hidden[:, above], seen, roots + 1), grown
+        drafts = zip(found, laws, chances, strict=True)
+        return [Draft(tree, row, None if law.greedy else Drafted(own, given)) for row, own, given in drafts]
+
+    def _drawn(self, law: Tensor, count: int, greedy: bool, numbers: Iterator[float]) -> tuple[list[int], list[float]]:
+        if greedy:
+            return law.topk(count).indices.tolist(), [1.0] * count
+        return without_replacement(law, [next(numbers) for _ in range(self.draws or count)])
+
+
+@dataclass(frozen=True)
+class DynamicTree:
+    """EAGLE-2's tree (arXiv 2406.16858): grown where the drafter is surest, from its likeliest tokens.
+
+    Args:
+        nodes: that are kept, without the root.
+        depth: levels that are grown after the first.
+        width: nodes that are grown on each level, and likeliest tokens of each of them.
+    """
+
+    nodes: int = 58
+    depth: int = 4
+    width: int = 10
+
+    def grow(
+        self,
+        drafting: Drafting,
+        hidden: Tensor,
+        roots: Tensor,
+        tokens: Tensor,
+        law: Law,
+        numbers: list[Iterator[float]],
+    ) -> list[Draft]:
+        """See `StaticTree.grow`; nothing is drawn."""
+        batch, width = len(roots), self.width
+        start = law(*drafting.logits(hidden), roots[:, None] + 1).log()[:, 0]
+        scores, picked = start.topk(width)  # of the beam [B, width]
+        pool_scores, pool_tokens = [scores], [picked]
+        pool_parents = [torch.full((batch, width), -1)]  # place in the pool, -1 for the root
+        beam = torch.arange(width).expand(batch, -1)  # places in the pool
+        hidden = hidden.expand(-1, width, -1)
+        seen = torch.eye(width, dtype=torch.bool).expand(batch, -1, -1)
+        ids, rows = picked, torch.arange(batch)[:, None]
+        for level in range(self.depth):
+            places = (roots[:, None] + 1 + level).expand(batch, width)
+            out = drafting.guess(ids.to(hidden.device), places, hidden, seen, roots + 1)
+            laws = law(*drafting.logits(out), places + 1).log()
+            best, children = laws.topk(width)  # [B, width, width]
+            total = (scores[:, :, None] + best).flatten(1)
+            pool_parents.append(beam[:, :, None].expand(-1, -1, width).flatten(1))
+            first = sum(part.shape[1] for part in pool_scores)
+            pool_scores.append(total)
+            pool_tokens.append(children.flatten(1))
+            scores, chosen = total.topk(width)
+            beam, ids = first + chosen, children.flatten(1)[rows, chosen]
+            above = chosen // width
+            twice = len(out) // batch
+            hidden = out[torch.arange(len(out))[:, None], above.repeat(twice, 1).to(out.device)]
+            own = torch.eye(width, dtype=torch.bool).expand(batch, -1, -1)
+            seen = torch.cat([seen[:, -width:][rows, above], own], dim=2)
+        kept = torch.cat(pool_scores, dim=1).topk(self.nodes).indices.sort().values
+        parents, tokens_of = torch.cat(pool_parents, dim=1), torch.cat(pool_tokens, dim=1)
+        drafts = []
+        for b in range(batch):
+            numbers_of = {-1: 0} | {place: index for index, place in enumerate(kept[b].tolist(), 1)}
+            above = [numbers_of[parent] for parent in parents[b, kept[b]].tolist()]
+            drafts.append(Draft(Tree((-1, *above)), [int(tokens[b]), *tokens_of[b, kept[b]].tolist()], None))
+        return drafts
+
+
+@dataclass(frozen=True)
+class Speculative:
+    """The target looks at a tree of drafted tokens in one pass, and keeps a path of it.
+
+    Args:
+        drafter: makes a `Drafting` for a session.
+        shape: of the trees.
+        rule: what is accepted.
+        wipe: see `verify`.
+    """
+
+    drafter: Callable[[Session], Drafting]
+    shape: StaticTree | DynamicTree
+    rule: Rule
+    wipe: str = "draft"
+    name = "speculative"
+
+    @property
+    def lossless(self) -> bool:
+        return self.rule.lossless
+
+    def __call__(
+        self, session: Session, tokens: Tensor, sampling: Sampling, guidance_scale: GuidanceScale, noise: Noise
+    ) -> Iterator[Step]:
+        """See `samplers.steps.Plain`."""
+        batch, length = tokens.shape
+        given, device = tokens.cpu(), tokens.device
+        written, law = given.clone(), Law(sampling, guidance_scale)
+        numbers = [noise.numbers(index) for index in range(batch)]
+        rows = torch.arange(batch)[:, None]
+
+        def decided(laws: Tensor, cells: Tensor) -> Tensor:
+            """Laws [B, n, K] of `cells`, certain where a token is given."""
+            fixed = torch.where(cells < length, given.gather(1, cells.clamp(max=length - 1)), -1)
+            certain = F.one_hot(fixed.clamp(min=0), laws.shape[-1]).to(laws)
+            return torch.where(fixed[..., None] >= 0, certain, laws)
+
+        def drawn(one: Tensor, index: int) -> int:
+            if law.greedy:
+                return int(one.argmax())
+            return int(inverse_transform(one, torch.tensor(next(numbers[index]), dtype=torch.float64)))
+
+        logits = session.forward(torch.full((batch, 1), START, device=device), torch.tensor([START]))
+        roots = torch.zeros(batch, dtype=torch.int64)  # cells
+        laws = decided(law(*logits, roots[:, None]), roots[:, None])
+        root_tokens = torch.tensor([drawn(laws[index, 0], index) for index in range(batch)])
+        written[:, 0] = root_tokens
+        passes = 1
+        yield self._step(written, roots, given, passes, device)
+        drafting = self.drafter(session)
+        hidden = drafting.guess(root_tokens[:, None].to(device), roots[:, None], session.hidden)
+        while (roots < length - 1).any():
+            drafts = self.shape.grow(drafting, hidden, roots, root_tokens, law, numbers)
+            nodes = torch.tensor([draft.tokens for draft in drafts])
+            places = roots[:, None] + torch.stack([draft.tree.depths for draft in drafts])
+            masks = torch.stack([draft.tree.mask for draft in drafts])
+            logits = session.forward(nodes.to(device), places, masks)
+            laws, passes = decided(law(*logits, places + 1), places + 1), passes + 1
+            paths, following = [], []
+            for index, draft in enumerate(drafts):
+                if law.greedy:
+                    path = verify_greedy(laws[index], draft.tree, draft.tokens, self.rule)
+                    one = laws[index, path[-1]]
+                else:
+                    path, one = verify(
+                        laws[index], draft.tree, draft.tokens, self.rule, numbers[index], draft.drafted, self.wipe
+                    )
+                paths.append(path)
+                following.append(drawn(one, index))
+            longest = max(map(len, paths))
+            kept = torch.tensor([path + path[-1:] * (longest - len(path)) for path in paths])
+            session.keep(kept.to(device))
+            ahead = torch.tensor([len(path) for path in paths])
+            accepted = nodes[rows, kept].roll(-1, dims=1)  # at the cells after the root
+            accepted[torch.arange(batch), ahead - 1] = torch.tensor(following)
+            cells = roots[:, None] + 1 + torch.arange(longest)
+            for index in range(batch):
+                real = cells[index, : ahead[index]]
+                real = real[real < length]
+                written[index, real] = accepted[index, : len(real)]
+            twice = len(session.hidden) // batch
+            leading = session.hidden[
+                torch.arange(len(session.hidden))[:, None], kept.repeat(twice, 1).to(session.hidden.device)
+            ]
+            guesses = drafting.guess(accepted.to(device), cells, leading)
+            last = (ahead - 1).repeat(twice).to(guesses.device)
+            hidden = guesses[torch.arange(len(guesses)), last][:, None]
+            root_tokens = torch.tensor(following)
+            roots = (roots + ahead).clamp(max=length - 1)
+            yield self._step(written, roots, given, passes, device)
+
+    @staticmethod
+    def _step(written: Tensor, roots: Tensor, given: Tensor, passes: int, device: torch.device) -> Step:
+        done = torch.arange(written.shape[1]) <= roots[:, None]
+        return Step(torch.where(done, written, given).to(device), passes)

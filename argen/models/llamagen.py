@@ -58,6 +58,11 @@ def rotary_table(head_dim: int, side: int) -> Tensor:
     return torch.stack([angles.cos(), angles.sin()], dim=-1)
 
 
+def running_mean(value: Tensor, counted: Tensor) -> Tensor:
+    """Of [R, T, D], at each position: the mean of those so far that `counted` [R, T, 1] is 1 for."""
+    return (value * counted).cumsum(dim=1) / counted.cumsum(dim=1).clamp(min=1)
+
+
 class Attention(nn.Module):
     def __init__(self, dim: int, heads: int):
         super().__init__()
@@ -85,10 +90,13 @@ class Attention(nn.Module):
 
     def condition(self, x: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
         """Condition positions x [R, T, D], of which `seen` [R, T, 1] is 1 for those that others see -> their output, and
-        the mean value [R, 1, D] of those that are seen."""
+        the mean value [R, 1, D] of those that are seen.
+
+        The others, the padding, see the padding before them, as in half precision in the authors' code.
+        """
         value = F.linear(x, self.wqkv.weight[2 * x.shape[-1] :])
-        means = (value * seen).cumsum(dim=1) / seen.cumsum(dim=1).clamp(min=1)
-        return self.wo(torch.where(seen.bool(), means, value)), means[:, -1:]
+        means, padding = (running_mean(value, part) for part in (seen, 1 - seen))
+        return self.wo(torch.where(seen.bool(), means, padding)), means[:, -1:]
 
 
 class FeedForward(nn.Module):
@@ -209,8 +217,7 @@ class LlamaGen(ModelMixin, ConfigMixin):
         if size not in SIZES:
             raise ValueError(f"unknown LlamaGen size {size!r}: expected one of {', '.join(SIZES)}")
         model = cls(grid=grid, classes=classes, **SIZES[size])
-        state = {key: value for key, value in read_state_dict(path).items() if key != "freqs_cis"}
-        return load_strict(model, state, source=path)
+        return load_strict(model, converted(read_state_dict(path)), source=path)
 
     def controlled(self, x: Tensor, layer: int, control: Tensor | None) -> Tensor:
         """x [R, n, D] before a layer, with what `control` [J, R, n, D] adds there: one part before each J-th of the layers."""
@@ -229,14 +236,15 @@ class LlamaGen(ModelMixin, ConfigMixin):
             control: [J, R, 1, D] of the first cell, see `argen.models.controlar`.
 
         Returns:
-            Logits [R, 1, K] of the first token, how many positions are seen [R], and the mean value [R, 1, D] of each layer.
+            Hidden states [R, T, D], the last of which gives the first token's logits; how many positions are seen [R]; the
+            mean value [R, 1, D] of each layer.
         """
         x, seen, means = self.drop(embedded), mask[..., None].to(embedded.dtype), []
         for index, layer in enumerate(self.layers):
             x = torch.cat([x[:, :-1], self.controlled(x[:, -1:], index, control)], dim=1)
             x, mean = layer.condition(x, seen)
             means.append(mean)
-        return self.output(self.norm(x[:, -1:])), mask.sum(dim=1), means
+        return self.norm(x), mask.sum(dim=1), means
 
     def decode(
         self,
@@ -248,7 +256,7 @@ class LlamaGen(ModelMixin, ConfigMixin):
         cache: KeyValueCache | None = None,
         control: Tensor | None = None,
     ) -> Tensor:
-        """Logits [R, n, K] of the tokens that follow.
+        """Hidden states [R, n, D], after the last norm; `output` makes of them the logits of the tokens that follow.
 
         Args:
             tokens, positions: [R, n], [n] or [R, n].
@@ -257,7 +265,8 @@ class LlamaGen(ModelMixin, ConfigMixin):
             means: from `condition`, or None where they are the first entry of `cache`.
             control: [J, R, n, D] of the cells that are predicted.
         """
-        turns = self.turns[positions if positions.ndim == 2 else positions[None]][:, :, None]
+        cells = positions.clamp(max=self.length - 1)  # a draft may reach behind the picture
+        turns = self.turns[cells if cells.ndim == 2 else cells[None]][:, :, None]
         mask = torch.zeros(len(seen), 1, *visible.shape[2:], device=tokens.device).masked_fill(~visible, -torch.inf)
         among = seen.log()[:, None, None, None].expand(-1, 1, tokens.shape[1], 1)
         x = self.drop(self.tok_embeddings(tokens))
@@ -265,7 +274,7 @@ class LlamaGen(ModelMixin, ConfigMixin):
         for index, layer in enumerate(self.layers):
             x = self.controlled(x, index, control)
             x = layer(x, turns, mask, index, cache, None if means is None else means[index])
-        return self.output(self.norm(x))
+        return self.norm(x)
 
     def unconditional(self, condition: Tensor) -> Tensor:
         """What stands for "none" where class ids [R] or text features [R, T, caption_dim] stand."""
@@ -286,11 +295,42 @@ class LlamaGen(ModelMixin, ConfigMixin):
             Logits [R, n, K], float32.
         """
         parts = (None, None) if control is None else (control[:, :, :1], control[:, :, 1:])
-        first, seen, means = self.condition(self.cls_embedding(condition), mask, parts[0])
+        prefix, seen, means = self.condition(self.cls_embedding(condition), mask, parts[0])
         read = tokens[:, :-1]
         places = torch.arange(read.shape[1], device=tokens.device)
         visible = causal_mask(len(places), len(places), tokens.device)
-        return torch.cat([first, self.decode(read, places, visible, seen, means, control=parts[1])], dim=1).float()
+        hidden = self.decode(read, places, visible, seen, means, control=parts[1])
+        return self.output(torch.cat([prefix[:, -1:], hidden], dim=1)).float()
+
+
+LLAMA_NAMES = {  # LANTERN's conversion -> LlamaGen's own names
+    "model.embed_tokens.": "tok_embeddings.",
+    "model.cls_embedding.": "cls_embedding.",
+    "model.layers.": "layers.",
+    "model.norm.": "norm.",
+    "lm_head.": "output.",
+    ".self_attn.o_proj.": ".attention.wo.",
+    ".mlp.gate_proj.": ".feed_forward.w1.",
+    ".mlp.up_proj.": ".feed_forward.w3.",
+    ".mlp.down_proj.": ".feed_forward.w2.",
+    ".input_layernorm.": ".attention_norm.",
+    ".post_attention_layernorm.": ".ffn_norm.",
+}
+
+
+def converted(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A published state dict, in LlamaGen's layout or in that of transformers' Llama (``jadohu/LlamaGen-T2I``), as ours."""
+    out = {}
+    for key, value in state.items():
+        if key == "freqs_cis" or ".self_attn.k_proj." in key or ".self_attn.v_proj." in key:
+            continue
+        if ".self_attn.q_proj." in key:
+            value = torch.cat([state[key.replace("q_proj", name)] for name in ("q_proj", "k_proj", "v_proj")])
+            key = key.replace(".self_attn.q_proj.", ".attention.wqkv.")
+        for theirs, ours in LLAMA_NAMES.items():
+            key = key.replace(theirs, ours)
+        out[key] = value
+    return out
 
 
 def _init(module: nn.Module) -> None:
@@ -305,6 +345,10 @@ class LlamaGenSession:
         embedded, mask: as `LlamaGen.condition` takes them. Under guidance R = 2B: all conditions, then "none" as often.
         control: [J, R, N, D] of every cell of the picture, which then has N cells; without it as many as the grid.
         columns: cells of a row; as many as the grid has, by default.
+
+    Attributes:
+        prefix: [R, T, D], hidden states of the condition.
+        hidden: [R, n, D], those of the last pass, as a drafter reads them.
     """
 
     def __init__(
@@ -319,7 +363,7 @@ class LlamaGenSession:
         self.model, self.guided, self.control = model, guided, control
         self.columns = columns or model.config.grid
         self.length = model.length if control is None else control.shape[2]
-        self.first, self.seen, means = model.condition(embedded, mask, None if control is None else control[:, :, :1])
+        self.prefix, self.seen, means = model.condition(embedded, mask, None if control is None else control[:, :, :1])
         self.cache = KeyValueCache(model.depth, self.length)
         self.cache.place(torch.tensor([-1]), None, guided, embedded.device)
         for index, (layer, mean) in enumerate(zip(model.layers, means, strict=True)):
@@ -329,7 +373,7 @@ class LlamaGenSession:
         """See `samplers.steps.Session.forward`; the condition, which is cached already, stands for the start token."""
         parts = []
         if int(positions.min()) < 0:
-            parts = [self.first]
+            parts = [self.prefix[:, -1:]]
             tokens, positions, mask = tokens[:, 1:], positions[..., 1:], None if mask is None else mask[..., 1:, 1:]
         if tokens.shape[1]:
             visible = self.cache.place(positions, mask, self.guided, tokens.device)[..., 1:]
@@ -342,7 +386,8 @@ class LlamaGenSession:
                     tokens, positions, visible, self.seen, cache=self.cache, control=self._ahead(positions)
                 )
             )
-        logits = torch.cat(parts, dim=1).float()
+        self.hidden = torch.cat(parts, dim=1)
+        logits = self.model.output(self.hidden).float()
         return logits.chunk(2) if self.guided else (logits, None)
 
     def _ahead(self, positions: Tensor) -> Tensor | None:

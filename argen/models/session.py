@@ -38,23 +38,29 @@ class KeyValueCache:
         self.first: int | Tensor = 0  # slot of the pass's first token; [R] where the pictures differ
         self.end = 0  # slots up to here may be seen
 
-    def place(self, positions: Tensor, tree: Tensor | None, guided: bool, device: torch.device) -> Tensor:
+    def place(
+        self, positions: Tensor, tree: Tensor | None, guided: bool, device: torch.device, root: Tensor | None = None
+    ) -> Tensor:
         """Choose the slots of a pass, and say what it sees: [1 or R, 1, n, end] bool.
 
         Args:
             positions, tree: as in `samplers.steps.Session.forward`.
             guided: the rows are those of the pictures, twice.
+            root: [B], cells at which the trees begin that the pass goes on with; then `tree` is [B, n, m], and the pass
+                has the last n of the m nodes.
         """
         slots, n = positions + 1, positions.shape[-1]
-        first = slots[..., 0]
+        nodes = n if tree is None else tree.shape[-1]
+        base = slots[..., 0] if root is None else root + 1  # of the tree's first node
+        first = base + nodes - n
         self.end = int(first.max()) + n
         columns = torch.arange(self.end)
         if tree is None:
             visible = columns <= slots[..., None]
         else:
-            place = columns - first[..., None]  # among the pass's own tokens
-            inside = tree.gather(-1, place.clamp(0, n - 1)[..., None, :].expand(*tree.shape[:-1], self.end))
-            visible = torch.where(((place >= 0) & (place < n))[..., None, :], inside, (place < 0)[..., None, :])
+            place = columns - base[..., None]  # among the tree's nodes
+            inside = tree.gather(-1, place.clamp(0, nodes - 1)[..., None, :].expand(*tree.shape[:-1], self.end))
+            visible = torch.where(((place >= 0) & (place < nodes))[..., None, :], inside, (place < 0)[..., None, :])
         visible = visible.reshape(-1, 1, n, self.end).to(device)
         if positions.ndim == 1:
             self.first = int(first)

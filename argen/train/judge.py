@@ -124,7 +124,7 @@ class JudgeTask(Task):
         for norm in norms:
             norm.reset_running_stats()
             norm.momentum, kept = None, norm.momentum  # a plain mean
-        self._model().train()
+            norm.train()
         for number in range(SETTLING):
             self._model()(self.batch(64, torch.Generator().manual_seed(number))["pixels"].to(self._model().device))
         self._model().eval()
