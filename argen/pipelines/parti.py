@@ -25,7 +25,7 @@ class PartiPipeline(TokenPipeline):
     image_tokenizer: turns the generator's tokens into pixels.
     """
 
-    defaults = Defaults(guidance_scale=5.0, top_k=256)
+    defaults = Defaults(guidance_scale=1.5, temperature=0.9, top_k=256)
     model_cpu_offload_seq = "clip->transformer->image_tokenizer"
 
     def __init__(

@@ -35,7 +35,9 @@ class PartiTask(TokensTask):
     def __init__(self, data: Path, scenes: Path, tokenizer: Path, clip: Path, first_stage: Path | None = None):
         super().__init__(data, scenes, tokenizer, clip)
         if first_stage is not None:
-            model = Parti.from_pretrained(first_stage, dropout=0.0).float()
+            start = Parti.from_pretrained(first_stage, dropout=0.0).float()
+            model = Parti(**{key: value for key, value in start.config.items() if not key.startswith("_")})
+            model.load_state_dict(start.state_dict())
         else:
             text_dim = self.clip.config.text_config.hidden_size
             model = Parti(text_dim, self.vq.config.n_embed, self.vq.grid)

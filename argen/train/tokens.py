@@ -19,7 +19,6 @@ from argen.train.loop import Task
 from tokenizers_img.pixels import from_uint8
 from tokenizers_img.vit_vqgan import ViTVQGAN
 
-SCENES_SHARE = 0.12
 TEXT_DROPOUT = 0.1
 CORRUPTION = 0.15  # at most this share of the tokens that are read is another picture's: sampling will slip, too
 
@@ -33,9 +32,11 @@ class TokensTask(Task):
 
     Attributes:
         null_caption: what is read where the caption is dropped; None where the network has its own "none".
+        scenes_share: of the pictures are scenes.
     """
 
     null_caption: str | None = ""
+    scenes_share = 0.12
 
     def __init__(self, data: Path, scenes: Path, tokenizer: Path, clip: Path):
         self.vq = ViTVQGAN.from_pretrained(tokenizer).float().eval().requires_grad_(False)
@@ -74,7 +75,7 @@ class TokensTask(Task):
         return {"input_ids": text.input_ids, "attention_mask": text.attention_mask}
 
     def batch(self, size: int, generator: torch.Generator) -> dict[str, Tensor]:
-        scenes = int(size * SCENES_SHARE)
+        scenes = int(size * self.scenes_share)
         chosen = torch.multinomial(self.weights, size - scenes, generator=generator)
         others = torch.randint(len(self.captions), (scenes,), generator=generator)
         rng = random.Random(int(torch.randint(2**62, (1,), generator=generator)))
