@@ -64,7 +64,14 @@ def parser() -> Parser:
     add.add_argument(
         "--sampler",
         metavar="NAME",
-        help="how the tokens are written: plain, or jacobi: the same pictures in fewer passes (default: plain)",
+        help="how the tokens are written: plain; jacobi, the same pictures in fewer passes; auto, the faster of the two; sjd "
+        "and recycling, other pictures of the same law; speculative, where the model has a drafter; lantern, relaxed "
+        "(default: auto)",
+    )
+    add.add_argument("--lantern-k", type=int, metavar="K", help="neighbours that lend their probability (default: 10)")
+    add.add_argument("--lantern-delta", type=float, metavar="D", help="they lend at most D, 0 to 1 (default: 0.2)")
+    add.add_argument(
+        "--lantern-lambda", type=float, metavar="L", help="or so much that a token's own is multiplied by L, at most"
     )
     add.add_argument(
         "--num-candidates", type=int, metavar="C", help="draw C pictures and keep the -n that fit the prompt best"
@@ -127,7 +134,7 @@ def parser() -> Parser:
     add.add_argument(
         "recipe",
         metavar="RECIPE",
-        help="emoji-clip, emoji-vitvqgan, emoji-vitvqgan-decoder, emoji-parti, emoji-parti-second, emoji-llamagen, emoji-control or emoji-judge",
+        help="emoji-clip, emoji-vitvqgan, emoji-vitvqgan-decoder, emoji-parti, emoji-parti-second, emoji-llamagen, emoji-control, emoji-drafter or emoji-judge",
     )
     add.add_argument("--data", type=Path, required=True, metavar="DIR", help="made by `argen data emoji`")
     add.add_argument("--scenes", type=Path, metavar="DIR", help="made by `argen data scenes`")
@@ -183,6 +190,7 @@ def generate(args) -> None:
 
     writable_png(args.out)
     names = ("prompt", "num_images", "seed", "model", "guidance_scale", "temperature", "top_k", "top_p", "sampler")
+    names += ("lantern_k", "lantern_delta", "lantern_lambda")
     given = {name: getattr(args, name) for name in (*names, "num_candidates") if getattr(args, name) is not None}
     if args.origin:
         given = read_request(args.origin).given() | given
@@ -216,9 +224,11 @@ def generate(args) -> None:
                 paths, job.requests, scores, job.tokens.flatten(1).tolist(), strict=True
             )
         ]
-        print(json.dumps({"seconds": round(seconds, 3), "passes": job.passes, "pictures": pictures}))
+        run = {"seconds": round(seconds, 3), "sampler": request.sampler, "lossless": job.lossless, "passes": job.passes}
+        print(json.dumps(run | {"tokens_a_pass": round(job.tokens_a_pass, 3), "pictures": pictures}))
     else:
-        print(f"{', '.join(map(str, paths))} ({seconds:.1f} s, {job.tokens_a_pass:.1f} tokens a pass)")
+        how = f"{request.sampler}, {'lossless' if job.lossless else 'relaxed'}, {job.tokens_a_pass:.1f} tokens a pass"
+        print(f"{', '.join(map(str, paths))} ({seconds:.1f} s, {how})")
 
 
 @command

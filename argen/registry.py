@@ -12,7 +12,10 @@ from diffusers import ModelMixin
 from safetensors import SafetensorError
 from transformers import AutoTokenizer, CLIPModel, PreTrainedTokenizerFast, T5EncoderModel
 
+from argen.data.emoji import GROUPS
 from argen.models.clip import TextImageEncoder
+from argen.models.judge import Judge
+from argen.models.llamagen import LlamaGen
 from argen.models.parti import Parti
 from argen.pipelines.base import TokenPipeline
 from argen.pipelines.controlar import ControlARPipeline
@@ -58,6 +61,17 @@ def _parti(folder: Path) -> PartiPipeline:
         tokenizer=encoder.tokenizer,
         transformer=_network(Parti, folder),
         image_tokenizer=_network(ViTVQGAN, WEIGHTS / "emoji-vitvqgan"),
+    )
+
+
+def _emoji_llamagen(folder: Path) -> LlamaGenPipeline:
+    encoder = _encoder(WEIGHTS / "emoji-clip")
+    return LlamaGenPipeline(
+        transformer=_network(LlamaGen, folder),
+        vq=_network(ViTVQGAN, WEIGHTS / "emoji-vitvqgan"),
+        text_encoder=encoder.clip,
+        tokenizer=encoder.tokenizer,
+        groups=list(GROUPS),
     )
 
 
@@ -190,6 +204,9 @@ MODELS = {
         "tokenizer", "ViT-VQGAN, 128 x 128 <-> 8 x 8 ids of 4096", "Apache-2.0", 8.0, lambda f: _network(ViTVQGAN, f)
     ),
     "argen/emoji-clip": Model("encoder", "CLIP of emoji and their captions", "Apache-2.0", 3.7, _encoder),
+    "argen/emoji-judge": Model(
+        "judge", "names an object of an emoji picture and its colour", "Apache-2.0", 2.1, lambda f: _network(Judge, f)
+    ),
     "dalle-mini": Model(
         "generator", "DALL-E mini, text -> 256 tokens -> 256 x 256", parameters=484.7, **_dalle("mini")
     ),

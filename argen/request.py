@@ -7,8 +7,9 @@ from io import BytesIO
 import torch
 from PIL import Image
 
-from samplers import SAMPLERS
+from samplers import by_name
 from samplers.logits import Sampling
+from samplers.steps import Sampler
 
 MAX_PROMPT, MAX_IMAGES, MAX_CANDIDATES = 1000, 64, 64
 MIN_CONTROL = 16  # pixels on a side of a control picture
@@ -71,6 +72,7 @@ class Request:
         guidance_scale: classifier-free guidance, 1 for none; None for the model's own.
         temperature, top_k, top_p: see `samplers.logits.Sampling`; None for the model's own.
         sampler: a name in `samplers.SAMPLERS`.
+        lantern_k, lantern_delta, lantern_lambda: settings of the sampler "lantern", see `samplers.Lantern`; None for its own.
         num_candidates: pictures drawn, of which the `num_images` that fit the prompt best are kept; None draws no more
             than are asked for.
         control: what the pictures follow, for a model that takes it.
@@ -87,7 +89,10 @@ class Request:
     temperature: float | None = None
     top_k: int | None = None
     top_p: float | None = None
-    sampler: str = "plain"
+    sampler: str = "auto"
+    lantern_k: int | None = None
+    lantern_delta: float | None = None
+    lantern_lambda: float | None = None
     num_candidates: int | None = None
     control: Control | None = None
 
@@ -99,8 +104,7 @@ class Request:
             raise ValueError(f"seed is {self.seed}: expected 0 or more, and less than 2^63 - {MAX_CANDIDATES}")
         if self.guidance_scale is not None and not 0 <= self.guidance_scale <= 100:
             raise ValueError(f"guidance_scale is {self.guidance_scale}: expected 0 to 100 (1 is no guidance)")
-        if self.sampler not in SAMPLERS:
-            raise ValueError(f"unknown sampler {self.sampler!r}: expected one of {', '.join(SAMPLERS)}")
+        self.make_sampler()
         if self.num_candidates is not None and not self.num_images <= self.num_candidates <= MAX_CANDIDATES:
             raise ValueError(
                 f"num_candidates is {self.num_candidates}: expected at least the number of pictures "
@@ -109,6 +113,16 @@ class Request:
         Sampling(
             **{key: value for key in ("temperature", "top_k", "top_p") if (value := getattr(self, key)) is not None}
         )
+
+    def make_sampler(self) -> Sampler:
+        """The sampler that is asked for, with its settings."""
+        lantern = {"k": self.lantern_k, "delta": self.lantern_delta, "lambda_": self.lantern_lambda}
+        lantern = {name: value for name, value in lantern.items() if value is not None}
+        if lantern and self.sampler != "lantern":
+            raise ValueError(
+                f"settings of the sampler lantern were given, but the sampler is {self.sampler}: leave them out"
+            )
+        return by_name(self.sampler, **lantern)
 
     def generators(self) -> list[torch.Generator]:
         """A source of luck for each picture that is drawn."""
@@ -152,6 +166,8 @@ class Job:
         request: with every value left to the model filled in.
         tokens: [drawn, h, w] int64, -1 where nothing is decided yet.
         passes: of the network, so far.
+        origins: [drawn, h, w] int8, how each cell came by its token (`samplers.steps.Origin`); None where all were drawn.
+        lossless: whether the sampler keeps the law of the network.
         pictures: PIL pictures, best first where candidates were ranked; empty until they are ready.
         requests: what makes each of `pictures` again, alone.
         scores: cosine of each of `pictures` to the prompt, where candidates were ranked.
@@ -161,6 +177,8 @@ class Job:
     request: Request
     tokens: torch.Tensor
     passes: int = 0
+    origins: torch.Tensor | None = None
+    lossless: bool = True
     pictures: list[Image.Image] = field(default_factory=list)
     requests: list[Request] = field(default_factory=list)
     scores: list[float] = field(default_factory=list)

@@ -1,13 +1,24 @@
 """How tokens are drawn: pure functions on tensors that know no network and no picture."""
 
+from samplers.auto import Auto
 from samplers.jacobi import Jacobi
+from samplers.lantern import Lantern
+from samplers.recycling import TokenRecycling
+from samplers.sjd import SpeculativeJacobi
+from samplers.speculative import Speculative
 from samplers.steps import Plain, Sampler
 
-SAMPLERS: dict[str, type] = {"plain": Plain, "jacobi": Jacobi}
+SAMPLERS: dict[str, type] = {
+    each.name: each for each in (Auto, Plain, Jacobi, SpeculativeJacobi, TokenRecycling, Speculative, Lantern)
+}
 
 
-def by_name(name: str) -> Sampler:
-    """The sampler called `name`, with its default settings."""
+def by_name(name: str, **settings) -> Sampler:
+    """The sampler called `name`, with its own settings where none are given.
+
+    Raises:
+        ValueError: there is no such sampler.
+    """
     if name not in SAMPLERS:
         raise ValueError(f"unknown sampler {name!r}: expected one of {', '.join(SAMPLERS)}")
-    return SAMPLERS[name]()
+    return SAMPLERS[name](**settings)

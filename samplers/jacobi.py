@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from samplers.logits import Noise, Sampling
-from samplers.steps import START, GuidanceScale, Session, Step, guided, pick
+from samplers.steps import START, GuidanceScale, Origin, Session, Step, guided, pick
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,7 @@ class Jacobi:
         prefix = int((given >= 0).cumprod(dim=1).sum(dim=1).max())
         guesses = _guessed(given, session.columns)  # of every cell; right before `known`
         known, passes = torch.zeros(batch, 1, dtype=torch.int64), 0  # [B, 1] cells from the first on that are decided
+        origins = torch.zeros(batch, length, dtype=torch.int8)
         first, n = known + START, min(length, prefix + self.window)  # the first token that is read, and how many are
         while (known < length).any():
             positions = first + torch.arange(n)
@@ -53,10 +54,13 @@ class Jacobi:
             right = (
                 (found == guessed)[:, :-1].cumprod(dim=1).sum(dim=1, keepdim=True)
             )  # guesses that were read, and right
-            known, passes = cells[:, :1] + right + 1, passes + 1
+            before, known, passes = known, cells[:, :1] + right + 1, passes + 1
+            new = _before(known, length) & ~_before(before, length) & (given < 0)
+            origins[new] = Origin.ACCEPTED
+            origins[new & ~_before(known - 1, length)] = Origin.DRAWN
             guesses = guesses.scatter(1, cells, found)
             guesses = _guessed(guesses.where(_before(cells[:, -1:] + 1, length) | (given >= 0), -1), session.columns)
-            yield Step(torch.where(_before(known, length), guesses, given).to(tokens.device), passes)
+            yield Step(torch.where(_before(known, length), guesses, given).to(tokens.device), passes, origins.clone())
             n = max(1, min(length - 1, self.window + 1))
             first = (known - 1).clamp(max=length - 1 - n)
 

@@ -6,10 +6,16 @@ Papers: LANTERN (arXiv 2410.03355, the bound `delta`) and LANTERN++ (arXiv 2502.
 token, or of a picture, is from the target's.
 """
 
+import hashlib
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+
+from samplers.logits import Noise, Sampling
+from samplers.speculative import SMALL_TREE, DraftedSession, Shape, Speculative, drafter_of
+from samplers.steps import GuidanceScale, Step
 
 SLICE = 1024  # rows of the codebook that are compared at a time
 
@@ -30,6 +36,18 @@ def neighbours(codebook: Tensor, k: int) -> Tensor:
         far[torch.arange(len(far)), torch.arange(first, first + len(far))] = torch.inf
         found.append(far.topk(k, largest=False).indices)
     return torch.cat(found)
+
+
+_TABLES: dict[tuple[str, int], Tensor] = {}  # (codebook's SHA-256, k) -> `neighbours`
+
+
+def table_of(codebook: Tensor, k: int) -> Tensor:
+    """`neighbours`, found once for a codebook and k."""
+    codes = codebook.detach().float().cpu().contiguous()
+    key = hashlib.sha256(codes.numpy().tobytes()).hexdigest(), k
+    if key not in _TABLES:
+        _TABLES[key] = neighbours(codes, k)
+    return _TABLES[key]
 
 
 @dataclass(frozen=True)
@@ -60,7 +78,9 @@ class Relaxed:
         if self.lambda_ is not None and self.lambda_ < 1:
             raise ValueError(f"lambda_ is {self.lambda_}: expected 1 or more")
         if not 0 <= self.k < self.table.shape[1]:
-            raise ValueError(f"k is {self.k}: expected 0 to {self.table.shape[1] - 1}, the table's neighbours less one")
+            raise ValueError(
+                f"k is {self.k}: expected 0 to {max(0, self.table.shape[1] - 1)}, fewer than the table's neighbours"
+            )
 
     def relax(self, law: Tensor, token: int) -> tuple[Tensor, Tensor]:
         """See `samplers.speculative.Rule.relax`."""
@@ -70,3 +90,38 @@ class Relaxed:
         count = int((borrowed <= bound).sum())  # the sums grow, so these are the first ones
         likely = own + borrowed[count - 1] if count else own
         return likely, near if self.official and count else near[:count]
+
+
+@dataclass(frozen=True)
+class Lantern:
+    """Relaxed speculative decoding: fewer passes than `Speculative`, at some loss that no bound here limits as a whole.
+
+    Args:
+        k, delta, lambda_, official: see `Relaxed`; delta is 0.2 where lambda_ is not given.
+        shape: of the drafted trees.
+    """
+
+    k: int = 10
+    delta: float | None = None
+    lambda_: float | None = None
+    official: bool = False
+    shape: Shape = SMALL_TREE
+    name = "lantern"
+    lossless = False
+
+    def __post_init__(self):
+        if self.delta is None and self.lambda_ is None:
+            object.__setattr__(self, "delta", 0.2)
+        Relaxed(torch.empty(1, max(self.k, 0) + 1), self.k, self.delta, self.lambda_)  # refuses what it cannot use
+
+    def __call__(
+        self, session: DraftedSession, tokens: Tensor, sampling: Sampling, guidance_scale: GuidanceScale, noise: Noise
+    ) -> Iterator[Step]:
+        """See `samplers.speculative.Speculative`."""
+        drafter = drafter_of(session, self.name)
+        codes = len(session.codebook)
+        if self.k + 1 >= codes:
+            raise ValueError(f"k is {self.k}: expected 0 to {codes - 2}, fewer than the codebook's {codes} codes")
+        table = table_of(session.codebook, self.k + 1)
+        rule = Relaxed(table, self.k, self.delta, self.lambda_, self.official)
+        yield from Speculative(self.shape, rule, drafter=drafter)(session, tokens, sampling, guidance_scale, noise)

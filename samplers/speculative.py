@@ -7,17 +7,18 @@ Letters in shape comments: B pictures, N cells, M nodes of a tree, n tokens of a
 rows (2B under guidance).
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Protocol
+from itertools import pairwise
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from samplers.logits import Noise, Sampling, inverse_transform
-from samplers.steps import START, GuidanceScale, Session, Step, guided
+from samplers.steps import START, GuidanceScale, Origin, Session, Step, guided
 
 
 @dataclass(frozen=True)
@@ -105,6 +106,20 @@ class Drafted:
     chances: Sequence[float]
 
 
+class Verdict(NamedTuple):
+    """What is kept of a tree.
+
+    Attributes:
+        kept: nodes, the root first.
+        law: probabilities [K] of the token after the last of them.
+        relaxed: those of the nodes that the plain rule would not have kept.
+    """
+
+    kept: list[int]
+    law: Tensor
+    relaxed: set[int]
+
+
 def verify(
     laws: Tensor,
     tree: Tree,
@@ -113,7 +128,7 @@ def verify(
     uniforms: Iterator[float],
     drafted: Drafted | None = None,
     wipe: str = "draft",
-) -> tuple[list[int], Tensor]:
+) -> Verdict:
     """Walk down the tree, keeping at each node the first child that is accepted.
 
     Args:
@@ -122,11 +137,8 @@ def verify(
         uniforms: gives a number in [0, 1) for each candidate that is looked at.
         drafted: None for candidates that a rule chose (as the likeliest ones), without chance.
         wipe: with `drafted`, what falls with a rejected candidate: its neighbours in the "draft" law, or in the "target"'s.
-
-    Returns:
-        The nodes that are kept, the root first; the probabilities [K] of the token after the last of them.
     """
-    node, kept = 0, [0]
+    node, kept, relaxed = 0, [0], set()
     while True:
         law, elder, tried = laws[node].clone(), [], set()
         for child in tree.children[node]:
@@ -140,6 +152,7 @@ def verify(
                 continue
             likely, falling = rule.relax(law, token)
             if number <= likely / chance:
+                relaxed |= {child} if number > law[token] / chance else set()
                 break
             if drafted is None:
                 law[token], law[falling] = 0, 0
@@ -153,7 +166,7 @@ def verify(
             total = law.sum()
             law = law / total if total > 0 else torch.full_like(law, 1 / len(law))
         else:
-            return kept, law
+            return Verdict(kept, law, relaxed)
         node = child
         kept.append(node)
 
@@ -202,29 +215,69 @@ def without_replacement(law: Tensor, uniforms: Sequence[float]) -> tuple[list[in
 class Drafting(Protocol):
     """A drafter bound to the pictures of a session. It keeps what it has read of each picture."""
 
-    def guess(
-        self,
-        tokens: Tensor,
-        cells: Tensor,
-        hidden: Tensor,
-        tree: Tensor | None = None,
-        root: Tensor | None = None,
-    ) -> Tensor:
-        """Read tokens, and guess the target's hidden states.
+    def read(self, tokens: Tensor, cells: Tensor, nodes: Tensor, ahead: Tensor) -> Tensor:
+        """Read tokens that were decided, and guess what the target's hidden state after them will be.
 
         Args:
-            tokens, cells: [B, n] int64, `cells` on the CPU: where the tokens stand.
-            hidden: [R, n, D], the hidden states that led to them: the target's own, or earlier guesses.
-            tree: None for a chain of decided tokens; else [B, n, m] bool, which of the m nodes so far each of the last n
-                sees, beside what was decided before them.
-            root: [B], the first cell of such a tree.
+            tokens, cells: [B, n] int64, `cells` on the CPU: where the tokens stand, one after the other.
+            nodes: [B, n] on the CPU, the tokens that led to them, by their number in the target's last pass.
+            ahead: [B] on the CPU: only so many of the tokens of each picture count.
 
         Returns:
-            [R, n, D], guesses of the hidden states that lead to the tokens after them.
+            [R, 1, D].
+        """
+
+    def guess(self, tokens: Tensor, cells: Tensor, hidden: Tensor, tree: Tensor, root: Tensor) -> Tensor:
+        """Read tokens that are drafted themselves.
+
+        Args:
+            tokens, cells: as in `read`.
+            hidden: [R, n, D], the guesses that led to them.
+            tree: [B, n, m] bool, which of the m nodes so far each of the last n sees, beside what was decided before them.
+            root: [B], the first cell of that tree.
+
+        Returns:
+            [R, n, D], guesses of the hidden states after each of them.
         """
 
     def logits(self, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
         """The target's logits [B, n, K] of hidden states, as `samplers.steps.Session.forward` gives them."""
+
+    def observe(self, tokens: Tensor, logits: Tensor, laws: Tensor) -> None:
+        """Learn from a pass of the target over tokens [B, M]: guided logits and probabilities [B, M, K] of what follows."""
+
+
+class Drafter(Protocol):
+    """Where drafts come from."""
+
+    def begin(self, session: Session) -> Drafting:
+        """Draft for the pictures of a session, which has made its first pass."""
+
+
+class DraftedSession(Session, Protocol):
+    """A session of a generator with a drafter.
+
+    Attributes:
+        codebook: [K, C], of the picture tokenizer.
+        drafter: None where the generator has none.
+    """
+
+    codebook: Tensor
+    drafter: Drafter | None
+
+
+def drafter_of(session: Session, sampler: str) -> Drafter:
+    """The drafter that the generator brings.
+
+    Raises:
+        ValueError: it brings none.
+    """
+    if getattr(session, "drafter", None) is None:
+        raise ValueError(
+            f"the sampler {sampler} needs a generator with a drafter, like argen/emoji-llamagen: for others choose jacobi, "
+            "which needs none"
+        )
+    return session.drafter
 
 
 class Law:
@@ -235,8 +288,11 @@ class Law:
         self.greedy = sampling.temperature == 0
 
     def __call__(self, conditional: Tensor, unconditional: Tensor | None, cells: Tensor) -> Tensor:
-        """Logits [B, n, K] of `cells` [B, n] -> probabilities on the CPU; at temperature 0 those of temperature 1."""
-        logits = guided(conditional, unconditional, self.scale, cells)
+        """Logits [B, n, K] of `cells` [B, n] -> probabilities, as `of_guided` gives them."""
+        return self.of_guided(guided(conditional, unconditional, self.scale, cells))
+
+    def of_guided(self, logits: Tensor) -> Tensor:
+        """Guided logits [B, n, K] -> probabilities on the CPU; at temperature 0 those of temperature 1."""
         return (logits if self.greedy else self.sampling.filter(logits)).softmax(dim=-1).cpu()
 
 
@@ -247,6 +303,28 @@ class Draft:
     tree: Tree
     tokens: list[int]
     drafted: Drafted | None
+
+
+class Shape(Protocol):
+    """Which tree is drafted."""
+
+    def grow(
+        self,
+        drafting: Drafting,
+        hidden: Tensor,
+        roots: Tensor,
+        tokens: Tensor,
+        law: Law,
+        numbers: list[Iterator[float]],
+    ) -> list[Draft]:
+        """Draft for each picture.
+
+        Args:
+            hidden: [R, 1, D], the guess at the root.
+            roots: [B] on the CPU, cells of the roots.
+            tokens: [B] of the roots.
+            numbers: of each picture.
+        """
 
 
 @dataclass(frozen=True)
@@ -274,14 +352,7 @@ class StaticTree:
         law: Law,
         numbers: list[Iterator[float]],
     ) -> list[Draft]:
-        """Draft for each picture.
-
-        Args:
-            hidden: [R, 1, D], the guess at the root.
-            roots: [B] on the CPU, cells of the roots.
-            tokens: [B] of the roots.
-            numbers: of each picture.
-        """
+        """See `Shape.grow`."""
         tree, batch = self.tree, len(roots)
         found = [[int(token)] + [0] * (len(tree.parents) - 1) for token in tokens]
         chances = [[1.0] * len(tree.parents) for _ in range(batch)]
@@ -338,7 +409,7 @@ class DynamicTree:
         law: Law,
         numbers: list[Iterator[float]],
     ) -> list[Draft]:
-        """See `StaticTree.grow`; nothing is drawn."""
+        """See `Shape.grow`; nothing is drawn."""
         batch, width = len(roots), self.width
         start = law(*drafting.logits(hidden), roots[:, None] + 1).log()[:, 0]
         scores, picked = start.topk(width)  # of the beam [B, width]
@@ -375,21 +446,27 @@ class DynamicTree:
         return drafts
 
 
+# Twelve nodes below the root: on two cores a pass over them costs less than two over a single token.
+SMALL_TREE = StaticTree(
+    ((0,), (1,), (2,), (3,), (0, 0), (0, 1), (1, 0), (2, 0), (0, 0, 0), (0, 0, 1), (1, 0, 0), (0, 0, 0, 0))
+)
+
+
 @dataclass(frozen=True)
 class Speculative:
     """The target looks at a tree of drafted tokens in one pass, and keeps a path of it.
 
     Args:
-        drafter: makes a `Drafting` for a session.
         shape: of the trees.
         rule: what is accepted.
         wipe: see `verify`.
+        drafter: None for the one that the generator brings.
     """
 
-    drafter: Callable[[Session], Drafting]
-    shape: StaticTree | DynamicTree
-    rule: Rule
+    shape: Shape = SMALL_TREE
+    rule: Rule = Lossless()
     wipe: str = "draft"
+    drafter: Drafter | None = None
     name = "speculative"
 
     @property
@@ -399,11 +476,16 @@ class Speculative:
     def __call__(
         self, session: Session, tokens: Tensor, sampling: Sampling, guidance_scale: GuidanceScale, noise: Noise
     ) -> Iterator[Step]:
-        """See `samplers.steps.Plain`."""
+        """See `samplers.steps.Plain`.
+
+        Raises:
+            ValueError: a drafter is asked of a generator that has none.
+        """
+        drafter = self.drafter or drafter_of(session, self.name)
         batch, length = tokens.shape
         given, device = tokens.cpu(), tokens.device
-        written, law = given.clone(), Law(sampling, guidance_scale)
-        numbers = [noise.numbers(index) for index in range(batch)]
+        written, origins = given.clone(), torch.zeros(batch, length, dtype=torch.int8)
+        law, numbers = Law(sampling, guidance_scale), [noise.numbers(index) for index in range(batch)]
         rows = torch.arange(batch)[:, None]
 
         def decided(laws: Tensor, cells: Tensor) -> Tensor:
@@ -417,56 +499,52 @@ class Speculative:
                 return int(one.argmax())
             return int(inverse_transform(one, torch.tensor(next(numbers[index]), dtype=torch.float64)))
 
-        logits = session.forward(torch.full((batch, 1), START, device=device), torch.tensor([START]))
-        roots = torch.zeros(batch, dtype=torch.int64)  # cells
-        laws = decided(law(*logits, roots[:, None]), roots[:, None])
+        def step() -> Step:
+            done = torch.arange(length) <= roots[:, None]
+            shown = torch.where(given < 0, origins, Origin.GIVEN)
+            return Step(torch.where(done, written, given).to(device), passes, shown)
+
+        start, roots = torch.full((batch, 1), START), torch.zeros(batch, dtype=torch.int64)  # cells
+        logits = guided(*session.forward(start.to(device), torch.tensor([START])), guidance_scale, roots[:, None])
+        laws = decided(law.of_guided(logits), roots[:, None])
         root_tokens = torch.tensor([drawn(laws[index, 0], index) for index in range(batch)])
-        written[:, 0] = root_tokens
-        passes = 1
-        yield self._step(written, roots, given, passes, device)
-        drafting = self.drafter(session)
-        hidden = drafting.guess(root_tokens[:, None].to(device), roots[:, None], session.hidden)
+        written[:, 0], origins[:, 0], passes = root_tokens, Origin.DRAWN, 1
+        yield step()
+        drafting, one = drafter.begin(session), torch.ones(batch, dtype=torch.int64)
+        drafting.observe(start, logits, laws)
+        hidden = drafting.read(root_tokens[:, None].to(device), roots[:, None], torch.zeros(batch, 1).long(), one)
         while (roots < length - 1).any():
             drafts = self.shape.grow(drafting, hidden, roots, root_tokens, law, numbers)
             nodes = torch.tensor([draft.tokens for draft in drafts])
             places = roots[:, None] + torch.stack([draft.tree.depths for draft in drafts])
             masks = torch.stack([draft.tree.mask for draft in drafts])
-            logits = session.forward(nodes.to(device), places, masks)
-            laws, passes = decided(law(*logits, places + 1), places + 1), passes + 1
-            paths, following = [], []
-            for index, draft in enumerate(drafts):
-                if law.greedy:
-                    path = verify_greedy(laws[index], draft.tree, draft.tokens, self.rule)
-                    one = laws[index, path[-1]]
-                else:
-                    path, one = verify(
-                        laws[index], draft.tree, draft.tokens, self.rule, numbers[index], draft.drafted, self.wipe
-                    )
-                paths.append(path)
-                following.append(drawn(one, index))
-            longest = max(map(len, paths))
-            kept = torch.tensor([path + path[-1:] * (longest - len(path)) for path in paths])
+            logits = guided(*session.forward(nodes.to(device), places, masks), guidance_scale, places + 1)
+            laws, passes = decided(law.of_guided(logits), places + 1), passes + 1
+            drafting.observe(nodes, logits, laws)
+            verdicts = [self._verdict(laws[index], draft, law, numbers[index]) for index, draft in enumerate(drafts)]
+            following = torch.tensor([drawn(verdict.law, index) for index, verdict in enumerate(verdicts)])
+            ahead = torch.tensor([len(verdict.kept) for verdict in verdicts])
+            longest = int(ahead.max())
+            kept = torch.tensor([path + path[-1:] * (longest - len(path)) for path, *_ in verdicts])
             session.keep(kept.to(device))
-            ahead = torch.tensor([len(path) for path in paths])
             accepted = nodes[rows, kept].roll(-1, dims=1)  # at the cells after the root
-            accepted[torch.arange(batch), ahead - 1] = torch.tensor(following)
+            accepted[torch.arange(batch), ahead - 1] = following
             cells = roots[:, None] + 1 + torch.arange(longest)
-            for index in range(batch):
-                real = cells[index, : ahead[index]]
-                real = real[real < length]
-                written[index, real] = accepted[index, : len(real)]
-            twice = len(session.hidden) // batch
-            leading = session.hidden[
-                torch.arange(len(session.hidden))[:, None], kept.repeat(twice, 1).to(session.hidden.device)
-            ]
-            guesses = drafting.guess(accepted.to(device), cells, leading)
-            last = (ahead - 1).repeat(twice).to(guesses.device)
-            hidden = guesses[torch.arange(len(guesses)), last][:, None]
-            root_tokens = torch.tensor(following)
-            roots = (roots + ahead).clamp(max=length - 1)
-            yield self._step(written, roots, given, passes, device)
+            for index, verdict in enumerate(verdicts):
+                count = min(int(ahead[index]), length - 1 - int(roots[index]))
+                found = [Origin.RELAXED if node in verdict.relaxed else Origin.ACCEPTED for node in verdict.kept[1:]]
+                here = cells[index, :count]
+                written[index, here] = accepted[index, :count]
+                origins[index, here] = torch.tensor([*found, Origin.DRAWN][:count], dtype=torch.int8)
+            hidden = drafting.read(accepted.to(device), cells, kept, ahead)
+            root_tokens, roots = following, (roots + ahead).clamp(max=length - 1)
+            yield step()
 
-    @staticmethod
-    def _step(written: Tensor, roots: Tensor, given: Tensor, passes: int, device: torch.device) -> Step:
-        done = torch.arange(written.shape[1]) <= roots[:, None]
-        return Step(torch.where(done, written, given).to(device), passes)
+    def _verdict(self, laws: Tensor, draft: Draft, law: Law, numbers: Iterator[float]) -> Verdict:
+        """Of one picture, laws [M, K]."""
+        if not law.greedy:
+            return verify(laws, draft.tree, draft.tokens, self.rule, numbers, draft.drafted, self.wipe)
+        kept = verify_greedy(laws, draft.tree, draft.tokens, self.rule)
+        likeliest = laws.argmax(dim=-1).tolist()
+        relaxed = {node for above, node in pairwise(kept) if likeliest[above] != draft.tokens[node]}
+        return Verdict(kept, laws[kept[-1]], relaxed)

@@ -9,6 +9,7 @@ Letters in shape comments: B pictures, N cells of a grid (row-major), n tokens o
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from enum import IntEnum
 from typing import Protocol
 
 import torch
@@ -50,6 +51,15 @@ class Session(Protocol):
         """Of a tree keep the tokens `nodes` ([m] or [B, m] int64, by their number in the pass): they become the chain."""
 
 
+class Origin(IntEnum):
+    """How a cell came by its token."""
+
+    GIVEN = 0  # or undecided
+    DRAWN = 1  # from the network's law, in a pass that was made for it
+    ACCEPTED = 2  # it was guessed, and the network agreed
+    RELAXED = 3  # it was guessed, and accepted with the probability of its neighbours only
+
+
 @dataclass(frozen=True, slots=True)
 class Step:
     """The state after a pass.
@@ -57,10 +67,12 @@ class Step:
     Attributes:
         tokens: [B, N] int64, -1 where nothing is decided yet; a copy that the caller may keep.
         passes: passes of the network so far.
+        origins: [B, N] int8 on the CPU, see `Origin`; None where every token was drawn.
     """
 
     tokens: Tensor
     passes: int
+    origins: Tensor | None = None
 
     @property
     def decided(self) -> int:

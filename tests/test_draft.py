@@ -11,10 +11,10 @@ from safetensors.torch import load_file
 from argen.models.draft import Drafter, DraftSession
 from argen.models.llamagen import SIZES, LlamaGen, LlamaGenSession, converted
 from argen.pipelines.llamagen import left_padded
-from samplers.lantern import Relaxed
-from samplers.logits import Recorded, Sampling, keep_top_k, keep_top_p
-from samplers.speculative import DynamicTree, Law, Lossless, Speculative, StaticTree
-from samplers.steps import Plain
+from samplers.lantern import Lantern, table_of
+from samplers.logits import Gumbel, Recorded, Sampling, keep_top_k, keep_top_p, keys_of
+from samplers.speculative import DynamicTree, Law, Speculative, StaticTree
+from samplers.steps import Origin, Plain
 from tokenizers_img.checkpoint import load_strict
 
 CLOSE = {"atol": 1e-4, "rtol": 1e-4}
@@ -62,10 +62,12 @@ def drafter(case):
 
 
 @torch.no_grad()
-def session(case, target) -> LlamaGenSession:
+def session(case, target, drafter=None) -> LlamaGenSession:
     features, mask = left_padded(case.io["t5_features"], case.io["t5_mask"])
-    both = torch.cat([features, target.unconditional(features)])
-    return LlamaGenSession(target, target.cls_embedding(both), torch.cat([mask, mask]), guided=True)
+    embedded = target.cls_embedding(torch.cat([features, target.unconditional(features)]))
+    return LlamaGenSession(
+        target, embedded, torch.cat([mask, mask]), guided=True, drafter=drafter, codebook=case.io["codebook"]
+    )
 
 
 @torch.no_grad()
@@ -102,7 +104,7 @@ def test_drafted_trees(case, target, drafter, name):
     opened.forward(torch.tensor([[-1]]), torch.tensor([-1]))
     for shape in (DynamicTree(), StaticTree(tuple(map(tuple, config["static_tree"]["tree_choices"])), 10)):
         drafting = DraftSession(drafter, opened)
-        hidden = drafting.guess(root[:, None], cell[:, None], opened.hidden)
+        hidden = drafting.read(root[:, None], cell[:, None], torch.tensor([[0]]), torch.tensor([1]))
         torch.testing.assert_close(hidden[:, 0], io["draft/prefill_hidden"][:, -1], **CLOSE)
         kind = "dynamic" if isinstance(shape, DynamicTree) else "static"
         stream = iter(io[f"draft/static_{name}/uniforms"].tolist()) if (kind, name) == ("static", "top40") else iter(())
@@ -135,33 +137,74 @@ RUNS = [
 @pytest.mark.parametrize("run", RUNS)
 def test_whole_pictures(case, target, drafter, run):
     io, settings = case.io, case.config["runs"][run]
-    rule = Lossless()
+    paths = tuple(map(tuple, case.config["static_tree"]["tree_choices"]))
+    shape = StaticTree(paths, 10) if settings.get("static_tree") else DynamicTree()
+    sampler = Speculative(shape)
     if settings.get("lantern"):
         value = settings["lantern_delta"]
         bound = {"lambda_": value} if value > 1 else {"delta": value}
-        rule = Relaxed(io["neighbours"].long(), settings["lantern_k"], official=True, **bound)
-    paths = tuple(map(tuple, case.config["static_tree"]["tree_choices"]))
-    shape = StaticTree(paths, 10) if settings.get("static_tree") else DynamicTree()
-    sampler = Speculative(lambda opened: DraftSession(drafter, opened), shape, rule)
+        sampler = Lantern(settings["lantern_k"], **bound, official=True, shape=shape)
     limits = {key: settings[key] for key in ("temperature", "top_k", "top_p") if key in settings}
     numbers = io.get(f"{run}/uniforms", torch.zeros(0))[None]
     length = settings["max_length"]
-    steps, last = [], None
+    steps, last, origins = [], None, None
     for step in sampler(
-        session(case, target), torch.full((1, 256), -1), AuthorsSampling(**limits), 3.0, Recorded(numbers)
+        session(case, target, drafter), torch.full((1, 256), -1), AuthorsSampling(**limits), 3.0, Recorded(numbers)
     ):
         steps.append(int((step.tokens >= 0).sum()))
-        last = step.tokens
+        last, origins = step.tokens, step.origins
         if steps[-1] >= length:
             break
     assert torch.equal(last[:, :length].int(), io[f"{run}/ids"])
     lengths = [b - a - 1 for a, b in zip(steps, steps[1:], strict=False)]
     wanted = io[f"{run}/accept_lengths"].tolist()
     assert lengths[:-1] == wanted[: len(lengths) - 1]
+    assert torch.equal(origins[0] != Origin.GIVEN, last[0] >= 0)
+    drawn = int((origins == Origin.DRAWN).sum())
+    assert drawn in (len(steps), len(steps) - 1)  # one a pass; the last may lie behind the picture
+    assert (Origin.RELAXED in origins) is ("delta" in run)  # with lambda none was needed
     if run in ("greedy_dynamic_lossless", "greedy_static_lossless"):
         grid = torch.full((1, 256), -1)
         *_, plain = Plain()(session(case, target), grid, Sampling(temperature=0), 3.0, Recorded(torch.zeros(1, 256)))
         assert torch.equal(plain.tokens.int(), io["ar_greedy/ids"])
+
+
+def test_the_neighbours_are_the_authors(case):
+    assert torch.equal(table_of(case.io["codebook"], 20), case.io["neighbours"][:, :20].long())
+    assert table_of(case.io["codebook"], 20) is table_of(case.io["codebook"].clone(), 20)  # found once
+
+
+def run(sampler, opened, temperature=1.0):
+    grid, noise = torch.full((1, 256), -1), Gumbel(keys_of([torch.Generator().manual_seed(0)], 256))
+    return list(sampler(opened, grid, Sampling(temperature), 3.0, noise))[-1]
+
+
+@torch.no_grad()
+def test_relaxation_without_a_bound_to_spend_is_none(case, target, drafter):
+    wanted = run(Speculative(), session(case, target, drafter))
+    for nothing in (Lantern(0), Lantern(5, delta=0.0), Lantern(5, lambda_=1.0)):
+        found = run(nothing, session(case, target, drafter))
+        assert torch.equal(found.tokens, wanted.tokens)
+        assert found.passes == wanted.passes
+    relaxed = run(Lantern(20, delta=0.5), session(case, target, drafter))
+    assert relaxed.passes < wanted.passes
+
+
+def test_what_cannot_be_drafted_is_refused(case, target, drafter):
+    with pytest.raises(ValueError, match="the sampler speculative needs a generator with a drafter"):
+        run(Speculative(), session(case, target))
+    with pytest.raises(ValueError, match="the sampler lantern needs a generator with a drafter"):
+        run(Lantern(), session(case, target))
+    with pytest.raises(ValueError, match="k is 64: expected 0 to 62, fewer than the codebook's 64 codes"):
+        run(Lantern(64), session(case, target, drafter))
+    with pytest.raises(ValueError, match="the drafter is 32 wide with 64 codes, the generator 48 with 64"):
+        run(Speculative(), session(case, target, Drafter(64, 16, 32, 4, 8)))
+    with pytest.raises(ValueError, match="delta is 1.5: expected 0 to 1"):
+        Lantern(delta=1.5)
+    with pytest.raises(ValueError, match="k is -1: expected 0 to"):
+        Lantern(-1)
+    with pytest.raises(ValueError, match="expected one bound"):
+        Lantern(delta=0.1, lambda_=2.0)
 
 
 @pytest.mark.parametrize(("name", "grid"), [("llamagen_drafter", 16), ("llamagen2_drafter", 32)])

@@ -1,5 +1,7 @@
 """The step protocol on the shipped generator: cache, batches, cancel and resume, guidance, rollback, trees."""
 
+import time
+
 import pytest
 import torch
 
@@ -7,7 +9,10 @@ import argen
 from samplers import by_name
 from samplers.jacobi import Jacobi
 from samplers.logits import Gumbel, Sampling, guide, gumbel, inverse_transform, keep_top_k, keep_top_p, keys_of
-from samplers.steps import START
+from samplers.recycling import TokenRecycling
+from samplers.sjd import SpeculativeJacobi
+from samplers.speculative import StaticTree
+from samplers.steps import START, Origin, Plain
 
 
 @pytest.fixture(scope="module")
@@ -111,28 +116,28 @@ def test_a_picture_does_not_depend_on_its_batch(pipe):
 
 
 def test_one_generator_gives_each_picture_luck_of_its_own(pipe):
-    four = pipe("a rocket", num_images_per_prompt=4, generator=luck(0)[0]).tokens
+    four = pipe("a rocket", 4, temperature=1.2, generator=luck(0)[0]).tokens
     assert len(four.unique(dim=0)) == 4
-    assert torch.equal(pipe("a rocket", num_images_per_prompt=2, generator=luck(0)[0]).tokens, four[:2])
+    assert torch.equal(pipe("a rocket", 2, temperature=1.2, generator=luck(0)[0]).tokens, four[:2])
 
 
 def test_cancel_keeps_and_resume_goes_on(exact):
     """A stream stopped half-way and given back its grid ends as the one that was not stopped."""
     prompts = ["a guitar", "a house"]
-    *_, whole = exact.stream(prompts, luck(1, 2))
-    for step in exact.stream(prompts, luck(1, 2)):
+    *_, whole = exact.stream(prompts, luck(1, 2), sampler="plain")
+    for step in exact.stream(prompts, luck(1, 2), sampler="plain"):
         if step.decided >= 30:
             break
     assert step.decided == 30
     assert (step.tokens >= 0).sum() == 2 * 30
     assert torch.equal(step.tokens[:, :30], whole.tokens[:, :30])
-    *_, rest = exact.stream(prompts, luck(1, 2), tokens=step.tokens)
+    *_, rest = exact.stream(prompts, luck(1, 2), tokens=step.tokens, sampler="plain")
     assert torch.equal(rest.tokens, whole.tokens)
     assert rest.passes == 64 - 30
 
 
 def test_steps_are_told_every_k_tokens(pipe):
-    told = [step.decided for step in pipe.stream(["a ghost"], luck(0), every=10)]
+    told = [step.decided for step in pipe.stream(["a ghost"], luck(0), sampler="plain", every=10)]
     assert told == [1, 11, 21, 31, 41, 51, 61, 64]
 
 
@@ -152,7 +157,7 @@ def test_guidance_matters_and_greedy_does_not_draw(pipe):
 
 
 def test_unknown_sampler():
-    with pytest.raises(ValueError, match="unknown sampler 'magic': expected one of plain, jacobi"):
+    with pytest.raises(ValueError, match="unknown sampler 'magic': expected one of auto, plain, jacobi"):
         by_name("magic")
 
 
@@ -177,7 +182,7 @@ def test_gumbel_noise_is_gumbel_and_draws_the_law():
 @pytest.mark.parametrize("window", [1, 3, 16, 64])
 def test_jacobi_writes_the_plain_pictures(pipe, window):
     prompts, seeds = ["a red apple", "a pizza", "three yellow ducks"], (3, 4, 5)
-    *_, plain = pipe.stream(prompts, luck(*seeds))
+    *_, plain = pipe.stream(prompts, luck(*seeds), sampler="plain")
     steps = list(pipe.stream(prompts, luck(*seeds), sampler=Jacobi(window)))
     assert torch.equal(steps[-1].tokens, plain.tokens)
     assert steps[-1].passes < (64 if window > 1 else 65)
@@ -190,11 +195,80 @@ def test_jacobi_writes_the_plain_pictures(pipe, window):
 def test_jacobi_keeps_decided_cells_and_goes_on(pipe):
     grid = torch.full((2, 64), -1)
     grid[0, :20], grid[1, 10:20], grid[:, 40] = 7, 9, 11
-    wanted = [step.tokens for step in pipe.stream(["a castle", "a dog face"], luck(0, 1), tokens=grid)][-1]
+    *_, plain = pipe.stream(["a castle", "a dog face"], luck(0, 1), tokens=grid, sampler="plain")
     *_, step = pipe.stream(["a castle", "a dog face"], luck(0, 1), tokens=grid, sampler="jacobi")
-    assert torch.equal(step.tokens, wanted)
-    assert step.passes < 64
-    greedy = {"temperature": 0, "guidance_scale": 1.0}
-    assert torch.equal(pipe("a banana", sampler="jacobi", **greedy).tokens, pipe("a banana", **greedy).tokens)
+    assert torch.equal(step.tokens, plain.tokens)
+    assert step.passes < plain.passes
+    greedy = {"prompt": "a banana", "temperature": 0, "guidance_scale": 1.0}
+    assert torch.equal(pipe(**greedy, sampler="jacobi").tokens, pipe(**greedy, sampler="plain").tokens)
     with pytest.raises(ValueError, match="window is 0"):
         Jacobi(0)
+
+
+@pytest.mark.parametrize("slow", [Plain, Jacobi])
+def test_auto_writes_the_plain_pictures_with_the_faster_sampler(pipe, monkeypatch, slow):
+    prompts, made = ["a red apple", "a pizza"], []
+    *_, plain = pipe.stream(prompts, luck(3, 4), sampler="plain")
+
+    def dragging(sampler, call=slow.__call__):
+        def wrapped(self, *args):
+            made.append(slow)
+            for step in call(self, *args):
+                time.sleep(0.2)
+                yield step
+
+        return wrapped
+
+    monkeypatch.setattr(slow, "__call__", dragging(slow))
+    *steps, last = pipe.stream(prompts, luck(3, 4), sampler="auto")
+    assert torch.equal(last.tokens, plain.tokens)
+    assert len(made) == 1  # tried once
+    assert (last.passes < 50) is (slow is Plain)
+    grid = torch.where(torch.arange(64) < 62, plain.tokens, -1)
+    *_, end = pipe.stream(prompts, luck(3, 4), tokens=grid, sampler="auto")
+    assert torch.equal(end.tokens, plain.tokens)
+
+
+@pytest.mark.parametrize("name", ["sjd", "recycling"])
+def test_drafts_without_training(pipe, name):
+    greedy = {"prompt": ["a banana", "a rocket"], "temperature": 0, "generator": luck(0, 1)}
+    found, plain = pipe(**greedy, sampler=name), pipe(**greedy, sampler="plain")
+    assert torch.equal(found.tokens, plain.tokens)
+    assert found.passes < plain.passes
+    assert Origin.ACCEPTED in found.origins
+    drawn = pipe("a banana", generator=luck(0), sampler=name)
+    assert torch.equal(drawn.tokens, pipe("a banana", generator=luck(0), sampler=name).tokens)
+    grid = torch.full((1, 64), -1)
+    grid[0, 5:9] = 7
+    *_, step = pipe.stream(["a castle"], luck(0), tokens=grid, sampler=name)
+    assert (step.tokens[0, 5:9] == 7).all()
+    assert (step.origins[0, 5:9] == Origin.GIVEN).all()
+    assert (step.tokens >= 0).all()
+
+
+class Toy:
+    """A session of two cells and three tokens, whose laws are given: [1, 3] for the first cell, [3, 3] for the second."""
+
+    columns, length = 2, 2
+
+    def __init__(self, first, second):
+        self.first, self.second = first.log(), second.log()
+
+    def forward(self, tokens, positions, mask=None):
+        rows = [self.first if token < 0 else self.second[token] for token in tokens[0].tolist()]
+        return torch.stack(rows)[None], None
+
+    def keep(self, nodes): ...
+
+
+@pytest.mark.parametrize("sampler", [SpeculativeJacobi(1), TokenRecycling(2, StaticTree(((0,), (1,))))])
+def test_drafts_without_training_keep_the_law(sampler):
+    first = torch.tensor([0.5, 0.2, 0.3])
+    second = torch.tensor([[0.6, 0.3, 0.1], [0.1, 0.1, 0.8], [0.25, 0.5, 0.25]])
+    counts = torch.zeros(3, 3)
+    for seed in range(3000):
+        noise = Gumbel(keys_of(luck(seed), 2))
+        *_, last = sampler(Toy(first, second), torch.full((1, 2), -1), Sampling(), 1.0, noise)
+        counts[tuple(last.tokens[0])] += 1
+    wanted = first[:, None] * second
+    assert ((counts - 3000 * wanted) ** 2 / (3000 * wanted)).sum() < 26.1  # chi-squared, 8 degrees, 1 in 1,000

@@ -65,7 +65,7 @@ def test_the_authors_decisions(case, kind):
             numbers = iter(io["uniforms"][trial].tolist())
             laws = processed(io["target_logits"][trial], io, trial)
             wipe = "target" if kind.endswith("target_rule") else "draft"
-            kept, following = verify(laws, tree, tokens, rule, numbers, drafted, wipe)
+            kept, following, _ = verify(laws, tree, tokens, rule, numbers, drafted, wipe)
             assert kept == path, (mode, trial)
             torch.testing.assert_close(following, wanted["next"], atol=1e-5, rtol=0)
             used = io["uniforms"].shape[1] - len(list(numbers))
@@ -99,7 +99,7 @@ def outcome(law, draft, tokens, rule, drawn: bool) -> torch.Tensor:
         total[token] += reached * accepted
         reached *= 1 - accepted
     if reached > 0:
-        _, following = verify(laws, tree, [0, *tokens], rule, iter([torch.inf] * len(tokens)), drafted)
+        _, following, _ = verify(laws, tree, [0, *tokens], rule, iter([torch.inf] * len(tokens)), drafted)
         total += reached * following
     return total
 
@@ -109,7 +109,7 @@ def acceptance(laws, tree, tokens, rule, drafted, number) -> float:
     low, high = 0.0, 1.0
 
     def accepted(value: float) -> bool:
-        kept, _ = verify(
+        kept, *_ = verify(
             laws, tree, [0, *tokens], rule, iter([torch.inf] * number + [value] + [torch.inf] * 9), drafted
         )
         return kept == [0, number + 1]

@@ -12,7 +12,7 @@ from argen.data import emoji, scenes
 from argen.models.llamagen import LlamaGen
 from argen.models.parti import Parti
 from argen.registry import WEIGHTS
-from argen.train import controlar, llamagen
+from argen.train import controlar, draft, llamagen
 from argen.train.clip import CLIPTask, positives
 from argen.train.judge import JudgeTask
 from argen.train.loop import Schedule, optimizers_of, train
@@ -54,6 +54,7 @@ def task(request, composed, small_llamagen, monkeypatch):
         "emoji-parti-second": lambda: PartiTask(SAMPLE, composed, tokenizer, clip, WEIGHTS / "emoji-parti"),
         "emoji-llamagen": lambda: llamagen.LlamaGenTask(SAMPLE, composed, tokenizer, clip),
         "emoji-control": lambda: controlar.ControlTask(SAMPLE, composed, tokenizer, clip, small_llamagen),
+        "emoji-drafter": lambda: draft.DraftTask(SAMPLE, composed, tokenizer, clip, small_llamagen),
         "emoji-judge": lambda: JudgeTask(SAMPLE, composed, tokenizer),
     }[request.param]
 

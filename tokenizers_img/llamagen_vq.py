@@ -101,6 +101,11 @@ class LlamaGenVQ(nn.Module):
     def dtype(self) -> torch.dtype:
         return self.vq.dtype
 
+    @property
+    def codebook(self) -> Tensor:
+        """Unit codes [K, C]."""
+        return self.vq.quantize.embedding.weight
+
     def encode(self, pixels: Tensor) -> Tensor:
         """Pixels [B, 3, H, W] in [0, 1] -> ids [B, N] int64.
 

@@ -211,6 +211,11 @@ class ViTVQGAN(ModelMixin, ConfigMixin):
         state = {key: value for key, value in read_state_dict(path).items() if not key.startswith("loss.")}
         return load_strict(model, state, source=path)
 
+    @property
+    def codebook(self) -> Tensor:
+        """Unit codes [K, C]."""
+        return F.normalize(self.quantizer.embedding.weight, dim=-1)
+
     def encode(self, pixels: Tensor) -> Tensor:
         """Pixels [B, 3, H, W] in [0, 1] -> ids [B, N] int64."""
         return self.quantizer(self.pre_quant(self.encoder(pixels)))[2]

@@ -45,6 +45,18 @@ STYLES = {
 NAMES_PACKAGE = ("emojibase-data", "17.0.0")
 TEST_PERCENT, VALIDATION_PERCENT = 4, 3  # of the concepts; of the (style, concept) pairs
 SPLITS = ("train", "validation", "test")
+GROUPS = (
+    "activities",
+    "animals-nature",
+    "flags",
+    "food-drink",
+    "objects",
+    "other",
+    "people-body",
+    "smileys-emotion",
+    "symbols",
+    "travel-places",
+)  # of all pictures, as generators of classes take them
 THINGS = (
     "animals-nature",
     "food-drink",

@@ -91,6 +91,10 @@ class Drafter(ModelMixin, ConfigMixin):
         (codes, dim), hidden = state["embed_tokens.weight"].shape, len(state["layers.0.mlp.up_proj.weight"])
         return load_strict(cls(codes, grid, dim, heads, hidden), state, source=path)
 
+    def begin(self, target: LlamaGenSession) -> "DraftSession":
+        """Draft for the pictures of a session."""
+        return DraftSession(self, target)
+
     def join(self, hidden: Tensor, tokens: Tensor) -> Tensor:
         """Hidden states [R, n, D] and the tokens [R, n] that followed them -> what the layer reads."""
         return self.fc(torch.cat([self.embed_tokens(tokens), hidden], dim=-1))
@@ -144,25 +148,30 @@ class DraftSession:
         self.cache.place(torch.tensor([-1]), None, self.guided, target.prefix.device)
         self.cache.append(0, *drafter.layers[0].slot(drafter.prefix(target.prefix)))
 
-    def guess(
-        self,
-        tokens: Tensor,
-        cells: Tensor,
-        hidden: Tensor,
-        tree: Tensor | None = None,
-        root: Tensor | None = None,
-    ) -> Tensor:
+    def read(self, tokens: Tensor, cells: Tensor, nodes: Tensor, ahead: Tensor) -> Tensor:
+        """See `samplers.speculative.Drafting.read`."""
+        hidden = self.target.hidden
+        rows, twice = torch.arange(len(hidden), device=hidden.device)[:, None], len(hidden) // len(nodes)
+        led = hidden[rows, nodes.repeat(twice, 1).to(hidden.device)]
+        guesses = self._pass(tokens, cells, led, self.cache.place(cells, None, self.guided, tokens.device))
+        return guesses[rows, (ahead - 1).repeat(twice)[:, None].to(hidden.device)]
+
+    def guess(self, tokens: Tensor, cells: Tensor, hidden: Tensor, tree: Tensor, root: Tensor) -> Tensor:
         """See `samplers.speculative.Drafting.guess`."""
-        visible = self.cache.place(cells, tree, self.guided, tokens.device, root)[..., 1:]
+        return self._pass(tokens, cells, hidden, self.cache.place(cells, tree, self.guided, tokens.device, root))
+
+    def _pass(self, tokens: Tensor, cells: Tensor, hidden: Tensor, visible: Tensor) -> Tensor:
         cells = cells.to(tokens.device)
         if self.guided:
             tokens, cells = torch.cat([tokens, tokens]), torch.cat([cells, cells])
-        mask = self.drafter._mask(visible, self.weight, hidden.dtype)
-        turns = self.drafter.angles(cells)
-        joined = self.drafter.join(hidden, tokens)
+        mask = self.drafter._mask(visible[..., 1:], self.weight, hidden.dtype)
+        turns, joined = self.drafter.angles(cells), self.drafter.join(hidden, tokens)
         return self.drafter.layers[0](joined, turns, mask, lambda key, value: self.cache.append(0, key, value))
 
     def logits(self, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
         """See `samplers.speculative.Drafting.logits`."""
         logits = self.target.model.output(hidden).float()
         return logits.chunk(2) if self.guided else (logits, None)
+
+    def observe(self, tokens: Tensor, logits: Tensor, laws: Tensor) -> None:
+        """See `samplers.speculative.Drafting.observe`: this drafter was trained before."""

@@ -345,6 +345,8 @@ class LlamaGenSession:
         embedded, mask: as `LlamaGen.condition` takes them. Under guidance R = 2B: all conditions, then "none" as often.
         control: [J, R, N, D] of every cell of the picture, which then has N cells; without it as many as the grid.
         columns: cells of a row; as many as the grid has, by default.
+        drafter: `argen.models.draft.Drafter` of this model, for the samplers that draft.
+        codebook: [K, C], of the picture tokenizer, for those that relax.
 
     Attributes:
         prefix: [R, T, D], hidden states of the condition.
@@ -359,8 +361,11 @@ class LlamaGenSession:
         guided: bool,
         control: Tensor | None = None,
         columns: int | None = None,
+        drafter=None,
+        codebook: Tensor | None = None,
     ):
         self.model, self.guided, self.control = model, guided, control
+        self.drafter, self.codebook = drafter, codebook
         self.columns = columns or model.config.grid
         self.length = model.length if control is None else control.shape[2]
         self.prefix, self.seen, means = model.condition(embedded, mask, None if control is None else control[:, :, :1])

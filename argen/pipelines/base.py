@@ -38,11 +38,15 @@ class TokenPipelineOutput(BaseOutput):
     images: as `output_type` says.
     tokens: [B, N] int64, the ids of each picture; -1 in cells left undecided by an interruption.
     scores: cosine of each picture to its prompt where candidates were ranked, else None.
+    passes: of the network, for the whole batch.
+    origins: [B, N] int8, how each cell came by its token (`samplers.steps.Origin`); None where all were drawn.
     """
 
     images: list[Image.Image] | np.ndarray | Tensor
     tokens: Tensor
     scores: list[float] | None = None
+    passes: int = 0
+    origins: Tensor | None = None
 
 
 class TokenPipeline(DiffusionPipeline):
@@ -99,7 +103,7 @@ class TokenPipeline(DiffusionPipeline):
         temperature: float | None = None,
         top_k: int | None = None,
         top_p: float | None = None,
-        sampler: str | Sampler = "plain",
+        sampler: str | Sampler = "auto",
         tokens: Tensor | None = None,
         controls: list[Control] | None = None,
         every: int = 1,
@@ -149,7 +153,7 @@ class TokenPipeline(DiffusionPipeline):
         temperature: float | None = None,
         top_k: int | None = None,
         top_p: float | None = None,
-        sampler: str | Sampler = "plain",
+        sampler: str | Sampler = "auto",
         num_candidates: int | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
         tokens: Tensor | None = None,
@@ -211,12 +215,12 @@ class TokenPipeline(DiffusionPipeline):
                     callback_on_step_end(self, index, step.decided, {"tokens": step.tokens})
                 if self._interrupt:
                     break
-        grid, scores = step.tokens, None
+        grid, origins, scores = step.tokens, step.origins, None
         if num_candidates is not None:
             kept, scores = self._best(asked, grid.unflatten(1, shape), each, num_images_per_prompt)
-            grid = grid[kept]
+            grid, origins = grid[kept], None if origins is None else origins[kept]
         images = self.pictures(grid.unflatten(1, shape), output_type)
-        output = TokenPipelineOutput(images=images, tokens=grid, scores=scores)
+        output = TokenPipelineOutput(images=images, tokens=grid, scores=scores, passes=step.passes, origins=origins)
         return output if return_dict else output.to_tuple()
 
     def run(self, request: Request, every: int = 1) -> Iterator[Job]:
@@ -231,12 +235,12 @@ class TokenPipeline(DiffusionPipeline):
         control = self.prepare(request.control) if request.control else None
         request = replace(request, **settings, control=control)
         generators, shape = request.generators(), self.shape_of(control)
-        job = Job(request, torch.full((len(generators), *shape), -1))
+        sampler = request.make_sampler()
+        job = Job(request, torch.full((len(generators), *shape), -1), lossless=sampler.lossless)
         prompts, controls = [request.prompt] * len(generators), [control] * len(generators) if control else None
-        for step in self.stream(
-            prompts, generators, **settings, sampler=request.sampler, controls=controls, every=every
-        ):
+        for step in self.stream(prompts, generators, **settings, sampler=sampler, controls=controls, every=every):
             job.tokens, job.passes = step.tokens.unflatten(1, shape), step.passes
+            job.origins = None if step.origins is None else step.origins.unflatten(1, shape)
             yield job
         kept = list(range(len(generators)))
         if request.num_candidates is not None:
@@ -244,6 +248,7 @@ class TokenPipeline(DiffusionPipeline):
             job.log.append(f"kept {len(kept)} of {len(generators)} candidates")
         job.requests = [request.of_picture(index) for index in kept]
         job.tokens = job.tokens[kept]
+        job.origins = None if job.origins is None else job.origins[kept]
         job.pictures = self.pictures(job.tokens)
         yield job
 

@@ -11,6 +11,7 @@ from transformers import CLIPModel, PreTrainedTokenizerFast, T5EncoderModel
 
 from argen.models.annotators import annotate, as_control, check_kind, resized
 from argen.models.controlar import CELL, ControlAR
+from argen.models.draft import Drafter
 from argen.pipelines.base import Defaults
 from argen.pipelines.llamagen import LlamaGenPipeline
 from argen.request import Control
@@ -33,8 +34,9 @@ class ControlARPipeline(LlamaGenPipeline):
         tokenizer: PreTrainedTokenizerFast | None = None,
         groups: list[str] | None = None,
         any_size: bool = False,
+        drafter: Drafter | None = None,
     ):
-        super().__init__(transformer, vq, text_encoder, tokenizer, groups)
+        super().__init__(transformer, vq, text_encoder, tokenizer, groups, drafter)
         self.register_to_config(any_size=any_size)
 
     @classmethod

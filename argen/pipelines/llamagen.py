@@ -10,6 +10,7 @@ from transformers import CLIPModel, PreTrainedTokenizerFast, T5EncoderModel
 
 from argen.data.imagenet import class_id
 from argen.models.clip import TextImageEncoder
+from argen.models.draft import Drafter
 from argen.models.llamagen import LlamaGen, LlamaGenSession
 from argen.pipelines.base import Defaults, TokenPipeline
 from argen.request import Control, check_prompt
@@ -24,10 +25,11 @@ class LlamaGenPipeline(TokenPipeline):
     text_encoder, tokenizer: for a model of captions; None for a model of classes. They are flan-t5-xl's as published;
         the shipped model has a CLIP, which can rank candidates, too.
     groups: what a model of captions takes as "class:NAME".
+    drafter: of the generator, for the samplers "speculative" and "lantern".
     """
 
     model_cpu_offload_seq = "text_encoder->transformer->vq"
-    _optional_components = ["text_encoder", "tokenizer"]
+    _optional_components = ["text_encoder", "tokenizer", "drafter"]
 
     def __init__(
         self,
@@ -36,10 +38,13 @@ class LlamaGenPipeline(TokenPipeline):
         text_encoder: T5EncoderModel | CLIPModel | None = None,
         tokenizer: PreTrainedTokenizerFast | None = None,
         groups: list[str] | None = None,
+        drafter: Drafter | None = None,
     ):
         super().__init__()
         self.register_to_config(groups=groups)
-        self.register_modules(transformer=transformer, vq=vq, text_encoder=text_encoder, tokenizer=tokenizer)
+        self.register_modules(
+            transformer=transformer, vq=vq, text_encoder=text_encoder, tokenizer=tokenizer, drafter=drafter
+        )
 
     @classmethod
     def from_original(
@@ -95,7 +100,9 @@ class LlamaGenPipeline(TokenPipeline):
             added = None if added is None else torch.cat([added, torch.zeros_like(added)], dim=1)
         columns = self.shape_of(controls[0] if controls else None)[1]
         embedded = self.transformer.cls_embedding(condition)
-        return LlamaGenSession(self.transformer, embedded, mask, guided, added, columns)
+        return LlamaGenSession(
+            self.transformer, embedded, mask, guided, added, columns, self.drafter, self.image_tokenizer.codebook
+        )
 
     def control(self, controls: list[Control]) -> Tensor:
         """What prepared control pictures add to the stream, as `LlamaGenSession` takes it."""

@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from argen.data.emoji import GROUPS
 from argen.models.llamagen import LlamaGen
 from argen.pipelines.llamagen import LlamaGenPipeline, group_caption, left_padded
 from argen.train.loop import Schedule
@@ -25,14 +26,19 @@ class LlamaGenTask(TokensTask):
     """See `TokensTask`."""
 
     null_caption = None
+    scenes_share = 0.35
 
     def __init__(self, data: Path, scenes: Path, tokenizer: Path, clip: Path):
         super().__init__(data, scenes, tokenizer, clip)
-        self.groups = sorted({row["group"] for row in self.rows})
+        self.groups = list(GROUPS)
         text_dim = self.clip.config.text_config.hidden_size
         model = LlamaGen(self.vq.config.n_embed, self.vq.grid, caption_dim=text_dim, **SIZES)
         model.tok_embeddings.weight.data = self.codes(model.config.dim)
         self.networks: dict[str, nn.Module] = {"model": model}
+
+    def generator(self) -> LlamaGen:
+        """The network that reads captions."""
+        return self._model()
 
     def caption(self, row: dict, rng: random.Random) -> str:
         if rng.random() < GROUP_SHARE:
@@ -47,7 +53,7 @@ class LlamaGenTask(TokensTask):
     def condition(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Features [B, T, C] with the words last, those of dropped captions replaced by "none"; mask [B, T]."""
         features, mask = left_padded(*self.encode_text(batch))
-        none = self._model().unconditional(features)
+        none = self.generator().unconditional(features)
         return torch.where(batch["dropped"][:, None, None], none, features), mask
 
     def logits(self, network: nn.Module, batch: dict[str, Tensor]) -> Tensor:

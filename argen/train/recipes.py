@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from argen.train import clip as clip_recipe
-from argen.train import controlar, judge, llamagen, parti, vit_vqgan
+from argen.train import controlar, draft, judge, llamagen, parti, vit_vqgan
 from argen.train.loop import train
 
 SCHEDULES = {
@@ -14,10 +14,15 @@ SCHEDULES = {
     "emoji-parti-second": parti.SECOND_SCHEDULES,
     "emoji-llamagen": llamagen.SCHEDULES,
     "emoji-control": controlar.SCHEDULES,
+    "emoji-drafter": draft.SCHEDULES,
     "emoji-judge": judge.SCHEDULES,
 }
-STARTS = {"emoji-parti-second": "emoji-parti", "emoji-control": "emoji-llamagen"}  # recipe -> model it goes on from
-NEEDS_SCENES = ("emoji-clip", "emoji-parti", "emoji-parti-second", "emoji-llamagen", "emoji-control", "emoji-judge")
+STARTS = {  # recipe -> model it goes on from
+    "emoji-parti-second": "emoji-parti",
+    "emoji-control": "emoji-llamagen",
+    "emoji-drafter": "emoji-llamagen",
+}
+WITHOUT_SCENES = ("emoji-vitvqgan", "emoji-vitvqgan-decoder")
 
 
 def run(
@@ -45,7 +50,7 @@ def run(
     if steps is not None and steps < 1:
         raise ValueError(f"steps is {steps}: expected at least 1")
     schedule = SCHEDULES[recipe][setting]
-    if recipe in NEEDS_SCENES and scenes is None:
+    if recipe not in WITHOUT_SCENES and scenes is None:
         raise ValueError(f"the recipe {recipe} needs scenes too: give --scenes a folder made by `argen data scenes`")
     task = {
         "emoji-clip": lambda: clip_recipe.CLIPTask(data, scenes),
@@ -55,6 +60,7 @@ def run(
         "emoji-parti-second": lambda: parti.PartiTask(data, scenes, tokenizer, clip, generator),
         "emoji-llamagen": lambda: llamagen.LlamaGenTask(data, scenes, tokenizer, clip),
         "emoji-control": lambda: controlar.ControlTask(data, scenes, tokenizer, clip, generator),
+        "emoji-drafter": lambda: draft.DraftTask(data, scenes, tokenizer, clip, generator),
         "emoji-judge": lambda: judge.JudgeTask(data, scenes, tokenizer),
     }[recipe]()
     return train(task, schedule, out, seed=seed, steps=steps)

@@ -1,19 +1,25 @@
 """The tab that makes pictures: they grow while they are written, and keep their settings."""
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime
 from pathlib import Path
 
 import gradio as gr
+import numpy as np
+from PIL import Image
+from torch import Tensor
 
 from argen.data.emoji import STYLES
 from argen.data.imagenet import class_names
 from argen.metadata import save_pictures
 from argen.pipelines.base import TokenPipeline
-from argen.request import Request
-from samplers import SAMPLERS
+from argen.request import Job, Request
+from samplers import SAMPLERS, Lantern
+from samplers.steps import Origin
 
 ANY_STYLE = "any"
+TINTS = {Origin.ACCEPTED: (0, 160, 60, 110), Origin.RELAXED: (240, 130, 0, 130)}  # RGBA
 PREVIEW_SIDE = 256  # of the shown pictures, in pixels; the files keep the model's size
 Models = Callable[[str], TokenPipeline]  # id -> the generator
 
@@ -29,7 +35,7 @@ def tab(models: Models, ids: Sequence[str], data_dir: Path) -> None:
     shown = models(ids[0])
 
     def run(
-        model, prompt, style, num, seed, guidance_scale, temperature, top_k, num_candidates, sampler
+        model, prompt, style, num, seed, guidance_scale, temperature, top_k, num_candidates, sampler, k, delta
     ) -> Iterator[tuple]:
         asked = prompt.strip()
         styled = asked and style != ANY_STYLE and not asked.startswith("class:")
@@ -45,6 +51,8 @@ def tab(models: Models, ids: Sequence[str], data_dir: Path) -> None:
                 top_k=int(top_k),
                 num_candidates=int(num_candidates) if num_candidates > num else None,
                 sampler=sampler,
+                lantern_k=int(k) if sampler == Lantern.name else None,
+                lantern_delta=delta if sampler == Lantern.name else None,
             )
         yield from draw(pipe, request, data_dir)
 
@@ -83,8 +91,10 @@ def tab(models: Models, ids: Sequence[str], data_dir: Path) -> None:
                     list(SAMPLERS),
                     value=Request.sampler,
                     label="Sampler",
-                    info="jacobi: the same pictures in fewer passes",
+                    info="auto, jacobi: the pictures of plain in fewer passes; lantern: fewer still, relaxed",
                 )
+                lantern_k = gr.Slider(0, 100, value=Lantern.k, step=1, label="LANTERN k", visible=False)
+                lantern_delta = gr.Slider(0, 1, value=0.2, step=0.05, label="LANTERN delta", visible=False)
             with gr.Row():
                 go = gr.Button("Draw", variant="primary", elem_id="draw")
                 stop = gr.Button("Stop")
@@ -93,7 +103,21 @@ def tab(models: Models, ids: Sequence[str], data_dir: Path) -> None:
 
     model.change(choose, model, [style, guidance, temperature, top_k, group])
     group.input(lambda name: f"class:{name}", group, prompt)
-    inputs = [model, prompt, style, num, seed, guidance, temperature, top_k, candidates, sampler]
+    sampler.change(lambda name: [gr.update(visible=name == Lantern.name)] * 2, sampler, [lantern_k, lantern_delta])
+    inputs = [
+        model,
+        prompt,
+        style,
+        num,
+        seed,
+        guidance,
+        temperature,
+        top_k,
+        candidates,
+        sampler,
+        lantern_k,
+        lantern_delta,
+    ]
     drawing = gr.on([go.click, prompt.submit], run, inputs, outputs, concurrency_limit=1)
     stop.click(None, cancels=[drawing])
 
@@ -106,31 +130,61 @@ def classes(pipe: TokenPipeline) -> list[str]:
 
 
 def results(suffix: str) -> list:
-    """The column of what comes out: gallery, state, settings."""
+    """The column of what comes out: gallery, state, settings, and how the cells were written."""
     with gr.Column(scale=3):
         gallery = gr.Gallery(
             label="Pictures", columns=2, object_fit="contain", format="png", elem_id=f"pictures{suffix}"
         )
         state = gr.Markdown(elem_id=f"state{suffix}")
         settings = gr.JSON(label="Settings of each picture, also inside its file", elem_id=f"settings{suffix}")
-    return [gallery, state, settings]
+        with gr.Accordion("How the cells were written", open=False):
+            cells = gr.Gallery(
+                label="green: guessed and accepted; orange: accepted with its neighbours' probability; plain: drawn",
+                columns=4,
+                object_fit="contain",
+                elem_id=f"cells{suffix}",
+            )
+    return [gallery, state, settings, cells]
 
 
 def draw(pipe: TokenPipeline, request: Request, data_dir: Path) -> Iterator[tuple]:
     """Carry a request out and keep its pictures; yields what `results` shows."""
     with refusals():
+        started = time.perf_counter()
         for job in pipe.run(request, every=4):
             if not job.pictures:
                 shown = pipe.pictures(job.tokens[: request.num_images])
-                state = f"{job.progress:.0%} · {job.tokens_a_pass:.1f} tokens a pass"
-                yield [_enlarge(picture) for picture in shown], state, None
+                state = f"{job.progress:.0%} · {_speed(job, time.perf_counter() - started)}"
+                yield [_enlarge(picture) for picture in shown], state, None, None
     stamp = datetime.now().strftime("%Y%m%d-%H%M%S-%f")
     paths = [data_dir / f"{stamp}-{index}.png" for index in range(1, len(job.pictures) + 1)]
     save_pictures(list(zip(job.pictures, job.requests, strict=True)), paths)
     settings = [{"file": path.name, **_readable(own)} for path, own in zip(paths, job.requests, strict=True)]
-    how = f"{request.sampler}, {job.passes} passes, {job.tokens_a_pass:.1f} tokens a pass"
+    how = f"{request.sampler}: {_speed(job, time.perf_counter() - started)}"
     state = f"{len(paths)} picture{'s' if len(paths) > 1 else ''} in {data_dir} ({how})"
-    yield [(str(path), own.prompt) for path, own in zip(paths, job.requests, strict=True)], state, settings
+    files = [(str(path), own.prompt) for path, own in zip(paths, job.requests, strict=True)]
+    cells = None
+    if job.origins is not None:
+        cells = [written(picture, one) for picture, one in zip(job.pictures, job.origins, strict=True)]
+    yield files, state, settings, cells
+
+
+def _speed(job: Job, seconds: float) -> str:
+    written = int((job.tokens >= 0).sum())
+    cells = job.tokens[0].numel()
+    saved = 1 - job.passes / max(1, round(job.progress * cells))
+    promise = "lossless" if job.lossless else "relaxed"
+    return f"{written / seconds:.0f} tokens/s, {job.tokens_a_pass:.1f} tokens a pass, {saved:.0%} of the passes saved, {promise}"
+
+
+def written(picture: Image.Image, origins: Tensor) -> Image.Image:
+    """A picture with each cell in the colour of how it came by its token, [h, w] of `samplers.steps.Origin`."""
+    tint = np.zeros((*origins.shape, 4), np.uint8)
+    for origin, colour in TINTS.items():
+        tint[(origins == origin).numpy()] = colour
+    large = _enlarge(picture).convert("RGBA")
+    over = Image.fromarray(tint, "RGBA").resize(large.size, Image.Resampling.NEAREST)
+    return Image.alpha_composite(large, over).convert("RGB")
 
 
 class refusals:

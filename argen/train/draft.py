@@ -1,0 +1,83 @@
+"""Recipe `emoji-drafter`: the EAGLE drafter of `emoji-llamagen`, trained on the hidden states of that generator."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from argen.models.draft import Drafter
+from argen.models.llamagen import LlamaGen
+from argen.models.session import causal_mask
+from argen.pipelines.llamagen import LlamaGenPipeline
+from argen.train.llamagen import LlamaGenTask
+from argen.train.loop import Schedule
+
+SCHEDULES = {
+    "cpu": Schedule(steps=2000, batch_size=64, learning_rate=2e-3, warmup=60, weight_decay=0.01, betas=(0.9, 0.95)),
+    "gpu": Schedule(steps=10000, batch_size=512, learning_rate=1e-3, weight_decay=0.01, betas=(0.9, 0.95)),
+}
+HIDDEN = 512  # of the feed-forward layer
+NOISE = 0.2  # the hidden states that are read are off by up to so much, as guesses will be
+TOKENS_SHARE = 1.0  # of the loss on the tokens' law, beside that on the hidden states
+
+
+class DraftTask(LlamaGenTask):
+    """Args:
+    generator: folder of a trained `emoji-llamagen`.
+    others: see `TokensTask`.
+    """
+
+    def __init__(self, data: Path, scenes: Path, tokenizer: Path, clip: Path, generator: Path):
+        super().__init__(data, scenes, tokenizer, clip)
+        self.target = LlamaGen.from_pretrained(generator).float().eval().requires_grad_(False)
+        own = self.target.config
+        model = Drafter(own.n_embed, own.grid, own.dim, own.heads, HIDDEN)
+        model.embed_tokens.weight.data = self.target.tok_embeddings.weight.data.clone()
+        self.networks: dict[str, nn.Module] = {"model": model}
+
+    def generator(self) -> LlamaGen:
+        return self.target
+
+    @torch.no_grad()
+    def hidden(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """The target's hidden states of the condition [B, T, D], and those [B, N, D] that lead to each token of the batch."""
+        target, tokens = self.target.to(batch["tokens"].device), batch["tokens"]
+        features, mask = self.condition(batch)
+        prefix, seen, means = target.condition(target.cls_embedding(features), mask)
+        read, n = batch["read"][:, :-1], tokens.shape[1] - 1
+        visible = causal_mask(n, n, tokens.device)
+        hidden = target.decode(read, torch.arange(n, device=tokens.device), visible, seen, means)
+        return prefix, torch.cat([prefix[:, -1:], hidden], dim=1)
+
+    def parts(self, network: nn.Module, batch: dict[str, Tensor], noise: float) -> tuple[Tensor, Tensor, Tensor]:
+        """Smooth L1 distance of the guesses [B, N - 1], cross-entropy of their law to the target's [B, N - 1], and how
+        often [B, N - 1] the likeliest tokens agree."""
+        prefix, hidden = self.hidden(batch)
+        read = hidden + (torch.rand_like(hidden) - 0.5) * noise
+        guesses, wanted = network(prefix, read[:, :-1], batch["read"][:, :-1]), hidden[:, 1:]
+        distance = F.smooth_l1_loss(guesses.float(), wanted.float(), reduction="none").mean(dim=-1)
+        law, guess = self.target.output(wanted).float(), self.target.output(guesses).float()
+        surprise = -(law.softmax(dim=-1) * guess.log_softmax(dim=-1)).sum(dim=-1)
+        return distance, surprise, (law.argmax(dim=-1) == guess.argmax(dim=-1)).float()
+
+    def losses(self, batch: dict[str, Tensor], step: int, log: dict[str, float]) -> Iterator[tuple[str, Tensor]]:
+        distance, surprise, agreed = (part.mean() for part in self.parts(self.networks["model"], batch, NOISE))
+        log |= {"distance": distance.item(), "surprise": surprise.item(), "agreement": agreed.item()}
+        yield "model", distance + TOKENS_SHARE * surprise
+
+    @torch.no_grad()
+    def evaluate(self) -> dict[str, float]:
+        """How often drafter and target find the same token likeliest, on held-out (style, concept) combinations."""
+        found, model = [], self._model()
+        for first in range(0, len(self.held_out_captions), 64):
+            batch = {key: value.to(model.device) for key, value in self.held_out(slice(first, first + 64)).items()}
+            found.append(self.parts(model, batch, 0.0)[2])
+        return {"held-out agreement": torch.cat(found).mean().item()}
+
+    def pipeline(self) -> LlamaGenPipeline:
+        return LlamaGenPipeline(self.target, self.vq, self.clip, self.text_tokenizer, self.groups, self._model())
+
+    def asked(self) -> dict:
+        return super().asked() | {"sampler": "speculative"}

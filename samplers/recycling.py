@@ -1,0 +1,82 @@
+"""Token Recycling: what the target once found likely after a token is drafted when that token comes again. No training.
+
+Paper: "Turning Trash into Treasure: Accelerating Inference of Large Language Models with Token Recycling" (arXiv 2408.08696).
+Here the candidates are drawn from the recycled law, so that sampling stays lossless, and the table is begun anew for each run.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from samplers.logits import Noise, Sampling
+from samplers.speculative import SMALL_TREE, Shape, Speculative
+from samplers.steps import GuidanceScale, Session, Step
+
+
+@dataclass
+class Table:
+    """A `samplers.speculative.Drafter`: of each token, the `width` likeliest tokens after it, as the target last saw it.
+
+    A guess of a hidden state is here the token itself.
+    """
+
+    width: int
+
+    def begin(self, session: Session) -> "Table":
+        """See `samplers.speculative.Drafter.begin`."""
+        fresh = Table(self.width)
+        fresh.rows = {}
+        return fresh
+
+    def read(self, tokens: Tensor, cells: Tensor, nodes: Tensor, ahead: Tensor) -> Tensor:
+        """See `samplers.speculative.Drafting.read`."""
+        return tokens.gather(1, (ahead - 1)[:, None].to(tokens.device))[:, :, None]
+
+    def guess(self, tokens: Tensor, cells: Tensor, hidden: Tensor, tree: Tensor, root: Tensor) -> Tensor:
+        """See `samplers.speculative.Drafting.guess`."""
+        return tokens[:, :, None]
+
+    def logits(self, hidden: Tensor) -> tuple[Tensor, None]:
+        """See `samplers.speculative.Drafting.logits`; a token that was not seen yet is followed by itself, or by any other."""
+        out = torch.full((*hidden.shape[:2], self.codes), -20.0)
+        for place, token in enumerate(hidden.flatten().tolist()):
+            kept, found = self.rows.get(token, (torch.tensor([token]), torch.zeros(1)))
+            out.view(-1, self.codes)[place, kept] = found
+        return out, None
+
+    def observe(self, tokens: Tensor, logits: Tensor, laws: Tensor) -> None:
+        """See `samplers.speculative.Drafting.observe`."""
+        self.codes = logits.shape[-1]
+        values, kept = logits.cpu().log_softmax(dim=-1).topk(min(self.width, logits.shape[-1]), dim=-1)
+        for token, likely, found in zip(
+            tokens.flatten().tolist(), kept.flatten(0, 1), values.flatten(0, 1), strict=True
+        ):
+            self.rows[token] = (likely, found)
+
+
+@dataclass(frozen=True)
+class TokenRecycling:
+    """Lossless, for any generator.
+
+    Args:
+        width: tokens that are kept of each law.
+        shape: of the drafted trees.
+    """
+
+    width: int = 8
+    shape: Shape = SMALL_TREE
+    name = "recycling"
+    lossless = True
+
+    def __post_init__(self):
+        if self.width < 1:
+            raise ValueError(f"width is {self.width}: expected at least 1 token")
+
+    def __call__(
+        self, session: Session, tokens: Tensor, sampling: Sampling, guidance_scale: GuidanceScale, noise: Noise
+    ) -> Iterator[Step]:
+        """See `samplers.steps.Plain`."""
+        sampler = Speculative(self.shape, drafter=Table(self.width))
+        yield from sampler(session, tokens, sampling, guidance_scale, noise)
