@@ -4,12 +4,13 @@ from samplers.auto import Auto
 from samplers.jacobi import Jacobi
 from samplers.lantern import Lantern
 from samplers.recycling import TokenRecycling
-from samplers.sjd import SpeculativeJacobi
+from samplers.sjd import GroupedJacobi, SpeculativeJacobi
 from samplers.speculative import Speculative
 from samplers.steps import Plain, Sampler
 
 SAMPLERS: dict[str, type] = {
-    each.name: each for each in (Auto, Plain, Jacobi, SpeculativeJacobi, TokenRecycling, Speculative, Lantern)
+    each.name: each
+    for each in (Auto, Plain, Jacobi, SpeculativeJacobi, GroupedJacobi, TokenRecycling, Speculative, Lantern)
 }
 
 

@@ -14,8 +14,10 @@ import torch
 from torch import Tensor
 
 from samplers.logits import Noise, Sampling
-from samplers.speculative import SMALL_TREE, DraftedSession, Shape, Speculative, drafter_of
+from samplers.rules import NONE, OneByOne, Raised
+from samplers.speculative import DraftedSession, Speculative, drafter_of
 from samplers.steps import GuidanceScale, Step
+from samplers.trees import SMALL_TREE, Shape
 
 SLICE = 1024  # rows of the codebook that are compared at a time
 
@@ -51,8 +53,8 @@ def table_of(codebook: Tensor, k: int) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Relaxed:
-    """The acceptance rule of LANTERN, to be used as `samplers.speculative.Rule`.
+class Relaxed(OneByOne):
+    """The acceptance rule of LANTERN, to be used as `samplers.rules.Rule`.
 
     Args:
         table: [K, k + 1 or more] from `neighbours`.
@@ -82,14 +84,14 @@ class Relaxed:
                 f"k is {self.k}: expected 0 to {max(0, self.table.shape[1] - 1)}, fewer than the table's neighbours"
             )
 
-    def relax(self, law: Tensor, token: int) -> tuple[Tensor, Tensor]:
-        """See `samplers.speculative.Rule.relax`."""
+    def relax(self, law: Tensor, token: int) -> Raised:
+        """See `samplers.rules.OneByOne.relax`."""
         own, near = law[token], self.table[token, : self.k + 1].to(law.device)
         bound = self.delta if self.lambda_ is None else (self.lambda_ - 1) * own
         borrowed = law[near[: self.k]].cumsum(0)
         count = int((borrowed <= bound).sum())  # the sums grow, so these are the first ones
         likely = own + borrowed[count - 1] if count else own
-        return likely, near if self.official and count else near[:count]
+        return Raised(likely, NONE, near if self.official and count else near[:count])
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from samplers.logits import Noise, Sampling
-from samplers.speculative import SMALL_TREE, Shape, Speculative
+from samplers.speculative import Speculative
 from samplers.steps import GuidanceScale, Session, Step
+from samplers.trees import SMALL_TREE, Shape
 
 
 @dataclass
@@ -31,15 +32,15 @@ class Table:
         return fresh
 
     def read(self, tokens: Tensor, cells: Tensor, nodes: Tensor, ahead: Tensor) -> Tensor:
-        """See `samplers.speculative.Drafting.read`."""
+        """See `samplers.trees.Drafting.read`."""
         return tokens.gather(1, (ahead - 1)[:, None].to(tokens.device))[:, :, None]
 
     def guess(self, tokens: Tensor, cells: Tensor, hidden: Tensor, tree: Tensor, root: Tensor) -> Tensor:
-        """See `samplers.speculative.Drafting.guess`."""
+        """See `samplers.trees.Drafting.guess`."""
         return tokens[:, :, None]
 
     def logits(self, hidden: Tensor) -> tuple[Tensor, None]:
-        """See `samplers.speculative.Drafting.logits`; a token that was not seen yet is followed by itself, or by any other."""
+        """See `samplers.trees.Drafting.logits`; a token that was not seen yet is followed by itself, or by any other."""
         out = torch.full((*hidden.shape[:2], self.codes), -20.0)
         for place, token in enumerate(hidden.flatten().tolist()):
             kept, found = self.rows.get(token, (torch.tensor([token]), torch.zeros(1)))
@@ -47,7 +48,7 @@ class Table:
         return out, None
 
     def observe(self, tokens: Tensor, logits: Tensor, laws: Tensor) -> None:
-        """See `samplers.speculative.Drafting.observe`."""
+        """See `samplers.trees.Drafting.observe`."""
         self.codes = logits.shape[-1]
         values, kept = logits.cpu().log_softmax(dim=-1).topk(min(self.width, logits.shape[-1]), dim=-1)
         for token, likely, found in zip(

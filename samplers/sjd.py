@@ -12,8 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from samplers.logits import Noise, Sampling, inverse_transform
-from samplers.speculative import Draft, Drafted, Law, Speculative, Tree
+from samplers.rules import Grouped, Lossless, Rule
+from samplers.speculative import Speculative
 from samplers.steps import GuidanceScale, Session, Step
+from samplers.trees import Draft, Drafted, Law, Tree
 
 
 class LastPass:
@@ -26,7 +28,7 @@ class LastPass:
         return fresh
 
     def read(self, tokens: Tensor, cells: Tensor, nodes: Tensor, ahead: Tensor) -> Tensor:
-        """See `samplers.speculative.Drafting.read`; the guess is empty."""
+        """See `samplers.trees.Drafting.read`; the guess is empty."""
         if self.written is None:
             self.written = [{} for _ in tokens]
         for row, (own, where, count) in enumerate(zip(tokens.tolist(), cells.tolist(), ahead.tolist(), strict=True)):
@@ -35,7 +37,7 @@ class LastPass:
         return torch.empty(len(tokens), 1, 0)
 
     def observe(self, tokens: Tensor, logits: Tensor, laws: Tensor) -> None:
-        """See `samplers.speculative.Drafting.observe`."""
+        """See `samplers.trees.Drafting.observe`."""
         self.laws = laws
 
 
@@ -55,7 +57,7 @@ class Window:
         law: Law,
         numbers: list[Iterator[float]],
     ) -> list[Draft]:
-        """See `samplers.speculative.Shape.grow`."""
+        """See `samplers.trees.Shape.grow`."""
         tree, drafts = Tree((-1, *range(self.length))), []
         for row, (root, token) in enumerate(zip(roots.tolist(), tokens.tolist(), strict=True)):
             found, laws, chances, known = [token], {}, [1.0], dict(drafting.written[row])
@@ -82,15 +84,20 @@ class Window:
 
 @dataclass(frozen=True)
 class SpeculativeJacobi:
-    """Lossless: what is written has the law of `Plain`, though not its tokens; for any generator.
+    """What is written has the law of `Plain`, though not its tokens; for any generator.
 
     Args:
         window: cells that are drafted at a time.
+        rule: what is accepted.
     """
 
     window: int = 16
+    rule: Rule = Lossless()
     name = "sjd"
-    lossless = True
+
+    @property
+    def lossless(self) -> bool:
+        return self.rule.lossless
 
     def __post_init__(self):
         if self.window < 1:
@@ -100,5 +107,13 @@ class SpeculativeJacobi:
         self, session: Session, tokens: Tensor, sampling: Sampling, guidance_scale: GuidanceScale, noise: Noise
     ) -> Iterator[Step]:
         """See `samplers.steps.Plain`."""
-        sampler = Speculative(Window(self.window), drafter=LastPass())
+        sampler = Speculative(Window(self.window), self.rule, drafter=LastPass())
         yield from sampler(session, tokens, sampling, guidance_scale, noise)
+
+
+@dataclass(frozen=True)
+class GroupedJacobi(SpeculativeJacobi):
+    """The same with the relaxed rule of grouped speculative decoding: fewer passes, at some loss."""
+
+    rule: Rule = Grouped()
+    name = "gsd"

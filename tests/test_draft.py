@@ -13,8 +13,9 @@ from argen.models.llamagen import SIZES, LlamaGen, LlamaGenSession, converted
 from argen.pipelines.llamagen import left_padded
 from samplers.lantern import Lantern, table_of
 from samplers.logits import Gumbel, Recorded, Sampling, keep_top_k, keep_top_p, keys_of
-from samplers.speculative import DynamicTree, Law, Speculative, StaticTree
+from samplers.speculative import Speculative
 from samplers.steps import Origin, Plain
+from samplers.trees import DynamicTree, Law, StaticTree
 from tokenizers_img.checkpoint import load_strict
 
 CLOSE = {"atol": 1e-4, "rtol": 1e-4}

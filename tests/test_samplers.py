@@ -9,10 +9,12 @@ import argen
 from samplers import by_name
 from samplers.jacobi import Jacobi
 from samplers.logits import Gumbel, Sampling, guide, gumbel, inverse_transform, keep_top_k, keep_top_p, keys_of
-from samplers.recycling import TokenRecycling
+from samplers.recycling import Table, TokenRecycling
+from samplers.rules import KSeq
 from samplers.sjd import SpeculativeJacobi
-from samplers.speculative import StaticTree
+from samplers.speculative import Speculative
 from samplers.steps import START, Origin, Plain
+from samplers.trees import DrawnTree, DynamicTree, IndependentTree, StaticTree
 
 
 @pytest.fixture(scope="module")
@@ -246,6 +248,25 @@ def test_drafts_without_training(pipe, name):
     assert (step.tokens >= 0).all()
 
 
+@pytest.mark.parametrize("shape", [DrawnTree(12, 4), DynamicTree(12, 3, 4), IndependentTree(((0,), (1,), (0, 0)))])
+def test_every_shape_drafts_for_a_batch(pipe, shape):
+    greedy = {"prompt": ["a banana", "a rocket"], "temperature": 0, "generator": luck(0, 1)}
+    found, plain = pipe(**greedy, sampler=TokenRecycling(shape=shape)), pipe(**greedy, sampler="plain")
+    assert torch.equal(found.tokens, plain.tokens)
+    assert found.passes < plain.passes
+    drawn = pipe(["a banana", "a rocket"], generator=luck(0, 1), sampler=TokenRecycling(shape=shape))
+    assert drawn.passes < 64
+    assert (drawn.tokens >= 0).all()
+
+
+def test_groups_need_fewer_passes_than_tokens(pipe):
+    prompts = ["a banana", "a rocket", "three yellow ducks", "a castle"]
+    exact, grouped = (pipe(prompts, generator=luck(0, 1, 2, 3), sampler=name) for name in ("sjd", "gsd"))
+    assert grouped.passes < exact.passes
+    assert Origin.RELAXED in grouped.origins
+    assert Origin.RELAXED not in exact.origins
+
+
 class Toy:
     """A session of two cells and three tokens, whose laws are given: [1, 3] for the first cell, [3, 3] for the second."""
 
@@ -261,7 +282,16 @@ class Toy:
     def keep(self, nodes): ...
 
 
-@pytest.mark.parametrize("sampler", [SpeculativeJacobi(1), TokenRecycling(2, StaticTree(((0,), (1,))))])
+@pytest.mark.parametrize(
+    "sampler",
+    [
+        SpeculativeJacobi(1),
+        TokenRecycling(2, StaticTree(((0,), (1,)))),
+        TokenRecycling(2, DrawnTree(3)),
+        Speculative(IndependentTree(((0,), (1,))), KSeq(), drafter=Table(2)),
+    ],
+    ids=["sjd", "static", "drawn", "k-seq"],
+)
 def test_drafts_without_training_keep_the_law(sampler):
     first = torch.tensor([0.5, 0.2, 0.3])
     second = torch.tensor([[0.6, 0.3, 0.1], [0.1, 0.1, 0.8], [0.25, 0.5, 0.25]])

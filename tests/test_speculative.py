@@ -7,7 +7,9 @@ import torch
 
 from samplers.lantern import Relaxed, neighbours
 from samplers.logits import Sampling, keep_top_k, keep_top_p
-from samplers.speculative import Drafted, Lossless, Tree, verify, verify_greedy, without_replacement
+from samplers.rules import Grouped, KSeq, Lossless
+from samplers.speculative import verify, verify_greedy
+from samplers.trees import Drafted, Tree, without_replacement
 
 
 @pytest.fixture
@@ -84,14 +86,14 @@ def test_drawing_without_replacement(case):
         torch.testing.assert_close(torch.tensor(chances)[possible].float(), wanted[possible], atol=1e-5, rtol=1e-4)
 
 
-def outcome(law, draft, tokens, rule, drawn: bool) -> torch.Tensor:
+def outcome(law, draft, tokens, rule, drawn: bool, independent: bool = False) -> torch.Tensor:
     """Law [K] of the first token that is written when `tokens` are the root's children, by integrating out every number."""
     tree, total = Tree((-1, *[0] * len(tokens))), torch.zeros_like(law)
     chances = [1.0]
     left = draft.clone()
     for token in tokens:
         chances.append(float(left[token] / left.sum()))
-        left[token] = 0
+        left[token] *= independent
     drafted = Drafted({0: draft}, chances) if drawn else None
     laws, reached = law.expand(len(tokens) + 1, -1), 1.0
     for number, token in enumerate(tokens):
@@ -184,3 +186,36 @@ def test_neighbours_are_the_nearest_codes():
 def test_bounds_that_make_no_sense(given, match):
     with pytest.raises(ValueError, match=match):
         Relaxed(torch.zeros(4, 3, dtype=torch.int64), **given)
+
+
+def test_a_group_is_of_tokens_about_as_likely():
+    law = torch.tensor([0.30, 0.25, 0.2, 0.15, 0.1, 0.0])
+    raised = Grouped(side=1, near=0.06).relax(law, 2)
+    assert sorted(raised.lenders.tolist()) == [1, 3]
+    assert raised.likely == pytest.approx(0.6)
+    assert (
+        Grouped(side=2, near=0.06).relax(law, 2).lenders.tolist() == raised.lenders.tolist()
+    )  # the others are too far
+    assert Grouped(side=0).relax(law, 2).likely == law[2]
+    draft = torch.tensor([0.1, 0.1, 0.5, 0.1, 0.1, 0.1])
+    tree, drafted = Tree((-1, 0)), Drafted({0: draft}, [1.0, 0.5])
+    for number, kept in ((0.85, [0, 1]), (0.86, [0])):  # 0.6 / (0.5 + 0.1 + 0.1)
+        found = verify(law.expand(2, -1), tree, [0, 2], Grouped(1, 0.06), iter([number]), drafted)
+        assert found.kept == kept
+        assert found.relaxed == set(kept[1:])
+
+
+@pytest.mark.parametrize("sampling", SAMPLINGS, ids=str)
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_independent_candidates_keep_the_law(sampling, count):
+    generator = torch.Generator().manual_seed(count)
+    for _ in range(2):
+        law, draft = (sampling.filter(row).double().softmax(-1) for row in 2 * torch.randn(2, 4, generator=generator))
+        total = torch.zeros_like(law)
+        for drawn in product(range(4), repeat=count):
+            chance = float(draft[list(drawn)].prod())
+            if chance:
+                total += chance * outcome(law, draft, list(drawn), KSeq(), drawn=True, independent=True)
+        torch.testing.assert_close(total, law, atol=1e-6, rtol=0)
+    with pytest.raises(ValueError, match="drawn independently"):
+        verify(law.expand(2, -1), Tree((-1, 0)), [0, 1], KSeq(), iter([0.5]))

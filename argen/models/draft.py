@@ -129,7 +129,7 @@ class Drafter(ModelMixin, ConfigMixin):
 
 
 class DraftSession:
-    """`samplers.speculative.Drafting` of a `Drafter`, bound to the pictures of a target's session.
+    """`samplers.trees.Drafting` of a `Drafter`, bound to the pictures of a target's session.
 
     Args:
         target: fresh, or at its first token.
@@ -149,7 +149,7 @@ class DraftSession:
         self.cache.append(0, *drafter.layers[0].slot(drafter.prefix(target.prefix)))
 
     def read(self, tokens: Tensor, cells: Tensor, nodes: Tensor, ahead: Tensor) -> Tensor:
-        """See `samplers.speculative.Drafting.read`."""
+        """See `samplers.trees.Drafting.read`."""
         hidden = self.target.hidden
         rows, twice = torch.arange(len(hidden), device=hidden.device)[:, None], len(hidden) // len(nodes)
         led = hidden[rows, nodes.repeat(twice, 1).to(hidden.device)]
@@ -157,7 +157,7 @@ class DraftSession:
         return guesses[rows, (ahead - 1).repeat(twice)[:, None].to(hidden.device)]
 
     def guess(self, tokens: Tensor, cells: Tensor, hidden: Tensor, tree: Tensor, root: Tensor) -> Tensor:
-        """See `samplers.speculative.Drafting.guess`."""
+        """See `samplers.trees.Drafting.guess`."""
         return self._pass(tokens, cells, hidden, self.cache.place(cells, tree, self.guided, tokens.device, root))
 
     def _pass(self, tokens: Tensor, cells: Tensor, hidden: Tensor, visible: Tensor) -> Tensor:
@@ -169,9 +169,9 @@ class DraftSession:
         return self.drafter.layers[0](joined, turns, mask, lambda key, value: self.cache.append(0, key, value))
 
     def logits(self, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
-        """See `samplers.speculative.Drafting.logits`."""
+        """See `samplers.trees.Drafting.logits`."""
         logits = self.target.model.output(hidden).float()
         return logits.chunk(2) if self.guided else (logits, None)
 
     def observe(self, tokens: Tensor, logits: Tensor, laws: Tensor) -> None:
-        """See `samplers.speculative.Drafting.observe`: this drafter was trained before."""
+        """See `samplers.trees.Drafting.observe`: this drafter was trained before."""
