@@ -17,7 +17,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 
-from argen.models.session import KeysValues, KeyValueCache, split_heads
+from argen.models.session import KeysValues, KeyValueCache, Linear, split_heads
 from tokenizers_img.checkpoint import load_strict, read_state_dict
 
 PAD = 1  # text id
@@ -34,10 +34,10 @@ class Attention(nn.Module):
     def __init__(self, dim: int, heads: int):
         super().__init__()
         self.heads = heads
-        self.k_proj = nn.Linear(dim, dim, bias=False)
-        self.v_proj = nn.Linear(dim, dim, bias=False)
-        self.q_proj = nn.Linear(dim, dim, bias=False)
-        self.out_proj = nn.Linear(dim, dim, bias=False)
+        self.k_proj = Linear(dim, dim, bias=False)
+        self.v_proj = Linear(dim, dim, bias=False)
+        self.q_proj = Linear(dim, dim, bias=False)
+        self.out_proj = Linear(dim, dim, bias=False)
 
     def keys_values(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
         return split_heads(self.k_proj(hidden_states), self.heads), split_heads(self.v_proj(hidden_states), self.heads)
@@ -53,9 +53,9 @@ class GLU(nn.Module):
     def __init__(self, dim: int, mlp_dim: int):
         super().__init__()
         self.ln0, self.ln1 = nn.LayerNorm(dim), nn.LayerNorm(mlp_dim)
-        self.fc0 = nn.Linear(dim, mlp_dim, bias=False)
-        self.fc1 = nn.Linear(dim, mlp_dim, bias=False)
-        self.fc2 = nn.Linear(mlp_dim, dim, bias=False)
+        self.fc0 = Linear(dim, mlp_dim, bias=False)
+        self.fc1 = Linear(dim, mlp_dim, bias=False)
+        self.fc2 = Linear(mlp_dim, dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.ln0(x)
@@ -167,7 +167,7 @@ class DalleMiniDecoder(ModelMixin, ConfigMixin):
         self.layers = nn.ModuleList(DecoderLayer(dim, heads, mlp_dim) for _ in range(depth))
         self.layernorm_embedding = nn.LayerNorm(dim)
         self.final_ln = nn.LayerNorm(dim)
-        self.lm_head = nn.Linear(dim, image_vocab + 1, bias=False)
+        self.lm_head = Linear(dim, image_vocab + 1, bias=False)
 
     @classmethod
     def from_original(cls, path: str | Path, size: str) -> "DalleMiniDecoder":

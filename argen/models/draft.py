@@ -19,7 +19,7 @@ from diffusers.models.attention_dispatch import dispatch_attention_fn
 from torch import Tensor, nn
 
 from argen.models.llamagen import LlamaGenSession, rotary_table, rotate
-from argen.models.session import KeyValueCache, causal_mask, split_heads
+from argen.models.session import KeyValueCache, Linear, causal_mask, split_heads
 from tokenizers_img.checkpoint import load_strict, read_state_dict
 
 
@@ -28,15 +28,15 @@ class Attention(nn.Module):
         super().__init__()
         self.heads = heads
         for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
-            setattr(self, name, nn.Linear(dim, dim, bias=False))
+            setattr(self, name, Linear(dim, dim, bias=False))
 
 
 class FeedForward(nn.Module):
     def __init__(self, dim: int, hidden: int):
         super().__init__()
-        self.gate_proj = nn.Linear(dim, hidden, bias=False)
-        self.up_proj = nn.Linear(dim, hidden, bias=False)
-        self.down_proj = nn.Linear(hidden, dim, bias=False)
+        self.gate_proj = Linear(dim, hidden, bias=False)
+        self.up_proj = Linear(dim, hidden, bias=False)
+        self.down_proj = Linear(hidden, dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
@@ -79,7 +79,7 @@ class Drafter(ModelMixin, ConfigMixin):
     def __init__(self, n_embed: int, grid: int, dim: int, heads: int, hidden: int):
         super().__init__()
         self.embed_tokens = nn.Embedding(n_embed, dim)
-        self.fc = nn.Linear(2 * dim, dim)
+        self.fc = Linear(2 * dim, dim)
         self.layers = nn.ModuleList([Layer(dim, heads, hidden)])
         self.length = grid * grid
         self.register_buffer("turns", rotary_table(dim // heads, grid), persistent=False)

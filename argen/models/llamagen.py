@@ -20,7 +20,7 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from torch import Tensor, nn
 
-from argen.models.session import KeyValueCache, causal_mask, split_heads
+from argen.models.session import KeyValueCache, Linear, causal_mask, split_heads
 from tokenizers_img.checkpoint import load_strict, read_state_dict
 
 SIZES = {  # the published widths
@@ -67,8 +67,8 @@ class Attention(nn.Module):
     def __init__(self, dim: int, heads: int):
         super().__init__()
         self.heads = heads
-        self.wqkv = nn.Linear(dim, 3 * dim, bias=False)
-        self.wo = nn.Linear(dim, dim, bias=False)
+        self.wqkv = Linear(dim, 3 * dim, bias=False)
+        self.wo = Linear(dim, dim, bias=False)
 
     def forward(
         self, x: Tensor, turns: Tensor, mask: Tensor, layer: int, cache: KeyValueCache | None, mean: Tensor | None
@@ -102,9 +102,9 @@ class Attention(nn.Module):
 class FeedForward(nn.Module):
     def __init__(self, dim: int, hidden: int):
         super().__init__()
-        self.w1 = nn.Linear(dim, hidden, bias=False)
-        self.w3 = nn.Linear(dim, hidden, bias=False)
-        self.w2 = nn.Linear(hidden, dim, bias=False)
+        self.w1 = Linear(dim, hidden, bias=False)
+        self.w3 = Linear(dim, hidden, bias=False)
+        self.w2 = Linear(hidden, dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.w2(F.silu(self.w1(x)) * self.w3(x))
@@ -132,8 +132,8 @@ class MLP(nn.Module):
 
     def __init__(self, inputs: int, dim: int):
         super().__init__()
-        self.fc1 = nn.Linear(inputs, dim, bias=False)
-        self.fc2 = nn.Linear(dim, dim, bias=False)
+        self.fc1 = Linear(inputs, dim, bias=False)
+        self.fc2 = Linear(dim, dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
@@ -197,7 +197,7 @@ class LlamaGen(ModelMixin, ConfigMixin):
         self.tok_embeddings = nn.Embedding(n_embed, dim)
         self.layers = nn.ModuleList(Layer(dim, heads, hidden, dropout) for _ in range(depth))
         self.norm = RMSNorm(dim)
-        self.output = nn.Linear(dim, n_embed, bias=False)
+        self.output = Linear(dim, n_embed, bias=False)
         self.drop = nn.Dropout(dropout)
         self.length, self.depth = grid * grid, depth
         self.register_buffer("turns", rotary_table(dim // heads, grid), persistent=False)

@@ -15,7 +15,7 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from torch import Tensor, nn
 
-from argen.models.session import KeysValues, KeyValueCache, causal_mask, split_heads
+from argen.models.session import KeysValues, KeyValueCache, Linear, causal_mask, linear, split_heads
 
 
 class Attention(nn.Module):
@@ -24,10 +24,10 @@ class Attention(nn.Module):
     def __init__(self, dim: int, heads: int):
         super().__init__()
         self.heads = heads
-        self.q_proj = nn.Linear(dim, dim, bias=False)
-        self.k_proj = nn.Linear(dim, dim, bias=False)
-        self.v_proj = nn.Linear(dim, dim, bias=False)
-        self.out_proj = nn.Linear(dim, dim, bias=False)
+        self.q_proj = Linear(dim, dim, bias=False)
+        self.k_proj = Linear(dim, dim, bias=False)
+        self.v_proj = Linear(dim, dim, bias=False)
+        self.out_proj = Linear(dim, dim, bias=False)
 
     def keys_values(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
         return tuple(split_heads(project(hidden_states), self.heads) for project in (self.k_proj, self.v_proj))
@@ -40,8 +40,8 @@ class Attention(nn.Module):
 class FeedForward(nn.Module):
     def __init__(self, dim: int, mlp_dim: int):
         super().__init__()
-        self.up_proj = nn.Linear(dim, mlp_dim)
-        self.down_proj = nn.Linear(mlp_dim, dim)
+        self.up_proj = Linear(dim, mlp_dim)
+        self.down_proj = Linear(mlp_dim, dim)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         return self.down_proj(F.gelu(self.up_proj(hidden_states)))
@@ -111,7 +111,7 @@ class Parti(ModelMixin, ConfigMixin):
         dropout: float = 0.1,
     ):
         super().__init__()
-        self.text_proj = nn.Linear(text_dim, dim)
+        self.text_proj = Linear(text_dim, dim)
         self.encoder_layers = nn.ModuleList(EncoderLayer(dim, heads, mlp_dim, dropout) for _ in range(encoder_depth))
         self.encoder_norm = nn.LayerNorm(dim)
         self.embed_tokens = nn.Embedding(n_embed + 1, dim)  # the last row is the start token
@@ -152,7 +152,7 @@ class Parti(ModelMixin, ConfigMixin):
         x = self.drop(x)
         for index, layer in enumerate(self.decoder_layers):
             x = layer(x, mask, text_keys_values[index], text_mask[:, None, None, :], cache, index)
-        return F.linear(self.decoder_norm(x), self.embed_tokens.weight[:-1])
+        return linear(self.decoder_norm(x), self.embed_tokens.weight[:-1])
 
     def project_text(self, encoded: Tensor) -> KeysValues:
         """Keys and values of the cross-attention of every decoder layer, computed once for a picture."""

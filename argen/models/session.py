@@ -7,7 +7,27 @@ rows (2B under guidance: with the prompt, then without).
 from typing import Protocol
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+FEW = 64  # rows
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``F.linear``, quicker on a CPU for the few rows of a decoding step: in float32 the product of the weight with the
+    turned input takes as little as a quarter of the time (``python -m argen.bench decode``)."""
+    few = x.numel() <= FEW * x.shape[-1] and x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32
+    if not few or torch.is_grad_enabled():
+        return F.linear(x, weight, bias)
+    out = (weight @ x.flatten(0, -2).T).T.unflatten(0, x.shape[:-1])
+    return out if bias is None else out + bias
+
+
+class Linear(nn.Linear):
+    """``nn.Linear`` through `linear`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self.bias)
 
 
 def split_heads(x: Tensor, heads: int) -> Tensor:
