@@ -65,8 +65,8 @@ def parser() -> Parser:
         "--sampler",
         metavar="NAME",
         help="how the tokens are written: plain; jacobi, the same pictures in fewer passes; auto, the faster of the two; sjd "
-        "and recycling, other pictures of the same law; speculative, the same with the model's drafter; gsd and lantern, "
-        "relaxed (default: auto)",
+        "and recycling, other pictures of the same law; speculative, the same with the model's drafter; gsd, "
+        "lantern and fast_preview, relaxed (default: auto)",
     )
     add.add_argument("--lantern-k", type=int, metavar="K", help="neighbours that lend their probability (default: 10)")
     add.add_argument("--lantern-delta", type=float, metavar="D", help="they lend at most D, 0 to 1 (default: 0.2)")

@@ -7,10 +7,11 @@ from samplers.recycling import TokenRecycling
 from samplers.sjd import GroupedJacobi, SpeculativeJacobi
 from samplers.speculative import Speculative
 from samplers.steps import Plain, Sampler
+from samplers.zipar import ZipAR
 
 SAMPLERS: dict[str, type] = {
     each.name: each
-    for each in (Auto, Plain, Jacobi, SpeculativeJacobi, GroupedJacobi, TokenRecycling, Speculative, Lantern)
+    for each in (Auto, Plain, Jacobi, SpeculativeJacobi, GroupedJacobi, TokenRecycling, Speculative, Lantern, ZipAR)
 }
 
 

@@ -31,7 +31,9 @@ class Session(Protocol):
     length: int
     columns: int
 
-    def forward(self, tokens: Tensor, positions: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    def forward(
+        self, tokens: Tensor, positions: Tensor, mask: Tensor | None = None, seen: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
         """One pass over n tokens; their keys and values join the cache, over what it held from there on.
 
         Args:
@@ -41,6 +43,8 @@ class Session(Protocol):
             mask: None for a chain, in which each token sees all cells up to its own; else [n, n] or, with positions of
                 each picture, [B, n, n] bool: which of the n tokens each of them sees, beside the cells before the first
                 of them (a tree; the diagonal is true).
+            seen: [n, N] bool, for cells [n] that are not next to each other: which cells of the picture each of them sees,
+                itself among them. No `START` among the positions then.
 
         Returns:
             Logits [B, n, K] for the token that follows each given one, with the prompt and (None where the session has

@@ -15,6 +15,7 @@ from samplers.sjd import SpeculativeJacobi
 from samplers.speculative import Speculative
 from samplers.steps import START, Origin, Plain
 from samplers.trees import DrawnTree, DynamicTree, IndependentTree, StaticTree
+from samplers.zipar import ZipAR
 
 
 @pytest.fixture(scope="module")
@@ -302,3 +303,22 @@ def test_drafts_without_training_keep_the_law(sampler):
         counts[tuple(last.tokens[0])] += 1
     wanted = first[:, None] * second
     assert ((counts - 3000 * wanted) ** 2 / (3000 * wanted)).sum() < 26.1  # chi-squared, 8 degrees, 1 in 1,000
+
+
+def test_rows_side_by_side(pipe):
+    """ZipAR in so many passes as the paper says; with the widest window it is the plain sampler."""
+    prompts = ["a banana", "a rocket"]
+    plain = pipe(prompts, generator=luck(0, 1), sampler="plain")
+    assert torch.equal(pipe(prompts, generator=luck(0, 1), sampler=ZipAR(8)).tokens, plain.tokens)
+    for window in (2, 4):
+        fast = pipe(prompts, generator=luck(0, 1), sampler=ZipAR(window))
+        assert fast.passes == 8 + 7 * window
+        alone = pipe(prompts[1], generator=luck(1), sampler=ZipAR(window))
+        assert torch.equal(alone.tokens[0], fast.tokens[1])
+    grid = torch.full((1, 64), -1)
+    grid[0, 5:12] = 7
+    *_, step = pipe.stream(["a castle"], luck(0), tokens=grid, sampler="fast_preview")
+    assert (step.tokens[0, 5:12] == 7).all()
+    assert (step.tokens >= 0).all()
+    with pytest.raises(ValueError, match="window is 0"):
+        ZipAR(0)

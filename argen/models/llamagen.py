@@ -374,14 +374,16 @@ class LlamaGenSession:
         for index, (layer, mean) in enumerate(zip(model.layers, means, strict=True)):
             self.cache.append(index, *layer.attention.slot(mean))
 
-    def forward(self, tokens: Tensor, positions: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    def forward(
+        self, tokens: Tensor, positions: Tensor, mask: Tensor | None = None, seen: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
         """See `samplers.steps.Session.forward`; the condition, which is cached already, stands for the start token."""
         parts = []
         if int(positions.min()) < 0:
             parts = [self.prefix[:, -1:]]
             tokens, positions, mask = tokens[:, 1:], positions[..., 1:], None if mask is None else mask[..., 1:, 1:]
         if tokens.shape[1]:
-            visible = self.cache.place(positions, mask, self.guided, tokens.device)[..., 1:]
+            visible = self.cache.visible(positions, mask, seen, self.guided, tokens.device)[..., 1:]
             positions = positions.to(tokens.device)
             if self.guided:
                 tokens = torch.cat([tokens, tokens])

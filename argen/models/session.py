@@ -56,6 +56,7 @@ class KeyValueCache:
         self.capacity = capacity
         self.buffers: list[Tensor | None] = [None] * layers  # each [2, R, capacity, H, D/H]
         self.first: int | Tensor = 0  # slot of the pass's first token; [R] where the pictures differ
+        self.scattered: Tensor | None = None  # [n], slots of the pass's tokens where they are not consecutive
         self.end = 0  # slots up to here may be seen
 
     def place(
@@ -69,6 +70,7 @@ class KeyValueCache:
             root: [B], cells at which the trees begin that the pass goes on with; then `tree` is [B, n, m], and the pass
                 has the last n of the m nodes.
         """
+        self.scattered = None
         slots, n = positions + 1, positions.shape[-1]
         nodes = n if tree is None else tree.shape[-1]
         base = slots[..., 0] if root is None else root + 1  # of the tree's first node
@@ -89,6 +91,19 @@ class KeyValueCache:
         self.first = first.repeat(twice).to(device)
         return visible.repeat(twice, 1, 1, 1)
 
+    def visible(
+        self, positions: Tensor, tree: Tensor | None, seen: Tensor | None, guided: bool, device: torch.device
+    ) -> Tensor:
+        """`place` or, where `seen` is given, `scatter`."""
+        if seen is not None:
+            return self.scatter(positions, seen, device)
+        return self.place(positions, tree, guided, device)
+
+    def scatter(self, positions: Tensor, seen: Tensor, device: torch.device) -> Tensor:
+        """The same for cells that are not next to each other; `positions` and `seen` as in `samplers.steps.Session.forward`."""
+        self.scattered, self.end = (positions + 1).to(device), seen.shape[-1] + 1
+        return F.pad(seen, (1, 0), value=True)[None, None].to(device)
+
     def append(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Store the keys and values [R, n, H, D/H] of a pass in its slots; returns all up to the last of them."""
         n, buffer = key.shape[1], self.buffers[layer]
@@ -97,7 +112,9 @@ class KeyValueCache:
             if buffer is not None:
                 room[:, :, : buffer.shape[2]] = buffer
             self.buffers[layer] = buffer = room
-        if isinstance(self.first, int):
+        if self.scattered is not None:
+            buffer[0, :, self.scattered], buffer[1, :, self.scattered] = key, value
+        elif isinstance(self.first, int):
             buffer[0, :, self.first : self.end], buffer[1, :, self.first : self.end] = key, value
         else:
             rows, slots = self._slots(torch.arange(n, device=key.device))
@@ -154,9 +171,11 @@ class DecoderSession:
         self.text_keys_values = decoder.project_text(encoded)
         self.cache = KeyValueCache(decoder.depth, decoder.length)
 
-    def forward(self, tokens: Tensor, positions: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    def forward(
+        self, tokens: Tensor, positions: Tensor, mask: Tensor | None = None, seen: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
         """See `samplers.steps.Session.forward`."""
-        visible = self.cache.place(positions, mask, self.guided, tokens.device)
+        visible = self.cache.visible(positions, mask, seen, self.guided, tokens.device)
         positions = positions.to(tokens.device)
         if self.guided:
             tokens = torch.cat([tokens, tokens])
