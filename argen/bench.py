@@ -1,25 +1,46 @@
-"""How fast tokens are written: ``python -m argen.bench decode``.
+"""How fast tokens are written, and what it costs: ``python -m argen.bench decode`` and ``python -m argen.bench speculative``.
 
-The same network with random weights, in turns: our plain loop, and transformers' own Llama of the same sizes with its
+``decode``: the same network with random weights, in turns: our plain loop, and transformers' own Llama of the same sizes with its
 eager loop and growing cache. Both draw with the same guidance and filters. Ratios of one run on one machine; the number of
 tokens a second depends on the machine.
+
+``speculative``: the shipped generator with every sampler, one picture at a time: passes, tokens a pass, tokens a second, and what
+the judge and FID-emoji say of the pictures.
 """
 
 import argparse
+import json
 import sys
+import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
-from argen.command import Parser, guarded
+from argen.command import Parser, guarded, load_model
 from argen.device import pick
+from argen.eval.features import encoder_features
+from argen.eval.images import Pictures, open_pictures
+from argen.eval.judge import evaluate, read_prompts
+from argen.eval.run import compare
+from argen.evaluate import cache_folder
 from argen.models.llamagen import SIZES, LlamaGen, LlamaGenSession
+from samplers.jacobi import Jacobi
+from samplers.lantern import Lantern
 from samplers.logits import Gumbel, Sampling, guide, keys_of
-from samplers.steps import Plain
+from samplers.recycling import TokenRecycling
+from samplers.rules import KSeq
+from samplers.sjd import GroupedJacobi, SpeculativeJacobi
+from samplers.speculative import Speculative
+from samplers.steps import Plain, Sampler
 from samplers.steps import pick as decide
+from samplers.trees import SMALL_TREE, DrawnTree, DynamicTree, IndependentTree
+from samplers.zipar import ZipAR
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 SAMPLING = Sampling(top_k=2000)
@@ -102,6 +123,101 @@ def decode(args: argparse.Namespace) -> None:
             print(f"{name}, batch {batch:<2} {row}", flush=True)
 
 
+def settings() -> dict[str, Sampler]:
+    """The samplers that `speculative` compares, by what they are called in its table."""
+    return {
+        "plain": Plain(),
+        **{f"jacobi, window {window}": Jacobi(window) for window in (8, 16, 32)},
+        "sjd": SpeculativeJacobi(),
+        "gsd": GroupedJacobi(),
+        "recycling": TokenRecycling(),
+        "speculative, static tree": Speculative(),
+        "speculative, dynamic tree": Speculative(DynamicTree(12, 3, 4)),
+        "speculative, drawn tree": Speculative(DrawnTree(12, 4)),
+        "speculative, k-SEQ": Speculative(IndependentTree(SMALL_TREE.paths), KSeq()),
+        **{f"lantern, k 10, delta {delta}": Lantern(10, delta) for delta in (0.05, 0.1, 0.2, 0.4)},
+        **{f"lantern, k 10, lambda {bound}": Lantern(10, lambda_=bound) for bound in (2.0, 5.0)},
+        **{f"fast_preview, window {window}": ZipAR(window) for window in (2, 4)},
+    }
+
+
+def speculative(args: argparse.Namespace) -> None:
+    """Print a table, one row a sampler, and write it, with a plot if asked for."""
+    pipe = load_model(args.model, args.device, "generator")
+    pipe.set_progress_bar_config(disable=True)
+    judge = load_model("argen/emoji-judge", args.device)
+    kinds: dict[str, list] = {}
+    for truth in read_prompts():
+        kinds.setdefault(truth.kind, []).append(truth)
+    truths = [truth for found in kinds.values() for truth in found[: args.num]]
+    reference = open_pictures(args.ref) if args.ref else None
+    rows = []
+    for name, sampler in settings().items():
+        if args.only and not any(name.startswith(one) for one in args.only):
+            continue
+        if getattr(pipe, "drafter", None) is None and name.startswith(("speculative", "lantern")):
+            continue
+        passes, pictures, started = 0, [], time.perf_counter()
+        for index, truth in enumerate(truths):
+            out = pipe(truth.prompt, generator=torch.Generator().manual_seed(index), sampler=sampler)
+            passes, pictures = passes + out.passes, pictures + out.images
+        seconds = time.perf_counter() - started
+        told = evaluate(judge, [np.asarray(picture) for picture in pictures], truths)
+        identity = [entry for question, entry in told.items() if question.endswith("identity")]
+        row = {
+            "sampler": name,
+            "lossless": sampler.lossless,
+            "passes": passes / len(truths),
+            "tokens_a_pass": len(truths) * pipe.length / passes,
+            "tokens_a_second": len(truths) * pipe.length / seconds,
+            "identity": sum(entry["value"] * entry["n"] for entry in identity) / sum(entry["n"] for entry in identity),
+        }
+        if reference is not None:
+            row["fid_emoji"] = _fid(pictures, reference)
+        rows.append(row)
+        if len(rows) == 1:
+            print(" ".join(f"{column:>15}" for column in list(row)[2:]), "  sampler")
+        cells = [f"{value:15.3f}" for value in list(row.values())[2:]]
+        print(" ".join(cells), f"  {name}{'' if sampler.lossless else ' (relaxed)'}", flush=True)
+    args.out.write_text(json.dumps({"model": args.model, "prompts": len(truths), "rows": rows}, indent=1) + "\n")
+    if args.plot:
+        _plot(rows, args.plot)
+
+
+def _fid(pictures: list[Image.Image], reference: Pictures) -> float:
+    extractor = encoder_features("emoji", load_model("argen/emoji-clip", None))
+    with tempfile.TemporaryDirectory() as folder:
+        for index, picture in enumerate(pictures):
+            picture.save(Path(folder) / f"{index}.png")
+        samples = open_pictures(folder)
+        return compare(samples, reference, extractor, ["fid"], Path(folder) / "features", cache_folder())["FID-emoji"][
+            "value"
+        ]
+
+
+def _plot(rows: list[dict], path: Path) -> None:
+    """Tokens a pass against the judge's identity."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(8, 5))
+    for row in rows:
+        axes.scatter(row["tokens_a_pass"], row["identity"], color="tab:blue" if row["lossless"] else "tab:orange")
+        axes.annotate(
+            row["sampler"],
+            (row["tokens_a_pass"], row["identity"]),
+            fontsize=7,
+            xytext=(4, 3),
+            textcoords="offset points",
+        )
+    axes.set_xlabel("tokens a pass")
+    axes.set_ylabel("identity, by the judge (blue: lossless, orange: relaxed)")
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run ``python -m argen.bench``."""
     parser = Parser(prog="python -m argen.bench", description="How fast tokens are written.")
@@ -113,7 +229,18 @@ def main(argv: list[str] | None = None) -> int:
     add.add_argument("--dtypes", nargs="+", default=list(DTYPES), choices=list(DTYPES))
     add.add_argument("--turns", type=int, default=3)
     add.add_argument("--device", metavar="NAME", help="cpu, cuda, mps (default: the best one here)")
-    return guarded("argen.bench", decode, parser.parse_args(argv))
+    add.set_defaults(run=decode)
+    add = commands.add_parser("speculative", help="every sampler on the shipped generator: passes, speed, quality")
+    add.add_argument("--model", default="argen/emoji-llamagen", metavar="ID")
+    add.add_argument("--num", type=int, default=20, help="prompts of each of the judge's five kinds (default: 20)")
+    add.add_argument("--only", nargs="+", metavar="NAME", help="samplers whose name begins so")
+    add.add_argument("--ref", type=Path, metavar="SET", help="pictures of training, for FID-emoji")
+    add.add_argument("--out", type=Path, default=Path("speculative.json"), metavar="JSON")
+    add.add_argument("--plot", type=Path, metavar="PNG", help="also draw quality against tokens a pass")
+    add.add_argument("--device", metavar="NAME", help="cpu, cuda, mps (default: the best one here)")
+    add.set_defaults(run=speculative)
+    args = parser.parse_args(argv)
+    return guarded("argen.bench", args.run, args)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,8 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 
+EXTRAS = {"cv2": "control", "matplotlib": "bench"}  # module -> the extra that brings it; others are of "train"
+
 
 class Parser(argparse.ArgumentParser):
     """An argument error is one line, without the usage."""
@@ -61,7 +63,8 @@ def guarded(name: str, function: Callable[[argparse.Namespace], None], args: arg
         print(f"{name}: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except ModuleNotFoundError as error:
-        print(f"{name}: error: {error.name} is not installed: pip install 'argen[train]'", file=sys.stderr)
+        extra = EXTRAS.get(error.name, "train")
+        print(f"{name}: error: {error.name} is not installed: pip install 'argen[{extra}]'", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"{name}: stopped", file=sys.stderr)

@@ -140,7 +140,8 @@ def _extractor(args: argparse.Namespace):
     raise ValueError(f"unknown features {args.features!r}: expected inception, emoji or clip: and a hub id or folder")
 
 
-def _cache() -> Path:
+def cache_folder() -> Path:
+    """Where features of references are kept: under ``ARGEN_CACHE``, or the home folder."""
     return Path(os.environ.get("ARGEN_CACHE", Path.home() / ".cache" / "argen")) / "eval"
 
 
@@ -210,7 +211,7 @@ def fid(args: argparse.Namespace) -> None:
         run.claim(args.out, settings)
     with run.timed(seconds, "look and compare"):
         scores = run.compare(
-            samples, reference, extractor, wanted, args.out, _cache(), args.crop, batch_size=args.batch_size
+            samples, reference, extractor, wanted, args.out, cache_folder(), args.crop, batch_size=args.batch_size
         )
     _finish(args, settings, scores, seconds, samples)
 
@@ -229,7 +230,7 @@ def rfid(args: argparse.Namespace) -> None:
     with run.timed(seconds, "reconstruct"):
         made = run.draw(reconstruction.reconstructor(tokenizer, real), len(real), args.out / "samples")
     with run.timed(seconds, "look and compare"):
-        scores = run.compare(made, real, extractor, ["fid"], args.out, _cache(), batch_size=args.batch_size)
+        scores = run.compare(made, real, extractor, ["fid"], args.out, cache_folder(), batch_size=args.batch_size)
     scores = {f"r{name}": entry for name, entry in scores.items()} | reconstruction.compare(tokenizer, made, real)
     _finish(args, settings, scores, seconds, made)
 
@@ -290,7 +291,9 @@ def stats(args: argparse.Namespace) -> None:
     from argen.eval.images import open_pictures
 
     run.writable_npz(args.out)
-    n = run.save_statistics(args.out, open_pictures(args.data), _extractor(args), args.crop, _cache(), args.batch_size)
+    n = run.save_statistics(
+        args.out, open_pictures(args.data), _extractor(args), args.crop, cache_folder(), args.batch_size
+    )
     print(json.dumps({"file": str(args.out), "n": n}) if args.json else f"{args.out}: {n:,} pictures")
 
 

@@ -4,10 +4,13 @@ import numpy as np
 import pytest
 import torch
 from conftest import GOLDEN
+from PIL import Image
 
 import argen
 from argen.models.dalle_mini import DalleMiniDecoder, DalleMiniEncoder, text_tokenizer
 from argen.pipelines.dalle_mini import DalleMiniPipeline
+from argen.request import Request
+from samplers.steps import Origin
 from tokenizers_img.vqgan import VQGANDetokenizer
 
 
@@ -125,3 +128,27 @@ def test_dalle_mini_draws_saves_and_loads(dalle, tmp_path):
 def test_dalle_mini_says_that_it_cannot_rank(dalle):
     with pytest.raises(ValueError, match="has no picture encoder to rank candidates with"):
         dalle("a red apple", num_candidates=3)
+
+
+def test_the_map_of_cells_shows_how_each_was_written():
+    from argen.ui.generate import TINTS, written
+
+    origins = torch.tensor([[Origin.DRAWN, Origin.ACCEPTED], [Origin.RELAXED, Origin.GIVEN]], dtype=torch.int8)
+    shown = np.asarray(written(Image.new("RGB", (128, 128), "white"), origins))
+    half = len(shown) // 2
+    assert (shown[:half, :half] == 255).all()
+    assert (shown[half:, half:] == 255).all()
+    for place, origin in (((0, half), Origin.ACCEPTED), ((half, 0), Origin.RELAXED)):
+        red, green, blue, alpha = TINTS[origin]
+        wanted = [255 + (value - 255) * alpha / 255 for value in (red, green, blue)]
+        assert np.abs(shown[place].astype(float) - wanted).max() < 2
+
+
+def test_a_job_knows_what_its_sampler_did(pipe):
+    *_, job = pipe.run(Request("a rocket", num_images=2, num_candidates=3, sampler="gsd"))
+    assert not job.lossless
+    assert job.origins.shape == job.tokens.shape == (2, 8, 8)
+    assert job.tokens_a_pass == pytest.approx(64 / job.passes)
+    *_, plain = pipe.run(Request("a rocket", sampler="plain"))
+    assert plain.lossless
+    assert plain.origins is None
