@@ -17,8 +17,8 @@ LAYERS = [
     ["argen.registry"],
     ["argen"],
     ["argen.command"],
-    ["argen.bench", "argen.evaluate", "argen.ui", "argen.server"],
-    ["argen.cli", "app"],
+    ["argen.evaluate", "argen.ui", "argen.server"],
+    ["argen.bench", "argen.cli", "app"],
 ]
 NAMES = {name: (level, name) for level, names in enumerate(LAYERS) for name in names}
 FILES = [path for top in ("samplers", "tokenizers_img", "argen") for path in sorted((ROOT / top).rglob("*.py"))]
