@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import argen
+from argen.models.session import Linear
 from samplers import by_name
 from samplers.jacobi import Jacobi
 from samplers.logits import Gumbel, Sampling, guide, gumbel, inverse_transform, keep_top_k, keep_top_p, keys_of
@@ -322,3 +323,13 @@ def test_rows_side_by_side(pipe):
     assert (step.tokens >= 0).all()
     with pytest.raises(ValueError, match="window is 0"):
         ZipAR(0)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (2, 1), (1, 5), (80,), (3,)])
+def test_the_quick_linear_layer_is_the_same(shape):
+    layer = Linear(16, 24)
+    x = torch.randn(*shape, 16)
+    wanted = torch.nn.functional.linear(x, layer.weight, layer.bias)
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x), wanted)
+        torch.testing.assert_close(layer.double()(x.double()), wanted.double(), atol=1e-5, rtol=1e-5)

@@ -19,7 +19,7 @@ SCHEDULES = {
     "gpu": Schedule(steps=10000, batch_size=512, learning_rate=1e-3, weight_decay=0.01, betas=(0.9, 0.95)),
 }
 HIDDEN = 512  # of the feed-forward layer
-NOISE = 0.2  # the hidden states that are read are off by up to so much, as guesses will be
+NOISE = 0.2  # what the hidden states that are read are off by lies in a range so wide, as guesses will be off, too
 TOKENS_SHARE = 1.0  # of the loss on the tokens' law, beside that on the hidden states
 
 
@@ -51,11 +51,19 @@ class DraftTask(LlamaGenTask):
         hidden = target.decode(read, torch.arange(n, device=tokens.device), visible, seen, means)
         return prefix, torch.cat([prefix[:, -1:], hidden], dim=1)
 
-    def parts(self, network: nn.Module, batch: dict[str, Tensor], noise: float) -> tuple[Tensor, Tensor, Tensor]:
+    def more(self, pictures: Tensor, scenes: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+        """What the hidden states that are read are off by."""
+        shape = len(pictures) + len(scenes), self.target.length, self.target.config.dim
+        return {"noise": NOISE * (torch.rand(shape, generator=generator) - 0.5)}
+
+    def held_out(self, rows: slice) -> dict[str, Tensor]:
+        return super().held_out(rows) | {"noise": torch.zeros(1)}
+
+    def parts(self, network: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """Smooth L1 distance of the guesses [B, N - 1], cross-entropy of their law to the target's [B, N - 1], and how
         often [B, N - 1] the likeliest tokens agree."""
         prefix, hidden = self.hidden(batch)
-        read = hidden + (torch.rand_like(hidden) - 0.5) * noise
+        read = hidden + batch["noise"]
         guesses, wanted = network(prefix, read[:, :-1], batch["read"][:, :-1]), hidden[:, 1:]
         distance = F.smooth_l1_loss(guesses.float(), wanted.float(), reduction="none").mean(dim=-1)
         law, guess = self.target.output(wanted).float(), self.target.output(guesses).float()
@@ -63,7 +71,7 @@ class DraftTask(LlamaGenTask):
         return distance, surprise, (law.argmax(dim=-1) == guess.argmax(dim=-1)).float()
 
     def losses(self, batch: dict[str, Tensor], step: int, log: dict[str, float]) -> Iterator[tuple[str, Tensor]]:
-        distance, surprise, agreed = (part.mean() for part in self.parts(self.networks["model"], batch, NOISE))
+        distance, surprise, agreed = (part.mean() for part in self.parts(self.networks["model"], batch))
         log |= {"distance": distance.item(), "surprise": surprise.item(), "agreement": agreed.item()}
         yield "model", distance + TOKENS_SHARE * surprise
 
@@ -73,7 +81,7 @@ class DraftTask(LlamaGenTask):
         found, model = [], self._model()
         for first in range(0, len(self.held_out_captions), 64):
             batch = {key: value.to(model.device) for key, value in self.held_out(slice(first, first + 64)).items()}
-            found.append(self.parts(model, batch, 0.0)[2])
+            found.append(self.parts(model, batch)[2])
         return {"held-out agreement": torch.cat(found).mean().item()}
 
     def pipeline(self) -> LlamaGenPipeline:
