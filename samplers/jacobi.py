@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from samplers.logits import Noise, Sampling
-from samplers.steps import START, GuidanceScale, Origin, Session, Step, guided, pick
+from samplers.steps import START, GuidanceScale, Origin, Session, Step, check_window, guided, pick
 
 
 @dataclass(frozen=True)
@@ -29,8 +29,7 @@ class Jacobi:
     lossless = True
 
     def __post_init__(self):
-        if self.window < 1:
-            raise ValueError(f"window is {self.window}: expected at least 1 cell")
+        check_window(self.window)
 
     def __call__(
         self, session: Session, tokens: Tensor, sampling: Sampling, guidance_scale: GuidanceScale, noise: Noise

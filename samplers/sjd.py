@@ -14,7 +14,7 @@ from torch import Tensor
 from samplers.logits import Noise, Sampling, inverse_transform
 from samplers.rules import Grouped, Lossless, Rule
 from samplers.speculative import Speculative
-from samplers.steps import GuidanceScale, Session, Step
+from samplers.steps import GuidanceScale, Session, Step, check_window
 from samplers.trees import Draft, Drafted, Law, Tree
 
 
@@ -100,8 +100,7 @@ class SpeculativeJacobi:
         return self.rule.lossless
 
     def __post_init__(self):
-        if self.window < 1:
-            raise ValueError(f"window is {self.window}: expected at least 1 cell")
+        check_window(self.window)
 
     def __call__(
         self, session: Session, tokens: Tensor, sampling: Sampling, guidance_scale: GuidanceScale, noise: Noise

@@ -129,6 +129,14 @@ class Plain:
             yield Step(tokens.clone(), passes)
 
 
+def check_window(window: int) -> None:
+    """Raises:
+    ValueError: a window holds no cell.
+    """
+    if window < 1:
+        raise ValueError(f"window is {window}: expected at least 1 cell")
+
+
 def next_logits(
     session: Session, tokens: Tensor, waiting: list[int], guidance_scale: GuidanceScale, cell: int
 ) -> Tensor:

@@ -99,6 +99,12 @@ def without_replacement(law: Tensor, uniforms: Sequence[float]) -> tuple[list[in
     return tokens, chances
 
 
+def of_pictures(hidden: Tensor, index: Tensor) -> Tensor:
+    """Of hidden states [R, n, D] those numbered `index` [B, m] in each picture, with and without guidance: [R, m, D]."""
+    rows = torch.arange(len(hidden), device=hidden.device)[:, None]
+    return hidden[rows, index.repeat(len(hidden) // len(index), 1).to(hidden.device)]
+
+
 class Drafting(Protocol):
     """A drafter bound to the pictures of a session. It keeps what it has read of each picture."""
 
@@ -289,8 +295,7 @@ class DynamicTree:
             scores, chosen = total.topk(width)
             beam, ids = first + chosen, children.flatten(1)[rows, chosen]
             above = chosen // width
-            twice = len(out) // batch
-            hidden = out[torch.arange(len(out))[:, None], above.repeat(twice, 1).to(out.device)]
+            hidden = of_pictures(out, above)
             own = torch.eye(width, dtype=torch.bool).expand(batch, -1, -1)
             seen = torch.cat([seen[:, -width:][rows, above], own], dim=2)
         order = torch.cat(pool_scores, dim=1).argsort(
@@ -359,8 +364,7 @@ class DrawnTree:
                     while node > 0:
                         seen[b, i, places[node]] = True
                         node = one.parents[node]
-            every = torch.arange(len(hidden), device=hidden.device)[:, None]
-            led = hidden[every, torch.tensor(above).repeat(len(hidden) // batch, 1).to(hidden.device)]
+            led = of_pictures(hidden, torch.tensor(above))
             where = (roots[:, None] + depth + 1).expand(batch, width)
             hidden = drafting.guess(torch.tensor(fed, device=tokens.device), where, led, seen, roots + 1)
             level = children

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from samplers.logits import Noise, Sampling
-from samplers.steps import START, GuidanceScale, Session, Step, guided, pick
+from samplers.steps import START, GuidanceScale, Session, Step, check_window, guided, pick
 
 
 @dataclass(frozen=True)
@@ -27,8 +27,7 @@ class ZipAR:
     lossless = False
 
     def __post_init__(self):
-        if self.window < 1:
-            raise ValueError(f"window is {self.window}: expected at least 1 cell")
+        check_window(self.window)
 
     def __call__(
         self, session: Session, tokens: Tensor, sampling: Sampling, guidance_scale: GuidanceScale, noise: Noise

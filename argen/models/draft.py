@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from argen.models.llamagen import LlamaGenSession, rotary_table, rotate
 from argen.models.session import KeyValueCache, Linear, causal_mask, split_heads
+from samplers.trees import of_pictures
 from tokenizers_img.checkpoint import load_strict, read_state_dict
 
 
@@ -150,11 +151,9 @@ class DraftSession:
 
     def read(self, tokens: Tensor, cells: Tensor, nodes: Tensor, ahead: Tensor) -> Tensor:
         """See `samplers.trees.Drafting.read`."""
-        hidden = self.target.hidden
-        rows, twice = torch.arange(len(hidden), device=hidden.device)[:, None], len(hidden) // len(nodes)
-        led = hidden[rows, nodes.repeat(twice, 1).to(hidden.device)]
+        led = of_pictures(self.target.hidden, nodes)
         guesses = self._pass(tokens, cells, led, self.cache.place(cells, None, self.guided, tokens.device))
-        return guesses[rows, (ahead - 1).repeat(twice)[:, None].to(hidden.device)]
+        return of_pictures(guesses, ahead[:, None] - 1)
 
     def guess(self, tokens: Tensor, cells: Tensor, hidden: Tensor, tree: Tensor, root: Tensor) -> Tensor:
         """See `samplers.trees.Drafting.guess`."""
