@@ -134,7 +134,7 @@ def parser() -> Parser:
     add.add_argument(
         "recipe",
         metavar="RECIPE",
-        help="emoji-clip, emoji-vitvqgan, emoji-vitvqgan-decoder, emoji-parti, emoji-parti-second, emoji-llamagen, emoji-control, emoji-drafter or emoji-judge",
+        help="emoji-clip, emoji-vitvqgan, emoji-vitvqgan-decoder, emoji-parti, emoji-parti-second, emoji-llamagen, emoji-llamagen-second, emoji-control, emoji-drafter or emoji-judge",
     )
     add.add_argument("--data", type=Path, required=True, metavar="DIR", help="made by `argen data emoji`")
     add.add_argument("--scenes", type=Path, metavar="DIR", help="made by `argen data scenes`")
@@ -151,10 +151,15 @@ def parser() -> Parser:
         "--generator",
         type=Path,
         metavar="DIR",
-        help="trained generator that emoji-parti-second or emoji-control starts from (default: the shipped one)",
+        help="trained generator that a second stage, emoji-control or emoji-drafter starts from (default: the shipped one)",
     )
     add.add_argument("--setting", choices=("cpu", "gpu"), default="cpu", help="length and batch size")
     add.add_argument("--steps", type=int, metavar="N", help="stop after step N of the schedule")
+    add.add_argument(
+        "--compile",
+        action="store_true",
+        help="compile the networks first: faster steps; on a CPU this needs a C++ compiler",
+    )
     add.add_argument("--seed", type=int, default=0)
 
     add = commands.add_parser(
@@ -310,6 +315,7 @@ def train(args) -> None:
         "generator": args.generator or WEIGHTS / STARTS.get(args.recipe, ""),
     }
     chosen = {"data": args.data, "scenes": args.scenes, "out": args.out, "seed": args.seed, "steps": args.steps}
+    chosen["compile"] = args.compile
     scores = run(args.recipe, args.setting, **parts, **chosen)
     print(f"{args.out}: " + ", ".join(f"{name} {value:.4g}" for name, value in scores.items()))
 

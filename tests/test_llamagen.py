@@ -117,6 +117,25 @@ def test_chunks_trees_and_rollback_equal_single_steps(case):
     torch.testing.assert_close(torch.cat([first, more[:, [0, 2]]], dim=1), one[:, :7])
 
 
+@torch.no_grad()
+def test_words_that_attend_are_read_one_by_one(golden):
+    case = golden("llamagen/t2i")
+    model = LlamaGen(**sizes(case.config), caption_attention=True)
+    model = load_strict(model, case.weights, source="golden").double()
+    features, ids, mask = case.io["caption_features"].double(), case.io["image_ids"], case.io["caption_mask"].bool()
+    logits = model(features, mask, ids)
+    assert not torch.allclose(logits, case.io["train_logits"], atol=1e-3)
+    noise = torch.randn_like(features)
+    unread = torch.where(mask[..., None], features, noise)
+    torch.testing.assert_close(model(unread, mask, ids), logits)
+
+    read = torch.cat([torch.full_like(ids[:, :1], -1), ids[:, :-1]], dim=1)
+    places = torch.arange(-1, model.length - 1)
+    session = LlamaGenSession(model, model.cls_embedding(features), mask, guided=False)
+    steps = [session.forward(read[:, part], places[part])[0] for part in (slice(0, 1), slice(1, 4), slice(4, None))]
+    torch.testing.assert_close(torch.cat(steps, dim=1), logits)
+
+
 PUBLISHED = {
     "c2i": [("B", 256), ("B", 384), ("L", 256), ("L", 384), ("XL", 384), ("XXL", 384), ("3B", 384)],
     "t2i": [("XL", "stage1_256"), ("XL", "stage2_512")],

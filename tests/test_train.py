@@ -53,6 +53,7 @@ def task(request, composed, small_llamagen, monkeypatch):
         "emoji-parti": lambda: PartiTask(SAMPLE, composed, tokenizer, clip),
         "emoji-parti-second": lambda: PartiTask(SAMPLE, composed, tokenizer, clip, WEIGHTS / "emoji-parti"),
         "emoji-llamagen": lambda: llamagen.LlamaGenTask(SAMPLE, composed, tokenizer, clip),
+        "emoji-llamagen-second": lambda: llamagen.LlamaGenTask(SAMPLE, composed, tokenizer, clip, small_llamagen),
         "emoji-control": lambda: controlar.ControlTask(SAMPLE, composed, tokenizer, clip, small_llamagen),
         "emoji-drafter": lambda: draft.DraftTask(SAMPLE, composed, tokenizer, clip, small_llamagen),
         "emoji-judge": lambda: JudgeTask(SAMPLE, composed, tokenizer),

@@ -111,6 +111,7 @@ class ControlAR(LlamaGen):
         heads: int = 20,
         multiple_of: int = 256,
         dropout: float = 0.1,
+        caption_attention: bool = False,
     ):
         if depth % 3:
             raise ValueError(
@@ -127,6 +128,7 @@ class ControlAR(LlamaGen):
             heads=heads,
             multiple_of=multiple_of,
             dropout=dropout,
+            caption_attention=caption_attention,
         )
         self.adapter = ControlEncoder(encoder, resize, encoder_sizes or ENCODERS["dinov2-small"])
         self.adapter_mlp = MLP(self.adapter.model.config.hidden_size, dim)

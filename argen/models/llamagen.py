@@ -6,6 +6,7 @@ github.com/FoundationVision/LlamaGen (MIT), whose layout this file has.
 The condition stands before the picture as T positions whose rotary table is zero: their queries and keys vanish. So each
 of them averages the values of the positions that it sees, and to a picture token all of them together are one key with
 the score log(how many are seen) and their mean value. This file keeps them as that one cache entry, which is exact.
+The shipped model, which is small, reads its caption word by word instead (`caption_attention`).
 
 Letters in shape comments: R rows (2B under guidance: with the condition, then without), T condition positions, n picture
 tokens of a pass, m keys, D width, H heads, K codes.
@@ -58,6 +59,9 @@ def rotary_table(head_dim: int, side: int) -> Tensor:
     return torch.stack([angles.cos(), angles.sin()], dim=-1)
 
 
+Pair = tuple[Tensor, Tensor]  # keys and values
+
+
 def running_mean(value: Tensor, counted: Tensor) -> Tensor:
     """Of [R, T, D], at each position: the mean of those so far that `counted` [R, T, 1] is 1 for."""
     return (value * counted).cumsum(dim=1) / counted.cumsum(dim=1).clamp(min=1)
@@ -71,32 +75,36 @@ class Attention(nn.Module):
         self.wo = Linear(dim, dim, bias=False)
 
     def forward(
-        self, x: Tensor, turns: Tensor, mask: Tensor, layer: int, cache: KeyValueCache | None, mean: Tensor | None
+        self, x: Tensor, turns: Tensor, mask: Tensor, layer: int, cache: KeyValueCache | None, prefix: Pair | None
     ) -> Tensor:
-        """x [R, n, D]; `mask` [R, 1, n, m]; `mean` [R, 1, D]: the condition's value, where no cache holds it."""
-        query, key, value = (split_heads(part, self.heads) for part in self.wqkv(x).chunk(3, dim=-1))
+        """x [R, n, D]; `mask` [R, 1, n, m]; `prefix`: from `condition`, where no cache holds it."""
+        query, key, value = self._heads(x)
         query, key = rotate(query, turns), rotate(key, turns)
         if cache is not None:
             key, value = cache.append(layer, key, value)
         else:
-            slot = self.slot(mean)
-            key, value = torch.cat([slot[0], key], dim=1), torch.cat([slot[1], value], dim=1)
+            key, value = torch.cat([prefix[0], key], dim=1), torch.cat([prefix[1], value], dim=1)
         return self.wo(dispatch_attention_fn(query, key, value, attn_mask=mask).flatten(2))
 
-    def slot(self, mean: Tensor) -> tuple[Tensor, Tensor]:
-        """Key and value [R, 1, H, D/H] of the condition as a whole."""
-        value = split_heads(mean, self.heads)
-        return torch.zeros_like(value), value
+    def _heads(self, x: Tensor) -> list[Tensor]:
+        """Queries, keys and values [R, n, H, D/H]."""
+        return [split_heads(part, self.heads) for part in self.wqkv(x).chunk(3, dim=-1)]
 
-    def condition(self, x: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
-        """Condition positions x [R, T, D], of which `seen` [R, T, 1] is 1 for those that others see -> their output, and
-        the mean value [R, 1, D] of those that are seen.
+    def condition(self, x: Tensor, mask: Tensor, attends: bool) -> tuple[Tensor, Pair]:
+        """Condition positions x [R, T, D], of which `mask` [R, T] is true for those that others see -> their output, and
+        what picture tokens see of them: keys and values [R, T, H, D/H] if the condition `attends`, else [R, 1, H, D/H].
 
-        The others, the padding, see the padding before them, as in half precision in the authors' code.
+        The others, the padding, see the padding before them, as in half precision in the authors' code, or themselves.
         """
-        value = F.linear(x, self.wqkv.weight[2 * x.shape[-1] :])
+        if attends:
+            query, key, value = self._heads(x)
+            others = causal_mask(x.shape[1], x.shape[1], x.device) & mask[:, None, None]
+            visible = others | torch.eye(x.shape[1], dtype=torch.bool, device=x.device)
+            return self.wo(dispatch_attention_fn(query, key, value, attn_mask=visible).flatten(2)), (key, value)
+        value, seen = F.linear(x, self.wqkv.weight[2 * x.shape[-1] :]), mask[..., None].to(x.dtype)
         means, padding = (running_mean(value, part) for part in (seen, 1 - seen))
-        return self.wo(torch.where(seen.bool(), means, padding)), means[:, -1:]
+        whole = split_heads(means[:, -1:], self.heads)
+        return self.wo(torch.where(mask[..., None], means, padding)), (torch.zeros_like(whole), whole)
 
 
 class FeedForward(nn.Module):
@@ -121,10 +129,10 @@ class Layer(nn.Module):
         x = x + self.drop(self.attention(self.attention_norm(x), *attending))
         return x + self.drop(self.feed_forward(self.ffn_norm(x)))
 
-    def condition(self, x: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
-        attended, mean = self.attention.condition(self.attention_norm(x), seen)
+    def condition(self, x: Tensor, mask: Tensor, attends: bool) -> tuple[Tensor, Pair]:
+        attended, prefix = self.attention.condition(self.attention_norm(x), mask, attends)
         x = x + self.drop(attended)
-        return x + self.drop(self.feed_forward(self.ffn_norm(x))), mean
+        return x + self.drop(self.feed_forward(self.ffn_norm(x))), prefix
 
 
 class MLP(nn.Module):
@@ -173,6 +181,7 @@ class LlamaGen(ModelMixin, ConfigMixin):
         dim, depth, heads: sizes.
         multiple_of: the feed-forward width is 8/3 of `dim`, rounded up to a multiple of this.
         dropout: in training, on embeddings and on what a layer adds.
+        caption_attention: words attend and are attended to, each for itself. In the published models they are not.
     """
 
     @register_to_config
@@ -188,6 +197,7 @@ class LlamaGen(ModelMixin, ConfigMixin):
         heads: int = 12,
         multiple_of: int = 256,
         dropout: float = 0.1,
+        caption_attention: bool = False,
     ):
         super().__init__()
         hidden = multiple_of * -(-int(8 * dim / 3) // multiple_of)
@@ -227,7 +237,7 @@ class LlamaGen(ModelMixin, ConfigMixin):
 
     def condition(
         self, embedded: Tensor, mask: Tensor, control: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, list[Tensor]]:
+    ) -> tuple[Tensor, Tensor, list[Pair]]:
         """Read the condition.
 
         Args:
@@ -236,23 +246,24 @@ class LlamaGen(ModelMixin, ConfigMixin):
             control: [J, R, 1, D] of the first cell, see `argen.models.controlar`.
 
         Returns:
-            Hidden states [R, T, D], the last of which gives the first token's logits; how many positions are seen [R]; the
-            mean value [R, 1, D] of each layer.
+            Hidden states [R, T, D], the last of which gives the first token's logits; what is added [R, P] to the scores of
+            the P keys that stand for the condition; those keys and their values [R, P, H, D/H] in each layer.
         """
-        x, seen, means = self.drop(embedded), mask[..., None].to(embedded.dtype), []
+        attends, x, prefixes = self.config.caption_attention, self.drop(embedded), []
         for index, layer in enumerate(self.layers):
             x = torch.cat([x[:, :-1], self.controlled(x[:, -1:], index, control)], dim=1)
-            x, mean = layer.condition(x, seen)
-            means.append(mean)
-        return self.norm(x), mask.sum(dim=1), means
+            x, prefix = layer.condition(x, mask, attends)
+            prefixes.append(prefix)
+        counts = mask if attends else mask.sum(dim=1, keepdim=True)
+        return self.norm(x), counts.log(), prefixes
 
     def decode(
         self,
         tokens: Tensor,
         positions: Tensor,
         visible: Tensor,
-        seen: Tensor,
-        means: list[Tensor] | None = None,
+        scores: Tensor,
+        prefixes: list[Pair] | None = None,
         cache: KeyValueCache | None = None,
         control: Tensor | None = None,
     ) -> Tensor:
@@ -260,20 +271,19 @@ class LlamaGen(ModelMixin, ConfigMixin):
 
         Args:
             tokens, positions: [R, n], [n] or [R, n].
-            visible: [1 or R, 1, n, m - 1] bool, which picture tokens, cached and new, each token sees.
-            seen: from `condition`.
-            means: from `condition`, or None where they are the first entry of `cache`.
+            visible: [1 or R, 1, n, m - P] bool, which picture tokens, cached and new, each token sees.
+            scores: from `condition`.
+            prefixes: from `condition`, or None where they are the first entries of `cache`.
             control: [J, R, n, D] of the cells that are predicted.
         """
         cells = positions.clamp(max=self.length - 1)  # a draft may reach behind the picture
         turns = self.turns[cells if cells.ndim == 2 else cells[None]][:, :, None]
-        mask = torch.zeros(len(seen), 1, *visible.shape[2:], device=tokens.device).masked_fill(~visible, -torch.inf)
-        among = seen.log()[:, None, None, None].expand(-1, 1, tokens.shape[1], 1)
+        mask = torch.zeros(len(scores), 1, *visible.shape[2:], device=tokens.device).masked_fill(~visible, -torch.inf)
         x = self.drop(self.tok_embeddings(tokens))
-        mask = torch.cat([among, mask], dim=-1).to(x.dtype)
+        mask = torch.cat([scores[:, None, None].expand(-1, 1, tokens.shape[1], -1), mask], dim=-1).to(x.dtype)
         for index, layer in enumerate(self.layers):
             x = self.controlled(x, index, control)
-            x = layer(x, turns, mask, index, cache, None if means is None else means[index])
+            x = layer(x, turns, mask, index, cache, None if prefixes is None else prefixes[index])
         return self.norm(x)
 
     def unconditional(self, condition: Tensor) -> Tensor:
@@ -295,12 +305,12 @@ class LlamaGen(ModelMixin, ConfigMixin):
             Logits [R, n, K], float32.
         """
         parts = (None, None) if control is None else (control[:, :, :1], control[:, :, 1:])
-        prefix, seen, means = self.condition(self.cls_embedding(condition), mask, parts[0])
+        hidden, scores, prefixes = self.condition(self.cls_embedding(condition), mask, parts[0])
         read = tokens[:, :-1]
         places = torch.arange(read.shape[1], device=tokens.device)
         visible = causal_mask(len(places), len(places), tokens.device)
-        hidden = self.decode(read, places, visible, seen, means, control=parts[1])
-        return self.output(torch.cat([prefix[:, -1:], hidden], dim=1)).float()
+        rest = self.decode(read, places, visible, scores, prefixes, control=parts[1])
+        return self.output(torch.cat([hidden[:, -1:], rest], dim=1)).float()
 
 
 LLAMA_NAMES = {  # LANTERN's conversion -> LlamaGen's own names
@@ -368,11 +378,13 @@ class LlamaGenSession:
         self.drafter, self.codebook = drafter, codebook
         self.columns = columns or model.config.grid
         self.length = model.length if control is None else control.shape[2]
-        self.prefix, self.seen, means = model.condition(embedded, mask, None if control is None else control[:, :, :1])
-        self.cache = KeyValueCache(model.depth, self.length)
-        self.cache.place(torch.tensor([-1]), None, guided, embedded.device)
-        for index, (layer, mean) in enumerate(zip(model.layers, means, strict=True)):
-            self.cache.append(index, *layer.attention.slot(mean))
+        first = None if control is None else control[:, :, :1]
+        self.prefix, self.scores, prefixes = model.condition(embedded, mask, first)
+        self.before = self.scores.shape[1]  # slots of the condition
+        self.cache = KeyValueCache(model.depth, self.before + self.length, self.before)
+        self.cache.place(torch.arange(-self.before, 0), None, guided, embedded.device)
+        for index, prefix in enumerate(prefixes):
+            self.cache.append(index, *prefix)
 
     def forward(
         self, tokens: Tensor, positions: Tensor, mask: Tensor | None = None, seen: Tensor | None = None
@@ -383,14 +395,14 @@ class LlamaGenSession:
             parts = [self.prefix[:, -1:]]
             tokens, positions, mask = tokens[:, 1:], positions[..., 1:], None if mask is None else mask[..., 1:, 1:]
         if tokens.shape[1]:
-            visible = self.cache.visible(positions, mask, seen, self.guided, tokens.device)[..., 1:]
+            visible = self.cache.visible(positions, mask, seen, self.guided, tokens.device)[..., self.before :]
             positions = positions.to(tokens.device)
             if self.guided:
                 tokens = torch.cat([tokens, tokens])
                 positions = torch.cat([positions, positions]) if positions.ndim == 2 else positions
             parts.append(
                 self.model.decode(
-                    tokens, positions, visible, self.seen, cache=self.cache, control=self._ahead(positions)
+                    tokens, positions, visible, self.scores, cache=self.cache, control=self._ahead(positions)
                 )
             )
         self.hidden = torch.cat(parts, dim=1)

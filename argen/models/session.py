@@ -43,7 +43,8 @@ def causal_mask(new: int, total: int, device: torch.device) -> Tensor:
 
 
 class KeyValueCache:
-    """Keys and values of every layer: those of the token at cell p in slot p + 1, those of the start token in slot 0.
+    """Keys and values of every layer: those of the token at cell p in slot p + `before`, those of what leads to the
+    picture, as a start token, before.
 
     A pass is stored in consecutive slots, from that of its first token on, over whatever stands there. What lies behind a
     picture's last token is never seen, so the pictures of a batch may have different lengths, and a guess that was wrong is
@@ -52,10 +53,11 @@ class KeyValueCache:
     Args:
         layers: decoder layers.
         capacity: slots; more room is made when a tree needs it.
+        before: slots before that of the first cell.
     """
 
-    def __init__(self, layers: int, capacity: int):
-        self.capacity = capacity
+    def __init__(self, layers: int, capacity: int, before: int = 1):
+        self.capacity, self.before = capacity, before
         self.buffers: list[Tensor | None] = [None] * layers  # each [2, R, capacity, H, D/H]
         self.first: int | Tensor = 0  # slot of the pass's first token; [R] where the pictures differ
         self.scattered: Tensor | None = None  # [n], slots of the pass's tokens where they are not consecutive
@@ -73,9 +75,9 @@ class KeyValueCache:
                 has the last n of the m nodes.
         """
         self.scattered = None
-        slots, n = positions + 1, positions.shape[-1]
+        slots, n = positions + self.before, positions.shape[-1]
         nodes = n if tree is None else tree.shape[-1]
-        base = slots[..., 0] if root is None else root + 1  # of the tree's first node
+        base = slots[..., 0] if root is None else root + self.before  # of the tree's first node
         first = base + nodes - n
         self.end = int(first.max()) + n
         columns = torch.arange(self.end)
@@ -103,8 +105,8 @@ class KeyValueCache:
 
     def scatter(self, positions: Tensor, seen: Tensor, device: torch.device) -> Tensor:
         """The same for cells that are not next to each other; `positions` and `seen` as in `samplers.steps.Session.forward`."""
-        self.scattered, self.end = (positions + 1).to(device), seen.shape[-1] + 1
-        return F.pad(seen, (1, 0), value=True)[None, None].to(device)
+        self.scattered, self.end = (positions + self.before).to(device), seen.shape[-1] + self.before
+        return F.pad(seen, (self.before, 0), value=True)[None, None].to(device)
 
     def append(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Store the keys and values [R, n, H, D/H] of a pass in its slots; returns all up to the last of them."""

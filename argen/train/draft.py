@@ -45,10 +45,10 @@ class DraftTask(LlamaGenTask):
         """The target's hidden states of the condition [B, T, D], and those [B, N, D] that lead to each token of the batch."""
         target, tokens = self.target.to(batch["tokens"].device), batch["tokens"]
         features, mask = self.condition(batch)
-        prefix, seen, means = target.condition(target.cls_embedding(features), mask)
+        prefix, scores, prefixes = target.condition(target.cls_embedding(features), mask)
         read, n = batch["read"][:, :-1], tokens.shape[1] - 1
         visible = causal_mask(n, n, tokens.device)
-        hidden = target.decode(read, torch.arange(n, device=tokens.device), visible, seen, means)
+        hidden = target.decode(read, torch.arange(n, device=tokens.device), visible, scores, prefixes)
         return prefix, torch.cat([prefix[:, -1:], hidden], dim=1)
 
     def more(self, pictures: Tensor, scenes: Tensor, generator: torch.Generator) -> dict[str, Tensor]:

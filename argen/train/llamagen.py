@@ -1,4 +1,8 @@
-"""Recipe `emoji-llamagen`: a decoder-only generator of the tokens of `emoji-vitvqgan`, after a caption or a group of emoji."""
+"""Recipe `emoji-llamagen`: a decoder-only generator of the tokens of `emoji-vitvqgan`, after a caption or a group of emoji.
+
+In two stages: `emoji-llamagen` learns with dropout and, as the published models, from the mean of a caption's words;
+`emoji-llamagen-second` goes on from there without dropout, and each word attends and is attended to.
+"""
 
 import random
 from pathlib import Path
@@ -18,22 +22,37 @@ SCHEDULES = {
     ),
     "gpu": Schedule(steps=30000, batch_size=512, learning_rate=1e-3, weight_decay=0.03, betas=(0.9, 0.98)),
 }
+SECOND_SCHEDULES = {
+    "cpu": Schedule(
+        steps=5000, batch_size=64, learning_rate=2.5e-3, warmup=100, weight_decay=0.03, betas=(0.9, 0.98), muon=True
+    ),
+    "gpu": Schedule(steps=20000, batch_size=512, learning_rate=5e-4, weight_decay=0.03, betas=(0.9, 0.98)),
+}
 SIZES = {"caption_length": 24, "dim": 256, "depth": 6, "heads": 4, "multiple_of": 32, "dropout": 0.05}
 GROUP_SHARE = 0.06  # of the single pictures are shown with the name of their group instead of a caption
 
 
 class LlamaGenTask(TokensTask):
-    """See `TokensTask`."""
+    """Args:
+    first_stage: folder of a trained `emoji-llamagen`, to go on from.
+    others: see `TokensTask`.
+    """
 
     null_caption = None
     scenes_share = 0.35
 
-    def __init__(self, data: Path, scenes: Path, tokenizer: Path, clip: Path):
+    def __init__(self, data: Path, scenes: Path, tokenizer: Path, clip: Path, first_stage: Path | None = None):
         super().__init__(data, scenes, tokenizer, clip)
         self.groups = list(GROUPS)
-        text_dim = self.clip.config.text_config.hidden_size
-        model = LlamaGen(self.vq.config.n_embed, self.vq.grid, caption_dim=text_dim, **SIZES)
-        model.tok_embeddings.weight.data = self.codes(model.config.dim)
+        if first_stage is not None:
+            start = LlamaGen.from_pretrained(first_stage).float()
+            sizes = {key: value for key, value in start.config.items() if not key.startswith("_")}
+            model = LlamaGen(**sizes | {"dropout": 0.0, "caption_attention": True})
+            model.load_state_dict(start.state_dict())
+        else:
+            text_dim = self.clip.config.text_config.hidden_size
+            model = LlamaGen(self.vq.config.n_embed, self.vq.grid, caption_dim=text_dim, **SIZES)
+            model.tok_embeddings.weight.data = self.codes(model.config.dim)
         self.networks: dict[str, nn.Module] = {"model": model}
 
     def generator(self) -> LlamaGen:

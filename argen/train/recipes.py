@@ -13,12 +13,14 @@ SCHEDULES = {
     "emoji-parti": parti.SCHEDULES,
     "emoji-parti-second": parti.SECOND_SCHEDULES,
     "emoji-llamagen": llamagen.SCHEDULES,
+    "emoji-llamagen-second": llamagen.SECOND_SCHEDULES,
     "emoji-control": controlar.SCHEDULES,
     "emoji-drafter": draft.SCHEDULES,
     "emoji-judge": judge.SCHEDULES,
 }
 STARTS = {  # recipe -> model it goes on from
     "emoji-parti-second": "emoji-parti",
+    "emoji-llamagen-second": "emoji-llamagen",
     "emoji-control": "emoji-llamagen",
     "emoji-drafter": "emoji-llamagen",
 }
@@ -36,6 +38,7 @@ def run(
     out: Path,
     seed: int = 0,
     steps: int | None = None,
+    compile: bool = False,
 ) -> dict[str, float]:
     """Train `recipe` in `out`, from its last checkpoint if there is one; returns the scores on held-out data.
 
@@ -44,6 +47,7 @@ def run(
         data, scenes: folders made by ``argen data emoji`` and ``argen data scenes``.
         clip, tokenizer, generator: folders of the trained parts that a recipe builds on.
         steps: stop there; the schedule stays as long as it is.
+        compile: the networks go through ``torch.compile`` first.
     """
     if recipe not in SCHEDULES:
         raise ValueError(f"unknown recipe {recipe!r}: expected one of {', '.join(SCHEDULES)}")
@@ -59,8 +63,12 @@ def run(
         "emoji-parti": lambda: parti.PartiTask(data, scenes, tokenizer, clip),
         "emoji-parti-second": lambda: parti.PartiTask(data, scenes, tokenizer, clip, generator),
         "emoji-llamagen": lambda: llamagen.LlamaGenTask(data, scenes, tokenizer, clip),
+        "emoji-llamagen-second": lambda: llamagen.LlamaGenTask(data, scenes, tokenizer, clip, generator),
         "emoji-control": lambda: controlar.ControlTask(data, scenes, tokenizer, clip, generator),
         "emoji-drafter": lambda: draft.DraftTask(data, scenes, tokenizer, clip, generator),
         "emoji-judge": lambda: judge.JudgeTask(data, scenes, tokenizer),
     }[recipe]()
+    if compile:
+        for network in task.networks.values():
+            network.compile()
     return train(task, schedule, out, seed=seed, steps=steps)
