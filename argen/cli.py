@@ -11,7 +11,9 @@ from argen import __version__, evaluate
 from argen.command import Parser, device_and_json, guarded, load_model, writable_png
 
 COMMANDS = {}
-CONTROLS = "canny, hed, lineart, lineart-inverted, depth, depth-midas, seg or map"  # argen.models.annotators.KINDS
+CONTROLS = (
+    "canny, hed, lineart, lineart-inverted, depth, depth-midas, segments, seg or map"  # argen.models.annotators.KINDS
+)
 
 
 def command(function):

@@ -1,11 +1,14 @@
 """Control pictures against what the official extractors make of the same picture."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import nn
+from transformers import DetrConfig, MaskFormerConfig, MaskFormerForInstanceSegmentation, ResNetConfig
 
 from argen.cli import CONTROLS, main
 from argen.models import annotators
@@ -73,6 +76,7 @@ def test_every_kind_makes_a_control_picture(io, monkeypatch):
     picture = Image.fromarray(io["image_rgb_uint8"].numpy())
     monkeypatch.setattr(annotators, "_network", lambda cls, *where: filled(cls()))
     monkeypatch.setattr(annotators.DPTForDepthEstimation, "from_pretrained", lambda repo: Depth())
+    monkeypatch.setitem(KINDS, "segments", KINDS["map"])  # has a test of its own
     torch.testing.assert_close(annotate(picture, "hed"), io["hed_0_255"], atol=2e-3, rtol=1e-5)
     torch.testing.assert_close(annotate(picture, "lineart") / 255, io["lineart_0_1"][0], atol=1e-4, rtol=0)
     for kind in KINDS:
@@ -82,6 +86,43 @@ def test_every_kind_makes_a_control_picture(io, monkeypatch):
     assert CONTROLS.replace(" or ", ", ").split(", ") == list(KINDS)
     with pytest.raises(ValueError, match="unknown control type 'pose': expected one of canny, hed"):
         annotate(picture, "pose")
+
+
+def test_segments_have_the_colours_of_coco_stuff(monkeypatch):
+    backbone = ResNetConfig(
+        embedding_size=8,
+        hidden_sizes=[8, 8, 8, 8],
+        depths=[1, 1, 1, 1],
+        out_features=[f"stage{i}" for i in range(1, 5)],
+    )
+    decoder = DetrConfig(d_model=32, encoder_attention_heads=2, decoder_attention_heads=2, num_queries=6)
+    decoder.encoder_layers = decoder.decoder_layers = 1
+    torch.manual_seed(0)
+    config = MaskFormerConfig(
+        fpn_feature_size=32, mask_feature_size=32, backbone_config=backbone, decoder_config=decoder
+    )
+    config.id2label = {0: "tree", 1: "person", 2: "sky-other", 3: "no such thing"}
+    network = MaskFormerForInstanceSegmentation(config).eval()
+    monkeypatch.setattr(annotators, "_pretrained", lambda cls, repo: network)
+    made = annotate(Image.effect_noise((80, 48), 80).convert("RGB"), "segments")
+    assert made.shape == (3, 48, 80)
+    known = {(64, 160, 192), (0, 192, 64), (64, 224, 64), (0, 0, 0)}
+    assert {tuple(colour) for colour in made.flatten(1).T.tolist()} <= known
+
+    def certain(pixel_values):
+        """The left half is a person, the rest sky."""
+        assert pixel_values.shape == (1, 3, 640, 1056)
+        law = torch.full((1, 2, 5), -20.0)
+        law[0, 0, 1] = law[0, 1, 2] = 20
+        masks = torch.full((1, 2, 12, 20), 9.0)
+        masks[0, 0, :, 10:] = masks[0, 1, :, :10] = -9
+        return SimpleNamespace(class_queries_logits=law, masks_queries_logits=masks)
+
+    certain.config = config
+    monkeypatch.setattr(annotators, "_pretrained", lambda cls, repo: certain)
+    made = annotate(Image.new("RGB", (80, 48)), "segments")
+    assert made[:, 20, 5].tolist() == [0, 192, 64]
+    assert made[:, 20, 75].tolist() == [64, 224, 64]
 
 
 class Depth(nn.Module):

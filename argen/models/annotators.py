@@ -1,20 +1,21 @@
-"""From a picture to a control picture: canny edges, HED edges, line art, depth; or a control picture that is given.
+"""From a picture to a control picture: canny edges, HED edges, line art, depth, segments; or a control picture that is given.
 
 HED: ``ControlNetHED.pth`` of lllyasviel/Annotators (Apache-2.0), arXiv 1504.06375. Line art: the generator of
-informative-drawings (MIT), ``sk_model.pth`` there, arXiv 2203.12691. Depth: DPT through transformers. The two networks have
-the published names; canny needs OpenCV (``pip install "argen[control]"``) and nothing else.
+informative-drawings (MIT), ``sk_model.pth`` there, arXiv 2203.12691. Depth: DPT, segments: MaskFormer, through transformers.
+The two networks have the published names; canny needs OpenCV (``pip install "argen[control]"``) and nothing else.
 
 Letters in shape comments: B pictures, H W pixels.
 """
 
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
-from transformers import DPTForDepthEstimation
+from transformers import DPTForDepthEstimation, MaskFormerForInstanceSegmentation, PreTrainedModel
 
 from tokenizers_img.checkpoint import hub_file, load_strict, read_state_dict
 from tokenizers_img.pixels import on_white, upright
@@ -115,16 +116,42 @@ def _lineart(picture: Tensor) -> Tensor:
 
 
 def _depth(picture: Tensor, recipe: str) -> Tensor:
-    repo = DEPTH[recipe]
-    try:
-        network = DPTForDepthEstimation.from_pretrained(repo)
-    except OSError as error:
-        raise ConnectionError(
-            f"{repo} is not on this machine and could not be fetched: connect, or give a depth map with the type map"
-        ) from error
-    depth = network.eval()(pixel_values=picture[None].float() / 127.5 - 1).predicted_depth
+    network = _pretrained(DPTForDepthEstimation, DEPTH[recipe])
+    depth = network(pixel_values=picture[None].float() / 127.5 - 1).predicted_depth
     depth = F.interpolate(depth[:, None], picture.shape[1:], mode="bicubic", align_corners=False)[:, 0]
     return depth_picture(depth, recipe)
+
+
+def _segments(picture: Tensor) -> Tensor:
+    network = _pretrained(MaskFormerForInstanceSegmentation, SEGMENTER)
+    pixels, short = picture[None].float(), min(picture.shape[1:])
+    size = [32 * max(1, round(side * SHORT_SIDE / short / 32)) for side in picture.shape[1:]]
+    pixels = F.interpolate(pixels, size, mode="bilinear", align_corners=False, antialias=True)
+    mean, std = (torch.tensor(part)[:, None, None] for part in IMAGENET)
+    out = network(pixel_values=(pixels / 255 - mean) / std)
+    law = out.class_queries_logits.softmax(dim=-1)[..., :-1]  # the last class is "nothing"
+    masks = F.interpolate(out.masks_queries_logits, picture.shape[1:], mode="bilinear", align_corners=False).sigmoid()
+    found = torch.einsum("bqc,bqhw->bchw", law, masks)[0].argmax(dim=0)
+    return segment_colours(network.config.id2label)[found].permute(2, 0, 1)
+
+
+def segment_colours(names: dict[int, str]) -> Tensor:
+    """Names of classes -> their colours in COCO-Stuff's palette [C, 3] uint8, as mmsegmentation has it; black for others.
+
+    Those are the colours of the pictures that ``seg_cocostuff`` of ControlAR was trained on, as far as is known.
+    """
+    lines = (Path(__file__).parents[1] / "data/cocostuff.txt").read_text(encoding="utf-8").splitlines()
+    colours = {name: list(bytes.fromhex(colour)) for colour, name in (line.split(" ", 1) for line in lines)}
+    return torch.tensor([colours.get(names[number], [0, 0, 0]) for number in sorted(names)], dtype=torch.uint8)
+
+
+def _pretrained(cls: type[PreTrainedModel], repo: str) -> PreTrainedModel:
+    try:
+        return cls.from_pretrained(repo).eval()
+    except OSError as error:
+        raise ConnectionError(
+            f"{repo} is not on this machine and could not be fetched: connect, or give a control picture with the type map"
+        ) from error
 
 
 def _network(cls: type[nn.Module], repo: str, name: str) -> nn.Module:
@@ -136,6 +163,8 @@ ANNOTATORS = {  # published weights, Apache-2.0
     "lineart": ("lllyasviel/Annotators", "sk_model.pth"),
 }
 DEPTH = {"dpt": "Intel/dpt-large", "midas": "Intel/dpt-hybrid-midas"}
+SEGMENTER, SHORT_SIDE = "facebook/maskformer-resnet101-coco-stuff", 640  # pixels of the shorter side, as it was tested
+IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # mean and deviation of its colours
 KINDS: dict[str, tuple[str, Callable[[Tensor], Tensor]]] = {  # type -> what it is, [3, H, W] uint8 -> [1 or 3, H, W]
     "canny": ("edges, white on black", lambda x: torch.from_numpy(canny(x.permute(1, 2, 0).numpy()))[None]),
     "hed": ("soft edges, white on black", _hed),
@@ -143,6 +172,7 @@ KINDS: dict[str, tuple[str, Callable[[Tensor], Tensor]]] = {  # type -> what it 
     "lineart-inverted": ("line drawing, white on black, for edge_base", lambda x: 255 - _lineart(x)),
     "depth": ("depth by DPT, near is light", lambda x: _depth(x, "dpt")),
     "depth-midas": ("depth by MiDaS, for pictures that are not square", lambda x: _depth(x, "midas")),
+    "segments": ("segments by MaskFormer, in the colours of COCO-Stuff", _segments),
     "seg": ("the picture is a map of segments already", lambda x: x),
     "map": ("the picture is a control picture already", lambda x: x),
 }
