@@ -200,6 +200,14 @@ MODELS = {
     "argen/emoji-parti": Model(
         "generator", "text -> 64 tokens -> 128 x 128 emoji, Parti-style", "Apache-2.0", 7.3, _parti
     ),
+    "argen/emoji-llamagen": Model(
+        "generator",
+        "text or group of emoji -> 64 tokens -> 128 x 128 emoji, LlamaGen",
+        "Apache-2.0",
+        7.0,
+        _emoji_llamagen,
+        takes=("text", "class"),
+    ),
     "argen/emoji-vitvqgan": Model(
         "tokenizer", "ViT-VQGAN, 128 x 128 <-> 8 x 8 ids of 4096", "Apache-2.0", 8.0, lambda f: _network(ViTVQGAN, f)
     ),

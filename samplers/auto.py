@@ -2,13 +2,15 @@
 
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from itertools import islice
 
+import torch
 from torch import Tensor
 
 from samplers.jacobi import Jacobi
 from samplers.logits import Noise, Sampling
-from samplers.steps import GuidanceScale, Plain, Sampler, Session, Step
+from samplers.steps import GuidanceScale, Origin, Plain, Session, Step
 
 TRIED = 5  # passes of each sampler, the first of which is not timed
 
@@ -27,25 +29,31 @@ class Auto:
         self, session: Session, tokens: Tensor, sampling: Sampling, guidance_scale: GuidanceScale, noise: Noise
     ) -> Iterator[Step]:
         """See `samplers.steps.Plain`."""
-        last, speeds = Step(tokens, 0), []
-        plain, jacobi = Plain(), Jacobi()
+        asked = sampling, guidance_scale, noise
+        last, speed = Step(tokens, 0, torch.full(tokens.shape, Origin.GIVEN, dtype=torch.int8)), 0.0
 
-        def go_on(sampler: Sampler, passes: int | None = None) -> Iterator[Step]:
-            """Let a sampler make so many passes, and time them."""
-            nonlocal last
-            if (last.tokens >= 0).all():
-                return
-            before, started, first = last.passes, 0.0, 0
-            for count, step in enumerate(sampler(session, last.tokens, sampling, guidance_scale, noise)):
-                last = replace(step, passes=before + step.passes)
-                decided = int((last.tokens >= 0).sum())  # waits for the device
-                if count == 0:
-                    started, first = time.perf_counter(), decided
+        def watched(steps: Iterator[Step], begun: Step, passes: int | None = None) -> Iterator[Step]:
+            """So many steps of a sampler that took the grid up at `begun`, timed."""
+            nonlocal last, speed
+            started, first = None, 0
+            for step in islice(steps, passes):
+                new = ((step.tokens >= 0) & (begun.tokens < 0)).cpu()  # waits for the device
+                origins = torch.full_like(begun.origins, Origin.DRAWN) if step.origins is None else step.origins
+                last = Step(step.tokens, begun.passes + step.passes, torch.where(new, origins, begun.origins))
+                decided, now = int(new.sum()), time.perf_counter()
+                if started is None:
+                    started, first = now, decided
+                else:
+                    speed = (decided - first) / (now - started)
                 yield last
-                if count + 1 == passes:
-                    speeds.append((decided - first) / (time.perf_counter() - started))
-                    return
 
-        yield from go_on(plain, TRIED)
-        yield from go_on(jacobi, TRIED)
-        yield from go_on(jacobi if len(speeds) < 2 or speeds[1] > speeds[0] else plain)
+        yield from watched(Plain()(session, tokens, *asked), last, TRIED)
+        if (last.tokens >= 0).all():
+            return
+        begun, plain_speed = last, speed
+        jacobi = Jacobi()(session, begun.tokens, *asked)
+        yield from watched(jacobi, begun, TRIED)
+        if speed > plain_speed:
+            yield from watched(jacobi, begun)
+        elif (last.tokens < 0).any():
+            yield from watched(Plain()(session, last.tokens, *asked), last)

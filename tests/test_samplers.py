@@ -228,9 +228,11 @@ def test_auto_writes_the_plain_pictures_with_the_faster_sampler(pipe, monkeypatc
     assert torch.equal(last.tokens, plain.tokens)
     assert len(made) == 1  # tried once
     assert (last.passes < 50) is (slow is Plain)
+    assert (last.origins != Origin.GIVEN).all()
     grid = torch.where(torch.arange(64) < 62, plain.tokens, -1)
     *_, end = pipe.stream(prompts, luck(3, 4), tokens=grid, sampler="auto")
     assert torch.equal(end.tokens, plain.tokens)
+    assert torch.equal(end.origins == Origin.GIVEN, grid >= 0)
 
 
 @pytest.mark.parametrize("name", ["sjd", "recycling"])
@@ -332,4 +334,12 @@ def test_the_quick_linear_layer_is_the_same(shape):
     wanted = torch.nn.functional.linear(x, layer.weight, layer.bias)
     with torch.no_grad():
         torch.testing.assert_close(layer(x), wanted)
+        layer.weight.mul_(2)
+        layer.bias.mul_(2)
+        torch.testing.assert_close(layer(x), 2 * wanted)  # nothing remembers the old weight
+        layer.weight.div_(2)
+        layer.bias.div_(2)
         torch.testing.assert_close(layer.double()(x.double()), wanted.double(), atol=1e-5, rtol=1e-5)
+        half = layer.bfloat16()
+        exact = torch.nn.functional.linear(x.bfloat16(), half.weight, half.bias)
+        torch.testing.assert_close(half(x.bfloat16()), exact, atol=0.02, rtol=0.02)

@@ -9,20 +9,38 @@ from typing import Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
-FEW = 64  # rows
+PACKED = WeakTensorKeyDictionary()  # weight -> what it was packed from, and its form for oneDNN
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """``F.linear``, quicker on a CPU for the few rows of a decoding step: in float32 the product of the weight with the
-    turned input takes as little as a quarter of the time, and with two columns half as long as with one."""
-    few = x.numel() <= FEW * x.shape[-1] and x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32
-    if not few or torch.is_grad_enabled():
+    """``F.linear``, two to three times faster for the few rows of a decoding step on a CPU.
+
+    There the weight is packed for oneDNN when it is first used, and kept so beside itself. In float32 two rows are faster
+    still as the product of the weight with the turned input, which a single row is for once doubled, too.
+    """
+    if x.device.type != "cpu" or x.dtype != weight.dtype or not _packs(weight):
         return F.linear(x, weight, bias)
-    turned = x.flatten(0, -2).T
-    out = (weight @ turned.repeat(1, 2))[:, :1] if turned.shape[1] == 1 else weight @ turned
-    out = out.T.unflatten(0, x.shape[:-1])
-    return out if bias is None else out + bias
+    rows = x.flatten(0, -2)
+    if len(rows) <= 2 and x.dtype == torch.float32:
+        turned = rows.T if len(rows) == 2 else rows.T.repeat(1, 2)
+        out = (weight @ turned)[:, : len(rows)].T.unflatten(0, x.shape[:-1])
+        return out if bias is None else out + bias
+    return torch.ops.mkldnn._linear_pointwise(x, _packed(weight), bias, "none", [], "")
+
+
+def _packs(weight: Tensor) -> bool:
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or weight.is_inference():
+        return False
+    return weight.dtype in (torch.float32, torch.bfloat16) and torch.backends.mkldnn.is_available()
+
+
+def _packed(weight: Tensor) -> Tensor:
+    state = weight._version, weight.data_ptr(), weight.dtype  # a weight that was trained or moved is packed anew
+    if PACKED.get(weight, (None,))[0] != state:
+        PACKED[weight] = state, torch.ops.mkldnn._reorder_linear_weight(weight.detach(), 8)
+    return PACKED[weight][1]
 
 
 class Linear(nn.Linear):

@@ -68,7 +68,7 @@ class LlamaGenPipeline(TokenPipeline):
     def defaults(self) -> Defaults:
         """Those of the official scripts; of the shipped model, what scored best."""
         if isinstance(self.text_encoder, CLIPModel):
-            return Defaults(guidance_scale=5.0, top_k=256)
+            return Defaults(guidance_scale=1.5, temperature=0.9, top_k=256)
         by_class = self.transformer.config.classes is not None
         return Defaults(guidance_scale=4.0, top_k=2000) if by_class else Defaults(guidance_scale=7.5, top_k=1000)
 

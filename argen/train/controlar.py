@@ -20,7 +20,7 @@ from argen.train.loop import Schedule
 
 SCHEDULES = {
     "cpu": Schedule(
-        steps=2500, batch_size=64, learning_rate=2e-3, warmup=100, weight_decay=0.03, betas=(0.9, 0.98), muon=True
+        steps=1600, batch_size=64, learning_rate=2e-3, warmup=100, weight_decay=0.03, betas=(0.9, 0.98), muon=True
     ),
     "gpu": Schedule(steps=15000, batch_size=512, learning_rate=5e-4, weight_decay=0.03, betas=(0.9, 0.98)),
 }
