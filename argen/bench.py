@@ -30,6 +30,7 @@ from argen.eval.judge import evaluate, read_prompts
 from argen.eval.run import compare
 from argen.evaluate import cache_folder
 from argen.models.llamagen import SIZES, LlamaGen, LlamaGenSession
+from samplers.auto import Auto
 from samplers.jacobi import Jacobi
 from samplers.lantern import Lantern
 from samplers.logits import Gumbel, Sampling, guide, keys_of
@@ -127,6 +128,7 @@ def settings() -> dict[str, Sampler]:
     """The samplers that `speculative` compares, by what they are called in its table."""
     return {
         "plain": Plain(),
+        "auto": Auto(),
         **{f"jacobi, window {window}": Jacobi(window) for window in (8, 16, 32)},
         "sjd": SpeculativeJacobi(),
         "gsd": GroupedJacobi(),
