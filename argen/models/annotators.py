@@ -2,7 +2,7 @@
 
 HED: ``ControlNetHED.pth`` of lllyasviel/Annotators (Apache-2.0), arXiv 1504.06375. Line art: the generator of
 informative-drawings (MIT), ``sk_model.pth`` there, arXiv 2203.12691. Depth: DPT, segments: MaskFormer, through transformers.
-The two networks have the published names; canny needs OpenCV (``pip install "argen[control]"``) and nothing else.
+The two networks have the published names; canny needs OpenCV and nothing else, segments scipy (``pip install "argen[control]"``).
 
 Letters in shape comments: B pictures, H W pixels.
 """
@@ -123,6 +123,8 @@ def _depth(picture: Tensor, recipe: str) -> Tensor:
 
 
 def _segments(picture: Tensor) -> Tensor:
+    import scipy  # noqa: F401  MaskFormer needs it, and would say so only once it is fetched
+
     network = _pretrained(MaskFormerForInstanceSegmentation, SEGMENTER)
     pixels, short = picture[None].float(), min(picture.shape[1:])
     size = [32 * max(1, round(side * SHORT_SIDE / short / 32)) for side in picture.shape[1:]]
@@ -185,7 +187,7 @@ def annotate(picture: Image.Image, kind: str) -> Tensor:
     Raises:
         ValueError: unknown kind.
         ConnectionError: its network's weights are not here and cannot be fetched.
-        ModuleNotFoundError: canny without OpenCV.
+        ModuleNotFoundError: canny without OpenCV, segments without scipy.
     """
     check_kind(kind)
     return KINDS[kind][1](torch.from_numpy(np.array(picture)).permute(2, 0, 1))
