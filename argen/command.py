@@ -8,7 +8,11 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 
-EXTRAS = {"cv2": "control", "scipy": "control", "matplotlib": "bench"}  # module -> the extra that brings it; others are of "train"
+EXTRAS = {
+    "cv2": "control",
+    "scipy": "control",
+    "matplotlib": "bench",
+}  # module -> the extra that brings it; others are of "train"
 
 
 class Parser(argparse.ArgumentParser):
