@@ -380,9 +380,9 @@ class LlamaGenSession:
         self.length = model.length if control is None else control.shape[2]
         first = None if control is None else control[:, :, :1]
         self.prefix, self.scores, prefixes = model.condition(embedded, mask, first)
-        self.before = self.scores.shape[1]  # slots of the condition
-        self.cache = KeyValueCache(model.depth, self.before + self.length, self.before)
-        self.cache.place(torch.arange(-self.before, 0), None, guided, embedded.device)
+        before = self.scores.shape[1]  # slots of the condition
+        self.cache = KeyValueCache(model.depth, before + self.length, before)
+        self.cache.place(torch.arange(-before, 0), None, guided, embedded.device)
         for index, prefix in enumerate(prefixes):
             self.cache.append(index, *prefix)
 
@@ -395,7 +395,7 @@ class LlamaGenSession:
             parts = [self.prefix[:, -1:]]
             tokens, positions, mask = tokens[:, 1:], positions[..., 1:], None if mask is None else mask[..., 1:, 1:]
         if tokens.shape[1]:
-            visible = self.cache.visible(positions, mask, seen, self.guided, tokens.device)[..., self.before :]
+            visible = self.cache.visible(positions, mask, seen, self.guided, tokens.device)[..., self.cache.before :]
             positions = positions.to(tokens.device)
             if self.guided:
                 tokens = torch.cat([tokens, tokens])
