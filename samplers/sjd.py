@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from samplers.logits import Noise, Sampling, inverse_transform
+from samplers.logits import Noise, Sampling
 from samplers.rules import Grouped, Lossless, Rule
 from samplers.speculative import Speculative
 from samplers.steps import GuidanceScale, Session, Step, check_window
@@ -65,12 +65,7 @@ class Window:
                 cell, given = root + 1 + place, place < len(drafting.left[row])
                 if given:
                     one = drafting.left[row][place]
-                    number = 0.0 if law.greedy else next(numbers[row])
-                    guess = (
-                        int(one.argmax())
-                        if law.greedy
-                        else int(inverse_transform(one.double(), torch.tensor(number).double()))
-                    )
+                    guess = law.draw(one, numbers[row])
                 else:
                     guess = known.get(cell - drafting.columns, found[-1])
                     one = F.one_hot(torch.tensor(guess), drafting.laws.shape[-1]).float()

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from samplers.logits import Noise, Sampling, inverse_transform
+from samplers.logits import Noise, Sampling
 from samplers.rules import Candidates, Lossless, OneByOne, Rule
 from samplers.steps import START, GuidanceScale, Origin, Session, Step, guided
 from samplers.trees import SMALL_TREE, Draft, Drafted, Drafting, Law, Shape, Tree
@@ -167,11 +167,6 @@ class Speculative:
             certain = F.one_hot(fixed.clamp(min=0), laws.shape[-1]).to(laws)
             return torch.where(fixed[..., None] >= 0, certain, laws)
 
-        def drawn(one: Tensor, index: int) -> int:
-            if law.greedy:
-                return int(one.argmax())
-            return int(inverse_transform(one, torch.tensor(next(numbers[index]), dtype=torch.float64)))
-
         def step() -> Step:
             done = torch.arange(length) <= roots[:, None]
             shown = torch.where(given < 0, origins, Origin.GIVEN)
@@ -180,7 +175,7 @@ class Speculative:
         start, roots = torch.full((batch, 1), START), torch.zeros(batch, dtype=torch.int64)  # cells
         logits = guided(*session.forward(start.to(device), torch.tensor([START])), guidance_scale, roots[:, None])
         laws = decided(law.of_guided(logits), roots[:, None])
-        root_tokens = torch.tensor([drawn(laws[index, 0], index) for index in range(batch)])
+        root_tokens = torch.tensor([law.draw(laws[index, 0], numbers[index]) for index in range(batch)])
         written[:, 0], origins[:, 0], passes = root_tokens, Origin.DRAWN, 1
         yield step()
         drafting, one = drafter.begin(session), torch.ones(batch, dtype=torch.int64)
@@ -195,7 +190,7 @@ class Speculative:
             laws, passes = decided(law.of_guided(logits), places + 1), passes + 1
             drafting.observe(nodes, logits, laws)
             verdicts = [self._verdict(laws[index], draft, law, numbers[index]) for index, draft in enumerate(drafts)]
-            following = torch.tensor([drawn(verdict.law, index) for index, verdict in enumerate(verdicts)])
+            following = torch.tensor([law.draw(verdict.law, numbers[index]) for index, verdict in enumerate(verdicts)])
             ahead = torch.tensor([len(verdict.kept) for verdict in verdicts])
             longest = int(ahead.max())
             kept = torch.tensor([path + path[-1:] * (longest - len(path)) for path, *_ in verdicts])

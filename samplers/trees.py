@@ -155,6 +155,12 @@ class Law:
         """Guided logits [B, n, K] -> probabilities on the CPU; at temperature 0 those of temperature 1."""
         return (logits if self.greedy else self.sampling.filter(logits)).softmax(dim=-1).cpu()
 
+    def draw(self, probs: Tensor, numbers: Iterator[float]) -> int:
+        """A token of probabilities [K] by the next of the numbers; at temperature 0 the likeliest."""
+        if self.greedy:
+            return int(probs.argmax())
+        return int(inverse_transform(probs, torch.tensor(next(numbers), dtype=torch.float64)))
+
 
 class Shape(Protocol):
     """Which tree is drafted."""
@@ -344,9 +350,7 @@ class DrawnTree:
             cells = (roots[:, None] + depth + 1).expand(batch, hidden.shape[1])
             rows, children = law(*drafting.logits(hidden), cells), []
             for b, one in enumerate(grown):
-                drawn = [
-                    one.draw(node, rows[b, i], self.nodes, law.greedy, numbers[b]) for i, node in enumerate(level[b])
-                ]
+                drawn = [one.draw(node, rows[b, i], self.nodes, law, numbers[b]) for i, node in enumerate(level[b])]
                 children.append([child for part in drawn for child in part])
             width = max(map(len, children))
             if not width or depth + 1 == self.depth:
@@ -379,13 +383,13 @@ class _Growing:
         self.parents, self.tokens, self.worth, self.chances = [-1], [token], [1.0], [1.0]
         self.laws: dict[int, Tensor] = {}
 
-    def draw(self, node: int, law: Tensor, nodes: int, greedy: bool, numbers: Iterator[float]) -> list[int]:
+    def draw(self, node: int, probs: Tensor, nodes: int, law: Law, numbers: Iterator[float]) -> list[int]:
         """The children of a node, drawn without replacement (the likeliest ones at temperature 0)."""
-        self.laws[node] = law
-        left, worth, children = law.double().clone(), self.worth[node], []
+        self.laws[node] = probs
+        left, worth, children = probs.double().clone(), self.worth[node], []
         while worth > 1 / nodes and len(self.tokens) <= nodes and left.sum() > 0:
             left = left / left.sum()
-            token = int(left.argmax()) if greedy else int(inverse_transform(left, torch.tensor(next(numbers)).double()))
+            token = law.draw(left, numbers)
             chance = float(left[token])
             children.append(len(self.tokens))
             self.parents.append(node)

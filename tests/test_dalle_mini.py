@@ -10,7 +10,7 @@ from argen.models.dalle_mini import SIZES, DalleMiniDecoder, DalleMiniEncoder, t
 from argen.models.session import DecoderSession, causal_mask
 from samplers.logits import Recorded, Sampling
 from samplers.steps import Plain
-from tokenizers_img.checkpoint import load_strict
+from tokenizers_img.checkpoint import load_strict, to_diffusers
 from tokenizers_img.vqgan import VQGANDetokenizer
 
 
@@ -94,7 +94,7 @@ def test_detokenizer_published_keys():
     with torch.device("meta"):
         model = VQGANDetokenizer()
         state = {key: torch.empty(shape) for key, shape in keys.items()}
-    assert {key: list(value.shape) for key, value in model.convert(state).items()} == shapes(model)
+    assert {key: list(value.shape) for key, value in to_diffusers(state, 5).items()} == shapes(model)
 
 
 @torch.no_grad()

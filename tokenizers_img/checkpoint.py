@@ -1,5 +1,6 @@
-"""Published checkpoint files: fetched from the hub, opened safely and loaded strictly."""
+"""Published checkpoint files: fetched from the hub, opened safely, their names changed into a library's, and loaded strictly."""
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TypeVar
@@ -11,6 +12,24 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 Network = TypeVar("Network", bound=nn.Module)
+
+CONVOLUTIONAL = [  # names of taming-transformers and latent diffusion, and of LlamaGen -> of diffusers
+    (r"\bdown\.(\d+)\.", r"down_blocks.\1."),
+    (r"\bup\.(\d+)\.", r"up_blocks.\1."),
+    (r"\bencoder\.conv_blocks\.", "encoder.down_blocks."),
+    (r"\bdecoder\.conv_blocks\.", "decoder.up_blocks."),
+    (r"(_blocks\.\d+)\.(block|res)\.", r"\1.resnets."),
+    (r"(_blocks\.\d+)\.attn\.", r"\1.attentions."),
+    (r"(_blocks\.\d+)\.(down|up)sample\.", r"\1.\2samplers.0."),
+    (r"\bmid\.(block_1|0)\.", "mid_block.resnets.0."),
+    (r"\bmid\.(attn_1|1)\.", "mid_block.attentions.0."),
+    (r"\bmid\.(block_2|2)\.", "mid_block.resnets.1."),
+    (r"\.nin_shortcut\.", ".conv_shortcut."),
+    (r"\bnorm_out\.", "conv_norm_out."),
+    (r"(attentions\.\d+)\.norm\.", r"\1.group_norm."),
+    (r"(attentions\.\d+)\.([qkv])\.", r"\1.to_\2."),
+    (r"(attentions\.\d+)\.proj_out\.", r"\1.to_out.0."),
+]
 
 
 def hub_folder(repo: str, files: Sequence[str]) -> Path:
@@ -79,3 +98,16 @@ def load_strict(model: Network, state: dict[str, Tensor], source: str | Path) ->
         raise ValueError(f"{source} does not fit {type(model).__name__}: {'; '.join(problems[:5])}{more}")
     model.load_state_dict(state, assign=True)
     return model.eval()
+
+
+def to_diffusers(state: dict[str, Tensor], levels: int) -> dict[str, Tensor]:
+    """Tensors of a convolutional autoencoder (taming-transformers, latent diffusion, LlamaGen) -> under the names, and of the
+    shapes, of diffusers' `Encoder` and `Decoder`. `levels` of the decoder: `up.N` counts them from the picture's end."""
+    converted = {}
+    for key, value in state.items():
+        key = re.sub(r"\bup\.(\d+)", lambda level: f"up.{levels - 1 - int(level[1])}", key)
+        for published, ours in CONVOLUTIONAL:
+            key = re.sub(published, ours, key)
+        linear = ".attentions." in key and value.ndim == 4  # 1 x 1 convolutions are matrices there
+        converted[key] = value[:, :, 0, 0] if linear else value
+    return converted

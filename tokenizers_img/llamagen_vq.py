@@ -7,7 +7,6 @@ normalises the codebook once, after which the plain nearest neighbour is the pub
 Letters in shape comments: B batch, H W pixels, h w token grid, N = h*w tokens (row-major), C code width.
 """
 
-import re
 from pathlib import Path
 
 import torch
@@ -16,43 +15,16 @@ from diffusers import VQModel
 from diffusers.configuration_utils import FrozenDict
 from torch import Tensor, nn
 
-from tokenizers_img.checkpoint import load_strict, read_state_dict
+from tokenizers_img.checkpoint import load_strict, read_state_dict, to_diffusers
 
 MULTIPLIERS = {16: (1, 1, 2, 2, 4), 8: (1, 2, 2, 4)}  # down-sampling -> widths of the levels, in base widths
-UNUSED = "quantize.codebook_used"
-
-RENAMED = [  # published -> diffusers; the decoder counts its levels from the deepest in both
-    (r"^encoder\.conv_blocks\.(\d+)\.", r"encoder.down_blocks.\1."),
-    (r"^decoder\.conv_blocks\.(\d+)\.", r"decoder.up_blocks.\1."),
-    (r"\.res\.(\d+)\.", r".resnets.\1."),
-    (r"\.attn\.(\d+)\.", r".attentions.\1."),
-    (r"\.mid\.0\.", ".mid_block.resnets.0."),
-    (r"\.mid\.1\.", ".mid_block.attentions.0."),
-    (r"\.mid\.2\.", ".mid_block.resnets.1."),
-    (r"\.nin_shortcut\.", ".conv_shortcut."),
-    (r"\.downsample\.", ".downsamplers.0."),
-    (r"\.upsample\.", ".upsamplers.0."),
-    (r"\.norm_out\.", ".conv_norm_out."),
-    (r"(attentions\.\d+)\.norm\.", r"\1.group_norm."),
-    (r"(attentions\.\d+)\.([qkv])\.", r"\1.to_\2."),
-    (r"(attentions\.\d+)\.proj_out\.", r"\1.to_out.0."),
-]
+UNUSED, CODES = "quantize.codebook_used", "quantize.embedding.weight"
 
 
 def converted(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors under their published names -> under those of `diffusers.VQModel`."""
-    out = {}
-    for key, value in state.items():
-        if key == UNUSED:
-            continue
-        for published, ours in RENAMED:
-            key = re.sub(published, ours, key)
-        if ".attentions." in key and value.ndim == 4:
-            value = value[:, :, 0, 0]  # 1 x 1 convolutions are matrices there
-        if key == "quantize.embedding.weight":
-            value = F.normalize(value, dim=-1)
-        out[key] = value
-    return out
+    """Tensors under their published names -> under those of `diffusers.VQModel`, the codebook normalised."""
+    own = to_diffusers({key: value for key, value in state.items() if key != UNUSED}, levels=0)
+    return own | {CODES: F.normalize(own[CODES], dim=-1)}
 
 
 def network(

@@ -7,7 +7,6 @@ Paper: "Taming Transformers for High-Resolution Image Synthesis" (arXiv 2012.098
 Letters in shape comments: B batch, N = h*w tokens (row-major), C code width.
 """
 
-import re
 from pathlib import Path
 
 from diffusers import ConfigMixin, ModelMixin
@@ -16,21 +15,7 @@ from diffusers.models.autoencoders.vae import Decoder
 from einops import rearrange
 from torch import Tensor, nn
 
-from tokenizers_img.checkpoint import load_strict, read_state_dict
-
-_RENAME = (  # taming's names -> diffusers' names
-    (r"\bmid\.block_1\.", "mid_block.resnets.0."),
-    (r"\bmid\.block_2\.", "mid_block.resnets.1."),
-    (r"\bmid\.attn_1\.", "mid_block.attentions.0."),
-    (r"\bup\.(\d+)\.block\.", r"up_blocks.\1.resnets."),
-    (r"\bup\.(\d+)\.attn\.", r"up_blocks.\1.attentions."),
-    (r"\bup\.(\d+)\.upsample\.", r"up_blocks.\1.upsamplers.0."),
-    (r"\bnin_shortcut\.", "conv_shortcut."),
-    (r"\bnorm_out\.", "conv_norm_out."),
-    (r"(attentions\.\d+\.)norm\.", r"\1group_norm."),
-    (r"(attentions\.\d+\.)([qkv])\.", r"\1to_\2."),
-    (r"(attentions\.\d+\.)proj_out\.", r"\1to_out.0."),
-)
+from tokenizers_img.checkpoint import load_strict, read_state_dict, to_diffusers
 
 
 class VQGANDetokenizer(ModelMixin, ConfigMixin):
@@ -65,19 +50,7 @@ class VQGANDetokenizer(ModelMixin, ConfigMixin):
     def from_original(cls, path: str | Path) -> "VQGANDetokenizer":
         """Load ``detoker.pt`` of min-dalle as released."""
         model = cls()
-        return load_strict(model, model.convert(read_state_dict(path)), source=path)
-
-    def convert(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """A state dict in the published layout -> this module's: other names, 1x1 convolutions as linear layers."""
-        last = len(self.config.channels) - 1
-        converted = {}
-        for key, value in state.items():
-            for pattern, name in _RENAME:
-                key = re.sub(pattern, name, key)
-            key = re.sub(r"up_blocks\.(\d+)", lambda level: f"up_blocks.{last - int(level[1])}", key)
-            linear = ".attentions." in key and value.ndim == 4
-            converted[key] = value[:, :, 0, 0] if linear else value
-        return converted
+        return load_strict(model, to_diffusers(read_state_dict(path), len(model.config.channels)), source=path)
 
     def decode(self, ids: Tensor) -> Tensor:
         """Ids [B, N] of a square grid -> pixels [B, 3, H, W], about [0, 1] and not clipped."""

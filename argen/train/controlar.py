@@ -17,18 +17,19 @@ from argen.models.llamagen import LlamaGen
 from argen.pipelines.controlar import ControlARPipeline
 from argen.train.llamagen import LlamaGenTask
 from argen.train.loop import Schedule
+from argen.train.tokens import begun_from
 
 SCHEDULES = {
     "cpu": Schedule(
-        steps=1600, batch_size=64, learning_rate=2e-3, warmup=100, weight_decay=0.03, betas=(0.9, 0.98), muon=True
+        steps=2000, batch_size=64, learning_rate=2e-3, warmup=100, weight_decay=0.03, betas=(0.9, 0.98), muon=True
     ),
     "gpu": Schedule(steps=15000, batch_size=512, learning_rate=5e-4, weight_decay=0.03, betas=(0.9, 0.98)),
 }
 ENCODER = {
-    "hidden_size": 128,
-    "num_hidden_layers": 3,
+    "hidden_size": 96,
+    "num_hidden_layers": 2,
     "num_attention_heads": 4,
-    "intermediate_size": 384,
+    "intermediate_size": 288,
     "image_size": 128,
     "patch_size": 16,
 }
@@ -46,10 +47,7 @@ class ControlTask(LlamaGenTask):
         self.scene_boxes = [
             [tuple(thing["box"]) for thing in json.loads(things)] for things in read_split(scenes, "train")["objects"]
         ]
-        start = LlamaGen.from_pretrained(generator).float()
-        sizes = {key: value for key, value in start.config.items() if not key.startswith("_")}
-        model = ControlAR(encoder="vit", encoder_sizes=ENCODER, **sizes)
-        model.load_state_dict(start.state_dict(), strict=False)
+        model = begun_from(generator, LlamaGen, ControlAR, encoder="vit", encoder_sizes=ENCODER)
         self.networks: dict[str, nn.Module] = {"model": model}
         self.shaped = [self.pairs(across, random.Random(f"pairs/{across}")) for across in (True, False)]
 

@@ -14,7 +14,7 @@ from argen.data.emoji import GROUPS
 from argen.models.llamagen import LlamaGen
 from argen.pipelines.llamagen import LlamaGenPipeline, group_caption, left_padded
 from argen.train.loop import Schedule
-from argen.train.tokens import TokensTask
+from argen.train.tokens import TokensTask, begun_from
 
 SCHEDULES = {
     "cpu": Schedule(
@@ -45,10 +45,7 @@ class LlamaGenTask(TokensTask):
         super().__init__(data, scenes, tokenizer, clip)
         self.groups = list(GROUPS)
         if first_stage is not None:
-            start = LlamaGen.from_pretrained(first_stage).float()
-            sizes = {key: value for key, value in start.config.items() if not key.startswith("_")}
-            model = LlamaGen(**sizes | {"dropout": 0.0, "caption_attention": True})
-            model.load_state_dict(start.state_dict())
+            model = begun_from(first_stage, LlamaGen, LlamaGen, dropout=0.0, caption_attention=True)
         else:
             text_dim = self.clip.config.text_config.hidden_size
             model = LlamaGen(self.vq.config.n_embed, self.vq.grid, caption_dim=text_dim, **SIZES)

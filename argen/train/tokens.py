@@ -23,6 +23,16 @@ TEXT_DROPOUT = 0.1
 CORRUPTION = 0.15  # at most this share of the tokens that are read is another picture's: sampling will slip, too
 
 
+def begun_from(folder: Path, saved: type[nn.Module], network: type[nn.Module], **changes) -> nn.Module:
+    """A new `network` with the weights and the configuration of the one `saved` in a folder, but for `changes`; what only
+    the new one has is random."""
+    start = saved.from_pretrained(folder).float()
+    config = {key: value for key, value in start.config.items() if not key.startswith("_")}
+    model = network(**config | changes)
+    model.load_state_dict(start.state_dict(), strict=network is saved)
+    return model
+
+
 class TokensTask(Task):
     """A generator of picture tokens after a caption; a subclass has the network.
 
