@@ -7,7 +7,8 @@ import torch
 from conftest import GOLDEN, published_keys, shapes
 
 from argen.models.dalle_mini import SIZES, DalleMiniDecoder, DalleMiniEncoder, text_tokenizer, tokenize
-from argen.models.session import DecoderSession, causal_mask
+from argen.models.layers import causal_mask
+from argen.models.session import DecoderSession
 from samplers.logits import Recorded, Sampling
 from samplers.steps import Plain
 from tokenizers_img.checkpoint import load_strict, to_diffusers

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import argen
-from argen.models.session import Linear
+from argen.models.layers import Linear
 from samplers import by_name
 from samplers.jacobi import Jacobi
 from samplers.logits import Gumbel, Sampling, guide, gumbel, inverse_transform, keep_top_k, keep_top_p, keys_of

@@ -17,7 +17,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 
-from argen.models.session import KeysValues, KeyValueCache, Linear, split_heads
+from argen.models.layers import Linear, split_heads
+from argen.models.session import KeysValues, KeyValueCache
 from tokenizers_img.checkpoint import load_strict, read_state_dict
 
 PAD = 1  # text id

@@ -18,8 +18,9 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from torch import Tensor, nn
 
-from argen.models.llamagen import LlamaGenSession, rotary_table, rotate
-from argen.models.session import KeyValueCache, Linear, causal_mask, split_heads
+from argen.models.layers import Linear, causal_mask, grid_places, rotary_table, rotate, split_heads
+from argen.models.llamagen import LlamaGenSession
+from argen.models.session import KeyValueCache
 from samplers.trees import of_pictures
 from tokenizers_img.checkpoint import load_strict, read_state_dict
 
@@ -83,7 +84,7 @@ class Drafter(ModelMixin, ConfigMixin):
         self.fc = Linear(2 * dim, dim)
         self.layers = nn.ModuleList([Layer(dim, heads, hidden)])
         self.length = grid * grid
-        self.register_buffer("turns", rotary_table(dim // heads, grid), persistent=False)
+        self.register_buffer("turns", rotary_table(dim // heads, grid_places(grid)), persistent=False)
 
     @classmethod
     def from_original(cls, path: str | Path, grid: int, heads: int = 20) -> "Drafter":

@@ -21,7 +21,8 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from torch import Tensor, nn
 
-from argen.models.session import KeyValueCache, Linear, causal_mask, split_heads
+from argen.models.layers import Linear, RMSNorm, causal_mask, grid_places, rotary_table, rotate, split_heads
+from argen.models.session import KeyValueCache
 from tokenizers_img.checkpoint import load_strict, read_state_dict
 
 SIZES = {  # the published widths
@@ -31,32 +32,6 @@ SIZES = {  # the published widths
     "XXL": {"dim": 1536, "depth": 48, "heads": 24},
     "3B": {"dim": 3200, "depth": 24, "heads": 32},
 }
-
-
-class RMSNorm(nn.Module):
-    """In float32 up to the weight, as published."""
-
-    def __init__(self, dim: int):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(dim))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x.float(), (x.shape[-1],), eps=1e-5).to(x.dtype) * self.weight
-
-
-def rotate(x: Tensor, turns: Tensor) -> Tensor:
-    """Turn neighbouring pairs of x [R, n, H, D/H] by the angles whose (cos, sin) `turns` [R or 1, n, 1, D/2H, 2] holds."""
-    a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)
-    cos, sin = turns.unbind(-1)
-    return torch.stack([a * cos - b * sin, b * cos + a * sin], dim=-1).flatten(-2).to(x.dtype)
-
-
-def rotary_table(head_dim: int, side: int) -> Tensor:
-    """(cos, sin) [side * side, head_dim / 2, 2] of each cell: the first half of the angles turns with the row."""
-    rates = 10000.0 ** (-2 * torch.arange(head_dim // 4, dtype=torch.float32) / (head_dim // 2))
-    rows, columns = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
-    angles = torch.cat([place.reshape(-1, 1) * rates for place in (rows, columns)], dim=1)
-    return torch.stack([angles.cos(), angles.sin()], dim=-1)
 
 
 Pair = tuple[Tensor, Tensor]  # keys and values
@@ -210,7 +185,7 @@ class LlamaGen(ModelMixin, ConfigMixin):
         self.output = Linear(dim, n_embed, bias=False)
         self.drop = nn.Dropout(dropout)
         self.length, self.depth = grid * grid, depth
-        self.register_buffer("turns", rotary_table(dim // heads, grid), persistent=False)
+        self.register_buffer("turns", rotary_table(dim // heads, grid_places(grid)), persistent=False)
         self.apply(_init)
         nn.init.zeros_(self.output.weight)
 

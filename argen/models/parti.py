@@ -15,7 +15,8 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from torch import Tensor, nn
 
-from argen.models.session import KeysValues, KeyValueCache, Linear, causal_mask, linear, split_heads
+from argen.models.layers import Linear, causal_mask, linear, split_heads
+from argen.models.session import KeysValues, KeyValueCache
 
 
 class Attention(nn.Module):

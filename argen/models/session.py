@@ -1,4 +1,4 @@
-"""What the discrete decoders share: heads, masks, a key/value cache that can be rolled back, and the session of samplers.
+"""What the discrete decoders share: a key/value cache that can be rolled back, and the session of samplers.
 
 Letters in shape comments: B pictures, n tokens of a pass, m keys, T text tokens, D width, H heads, K codes, R cache
 rows (2B under guidance: with the prompt, then without).
@@ -8,50 +8,7 @@ from typing import Protocol
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.utils.weak import WeakTensorKeyDictionary
-
-PACKED = WeakTensorKeyDictionary()  # weight -> what it was packed from, and its form for oneDNN
-
-
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """``F.linear``, two to three times faster for the few rows of a decoding step on a CPU.
-
-    There the weight is packed for oneDNN when it is first used, and kept so beside itself.
-    """
-    if x.device.type != "cpu" or x.dtype != weight.dtype or not _packs(weight):
-        return F.linear(x, weight, bias)
-    return torch.ops.mkldnn._linear_pointwise(x, _packed(weight), bias, "none", [], "")
-
-
-def _packs(weight: Tensor) -> bool:
-    if torch.is_grad_enabled() or torch.compiler.is_compiling() or weight.is_inference():
-        return False
-    return weight.dtype in (torch.float32, torch.bfloat16) and torch.backends.mkldnn.is_available()
-
-
-def _packed(weight: Tensor) -> Tensor:
-    state = weight._version, weight.data_ptr(), weight.dtype  # a weight that was trained or moved is packed anew
-    if PACKED.get(weight, (None,))[0] != state:
-        PACKED[weight] = state, torch.ops.mkldnn._reorder_linear_weight(weight.detach(), 8)
-    return PACKED[weight][1]
-
-
-class Linear(nn.Linear):
-    """``nn.Linear`` through `linear`."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight, self.bias)
-
-
-def split_heads(x: Tensor, heads: int) -> Tensor:
-    """[B, n, D] -> [B, n, H, D/H], the layout of diffusers' attention dispatcher."""
-    return x.unflatten(-1, (heads, -1))
-
-
-def causal_mask(new: int, total: int, device: torch.device) -> Tensor:
-    """[1, 1, new, total] bool: the last `new` of `total` tokens, each seeing everything up to itself."""
-    return torch.ones(new, total, dtype=torch.bool, device=device).tril(total - new)[None, None]
+from torch import Tensor
 
 
 class KeyValueCache:

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from argen.models.draft import Drafter
+from argen.models.layers import causal_mask
 from argen.models.llamagen import LlamaGen
-from argen.models.session import causal_mask
 from argen.pipelines.llamagen import LlamaGenPipeline
 from argen.train.llamagen import LlamaGenTask
 from argen.train.loop import Schedule

@@ -1,0 +1,82 @@
+"""Layers that several networks share.
+
+Letters in shape comments: R rows, n tokens, D width, H heads.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
+
+PACKED = WeakTensorKeyDictionary()  # weight -> what it was packed from, and its form for oneDNN
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``F.linear``, two to three times faster for the few rows of a decoding step on a CPU.
+
+    There the weight is packed for oneDNN when it is first used, and kept so beside itself.
+    """
+    if x.device.type != "cpu" or x.dtype != weight.dtype or not _packs(weight):
+        return F.linear(x, weight, bias)
+    return torch.ops.mkldnn._linear_pointwise(x, _packed(weight), bias, "none", [], "")
+
+
+def _packs(weight: Tensor) -> bool:
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or weight.is_inference():
+        return False
+    return weight.dtype in (torch.float32, torch.bfloat16) and torch.backends.mkldnn.is_available()
+
+
+def _packed(weight: Tensor) -> Tensor:
+    state = weight._version, weight.data_ptr(), weight.dtype  # a weight that was trained or moved is packed anew
+    if PACKED.get(weight, (None,))[0] != state:
+        PACKED[weight] = state, torch.ops.mkldnn._reorder_linear_weight(weight.detach(), 8)
+    return PACKED[weight][1]
+
+
+class Linear(nn.Linear):
+    """``nn.Linear`` through `linear`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self.bias)
+
+
+def split_heads(x: Tensor, heads: int) -> Tensor:
+    """[B, n, D] -> [B, n, H, D/H], the layout of diffusers' attention dispatcher."""
+    return x.unflatten(-1, (heads, -1))
+
+
+def causal_mask(new: int, total: int, device: torch.device) -> Tensor:
+    """[1, 1, new, total] bool: the last `new` of `total` tokens, each seeing everything up to itself."""
+    return torch.ones(new, total, dtype=torch.bool, device=device).tril(total - new)[None, None]
+
+
+class RMSNorm(nn.Module):
+    """In float32 up to the weight."""
+
+    def __init__(self, dim: int, eps: float = 1e-5):
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(dim)), eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x.float(), (x.shape[-1],), eps=self.eps).to(x.dtype) * self.weight
+
+
+def rotate(x: Tensor, turns: Tensor) -> Tensor:
+    """Turn neighbouring pairs of x [R, n, H, D/H] by the angles whose (cos, sin) `turns` [R or 1, n, 1, D/2H, 2] holds."""
+    a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    cos, sin = turns.unbind(-1)
+    return torch.stack([a * cos - b * sin, b * cos + a * sin], dim=-1).flatten(-2).to(x.dtype)
+
+
+def grid_places(side: int) -> Tensor:
+    """Row and column [side * side, 2] of each cell of a square grid."""
+    places = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
+    return torch.stack(places, dim=-1).flatten(0, 1)
+
+
+def rotary_table(head_dim: int, places: Tensor) -> Tensor:
+    """(cos, sin) [N, head_dim / 2, 2] of each of N places (row, column): the first half of the angles turns with the row."""
+    rates = 10000.0 ** (-2 * torch.arange(head_dim // 4, dtype=torch.float32) / (head_dim // 2))
+    angles = (places[..., None] * rates).flatten(1)  # [N, 2, head_dim / 4]
+    return torch.stack([angles.cos(), angles.sin()], dim=-1)
