@@ -136,7 +136,7 @@ def parser() -> Parser:
     add.add_argument(
         "recipe",
         metavar="RECIPE",
-        help="emoji-clip, emoji-vitvqgan, emoji-vitvqgan-decoder, emoji-parti, emoji-parti-second, emoji-llamagen, emoji-llamagen-second, emoji-control, emoji-drafter or emoji-judge",
+        help="emoji-clip, emoji-vitvqgan, emoji-vitvqgan-decoder, emoji-vae, emoji-vae-decoder, emoji-parti, emoji-parti-second, emoji-llamagen, emoji-llamagen-second, emoji-control, emoji-drafter or emoji-judge",
     )
     add.add_argument("--data", type=Path, required=True, metavar="DIR", help="made by `argen data emoji`")
     add.add_argument("--scenes", type=Path, metavar="DIR", help="made by `argen data scenes`")
@@ -148,7 +148,7 @@ def parser() -> Parser:
         help="checkpoints, log, sample grids; goes on from what is there",
     )
     add.add_argument("--clip", type=Path, metavar="DIR", help="trained emoji-clip (default: the shipped one)")
-    add.add_argument("--tokenizer", type=Path, metavar="DIR", help="trained emoji-vitvqgan (default: the shipped one)")
+    add.add_argument("--tokenizer", type=Path, metavar="DIR", help="trained emoji-vitvqgan or emoji-vae (default: the shipped one)")
     add.add_argument(
         "--generator",
         type=Path,
@@ -309,11 +309,11 @@ def data(args) -> None:
 @command
 def train(args) -> None:
     from argen.registry import WEIGHTS
-    from argen.train.recipes import STARTS, run
+    from argen.train.recipes import STARTS, TOKENIZERS, run
 
     parts = {
         "clip": args.clip or WEIGHTS / "emoji-clip",
-        "tokenizer": args.tokenizer or WEIGHTS / "emoji-vitvqgan",
+        "tokenizer": args.tokenizer or WEIGHTS / TOKENIZERS.get(args.recipe, "emoji-vitvqgan"),
         "generator": args.generator or WEIGHTS / STARTS.get(args.recipe, ""),
     }
     chosen = {"data": args.data, "scenes": args.scenes, "out": args.out, "seed": args.seed, "steps": args.steps}

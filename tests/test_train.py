@@ -12,7 +12,7 @@ from argen.data import emoji, scenes
 from argen.models.llamagen import LlamaGen
 from argen.models.parti import Parti
 from argen.registry import WEIGHTS
-from argen.train import controlar, draft, llamagen
+from argen.train import controlar, draft, kl_vae, llamagen
 from argen.train.clip import CLIPTask, positives
 from argen.train.judge import JudgeTask
 from argen.train.loop import Schedule, optimizers_of, train
@@ -41,8 +41,17 @@ def small_llamagen(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="module")
+def small_vae(tmp_path_factory):
+    """A folder with an untrained autoencoder of the shipped size."""
+    folder = tmp_path_factory.mktemp("vae")
+    torch.manual_seed(0)
+    kl_vae.network(kl_vae.CHANNELS, 16, kl_vae.GROUPS, kl_vae.SIDE, layers_per_block=1).save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture(params=list(SCHEDULES))
-def task(request, composed, small_llamagen, monkeypatch):
+def task(request, composed, small_llamagen, small_vae, monkeypatch):
     """Makes the task of a recipe anew."""
     monkeypatch.setattr(controlar, "SHAPED", 4)
     clip, tokenizer = WEIGHTS / "emoji-clip", WEIGHTS / "emoji-vitvqgan"
@@ -50,6 +59,8 @@ def task(request, composed, small_llamagen, monkeypatch):
         "emoji-clip": lambda: CLIPTask(SAMPLE, composed),
         "emoji-vitvqgan": lambda: ViTVQGANTask(SAMPLE, SCHEDULE.steps),
         "emoji-vitvqgan-decoder": lambda: DecoderTask(SAMPLE, tokenizer, clip, total=1),
+        "emoji-vae": lambda: kl_vae.KLVAETask(SAMPLE),
+        "emoji-vae-decoder": lambda: kl_vae.KLDecoderTask(SAMPLE, small_vae, clip, total=1),
         "emoji-parti": lambda: PartiTask(SAMPLE, composed, tokenizer, clip),
         "emoji-parti-second": lambda: PartiTask(SAMPLE, composed, tokenizer, clip, WEIGHTS / "emoji-parti"),
         "emoji-llamagen": lambda: llamagen.LlamaGenTask(SAMPLE, composed, tokenizer, clip),

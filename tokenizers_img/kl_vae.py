@@ -26,6 +26,7 @@ def network(
     norm_num_groups: int = 32,
     image_size: int = 256,
     scaling_factor: float = SCALE,
+    layers_per_block: int = 2,
 ) -> AutoencoderKL:
     """The published network, or one of other sizes: attention stands in the last level of the encoder, in no level of the
     decoder, and in the middle of both."""
@@ -34,7 +35,7 @@ def network(
         down_block_types=("DownEncoderBlock2D",) * (levels - 1) + ("AttnDownEncoderBlock2D",),
         up_block_types=("UpDecoderBlock2D",) * levels,
         block_out_channels=tuple(channels),
-        layers_per_block=2,
+        layers_per_block=layers_per_block,
         latent_channels=latent_channels,
         norm_num_groups=norm_num_groups,
         sample_size=image_size,
@@ -87,3 +88,16 @@ class KLVAE(nn.Module):
     def decode(self, latents: Tensor) -> Tensor:
         """Scaled latents [B, C, h, w] -> pixels [B, 3, H, W], about [0, 1] and not clipped."""
         return (self.vae.decode(latents / self.vae.config.scaling_factor).sample + 1) / 2
+
+    def forward(self, pixels: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """In training: pixels [B, 3, H, W] in [0, 1] and what is drawn of their posteriors (by default the mean), by normal
+        `noise` [B, C, h, w] -> what comes back, and the divergence from the normal law, a mean over the latent numbers [B]."""
+        posterior = self.posterior(pixels)
+        mean, logvar = posterior.mean.float(), posterior.logvar.float()
+        drawn = mean if noise is None else mean + (0.5 * logvar).exp() * noise
+        kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean(dim=(1, 2, 3))
+        return (self.vae.decode(drawn).sample + 1) / 2, kl
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """As `diffusers.AutoencoderKL` does."""
+        self.vae.save_pretrained(folder)

@@ -9,27 +9,32 @@ from torch import Tensor
 
 from argen.eval.images import Picture, Pictures, cropped, digest
 from argen.eval.metrics import psnr, ssim
+from tokenizers_img.kl_vae import KLVAE
+from tokenizers_img.llamagen_vq import LlamaGenVQ
 from tokenizers_img.pixels import from_pil, from_uint8
 from tokenizers_img.vit_vqgan import ViTVQGAN
 
+Tokenizer = ViTVQGAN | LlamaGenVQ | KLVAE
+
 
 @torch.no_grad()
-def reconstruct(tokenizer: ViTVQGAN, pictures: Tensor) -> tuple[Tensor, Tensor]:
-    """Pictures [B, H, W, 3] uint8 -> what comes back, [B, 3, H, W] in [0, 1], and ids [B, N], both on the CPU."""
-    made, ids = [], []
+def reconstruct(tokenizer: Tokenizer, pictures: Tensor) -> tuple[Tensor, Tensor]:
+    """Pictures [B, H, W, 3] uint8 -> what comes back, [B, 3, H, W] in [0, 1], and what they were encoded as: ids [B, N] or
+    latents [B, C, h, w]; both on the CPU."""
+    made, encoded = [], []
     for part in pictures.split(64):
-        ids.append(tokenizer.encode(from_uint8(part).to(tokenizer.device, tokenizer.dtype)))
-        made.append(tokenizer.decode(ids[-1]).float().clamp(0, 1).cpu())
-    return torch.cat(made), torch.cat(ids).cpu()
+        encoded.append(tokenizer.encode(from_uint8(part).to(tokenizer.device, tokenizer.dtype)))
+        made.append(tokenizer.decode(encoded[-1]).float().clamp(0, 1).cpu())
+    return torch.cat(made), torch.cat(encoded).cpu()
 
 
-def evaluate(tokenizer: ViTVQGAN, pictures: Tensor) -> dict[str, float]:
-    """PSNR in dB, mean of the pictures [B, H, W, 3] uint8; share of the codes that they use."""
-    made, ids = reconstruct(tokenizer, pictures)
-    return {
-        "psnr": psnr(made, from_uint8(pictures)).mean().item(),
-        "codes_used": ids.unique().numel() / tokenizer.config.n_embed,
-    }
+def evaluate(tokenizer: Tokenizer, pictures: Tensor) -> dict[str, float]:
+    """PSNR in dB, mean of the pictures [B, H, W, 3] uint8; of a tokenizer with codes, the share of them that they use."""
+    made, encoded = reconstruct(tokenizer, pictures)
+    scores = {"psnr": psnr(made, from_uint8(pictures)).mean().item()}
+    if "n_embed" in tokenizer.config:
+        scores["codes_used"] = encoded.unique().numel() / tokenizer.config.n_embed
+    return scores
 
 
 class Fitted(Pictures):
@@ -47,7 +52,7 @@ class Fitted(Pictures):
         return (pixels * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
 
 
-def reconstructor(tokenizer: ViTVQGAN, pictures: Pictures) -> Callable[[range], list[Image.Image]]:
+def reconstructor(tokenizer: Tokenizer, pictures: Pictures) -> Callable[[range], list[Image.Image]]:
     """Numbers of pictures -> what the tokenizer makes of them."""
 
     def make(rows: range) -> list[Image.Image]:
@@ -58,16 +63,18 @@ def reconstructor(tokenizer: ViTVQGAN, pictures: Pictures) -> Callable[[range], 
     return make
 
 
-def compare(tokenizer: ViTVQGAN, made: Pictures, real: Pictures) -> dict[str, dict]:
-    """PSNR and SSIM of the 8-bit pictures, and the share of the codes that the real ones use."""
+def compare(tokenizer: Tokenizer, made: Pictures, real: Pictures) -> dict[str, dict]:
+    """PSNR and SSIM of the 8-bit pictures and, of a tokenizer with codes, the share of them that the real ones use."""
     sums, used = {"PSNR (dB)": 0.0, "SSIM": 0.0}, set()
     for first in range(0, len(real), 64):
         rows = range(first, min(first + 64, len(real)))
         pair = [torch.stack([torch.tensor(side[index]) for index in rows]) for side in (made, real)]
         for name, metric in (("PSNR (dB)", psnr), ("SSIM", ssim)):
             sums[name] += metric(*(from_uint8(side) for side in pair)).sum().item()
-        ids = tokenizer.encode(from_uint8(pair[1]).to(tokenizer.device, tokenizer.dtype))
-        used |= set(ids.unique().tolist())
+        if "n_embed" in tokenizer.config:
+            ids = tokenizer.encode(from_uint8(pair[1]).to(tokenizer.device, tokenizer.dtype))
+            used |= set(ids.unique().tolist())
     scores = {name: total / len(real) for name, total in sums.items()}
-    scores["codes used"] = len(used) / tokenizer.config.n_embed
+    if used:
+        scores["codes used"] = len(used) / tokenizer.config.n_embed
     return {name: {"value": value, "n": len(real)} for name, value in scores.items()}

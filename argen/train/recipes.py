@@ -3,13 +3,15 @@
 from pathlib import Path
 
 from argen.train import clip as clip_recipe
-from argen.train import controlar, draft, judge, llamagen, parti, vit_vqgan
+from argen.train import controlar, draft, judge, kl_vae, llamagen, parti, vit_vqgan
 from argen.train.loop import train
 
 SCHEDULES = {
     "emoji-clip": clip_recipe.SCHEDULES,
     "emoji-vitvqgan": vit_vqgan.SCHEDULES,
     "emoji-vitvqgan-decoder": vit_vqgan.DECODER_SCHEDULES,
+    "emoji-vae": kl_vae.SCHEDULES,
+    "emoji-vae-decoder": kl_vae.DECODER_SCHEDULES,
     "emoji-parti": parti.SCHEDULES,
     "emoji-parti-second": parti.SECOND_SCHEDULES,
     "emoji-llamagen": llamagen.SCHEDULES,
@@ -24,7 +26,8 @@ STARTS = {  # recipe -> model it goes on from
     "emoji-control": "emoji-llamagen",
     "emoji-drafter": "emoji-llamagen",
 }
-WITHOUT_SCENES = ("emoji-vitvqgan", "emoji-vitvqgan-decoder")
+TOKENIZERS = {"emoji-vae-decoder": "emoji-vae"}  # recipe -> tokenizer it builds on; the others on emoji-vitvqgan
+WITHOUT_SCENES = ("emoji-vitvqgan", "emoji-vitvqgan-decoder", "emoji-vae", "emoji-vae-decoder")
 
 
 def run(
@@ -60,6 +63,8 @@ def run(
         "emoji-clip": lambda: clip_recipe.CLIPTask(data, scenes),
         "emoji-vitvqgan": lambda: vit_vqgan.ViTVQGANTask(data, schedule.steps),
         "emoji-vitvqgan-decoder": lambda: vit_vqgan.DecoderTask(data, tokenizer, clip, schedule.steps),
+        "emoji-vae": lambda: kl_vae.KLVAETask(data),
+        "emoji-vae-decoder": lambda: kl_vae.KLDecoderTask(data, tokenizer, clip, schedule.steps),
         "emoji-parti": lambda: parti.PartiTask(data, scenes, tokenizer, clip),
         "emoji-parti-second": lambda: parti.PartiTask(data, scenes, tokenizer, clip, generator),
         "emoji-llamagen": lambda: llamagen.LlamaGenTask(data, scenes, tokenizer, clip),

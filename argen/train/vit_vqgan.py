@@ -18,6 +18,7 @@ from transformers import CLIPVisionModel
 from argen.data.tables import pixels, read_split
 from argen.eval import reconstruction
 from argen.train.loop import Schedule, Task
+from tokenizers_img.kl_vae import KLVAE
 from tokenizers_img.pixels import from_uint8
 from tokenizers_img.vit_vqgan import ViTVQGAN
 
@@ -107,12 +108,12 @@ class Reconstruction(Task):
         data: folder made by ``argen data emoji``.
     """
 
-    def __init__(self, model: ViTVQGAN, data: Path):
+    def __init__(self, model: ViTVQGAN | KLVAE, data: Path):
         self.train, self.test = (torch.from_numpy(pixels(read_split(data, s))) for s in ("train", "test"))
         self.networks: dict[str, nn.Module] = {"model": model}
         model.to(memory_format=torch.channels_last)
 
-    def model(self) -> ViTVQGAN:
+    def model(self) -> ViTVQGAN | KLVAE:
         return getattr(self.networks["model"], "module", self.networks["model"])
 
     def evaluate(self) -> dict[str, float]:
@@ -223,14 +224,19 @@ class DecoderTask(Reconstruction):
     """
 
     def __init__(self, data: Path, tokenizer: Path, clip: Path, total: int):
-        model = ViTVQGAN.from_pretrained(tokenizer, torch_dtype=torch.float32)
-        model.register_to_config(_name_or_path="emoji-vitvqgan")  # what is saved names no folder of this machine
-        for part in (model.encoder, model.pre_quant, model.quantizer):
+        model, kept = self.start(tokenizer)
+        for part in kept:
             part.requires_grad_(False)
         super().__init__(model, data)
         self.networks["discriminator"] = PatchDiscriminator().to(memory_format=torch.channels_last)
         self.perceptual = PerceptualDistance(CLIPVisionModel.from_pretrained(clip, dtype=torch.float32))
         self.total = total
+
+    def start(self, tokenizer: Path) -> tuple[ViTVQGAN, list[nn.Module]]:
+        """The tokenizer, and the parts of it that stay as they are."""
+        model = ViTVQGAN.from_pretrained(tokenizer, torch_dtype=torch.float32)
+        model.register_to_config(_name_or_path="emoji-vitvqgan")  # what is saved names no folder of this machine
+        return model, [model.encoder, model.pre_quant, model.quantizer]
 
     def batch(self, size: int, generator: torch.Generator) -> dict[str, Tensor]:
         chosen = torch.randint(len(self.train), (size,), generator=generator)
