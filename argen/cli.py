@@ -29,6 +29,14 @@ def size(text: str) -> tuple[int, int]:
     return int(width), int(height)
 
 
+def steps(text: str) -> int | tuple[int, int]:
+    """ "40", or "50,15" -> the steps of the first and of the last part."""
+    parts = text.split(",")
+    if len(parts) > 2 or not all(part.isdigit() for part in parts):
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of steps: expected N, or FIRST,LAST as 50,15")
+    return int(text) if len(parts) == 1 else (int(parts[0]), int(parts[1]))
+
+
 def parser() -> Parser:
     formatter = argparse.ArgumentDefaultsHelpFormatter
     top = Parser(prog="argen", description="Autoregressive image generation: pictures from words, offline.")
@@ -68,12 +76,18 @@ def parser() -> Parser:
         metavar="NAME",
         help="how the tokens are written: plain; jacobi, the same pictures in fewer passes; auto, the faster of the two; sjd "
         "and recycling, other pictures of the same law; speculative, the same with the model's drafter; gsd, "
-        "lantern and fast_preview, relaxed (default: auto)",
+        "lantern and fast_preview, relaxed; of a model of continuous latents: sde, euler or heun (default: auto)",
     )
     add.add_argument("--lantern-k", type=int, metavar="K", help="neighbours that lend their probability (default: 10)")
     add.add_argument("--lantern-delta", type=float, metavar="D", help="they lend at most D, 0 to 1 (default: 0.2)")
     add.add_argument(
         "--lantern-lambda", type=float, metavar="L", help="or so much that a token's own is multiplied by L, at most"
+    )
+    add.add_argument(
+        "--steps",
+        type=steps,
+        metavar="N[,LAST]",
+        help="of the flow of a model of continuous latents; two numbers: of its first and of its last part",
     )
     add.add_argument(
         "--num-candidates", type=int, metavar="C", help="draw C pictures and keep the -n that fit the prompt best"
@@ -148,7 +162,9 @@ def parser() -> Parser:
         help="checkpoints, log, sample grids; goes on from what is there",
     )
     add.add_argument("--clip", type=Path, metavar="DIR", help="trained emoji-clip (default: the shipped one)")
-    add.add_argument("--tokenizer", type=Path, metavar="DIR", help="trained emoji-vitvqgan or emoji-vae (default: the shipped one)")
+    add.add_argument(
+        "--tokenizer", type=Path, metavar="DIR", help="trained emoji-vitvqgan or emoji-vae (default: the shipped one)"
+    )
     add.add_argument(
         "--generator",
         type=Path,
@@ -197,7 +213,7 @@ def generate(args) -> None:
 
     writable_png(args.out)
     names = ("prompt", "num_images", "seed", "model", "guidance_scale", "temperature", "top_k", "top_p", "sampler")
-    names += ("lantern_k", "lantern_delta", "lantern_lambda")
+    names += ("lantern_k", "lantern_delta", "lantern_lambda", "steps")
     given = {name: getattr(args, name) for name in (*names, "num_candidates") if getattr(args, name) is not None}
     if args.origin:
         given = read_request(args.origin).given() | given

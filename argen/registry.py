@@ -22,12 +22,16 @@ from argen.pipelines.controlar import ControlARPipeline
 from argen.pipelines.dalle_mini import DalleMiniPipeline
 from argen.pipelines.llamagen import LlamaGenPipeline
 from argen.pipelines.parti import PartiPipeline
+from argen.pipelines.xar import XARPipeline
 from tokenizers_img.checkpoint import hub_file, hub_folder
+from tokenizers_img.kl_vae import KLVAE
 from tokenizers_img.llamagen_vq import LlamaGenVQ
 from tokenizers_img.vit_vqgan import ViTVQGAN
 
 WEIGHTS = Path(__file__).parent / "weights"
-PIPELINES = {cls.__name__: cls for cls in (PartiPipeline, DalleMiniPipeline, LlamaGenPipeline, ControlARPipeline)}
+PIPELINES = {
+    cls.__name__: cls for cls in (PartiPipeline, DalleMiniPipeline, LlamaGenPipeline, ControlARPipeline, XARPipeline)
+}
 
 
 @dataclass(frozen=True)
@@ -48,7 +52,7 @@ class Model:
     about: str
     licence: str
     parameters: float
-    read: Callable[[Path], TokenPipeline | ViTVQGAN | TextImageEncoder]
+    read: Callable[[Path], TokenPipeline | ViTVQGAN | LlamaGenVQ | KLVAE | TextImageEncoder | Judge]
     repo: str | None = None
     files: tuple[str, ...] = ()
     takes: tuple[str, ...] = ("text",)
@@ -147,6 +151,19 @@ def _controlar(name: str, about: str, encoder: str, grid: int, resize: str) -> M
     return Model("generator", about, "Apache-2.0", parameters, read, "wondervictor/ControlAR", files, takes)
 
 
+def _xar(repo: str, name: str, size: str, parameters: float, licence: str) -> Model:
+    """`name` is that of the released file, as "xAR-B"."""
+
+    def read(folder: Path) -> XARPipeline:
+        vae = folder / "kl16.ckpt"
+        return XARPipeline.from_original(
+            folder / f"{name}.pth", vae if vae.is_file() else hub_file(KL16, vae.name), size
+        )
+
+    about = f"xAR {size}, class -> 4 cells of 64 latents -> 256 x 256"
+    return Model("generator", about, licence, parameters, read, repo, (f"{name}.pth",), takes=("class",))
+
+
 def _llamagen_vq(name: str, parameters: float) -> Model:
     """`name` is that of the released file, as "vq_ds16_c2i"."""
     _, stride, kind = name.split("_")
@@ -164,7 +181,7 @@ def _llamagen_vq(name: str, parameters: float) -> Model:
     )
 
 
-T5 = "google/flan-t5-xl"
+T5, KL16 = "google/flan-t5-xl", "xwen99/mar-vae-kl16"
 LLAMAGEN = {
     **{  # with the picture tokenizer's 71.9 million
         name: _llamagen(name, parameters)
@@ -194,7 +211,15 @@ CONTROLAR = {
     "edge_base": _controlar("edge_base", "canny, HED or inverted line art", "dinov2-base", 32, "bicubic"),
     "depth_base": _controlar("depth_base", "depth", "dinov2-base", 32, "bicubic"),
 }
-RELEASED = LLAMAGEN | CONTROLAR  # name of the file -> its entry
+XAR_FILES = {  # with the picture tokenizer's 66.5 million
+    **{
+        name: _xar("OliverRen/xAR", name, name[-1], parameters, "none stated")
+        for name, parameters in {"xAR-B": 239.1, "xAR-L": 674.9, "xAR-H": 1252.5}.items()
+    },
+    "Neon_xARB_imagenet256": _xar("sinaalemohammad/Neon", "Neon_xARB_imagenet256", "B", 239.1, "MIT (code)"),
+    "Neon_xARL_imagenet256": _xar("sinaalemohammad/Neon", "Neon_xARL_imagenet256", "L", 674.9, "MIT (code)"),
+}
+RELEASED = LLAMAGEN | CONTROLAR | XAR_FILES  # name of the file -> its entry
 
 MODELS = {
     "argen/emoji-parti": Model(
@@ -222,6 +247,15 @@ MODELS = {
         "generator", "DALL-E mega, text -> 256 tokens -> 256 x 256", parameters=2634.7, **_dalle("mega")
     ),
     **{f"{model.repo}:{name}": model for name, model in RELEASED.items()},
+    KL16: Model(
+        "tokenizer",
+        "KL-16, 256 x 256 <-> 16 x 16 latents of 16 numbers",
+        "MIT",
+        66.5,
+        lambda folder: KLVAE.from_original(folder / "kl16.ckpt"),
+        KL16,
+        ("kl16.ckpt",),
+    ),
     **{
         f"thuanz123/vitvqgan-imagenet-{size}": Model(
             "tokenizer",
@@ -237,12 +271,12 @@ MODELS = {
 }
 
 
-def load(model: str | Path) -> TokenPipeline | ViTVQGAN | TextImageEncoder:
+def load(model: str | Path) -> TokenPipeline | ViTVQGAN | LlamaGenVQ | KLVAE | TextImageEncoder | Judge:
     """The pipeline of a generator, the network of a tokenizer, or a text/picture encoder, on the CPU in float32.
 
     Args:
         model: an id of `MODELS`, a folder written by a pipeline's ``save_pretrained``, or the released file of a
-            LlamaGen or ControlAR beside its tokenizer's. Published weights are taken from the hub's cache, or fetched into it.
+            LlamaGen, ControlAR or xAR beside its tokenizer's. Published weights are taken from the hub's cache, or fetched into it.
 
     Raises:
         ValueError: no such model; weights that cannot be read or do not fit.

@@ -7,9 +7,8 @@ from io import BytesIO
 import torch
 from PIL import Image
 
-from samplers import by_name
+from samplers import SOLVERS, by_name
 from samplers.logits import Sampling
-from samplers.steps import Sampler
 
 MAX_PROMPT, MAX_IMAGES, MAX_CANDIDATES = 1000, 64, 64
 MIN_CONTROL = 16  # pixels on a side of a control picture
@@ -71,7 +70,8 @@ class Request:
         seed: picture i is drawn with ``seed + i``, and with nothing else: it does not depend on the others.
         guidance_scale: classifier-free guidance, 1 for none; None for the model's own.
         temperature, top_k, top_p: see `samplers.logits.Sampling`; None for the model's own.
-        sampler: a name in `samplers.SAMPLERS`.
+        sampler: a name in `samplers.SAMPLERS` or `samplers.SOLVERS`, or "auto", which is for every model the best one.
+        steps: of the flow of a model of continuous latents, or those of its first and its last part; None for the model's own.
         lantern_k, lantern_delta, lantern_lambda: settings of the sampler "lantern", see `samplers.Lantern`; None for its own.
         num_candidates: pictures drawn, of which the `num_images` that fit the prompt best are kept; None draws no more
             than are asked for.
@@ -93,6 +93,7 @@ class Request:
     lantern_k: int | None = None
     lantern_delta: float | None = None
     lantern_lambda: float | None = None
+    steps: int | tuple[int, int] | None = None
     num_candidates: int | None = None
     control: Control | None = None
 
@@ -104,7 +105,7 @@ class Request:
             raise ValueError(f"seed is {self.seed}: expected 0 or more, and less than 2^63 - {MAX_CANDIDATES}")
         if self.guidance_scale is not None and not 0 <= self.guidance_scale <= 100:
             raise ValueError(f"guidance_scale is {self.guidance_scale}: expected 0 to 100 (1 is no guidance)")
-        self.make_sampler()
+        by_name("sde" if self.steps is not None and self.sampler == "auto" else self.sampler, **self.sampler_settings())
         if self.num_candidates is not None and not self.num_images <= self.num_candidates <= MAX_CANDIDATES:
             raise ValueError(
                 f"num_candidates is {self.num_candidates}: expected at least the number of pictures "
@@ -114,15 +115,22 @@ class Request:
             **{key: value for key in ("temperature", "top_k", "top_p") if (value := getattr(self, key)) is not None}
         )
 
-    def make_sampler(self) -> Sampler:
-        """The sampler that is asked for, with its settings."""
+    def sampler_settings(self) -> dict:
+        """Those of the sampler that are given."""
         lantern = {"k": self.lantern_k, "delta": self.lantern_delta, "lambda_": self.lantern_lambda}
         lantern = {name: value for name, value in lantern.items() if value is not None}
         if lantern and self.sampler != "lantern":
             raise ValueError(
                 f"settings of the sampler lantern were given, but the sampler is {self.sampler}: leave them out"
             )
-        return by_name(self.sampler, **lantern)
+        if self.steps is None:
+            return lantern
+        if self.sampler not in ("auto", *SOLVERS):
+            raise ValueError(
+                f"steps are those of a flow, but the sampler is {self.sampler}: leave them out, or choose one of "
+                f"{', '.join(SOLVERS)} with a model of continuous latents"
+            )
+        return {"steps": self.steps}
 
     def generators(self) -> list[torch.Generator]:
         """A source of luck for each picture that is drawn."""
@@ -144,8 +152,10 @@ class Request:
     @classmethod
     def from_dict(cls, saved: dict) -> "Request":
         """What `to_dict` gave."""
-        control = {"control": Control.from_dict(saved["control"])} if "control" in saved else {}
-        return cls(**saved | control)
+        parts = {"control": Control.from_dict(saved["control"])} if "control" in saved else {}
+        if isinstance(saved.get("steps"), list):
+            parts["steps"] = tuple(saved["steps"])
+        return cls(**saved | parts)
 
 
 def check_prompt(prompt: str) -> None:
@@ -164,7 +174,8 @@ class Job:
 
     Attributes:
         request: with every value left to the model filled in.
-        tokens: [drawn, h, w] int64, -1 where nothing is decided yet.
+        tokens: [drawn, h, w] int64, -1 where nothing is decided yet; of a model of continuous latents [drawn, C, h, w], NaN there.
+        decided: cells of a picture that are, in every one.
         passes: of the network, so far.
         origins: [drawn, h, w] int8, how each cell came by its token (`samplers.steps.Origin`); None where all were drawn.
         lossless: whether the sampler keeps the law of the network.
@@ -176,6 +187,7 @@ class Job:
 
     request: Request
     tokens: torch.Tensor
+    decided: int = 0
     passes: int = 0
     origins: torch.Tensor | None = None
     lossless: bool = True
@@ -187,9 +199,9 @@ class Job:
     @property
     def tokens_a_pass(self) -> float:
         """Cells of a picture that were decided in a pass of the network, on average."""
-        return self.progress * self.tokens[0].numel() / max(1, self.passes)
+        return self.decided / max(1, self.passes)
 
     @property
     def progress(self) -> float:
         """Decided cells of all, 0 to 1."""
-        return (self.tokens >= 0).float().mean().item()
+        return self.decided / self.tokens[0].shape[-2:].numel()

@@ -3,6 +3,7 @@
 from samplers.auto import Auto
 from samplers.jacobi import Jacobi
 from samplers.lantern import Lantern
+from samplers.next_x import SOLVERS, NextX
 from samplers.recycling import TokenRecycling
 from samplers.sjd import GroupedJacobi, SpeculativeJacobi
 from samplers.speculative import Speculative
@@ -15,12 +16,14 @@ SAMPLERS: dict[str, type] = {
 }
 
 
-def by_name(name: str, **settings) -> Sampler:
-    """The sampler called `name`, with its own settings where none are given.
+def by_name(name: str, **settings) -> Sampler | NextX:
+    """The sampler called `name`, of tokens or (one of `SOLVERS`) of latents, with its own settings where none are given.
 
     Raises:
         ValueError: there is no such sampler.
     """
+    if name in SOLVERS:
+        return NextX(name, **settings)
     if name not in SAMPLERS:
-        raise ValueError(f"unknown sampler {name!r}: expected one of {', '.join(SAMPLERS)}")
+        raise ValueError(f"unknown sampler {name!r}: expected one of {', '.join((*SAMPLERS, *SOLVERS))}")
     return SAMPLERS[name](**settings)

@@ -13,7 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from samplers.flow import euler, euler_maruyama, even_times, heun, stochastic_times
+from samplers.flow import Velocity, euler, euler_maruyama, even_times, heun, stochastic_times
 from samplers.logits import guide
 
 SOLVERS = ("sde", "euler", "heun")
@@ -34,16 +34,16 @@ class NextXStep:
     """The state after a step of a flow.
 
     Attributes:
-        sequence: [B, N, C], float32; the entity under way is still noisy, what follows is 0.
-        entities: that are finished.
+        sequence: [B, N, C] float32; the entity under way is still noisy, what follows is NaN.
+        finished: positions of the entities that are finished.
+        decided: the same, and of those under way the share of the steps that is done.
         passes: of the network, so far.
-        progress: share of all steps.
     """
 
     sequence: Tensor
-    entities: int
+    finished: int
+    decided: int
     passes: int
-    progress: float
 
 
 @dataclass(frozen=True)
@@ -59,11 +59,17 @@ class NextX:
     solver: str = "sde"
     steps: int | tuple[int, int] = 40
     precise: bool = True
+    lossless = True
 
     def __post_init__(self):
         if self.solver not in SOLVERS:
             raise ValueError(f"unknown flow solver {self.solver!r}: expected one of {', '.join(SOLVERS)}")
-        self.times(0, 1)
+        self.times(0, 2)
+        self.times(1, 2)
+
+    @property
+    def name(self) -> str:
+        return self.solver
 
     def times(self, entity: int, entities: int) -> list[float]:
         """Of one of the entities."""
@@ -74,41 +80,62 @@ class NextX:
     def __call__(
         self,
         session: NextXSession,
+        given: Tensor,
         lengths: Sequence[int],
         guidance_scale: float,
         noise: Callable[[int, int], tuple[Tensor, Tensor]],
     ) -> Iterator[NextXStep]:
-        """Write all entities.
+        """Write the positions of `given` that are NaN.
 
         Args:
             session: fresh.
+            given: [B, N, C] float32; what is known of an entity is kept, and shown to the network with the noise of the time.
             lengths: T of each entity.
             guidance_scale: of the last entity; it grows evenly from 1 at the first.
             noise: entity, number n of draws -> [B, T, C] to start from, and [n, B, T, C] for the stochastic steps.
         """
-        schedules = [self.times(entity, len(lengths)) for entity in range(len(lengths))]
-        total, done, passes, finished = sum(len(times) - 1 for times in schedules), 0, 0, []
-        for entity, times in enumerate(schedules):
-            scale = 1 + (guidance_scale - 1) * entity / (len(lengths) - 1) if len(lengths) > 1 else guidance_scale
-            x, draws = noise(entity, len(times) - 2 if self.solver == "sde" else 0)
-
-            def velocity(state: Tensor, time: float, entity=entity, scale=scale) -> Tensor:
-                nonlocal passes
-                passes += 1
-                conditional, unconditional = session.velocity(entity, state.float(), time, scale > 1)
-                return conditional if unconditional is None else guide(conditional, unconditional, scale)
-
-            state = x.double() if self.precise else x
-            if self.solver == "sde":
-                states = euler_maruyama(velocity, state, times, draws)
-            else:
-                states = (euler if self.solver == "euler" else heun)(velocity, state, times)
-            rest = x.new_zeros(len(x), sum(lengths[entity + 1 :]), x.shape[2])
-            for state in states:
-                done += 1
-                last = done == sum(len(one) - 1 for one in schedules[: entity + 1])
-                yield NextXStep(torch.cat([*finished, state.float(), rest], dim=1), entity + last, passes, done / total)
-            finished.append(state.float())
+        sequence, passes, finished = given.clone(), 0, 0
+        for entity, length in enumerate(lengths):
+            own = sequence[:, finished : finished + length]  # a view
+            known, times = own.isfinite(), self.times(entity, len(lengths))
+            if not known.all():
+                scale = guidance_scale
+                if len(lengths) > 1:
+                    scale = 1 + (guidance_scale - 1) * entity / (len(lengths) - 1)
+                start, draws = noise(entity, len(times) - 2 if self.solver == "sde" else 0)
+                velocity = _Guided(session, entity, scale, own.clone(), known, start)
+                states = self._states(velocity, start.double() if self.precise else start, times, draws)
+                for index, state in enumerate(states, 1):
+                    own[:] = torch.where(known, own, state.float())
+                    under_way = length * index // (len(times) - 1)
+                    whole = length if index == len(times) - 1 else 0
+                    yield NextXStep(sequence.clone(), finished + whole, finished + under_way, passes + velocity.calls)
+                passes += velocity.calls
             if entity + 1 < len(lengths):
-                session.finish(entity, finished[-1])
+                session.finish(entity, own)
                 passes += 1
+            finished += length
+
+    def _states(self, velocity: Velocity, state: Tensor, times: list[float], draws: Tensor) -> Iterator[Tensor]:
+        if self.solver == "sde":
+            return euler_maruyama(velocity, state, times, draws)
+        return (euler if self.solver == "euler" else heun)(velocity, state, times)
+
+
+@dataclass
+class _Guided:
+    """The guided velocity of one entity; what is `known` of it stays where the flow would have it."""
+
+    session: NextXSession
+    entity: int
+    scale: float
+    given: Tensor
+    known: Tensor
+    start: Tensor
+    calls: int = 0
+
+    def __call__(self, state: Tensor, time: float) -> Tensor:
+        self.calls += 1
+        seen = torch.where(self.known, (1 - time) * self.given + time * self.start, state.float())
+        conditional, unconditional = self.session.velocity(self.entity, seen, time, self.scale > 1)
+        return conditional if unconditional is None else guide(conditional, unconditional, self.scale)

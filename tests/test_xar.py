@@ -1,12 +1,21 @@
 """xAR against the official code's numbers and the published key lists."""
 
+import json
+from argparse import Namespace
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import published_keys, shapes
+from PIL import Image
 
+import argen
 from argen.models.xar import SIZES, XAR, Entities, XARSession, converted, thousandths
+from argen.pipelines.xar import XARPipeline
+from argen.request import Request
 from samplers.next_x import NextX
+from tokenizers_img import kl_vae
 from tokenizers_img.checkpoint import load_strict
 
 CLOSE = {"atol": 1e-4, "rtol": 1e-4}
@@ -56,12 +65,13 @@ def test_sampling(case, precise):
             return start, io[f"step_noise_{steps}"][entity] if stochastic else torch.zeros(0)
 
         session = XARSession(model, io["class_ids"], sampler.times(0, 1), run["cfg"] != 1)
-        *_, last = sampler(session, model.entities.lengths, run["cfg"], noise)
+        given = torch.full_like(model.entities.cut(io["latents"]), torch.nan)
+        *_, last = sampler(session, given, model.entities.lengths, run["cfg"], noise)
         expected = io[f"sampled_{run['tag']}"]
         torch.testing.assert_close(model.entities.join(last.sequence), expected, atol=2e-3, rtol=2e-3)
-        assert last.progress == 1
-        assert last.entities == len(model.entities.lengths)
-        assert last.passes == steps * last.entities + last.entities - 1
+        assert last.finished == last.decided == given.shape[1]
+        entities = len(model.entities.lengths)
+        assert last.passes == steps * entities + entities - 1
 
 
 @pytest.mark.parametrize(("name", "size"), [("xAR-B", "B"), ("xAR-L", "L"), ("xAR-H", "H")])
@@ -125,3 +135,112 @@ def test_times_are_cut_in_float32():
 def test_later_entities_may_take_fewer_steps():
     sampler = NextX("euler", (50, 15))
     assert [len(sampler.times(entity, 4)) - 1 for entity in range(4)] == [50, 38, 26, 15]
+
+
+@pytest.fixture
+def pipe():
+    """A small one of the published kind; untrained, because only the mechanics are looked at."""
+    torch.manual_seed(0)
+    model = XAR(32, 1, 1, 2, grid=4, size=2, channels=16)
+    vae = kl_vae.network((8, 8, 16, 16, 32), 16, 2, image_size=64)
+    pipe = XARPipeline(model.eval(), vae.eval())
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def luck(*seeds):
+    return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+
+def test_a_picture_depends_on_its_own_seed_alone(pipe):
+    asked = {"guidance_scale": 2.0, "sampler": NextX(steps=3), "output_type": "latent"}
+    both = pipe(["class:1", "class:goldfish"], generator=luck(5, 6), **asked)
+    alone = pipe("class:goldfish", generator=luck(6), **asked)
+    assert both.tokens.shape == (2, 16, 4, 4)
+    torch.testing.assert_close(both.tokens[1:], alone.tokens, atol=1e-4, rtol=1e-4)
+    assert both.passes == 3 * 4 + 3
+    picture = pipe("class:1", generator=luck(5), guidance_scale=2.0, sampler=NextX(steps=3)).images[0]
+    assert picture.size == (64, 64)
+
+
+def test_what_is_given_stays_and_the_rest_is_written(pipe):
+    asked = {"sampler": NextX("euler", 4), "output_type": "latent"}
+    whole = pipe("class:1", generator=luck(3), **asked).tokens
+
+    def stop(pipe, index, decided, state):
+        pipe._interrupt = decided >= 8
+
+    part = pipe("class:1", generator=luck(3), callback_on_step_end=stop, **asked).tokens
+    assert torch.equal(part[..., :2, :], whole[..., :2, :])
+    assert part[..., 2:, :].isnan().all()
+    rest = pipe("class:1", generator=luck(4), tokens=part, **asked)
+    assert torch.equal(rest.tokens[..., :2, :], whole[..., :2, :])
+    assert rest.tokens.isfinite().all()
+    assert rest.passes == 4 * 2 + 3
+    hole = whole.clone()
+    hole[..., 0, 0] = torch.nan
+    mended = pipe("class:1", generator=luck(9), tokens=hole, **asked)
+    assert torch.equal(mended.tokens.isclose(whole).all(dim=1), hole.isfinite().all(dim=1))
+    shown = pipe.pictures(part, "pt")
+    assert (shown[:, :, 32:] == 1).all()
+    assert (shown[:, :, :32] != 1).any()
+
+
+def test_a_request_is_carried_out_and_says_its_steps(pipe):
+    request = Request("class:3", "a model", num_images=2, seed=4, sampler="heun", steps=(3, 2))
+    jobs = [(job.progress, job.passes) for job in pipe.run(request)]
+    assert jobs[-1][0] == 1
+    assert [progress for progress, _ in jobs] == sorted(progress for progress, _ in jobs)
+    *_, job = pipe.run(Request.from_dict(json.loads(json.dumps(request.to_dict()))))
+    assert job.request.steps == (3, 2)
+    assert job.request.top_k == 0
+    assert len(job.pictures) == 2
+    again = pipe("class:3", generator=luck(5), sampler=NextX("heun", (3, 2))).images[0]
+    assert again.tobytes() == job.pictures[1].tobytes()
+
+
+def test_what_does_not_fit_a_flow_is_refused(pipe):
+    with pytest.raises(
+        ValueError, match="writes continuous latents, and the sampler jacobi tokens: choose auto or one of sde"
+    ):
+        pipe("class:1", sampler="jacobi")
+    with pytest.raises(ValueError, match="top_k is 5: this model draws no tokens"):
+        pipe("class:1", top_k=5)
+    with pytest.raises(ValueError, match="XARPipeline takes no control picture"):
+        pipe("class:1", control_image=Image.new("RGB", (64, 64)))
+    with pytest.raises(ValueError, match=r"latents are \[1, 16, 3, 4\]: expected \[1, 16, 4, 4\]"):
+        pipe("class:1", tokens=torch.zeros(1, 16, 3, 4))
+    with pytest.raises(ValueError, match="steps are those of a flow, but the sampler is plain"):
+        Request("x", sampler="plain", steps=5)
+    with pytest.raises(ValueError, match="the number of flow steps is 0"):
+        Request("x", steps=0)
+    with pytest.raises(ValueError, match="this model writes tokens, and the sampler sde and its steps"):
+        argen.load("argen/emoji-parti")("a red apple", sampler="sde")
+
+
+def test_a_saved_pipeline_comes_back(pipe, tmp_path):
+    pipe.save_pretrained(tmp_path)
+    again = argen.load(tmp_path)
+    again.set_progress_bar_config(disable=True)
+    asked = {"sampler": NextX(steps=2), "output_type": "latent"}
+    made = [one("class:1", generator=luck(1), **asked).tokens for one in (pipe, again)]
+    assert torch.equal(*made)
+
+
+def test_released_files_load_by_name(tmp_path, monkeypatch, golden):
+    """A bare dict, as xAR's, and a training checkpoint with averaged weights and the script's settings beside them."""
+    case = golden("xar/depth2_1")
+    sizes = {key: case.config[key] for key in ("dim", "encoder_depth", "decoder_depth", "heads")}
+    monkeypatch.setitem(SIZES, "B", sizes)
+    monkeypatch.setattr(kl_vae, "network", partial(kl_vae.network, (8, 8, 16, 16, 32), 16, 2))
+    torch.save({"model": golden("kl16_vae/scaled").weights}, tmp_path / "kl16.ckpt")
+    torch.save(case.weights, tmp_path / "xAR-B.pth")
+    training = {"model_ema": case.weights, "model": {"pred.bias": torch.zeros(16)}, "args": Namespace(seed=1)}
+    torch.save(training, tmp_path / "Neon_xARB_imagenet256.pth")
+    pipes = [argen.load(tmp_path / name) for name in ("xAR-B.pth", "Neon_xARB_imagenet256.pth")]
+    for pipe in pipes:
+        pipe.set_progress_bar_config(disable=True)
+        assert pipe.defaults.steps == 40
+    made = [pipe("class:207", generator=luck(1), sampler=NextX(steps=2)).images[0] for pipe in pipes]
+    assert made[0].size == (256, 256)
+    assert made[0].tobytes() == made[1].tobytes()

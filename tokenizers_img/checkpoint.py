@@ -1,6 +1,7 @@
 """Published checkpoint files: fetched from the hub, opened safely, their names changed into a library's, and loaded strictly."""
 
 import re
+from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TypeVar
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 Network = TypeVar("Network", bound=nn.Module)
 
+WRAPPERS = ("model_ema", "state_dict", "model", "module")
 CONVOLUTIONAL = [  # names of taming-transformers and latent diffusion, and of LlamaGen -> of diffusers
     (r"\bdown\.(\d+)\.", r"down_blocks.\1."),
     (r"\bup\.(\d+)\.", r"up_blocks.\1."),
@@ -56,7 +58,7 @@ def hub_file(repo: str, name: str) -> Path:
 
 
 def read_state_dict(path: str | Path) -> dict[str, Tensor]:
-    """The tensors of a ``.safetensors`` file or of a torch file, out of a ``state_dict``, ``model`` or ``module`` wrapper.
+    """The tensors of a ``.safetensors`` file or of a torch file, out of a wrapper: the first there is of `WRAPPERS`.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -68,10 +70,11 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        with torch.serialization.safe_globals([Namespace]):  # the settings that training scripts leave in their files
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:
         raise ValueError(f"{path} could not be read as a checkpoint ({error}): fetch it again") from error
-    for wrapper in ("state_dict", "model", "module"):
+    for wrapper in WRAPPERS:
         if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
             state = state[wrapper]
     if not isinstance(state, dict) or not any(isinstance(value, Tensor) for value in state.values()):

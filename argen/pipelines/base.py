@@ -17,8 +17,9 @@ from PIL import Image
 from torch import Tensor
 
 from argen.request import Control, Job, Request
-from samplers import by_name
+from samplers import SAMPLERS, by_name
 from samplers.logits import Gumbel, Sampling, keys_of
+from samplers.next_x import NextX
 from samplers.steps import GuidanceScale, Sampler, Session, Step
 
 
@@ -30,6 +31,7 @@ class Defaults:
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
+    steps: int | None = None  # of a flow
 
 
 @dataclass
@@ -54,10 +56,12 @@ class TokenPipeline(DiffusionPipeline):
 
     Attributes:
         defaults: of the sampling settings.
+        samplers: names of those that fit.
         length: N, cells of a picture of the model's own size, which is square.
     """
 
     defaults: Defaults
+    samplers: tuple[str, ...] = tuple(SAMPLERS)
     length: int
     _interrupt = False
 
@@ -88,6 +92,39 @@ class TokenPipeline(DiffusionPipeline):
     def shape_of(self, control: Control | None) -> tuple[int, int]:
         """Rows h and columns w of the token grid, under a prepared control."""
         return (int(self.length**0.5),) * 2
+
+    def make_sampler(self, name: str, **settings) -> Sampler:
+        """See `samplers.by_name`.
+
+        Raises:
+            ValueError: there is no such sampler, or it is not for this model.
+        """
+        sampler = by_name("sde" if "steps" in settings and name == "auto" else name, **settings)
+        if isinstance(sampler, NextX):
+            raise ValueError(
+                f"this model writes tokens, and the sampler {sampler.name} and its steps are for continuous latents: choose "
+                f"one of {', '.join(SAMPLERS)}, without steps"
+            )
+        return sampler
+
+    def blank(self, count: int, shape: tuple[int, int]) -> Tensor:
+        """The tokens [B, h, w] of pictures of which nothing is decided."""
+        return torch.full((count, *shape), -1)
+
+    def arranged(self, tokens: Tensor, shape: tuple[int, int]) -> Tensor:
+        """Tokens [B, N] as `stream` gives them -> as `blank` gives them."""
+        return tokens.unflatten(1, shape)
+
+    def kept(self, step: Step) -> Tensor:
+        """The tokens of a last state, as `stream` takes them to go on from."""
+        return step.tokens
+
+    def filled(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Tokens [B, h, w] with something that can be decoded in undecided cells; which are decided, [B, h, w] bool."""
+        decided = tokens >= 0
+        if decided.all():
+            return tokens, decided
+        return torch.where(decided, tokens, self.blank_tokens(tuple(tokens.shape[1:])).to(tokens.device)), decided
 
     def rank(self, prompt: str, images: list[Image.Image]) -> list[float]:
         """How well each picture fits the prompt (higher is better)."""
@@ -121,7 +158,7 @@ class TokenPipeline(DiffusionPipeline):
         scale = self.defaults.guidance_scale if guidance_scale is None else guidance_scale
         given = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
         sampling = Sampling(**{k: getattr(self.defaults, k) if v is None else v for k, v in given.items()})
-        sampler = by_name(sampler) if isinstance(sampler, str) else sampler
+        sampler = self.make_sampler(sampler) if isinstance(sampler, str) else sampler
         if len(generators) != len(prompts):
             raise ValueError(f"got {len(generators)} generators for {len(prompts)} pictures: expected one for each")
         if controls and len({control.picture.size for control in controls}) > 1:
@@ -215,11 +252,11 @@ class TokenPipeline(DiffusionPipeline):
                     callback_on_step_end(self, index, step.decided, {"tokens": step.tokens})
                 if self._interrupt:
                     break
-        grid, origins, scores = step.tokens, step.origins, None
+        grid, origins, scores = self.kept(step), step.origins, None
         if num_candidates is not None:
-            kept, scores = self._best(asked, grid.unflatten(1, shape), each, num_images_per_prompt)
+            kept, scores = self._best(asked, self.arranged(grid, shape), each, num_images_per_prompt)
             grid, origins = grid[kept], None if origins is None else origins[kept]
-        images = self.pictures(grid.unflatten(1, shape), output_type)
+        images = self.pictures(self.arranged(grid, shape), output_type)
         output = TokenPipelineOutput(images=images, tokens=grid, scores=scores, passes=step.passes, origins=origins)
         return output if return_dict else output.to_tuple()
 
@@ -235,11 +272,11 @@ class TokenPipeline(DiffusionPipeline):
         control = self.prepare(request.control) if request.control else None
         request = replace(request, **settings, control=control)
         generators, shape = request.generators(), self.shape_of(control)
-        sampler = request.make_sampler()
-        job = Job(request, torch.full((len(generators), *shape), -1), lossless=sampler.lossless)
+        sampler = self.make_sampler(request.sampler, **request.sampler_settings())
+        job = Job(request, self.blank(len(generators), shape), lossless=sampler.lossless)
         prompts, controls = [request.prompt] * len(generators), [control] * len(generators) if control else None
         for step in self.stream(prompts, generators, **settings, sampler=sampler, controls=controls, every=every):
-            job.tokens, job.passes = step.tokens.unflatten(1, shape), step.passes
+            job.tokens, job.passes, job.decided = self.arranged(step.tokens, shape), step.passes, step.decided
             job.origins = None if step.origins is None else step.origins.unflatten(1, shape)
             yield job
         kept = list(range(len(generators)))
@@ -269,15 +306,12 @@ class TokenPipeline(DiffusionPipeline):
             tokens = tokens.unflatten(1, self.shape_of(None))
         if output_type == "latent":
             return tokens.flatten(1)
-        decided = tokens >= 0
-        filled = tokens
-        if not decided.all():
-            filled = torch.where(decided, tokens, self.blank_tokens(tuple(tokens.shape[1:])).to(tokens.device))
+        filled, decided = self.filled(tokens)
         pixels = torch.cat(
             [self.decode_tokens(row) for row in filled.split(1)]
         )  # alone, so that no bit feels the batch
         if not decided.all():
-            cell = pixels.shape[-1] // tokens.shape[2]
+            cell = pixels.shape[-1] // tokens.shape[-1]
             mask = decided[:, None].repeat_interleave(cell, 2).repeat_interleave(cell, 3)
             pixels = torch.where(mask, pixels, torch.ones_like(pixels))
         if output_type == "pt":

@@ -15,7 +15,7 @@ from argen.data.imagenet import class_names
 from argen.metadata import save_pictures
 from argen.pipelines.base import TokenPipeline
 from argen.request import Job, Request
-from samplers import SAMPLERS, Lantern
+from samplers import Lantern
 from samplers.steps import Origin
 
 ANY_STYLE = "any"
@@ -67,6 +67,7 @@ def tab(models: Models, ids: Sequence[str], data_dir: Path) -> None:
             own.temperature,
             own.top_k,
             gr.update(choices=names, value=None, visible=bool(names)),
+            gr.update(choices=list(pipe.samplers), value=Request.sampler),
         )
 
     with gr.Row():
@@ -88,7 +89,7 @@ def tab(models: Models, ids: Sequence[str], data_dir: Path) -> None:
                     1, 32, value=1, step=1, label="Candidates", info="more than Pictures: the best ones are kept"
                 )
                 sampler = gr.Dropdown(
-                    list(SAMPLERS),
+                    list(shown.samplers),
                     value=Request.sampler,
                     label="Sampler",
                     info="auto, jacobi: the pictures of plain in fewer passes; lantern: fewer still, relaxed",
@@ -101,7 +102,7 @@ def tab(models: Models, ids: Sequence[str], data_dir: Path) -> None:
             gr.Examples(["a red apple", "a blue robot", "three yellow ducks", "a cat to the left of a pizza"], prompt)
         outputs = results("")
 
-    model.change(choose, model, [style, guidance, temperature, top_k, group])
+    model.change(choose, model, [style, guidance, temperature, top_k, group, sampler])
     group.input(lambda name: f"class:{name}", group, prompt)
     sampler.change(lambda name: [gr.update(visible=name == Lantern.name)] * 2, sampler, [lantern_k, lantern_delta])
     inputs = [
@@ -170,11 +171,10 @@ def draw(pipe: TokenPipeline, request: Request, data_dir: Path) -> Iterator[tupl
 
 
 def _speed(job: Job, seconds: float) -> str:
-    written = int((job.tokens >= 0).sum())
-    cells = job.tokens[0].numel()
-    saved = 1 - job.passes / max(1, round(job.progress * cells))
+    written, saved = len(job.tokens) * job.decided, 1 - job.passes / max(1, job.decided)
     promise = "lossless" if job.lossless else "relaxed"
-    return f"{written / seconds:.0f} tokens/s, {job.tokens_a_pass:.1f} tokens a pass, {saved:.0%} of the passes saved, {promise}"
+    fewer = f"{saved:.0%} of the passes saved, " if saved >= 0 else ""
+    return f"{written / seconds:.0f} tokens/s, {job.tokens_a_pass:.1f} tokens a pass, {fewer}{promise}"
 
 
 def written(picture: Image.Image, origins: Tensor) -> Image.Image:

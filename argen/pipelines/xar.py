@@ -1,0 +1,214 @@
+"""Pictures from classes or captions with xAR (arXiv 2502.20388): continuous latents, entity by entity."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL
+from PIL import Image
+from torch import Tensor
+from transformers import CLIPModel, PreTrainedTokenizerFast
+
+from argen.data.imagenet import class_id
+from argen.models.clip import TextImageEncoder
+from argen.models.xar import SIZES, XAR, XARSession
+from argen.pipelines.base import Defaults, TokenPipeline
+from argen.pipelines.llamagen import group_caption
+from argen.request import Control, check_prompt
+from samplers import SOLVERS, NextX, by_name
+from tokenizers_img.kl_vae import KLVAE
+
+OFFICIAL = {"B": Defaults(2.7, steps=40), "L": Defaults(2.3, steps=50), "H": Defaults(2.2, steps=50)}
+
+
+@dataclass(frozen=True, slots=True)
+class LatentStep:
+    """The state after a step, as `samplers.steps.Step` is that of tokens.
+
+    Attributes:
+        tokens: [B, C, h, w] float32; what is under way is still noisy, what is not begun is NaN.
+        finished: [B, h, w] bool, those and the given ones.
+    """
+
+    tokens: Tensor
+    finished: Tensor
+    decided: int
+    passes: int
+    origins: None = None
+
+
+class XARPipeline(TokenPipeline):
+    """Args:
+    transformer: the generator.
+    vae: the network of its picture tokenizer.
+    text_encoder, tokenizer: for a model of captions; None for a model of classes, as published.
+    groups: what a model of captions takes as "class:NAME".
+    """
+
+    samplers = ("auto", *SOLVERS)
+    model_cpu_offload_seq = "text_encoder->transformer->vae"
+    _optional_components = ["text_encoder", "tokenizer"]
+
+    def __init__(
+        self,
+        transformer: XAR,
+        vae: AutoencoderKL,
+        text_encoder: CLIPModel | None = None,
+        tokenizer: PreTrainedTokenizerFast | None = None,
+        groups: list[str] | None = None,
+    ):
+        super().__init__()
+        self.register_to_config(groups=groups)
+        self.register_modules(transformer=transformer, vae=vae, text_encoder=text_encoder, tokenizer=tokenizer)
+
+    @classmethod
+    def from_original(cls, generator: str | Path, image_tokenizer: str | Path, size: str) -> "XARPipeline":
+        """Load released files, as ``xAR-B.pth`` and ``kl16.ckpt``; `size` as in `XAR.from_original`."""
+        return cls(XAR.from_original(generator, size), KLVAE.from_original(image_tokenizer).vae)
+
+    @property
+    def defaults(self) -> Defaults:
+        """Those of the paper for each size."""
+        own = self.transformer.config
+        size = next((name for name, sizes in SIZES.items() if sizes["dim"] == own.dim), None)
+        return OFFICIAL[size] if size else Defaults(2.5, steps=25)
+
+    @property
+    def length(self) -> int:
+        return self.transformer.config.grid**2
+
+    def make_sampler(self, name: str, **settings) -> NextX:
+        """See `TokenPipeline.make_sampler`."""
+        if name not in self.samplers:
+            raise ValueError(
+                f"this model writes continuous latents, and the sampler {name} tokens: choose auto or one of {', '.join(SOLVERS)}"
+            )
+        return by_name("sde" if name == "auto" else name, **{"steps": self.defaults.steps} | settings)
+
+    def blank(self, count: int, shape: tuple[int, int]) -> Tensor:
+        """See `TokenPipeline.blank`: NaN."""
+        return torch.full((count, self.transformer.config.channels, *shape), math.nan)
+
+    def arranged(self, tokens: Tensor, shape: tuple[int, int]) -> Tensor:
+        """See `TokenPipeline.arranged`: they are so already."""
+        return tokens
+
+    def start(self, prompts: list[str], guided: bool, times: list[float]) -> XARSession:
+        """A fresh session for one picture of each prompt, which will be asked at `times`.
+
+        Raises:
+            ValueError: an empty or endless prompt, or no such class.
+        """
+        for prompt in dict.fromkeys(prompts):
+            check_prompt(prompt)
+        if self.text_encoder is None:
+            asked = torch.tensor([class_id(prompt) for prompt in prompts], device=self.device)
+        else:
+            asked = self.encode_text(prompts)
+        return XARSession(self.transformer, asked, times, guided)
+
+    def encode_text(self, prompts: list[str]) -> Tensor:
+        """Captions -> vectors [B, E] of unit variance."""
+        texts = [group_caption(prompt, self.config.groups) for prompt in prompts]
+        found = TextImageEncoder(self.text_encoder, self.tokenizer).embed_text(texts)
+        return (found * found.shape[1] ** 0.5).to(self.transformer.dtype)
+
+    def stream(
+        self,
+        prompts: list[str],
+        generators: list[torch.Generator],
+        guidance_scale: float | None = None,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        sampler: str | NextX = "auto",
+        tokens: Tensor | None = None,
+        controls: list[Control] | None = None,
+        every: int = 1,
+    ) -> Iterator[LatentStep]:
+        """See `TokenPipeline.stream`; `tokens` are latents [B, C, h, w], NaN where they are to be written.
+
+        Raises:
+            ValueError: a temperature, top-k or top-p that would change something.
+        """
+        given = {"temperature": (temperature, 1.0), "top_k": (top_k, 0), "top_p": (top_p, 1.0)}
+        for name, (value, neutral) in given.items():
+            if value not in (None, neutral):
+                raise ValueError(f"{name} is {value}: this model draws no tokens, leave it out")
+        if controls:
+            self.prepare(controls[0])
+        sampler = self.make_sampler(sampler) if isinstance(sampler, str) else sampler
+        if not isinstance(sampler, NextX):
+            self.make_sampler(sampler.name)
+        if len(generators) != len(prompts):
+            raise ValueError(f"got {len(generators)} generators for {len(prompts)} pictures: expected one for each")
+        empty = self.blank(len(prompts), self.shape_of(None))
+        latents = empty if tokens is None else tokens
+        if latents.shape != empty.shape:
+            raise ValueError(f"latents are {list(latents.shape)}: expected {list(empty.shape)}")
+        scale = self.defaults.guidance_scale if guidance_scale is None else guidance_scale
+        return self._write_latents(prompts, generators, latents.to(self.device), scale, sampler, every)
+
+    @torch.no_grad()
+    def _write_latents(self, prompts, generators, latents, scale, sampler, every) -> Iterator[LatentStep]:
+        entities = self.transformer.entities
+        lengths = entities.lengths
+        times = {time for entity in range(len(lengths)) for time in sampler.times(entity, len(lengths))}
+        session = self.start(prompts, scale != 1, sorted(times))
+        channels = latents.shape[1]
+
+        def noise(entity: int, draws: int) -> tuple[Tensor, Tensor]:
+            """Of each picture from its own generator, in the order of the authors' code."""
+            size = lengths[entity], channels
+            start = [torch.randn(size, generator=one) for one in generators]
+            more = [[torch.randn(size, generator=one, dtype=torch.float64) for _ in range(draws)] for one in generators]
+            stacked = torch.stack([torch.stack(part) for part in more], dim=1) if draws else torch.empty(0)
+            stacked = stacked if sampler.precise else stacked.float()
+            return torch.stack(start).to(self.device), stacked.to(self.device)
+
+        given = latents.isfinite().all(dim=1)
+        step, shown = LatentStep(latents, given, 0, 0), -every
+        for found in sampler(session, entities.cut(latents), lengths, scale, noise):
+            finished = entities.join((torch.arange(sum(lengths)) < found.finished)[None, :, None])[0, 0]
+            step = LatentStep(
+                entities.join(found.sequence),
+                finished.to(given.device) | given,
+                self._cells(found.decided),
+                found.passes,
+            )
+            if step.decided - shown >= every:
+                shown = step.decided
+                yield step
+        if step.decided != shown:
+            yield step
+
+    def _cells(self, positions: int) -> int:
+        """Cells of the picture that so many positions of the sequence are worth."""
+        return positions * self.length // sum(self.transformer.entities.lengths)
+
+    def kept(self, step: LatentStep) -> Tensor:
+        """See `TokenPipeline.kept`: what is still noisy is begun anew."""
+        return torch.where(step.finished[:, None], step.tokens, math.nan)
+
+    def filled(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """See `TokenPipeline.filled`, of latents [B, C, h, w]."""
+        return tokens.nan_to_num(0.0), tokens.isfinite().all(dim=1)
+
+    def pictures(self, tokens: Tensor, output_type: str = "pil") -> list[Image.Image] | np.ndarray | Tensor:
+        """See `TokenPipeline.pictures`, of latents [B, C, h, w]; what is NaN is white."""
+        return tokens if output_type == "latent" else super().pictures(tokens, output_type)
+
+    def decode_tokens(self, tokens: Tensor) -> Tensor:
+        """Latents [B, C, h, w] -> pixels [B, 3, H, W] in [0, 1]."""
+        return KLVAE(self.vae).decode(tokens.to(self.vae.dtype)).clamp(0, 1)
+
+    def rank(self, prompt: str, images: list[Image.Image]) -> list[float]:
+        """Cosine of each picture to the prompt, by the shipped model's CLIP."""
+        if self.text_encoder is None:
+            return super().rank(prompt, images)
+        encoder = TextImageEncoder(self.text_encoder, self.tokenizer)
+        text, pictures = encoder.embed([group_caption(prompt, self.config.groups)], images)
+        return (pictures @ text[0]).tolist()
