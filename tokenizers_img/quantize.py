@@ -1,7 +1,11 @@
-"""Vector quantization: the nearest code of a learned codebook.
+"""Quantization: the nearest code of a learned codebook, or of a fixed lattice.
 
 Letters in shape comments: B batch, N tokens of a picture, C width of a code, K codes.
 """
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -53,3 +57,55 @@ class VectorQuantizer(nn.Module):
         chosen = torch.randperm(len(z), generator=generator)[:count]
         slots = dead.nonzero().squeeze(1)[:count]
         self.embedding.weight[slots] = F.normalize(z[chosen].float(), dim=-1).to(self.embedding.weight)
+
+
+@dataclass(frozen=True)
+class FSQ:
+    """Finite scalar quantization (arXiv 2309.15505): each number is rounded to one of a few levels; nothing is learned.
+
+    Args:
+        levels: L of each of the C numbers; the codebook has their product. The first number changes fastest with the id.
+        eps: how far beyond the outermost levels the bound lies.
+    """
+
+    levels: tuple[int, ...]
+    eps: float = 1e-3
+
+    @property
+    def n_embed(self) -> int:
+        """K."""
+        return math.prod(self.levels)
+
+    @cached_property
+    def table(self) -> Tensor:
+        """[4, C] float32: half the range, offset and shift of the bound, and half of the levels, rounded down."""
+        levels = torch.tensor(self.levels, dtype=torch.float32)
+        half, offset = (levels - 1) * (1 + self.eps) / 2, (levels + 1) % 2 / 2
+        return torch.stack([half, offset, (offset / half).atanh(), levels // 2])
+
+    @cached_property
+    def basis(self) -> Tensor:
+        """[C] int64."""
+        return torch.tensor([1, *self.levels[:-1]]).cumprod(0)
+
+    def bound(self, z: Tensor) -> Tensor:
+        """z [..., C] -> float32 within the levels, not rounded."""
+        half, offset, shift, _ = self.table.to(z.device)
+        return (z.float() + shift).tanh() * half - offset
+
+    def quantize(self, z: Tensor) -> Tensor:
+        """z [..., C] -> codes in [-1, 1], with the straight-through gradient to z."""
+        bounded = self.bound(z)
+        rounded = bounded + (bounded.round() - bounded).detach()
+        return rounded / self.table[3].to(z.device)
+
+    def ids(self, z: Tensor) -> Tensor:
+        """z [..., C] -> ids [...] int64."""
+        digits = self.bound(z).round().long() + self.table[3].to(z.device).long()
+        return (digits * self.basis.to(z.device)).sum(dim=-1)
+
+    def decode(self, ids: Tensor) -> Tensor:
+        """Ids [...] -> codes [..., C] float32."""
+        levels = torch.tensor(self.levels, device=ids.device)
+        half = self.table[3].to(ids.device)
+        return (ids[..., None] // self.basis.to(ids.device) % levels - half) / half
