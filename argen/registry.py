@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from diffusers import ModelMixin
+from diffusers import AutoencoderKL, ModelMixin
 from safetensors import SafetensorError
 from transformers import AutoTokenizer, CLIPModel, PreTrainedTokenizerFast, T5EncoderModel
 
 from argen.data.emoji import GROUPS
+from argen.eval.reconstruction import Tokenizer
 from argen.models.clip import TextImageEncoder
 from argen.models.judge import Judge
 from argen.models.llamagen import LlamaGen
@@ -24,6 +25,7 @@ from argen.pipelines.llamagen import LlamaGenPipeline
 from argen.pipelines.parti import PartiPipeline
 from argen.pipelines.xar import XARPipeline
 from tokenizers_img.checkpoint import hub_file, hub_folder
+from tokenizers_img.flextok import FlexTokenizer
 from tokenizers_img.kl_vae import KLVAE
 from tokenizers_img.llamagen_vq import LlamaGenVQ
 from tokenizers_img.vit_vqgan import ViTVQGAN
@@ -52,7 +54,7 @@ class Model:
     about: str
     licence: str
     parameters: float
-    read: Callable[[Path], TokenPipeline | ViTVQGAN | LlamaGenVQ | KLVAE | TextImageEncoder | Judge]
+    read: Callable[[Path], TokenPipeline | Tokenizer | TextImageEncoder | Judge]
     repo: str | None = None
     files: tuple[str, ...] = ()
     takes: tuple[str, ...] = ("text",)
@@ -181,6 +183,29 @@ def _llamagen_vq(name: str, parameters: float) -> Model:
     )
 
 
+def _flextok(size: str, parameters: float) -> Model:
+    """`size` as in the name of the repository, "d12_d12_in1k"."""
+    repo = f"EPFL-VILAB/flextok_{size}"
+    about = f"FlexTok {size}, 256 x 256 <-> 1 to 256 ordered ids of 64000"
+    return Model(
+        "tokenizer",
+        about,
+        APPLE,
+        parameters,
+        lambda folder: FlexTokenizer.from_original(folder / "model.safetensors"),
+        repo,
+        ("model.safetensors", "config.json"),
+    )
+
+
+def _flextok_vae(channels: int, parameters: float) -> Model:
+    repo = f"EPFL-VILAB/flextok_vae_c{channels}"
+    about = f"FlexTok's VAE, 256 x 256 <-> 32 x 32 latents of {channels} numbers"
+    files = ("diffusion_pytorch_model.safetensors", "config.json")
+    return Model("tokenizer", about, APPLE, parameters, lambda f: KLVAE(_network(AutoencoderKL, f)), repo, files)
+
+
+APPLE = "Apple ML Research Model licence (research only)"
 T5, KL16 = "google/flan-t5-xl", "xwen99/mar-vae-kl16"
 LLAMAGEN = {
     **{  # with the picture tokenizer's 71.9 million
@@ -219,6 +244,21 @@ XAR_FILES = {  # with the picture tokenizer's 66.5 million
     "Neon_xARB_imagenet256": _xar("sinaalemohammad/Neon", "Neon_xARB_imagenet256", "B", 239.1, "MIT (code)"),
     "Neon_xARL_imagenet256": _xar("sinaalemohammad/Neon", "Neon_xARL_imagenet256", "L", 674.9, "MIT (code)"),
 }
+FLEXTOK = {
+    **{
+        f"EPFL-VILAB/flextok_{size}": _flextok(size, parameters)
+        for size, parameters in {
+            "d12_d12_in1k": 341.7,
+            "d18_d18_in1k": 949.7,
+            "d18_d28_in1k": 2540.9,
+            "d18_d28_dfn": 2540.9,
+        }.items()
+    },
+    **{
+        f"EPFL-VILAB/flextok_vae_c{channels}": _flextok_vae(channels, parameters)
+        for channels, parameters in {4: 83.7, 8: 83.7, 16: 83.8}.items()
+    },
+}
 RELEASED = LLAMAGEN | CONTROLAR | XAR_FILES  # name of the file -> its entry
 
 MODELS = {
@@ -247,6 +287,7 @@ MODELS = {
         "generator", "DALL-E mega, text -> 256 tokens -> 256 x 256", parameters=2634.7, **_dalle("mega")
     ),
     **{f"{model.repo}:{name}": model for name, model in RELEASED.items()},
+    **FLEXTOK,
     KL16: Model(
         "tokenizer",
         "KL-16, 256 x 256 <-> 16 x 16 latents of 16 numbers",
@@ -271,7 +312,7 @@ MODELS = {
 }
 
 
-def load(model: str | Path) -> TokenPipeline | ViTVQGAN | LlamaGenVQ | KLVAE | TextImageEncoder | Judge:
+def load(model: str | Path) -> TokenPipeline | Tokenizer | TextImageEncoder | Judge:
     """The pipeline of a generator, the network of a tokenizer, or a text/picture encoder, on the CPU in float32.
 
     Args:

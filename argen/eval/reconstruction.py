@@ -9,12 +9,13 @@ from torch import Tensor
 
 from argen.eval.images import Picture, Pictures, cropped, digest
 from argen.eval.metrics import psnr, ssim
+from tokenizers_img.flextok import FlexTokenizer
 from tokenizers_img.kl_vae import KLVAE
 from tokenizers_img.llamagen_vq import LlamaGenVQ
 from tokenizers_img.pixels import from_pil, from_uint8
 from tokenizers_img.vit_vqgan import ViTVQGAN
 
-Tokenizer = ViTVQGAN | LlamaGenVQ | KLVAE
+Tokenizer = ViTVQGAN | LlamaGenVQ | KLVAE | FlexTokenizer
 
 
 @torch.no_grad()
