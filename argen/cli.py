@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from argen import __version__, evaluate
-from argen.command import Parser, device_and_json, guarded, load_model, writable_png
+from argen.command import Parser, device_and_json, guarded, load_model, writable
 
 COMMANDS = {}
 CONTROLS = (
@@ -113,6 +113,19 @@ def parser() -> Parser:
     )
     device_and_json(add)
 
+    add = commands.add_parser("tokenize", help="turn a picture into a file of tokens", formatter_class=formatter)
+    add.add_argument("image", type=Path, metavar="IMG")
+    add.add_argument("--tokenizer", default="argen/emoji-vitvqgan", metavar="ID", help="see `argen models`")
+    add.add_argument("-o", "--out", type=Path, metavar="FILE", help="NPZ file (default: IMG's name with .npz)")
+    device_and_json(add)
+
+    add = commands.add_parser("detokenize", help="turn a file of tokens into a picture")
+    add.add_argument("file", type=Path, metavar="NPZ", help="made by `argen tokenize`")
+    add.add_argument("--tokenizer", metavar="ID", help="refuse files of another one")
+    add.add_argument("--tokens", type=int, metavar="K", help="only the first K, where the tokenizer can (FlexTok)")
+    add.add_argument("-o", "--out", type=Path, metavar="FILE", help="PNG file (default: the file's name with .png)")
+    device_and_json(add)
+
     add = commands.add_parser("control", help="make a control picture: edges, depth, a line drawing")
     add.add_argument("image", type=Path, metavar="IMG")
     add.add_argument("--type", default="canny", metavar="TYPE", help=f"{CONTROLS} (default: canny)")
@@ -211,7 +224,7 @@ def generate(args) -> None:
     from argen.metadata import open_picture, read_request, save_pictures
     from argen.request import Control, Request
 
-    writable_png(args.out)
+    writable(args.out)
     names = ("prompt", "num_images", "seed", "model", "guidance_scale", "temperature", "top_k", "top_p", "sampler")
     names += ("lantern_k", "lantern_delta", "lantern_lambda", "steps")
     given = {name: getattr(args, name) for name in (*names, "num_candidates") if getattr(args, name) is not None}
@@ -254,27 +267,87 @@ def generate(args) -> None:
         print(f"{', '.join(map(str, paths))} ({seconds:.1f} s, {how})")
 
 
+def tokens_of(picture: Path, tokenizer) -> tuple:
+    """A picture file -> pixels [1, 3, S, S] in [0, 1], and the tokens that it becomes."""
+    import torch
+
+    from argen.metadata import open_picture
+    from tokenizers_img.pixels import from_pil
+
+    pixels = from_pil(open_picture(picture), tokenizer.config.image_size)[None].to(tokenizer.device)
+    with torch.no_grad():
+        return pixels, tokenizer.encode(pixels)
+
+
+def described(tokens) -> str:
+    """What one picture became, ids [N] or latents [C, h, w], in words."""
+    return f"{len(tokens)} tokens" if tokens.ndim == 1 else f"{tokens[0].size} latents of {len(tokens)} numbers"
+
+
+def pil(pixels):
+    """[1, 3, H, W] in [0, 1] -> a picture."""
+    from diffusers.utils import numpy_to_pil
+
+    return numpy_to_pil(pixels[0].permute(1, 2, 0).cpu().numpy())[0]
+
+
+@command
+def tokenize(args) -> None:
+    from argen.metadata import save_tokens
+
+    out = writable(args.out or args.image.with_suffix(".npz"), ".npz")
+    tokenizer = load_model(args.tokenizer, args.device, "tokenizer")
+    tokens = tokens_of(args.image, tokenizer)[1][0].cpu().numpy()
+    save_tokens(out, args.tokenizer, tokens)
+    if args.json:
+        print(json.dumps({"file": str(out), "tokenizer": args.tokenizer, "tokens": tokens.tolist()}))
+    else:
+        print(f"{out} ({described(tokens)} of {args.tokenizer})")
+
+
+@command
+def detokenize(args) -> None:
+    import torch
+
+    from argen.metadata import read_tokens, save_pictures
+
+    out = writable(args.out or args.file.with_suffix(".png"))
+    made_by, tokens = read_tokens(args.file)
+    if args.tokenizer not in (None, made_by):
+        raise ValueError(f"{args.file} was made by {made_by}, not by {args.tokenizer}: leave --tokenizer out")
+    tokenizer = load_model(made_by, args.device, "tokenizer")
+    if args.tokens is not None:
+        if "tokens" not in tokenizer.config:
+            raise ValueError(f"{made_by} needs all its tokens: leave --tokens out")
+        if not 1 <= args.tokens <= len(tokens):
+            raise ValueError(f"--tokens is {args.tokens}: expected 1 to {len(tokens)}")
+        tokens = tokens[: args.tokens]
+    with torch.no_grad():
+        made = tokenizer.decode(torch.from_numpy(tokens)[None].to(tokenizer.device)).clamp(0, 1)
+    save_pictures([(pil(made), None)], [out])
+    if args.json:
+        print(json.dumps({"file": str(out), "tokenizer": made_by, "tokens": len(tokens)}))
+    else:
+        print(f"{out} ({described(tokens)} of {made_by})")
+
+
 @command
 def reconstruct(args) -> None:
     import torch
-    from diffusers.utils import numpy_to_pil
 
-    from argen.metadata import open_picture, save_pictures
-    from tokenizers_img.pixels import from_pil
+    from argen.metadata import save_pictures
 
-    out = writable_png(args.out or args.image.with_name(f"{args.image.stem}-reconstructed.png"))
-    picture = open_picture(args.image)
+    out = writable(args.out or args.image.with_name(f"{args.image.stem}-reconstructed.png"))
     tokenizer = load_model(args.tokenizer, args.device, "tokenizer")
-    pixels = from_pil(picture, tokenizer.config.image_size)[None].to(tokenizer.device)
+    pixels, tokens = tokens_of(args.image, tokenizer)
     with torch.no_grad():
-        ids = tokenizer.encode(pixels)
-        made = tokenizer.decode(ids).clamp(0, 1)
+        made = tokenizer.decode(tokens).clamp(0, 1)
     psnr = -10 * (made - pixels).square().mean().log10().item()
-    save_pictures([(numpy_to_pil(made[0].permute(1, 2, 0).cpu().numpy())[0], None)], [out])
+    save_pictures([(pil(made), None)], [out])
     if args.json:
-        print(json.dumps({"file": str(out), "tokenizer": args.tokenizer, "psnr": psnr, "tokens": ids[0].tolist()}))
+        print(json.dumps({"file": str(out), "tokenizer": args.tokenizer, "psnr": psnr, "tokens": tokens[0].tolist()}))
     else:
-        print(f"{out} ({ids.shape[1]} tokens, PSNR {psnr:.1f} dB)")
+        print(f"{out} ({described(tokens[0].cpu().numpy())}, PSNR {psnr:.1f} dB)")
 
 
 @command
@@ -282,7 +355,7 @@ def control(args) -> None:
     from argen.metadata import open_picture, save_pictures
     from argen.models.annotators import annotate, as_picture, resized
 
-    writable_png(args.out)
+    writable(args.out)
     picture = open_picture(args.image)
     flat = resized(picture, args.type, args.size or picture.size)
     save_pictures([(as_picture(annotate(flat, args.type)), None)], [args.out])
@@ -347,7 +420,7 @@ def score(args) -> None:
 
     model = load_model(args.model, args.device)
     if args.grid:
-        writable_png(args.grid)
+        writable(args.grid)
     if hasattr(model, "run"):
         scores = prompts.evaluate(model, args.data, args.num_candidates, args.seed, args.grid)
     elif hasattr(model, "embed"):

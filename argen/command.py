@@ -27,14 +27,14 @@ def device_and_json(add: argparse.ArgumentParser) -> None:
     add.add_argument("--json", action="store_true", help="print JSON")
 
 
-def writable_png(path: Path) -> Path:
-    """`path`, if a PNG file can be written there.
+def writable(path: Path, suffix: str = ".png") -> Path:
+    """`path`, if a file with that ending can be written there.
 
     Raises:
         ValueError: it has another ending, or its folder is missing or locked.
     """
-    if path.suffix.lower() != ".png":
-        raise ValueError(f"cannot write {path}: expected a name that ends in .png")
+    if path.suffix.lower() != suffix:
+        raise ValueError(f"cannot write {path}: expected a name that ends in {suffix}")
     if path.is_dir() or not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
         raise ValueError(f"cannot write {path}: expected a file name in a folder that exists and may be written")
     return path

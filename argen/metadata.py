@@ -1,10 +1,14 @@
-"""A picture's own settings, kept inside its PNG file, so that it can be made again."""
+"""What is kept inside files: a picture's own settings in its PNG, so that it can be made again; the tokens of a picture."""
 
 import json
 import os
 import tempfile
+import zipfile
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+import numpy as np
 from PIL import Image, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 
@@ -31,24 +35,55 @@ def open_picture(path: str | Path) -> Image.Image:
     return picture
 
 
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A name to write to, beside `path`; it becomes `path` if all went well, and nothing stays behind if not."""
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}-", suffix=path.suffix, dir=path.parent)
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        temporary.chmod(0o644)
+        temporary.rename(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 def save_pictures(pictures: list[tuple[Image.Image, Request | None]], paths: list[Path]) -> None:
     """Write PNG files, each with the request that makes it again: all of them, or none."""
-    written: list[tuple[Path, Path]] = []
-    try:
+    with ExitStack() as stack:
         for (picture, request), path in zip(pictures, paths, strict=True):
             info = PngInfo()
             if request:
                 info.add_text(KEY, json.dumps(request.to_dict()))
-            handle, temporary = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
-            written.append((Path(temporary), path))
-            with os.fdopen(handle, "wb") as file:
-                picture.save(file, "PNG", pnginfo=info)
-        for temporary, path in written:
-            temporary.chmod(0o644)
-            temporary.rename(path)
-    finally:
-        for temporary, _ in written:
-            temporary.unlink(missing_ok=True)
+            picture.save(stack.enter_context(replacing(path)), "PNG", pnginfo=info)
+
+
+def save_tokens(path: Path, tokenizer: str, tokens: np.ndarray) -> None:
+    """Write an ``.npz`` file: the id of a tokenizer and what it made of one picture, ids [N] or latents [C, h, w]."""
+    with replacing(path) as temporary:
+        np.savez(temporary, tokenizer=tokenizer, tokens=tokens)
+
+
+def read_tokens(path: str | Path) -> tuple[str, np.ndarray]:
+    """What `save_tokens` wrote.
+
+    Raises:
+        FileNotFoundError, ValueError: there is no such file; it is none of ours.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"no file of tokens at {path}")
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            tokenizer, tokens = file["tokenizer"], file["tokens"]
+        if tokenizer.shape or tokenizer.dtype.kind != "U" or tokens.dtype.kind not in "if":
+            raise ValueError("it holds something else")
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(
+            f"{path} holds no tokens ({reason}): expected an .npz file made by `argen tokenize`"
+        ) from error
+    return str(tokenizer), tokens
 
 
 def read_request(path: str | Path) -> Request:

@@ -6,12 +6,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
 from argen.cli import main
 from argen.data import emoji
-from argen.metadata import read_request
+from argen.metadata import read_request, save_tokens
 from argen.registry import MODELS, WEIGHTS
 
 
@@ -68,6 +69,33 @@ def test_reconstruct(capsys, apple, tmp_path):
     assert len(told["tokens"]) == 64
     assert told["psnr"] > 18
     assert Image.open(tmp_path / "r.png").size == (128, 128)
+
+
+def test_tokens_in_a_file_give_the_picture_back(capsys, apple, tmp_path):
+    tokens = tmp_path / "apple.npz"
+    assert main(["tokenize", str(apple), "-o", str(tokens), "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert len(told["tokens"]) == 64
+    assert main(["detokenize", str(tokens)]) == 0
+    assert "apple.png (64 tokens of argen/emoji-vitvqgan)" in capsys.readouterr().out
+    assert main(["reconstruct", str(apple), "-o", str(tmp_path / "r.png")]) == 0
+    assert (tmp_path / "apple.png").read_bytes() == (tmp_path / "r.png").read_bytes()
+    capsys.readouterr()
+    other = refused(capsys, "detokenize", str(tokens), "--tokenizer", "dalle")
+    assert "was made by argen/emoji-vitvqgan, not by dalle" in other
+    assert "needs all its tokens" in refused(capsys, "detokenize", str(tokens), "--tokens", "8")
+    wrong = {"few": told["tokens"][:9], "outside": [*told["tokens"][:63], 4096], "none": []}
+    for name, ids in wrong.items():
+        save_tokens(tmp_path / f"{name}.npz", "argen/emoji-vitvqgan", np.array(ids, dtype=np.int64))
+    assert "got 9 tokens for a picture: expected 64" in refused(capsys, "detokenize", str(tmp_path / "few.npz"))
+    assert "token 4096 does not exist" in refused(capsys, "detokenize", str(tmp_path / "outside.npz"))
+    assert "got 0 tokens" in refused(capsys, "detokenize", str(tmp_path / "none.npz"))
+    (tmp_path / "text.npz").write_text("no")
+    assert "holds no tokens" in refused(capsys, "detokenize", str(tmp_path / "text.npz"))
+    np.savez(tmp_path / "else.npz", other=np.zeros(3))
+    assert "holds no tokens" in refused(capsys, "detokenize", str(tmp_path / "else.npz"))
+    assert "ends in .npz" in refused(capsys, "tokenize", str(apple), "-o", str(tmp_path / "x.png"))
+    assert not list(tmp_path.glob(".*"))
 
 
 def test_reconstruct_takes_any_picture(tmp_path):

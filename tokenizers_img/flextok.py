@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from samplers.flow import NormalisedGuidance, euler, even_times
 from samplers.logits import guide
 from tokenizers_img.checkpoint import load_strict, read_state_dict
-from tokenizers_img.quantize import FSQ
+from tokenizers_img.quantize import FSQ, check_ids
 
 logger = logging.getLogger(__name__)
 FREQUENCIES = 128  # of the time's embedding
@@ -446,14 +446,9 @@ class FlexTokenizer(nn.Module):
 
     def _codes(self, ids: Tensor | Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """Codes [B, N, Q], those behind a picture's last token arbitrary, and how many count [B]."""
-        most, codes = self.config.tokens, self.config.n_embed
-        rows = [row.flatten() for row in ids]
+        most, rows = self.config.tokens, [row.flatten() for row in ids]
         for row in rows:
-            if not 1 <= len(row) <= most:
-                raise ValueError(f"got {len(row)} tokens for a picture: expected 1 to {most}")
-            if not 0 <= int(row.min()) <= int(row.max()) < codes:
-                wrong = int(row.min()) if row.min() < 0 else int(row.max())
-                raise ValueError(f"token {wrong} does not exist: expected 0 to {codes - 1}")
+            check_ids(row, self.config.n_embed, 1, most)
         padded = torch.stack([F.pad(row, (0, most - len(row))) for row in rows]).to(self.device)
         return self.network.fsq.decode(padded), torch.tensor([len(row) for row in rows], device=self.device)
 

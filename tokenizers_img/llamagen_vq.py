@@ -16,6 +16,7 @@ from diffusers.configuration_utils import FrozenDict
 from torch import Tensor, nn
 
 from tokenizers_img.checkpoint import load_strict, read_state_dict, to_diffusers
+from tokenizers_img.quantize import check_ids
 
 MULTIPLIERS = {16: (1, 1, 2, 2, 4), 8: (1, 2, 2, 4)}  # down-sampling -> widths of the levels, in base widths
 UNUSED, CODES = "quantize.codebook_used", "quantize.embedding.weight"
@@ -91,7 +92,13 @@ class LlamaGenVQ(nn.Module):
         return similar.argmax(dim=-1)
 
     def decode(self, ids: Tensor, shape: tuple[int, int] | None = None) -> Tensor:
-        """Ids [B, N] -> pixels [B, 3, H, W], about [0, 1] and not clipped; `shape` is (h, w), square by default."""
+        """Ids [B, N] -> pixels [B, 3, H, W], about [0, 1] and not clipped; `shape` is (h, w), square by default.
+
+        Raises:
+            ValueError: too few or too many ids, or one outside the codebook.
+        """
         height, width = shape or (int(ids.shape[1] ** 0.5),) * 2
+        for row in ids:
+            check_ids(row, self.config.n_embed, height * width, height * width)
         size = (len(ids), height, width, self.vq.config.vq_embed_dim)
         return (self.vq.decode(ids.flatten(), force_not_quantize=True, shape=size).sample + 1) / 2

@@ -12,6 +12,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
+def check_ids(ids: Tensor, n_embed: int, fewest: int, most: int) -> None:
+    """Raises:
+    ValueError: of a picture, ids [N], there are too few or too many, or one is outside the codebook.
+    """
+    if not fewest <= len(ids) <= most:
+        expected = fewest if fewest == most else f"{fewest} to {most}"
+        raise ValueError(f"got {len(ids)} tokens for a picture: expected {expected}")
+    for wrong in (int(ids.min()), int(ids.max())):
+        if not 0 <= wrong < n_embed:
+            raise ValueError(f"token {wrong} does not exist: expected 0 to {n_embed - 1}")
+
+
 class VectorQuantizer(nn.Module):
     """Nearest code by cosine: vectors and codes are l2-normalised before they are compared.
 

@@ -17,7 +17,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from tokenizers_img.checkpoint import load_strict, read_state_dict
-from tokenizers_img.quantize import VectorQuantizer
+from tokenizers_img.quantize import VectorQuantizer, check_ids
 
 SIZES = {  # the published configurations: width, depth, heads and MLP width of both halves
     "small": {"dim": 512, "depth": 8, "heads": 8, "mlp_dim": 2048, "dim_head": 64},
@@ -221,7 +221,13 @@ class ViTVQGAN(ModelMixin, ConfigMixin):
         return self.quantizer(self.pre_quant(self.encoder(pixels)))[2]
 
     def decode(self, ids: Tensor) -> Tensor:
-        """Ids [B, N] -> pixels [B, 3, H, W], about [0, 1] and not clipped."""
+        """Ids [B, N] -> pixels [B, 3, H, W], about [0, 1] and not clipped.
+
+        Raises:
+            ValueError: too few or too many ids, or one outside the codebook.
+        """
+        for row in ids:
+            check_ids(row, self.config.n_embed, self.grid**2, self.grid**2)
         return self.decode_codes(self.quantizer.decode(ids))
 
     def decode_codes(self, codes: Tensor) -> Tensor:
