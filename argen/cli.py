@@ -90,6 +90,13 @@ def parser() -> Parser:
         help="of the flow of a model of continuous latents; two numbers: of its first and of its last part",
     )
     add.add_argument(
+        "--tokens",
+        dest="num_tokens",
+        type=int,
+        metavar="K",
+        help="of a picture, for a model whose pictures may have any number (default: the model's)",
+    )
+    add.add_argument(
         "--num-candidates", type=int, metavar="C", help="draw C pictures and keep the -n that fit the prompt best"
     )
     add.add_argument("--control", type=Path, metavar="PNG", help="picture to follow, for a model that takes one")
@@ -226,7 +233,7 @@ def generate(args) -> None:
 
     writable(args.out)
     names = ("prompt", "num_images", "seed", "model", "guidance_scale", "temperature", "top_k", "top_p", "sampler")
-    names += ("lantern_k", "lantern_delta", "lantern_lambda", "steps")
+    names += ("lantern_k", "lantern_delta", "lantern_lambda", "steps", "num_tokens")
     given = {name: getattr(args, name) for name in (*names, "num_candidates") if getattr(args, name) is not None}
     if args.origin:
         given = read_request(args.origin).given() | given

@@ -21,6 +21,7 @@ from argen.models.parti import Parti
 from argen.pipelines.base import TokenPipeline
 from argen.pipelines.controlar import ControlARPipeline
 from argen.pipelines.dalle_mini import DalleMiniPipeline
+from argen.pipelines.flexar import FlexARPipeline
 from argen.pipelines.llamagen import LlamaGenPipeline
 from argen.pipelines.parti import PartiPipeline
 from argen.pipelines.xar import XARPipeline
@@ -32,7 +33,8 @@ from tokenizers_img.vit_vqgan import ViTVQGAN
 
 WEIGHTS = Path(__file__).parent / "weights"
 PIPELINES = {
-    cls.__name__: cls for cls in (PartiPipeline, DalleMiniPipeline, LlamaGenPipeline, ControlARPipeline, XARPipeline)
+    cls.__name__: cls
+    for cls in (PartiPipeline, DalleMiniPipeline, LlamaGenPipeline, ControlARPipeline, XARPipeline, FlexARPipeline)
 }
 
 
@@ -198,6 +200,21 @@ def _flextok(size: str, parameters: float) -> Model:
     )
 
 
+def _flexar(name: str, parameters: float) -> Model:
+    """`name` as in the name of the repository, "1B-T2I"."""
+    repo, text = f"EPFL-VILAB/FlexAR-{name}", name.endswith("T2I")
+    tokens, file = f"EPFL-VILAB/flextok_d18_d28_{'dfn' if text else 'in1k'}", "model.safetensors"
+
+    def read(folder: Path) -> FlexARPipeline:
+        pictures = hub_folder(tokens, (file, "config.json"))
+        return FlexARPipeline.from_original(folder / file, pictures / file, *(_t5() if text else ()))
+
+    asked = "text" if text else "class"
+    about = f"FlexAR {name}, {asked} -> 1 to 256 ordered tokens -> 256 x 256"
+    licence = f"Apache-2.0; its picture tokenizer: {APPLE}"
+    return Model("generator", about, licence, parameters, read, repo, (file, "config.yaml"), takes=(asked,))
+
+
 def _flextok_vae(channels: int, parameters: float) -> Model:
     repo = f"EPFL-VILAB/flextok_vae_c{channels}"
     about = f"FlexTok's VAE, 256 x 256 <-> 32 x 32 latents of {channels} numbers"
@@ -252,6 +269,16 @@ FLEXTOK = {
             "d18_d18_in1k": 949.7,
             "d18_d28_in1k": 2540.9,
             "d18_d28_dfn": 2540.9,
+        }.items()
+    },
+    **{  # with the picture tokenizer's 2,541 million
+        f"EPFL-VILAB/FlexAR-{name}": _flexar(name, parameters)
+        for name, parameters in {
+            "113M-T2I": 2752.3,
+            "382M-T2I": 3070.5,
+            "1B-T2I": 3903.9,
+            "3B-T2I": 5895.9,
+            "1B-C2I": 3936.5,
         }.items()
     },
     **{

@@ -73,6 +73,7 @@ class Request:
         sampler: a name in `samplers.SAMPLERS` or `samplers.SOLVERS`, or "auto", which is for every model the best one.
         steps: of the flow of a model of continuous latents, or those of its first and its last part; None for the model's own.
         lantern_k, lantern_delta, lantern_lambda: settings of the sampler "lantern", see `samplers.Lantern`; None for its own.
+        num_tokens: of each picture, for a model whose pictures may have any number; None for the model's own.
         num_candidates: pictures drawn, of which the `num_images` that fit the prompt best are kept; None draws no more
             than are asked for.
         control: what the pictures follow, for a model that takes it.
@@ -94,6 +95,7 @@ class Request:
     lantern_delta: float | None = None
     lantern_lambda: float | None = None
     steps: int | tuple[int, int] | None = None
+    num_tokens: int | None = None
     num_candidates: int | None = None
     control: Control | None = None
 

@@ -8,11 +8,15 @@ import torch.nn.functional as F
 import yaml
 from safetensors.torch import save_file
 
+import argen
 from argen.models.flexar import FlexAR, FlexARSession, sizes_of
 from argen.models.layers import causal_mask
+from argen.pipelines.flexar import FlexARPipeline
+from argen.request import Request
 from samplers.logits import Sampling
 from samplers.steps import Plain
 from tokenizers_img.checkpoint import load_strict
+from tokenizers_img.flextok import FlexTok, vae_network
 
 CLOSE = {"atol": 1e-4, "rtol": 1e-4}
 
@@ -126,3 +130,65 @@ def test_a_released_file_loads_by_its_configuration(case, tmp_path):
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
     with pytest.raises(ValueError, match="the configuration lacks 'embed_dim': expected that of a FlexAR"):
         FlexAR.from_original(tmp_path / "model.safetensors")
+
+
+@pytest.fixture
+def pipe():
+    """A small one of classes; untrained, because only the mechanics are looked at."""
+    torch.manual_seed(0)
+    model = FlexAR(200, 12, 32, 2, 2, classes=1000, text_dim=None, hidden=64)
+    flextok = FlexTok((8, 5, 5), 12, 32, 1, 16, 32, 1, 16, patch=1, grid=4)
+    vae = vae_network(channels=(4, 8, 8, 8), norm_num_groups=2)
+    pipe = FlexARPipeline(model.eval(), flextok.eval(), vae.eval(), steps=2)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def luck(*seeds):
+    return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+
+def test_a_picture_of_any_number_of_tokens(pipe):
+    whole = pipe("class:1", generator=luck(3))
+    part = pipe("class:1", generator=luck(3), num_tokens=5, sampler="jacobi")
+    assert whole.tokens.shape == (1, 12)
+    assert torch.equal(part.tokens, whole.tokens[:, :5])
+    assert part.images[0].size == whole.images[0].size == (32, 32)
+    assert part.images[0].tobytes() != whole.images[0].tobytes()
+    assert pipe.pictures(whole.tokens[:, :5])[0].tobytes() == part.images[0].tobytes()
+    for wrong in (0, 13):
+        with pytest.raises(ValueError, match=f"num_tokens is {wrong}: expected 1 to 12"):
+            pipe("class:1", num_tokens=wrong)
+
+
+def test_what_is_not_yet_written_shows_as_the_picture_so_far(pipe):
+    request = Request("class:7", "a model", num_images=2, num_tokens=6, sampler="plain")
+    shown = []
+    for job in pipe.run(request):
+        assert job.tokens.shape == (2, 1, 6)
+        shown.append(pipe.pictures(job.tokens, "pt"))
+    assert job.progress == 1
+    assert len(job.pictures) == 2
+    assert not torch.equal(shown[0], shown[-1])
+    assert (pipe.pictures(torch.full((1, 1, 6), -1), "pt") == 1).all()
+    assert Request.from_dict(json.loads(json.dumps(request.to_dict()))) == request
+
+
+def test_the_token_number_is_refused_where_it_is_fixed():
+    with pytest.raises(ValueError, match="this model's pictures have 64 tokens, leave it out"):
+        argen.load("argen/emoji-parti")("a red apple", num_tokens=5)
+
+
+def test_a_generator_of_another_tokenizer_is_refused(pipe):
+    other = FlexTok((8, 5), 12, 32, 1, 16, 32, 1, 16)
+    with pytest.raises(ValueError, match="writes 12 tokens of 200, the picture tokenizer knows 12 of 40"):
+        FlexARPipeline(pipe.transformer, other, pipe.vae)
+
+
+def test_a_saved_pipeline_comes_back(pipe, tmp_path):
+    pipe.save_pretrained(tmp_path)
+    again = argen.load(tmp_path)
+    again.set_progress_bar_config(disable=True)
+    assert again.config.steps == 2
+    made = [one("class:1", generator=luck(1)).images[0].tobytes() for one in (pipe, again)]
+    assert made[0] == made[1]

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from diffusers import DiffusionPipeline
 from diffusers.utils import BaseOutput, numpy_to_pil
 from einops import rearrange
@@ -66,10 +67,13 @@ class TokenPipeline(DiffusionPipeline):
     _interrupt = False
 
     @abstractmethod
-    def start(self, prompts: list[str], guided: bool, controls: list[Control] | None = None) -> Session:
+    def start(
+        self, prompts: list[str], guided: bool, shape: tuple[int, int], controls: list[Control] | None = None
+    ) -> Session:
         """A fresh session for one picture of each prompt; `guided`: with an unguided half.
 
         Args:
+            shape: rows and columns of the token grid, from `shape_of`.
             controls: of each picture, prepared by `prepare`; all of one size.
         """
 
@@ -89,8 +93,17 @@ class TokenPipeline(DiffusionPipeline):
         """
         raise ValueError(f"{type(self).__name__} takes no control picture: choose a model like argen/emoji-control")
 
-    def shape_of(self, control: Control | None) -> tuple[int, int]:
-        """Rows h and columns w of the token grid, under a prepared control."""
+    def shape_of(self, control: Control | None = None, num_tokens: int | None = None) -> tuple[int, int]:
+        """Rows h and columns w of the token grid, under a prepared control.
+
+        Raises:
+            ValueError: a number of tokens is asked of a model that always writes as many.
+        """
+        if num_tokens is not None:
+            raise ValueError(
+                f"num_tokens is {num_tokens}: this model's pictures have {self.length} tokens, leave it out (FlexTok's are "
+                "of any length)"
+            )
         return (int(self.length**0.5),) * 2
 
     def make_sampler(self, name: str, **settings) -> Sampler:
@@ -143,6 +156,7 @@ class TokenPipeline(DiffusionPipeline):
         sampler: str | Sampler = "auto",
         tokens: Tensor | None = None,
         controls: list[Control] | None = None,
+        shape: tuple[int, int] | None = None,
         every: int = 1,
     ) -> Iterator[Step]:
         """Write one picture for each prompt, and yield the state whenever `every` more cells are decided, and at the end.
@@ -154,6 +168,7 @@ class TokenPipeline(DiffusionPipeline):
             guidance_scale: a number, or one for each cell; None, here and below, is the model's own.
             tokens: [B, N] int64, decided cells that are kept, -1 in those to fill.
             controls: of each picture, prepared by `prepare`.
+            shape: of the token grid, from `shape_of`; None for the model's own.
         """
         scale = self.defaults.guidance_scale if guidance_scale is None else guidance_scale
         given = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
@@ -163,18 +178,19 @@ class TokenPipeline(DiffusionPipeline):
             raise ValueError(f"got {len(generators)} generators for {len(prompts)} pictures: expected one for each")
         if controls and len({control.picture.size for control in controls}) > 1:
             raise ValueError("the control pictures have several sizes: expected one")
-        length = math.prod(self.shape_of(controls[0] if controls else None))
+        shape = shape or self.shape_of(controls[0] if controls else None)
+        length = math.prod(shape)
         grid = torch.full((len(prompts), length), -1) if tokens is None else tokens
         if grid.shape != (len(prompts), length):
             raise ValueError(f"tokens are {list(grid.shape)}: expected {[len(prompts), length]}")
         noise = Gumbel(keys_of(generators, length))
-        return self._write(prompts, controls, grid.to(self.device), sampling, scale, sampler, noise, every)
+        return self._write(prompts, controls, shape, grid.to(self.device), sampling, scale, sampler, noise, every)
 
     @torch.no_grad()
-    def _write(self, prompts, controls, grid, sampling, scale, sampler, noise, every) -> Iterator[Step]:
+    def _write(self, prompts, controls, shape, grid, sampling, scale, sampler, noise, every) -> Iterator[Step]:
         shown = -every
         step = Step(grid.clone(), passes=0)
-        session = self.start(prompts, callable(scale) or scale != 1, controls)
+        session = self.start(prompts, callable(scale) or scale != 1, shape, controls)
         for step in sampler(session, grid, sampling, scale, noise):
             if step.decided - shown >= every:
                 shown = step.decided
@@ -194,6 +210,7 @@ class TokenPipeline(DiffusionPipeline):
         num_candidates: int | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
         tokens: Tensor | None = None,
+        num_tokens: int | None = None,
         control_image: Image.Image | list[Image.Image] | None = None,
         control_type: str = "canny",
         control_strength: float = 1.0,
@@ -215,6 +232,7 @@ class TokenPipeline(DiffusionPipeline):
             generator: one, from which every picture gets luck of its own in turn, or a list with one for each
                 picture drawn. None draws a new one.
             tokens: [drawn, N] int64 to go on from, -1 in the cells to fill.
+            num_tokens: of each picture, where they may be of any length; None is the model's own.
             control_image: what the pictures follow, one for all or one for each prompt, for a model that takes it.
             control_type: how the control picture is made of it, see `argen.models.annotators.KINDS`.
             control_strength: of the control, 0 for none.
@@ -240,12 +258,13 @@ class TokenPipeline(DiffusionPipeline):
                 raise ValueError(f"got {len(given)} control pictures for {len(asked)} prompts: expected one for each")
             ready = [self.prepare(Control(picture, control_type, control_strength, size)) for picture in given]
             controls = [control for control in ready for _ in range(each)]
-        shape = self.shape_of(controls[0] if controls else None)
+        shape = self.shape_of(controls[0] if controls else None, num_tokens)
         generators = generator if isinstance(generator, list) else own_generators(generator, len(prompts))
         settings = {"guidance_scale": guidance_scale, "temperature": temperature, "top_k": top_k, "top_p": top_p}
         self._interrupt = False
         with self.progress_bar(total=math.prod(shape)) as bar:
-            steps = self.stream(prompts, generators, **settings, sampler=sampler, tokens=tokens, controls=controls)
+            given = {"sampler": sampler, "tokens": tokens, "controls": controls, "shape": shape}
+            steps = self.stream(prompts, generators, **settings, **given)
             for index, step in enumerate(steps):
                 bar.update(step.decided - bar.n)
                 if callback_on_step_end:
@@ -271,11 +290,12 @@ class TokenPipeline(DiffusionPipeline):
         }
         control = self.prepare(request.control) if request.control else None
         request = replace(request, **settings, control=control)
-        generators, shape = request.generators(), self.shape_of(control)
+        generators, shape = request.generators(), self.shape_of(control, request.num_tokens)
         sampler = self.make_sampler(request.sampler, **request.sampler_settings())
         job = Job(request, self.blank(len(generators), shape), lossless=sampler.lossless)
         prompts, controls = [request.prompt] * len(generators), [control] * len(generators) if control else None
-        for step in self.stream(prompts, generators, **settings, sampler=sampler, controls=controls, every=every):
+        given = {"sampler": sampler, "controls": controls, "shape": shape, "every": every}
+        for step in self.stream(prompts, generators, **settings, **given):
             job.tokens, job.passes, job.decided = self.arranged(step.tokens, shape), step.passes, step.decided
             job.origins = None if step.origins is None else step.origins.unflatten(1, shape)
             yield job
@@ -303,7 +323,7 @@ class TokenPipeline(DiffusionPipeline):
     def pictures(self, tokens: Tensor, output_type: str = "pil") -> list[Image.Image] | np.ndarray | Tensor:
         """Ids [B, h, w], or [B, N] of a square, -> pictures as `__call__` gives them; undecided cells (-1) are white."""
         if tokens.ndim == 2:
-            tokens = tokens.unflatten(1, self.shape_of(None))
+            tokens = self.arranged(tokens, self.shape_of())
         if output_type == "latent":
             return tokens.flatten(1)
         filled, decided = self.filled(tokens)
@@ -311,9 +331,8 @@ class TokenPipeline(DiffusionPipeline):
             [self.decode_tokens(row) for row in filled.split(1)]
         )  # alone, so that no bit feels the batch
         if not decided.all():
-            cell = pixels.shape[-1] // tokens.shape[-1]
-            mask = decided[:, None].repeat_interleave(cell, 2).repeat_interleave(cell, 3)
-            pixels = torch.where(mask, pixels, torch.ones_like(pixels))
+            mask = F.interpolate(decided[:, None].float(), pixels.shape[2:])  # each cell over its square
+            pixels = torch.where(mask > 0, pixels, torch.ones_like(pixels))
         if output_type == "pt":
             return pixels
         array = rearrange(pixels.float().cpu(), "b d h w -> b h w d").numpy()

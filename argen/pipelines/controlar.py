@@ -113,10 +113,10 @@ class ControlARPipeline(LlamaGenPipeline):
                 return columns * CELL, rows * CELL
         raise ValueError(f"the control picture is {width} x {height}, too long and thin for this model: crop it")
 
-    def shape_of(self, control: Control | None) -> tuple[int, int]:
+    def shape_of(self, control: Control | None = None, num_tokens: int | None = None) -> tuple[int, int]:
         """See `TokenPipeline.shape_of`."""
-        if control is None:
-            return super().shape_of(None)
+        if control is None or num_tokens is not None:
+            return super().shape_of(control, num_tokens)
         width, height = control.picture.size
         return height // CELL, width // CELL
 

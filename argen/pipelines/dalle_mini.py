@@ -61,7 +61,9 @@ class DalleMiniPipeline(TokenPipeline):
     def length(self) -> int:
         return self.transformer.length
 
-    def start(self, prompts: list[str], guided: bool, controls: None = None) -> DecoderSession:
+    def start(
+        self, prompts: list[str], guided: bool, shape: tuple[int, int] | None = None, controls: None = None
+    ) -> DecoderSession:
         """See `TokenPipeline.start`. Raises ValueError for an empty or endless prompt."""
         for prompt in dict.fromkeys(prompts):
             check_prompt(prompt)

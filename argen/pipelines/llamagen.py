@@ -80,7 +80,13 @@ class LlamaGenPipeline(TokenPipeline):
     def image_tokenizer(self) -> LlamaGenVQ | ViTVQGAN:
         return self.vq if isinstance(self.vq, ViTVQGAN) else LlamaGenVQ(self.vq)
 
-    def start(self, prompts: list[str], guided: bool, controls: list[Control] | None = None) -> LlamaGenSession:
+    def start(
+        self,
+        prompts: list[str],
+        guided: bool,
+        shape: tuple[int, int] | None = None,
+        controls: list[Control] | None = None,
+    ) -> LlamaGenSession:
         """See `TokenPipeline.start`. A prompt is a class (`argen.data.imagenet.class_id`) or a caption.
 
         Raises:
@@ -98,7 +104,7 @@ class LlamaGenPipeline(TokenPipeline):
             condition = torch.cat([condition, self.transformer.unconditional(condition)])
             mask = torch.cat([mask, mask])  # the caption's mask hides "none", too
             added = None if added is None else torch.cat([added, torch.zeros_like(added)], dim=1)
-        columns = self.shape_of(controls[0] if controls else None)[1]
+        columns = (shape or self.shape_of())[1]
         embedded = self.transformer.cls_embedding(condition)
         return LlamaGenSession(
             self.transformer, embedded, mask, guided, added, columns, self.drafter, self.image_tokenizer.codebook

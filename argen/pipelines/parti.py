@@ -51,7 +51,9 @@ class PartiPipeline(TokenPipeline):
         states = self.clip.text_model(input_ids=text.input_ids, attention_mask=text.attention_mask).last_hidden_state
         return states, text.attention_mask.bool()
 
-    def start(self, prompts: list[str], guided: bool, controls: None = None) -> DecoderSession:
+    def start(
+        self, prompts: list[str], guided: bool, shape: tuple[int, int] | None = None, controls: None = None
+    ) -> DecoderSession:
         """See `TokenPipeline.start`. Raises ValueError for an empty or endless prompt."""
         for prompt in dict.fromkeys(prompts):
             check_prompt(prompt)

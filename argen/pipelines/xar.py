@@ -127,6 +127,7 @@ class XARPipeline(TokenPipeline):
         sampler: str | NextX = "auto",
         tokens: Tensor | None = None,
         controls: list[Control] | None = None,
+        shape: tuple[int, int] | None = None,
         every: int = 1,
     ) -> Iterator[LatentStep]:
         """See `TokenPipeline.stream`; `tokens` are latents [B, C, h, w], NaN where they are to be written.
@@ -145,7 +146,7 @@ class XARPipeline(TokenPipeline):
             self.make_sampler(sampler.name)
         if len(generators) != len(prompts):
             raise ValueError(f"got {len(generators)} generators for {len(prompts)} pictures: expected one for each")
-        empty = self.blank(len(prompts), self.shape_of(None))
+        empty = self.blank(len(prompts), self.shape_of())
         latents = empty if tokens is None else tokens
         if latents.shape != empty.shape:
             raise ValueError(f"latents are {list(latents.shape)}: expected {list(empty.shape)}")

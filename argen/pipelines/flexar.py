@@ -1,0 +1,153 @@
+"""Pictures from classes or texts with FlexAR (arXiv 2604.15453): ordered tokens of FlexTok, as many as are wanted."""
+
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL
+from PIL import Image
+from torch import Tensor
+from transformers import CLIPModel, PreTrainedTokenizerFast, T5EncoderModel
+
+from argen.data.imagenet import class_id
+from argen.models.clip import TextImageEncoder
+from argen.models.flexar import FlexAR, FlexARSession
+from argen.pipelines.base import Defaults, TokenPipeline
+from argen.pipelines.llamagen import group_caption
+from argen.request import Control, check_prompt
+from tokenizers_img.flextok import FlexTok, FlexTokenizer
+
+PREVIEW_STEPS = 6  # of the flow that shows unfinished pictures
+
+
+class FlexARPipeline(TokenPipeline):
+    """Args:
+    transformer: the generator.
+    flextok, vae: the networks of its picture tokenizer.
+    text_encoder, tokenizer: for a model of texts; None for a model of classes. They are flan-t5-xl's as published; the
+        shipped model has a CLIP, which can rank candidates, too.
+    groups: what a model of texts takes as "class:NAME".
+    steps, tokenizer_guidance: of the flow from tokens to a picture, which begins with the same noise for all pictures.
+    official_null: see `argen.models.flexar.FlexARSession`.
+    """
+
+    model_cpu_offload_seq = "text_encoder->transformer->flextok->vae"
+    _optional_components = ["text_encoder", "tokenizer"]
+
+    def __init__(
+        self,
+        transformer: FlexAR,
+        flextok: FlexTok,
+        vae: AutoencoderKL,
+        text_encoder: T5EncoderModel | CLIPModel | None = None,
+        tokenizer: PreTrainedTokenizerFast | None = None,
+        groups: list[str] | None = None,
+        steps: int = 25,
+        tokenizer_guidance: float = 7.5,
+        official_null: bool = False,
+    ):
+        super().__init__()
+        own = {"steps": steps, "tokenizer_guidance": tokenizer_guidance, "official_null": official_null}
+        self.register_to_config(groups=groups, **own)
+        self.register_modules(
+            transformer=transformer, flextok=flextok, vae=vae, text_encoder=text_encoder, tokenizer=tokenizer
+        )
+        most, codes = flextok.config.registers, flextok.fsq.n_embed
+        if transformer.length > most or transformer.config.n_embed != codes:
+            raise ValueError(
+                f"the generator writes {transformer.length} tokens of {transformer.config.n_embed}, the picture tokenizer "
+                f"knows {most} of {codes}: expected a generator of this tokenizer"
+            )
+
+    @classmethod
+    def from_original(
+        cls,
+        generator: str | Path,
+        image_tokenizer: str | Path,
+        text_encoder: T5EncoderModel | None = None,
+        tokenizer: PreTrainedTokenizerFast | None = None,
+    ) -> "FlexARPipeline":
+        """Load released files, each with its configuration beside it: `FlexAR.from_original`, `FlexTokenizer.from_original`."""
+        pictures = FlexTokenizer.from_original(image_tokenizer)
+        return cls(FlexAR.from_original(generator), pictures.network, pictures.vae, text_encoder, tokenizer)
+
+    @property
+    def defaults(self) -> Defaults:
+        """Those of the published configurations; of the shipped model, what scored best."""
+        if isinstance(self.text_encoder, CLIPModel):
+            return Defaults(guidance_scale=1.5, top_k=256)
+        return Defaults(guidance_scale=1.5 if self.text_encoder is None else 3.0)
+
+    @property
+    def length(self) -> int:
+        return self.transformer.length
+
+    @property
+    def image_tokenizer(self) -> FlexTokenizer:
+        return FlexTokenizer(self.flextok, self.vae)
+
+    def shape_of(self, control: Control | None = None, num_tokens: int | None = None) -> tuple[int, int]:
+        """See `TokenPipeline.shape_of`: one row.
+
+        Raises:
+            ValueError: no token, or more than the model knows.
+        """
+        count = self.length if num_tokens is None else num_tokens
+        if not 1 <= count <= self.length:
+            raise ValueError(f"num_tokens is {count}: expected 1 to {self.length}")
+        return 1, count
+
+    def start(
+        self, prompts: list[str], guided: bool, shape: tuple[int, int] | None = None, controls: None = None
+    ) -> FlexARSession:
+        """See `TokenPipeline.start`. A prompt is a class (`argen.data.imagenet.class_id`) or a text.
+
+        Raises:
+            ValueError: an empty or endless prompt, or no such class.
+        """
+        for prompt in dict.fromkeys(prompts):
+            check_prompt(prompt)
+        if self.text_encoder is None:
+            ids = torch.tensor([class_id(prompt) for prompt in prompts], device=self.device)
+            encoded = self.transformer.encode_class(torch.cat([ids, torch.full_like(ids, -1)]) if guided else ids)
+            mask = torch.ones(len(encoded), 1, dtype=torch.bool, device=self.device)
+        else:
+            texts = list(dict.fromkeys([*prompts, ""]))
+            states, mask = self.encode_text(texts)
+            rows = [texts.index(prompt) for prompt in prompts]
+            rows += [texts.index("")] * len(prompts) if guided else []
+            encoded, mask = self.transformer.encode_text(states)[rows], mask[rows]
+        length = (shape or self.shape_of())[1]
+        return FlexARSession(self.transformer, encoded, mask, guided, length, self.config.official_null)
+
+    def encode_text(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
+        """Texts -> hidden states [B, T, C], mask [B, T] bool."""
+        encoder = self.text_encoder
+        if isinstance(encoder, CLIPModel):
+            encoder, prompts = encoder.text_model, [group_caption(prompt, self.config.groups) for prompt in prompts]
+        text = self.tokenizer(prompts, padding=True, truncation=True, return_tensors="pt").to(self.device)
+        states = encoder(input_ids=text.input_ids, attention_mask=text.attention_mask).last_hidden_state
+        return states.to(self.transformer.dtype), text.attention_mask.bool()
+
+    def arranged(self, tokens: Tensor, shape: tuple[int, int]) -> Tensor:
+        """See `TokenPipeline.arranged`: one row, of whatever length."""
+        return tokens[:, None]
+
+    def filled(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """See `TokenPipeline.filled`: a picture of which something is decided is shown whole."""
+        begun = (tokens[..., :1] >= 0).expand_as(tokens)
+        return tokens, begun
+
+    def decode_tokens(self, tokens: Tensor) -> Tensor:
+        """Ids [B, 1, k] -> pixels [B, 3, H, W] in [0, 1], of the decided tokens at the beginning of each."""
+        counts = (tokens[:, 0] >= 0).long().cumprod(dim=1).sum(dim=1).tolist()
+        rows = [row[0, : max(1, count)].clamp(min=0) for row, count in zip(tokens, counts, strict=True)]
+        steps = self.config.steps if min(counts) == tokens.shape[-1] else min(PREVIEW_STEPS, self.config.steps)
+        return self.image_tokenizer.decode(rows, steps, self.config.tokenizer_guidance).clamp(0, 1)
+
+    def rank(self, prompt: str, images: list[Image.Image]) -> list[float]:
+        """Cosine of each picture to the prompt, by the shipped model's CLIP."""
+        if not isinstance(self.text_encoder, CLIPModel):
+            return super().rank(prompt, images)
+        encoder = TextImageEncoder(self.text_encoder, self.tokenizer)
+        text, pictures = encoder.embed([group_caption(prompt, self.config.groups)], images)
+        return (pictures @ text[0]).tolist()
