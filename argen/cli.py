@@ -170,7 +170,7 @@ def parser() -> Parser:
     add.add_argument(
         "recipe",
         metavar="RECIPE",
-        help="emoji-clip, emoji-vitvqgan, emoji-vitvqgan-decoder, emoji-vae, emoji-vae-decoder, emoji-parti, emoji-parti-second, emoji-llamagen, emoji-llamagen-second, emoji-control, emoji-drafter or emoji-judge",
+        help="emoji-clip, emoji-vitvqgan, emoji-vitvqgan-decoder, emoji-vae, emoji-vae-decoder, emoji-parti, emoji-parti-second, emoji-llamagen, emoji-llamagen-second, emoji-control, emoji-drafter, emoji-xar, emoji-flextok, emoji-flextok-ar or emoji-judge",
     )
     add.add_argument("--data", type=Path, required=True, metavar="DIR", help="made by `argen data emoji`")
     add.add_argument("--scenes", type=Path, metavar="DIR", help="made by `argen data scenes`")
@@ -183,8 +183,12 @@ def parser() -> Parser:
     )
     add.add_argument("--clip", type=Path, metavar="DIR", help="trained emoji-clip (default: the shipped one)")
     add.add_argument(
-        "--tokenizer", type=Path, metavar="DIR", help="trained emoji-vitvqgan or emoji-vae (default: the shipped one)"
+        "--tokenizer",
+        type=Path,
+        metavar="DIR",
+        help="trained emoji-vitvqgan or emoji-flextok (default: the shipped one)",
     )
+    add.add_argument("--vae", type=Path, metavar="DIR", help="trained emoji-vae (default: the shipped one)")
     add.add_argument(
         "--generator",
         type=Path,
@@ -410,6 +414,7 @@ def train(args) -> None:
     parts = {
         "clip": args.clip or WEIGHTS / "emoji-clip",
         "tokenizer": args.tokenizer or WEIGHTS / TOKENIZERS.get(args.recipe, "emoji-vitvqgan"),
+        "vae": args.vae or WEIGHTS / "emoji-vae",
         "generator": args.generator or WEIGHTS / STARTS.get(args.recipe, ""),
     }
     chosen = {"data": args.data, "scenes": args.scenes, "out": args.out, "seed": args.seed, "steps": args.steps}

@@ -12,13 +12,14 @@ from argen.data import emoji, scenes
 from argen.models.llamagen import LlamaGen
 from argen.models.parti import Parti
 from argen.registry import WEIGHTS
-from argen.train import controlar, draft, kl_vae, llamagen
+from argen.train import controlar, draft, flexar, flextok, kl_vae, llamagen, xar
 from argen.train.clip import CLIPTask, positives
 from argen.train.judge import JudgeTask
 from argen.train.loop import Schedule, optimizers_of, train
 from argen.train.parti import PartiTask
 from argen.train.recipes import SCHEDULES
 from argen.train.vit_vqgan import DecoderTask, ViTVQGANTask, refit_codes
+from tokenizers_img.flextok import FlexTok
 from tokenizers_img.vit_vqgan import ViTVQGAN
 
 SAMPLE = Path(emoji.__file__).parent / "sample"
@@ -50,8 +51,17 @@ def small_vae(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="module")
+def small_flextok(tmp_path_factory):
+    """A folder with an untrained one of the shipped size."""
+    folder = tmp_path_factory.mktemp("flextok")
+    torch.manual_seed(0)
+    FlexTok(**flextok.SIZES, grid=8).save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture(params=list(SCHEDULES))
-def task(request, composed, small_llamagen, small_vae, monkeypatch):
+def task(request, composed, small_llamagen, small_vae, small_flextok, monkeypatch):
     """Makes the task of a recipe anew."""
     monkeypatch.setattr(controlar, "SHAPED", 4)
     clip, tokenizer = WEIGHTS / "emoji-clip", WEIGHTS / "emoji-vitvqgan"
@@ -67,6 +77,9 @@ def task(request, composed, small_llamagen, small_vae, monkeypatch):
         "emoji-llamagen-second": lambda: llamagen.LlamaGenTask(SAMPLE, composed, tokenizer, clip, small_llamagen),
         "emoji-control": lambda: controlar.ControlTask(SAMPLE, composed, tokenizer, clip, small_llamagen),
         "emoji-drafter": lambda: draft.DraftTask(SAMPLE, composed, tokenizer, clip, small_llamagen),
+        "emoji-xar": lambda: xar.XARTask(SAMPLE, composed, small_vae, clip),
+        "emoji-flextok": lambda: flextok.FlexTokTask(SAMPLE, composed, small_vae, clip),
+        "emoji-flextok-ar": lambda: flexar.FlexARTask(SAMPLE, composed, small_vae, small_flextok, clip),
         "emoji-judge": lambda: JudgeTask(SAMPLE, composed, tokenizer),
     }[request.param]
 

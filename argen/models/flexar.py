@@ -242,8 +242,9 @@ class FlexAR(ModelMixin, ConfigMixin):
         hidden = self.hidden(self.embed(tokens, positions, condition), mask, condition, text_mask, cache)
         return self.models["ar_image_model"]["head"].linear(hidden)
 
-    def forward(self, encoded: Tensor, text_mask: Tensor, tokens: Tensor) -> Tensor:
-        """Teacher forcing: from `encode_text` or `encode_class` [B, T, D], mask [B, T] bool, tokens [B, n] -> logits [B, n, K]."""
+    def forward(self, asked: Tensor, text_mask: Tensor, tokens: Tensor) -> Tensor:
+        """Teacher forcing: text states [B, T, text_dim] or class ids [B], mask [B, T] bool, tokens [B, n] -> logits [B, n, K]."""
+        encoded = self.encode_class(asked) if self.config.text_dim is None else self.encode_text(asked)
         n = tokens.shape[1]
         read, places = F.pad(tokens[:, :-1], (1, 0), value=-1), torch.arange(-1, n - 1, device=tokens.device)
         return self.decode(read, places, causal_mask(n, n, tokens.device), self.project_text(encoded), text_mask)

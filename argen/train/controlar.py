@@ -81,8 +81,9 @@ class ControlTask(LlamaGenTask):
         dropped = torch.zeros(size, dtype=torch.bool)
         return {"tokens": tokens[chosen], "read": tokens[chosen], "dropped": dropped, "control": control, **text}
 
-    def more(self, pictures: Tensor, scenes: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
-        """The control pictures: edges or segments, by chance."""
+    def more(self, tokens: Tensor, pictures: Tensor, scenes: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+        """The control pictures, too: edges or segments, by chance."""
+        read = super().more(tokens, pictures, scenes, generator)
         side = pictures.shape[1]
         shown = [(picture, [(0, 0, side, side)]) for picture in pictures]
         shown += [(self.scene_pictures[index], self.scene_boxes[index]) for index in scenes.tolist()]
@@ -91,7 +92,7 @@ class ControlTask(LlamaGenTask):
             _control(segments(picture.numpy(), boxes)) if segmented else _edges(picture)
             for (picture, boxes), segmented in zip(shown, flat, strict=True)
         ]
-        return {"control": torch.stack(maps)}
+        return read | {"control": torch.stack(maps)}
 
     def held_out(self, rows: slice) -> dict[str, Tensor]:
         return super().held_out(rows) | {"control": torch.stack([_edges(p) for p in self.held_out_pictures[rows]])}

@@ -51,10 +51,11 @@ class DraftTask(LlamaGenTask):
         hidden = target.decode(read, torch.arange(n, device=tokens.device), visible, scores, prefixes)
         return prefix, torch.cat([prefix[:, -1:], hidden], dim=1)
 
-    def more(self, pictures: Tensor, scenes: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
-        """What the hidden states that are read are off by."""
+    def more(self, tokens: Tensor, pictures: Tensor, scenes: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+        """What the hidden states that are read are off by, too."""
+        read = super().more(tokens, pictures, scenes, generator)
         shape = len(pictures) + len(scenes), self.target.length, self.target.config.dim
-        return {"noise": NOISE * (torch.rand(shape, generator=generator) - 0.5)}
+        return read | {"noise": NOISE * (torch.rand(shape, generator=generator) - 0.5)}
 
     def held_out(self, rows: slice) -> dict[str, Tensor]:
         return super().held_out(rows) | {"noise": torch.zeros(1)}

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from argen.train import clip as clip_recipe
-from argen.train import controlar, draft, judge, kl_vae, llamagen, parti, vit_vqgan
+from argen.train import controlar, draft, flexar, flextok, judge, kl_vae, llamagen, parti, vit_vqgan, xar
 from argen.train.loop import train
 
 SCHEDULES = {
@@ -18,6 +18,9 @@ SCHEDULES = {
     "emoji-llamagen-second": llamagen.SECOND_SCHEDULES,
     "emoji-control": controlar.SCHEDULES,
     "emoji-drafter": draft.SCHEDULES,
+    "emoji-xar": xar.SCHEDULES,
+    "emoji-flextok": flextok.SCHEDULES,
+    "emoji-flextok-ar": flexar.SCHEDULES,
     "emoji-judge": judge.SCHEDULES,
 }
 STARTS = {  # recipe -> model it goes on from
@@ -26,7 +29,7 @@ STARTS = {  # recipe -> model it goes on from
     "emoji-control": "emoji-llamagen",
     "emoji-drafter": "emoji-llamagen",
 }
-TOKENIZERS = {"emoji-vae-decoder": "emoji-vae"}  # recipe -> tokenizer it builds on; the others on emoji-vitvqgan
+TOKENIZERS = {"emoji-flextok-ar": "emoji-flextok"}  # recipe -> tokenizer it builds on; the others on emoji-vitvqgan
 WITHOUT_SCENES = ("emoji-vitvqgan", "emoji-vitvqgan-decoder", "emoji-vae", "emoji-vae-decoder")
 
 
@@ -37,6 +40,7 @@ def run(
     scenes: Path | None,
     clip: Path,
     tokenizer: Path,
+    vae: Path,
     generator: Path,
     out: Path,
     seed: int = 0,
@@ -48,7 +52,7 @@ def run(
     Args:
         setting: "cpu" or "gpu", the schedule.
         data, scenes: folders made by ``argen data emoji`` and ``argen data scenes``.
-        clip, tokenizer, generator: folders of the trained parts that a recipe builds on.
+        clip, tokenizer, vae, generator: folders of the trained parts that a recipe builds on.
         steps: stop there; the schedule stays as long as it is.
         compile: the networks go through ``torch.compile`` first.
     """
@@ -64,13 +68,16 @@ def run(
         "emoji-vitvqgan": lambda: vit_vqgan.ViTVQGANTask(data, schedule.steps),
         "emoji-vitvqgan-decoder": lambda: vit_vqgan.DecoderTask(data, tokenizer, clip, schedule.steps),
         "emoji-vae": lambda: kl_vae.KLVAETask(data),
-        "emoji-vae-decoder": lambda: kl_vae.KLDecoderTask(data, tokenizer, clip, schedule.steps),
+        "emoji-vae-decoder": lambda: kl_vae.KLDecoderTask(data, vae, clip, schedule.steps),
         "emoji-parti": lambda: parti.PartiTask(data, scenes, tokenizer, clip),
         "emoji-parti-second": lambda: parti.PartiTask(data, scenes, tokenizer, clip, generator),
         "emoji-llamagen": lambda: llamagen.LlamaGenTask(data, scenes, tokenizer, clip),
         "emoji-llamagen-second": lambda: llamagen.LlamaGenTask(data, scenes, tokenizer, clip, generator),
         "emoji-control": lambda: controlar.ControlTask(data, scenes, tokenizer, clip, generator),
         "emoji-drafter": lambda: draft.DraftTask(data, scenes, tokenizer, clip, generator),
+        "emoji-xar": lambda: xar.XARTask(data, scenes, vae, clip),
+        "emoji-flextok": lambda: flextok.FlexTokTask(data, scenes, vae, clip),
+        "emoji-flextok-ar": lambda: flexar.FlexARTask(data, scenes, vae, tokenizer, clip),
         "emoji-judge": lambda: judge.JudgeTask(data, scenes, tokenizer),
     }[recipe]()
     if compile:

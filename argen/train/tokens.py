@@ -1,4 +1,4 @@
-"""What the recipes of the generators share: pictures as tokens of `emoji-vitvqgan`, captions as states of `emoji-clip`."""
+"""What the recipes of the generators share: pictures as a tokenizer has them, captions as states of `emoji-clip`."""
 
 import random
 from collections import Counter
@@ -33,12 +33,12 @@ def begun_from(folder: Path, saved: type[nn.Module], network: type[nn.Module], *
     return model
 
 
-class TokensTask(Task):
-    """A generator of picture tokens after a caption; a subclass has the network.
+class CaptionsTask(Task):
+    """A generator of pictures after a caption; a subclass has the picture tokenizer and the network.
 
     Args:
         data, scenes: folders made by ``argen data emoji`` and ``argen data scenes``.
-        tokenizer, clip: folders of the trained `emoji-vitvqgan` and `emoji-clip`.
+        clip: folder of the trained `emoji-clip`.
 
     Attributes:
         null_caption: what is read where the caption is dropped; None where the network has its own "none".
@@ -48,8 +48,7 @@ class TokensTask(Task):
     null_caption: str | None = ""
     scenes_share = 0.12
 
-    def __init__(self, data: Path, scenes: Path, tokenizer: Path, clip: Path):
-        self.vq = ViTVQGAN.from_pretrained(tokenizer).float().eval().requires_grad_(False)
+    def __init__(self, data: Path, scenes: Path, clip: Path):
         self.text_tokenizer = AutoTokenizer.from_pretrained(clip)
         self.clip = CLIPModel.from_pretrained(clip, dtype=torch.float32).eval().requires_grad_(False)
 
@@ -66,15 +65,9 @@ class TokensTask(Task):
         tones = Counter((row["concept"], row["style"]) for row in self.rows)  # these share one picture's weight
         self.weights = torch.tensor([1 / tones[row["concept"], row["style"]] for row in self.rows])
 
-    @torch.no_grad()
     def tokens(self, pictures: Tensor) -> Tensor:
-        """[B, H, W, 3] uint8 -> ids [B, N]; in fp32, because bf16 changes every fifth id."""
-        return torch.cat([self.vq.encode(from_uint8(part)) for part in pictures.split(128)])
-
-    def codes(self, dim: int) -> Tensor:
-        """A table [K, dim] to start the embeddings of tokens with: near codes are near."""
-        codes = F.normalize(self.vq.quantizer.embedding.weight.detach(), dim=-1)
-        return 0.02 * (codes @ torch.randn(codes.shape[1], dim, generator=torch.Generator().manual_seed(0)))
+        """[B, H, W, 3] uint8 -> what is learned of them [B, ...]: ids or latents."""
+        raise NotImplementedError
 
     def caption(self, row: dict, rng: random.Random) -> str:
         """A caption of a single picture, drawn at random."""
@@ -95,14 +88,11 @@ class TokensTask(Task):
         if self.null_caption is not None:
             captions = [self.null_caption if drop else text for text, drop in zip(captions, dropped, strict=True)]
         tokens = torch.cat([self.picture_tokens[chosen], self.scene_tokens[others]])
-        share = CORRUPTION * torch.rand(size, 1, generator=generator)
-        slipped = torch.rand(tokens.shape, generator=generator) < share
-        read = torch.where(slipped, tokens[torch.randperm(size, generator=generator)], tokens)
-        batch = {"tokens": tokens, "read": read, "dropped": torch.tensor(dropped), **self.text(captions)}
-        return batch | self.more(self.pictures[chosen], others, generator)
+        batch = {"tokens": tokens, "dropped": torch.tensor(dropped), **self.text(captions)}
+        return batch | self.more(tokens, self.pictures[chosen], others, generator)
 
-    def more(self, pictures: Tensor, scenes: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
-        """What else a batch holds, of single pictures [n, H, W, 3] uint8 and then of scenes by number."""
+    def more(self, tokens: Tensor, pictures: Tensor, scenes: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+        """What else a batch holds: of its tokens, of single pictures [n, H, W, 3] uint8 and then of scenes by number."""
         return {}
 
     def encode_text(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
@@ -112,31 +102,29 @@ class TokensTask(Task):
             states = encoder(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
         return states.last_hidden_state, batch["attention_mask"]
 
-    def logits(self, network: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-        """[B, N, K] of the tokens that `batch["read"]` leads to."""
-        raise NotImplementedError
-
-    def losses(self, batch: dict[str, Tensor], step: int, log: dict[str, float]) -> Iterator[tuple[str, Tensor]]:
-        logits = self.logits(self.networks["model"], batch)
-        loss = F.cross_entropy(logits.flatten(0, 1).float(), batch["tokens"].flatten())
-        log["loss"] = loss.item()
-        yield "model", loss
-
     def held_out(self, rows: slice) -> dict[str, Tensor]:
         """A batch of held-out combinations."""
         tokens = self.held_out_tokens[rows]
         dropped = torch.zeros(len(tokens), dtype=torch.bool)
-        return {"tokens": tokens, "read": tokens, "dropped": dropped, **self.text(self.held_out_captions[rows])}
+        return {"tokens": tokens, "dropped": dropped, **self.text(self.held_out_captions[rows])}
+
+    def error(self, network: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        """Of every token of a batch, in nats or as a square [...]."""
+        raise NotImplementedError
+
+    def losses(self, batch: dict[str, Tensor], step: int, log: dict[str, float]) -> Iterator[tuple[str, Tensor]]:
+        loss = self.error(self.networks["model"], batch).mean()
+        log["loss"] = loss.item()
+        yield "model", loss
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
-        """Nats a token on held-out (style, concept) combinations."""
-        model, losses = self._model(), []
+        """The mean error on held-out (style, concept) combinations."""
+        model, errors = self._model(), []
         for first in range(0, len(self.held_out_captions), 64):
             batch = {key: value.to(model.device) for key, value in self.held_out(slice(first, first + 64)).items()}
-            logits = self.logits(model, batch)
-            losses.append(F.cross_entropy(logits.flatten(0, 1).float(), batch["tokens"].flatten(), reduction="none"))
-        return {"held-out loss": torch.cat(losses).mean().item()}
+            errors.append(self.error(model, batch).flatten())
+        return {"held-out loss": torch.cat(errors).mean().item()}
 
     def pipeline(self) -> TokenPipeline:
         """The network as it will be called."""
@@ -161,3 +149,43 @@ class TokensTask(Task):
 
     def save(self, folder: Path) -> None:
         self._model().to(torch.bfloat16).save_pretrained(folder)
+
+
+class TokensTask(CaptionsTask):
+    """A generator of the tokens of `emoji-vitvqgan`.
+
+    Args:
+        tokenizer: folder of the trained `emoji-vitvqgan`.
+        others: see `CaptionsTask`.
+    """
+
+    def __init__(self, data: Path, scenes: Path, tokenizer: Path, clip: Path):
+        self.vq = ViTVQGAN.from_pretrained(tokenizer).float().eval().requires_grad_(False)
+        super().__init__(data, scenes, clip)
+
+    @torch.no_grad()
+    def tokens(self, pictures: Tensor) -> Tensor:
+        """[B, H, W, 3] uint8 -> ids [B, N]; in fp32, because bf16 changes every fifth id."""
+        return torch.cat([self.vq.encode(from_uint8(part)) for part in pictures.split(128)])
+
+    def codes(self, dim: int) -> Tensor:
+        """A table [K, dim] to start the embeddings of tokens with: near codes are near."""
+        codes = F.normalize(self.vq.quantizer.embedding.weight.detach(), dim=-1)
+        return 0.02 * (codes @ torch.randn(codes.shape[1], dim, generator=torch.Generator().manual_seed(0)))
+
+    def more(self, tokens: Tensor, pictures: Tensor, scenes: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+        """The tokens that are read."""
+        share = CORRUPTION * torch.rand(len(tokens), 1, generator=generator)
+        slipped = torch.rand(tokens.shape, generator=generator) < share
+        return {"read": torch.where(slipped, tokens[torch.randperm(len(tokens), generator=generator)], tokens)}
+
+    def held_out(self, rows: slice) -> dict[str, Tensor]:
+        return super().held_out(rows) | {"read": self.held_out_tokens[rows]}
+
+    def logits(self, network: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        """[B, N, K] of the tokens that `batch["read"]` leads to."""
+        raise NotImplementedError
+
+    def error(self, network: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        logits = self.logits(network, batch).float()
+        return F.cross_entropy(logits.flatten(0, 1), batch["tokens"].flatten(), reduction="none")

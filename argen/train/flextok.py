@@ -1,0 +1,147 @@
+"""Recipe `emoji-flextok`: latents of `emoji-vae` as up to 64 ordered tokens (arXiv 2502.13967, section 3).
+
+Beside the flow's error, the patches after an early layer of the decoder are drawn towards those of `emoji-clip` (REPA, arXiv
+2410.06940): this is what makes few tokens say what a picture shows.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL
+from einops import rearrange
+from PIL import Image
+from torch import Tensor, nn
+from transformers import CLIPVisionModel
+
+from argen.data.tables import pixels, read_split
+from argen.eval.metrics import psnr
+from argen.train.loop import Schedule, Task
+from tokenizers_img.flextok import FlexTok, FlexTokenizer
+from tokenizers_img.kl_vae import KLVAE
+from tokenizers_img.pixels import from_uint8
+
+SCHEDULES = {
+    "cpu": Schedule(steps=7000, batch_size=64, learning_rate=2e-3, warmup=150, weight_decay=0.01, muon=True),
+    "gpu": Schedule(steps=80000, batch_size=512, learning_rate=5e-4, weight_decay=0.01),
+}
+SIZES = {
+    "levels": (8, 5, 5, 5),
+    "registers": 64,
+    "encoder_dim": 192,
+    "encoder_depth": 3,
+    "decoder_dim": 192,
+    "decoder_depth": 5,
+    "patch": 1,
+    "rank": 64,
+}
+NULL_SHARE, SCENES_SHARE = 0.15, 0.25
+ALIGNED_LAYER, ALIGNMENT = 1, 0.5  # the weight of the second term
+SHOWN = (1, 4, 16, 64)  # tokens, in the sample
+STEPS, GUIDANCE = 12, 3.0  # of the sample
+
+
+class Aligned(nn.Module):
+    """The network, with the head that draws its patches towards those of another network."""
+
+    def __init__(self, flextok: FlexTok, width: int):
+        super().__init__()
+        dim = flextok.config.decoder_dim
+        self.flextok = flextok
+        self.head = nn.Sequential(nn.Linear(dim, dim), nn.SiLU(), nn.Linear(dim, dim), nn.SiLU(), nn.Linear(dim, width))
+
+    def forward(
+        self, latents: Tensor, noise: Tensor, times: Tensor, keep: Tensor, dropped: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """See `FlexTok.forward`; the patches are those of the head."""
+        velocity, features = self.flextok(latents, noise, times, keep, dropped, ALIGNED_LAYER)
+        return velocity, self.head(features)
+
+
+class FlexTokTask(Task):
+    """Args:
+    data, scenes: folders made by ``argen data emoji`` and ``argen data scenes``.
+    vae, clip: folders of the trained `emoji-vae` and `emoji-clip`.
+    """
+
+    def __init__(self, data: Path, scenes: Path, vae: Path, clip: Path):
+        self.vae = KLVAE(AutoencoderKL.from_pretrained(vae, torch_dtype=torch.float32).eval().requires_grad_(False))
+        self.vision = CLIPVisionModel.from_pretrained(clip, dtype=torch.float32).eval().requires_grad_(False)
+        singles, composed, self.test = (
+            torch.from_numpy(pixels(read_split(folder, split)))
+            for folder, split in ((data, "train"), (scenes, "train"), (data, "test"))
+        )
+        self.pictures, self.singles = torch.cat([singles, composed]), len(singles)
+        self.latents = self.encode(self.pictures)
+        grid = self.latents.shape[-1]
+        flextok = FlexTok(**SIZES, channels=self.vae.config.latent_channels, grid=grid)
+        for name, parameter in flextok.named_parameters():
+            if any(part in name for part in ("adaLN_modulation", "dec_to_patches.proj")):
+                nn.init.zeros_(parameter)
+        for block in flextok.decoder["module_dict"]["dec_transformer"].blocks:
+            nn.init.xavier_uniform_(block.adaLN_modulation[1].weight)  # of the two in a row, only the last is zero
+        self.networks: dict[str, nn.Module] = {"model": Aligned(flextok, self.vision.config.hidden_size)}
+
+    @torch.no_grad()
+    def encode(self, pictures: Tensor) -> Tensor:
+        return torch.cat([self.vae.encode(from_uint8(part)) for part in pictures.split(64)])
+
+    def batch(self, size: int, generator: torch.Generator) -> dict[str, Tensor]:
+        scenes = int(size * SCENES_SHARE)
+        chosen = torch.cat(
+            [
+                torch.randint(self.singles, (size - scenes,), generator=generator),
+                torch.randint(self.singles, len(self.pictures), (scenes,), generator=generator),
+            ]
+        )
+        latents = self.latents[chosen]
+        return {
+            "pixels": from_uint8(self.pictures[chosen]),
+            "latents": latents,
+            "noise": torch.randn(latents.shape, generator=generator),
+            "times": torch.randn(size, generator=generator).sigmoid(),
+            "keep": torch.randint(1, SIZES["registers"] + 1, (size,), generator=generator),
+            "dropped": torch.rand(size, generator=generator) < NULL_SHARE,
+        }
+
+    def losses(self, batch: dict[str, Tensor], step: int, log: dict[str, float]) -> Iterator[tuple[str, Tensor]]:
+        latents, noise = batch["latents"], batch["noise"]
+        velocity, patches = self.networks["model"](
+            *(batch[key] for key in ("latents", "noise", "times", "keep", "dropped"))
+        )
+        with torch.no_grad():
+            wanted = self.vision.to(latents.device)(pixel_values=2 * batch["pixels"] - 1).last_hidden_state[:, 1:]
+        flow = (velocity - (noise - latents)).square().mean()
+        apart = 1 - F.cosine_similarity(patches.float(), wanted.float(), dim=-1).mean()
+        log |= {"flow": flow.item(), "apart": apart.item()}
+        yield "model", flow + ALIGNMENT * apart
+
+    def tokenizer(self) -> FlexTokenizer:
+        model = getattr(self.networks["model"], "module", self.networks["model"])
+        return FlexTokenizer(model.flextok, self.vae.vae)
+
+    @torch.no_grad()
+    def decoded(self, pictures: Tensor, keep: int) -> Tensor:
+        """What `keep` tokens of pictures [B, H, W, 3] uint8 give back, [B, 3, H, W]."""
+        tokenizer, made = self.tokenizer(), []
+        for part in pictures.split(64):
+            ids = tokenizer.encode(from_uint8(part).to(tokenizer.device))
+            made.append(tokenizer.decode(ids[:, :keep], STEPS, GUIDANCE).clamp(0, 1).cpu())
+        return torch.cat(made)
+
+    def evaluate(self) -> dict[str, float]:
+        """PSNR in dB on some held-out concepts, by the number of tokens."""
+        pictures = self.test[:: max(1, len(self.test) // 64)][:64]
+        real = from_uint8(pictures)
+        return {f"psnr, {keep} tokens": psnr(self.decoded(pictures, keep), real).mean().item() for keep in SHOWN}
+
+    def sample(self) -> Image.Image:
+        """8 held-out pictures, and below each what 1, 4, 16 and 64 of its tokens give back."""
+        pictures = self.test[:: max(1, len(self.test) // 8)][:8]
+        rows = torch.stack([from_uint8(pictures), *(self.decoded(pictures, keep) for keep in SHOWN)])
+        sheet = rearrange(rows, "r c d h w -> (r h) (c w) d")
+        return Image.fromarray((sheet * 255).round().to(torch.uint8).numpy())
+
+    def save(self, folder: Path) -> None:
+        self.tokenizer().network.to(torch.bfloat16).save_pretrained(folder)

@@ -1,0 +1,82 @@
+"""Recipe `emoji-xar`: latents of `emoji-vae`, cell by cell, after a caption or a group of emoji (arXiv 2502.20388)."""
+
+import random
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL
+from torch import Tensor, nn
+
+from argen.data.emoji import GROUPS
+from argen.models.clip import TextImageEncoder
+from argen.models.xar import XAR
+from argen.pipelines.llamagen import group_caption
+from argen.pipelines.xar import XARPipeline
+from argen.train.loop import Schedule
+from argen.train.tokens import CaptionsTask
+from tokenizers_img.kl_vae import KLVAE
+from tokenizers_img.pixels import from_uint8
+
+SCHEDULES = {
+    "cpu": Schedule(
+        steps=6000, batch_size=64, learning_rate=2e-3, warmup=150, weight_decay=0.02, betas=(0.9, 0.96), muon=True
+    ),
+    "gpu": Schedule(steps=60000, batch_size=512, learning_rate=5e-4, weight_decay=0.02, betas=(0.9, 0.96)),
+}
+SIZES = {"dim": 256, "encoder_depth": 2, "decoder_depth": 3, "heads": 4}
+GROUP_SHARE = 0.1  # of the single pictures are shown with the name of their group instead of a caption
+
+
+class XARTask(CaptionsTask):
+    """Args:
+    vae: folder of the trained `emoji-vae`.
+    kind, size: of the X, see `argen.models.xar.Entities`.
+    others: see `CaptionsTask`.
+    """
+
+    null_caption = None
+
+    def __init__(self, data: Path, scenes: Path, vae: Path, clip: Path, kind: str = "cell", size: int = 4):
+        self.vae = KLVAE(AutoencoderKL.from_pretrained(vae, torch_dtype=torch.float32).eval().requires_grad_(False))
+        super().__init__(data, scenes, clip)
+        self.groups, self.encoder = list(GROUPS), TextImageEncoder(self.clip, self.text_tokenizer)
+        grid, width = self.picture_tokens.shape[-1], self.clip.config.projection_dim
+        model = XAR(
+            **SIZES, grid=grid, kind=kind, size=size, channels=self.vae.config.latent_channels, caption_dim=width
+        )
+        self.networks: dict[str, nn.Module] = {"model": model}
+
+    @torch.no_grad()
+    def tokens(self, pictures: Tensor) -> Tensor:
+        """[B, H, W, 3] uint8 -> latents [B, C, h, w]."""
+        return torch.cat([self.vae.encode(from_uint8(part)) for part in pictures.split(64)])
+
+    def caption(self, row: dict, rng: random.Random) -> str:
+        if rng.random() < GROUP_SHARE:
+            return group_caption(f"class:{row['group']}", self.groups)
+        return super().caption(row, rng)
+
+    def text(self, captions: list[str]) -> dict[str, Tensor]:
+        """Vectors of unit variance, as `XARPipeline.encode_text` makes them."""
+        found = self.encoder.embed_text(captions)
+        return {"asked": found * found.shape[1] ** 0.5}
+
+    def more(self, tokens: Tensor, pictures: Tensor, scenes: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+        """Noise, and a time for each entity."""
+        lengths = self._model().entities.lengths
+        times = torch.randn(len(tokens), len(lengths), generator=generator).sigmoid()
+        return {"times": times, "noise": torch.randn(len(tokens), sum(lengths), tokens.shape[1], generator=generator)}
+
+    def held_out(self, rows: slice) -> dict[str, Tensor]:
+        batch, luck = super().held_out(rows), torch.Generator().manual_seed(rows.start)
+        return batch | self.more(batch["tokens"], None, None, luck)
+
+    def error(self, network: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        model = self._model()
+        x, noise = model.entities.cut(batch["tokens"]), batch["noise"]
+        times = batch["times"][:, model.entity, None]
+        made = network((1 - times) * x + times * noise, batch["times"], batch["asked"], batch["dropped"])
+        return (made.float() - (noise - x)).square()
+
+    def pipeline(self) -> XARPipeline:
+        return XARPipeline(self._model(), self.vae.vae, self.clip, self.text_tokenizer, self.groups)
