@@ -15,6 +15,7 @@ from transformers import AutoTokenizer, CLIPModel, PreTrainedTokenizerFast, T5En
 from argen.data.emoji import GROUPS
 from argen.eval.reconstruction import Tokenizer
 from argen.models.clip import TextImageEncoder
+from argen.models.controlar import ControlAR
 from argen.models.judge import Judge
 from argen.models.llamagen import LlamaGen
 from argen.models.parti import Parti
@@ -73,14 +74,18 @@ def _parti(folder: Path) -> PartiPipeline:
 
 
 def _emoji_llamagen(folder: Path) -> LlamaGenPipeline:
+    return LlamaGenPipeline(_network(LlamaGen, folder), **_emoji_parts())
+
+
+def _emoji_control(folder: Path) -> ControlARPipeline:
+    return ControlARPipeline(_network(ControlAR, folder), **_emoji_parts(), any_size=True)
+
+
+def _emoji_parts() -> dict:
+    """What the decoder-only generators of the emoji family share."""
     encoder = _encoder(WEIGHTS / "emoji-clip")
-    return LlamaGenPipeline(
-        transformer=_network(LlamaGen, folder),
-        vq=_network(ViTVQGAN, WEIGHTS / "emoji-vitvqgan"),
-        text_encoder=encoder.clip,
-        tokenizer=encoder.tokenizer,
-        groups=list(GROUPS),
-    )
+    own = {"text_encoder": encoder.clip, "tokenizer": encoder.tokenizer, "groups": list(GROUPS)}
+    return {"vq": _network(ViTVQGAN, WEIGHTS / "emoji-vitvqgan")} | own
 
 
 def _encoder(folder: Path) -> TextImageEncoder:
@@ -299,6 +304,14 @@ MODELS = {
         7.0,
         _emoji_llamagen,
         takes=("text", "class"),
+    ),
+    "argen/emoji-control": Model(
+        "generator",
+        "text and canny edges or segments -> at most 64 tokens -> at most 128 x 128 pixels of any shape, ControlAR",
+        "Apache-2.0",
+        7.9,
+        _emoji_control,
+        takes=("text", "class", "control"),
     ),
     "argen/emoji-vitvqgan": Model(
         "tokenizer", "ViT-VQGAN, 128 x 128 <-> 8 x 8 ids of 4096", "Apache-2.0", 8.0, lambda f: _network(ViTVQGAN, f)

@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -194,3 +195,22 @@ def test_a_saved_pipeline_comes_back(pipe, tmp_path):
     assert again.config.steps == 2
     made = [one("class:1", generator=luck(1)).images[0].tobytes() for one in (pipe, again)]
     assert made[0] == made[1]
+
+
+def test_a_search_keeps_what_fits_best(pipe, monkeypatch):
+    """Scored by how dark they are, prefixes are drawn towards the dark."""
+    seen = []
+
+    def dark(prompt, images):
+        seen.append(len(images))
+        return [-float(np.asarray(image).mean()) for image in images]
+
+    monkeypatch.setattr(pipe, "rank", dark)
+    found = pipe.beam_search("class:1", num_beams=2, num_candidates=8, num_tokens=6, generator=luck(1)[0])
+    assert seen == [8, 8, 8, 8]  # with 1, 2, 4 and 6 tokens
+    assert found.tokens.shape == (1, 6)
+    plain = pipe("class:1", 8, generator=luck(1)[0], num_tokens=6)
+    assert found.scores[0] > np.mean(dark("", plain.images))
+    assert found.scores[0] == pytest.approx(dark("", found.images)[0])
+    with pytest.raises(ValueError, match="num_beams is 3 and num_candidates 8"):
+        pipe.beam_search("class:1", num_beams=3, num_candidates=8)

@@ -10,6 +10,7 @@ import urllib.request
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from argen.metadata import read_request
 
@@ -110,3 +111,43 @@ def test_a_model_that_is_not_here_is_answered_with_one_line(page):
     page.get_by_label("Model").first.click()
     page.get_by_role("option", name="FoundationVision/LlamaGen:c2i_B_256", exact=True).click()
     page.get_by_text("could not be fetched from the hub").first.wait_for(timeout=60_000)
+
+
+def test_a_drawing_is_followed(page, site):
+    page.get_by_role("tab", name="Control").click()
+    canvas = page.locator("#canvas canvas").first
+    canvas.wait_for(timeout=30_000)
+    box = canvas.bounding_box()
+    page.mouse.move(box["x"] + 0.3 * box["width"], box["y"] + 0.3 * box["height"])
+    page.mouse.down()
+    for across, down in ((0.7, 0.3), (0.7, 0.7), (0.3, 0.7), (0.3, 0.3)):
+        page.mouse.move(box["x"] + across * box["width"], box["y"] + down * box["height"], steps=10)
+    page.mouse.up()
+    page.get_by_role("button", name="Show the control picture").click()
+    seen = page.locator("#seen img")
+    seen.wait_for(timeout=60_000)
+    assert seen.evaluate("img => img.decode().then(() => img.naturalWidth)") == 128
+    page.locator("#control-prompt textarea").fill("a pizza")
+    page.locator("#control-draw").click()
+    page.locator("#state-control", has_text="4 pictures in").wait_for(timeout=60_000)
+    request = read_request(max(site[1].glob("*.png")))
+    assert request.model == "argen/emoji-control"
+    assert min(min(pair) for pair in request.control.picture.convert("RGB").getextrema()) < 100  # the line is in it
+    if folder := os.environ.get("ARGEN_SCREENSHOTS"):
+        page.screenshot(path=Path(folder) / "control.png")
+
+
+def test_a_picture_is_taken_apart(page, tmp_path):
+    Image.new("RGB", (200, 200), (200, 40, 40)).save(tmp_path / "red.png")
+    page.get_by_role("tab", name="Tokenizers").click()
+    page.locator("#lab-picture input[type=file]").set_input_files(tmp_path / "red.png")
+    page.locator("#lab-picture img").wait_for(timeout=30_000)
+    page.locator("#lab-go").click()
+    page.locator("#lab-pictures", has_text=re.compile(r"PSNR \d+\.\d dB")).wait_for(timeout=60_000)
+    assert page.locator("#lab-pictures img").count() >= 2
+    page.get_by_text("Its tokens").click()
+    page.locator("#lab-look").click()
+    page.locator("#lab-caption", has_text="64 tokens, 768 bits").wait_for(timeout=60_000)
+    assert page.locator("#lab-tokens td").count() >= 64
+    if folder := os.environ.get("ARGEN_SCREENSHOTS"):
+        page.screenshot(path=Path(folder) / "lab.png", full_page=True)

@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from argen.data.tables import read_split
 from argen.metadata import save_pictures
+from argen.models.clip import TextImageEncoder
 from argen.request import Job, Request
 
 COMMON = [  # fmt: skip
@@ -30,11 +31,11 @@ HELD_OUT, AMONG = 200, 100
 
 
 class Generator(Protocol):
-    """What is scored: draws a request, and embeds prompts and pictures (`argen.pipelines.parti.PartiPipeline` does)."""
+    """What is scored: draws a request, and can embed prompts and pictures (`argen.pipelines.base.TokenPipeline`)."""
+
+    text_image_encoder: TextImageEncoder | None
 
     def run(self, request: Request) -> Iterator[Job]: ...
-
-    def embed(self, prompts: list[str], images: list[Image.Image]) -> tuple[Tensor, Tensor]: ...
 
 
 def held_out_captions(data: Path) -> list[str]:
@@ -46,7 +47,7 @@ def held_out_captions(data: Path) -> list[str]:
 
 def ranks(pipe: Generator, prompts: list[str], images: list[Image.Image], others: list[str]) -> Tensor:
     """Rank [B] of each picture's own prompt (1 is best) among itself and `AMONG` - 1 of `others`."""
-    text, pictures = pipe.embed([*prompts, *others], images)
+    text, pictures = pipe.text_image_encoder.embed([*prompts, *others], images)
     own = (pictures * text[: len(prompts)]).sum(dim=1, keepdim=True)
     result = []
     for index, row in enumerate(pictures @ text[len(prompts) :].T):
@@ -75,7 +76,7 @@ def evaluate(pipe: Generator, data: Path, num_candidates: int, seed: int, grid: 
     Raises:
         ValueError: the generator has no encoder to judge with.
     """
-    if not hasattr(pipe, "embed"):
+    if pipe.text_image_encoder is None:
         raise ValueError(
             f"{type(pipe).__name__} has no text/picture encoder to judge with: expected a Parti-style model"
         )

@@ -16,7 +16,10 @@ from diffusers.utils import BaseOutput, numpy_to_pil
 from einops import rearrange
 from PIL import Image
 from torch import Tensor
+from transformers import CLIPModel
 
+from argen.data.imagenet import class_id
+from argen.models.clip import TextImageEncoder
 from argen.request import Control, Job, Request
 from samplers import SAMPLERS, by_name
 from samplers.logits import Gumbel, Sampling, keys_of
@@ -139,11 +142,33 @@ class TokenPipeline(DiffusionPipeline):
             return tokens, decided
         return torch.where(decided, tokens, self.blank_tokens(tuple(tokens.shape[1:])).to(tokens.device)), decided
 
+    @property
+    def text_image_encoder(self) -> TextImageEncoder | None:
+        """What embeds prompts and pictures in one space; None where the model has no such."""
+        clip = next((part for part in self.components.values() if isinstance(part, CLIPModel)), None)
+        return None if clip is None else TextImageEncoder(clip, self.tokenizer)
+
+    def caption(self, prompt: str) -> str:
+        """What is read for a prompt: of "class:NAME" in a model of captions what stands for the group.
+
+        Raises:
+            ValueError: there is no such group.
+        """
+        return group_caption(prompt, self.config.get("groups"))
+
     def rank(self, prompt: str, images: list[Image.Image]) -> list[float]:
-        """How well each picture fits the prompt (higher is better)."""
-        raise ValueError(
-            f"{type(self).__name__} has no picture encoder to rank candidates with: leave num_candidates out"
-        )
+        """How well each picture fits the prompt: its cosine (higher is better).
+
+        Raises:
+            ValueError: there is nothing to rank with.
+        """
+        encoder = self.text_image_encoder
+        if encoder is None:
+            raise ValueError(
+                f"{type(self).__name__} has no picture encoder to rank candidates with: leave num_candidates out"
+            )
+        text, pictures = encoder.embed([self.caption(prompt)], images)
+        return (pictures @ text[0]).tolist()
 
     def stream(
         self,
@@ -346,3 +371,14 @@ def own_generators(generator: torch.Generator | None, count: int) -> list[torch.
         generator.seed()
     seeds = [int(torch.randint(2**62, (1,), generator=generator, device=generator.device)) for _ in range(count)]
     return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+
+def group_caption(prompt: str, groups: list[str] | None) -> str:
+    """ "class:food-drink" -> the caption that stands for the group; any other prompt stays.
+
+    Raises:
+        ValueError: there is no such group.
+    """
+    if groups is None or not prompt.strip().lower().startswith("class:"):
+        return prompt
+    return f"class {groups[class_id(prompt, groups)].replace('-', ' ')}"

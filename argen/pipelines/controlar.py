@@ -59,7 +59,11 @@ class ControlARPipeline(LlamaGenPipeline):
     def defaults(self) -> Defaults:
         """Those of the official scripts; of the shipped model, what scored best."""
         shipped = isinstance(self.text_encoder, CLIPModel)
-        return Defaults(guidance_scale=3.0, top_k=256) if shipped else Defaults(guidance_scale=4.0, top_k=2000)
+        return (
+            Defaults(guidance_scale=2.0, temperature=0.9, top_k=256)
+            if shipped
+            else Defaults(guidance_scale=4.0, top_k=2000)
+        )
 
     def prepare(self, control: Control) -> Control:
         """See `TokenPipeline.prepare`. Without a size asked for, a model of any size takes the control picture's own, as

@@ -4,15 +4,12 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL
-from PIL import Image
 from torch import Tensor
 from transformers import CLIPModel, PreTrainedTokenizerFast, T5EncoderModel
 
 from argen.data.imagenet import class_id
-from argen.models.clip import TextImageEncoder
 from argen.models.flexar import FlexAR, FlexARSession
-from argen.pipelines.base import Defaults, TokenPipeline
-from argen.pipelines.llamagen import group_caption
+from argen.pipelines.base import Defaults, TokenPipeline, TokenPipelineOutput, own_generators
 from argen.request import Control, check_prompt
 from tokenizers_img.flextok import FlexTok, FlexTokenizer
 
@@ -123,7 +120,7 @@ class FlexARPipeline(TokenPipeline):
         """Texts -> hidden states [B, T, C], mask [B, T] bool."""
         encoder = self.text_encoder
         if isinstance(encoder, CLIPModel):
-            encoder, prompts = encoder.text_model, [group_caption(prompt, self.config.groups) for prompt in prompts]
+            encoder, prompts = encoder.text_model, [self.caption(prompt) for prompt in prompts]
         text = self.tokenizer(prompts, padding=True, truncation=True, return_tensors="pt").to(self.device)
         states = encoder(input_ids=text.input_ids, attention_mask=text.attention_mask).last_hidden_state
         return states.to(self.transformer.dtype), text.attention_mask.bool()
@@ -144,10 +141,44 @@ class FlexARPipeline(TokenPipeline):
         steps = self.config.steps if min(counts) == tokens.shape[-1] else min(PREVIEW_STEPS, self.config.steps)
         return self.image_tokenizer.decode(rows, steps, self.config.tokenizer_guidance).clamp(0, 1)
 
-    def rank(self, prompt: str, images: list[Image.Image]) -> list[float]:
-        """Cosine of each picture to the prompt, by the shipped model's CLIP."""
-        if not isinstance(self.text_encoder, CLIPModel):
-            return super().rank(prompt, images)
-        encoder = TextImageEncoder(self.text_encoder, self.tokenizer)
-        text, pictures = encoder.embed([group_caption(prompt, self.config.groups)], images)
-        return (pictures @ text[0]).tolist()
+    @torch.no_grad()
+    def beam_search(
+        self,
+        prompt: str,
+        num_beams: int = 4,
+        num_candidates: int = 16,
+        num_tokens: int | None = None,
+        generator: torch.Generator | None = None,
+        **settings,
+    ) -> TokenPipelineOutput:
+        """One picture, searched for: of candidates with 1, 2, 4 ... tokens those that fit the prompt best are gone on with
+        (arXiv 2604.15453). The first tokens decide most, and any prefix can be looked at.
+
+        Args:
+            num_beams: candidates that are kept each time.
+            num_candidates: that are drawn each time, as many from each of those kept.
+            generator: of all luck.
+            settings: of `stream`, as guidance_scale.
+
+        Raises:
+            ValueError: fewer candidates than beams; a model that cannot rank.
+        """
+        if not 1 <= num_beams <= num_candidates or num_candidates % num_beams:
+            raise ValueError(
+                f"num_beams is {num_beams} and num_candidates {num_candidates}: expected a multiple of at least one beam"
+            )
+        last, count, passes = self.shape_of(None, num_tokens)[1], 1, 0
+        kept = torch.full((1, 0), -1)
+        while True:
+            rows = kept.repeat_interleave(num_candidates // len(kept), dim=0)
+            grid = torch.nn.functional.pad(rows, (0, count - rows.shape[1]), value=-1)
+            luck, shape = own_generators(generator, len(grid)), (1, count)
+            *_, step = self.stream([prompt] * len(grid), luck, tokens=grid, shape=shape, **settings)
+            passes += step.passes
+            scores = self.rank(prompt, self.pictures(step.tokens[:, None]))
+            best = sorted(range(len(scores)), key=lambda index: -scores[index])[: num_beams if count < last else 1]
+            kept = step.tokens[best].cpu()
+            if count == last:
+                images = self.pictures(kept[:, None])
+                return TokenPipelineOutput(images=images, tokens=kept, scores=[scores[best[0]]], passes=passes)
+            count = min(2 * count, last)

@@ -4,12 +4,10 @@ from pathlib import Path
 
 import torch
 from diffusers import PixArtAlphaPipeline, VQModel
-from PIL import Image
 from torch import Tensor
 from transformers import CLIPModel, PreTrainedTokenizerFast, T5EncoderModel
 
 from argen.data.imagenet import class_id
-from argen.models.clip import TextImageEncoder
 from argen.models.draft import Drafter
 from argen.models.llamagen import LlamaGen, LlamaGenSession
 from argen.pipelines.base import Defaults, TokenPipeline
@@ -119,7 +117,7 @@ class LlamaGenPipeline(TokenPipeline):
         length = self.transformer.config.caption_length
         encoder = self.text_encoder
         if isinstance(encoder, CLIPModel):
-            encoder, texts = encoder.text_model, [group_caption(prompt, self.config.groups) for prompt in prompts]
+            encoder, texts = encoder.text_model, [self.caption(prompt) for prompt in prompts]
         else:
             texts = [clean_caption(prompt) for prompt in prompts]
         text = self.tokenizer(texts, max_length=length, padding="max_length", truncation=True, return_tensors="pt")
@@ -144,28 +142,6 @@ class LlamaGenPipeline(TokenPipeline):
         white = torch.ones(1, 3, *size, device=self.device, dtype=self.vq.dtype)
         ids = self.image_tokenizer.encode(white)[0]
         return ids.unflatten(0, (self.vq.grid, -1))[: shape[0], : shape[1]] if fixed else ids.unflatten(0, shape)
-
-    def embed(self, prompts: list[str], images: list[Image.Image]) -> tuple[Tensor, Tensor]:
-        """Unit vectors of prompts [P, E] and pictures [B, E], by the shipped model's CLIP."""
-        return TextImageEncoder(self.text_encoder, self.tokenizer).embed(prompts, images)
-
-    def rank(self, prompt: str, images: list[Image.Image]) -> list[float]:
-        """Cosine of each picture to the prompt, by the shipped model's CLIP."""
-        if not isinstance(self.text_encoder, CLIPModel):
-            return super().rank(prompt, images)
-        text, pictures = self.embed([group_caption(prompt, self.config.groups)], images)
-        return (pictures @ text[0]).tolist()
-
-
-def group_caption(prompt: str, groups: list[str] | None) -> str:
-    """ "class:food-drink" -> the caption that stands for the group; any other prompt stays.
-
-    Raises:
-        ValueError: there is no such group.
-    """
-    if groups is None or not prompt.strip().lower().startswith("class:"):
-        return prompt
-    return f"class {groups[class_id(prompt, groups)].replace('-', ' ')}"
 
 
 def clean_caption(text: str) -> str:

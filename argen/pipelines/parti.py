@@ -3,11 +3,9 @@
 import logging
 
 import torch
-from PIL import Image
 from torch import Tensor
 from transformers import CLIPModel, PreTrainedTokenizerFast
 
-from argen.models.clip import TextImageEncoder
 from argen.models.parti import Parti
 from argen.models.session import DecoderSession
 from argen.pipelines.base import Defaults, TokenPipeline
@@ -73,12 +71,3 @@ class PartiPipeline(TokenPipeline):
         size = self.image_tokenizer.config.image_size
         white = torch.ones(1, 3, size, size, device=self.device, dtype=self.image_tokenizer.dtype)
         return self.image_tokenizer.encode(white)[0].unflatten(0, shape)
-
-    def embed(self, prompts: list[str], images: list[Image.Image]) -> tuple[Tensor, Tensor]:
-        """Unit vectors of prompts [P, E] and pictures [B, E], by `clip`."""
-        return TextImageEncoder(self.clip, self.tokenizer).embed(prompts, images)
-
-    def rank(self, prompt: str, images: list[Image.Image]) -> list[float]:
-        """Cosine of each picture to the prompt, by `clip`."""
-        text, pictures = self.embed([prompt], images)
-        return (pictures @ text[0]).tolist()

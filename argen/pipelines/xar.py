@@ -16,7 +16,6 @@ from argen.data.imagenet import class_id
 from argen.models.clip import TextImageEncoder
 from argen.models.xar import SIZES, XAR, XARSession
 from argen.pipelines.base import Defaults, TokenPipeline
-from argen.pipelines.llamagen import group_caption
 from argen.request import Control, check_prompt
 from samplers import SOLVERS, NextX, by_name
 from tokenizers_img.kl_vae import KLVAE
@@ -112,7 +111,7 @@ class XARPipeline(TokenPipeline):
 
     def encode_text(self, prompts: list[str]) -> Tensor:
         """Captions -> vectors [B, E] of unit variance."""
-        texts = [group_caption(prompt, self.config.groups) for prompt in prompts]
+        texts = [self.caption(prompt) for prompt in prompts]
         found = TextImageEncoder(self.text_encoder, self.tokenizer).embed_text(texts)
         return (found * found.shape[1] ** 0.5).to(self.transformer.dtype)
 
@@ -205,11 +204,3 @@ class XARPipeline(TokenPipeline):
     def decode_tokens(self, tokens: Tensor) -> Tensor:
         """Latents [B, C, h, w] -> pixels [B, 3, H, W] in [0, 1]."""
         return KLVAE(self.vae).decode(tokens.to(self.vae.dtype)).clamp(0, 1)
-
-    def rank(self, prompt: str, images: list[Image.Image]) -> list[float]:
-        """Cosine of each picture to the prompt, by the shipped model's CLIP."""
-        if self.text_encoder is None:
-            return super().rank(prompt, images)
-        encoder = TextImageEncoder(self.text_encoder, self.tokenizer)
-        text, pictures = encoder.embed([group_caption(prompt, self.config.groups)], images)
-        return (pictures @ text[0]).tolist()

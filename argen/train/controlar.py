@@ -101,7 +101,9 @@ class ControlTask(LlamaGenTask):
         return network(*self.condition(batch), batch["read"], batch["control"], batch["dropped"])
 
     def pipeline(self) -> ControlARPipeline:
-        return ControlARPipeline(self._model(), self.vq, self.clip, self.text_tokenizer, self.groups, any_size=True)
+        return ControlARPipeline(
+            self._model(), self.vq, self.clip, self.text_tokenizer, list(self.groups), any_size=True
+        )
 
     def asked(self) -> dict:
         step = max(1, len(self.held_out_captions) // 32)

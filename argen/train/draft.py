@@ -86,7 +86,7 @@ class DraftTask(LlamaGenTask):
         return {"held-out agreement": torch.cat(found).mean().item()}
 
     def pipeline(self) -> LlamaGenPipeline:
-        return LlamaGenPipeline(self.target, self.vq, self.clip, self.text_tokenizer, self.groups, self._model())
+        return LlamaGenPipeline(self.target, self.vq, self.clip, self.text_tokenizer, list(self.groups), self._model())
 
     def asked(self) -> dict:
         return super().asked() | {"sampler": "speculative"}

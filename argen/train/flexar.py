@@ -1,16 +1,13 @@
 """Recipe `emoji-flextok-ar`: the ordered tokens of `emoji-flextok` after a caption or a group of emoji (arXiv 2604.15453)."""
 
-import random
 from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
-from argen.data.emoji import GROUPS
 from argen.models.flexar import FlexAR
 from argen.pipelines.flexar import FlexARPipeline
-from argen.pipelines.llamagen import group_caption
 from argen.train.loop import Schedule
 from argen.train.tokens import CaptionsTask
 from tokenizers_img.flextok import FlexTok, FlexTokenizer
@@ -23,7 +20,6 @@ SCHEDULES = {
     "gpu": Schedule(steps=40000, batch_size=512, learning_rate=1e-3, weight_decay=0.03, betas=(0.9, 0.98)),
 }
 SIZES = {"dim": 160, "depth": 5, "heads": 5, "hidden": 448, "dropout": 0.05}
-GROUP_SHARE = 0.1  # of the single pictures are shown with the name of their group instead of a caption
 
 
 class FlexARTask(CaptionsTask):
@@ -32,11 +28,13 @@ class FlexARTask(CaptionsTask):
     others: see `CaptionsTask`.
     """
 
+    group_share = 0.1
+
     def __init__(self, data: Path, scenes: Path, vae: Path, flextok: Path, clip: Path):
         self.vae = AutoencoderKL.from_pretrained(vae, torch_dtype=torch.float32).eval().requires_grad_(False)
         self.flextok = FlexTok.from_pretrained(flextok, torch_dtype=torch.float32).eval().requires_grad_(False)
         super().__init__(data, scenes, clip)
-        self.groups, width = list(GROUPS), self.clip.config.text_config.hidden_size
+        width = self.clip.config.text_config.hidden_size
         model = FlexAR(self.flextok.fsq.n_embed, self.flextok.config.registers, text_dim=width, **SIZES)
         self.networks: dict[str, nn.Module] = {"model": model}
 
@@ -46,11 +44,6 @@ class FlexARTask(CaptionsTask):
         tokenizer = FlexTokenizer(self.flextok, self.vae)
         return torch.cat([tokenizer.encode(from_uint8(part)) for part in pictures.split(64)])
 
-    def caption(self, row: dict, rng: random.Random) -> str:
-        if rng.random() < GROUP_SHARE:
-            return group_caption(f"class:{row['group']}", self.groups)
-        return super().caption(row, rng)
-
     def error(self, network: nn.Module, batch: dict[str, Tensor]) -> Tensor:
         states, mask = self.encode_text(batch)
         logits = network(states, mask.bool(), batch["tokens"]).float()
@@ -58,4 +51,6 @@ class FlexARTask(CaptionsTask):
 
     def pipeline(self) -> FlexARPipeline:
         own = {"steps": 12, "tokenizer_guidance": 3.0}
-        return FlexARPipeline(self._model(), self.flextok, self.vae, self.clip, self.text_tokenizer, self.groups, **own)
+        return FlexARPipeline(
+            self._model(), self.flextok, self.vae, self.clip, self.text_tokenizer, list(self.groups), **own
+        )

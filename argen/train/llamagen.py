@@ -4,15 +4,13 @@ In two stages: `emoji-llamagen` learns with dropout and, as the published models
 `emoji-llamagen-second` goes on from there without dropout, and each word attends and is attended to.
 """
 
-import random
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from argen.data.emoji import GROUPS
 from argen.models.llamagen import LlamaGen
-from argen.pipelines.llamagen import LlamaGenPipeline, group_caption, left_padded
+from argen.pipelines.llamagen import LlamaGenPipeline, left_padded
 from argen.train.loop import Schedule
 from argen.train.tokens import TokensTask, begun_from
 
@@ -29,7 +27,6 @@ SECOND_SCHEDULES = {
     "gpu": Schedule(steps=20000, batch_size=512, learning_rate=5e-4, weight_decay=0.03, betas=(0.9, 0.98)),
 }
 SIZES = {"caption_length": 24, "dim": 256, "depth": 6, "heads": 4, "multiple_of": 32, "dropout": 0.05}
-GROUP_SHARE = 0.06  # of the single pictures are shown with the name of their group instead of a caption
 
 
 class LlamaGenTask(TokensTask):
@@ -39,11 +36,10 @@ class LlamaGenTask(TokensTask):
     """
 
     null_caption = None
-    scenes_share = 0.35
+    scenes_share, group_share = 0.35, 0.06
 
     def __init__(self, data: Path, scenes: Path, tokenizer: Path, clip: Path, first_stage: Path | None = None):
         super().__init__(data, scenes, tokenizer, clip)
-        self.groups = list(GROUPS)
         if first_stage is not None:
             model = begun_from(first_stage, LlamaGen, LlamaGen, dropout=0.0, caption_attention=True)
         else:
@@ -55,11 +51,6 @@ class LlamaGenTask(TokensTask):
     def generator(self) -> LlamaGen:
         """The network that reads captions."""
         return self._model()
-
-    def caption(self, row: dict, rng: random.Random) -> str:
-        if rng.random() < GROUP_SHARE:
-            return group_caption(f"class:{row['group']}", self.groups)
-        return super().caption(row, rng)
 
     def text(self, captions: list[str]) -> dict[str, Tensor]:
         fixed = {"padding": "max_length", "max_length": SIZES["caption_length"]}
@@ -76,4 +67,4 @@ class LlamaGenTask(TokensTask):
         return network(*self.condition(batch), batch["read"])
 
     def pipeline(self) -> LlamaGenPipeline:
-        return LlamaGenPipeline(self._model(), self.vq, self.clip, self.text_tokenizer, self.groups)
+        return LlamaGenPipeline(self._model(), self.vq, self.clip, self.text_tokenizer, list(self.groups))

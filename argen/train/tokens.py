@@ -12,9 +12,9 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import AutoTokenizer, CLIPModel
 
-from argen.data.emoji import caption
+from argen.data.emoji import GROUPS, caption
 from argen.data.tables import pixels, read_split
-from argen.pipelines.base import TokenPipeline
+from argen.pipelines.base import TokenPipeline, group_caption
 from argen.train.loop import Task
 from tokenizers_img.pixels import from_uint8
 from tokenizers_img.vit_vqgan import ViTVQGAN
@@ -43,10 +43,13 @@ class CaptionsTask(Task):
     Attributes:
         null_caption: what is read where the caption is dropped; None where the network has its own "none".
         scenes_share: of the pictures are scenes.
+        group_share: of the single pictures are shown with the name of their group instead of a caption.
+        groups: by name.
     """
 
     null_caption: str | None = ""
-    scenes_share = 0.12
+    scenes_share, group_share = 0.12, 0.0
+    groups = tuple(GROUPS)
 
     def __init__(self, data: Path, scenes: Path, clip: Path):
         self.text_tokenizer = AutoTokenizer.from_pretrained(clip)
@@ -71,6 +74,8 @@ class CaptionsTask(Task):
 
     def caption(self, row: dict, rng: random.Random) -> str:
         """A caption of a single picture, drawn at random."""
+        if self.group_share and rng.random() < self.group_share:
+            return group_caption(f"class:{row['group']}", self.groups)
         return caption(row["name"], row["style"], row["keywords"], rng)
 
     def text(self, captions: list[str]) -> dict[str, Tensor]:

@@ -1,16 +1,13 @@
 """Recipe `emoji-xar`: latents of `emoji-vae`, cell by cell, after a caption or a group of emoji (arXiv 2502.20388)."""
 
-import random
 from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
-from argen.data.emoji import GROUPS
 from argen.models.clip import TextImageEncoder
 from argen.models.xar import XAR
-from argen.pipelines.llamagen import group_caption
 from argen.pipelines.xar import XARPipeline
 from argen.train.loop import Schedule
 from argen.train.tokens import CaptionsTask
@@ -24,7 +21,6 @@ SCHEDULES = {
     "gpu": Schedule(steps=60000, batch_size=512, learning_rate=5e-4, weight_decay=0.02, betas=(0.9, 0.96)),
 }
 SIZES = {"dim": 256, "encoder_depth": 2, "decoder_depth": 3, "heads": 4}
-GROUP_SHARE = 0.1  # of the single pictures are shown with the name of their group instead of a caption
 
 
 class XARTask(CaptionsTask):
@@ -35,11 +31,12 @@ class XARTask(CaptionsTask):
     """
 
     null_caption = None
+    group_share = 0.1
 
     def __init__(self, data: Path, scenes: Path, vae: Path, clip: Path, kind: str = "cell", size: int = 4):
         self.vae = KLVAE(AutoencoderKL.from_pretrained(vae, torch_dtype=torch.float32).eval().requires_grad_(False))
         super().__init__(data, scenes, clip)
-        self.groups, self.encoder = list(GROUPS), TextImageEncoder(self.clip, self.text_tokenizer)
+        self.encoder = TextImageEncoder(self.clip, self.text_tokenizer)
         grid, width = self.picture_tokens.shape[-1], self.clip.config.projection_dim
         model = XAR(
             **SIZES, grid=grid, kind=kind, size=size, channels=self.vae.config.latent_channels, caption_dim=width
@@ -50,11 +47,6 @@ class XARTask(CaptionsTask):
     def tokens(self, pictures: Tensor) -> Tensor:
         """[B, H, W, 3] uint8 -> latents [B, C, h, w]."""
         return torch.cat([self.vae.encode(from_uint8(part)) for part in pictures.split(64)])
-
-    def caption(self, row: dict, rng: random.Random) -> str:
-        if rng.random() < GROUP_SHARE:
-            return group_caption(f"class:{row['group']}", self.groups)
-        return super().caption(row, rng)
 
     def text(self, captions: list[str]) -> dict[str, Tensor]:
         """Vectors of unit variance, as `XARPipeline.encode_text` makes them."""
@@ -79,4 +71,4 @@ class XARTask(CaptionsTask):
         return (made.float() - (noise - x)).square()
 
     def pipeline(self) -> XARPipeline:
-        return XARPipeline(self._model(), self.vae.vae, self.clip, self.text_tokenizer, self.groups)
+        return XARPipeline(self._model(), self.vae.vae, self.clip, self.text_tokenizer, list(self.groups))

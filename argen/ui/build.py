@@ -7,9 +7,10 @@ from pathlib import Path
 import gradio as gr
 
 from argen.device import pick
+from argen.eval.reconstruction import Tokenizer
 from argen.pipelines.base import TokenPipeline
 from argen.registry import MODELS, load
-from argen.ui import control, generate
+from argen.ui import control, generate, lab
 
 
 def build(data_dir: Path, device: str | None = None) -> gr.Blocks:
@@ -22,19 +23,21 @@ def build(data_dir: Path, device: str | None = None) -> gr.Blocks:
     where = pick(device)
 
     @cache
-    def models(name: str) -> TokenPipeline:
+    def models(name: str) -> TokenPipeline | Tokenizer:
         return load(name).to(where)
 
     generators = {name: model.takes for name, model in MODELS.items() if model.kind == "generator"}
     free = [name for name, takes in generators.items() if "control" not in takes]
+    tokenizers = [name for name, model in MODELS.items() if model.kind == "tokenizer"]
     controlled = [name for name, takes in generators.items() if "control" in takes]
     with gr.Blocks(title="argen", analytics_enabled=False) as page:
         gr.Markdown("# argen\nPictures written token by token, from words.")
         with gr.Tab("Generate"):
             generate.tab(models, free, data_dir)
-        if any(MODELS[name].repo is None for name in controlled):  # one that works offline
-            with gr.Tab("Control"):
-                control.tab(models, controlled, data_dir)
+        with gr.Tab("Control"):
+            control.tab(models, controlled, data_dir)
+        with gr.Tab("Tokenizers"):
+            lab.tab(models, tokenizers, [name for name in tokenizers if MODELS[name].repo is None])
     return page
 
 

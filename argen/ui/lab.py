@@ -1,0 +1,108 @@
+"""The tab that takes a picture apart: what every tokenizer keeps of it, side by side, and its tokens."""
+
+import math
+from collections.abc import Callable, Sequence
+
+import gradio as gr
+import torch
+from PIL import Image
+from torch import Tensor
+
+from argen.eval.metrics import psnr, ssim
+from argen.eval.reconstruction import Tokenizer
+from argen.ui.generate import refusals
+from tokenizers_img.pixels import from_pil
+
+SHOWN_SIDE = 256  # pixels
+LATENT_BITS = 16  # of a continuous number, as bfloat16 holds it
+
+
+def tab(tokenizers: Callable[[str], Tokenizer], ids: Sequence[str], shipped: Sequence[str]) -> None:
+    """Lay the tab out inside the current `gr.Blocks`.
+
+    Args:
+        tokenizers: gives one by its id.
+        ids: of those to choose from.
+        shipped: those of them that are chosen at first.
+    """
+
+    def compare(picture: Image.Image | None, chosen: list[str]) -> list[tuple]:
+        with refusals():
+            if picture is None:
+                raise ValueError("there is no picture: drop a file, or paste one")
+            if not chosen:
+                raise ValueError("no tokenizer is chosen: choose one or more")
+            shown = [(enlarged(from_pil(picture, tokenizers(chosen[0]).config.image_size)), "the picture")]
+            for name in chosen:
+                made, caption = reconstructed(tokenizers(name), picture)
+                shown.append((enlarged(made), f"{name}: {caption}"))
+            return shown
+
+    def look(picture: Image.Image | None, name: str, count: int | None) -> tuple:
+        with refusals():
+            if picture is None:
+                raise ValueError("there is no picture: drop a file, or paste one")
+            tokenizer = tokenizers(name)
+            most = tokenizer.config.get("tokens")
+            count = None if most is None else max(1, min(most, int(count or most)))
+            made, caption = reconstructed(tokenizer, picture, count)
+            slider = gr.update(visible=most is not None, maximum=most or 1, value=count or 1)
+            return enlarged(made), caption, table(encoded(tokenizer, picture)[1][0]), slider
+
+    with gr.Row():
+        with gr.Column(scale=2):
+            picture = gr.Image(type="pil", image_mode="RGBA", label="A picture", elem_id="lab-picture")
+            chosen = gr.Dropdown(list(ids), value=list(shipped), multiselect=True, label="Tokenizers")
+            go = gr.Button("Reconstruct", variant="primary", elem_id="lab-go")
+        with gr.Column(scale=3):
+            gallery = gr.Gallery(label="What they keep", columns=3, object_fit="contain", elem_id="lab-pictures")
+    with gr.Accordion("Its tokens", open=False), gr.Row():
+        with gr.Column(scale=2):
+            name = gr.Dropdown(list(ids), value=shipped[0], label="Tokenizer", elem_id="lab-tokenizer")
+            count = gr.Slider(1, 2, value=1, step=1, visible=False, label="Tokens to decode", elem_id="lab-count")
+            show = gr.Button("Show the tokens", elem_id="lab-look")
+            made = gr.Image(label="Decoded", height=SHOWN_SIDE, elem_id="lab-decoded")
+            caption = gr.Markdown(elem_id="lab-caption")
+        with gr.Column(scale=3):
+            numbers = gr.Dataframe(label="Ids, or the mean square of the latents", elem_id="lab-tokens")
+    go.click(compare, [picture, chosen], gallery)
+    whole = gr.State(None)  # a tokenizer that is newly looked at decodes all its tokens
+    gr.on([show.click, name.change], look, [picture, name, whole], [made, caption, numbers, count])
+    count.release(look, [picture, name, count], [made, caption, numbers, count])
+
+
+@torch.no_grad()
+def encoded(tokenizer: Tokenizer, picture: Image.Image) -> tuple[Tensor, Tensor]:
+    """A picture as the tokenizer takes it, [1, 3, S, S] in [0, 1], and its ids [1, N] or latents [1, C, h, w]."""
+    pixels = from_pil(picture, tokenizer.config.image_size)[None].to(tokenizer.device)
+    return pixels, tokenizer.encode(pixels)
+
+
+@torch.no_grad()
+def reconstructed(tokenizer: Tokenizer, picture: Image.Image, count: int | None = None) -> tuple[Tensor, str]:
+    """What comes back [3, S, S] of (the first `count` of) its tokens, and what is to be said of it."""
+    pixels, tokens = encoded(tokenizer, picture)
+    tokens = tokens if count is None else tokens[:, :count]
+    made = tokenizer.decode(tokens).float().clamp(0, 1)
+    if tokens.ndim == 2:
+        bits, what = tokens.shape[1] * math.log2(tokenizer.config.n_embed), f"{tokens.shape[1]} tokens"
+    else:
+        bits, what = LATENT_BITS * tokens[0].numel(), f"{tokens[0].numel():,} numbers"
+    scores = f"PSNR {psnr(made, pixels).item():.1f} dB, SSIM {ssim(made, pixels).item():.2f}"
+    return made[0].cpu(), f"{scores}, {what}, {bits:,.0f} bits"
+
+
+def table(tokens: Tensor) -> list[list]:
+    """Ids [N] of a square in its rows, others in rows of 8; of latents [C, h, w] the mean squares."""
+    if tokens.ndim == 3:
+        return [[round(value, 2) for value in row] for row in tokens.square().mean(dim=0).tolist()]
+    side = math.isqrt(len(tokens))
+    width = side if side * side == len(tokens) else 8
+    return [row.tolist() for row in tokens.split(width)]
+
+
+def enlarged(pixels: Tensor) -> Image.Image:
+    """[3, H, W] in [0, 1] -> a picture that is large enough to look at."""
+    picture = Image.fromarray((pixels.permute(1, 2, 0) * 255).round().to(torch.uint8).numpy())
+    factor = max(1, SHOWN_SIDE // picture.width)
+    return picture.resize((picture.width * factor, picture.height * factor))

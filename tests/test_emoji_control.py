@@ -1,0 +1,71 @@
+"""The shipped ControlAR: it follows edges and segments, in squares and other shapes, as far as it is told to."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import argen
+from argen.data.scenes import segments
+from argen.eval.control import edge_f1, segment_iou
+from argen.eval.images import Table
+from argen.models.annotators import canny
+from argen.registry import WEIGHTS
+
+SAMPLE = WEIGHTS.parent / "data" / "sample" / "data"
+
+
+@pytest.fixture(scope="module")
+def shipped():
+    pipe = argen.load("argen/emoji-control")
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture(scope="module")
+def shown():
+    table = Table(next(SAMPLE.glob("train-*.parquet")))
+    rows = range(0, len(table), max(1, len(table) // 8))[:8]
+    return [(table.captions[row], Image.fromarray(table[row])) for row in rows]
+
+
+def drawn(pipe, prompts: list[str], **asked) -> list[np.ndarray]:
+    luck = [torch.Generator().manual_seed(index) for index in range(len(prompts))]
+    return [np.asarray(picture) for picture in pipe(prompts, generator=luck, **asked).images]
+
+
+def test_edges_are_followed(shipped, shown):
+    prompts, pictures = map(list, zip(*shown, strict=True))
+    edges = [canny(np.asarray(picture)) for picture in pictures]
+    found = {
+        strength: np.mean(
+            [
+                edge_f1(canny(made), asked)
+                for made, asked in zip(
+                    drawn(shipped, prompts, control_image=pictures, control_strength=strength), edges, strict=True
+                )
+            ]
+        )
+        for strength in (0.0, 1.0)
+    }
+    assert found[1.0] >= 0.7
+    assert found[1.0] >= found[0.0] + 0.3
+
+
+def test_segments_are_followed(shipped, shown):
+    box = [(0, 0, 128, 128)]
+    prompts, pictures = map(list, zip(*shown, strict=True))
+    maps = [Image.fromarray(segments(np.asarray(picture), box)) for picture in pictures]
+    made = drawn(shipped, prompts, control_image=maps, control_type="seg")
+    found = [segment_iou(one, np.asarray(asked), box) for one, asked in zip(made, pictures, strict=True)]
+    assert np.mean(found) >= 0.7
+
+
+@pytest.mark.parametrize("size", [(128, 64), (64, 128), (96, 64)])
+def test_other_shapes(shipped, shown, size):
+    asked = Image.new("RGB", size, "white")
+    for (_, picture), place in zip(shown[:2], ((0, 0), (size[0] - 64, size[1] - 64)), strict=True):
+        asked.paste(picture.resize((64, 64)), place)
+    (made,) = drawn(shipped, [" and ".join(prompt for prompt, _ in shown[:2])], control_image=asked, size=size)
+    assert made.shape == (size[1], size[0], 3)
+    assert edge_f1(canny(made), canny(np.asarray(asked))) >= 0.5
