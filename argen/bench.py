@@ -145,13 +145,15 @@ def settings() -> dict[str, Sampler]:
 
 def speculative(args: argparse.Namespace) -> None:
     """Print a table, one row a sampler, and write it, with a plot if asked for."""
+    if args.plot:
+        import matplotlib  # noqa: F401 - now, if it is missing, and not after an hour
     pipe = load_model(args.model, args.device, "generator")
     pipe.set_progress_bar_config(disable=True)
     judge = load_model("argen/emoji-judge", args.device)
     kinds: dict[str, list] = {}
     for truth in read_prompts():
         kinds.setdefault(truth.kind, []).append(truth)
-    truths = [truth for found in kinds.values() for truth in found[: args.num]]
+    truths = [truth for kind in args.kinds for truth in kinds[kind][: args.num]]
     reference = open_pictures(args.ref) if args.ref else None
     rows = []
     for name, sampler in settings().items():
@@ -234,7 +236,9 @@ def main(argv: list[str] | None = None) -> int:
     add.set_defaults(run=decode)
     add = commands.add_parser("speculative", help="every sampler on the shipped generator: passes, speed, quality")
     add.add_argument("--model", default="argen/emoji-llamagen", metavar="ID")
-    add.add_argument("--num", type=int, default=20, help="prompts of each of the judge's five kinds (default: 20)")
+    add.add_argument("--num", type=int, default=20, help="prompts of each of the judge's kinds (default: 20)")
+    kinds = ("single", "colour", "count", "pair", "relation")
+    add.add_argument("--kinds", nargs="+", default=list(kinds), choices=kinds, help="(default: all five)")
     add.add_argument("--only", nargs="+", metavar="NAME", help="samplers whose name begins so")
     add.add_argument("--ref", type=Path, metavar="SET", help="pictures of training, for FID-emoji")
     add.add_argument("--out", type=Path, default=Path("speculative.json"), metavar="JSON")

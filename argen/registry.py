@@ -16,6 +16,7 @@ from argen.data.emoji import GROUPS
 from argen.eval.reconstruction import Tokenizer
 from argen.models.clip import TextImageEncoder
 from argen.models.controlar import ControlAR
+from argen.models.draft import Drafter
 from argen.models.judge import Judge
 from argen.models.llamagen import LlamaGen
 from argen.models.parti import Parti
@@ -44,8 +45,8 @@ class Model:
     """One line of `argen models`, and how it is loaded.
 
     Attributes:
-        kind: "generator" (`load` gives a pipeline), "tokenizer" (picture <-> ids), "encoder" (text and picture) or
-            "judge" (what a picture shows).
+        kind: "generator" (`load` gives a pipeline), "tokenizer" (picture <-> tokens), "encoder" (text and picture),
+            "drafter" (of a generator, which brings it) or "judge" (what a picture shows).
         repo: hub repository of published weights, None for shipped ones.
         files: glob patterns of the files in `repo` that are read.
         read: turns the folder that holds the files into what `load` gives.
@@ -57,7 +58,7 @@ class Model:
     about: str
     licence: str
     parameters: float
-    read: Callable[[Path], TokenPipeline | Tokenizer | TextImageEncoder | Judge]
+    read: Callable[[Path], TokenPipeline | Tokenizer | TextImageEncoder | Drafter | Judge]
     repo: str | None = None
     files: tuple[str, ...] = ()
     takes: tuple[str, ...] = ("text",)
@@ -74,7 +75,8 @@ def _parti(folder: Path) -> PartiPipeline:
 
 
 def _emoji_llamagen(folder: Path) -> LlamaGenPipeline:
-    return LlamaGenPipeline(_network(LlamaGen, folder), **_emoji_parts())
+    drafter = _network(Drafter, WEIGHTS / "emoji-drafter")
+    return LlamaGenPipeline(_network(LlamaGen, folder), **_emoji_parts(), drafter=drafter)
 
 
 def _emoji_control(folder: Path) -> ControlARPipeline:
@@ -317,6 +319,9 @@ MODELS = {
         "tokenizer", "ViT-VQGAN, 128 x 128 <-> 8 x 8 ids of 4096", "Apache-2.0", 8.0, lambda f: _network(ViTVQGAN, f)
     ),
     "argen/emoji-clip": Model("encoder", "CLIP of emoji and their captions", "Apache-2.0", 3.7, _encoder),
+    "argen/emoji-drafter": Model(
+        "drafter", "EAGLE drafter of argen/emoji-llamagen", "Apache-2.0", 1.8, lambda f: _network(Drafter, f)
+    ),
     "argen/emoji-judge": Model(
         "judge", "names an object of an emoji picture and its colour", "Apache-2.0", 2.1, lambda f: _network(Judge, f)
     ),
@@ -352,7 +357,7 @@ MODELS = {
 }
 
 
-def load(model: str | Path) -> TokenPipeline | Tokenizer | TextImageEncoder | Judge:
+def load(model: str | Path) -> TokenPipeline | Tokenizer | TextImageEncoder | Drafter | Judge:
     """The pipeline of a generator, the network of a tokenizer, or a text/picture encoder, on the CPU in float32.
 
     Args:
