@@ -216,6 +216,7 @@ def _plot(rows: list[dict], path: Path) -> None:
             xytext=(4, 3),
             textcoords="offset points",
         )
+    axes.margins(x=0.2, y=0.1)  # room for the names
     axes.set_xlabel("tokens a pass")
     axes.set_ylabel("identity, by the judge (blue: lossless, orange: relaxed)")
     figure.tight_layout()
