@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers.configuration_utils import FrozenDict
 from PIL import Image
 
 from argen.cli import main
@@ -39,7 +40,7 @@ def test_reconstruction_scores():
         """A tokenizer that knows two codes and gives back mid-grey."""
 
         device, dtype = torch.device("cpu"), torch.float32
-        config = type("Config", (), {"n_embed": 4})
+        config = FrozenDict(n_embed=4)
 
         def encode(self, pixels):
             return torch.tensor([[0, 1]]).expand(len(pixels), -1)

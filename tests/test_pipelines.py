@@ -30,7 +30,7 @@ def test_the_picture_is_of_the_prompt(pipe):
     """Of eight things the judge names the one that was asked for, more often than not."""
     prompts = ["a red apple", "a pizza", "a dog face", "a rocket", "a sunflower", "a guitar", "a house", "a red heart"]
     images = pipe(prompts, num_candidates=4, generator=luck(0)).images
-    text, pictures = pipe.embed(prompts, images)
+    text, pictures = pipe.text_image_encoder.embed(prompts, images)
     right = (pictures @ text.T).argmax(dim=1) == torch.arange(len(prompts))
     assert right.sum() >= 6
 

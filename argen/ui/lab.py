@@ -26,17 +26,19 @@ def tab(tokenizers: Callable[[str], Tokenizer], ids: Sequence[str], shipped: Seq
         shipped: those of them that are chosen at first.
     """
 
-    def compare(picture: Image.Image | None, chosen: list[str]) -> list[tuple]:
+    def compare(picture: Image.Image | None, chosen: list[str]) -> tuple[list[tuple], list[list]]:
         with refusals():
             if picture is None:
                 raise ValueError("there is no picture: drop a file, or paste one")
             if not chosen:
                 raise ValueError("no tokenizer is chosen: choose one or more")
             shown = [(enlarged(from_pil(picture, tokenizers(chosen[0]).config.image_size)), "the picture")]
+            rows = []
             for name in chosen:
-                made, caption = reconstructed(tokenizers(name), picture)
-                shown.append((enlarged(made), f"{name}: {caption}"))
-            return shown
+                made, scores = reconstructed(tokenizers(name), picture)
+                shown.append((enlarged(made), name))
+                rows.append([name, *scores])
+            return shown, rows
 
     def look(picture: Image.Image | None, name: str, count: int | None) -> tuple:
         with refusals():
@@ -45,9 +47,14 @@ def tab(tokenizers: Callable[[str], Tokenizer], ids: Sequence[str], shipped: Seq
             tokenizer = tokenizers(name)
             most = tokenizer.config.get("tokens")
             count = None if most is None else max(1, min(most, int(count or most)))
-            made, caption = reconstructed(tokenizer, picture, count)
-            slider = gr.update(visible=most is not None, maximum=most or 1, value=count or 1)
-            return enlarged(made), caption, table(encoded(tokenizer, picture)[1][0]), slider
+            made, (decibels, _, what, bits) = reconstructed(tokenizer, picture, count)
+            slider = gr.update(visible=most is not None, maximum=most or 2, value=count or 1)
+            return (
+                enlarged(made),
+                f"{what}, {bits:,} bits, PSNR {decibels} dB",
+                table(encoded(tokenizer, picture)[1][0]),
+                slider,
+            )
 
     with gr.Row():
         with gr.Column(scale=2):
@@ -56,6 +63,9 @@ def tab(tokenizers: Callable[[str], Tokenizer], ids: Sequence[str], shipped: Seq
             go = gr.Button("Reconstruct", variant="primary", elem_id="lab-go")
         with gr.Column(scale=3):
             gallery = gr.Gallery(label="What they keep", columns=3, object_fit="contain", elem_id="lab-pictures")
+            scores = gr.Dataframe(
+                headers=["tokenizer", "PSNR (dB)", "SSIM", "size", "bits"], label="Measured", elem_id="lab-scores"
+            )
     with gr.Accordion("Its tokens", open=False), gr.Row():
         with gr.Column(scale=2):
             name = gr.Dropdown(list(ids), value=shipped[0], label="Tokenizer", elem_id="lab-tokenizer")
@@ -65,7 +75,7 @@ def tab(tokenizers: Callable[[str], Tokenizer], ids: Sequence[str], shipped: Seq
             caption = gr.Markdown(elem_id="lab-caption")
         with gr.Column(scale=3):
             numbers = gr.Dataframe(label="Ids, or the mean square of the latents", elem_id="lab-tokens")
-    go.click(compare, [picture, chosen], gallery)
+    go.click(compare, [picture, chosen], [gallery, scores])
     whole = gr.State(None)  # a tokenizer that is newly looked at decodes all its tokens
     gr.on([show.click, name.change], look, [picture, name, whole], [made, caption, numbers, count])
     count.release(look, [picture, name, count], [made, caption, numbers, count])
@@ -79,8 +89,8 @@ def encoded(tokenizer: Tokenizer, picture: Image.Image) -> tuple[Tensor, Tensor]
 
 
 @torch.no_grad()
-def reconstructed(tokenizer: Tokenizer, picture: Image.Image, count: int | None = None) -> tuple[Tensor, str]:
-    """What comes back [3, S, S] of (the first `count` of) its tokens, and what is to be said of it."""
+def reconstructed(tokenizer: Tokenizer, picture: Image.Image, count: int | None = None) -> tuple[Tensor, tuple]:
+    """What comes back [3, S, S] of (the first `count` of) its tokens; PSNR in dB, SSIM, the tokens in words, and bits."""
     pixels, tokens = encoded(tokenizer, picture)
     tokens = tokens if count is None else tokens[:, :count]
     made = tokenizer.decode(tokens).float().clamp(0, 1)
@@ -88,8 +98,8 @@ def reconstructed(tokenizer: Tokenizer, picture: Image.Image, count: int | None 
         bits, what = tokens.shape[1] * math.log2(tokenizer.config.n_embed), f"{tokens.shape[1]} tokens"
     else:
         bits, what = LATENT_BITS * tokens[0].numel(), f"{tokens[0].numel():,} numbers"
-    scores = f"PSNR {psnr(made, pixels).item():.1f} dB, SSIM {ssim(made, pixels).item():.2f}"
-    return made[0].cpu(), f"{scores}, {what}, {bits:,.0f} bits"
+    scores = round(psnr(made, pixels).item(), 1), round(ssim(made, pixels).item(), 2)
+    return made[0].cpu(), (*scores, what, round(bits))
 
 
 def table(tokens: Tensor) -> list[list]:
