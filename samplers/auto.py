@@ -14,12 +14,13 @@ from samplers.steps import GuidanceScale, Origin, Plain, Session, Step
 
 WINDOW = 8  # of Jacobi: on two cores faster than 16, which takes fewer passes
 TRIED = 3  # passes of Jacobi, the first of which is not timed
+CPU_PICTURES = 1  # with more at a time, a pass over their windows takes a CPU longer than the passes it saves
 
 
 @dataclass(frozen=True)
 class Auto:
     """Exactly the picture of `Plain`: it writes the first row, `Jacobi` goes on, and the one that wrote more tokens a second
-    finishes.
+    finishes. Of several pictures at a time on a CPU `Plain` writes all.
 
     Nothing is thrown away: a sampler takes up the cells that the other has decided.
     """
@@ -49,7 +50,8 @@ class Auto:
                     speed = (decided - first) / (now - started)
                 yield last
 
-        yield from watched(Plain()(session, tokens, *asked), last, session.columns)
+        trying = tokens.device.type != "cpu" or len(tokens) <= CPU_PICTURES
+        yield from watched(Plain()(session, tokens, *asked), last, session.columns if trying else None)
         if (last.tokens >= 0).all():
             return
         begun, plain_speed = last, speed

@@ -7,7 +7,7 @@ import torch
 
 import argen
 from argen.models.layers import Linear
-from samplers import by_name
+from samplers import auto, by_name
 from samplers.jacobi import Jacobi
 from samplers.logits import Gumbel, Sampling, guide, gumbel, inverse_transform, keep_top_k, keep_top_p, keys_of
 from samplers.recycling import Table, TokenRecycling
@@ -213,6 +213,10 @@ def test_jacobi_keeps_decided_cells_and_goes_on(pipe):
 def test_auto_writes_the_plain_pictures_with_the_faster_sampler(pipe, monkeypatch, slow):
     prompts, made = ["a red apple", "a pizza"], []
     *_, plain = pipe.stream(prompts, luck(3, 4), sampler="plain")
+    *_, several = pipe.stream(prompts, luck(3, 4), sampler="auto")
+    assert torch.equal(several.tokens, plain.tokens)
+    assert several.passes == 64  # on a CPU, of several pictures at a time, nothing is tried
+    monkeypatch.setattr(auto, "CPU_PICTURES", 2)
 
     def dragging(sampler, call=slow.__call__):
         def wrapped(self, *args):
