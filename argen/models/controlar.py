@@ -5,7 +5,8 @@ github.com/hustvl/ControlAR (Apache-2.0).
 
 A vision Transformer turns the control picture into one vector for each cell of the token grid. Three small networks make of
 it what is added to the stream at three depths, at the position that predicts the cell. All of it is computed once, before
-the first token, belongs to the call, and is zero for the unguided half.
+the first token, belongs to the call, and is zero for the unguided half. (In the authors' code the strength acts under guidance
+only, and the control of one call stays behind for the next.)
 
 Letters in shape comments: B pictures, H W pixels, h w token grid, N = h*w cells (row-major), D width.
 """
