@@ -420,7 +420,7 @@ class FlexTokenizer(nn.Module):
         normalised: bool = True,
         noise: Tensor | None = None,
         shape: tuple[int, int] | None = None,
-        precise: bool = True,
+        precise: bool | None = None,
     ) -> Tensor:
         """Ids [B, k], or B of them of any length k -> pixels [B, 3, H, W], about [0, 1] and not clipped.
 
@@ -430,7 +430,7 @@ class FlexTokenizer(nn.Module):
             normalised: see `samplers.flow.NormalisedGuidance`; else plain.
             noise: [B, C, h, w] to start from; None is the same noise for every picture, so that decoding repeats.
             shape: of the latents (h, w); those of a square of the size it was trained at, by default.
-            precise: see `samplers.flow.NormalisedGuidance`.
+            precise: see `samplers.flow.NormalisedGuidance`; None is yes where the device has float64.
 
         Raises:
             ValueError: no token or too many, or an id outside the codebook.
@@ -459,7 +459,7 @@ class FlexTokenizer(nn.Module):
         steps: int = 25,
         guidance_scale: float | Callable[[float], float] = 7.5,
         normalised: bool = True,
-        precise: bool = True,
+        precise: bool | None = None,
     ) -> Tensor:
         """Follow the flow: what `FlexTok.read` gives, noise [B, C, h, w] -> scaled latents [B, C, h, w] float32."""
         network, times = self.network, even_times(steps)
@@ -469,6 +469,7 @@ class FlexTokenizer(nn.Module):
         none = network.null(len(noise))
         together = guided and none.shape == registers.shape
         both = torch.cat([registers, none.to(registers.dtype)]) if together else registers
+        precise = noise.device.type != "mps" if precise is None else precise
         combine = NormalisedGuidance(precise=precise) if normalised else guide
 
         def velocity(x: Tensor, time: float) -> Tensor:

@@ -85,7 +85,8 @@ class XARPipeline(TokenPipeline):
             raise ValueError(
                 f"this model writes continuous latents, and the sampler {name} tokens: choose auto or one of {', '.join(SOLVERS)}"
             )
-        return by_name("sde" if name == "auto" else name, **{"steps": self.defaults.steps} | settings)
+        own = {"steps": self.defaults.steps, "precise": self.device.type != "mps"}  # which has no float64
+        return by_name("sde" if name == "auto" else name, **own | settings)
 
     def blank(self, count: int, shape: tuple[int, int]) -> Tensor:
         """See `TokenPipeline.blank`: NaN."""
