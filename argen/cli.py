@@ -278,18 +278,6 @@ def generate(args) -> None:
         print(f"{', '.join(map(str, paths))} ({seconds:.1f} s, {how})")
 
 
-def tokens_of(picture: Path, tokenizer) -> tuple:
-    """A picture file -> pixels [1, 3, S, S] in [0, 1], and the tokens that it becomes."""
-    import torch
-
-    from argen.metadata import open_picture
-    from tokenizers_img.pixels import from_pil
-
-    pixels = from_pil(open_picture(picture), tokenizer.config.image_size)[None].to(tokenizer.device)
-    with torch.no_grad():
-        return pixels, tokenizer.encode(pixels)
-
-
 def described(tokens) -> str:
     """What one picture became, ids [N] or latents [C, h, w], in words."""
     return f"{len(tokens)} tokens" if tokens.ndim == 1 else f"{tokens[0].size} latents of {len(tokens)} numbers"
@@ -304,11 +292,13 @@ def pil(pixels):
 
 @command
 def tokenize(args) -> None:
-    from argen.metadata import save_tokens
+    from argen.eval.reconstruction import encoded
+    from argen.metadata import open_picture, save_tokens
 
     out = writable(args.out or args.image.with_suffix(".npz"), ".npz")
+    picture = open_picture(args.image)
     tokenizer = load_model(args.tokenizer, args.device, "tokenizer")
-    tokens = tokens_of(args.image, tokenizer)[1][0].cpu().numpy()
+    tokens = encoded(tokenizer, picture)[1][0].cpu().numpy()
     save_tokens(out, args.tokenizer, tokens)
     if args.json:
         print(json.dumps({"file": str(out), "tokenizer": args.tokenizer, "tokens": tokens.tolist()}))
@@ -346,11 +336,13 @@ def detokenize(args) -> None:
 def reconstruct(args) -> None:
     import torch
 
-    from argen.metadata import save_pictures
+    from argen.eval.reconstruction import encoded
+    from argen.metadata import open_picture, save_pictures
 
     out = writable(args.out or args.image.with_name(f"{args.image.stem}-reconstructed.png"))
+    picture = open_picture(args.image)
     tokenizer = load_model(args.tokenizer, args.device, "tokenizer")
-    pixels, tokens = tokens_of(args.image, tokenizer)
+    pixels, tokens = encoded(tokenizer, picture)
     with torch.no_grad():
         made = tokenizer.decode(tokens).clamp(0, 1)
     psnr = -10 * (made - pixels).square().mean().log10().item()

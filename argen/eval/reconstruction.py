@@ -38,6 +38,13 @@ def evaluate(tokenizer: Tokenizer, pictures: Tensor) -> dict[str, float]:
     return scores
 
 
+@torch.no_grad()
+def encoded(tokenizer: Tokenizer, picture: Image.Image) -> tuple[Tensor, Tensor]:
+    """A picture as the tokenizer takes it, [1, 3, S, S] in [0, 1], and its ids [1, N] or latents [1, C, h, w]."""
+    pixels = from_pil(picture, tokenizer.config.image_size)[None].to(tokenizer.device)
+    return pixels, tokenizer.encode(pixels)
+
+
 class Fitted(Pictures):
     """Pictures cropped, then padded to a tokenizer's square: what goes in, and what its output is compared with."""
 

@@ -20,7 +20,7 @@ from transformers import CLIPModel
 
 from argen.data.imagenet import class_id
 from argen.models.clip import TextImageEncoder
-from argen.request import Control, Job, Request
+from argen.request import Control, Job, Request, check_prompt
 from samplers import SAMPLERS, by_name
 from samplers.logits import Gumbel, Sampling, keys_of
 from samplers.next_x import NextX
@@ -199,8 +199,7 @@ class TokenPipeline(DiffusionPipeline):
         given = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
         sampling = Sampling(**{k: getattr(self.defaults, k) if v is None else v for k, v in given.items()})
         sampler = self.make_sampler(sampler) if isinstance(sampler, str) else sampler
-        if len(generators) != len(prompts):
-            raise ValueError(f"got {len(generators)} generators for {len(prompts)} pictures: expected one for each")
+        check_asked(prompts, generators)
         if controls and len({control.picture.size for control in controls}) > 1:
             raise ValueError("the control pictures have several sizes: expected one")
         shape = shape or self.shape_of(controls[0] if controls else None)
@@ -362,6 +361,24 @@ class TokenPipeline(DiffusionPipeline):
             return pixels
         array = rearrange(pixels.float().cpu(), "b d h w -> b h w d").numpy()
         return numpy_to_pil(array) if output_type == "pil" else array
+
+
+def check_asked(prompts: list[str], generators: list[torch.Generator]) -> None:
+    """Raises:
+    ValueError: an empty or endless prompt, or not one generator for each.
+    """
+    for prompt in dict.fromkeys(prompts):
+        check_prompt(prompt)
+    if len(generators) != len(prompts):
+        raise ValueError(f"got {len(generators)} generators for {len(prompts)} pictures: expected one for each")
+
+
+def distinct(prompts: list[str], guided: bool) -> tuple[list[str], list[int]]:
+    """The different texts to read, the empty one among them, and the text of each row: those of the prompts, then (`guided`) the
+    empty one as often."""
+    texts = list(dict.fromkeys([*prompts, ""]))
+    rows = [texts.index(prompt) for prompt in prompts]
+    return texts, rows + ([texts.index("")] * len(prompts) if guided else [])
 
 
 def own_generators(generator: torch.Generator | None, count: int) -> list[torch.Generator]:

@@ -7,8 +7,7 @@ from transformers import PreTrainedTokenizerFast
 
 from argen.models.dalle_mini import PAD, DalleMiniDecoder, DalleMiniEncoder, text_tokenizer, tokenize
 from argen.models.session import DecoderSession
-from argen.pipelines.base import Defaults, TokenPipeline
-from argen.request import check_prompt
+from argen.pipelines.base import Defaults, TokenPipeline, distinct
 from tokenizers_img.vqgan import VQGANDetokenizer
 
 
@@ -64,13 +63,9 @@ class DalleMiniPipeline(TokenPipeline):
     def start(
         self, prompts: list[str], guided: bool, shape: tuple[int, int] | None = None, controls: None = None
     ) -> DecoderSession:
-        """See `TokenPipeline.start`. Raises ValueError for an empty or endless prompt."""
-        for prompt in dict.fromkeys(prompts):
-            check_prompt(prompt)
-        texts = list(dict.fromkeys([*prompts, ""]))
+        """See `TokenPipeline.start`."""
+        texts, rows = distinct(prompts, guided)
         ids = tokenize(self.tokenizer, texts, self.encoder.config.max_length).to(self.device)
-        rows = [texts.index(prompt) for prompt in prompts]
-        rows += [texts.index("")] * len(prompts) if guided else []
         return DecoderSession(self.transformer, self.encoder(ids)[rows], ids[rows] != PAD, guided)
 
     def decode_tokens(self, tokens: Tensor) -> Tensor:

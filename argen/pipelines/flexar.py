@@ -9,8 +9,8 @@ from transformers import CLIPModel, PreTrainedTokenizerFast, T5EncoderModel
 
 from argen.data.imagenet import class_id
 from argen.models.flexar import FlexAR, FlexARSession
-from argen.pipelines.base import Defaults, TokenPipeline, TokenPipelineOutput, own_generators
-from argen.request import Control, check_prompt
+from argen.pipelines.base import Defaults, TokenPipeline, TokenPipelineOutput, distinct, own_generators
+from argen.request import Control
 from tokenizers_img.flextok import FlexTok, FlexTokenizer
 
 PREVIEW_STEPS = 6  # of the flow that shows unfinished pictures
@@ -99,19 +99,15 @@ class FlexARPipeline(TokenPipeline):
         """See `TokenPipeline.start`. A prompt is a class (`argen.data.imagenet.class_id`) or a text.
 
         Raises:
-            ValueError: an empty or endless prompt, or no such class.
+            ValueError: there is no such class.
         """
-        for prompt in dict.fromkeys(prompts):
-            check_prompt(prompt)
         if self.text_encoder is None:
             ids = torch.tensor([class_id(prompt) for prompt in prompts], device=self.device)
             encoded = self.transformer.encode_class(torch.cat([ids, torch.full_like(ids, -1)]) if guided else ids)
             mask = torch.ones(len(encoded), 1, dtype=torch.bool, device=self.device)
         else:
-            texts = list(dict.fromkeys([*prompts, ""]))
+            texts, rows = distinct(prompts, guided)
             states, mask = self.encode_text(texts)
-            rows = [texts.index(prompt) for prompt in prompts]
-            rows += [texts.index("")] * len(prompts) if guided else []
             encoded, mask = self.transformer.encode_text(states)[rows], mask[rows]
         length = (shape or self.shape_of())[1]
         return FlexARSession(self.transformer, encoded, mask, guided, length, self.config.official_null)

@@ -11,7 +11,7 @@ from argen.data.imagenet import class_id
 from argen.models.draft import Drafter
 from argen.models.llamagen import LlamaGen, LlamaGenSession
 from argen.pipelines.base import Defaults, TokenPipeline
-from argen.request import Control, check_prompt
+from argen.request import Control
 from tokenizers_img.llamagen_vq import LlamaGenVQ
 from tokenizers_img.vit_vqgan import ViTVQGAN
 
@@ -88,10 +88,8 @@ class LlamaGenPipeline(TokenPipeline):
         """See `TokenPipeline.start`. A prompt is a class (`argen.data.imagenet.class_id`) or a caption.
 
         Raises:
-            ValueError: an empty or endless prompt, or no such class.
+            ValueError: there is no such class.
         """
-        for prompt in dict.fromkeys(prompts):
-            check_prompt(prompt)
         if self.transformer.config.classes is not None:
             condition = torch.tensor([class_id(prompt) for prompt in prompts], device=self.device)
             mask = torch.ones(len(prompts), 1, dtype=torch.bool, device=self.device)

@@ -8,8 +8,7 @@ from transformers import CLIPModel, PreTrainedTokenizerFast
 
 from argen.models.parti import Parti
 from argen.models.session import DecoderSession
-from argen.pipelines.base import Defaults, TokenPipeline
-from argen.request import check_prompt
+from argen.pipelines.base import Defaults, TokenPipeline, distinct
 from tokenizers_img.vit_vqgan import ViTVQGAN
 
 logger = logging.getLogger(__name__)
@@ -52,14 +51,10 @@ class PartiPipeline(TokenPipeline):
     def start(
         self, prompts: list[str], guided: bool, shape: tuple[int, int] | None = None, controls: None = None
     ) -> DecoderSession:
-        """See `TokenPipeline.start`. Raises ValueError for an empty or endless prompt."""
-        for prompt in dict.fromkeys(prompts):
-            check_prompt(prompt)
-        texts = list(dict.fromkeys([*prompts, ""]))
+        """See `TokenPipeline.start`."""
+        texts, rows = distinct(prompts, guided)
         states, mask = self.encode_text(texts)
         encoded = self.transformer.encode_text(states, mask)
-        rows = [texts.index(prompt) for prompt in prompts]
-        rows += [texts.index("")] * len(prompts) if guided else []
         return DecoderSession(self.transformer, encoded[rows], mask[rows], guided)
 
     def decode_tokens(self, tokens: Tensor) -> Tensor:

@@ -15,8 +15,8 @@ from transformers import CLIPModel, PreTrainedTokenizerFast
 from argen.data.imagenet import class_id
 from argen.models.clip import TextImageEncoder
 from argen.models.xar import SIZES, XAR, XARSession
-from argen.pipelines.base import Defaults, TokenPipeline
-from argen.request import Control, check_prompt
+from argen.pipelines.base import Defaults, TokenPipeline, check_asked
+from argen.request import Control
 from samplers import SOLVERS, NextX, by_name
 from tokenizers_img.kl_vae import KLVAE
 
@@ -100,10 +100,8 @@ class XARPipeline(TokenPipeline):
         """A fresh session for one picture of each prompt, which will be asked at `times`.
 
         Raises:
-            ValueError: an empty or endless prompt, or no such class.
+            ValueError: there is no such class.
         """
-        for prompt in dict.fromkeys(prompts):
-            check_prompt(prompt)
         if self.text_encoder is None:
             asked = torch.tensor([class_id(prompt) for prompt in prompts], device=self.device)
         else:
@@ -144,8 +142,7 @@ class XARPipeline(TokenPipeline):
         sampler = self.make_sampler(sampler) if isinstance(sampler, str) else sampler
         if not isinstance(sampler, NextX):
             self.make_sampler(sampler.name)
-        if len(generators) != len(prompts):
-            raise ValueError(f"got {len(generators)} generators for {len(prompts)} pictures: expected one for each")
+        check_asked(prompts, generators)
         empty = self.blank(len(prompts), self.shape_of())
         latents = empty if tokens is None else tokens
         if latents.shape != empty.shape:

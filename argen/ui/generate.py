@@ -156,7 +156,7 @@ def draw(pipe: TokenPipeline, request: Request, data_dir: Path) -> Iterator[tupl
             if not job.pictures:
                 shown = pipe.pictures(job.tokens[: request.num_images])
                 state = f"{job.progress:.0%} · {_speed(job, time.perf_counter() - started)}"
-                yield [_enlarge(picture) for picture in shown], state, None, None
+                yield [enlarge(picture) for picture in shown], state, None, None
     stamp = datetime.now().strftime("%Y%m%d-%H%M%S-%f")
     paths = [data_dir / f"{stamp}-{index}.png" for index in range(1, len(job.pictures) + 1)]
     save_pictures(list(zip(job.pictures, job.requests, strict=True)), paths)
@@ -182,7 +182,7 @@ def written(picture: Image.Image, origins: Tensor) -> Image.Image:
     tint = np.zeros((*origins.shape, 4), np.uint8)
     for origin, colour in TINTS.items():
         tint[(origins == origin).numpy()] = colour
-    large = _enlarge(picture).convert("RGBA")
+    large = enlarge(picture).convert("RGBA")
     over = Image.fromarray(tint, "RGBA").resize(large.size, Image.Resampling.NEAREST)
     return Image.alpha_composite(large, over).convert("RGB")
 
@@ -203,6 +203,7 @@ def _readable(request: Request) -> dict:
     return {name: shown if name == "control" else value for name, value in request.given().items()}
 
 
-def _enlarge(picture):
+def enlarge(picture: Image.Image) -> Image.Image:
+    """A picture that is large enough to look at."""
     factor = max(1, PREVIEW_SIDE // picture.width)
     return picture.resize((picture.width * factor, picture.height * factor))

@@ -9,11 +9,10 @@ from PIL import Image
 from torch import Tensor
 
 from argen.eval.metrics import psnr, ssim
-from argen.eval.reconstruction import Tokenizer
-from argen.ui.generate import refusals
+from argen.eval.reconstruction import Tokenizer, encoded
+from argen.ui.generate import PREVIEW_SIDE, enlarge, refusals
 from tokenizers_img.pixels import from_pil
 
-SHOWN_SIDE = 256  # pixels
 LATENT_BITS = 16  # of a continuous number, as bfloat16 holds it
 
 
@@ -32,13 +31,14 @@ def tab(tokenizers: Callable[[str], Tokenizer], ids: Sequence[str], shipped: Seq
                 raise ValueError("there is no picture: drop a file, or paste one")
             if not chosen:
                 raise ValueError("no tokenizer is chosen: choose one or more")
-            shown = [(enlarged(from_pil(picture, tokenizers(chosen[0]).config.image_size)), "the picture")]
+            pictures = [(shown(from_pil(picture, tokenizers(chosen[0]).config.image_size)), "the picture")]
             rows = []
             for name in chosen:
-                made, scores = reconstructed(tokenizers(name), picture)
-                shown.append((enlarged(made), name))
+                tokenizer = tokenizers(name)
+                made, scores = reconstructed(tokenizer, *encoded(tokenizer, picture))
+                pictures.append((shown(made), name))
                 rows.append([name, *scores])
-            return shown, rows
+            return pictures, rows
 
     def look(picture: Image.Image | None, name: str, count: int | None) -> tuple:
         with refusals():
@@ -47,12 +47,13 @@ def tab(tokenizers: Callable[[str], Tokenizer], ids: Sequence[str], shipped: Seq
             tokenizer = tokenizers(name)
             most = tokenizer.config.get("tokens")
             count = None if most is None else max(1, min(most, int(count or most)))
-            made, (decibels, _, what, bits) = reconstructed(tokenizer, picture, count)
+            pixels, tokens = encoded(tokenizer, picture)
+            made, (decibels, _, what, bits) = reconstructed(tokenizer, pixels, tokens[:, :count])
             slider = gr.update(visible=most is not None, maximum=most or 2, value=count or 1)
             return (
-                enlarged(made),
+                shown(made),
                 f"{what}, {bits:,} bits, PSNR {decibels} dB",
-                table(encoded(tokenizer, picture)[1][0]),
+                table(tokens[0]),
                 slider,
             )
 
@@ -71,7 +72,7 @@ def tab(tokenizers: Callable[[str], Tokenizer], ids: Sequence[str], shipped: Seq
             name = gr.Dropdown(list(ids), value=shipped[0], label="Tokenizer", elem_id="lab-tokenizer")
             count = gr.Slider(1, 2, value=1, step=1, visible=False, label="Tokens to decode", elem_id="lab-count")
             show = gr.Button("Show the tokens", elem_id="lab-look")
-            made = gr.Image(label="Decoded", height=SHOWN_SIDE, elem_id="lab-decoded")
+            made = gr.Image(label="Decoded", height=PREVIEW_SIDE, elem_id="lab-decoded")
             caption = gr.Markdown(elem_id="lab-caption")
         with gr.Column(scale=3):
             numbers = gr.Dataframe(label="Ids, or the mean square of the latents", elem_id="lab-tokens")
@@ -82,17 +83,8 @@ def tab(tokenizers: Callable[[str], Tokenizer], ids: Sequence[str], shipped: Seq
 
 
 @torch.no_grad()
-def encoded(tokenizer: Tokenizer, picture: Image.Image) -> tuple[Tensor, Tensor]:
-    """A picture as the tokenizer takes it, [1, 3, S, S] in [0, 1], and its ids [1, N] or latents [1, C, h, w]."""
-    pixels = from_pil(picture, tokenizer.config.image_size)[None].to(tokenizer.device)
-    return pixels, tokenizer.encode(pixels)
-
-
-@torch.no_grad()
-def reconstructed(tokenizer: Tokenizer, picture: Image.Image, count: int | None = None) -> tuple[Tensor, tuple]:
-    """What comes back [3, S, S] of (the first `count` of) its tokens; PSNR in dB, SSIM, the tokens in words, and bits."""
-    pixels, tokens = encoded(tokenizer, picture)
-    tokens = tokens if count is None else tokens[:, :count]
+def reconstructed(tokenizer: Tokenizer, pixels: Tensor, tokens: Tensor) -> tuple[Tensor, tuple]:
+    """What comes back [3, S, S] of the tokens of `pixels`, see `encoded`; PSNR in dB, SSIM, the tokens in words, and bits."""
     made = tokenizer.decode(tokens).float().clamp(0, 1)
     if tokens.ndim == 2:
         bits, what = tokens.shape[1] * math.log2(tokenizer.config.n_embed), f"{tokens.shape[1]} tokens"
@@ -111,8 +103,6 @@ def table(tokens: Tensor) -> list[list]:
     return [row.tolist() for row in tokens.split(width)]
 
 
-def enlarged(pixels: Tensor) -> Image.Image:
-    """[3, H, W] in [0, 1] -> a picture that is large enough to look at."""
-    picture = Image.fromarray((pixels.permute(1, 2, 0) * 255).round().to(torch.uint8).numpy())
-    factor = max(1, SHOWN_SIDE // picture.width)
-    return picture.resize((picture.width * factor, picture.height * factor))
+def shown(pixels: Tensor) -> Image.Image:
+    """[3, H, W] in [0, 1] -> a picture to look at."""
+    return enlarge(Image.fromarray((pixels.permute(1, 2, 0) * 255).round().to(torch.uint8).numpy()))
