@@ -32,19 +32,20 @@ from argen.evaluate import cache_folder
 from argen.models.llamagen import SIZES, LlamaGen, LlamaGenSession
 from samplers.auto import Auto
 from samplers.jacobi import Jacobi
-from samplers.lantern import Lantern
+from samplers.lantern import Lantern, table_of
 from samplers.logits import Gumbel, Sampling, guide, keys_of
 from samplers.recycling import TokenRecycling
 from samplers.rules import KSeq
 from samplers.sjd import GroupedJacobi, SpeculativeJacobi
 from samplers.speculative import Speculative
-from samplers.steps import Plain, Sampler
+from samplers.steps import START, Plain, Sampler, guided
 from samplers.steps import pick as decide
 from samplers.trees import SMALL_TREE, DrawnTree, DynamicTree, IndependentTree
 from samplers.zipar import ZipAR
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 SAMPLING = Sampling(top_k=2000)
+KINDS = ("single", "colour", "count", "pair", "relation")  # of the judge's prompts
 
 
 def noise_of(batch: int, length: int) -> Gumbel:
@@ -188,6 +189,28 @@ def speculative(args: argparse.Namespace) -> None:
         _plot(rows, args.plot)
 
 
+@torch.no_grad()
+def law(args: argparse.Namespace) -> None:
+    """Print how wide the law of the next token is: its entropy, its largest probability, and what neighbours in the codebook have."""
+    pipe = load_model(args.model, args.device, "generator")
+    pipe.set_progress_bar_config(disable=True)
+    own = pipe.defaults
+    sampling = Sampling(own.temperature, own.top_k, own.top_p)
+    table = table_of(pipe.image_tokenizer.codebook, args.k)
+    print(f"{'':10} {'nats':>8} {'likeliest':>10} {f'{args.k} neighbours of the token':>30}")
+    for kind in KINDS:
+        prompts = [truth.prompt for truth in read_prompts() if truth.kind == kind][: args.num]
+        luck = [torch.Generator().manual_seed(index) for index in range(len(prompts))]
+        tokens = pipe(prompts, generator=luck, output_type="latent").tokens
+        read = torch.cat([torch.full_like(tokens[:, :1], START), tokens[:, :-1]], dim=1)
+        session, cells = pipe.start(prompts, guided=True), torch.arange(pipe.length)
+        logits = guided(*session.forward(read, cells - 1), own.guidance_scale, cells)
+        probs = sampling.filter(logits).softmax(dim=-1)
+        nats = torch.special.entr(probs).sum(dim=-1).mean()
+        lent = probs.gather(-1, table.to(tokens.device)[tokens]).sum(dim=-1).mean()
+        print(f"{kind:10} {nats:8.2f} {probs.amax(dim=-1).mean():10.2f} {lent:30.3f}", flush=True)
+
+
 def _fid(pictures: list[Image.Image], reference: Pictures) -> float:
     extractor = encoder_features("emoji", load_model("argen/emoji-clip", None))
     with tempfile.TemporaryDirectory() as folder:
@@ -238,14 +261,19 @@ def main(argv: list[str] | None = None) -> int:
     add = commands.add_parser("speculative", help="every sampler on the shipped generator: passes, speed, quality")
     add.add_argument("--model", default="argen/emoji-llamagen", metavar="ID")
     add.add_argument("--num", type=int, default=20, help="prompts of each of the judge's kinds (default: 20)")
-    kinds = ("single", "colour", "count", "pair", "relation")
-    add.add_argument("--kinds", nargs="+", default=list(kinds), choices=kinds, help="(default: all five)")
+    add.add_argument("--kinds", nargs="+", default=list(KINDS), choices=KINDS, help="(default: all five)")
     add.add_argument("--only", nargs="+", metavar="NAME", help="samplers whose name begins so")
     add.add_argument("--ref", type=Path, metavar="SET", help="pictures of training, for FID-emoji")
     add.add_argument("--out", type=Path, default=Path("speculative.json"), metavar="JSON")
     add.add_argument("--plot", type=Path, metavar="PNG", help="also draw quality against tokens a pass")
     add.add_argument("--device", metavar="NAME", help="cpu, cuda, mps (default: the best one here)")
     add.set_defaults(run=speculative)
+    add = commands.add_parser("law", help="how sure the shipped generator is of its next token, by kind of prompt")
+    add.add_argument("--model", default="argen/emoji-llamagen", metavar="ID")
+    add.add_argument("--num", type=int, default=48, help="prompts of each of the judge's kinds (default: 48)")
+    add.add_argument("--k", type=int, default=10, help="neighbours (default: 10)")
+    add.add_argument("--device", metavar="NAME", help="cpu, cuda, mps (default: the best one here)")
+    add.set_defaults(run=law)
     args = parser.parse_args(argv)
     return guarded("argen.bench", args.run, args)
 
