@@ -99,6 +99,12 @@ def parser() -> Parser:
     add.add_argument(
         "--num-candidates", type=int, metavar="C", help="draw C pictures and keep the -n that fit the prompt best"
     )
+    add.add_argument(
+        "--num-beams",
+        type=int,
+        metavar="B",
+        help="search: of the candidates with 1, 2, 4 ... tokens go on with the B that fit best, for a model of ordered tokens",
+    )
     add.add_argument("--control", type=Path, metavar="PNG", help="picture to follow, for a model that takes one")
     add.add_argument("--control-type", metavar="TYPE", help=f"how it is read: {CONTROLS} (default: canny)")
     add.add_argument("--control-strength", type=float, metavar="X", help="0: not at all (default: 1)")
@@ -238,7 +244,8 @@ def generate(args) -> None:
     writable(args.out)
     names = ("prompt", "num_images", "seed", "model", "guidance_scale", "temperature", "top_k", "top_p", "sampler")
     names += ("lantern_k", "lantern_delta", "lantern_lambda", "steps", "num_tokens")
-    given = {name: getattr(args, name) for name in (*names, "num_candidates") if getattr(args, name) is not None}
+    names += ("num_candidates", "num_beams")
+    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     if args.origin:
         given = read_request(args.origin).given() | given
     control = {"kind": args.control_type, "strength": args.control_strength, "size": args.size}

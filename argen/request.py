@@ -11,6 +11,7 @@ from samplers import SOLVERS, by_name
 from samplers.logits import Sampling
 
 MAX_PROMPT, MAX_IMAGES, MAX_CANDIDATES = 1000, 64, 64
+CANDIDATES_A_BEAM = 4
 MIN_CONTROL = 16  # pixels on a side of a control picture
 
 
@@ -76,6 +77,8 @@ class Request:
         num_tokens: of each picture, for a model whose pictures may have any number; None for the model's own.
         num_candidates: pictures drawn, of which the `num_images` that fit the prompt best are kept; None draws no more
             than are asked for.
+        num_beams: for a model of ordered tokens: each picture is searched for among its beginnings, see
+            `argen.pipelines.FlexARPipeline.search`; of `num_candidates` drawn each time so many are gone on with.
         control: what the pictures follow, for a model that takes it.
 
     Raises:
@@ -97,6 +100,7 @@ class Request:
     steps: int | tuple[int, int] | None = None
     num_tokens: int | None = None
     num_candidates: int | None = None
+    num_beams: int | None = None
     control: Control | None = None
 
     def __post_init__(self):
@@ -113,9 +117,20 @@ class Request:
                 f"num_candidates is {self.num_candidates}: expected at least the number of pictures "
                 f"({self.num_images}) and at most {MAX_CANDIDATES}"
             )
+        if self.num_beams is not None and not (1 <= self.num_beams <= self.drawn and self.drawn % self.num_beams == 0):
+            raise ValueError(
+                f"num_beams is {self.num_beams} and num_candidates {self.drawn}: expected a multiple of at least one beam"
+            )
         Sampling(
             **{key: value for key in ("temperature", "top_k", "top_p") if (value := getattr(self, key)) is not None}
         )
+
+    @property
+    def drawn(self) -> int:
+        """Pictures that are drawn to choose from."""
+        if self.num_candidates is None:
+            return CANDIDATES_A_BEAM * self.num_beams if self.num_beams else self.num_images
+        return self.num_candidates
 
     def sampler_settings(self) -> dict:
         """Those of the sampler that are given."""
@@ -135,12 +150,14 @@ class Request:
         return {"steps": self.steps}
 
     def generators(self) -> list[torch.Generator]:
-        """A source of luck for each picture that is drawn."""
-        return [torch.Generator().manual_seed(self.seed + i) for i in range(self.num_candidates or self.num_images)]
+        """A source of luck for each picture that is drawn; with `num_beams`, for each that is searched for."""
+        count = self.num_images if self.num_beams else self.drawn
+        return [torch.Generator().manual_seed(self.seed + i) for i in range(count)]
 
     def of_picture(self, index: int) -> "Request":
         """The request that makes the picture drawn as number `index`, alone."""
-        return replace(self, seed=self.seed + index, num_images=1, num_candidates=None)
+        candidates = self.num_candidates if self.num_beams else None
+        return replace(self, seed=self.seed + index, num_images=1, num_candidates=candidates)
 
     def given(self) -> dict:
         """The values by name, without those left to the model."""

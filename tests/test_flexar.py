@@ -206,11 +206,33 @@ def test_a_search_keeps_what_fits_best(pipe, monkeypatch):
         return [-float(np.asarray(image).mean()) for image in images]
 
     monkeypatch.setattr(pipe, "rank", dark)
-    found = pipe.beam_search("class:1", num_beams=2, num_candidates=8, num_tokens=6, generator=luck(1)[0])
-    assert seen == [8, 8, 8, 8]  # with 1, 2, 4 and 6 tokens
-    assert found.tokens.shape == (1, 6)
+    stages = list(pipe.search("class:1", num_beams=2, num_candidates=8, num_tokens=6, generator=luck(1)[0]))
+    assert seen == [8, 8, 8, 8]
+    assert [tuple(stage.tokens.shape) for stage in stages] == [(2, 1), (2, 2), (2, 4), (1, 6)]
+    for before, after in zip(stages, stages[1:], strict=False):
+        begun = {tuple(row) for row in before.tokens.tolist()}
+        assert all(tuple(row[: before.decided]) in begun for row in after.tokens.tolist())
+    (score,) = stages[-1].scores
     plain = pipe("class:1", 8, generator=luck(1)[0], num_tokens=6)
-    assert found.scores[0] > np.mean(dark("", plain.images))
-    assert found.scores[0] == pytest.approx(dark("", found.images)[0])
+    assert score > np.mean(dark("", plain.images))
+    assert score == pytest.approx(dark("", pipe.pictures(stages[-1].tokens[:, None]))[0])
     with pytest.raises(ValueError, match="num_beams is 3 and num_candidates 8"):
-        pipe.beam_search("class:1", num_beams=3, num_candidates=8)
+        next(pipe.search("class:1", num_beams=3, num_candidates=8))
+
+    request = Request("class:1", num_images=2, seed=1, num_beams=2, num_candidates=8, num_tokens=6)
+    seen = [(job, job.decided, job.passes) for job in pipe.run(request)]
+    assert [after for _, *after in seen] == [[1, 1], [2, 2], [4, 4], [6, 6], [6, 6]]
+    job = seen[-1][0]
+    assert len(job.pictures) == len(job.scores) == 2
+    for own, picture in zip(job.requests, job.pictures, strict=True):  # each comes alone from what its file says
+        (alone,) = list(pipe.run(own))[-1].pictures
+        assert alone.tobytes() == picture.tobytes()
+
+
+def test_a_search_says_what_is_wrong(pipe):
+    with pytest.raises(ValueError, match="num_beams is 3 and num_candidates 4: expected a multiple"):
+        Request("class:1", num_beams=3, num_candidates=4)
+    with pytest.raises(ValueError, match="no picture encoder to rank"):
+        list(pipe.run(Request("class:1", num_beams=2)))
+    with pytest.raises(ValueError, match="only pictures of ordered tokens can be searched for"):
+        next(argen.load("argen/emoji-parti").run(Request("a red apple", num_beams=2)))

@@ -26,6 +26,8 @@ from samplers.logits import Gumbel, Sampling, keys_of
 from samplers.next_x import NextX
 from samplers.steps import GuidanceScale, Sampler, Session, Step
 
+SAMPLING = ("guidance_scale", "temperature", "top_k", "top_p")  # what a request may leave to the model
+
 
 @dataclass(frozen=True)
 class Defaults:
@@ -61,11 +63,13 @@ class TokenPipeline(DiffusionPipeline):
     Attributes:
         defaults: of the sampling settings.
         samplers: names of those that fit.
+        ordered: whether any first tokens of a picture are a picture, so that it may have any number and be searched for.
         length: N, cells of a picture of the model's own size, which is square.
     """
 
     defaults: Defaults
     samplers: tuple[str, ...] = tuple(SAMPLERS)
+    ordered = False
     length: int
     _interrupt = False
 
@@ -308,12 +312,13 @@ class TokenPipeline(DiffusionPipeline):
 
         Close the iterator to cancel.
         """
-        own = {key: getattr(self.defaults, key) for key in ("guidance_scale", "temperature", "top_k", "top_p")}
-        settings = {
-            key: value if getattr(request, key) is None else getattr(request, key) for key, value in own.items()
-        }
-        control = self.prepare(request.control) if request.control else None
-        request = replace(request, **settings, control=control)
+        if request.num_beams is not None:
+            raise ValueError(
+                f"num_beams is {request.num_beams}: only pictures of ordered tokens can be searched for, leave it out or choose "
+                "a model like argen/emoji-flextok-ar"
+            )
+        request = self.resolved(request)
+        settings, control = {name: getattr(request, name) for name in SAMPLING}, request.control
         generators, shape = request.generators(), self.shape_of(control, request.num_tokens)
         sampler = self.make_sampler(request.sampler, **request.sampler_settings())
         job = Job(request, self.blank(len(generators), shape), lossless=sampler.lossless)
@@ -332,6 +337,11 @@ class TokenPipeline(DiffusionPipeline):
         job.origins = None if job.origins is None else job.origins[kept]
         job.pictures = self.pictures(job.tokens)
         yield job
+
+    def resolved(self, request: Request) -> Request:
+        """A request with what is left to the model filled in, and its control prepared."""
+        own = {key: getattr(self.defaults, key) for key in SAMPLING if getattr(request, key) is None}
+        return replace(request, **own, control=self.prepare(request.control) if request.control else None)
 
     def _best(self, prompts: list[str], tokens: Tensor, each: int, keep: int) -> tuple[list[int], list[float]]:
         """Of `each` pictures of every prompt the `keep` that fit it best: their indices, best first, and scores."""

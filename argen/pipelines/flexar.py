@@ -1,5 +1,7 @@
 """Pictures from classes or texts with FlexAR (arXiv 2604.15453): ordered tokens of FlexTok, as many as are wanted."""
 
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -9,8 +11,8 @@ from transformers import CLIPModel, PreTrainedTokenizerFast, T5EncoderModel
 
 from argen.data.imagenet import class_id
 from argen.models.flexar import FlexAR, FlexARSession
-from argen.pipelines.base import Defaults, TokenPipeline, TokenPipelineOutput, distinct, own_generators
-from argen.request import Control
+from argen.pipelines.base import SAMPLING, Defaults, TokenPipeline, distinct, own_generators
+from argen.request import Control, Job, Request
 from tokenizers_img.flextok import FlexTok, FlexTokenizer
 
 PREVIEW_STEPS = 6  # of the flow that shows unfinished pictures
@@ -29,6 +31,7 @@ class FlexARPipeline(TokenPipeline):
 
     model_cpu_offload_seq = "text_encoder->transformer->flextok->vae"
     _optional_components = ["text_encoder", "tokenizer"]
+    ordered = True
 
     def __init__(
         self,
@@ -137,8 +140,30 @@ class FlexARPipeline(TokenPipeline):
         steps = self.config.steps if min(counts) == tokens.shape[-1] else min(PREVIEW_STEPS, self.config.steps)
         return self.image_tokenizer.decode(rows, steps, self.config.tokenizer_guidance).clamp(0, 1)
 
+    def run(self, request: Request, every: int = 1) -> Iterator[Job]:
+        """See `TokenPipeline.run`; with `num_beams` each picture is searched for."""
+        if request.num_beams is None:
+            yield from super().run(request, every)
+            return
+        request = self.resolved(request)
+        sampler = self.make_sampler(request.sampler, **request.sampler_settings())
+        own = {"sampler": sampler, **{name: getattr(request, name) for name in SAMPLING}}
+        shape = self.shape_of(None, request.num_tokens)
+        job = Job(request, self.blank(request.num_images, shape), lossless=sampler.lossless)
+        asked = request.prompt, request.num_beams, request.drawn, request.num_tokens
+        for stage in zip(*(self.search(*asked, luck, **own) for luck in request.generators()), strict=True):
+            job.decided = stage[0].decided
+            job.passes += max(step.passes for step in stage)
+            job.tokens[:, 0, : job.decided] = torch.stack([step.tokens[0].cpu() for step in stage])
+            job.scores = [step.scores[0] for step in stage]
+            yield job
+        job.log.append(f"{request.drawn} candidates for each beginning")
+        job.requests = [request.of_picture(index) for index in range(request.num_images)]
+        job.pictures = self.pictures(job.tokens)
+        yield job
+
     @torch.no_grad()
-    def beam_search(
+    def search(
         self,
         prompt: str,
         num_beams: int = 4,
@@ -146,35 +171,55 @@ class FlexARPipeline(TokenPipeline):
         num_tokens: int | None = None,
         generator: torch.Generator | None = None,
         **settings,
-    ) -> TokenPipelineOutput:
+    ) -> Iterator["Beams"]:
         """One picture, searched for: of candidates with 1, 2, 4 ... tokens those that fit the prompt best are gone on with
-        (arXiv 2604.15453). The first tokens decide most, and any prefix can be looked at.
+        (arXiv 2604.15453). The first tokens decide most, and any beginning can be looked at.
 
         Args:
             num_beams: candidates that are kept each time.
             num_candidates: that are drawn each time, as many from each of those kept.
+            num_tokens: of the picture; None is the model's own.
             generator: of all luck.
             settings: of `stream`, as guidance_scale.
 
+        Yields:
+            What is kept after each number of tokens, the last being a single picture.
+
         Raises:
-            ValueError: fewer candidates than beams; a model that cannot rank.
+            ValueError: no beam, or candidates that are no multiple of the beams; a model that cannot rank.
         """
         if not 1 <= num_beams <= num_candidates or num_candidates % num_beams:
             raise ValueError(
                 f"num_beams is {num_beams} and num_candidates {num_candidates}: expected a multiple of at least one beam"
             )
-        last, count, passes = self.shape_of(None, num_tokens)[1], 1, 0
+        last, decided = self.shape_of(None, num_tokens)[1], 0
         kept = torch.full((1, 0), -1)
-        while True:
+        while decided < last:
+            decided = min(2 * decided or 1, last)
             rows = kept.repeat_interleave(num_candidates // len(kept), dim=0)
-            grid = torch.nn.functional.pad(rows, (0, count - rows.shape[1]), value=-1)
-            luck, shape = own_generators(generator, len(grid)), (1, count)
-            *_, step = self.stream([prompt] * len(grid), luck, tokens=grid, shape=shape, **settings)
-            passes += step.passes
+            grid = torch.nn.functional.pad(rows, (0, decided - rows.shape[1]), value=-1)
+            luck = own_generators(generator, len(grid))
+            *_, step = self.stream([prompt] * len(grid), luck, tokens=grid, shape=(1, decided), **settings)
             scores = self.rank(prompt, self.pictures(step.tokens[:, None]))
-            best = sorted(range(len(scores)), key=lambda index: -scores[index])[: num_beams if count < last else 1]
+            best = sorted(range(len(scores)), key=lambda index: -scores[index])[: num_beams if decided < last else 1]
             kept = step.tokens[best].cpu()
-            if count == last:
-                images = self.pictures(kept[:, None])
-                return TokenPipelineOutput(images=images, tokens=kept, scores=[scores[best[0]]], passes=passes)
-            count = min(2 * count, last)
+            yield Beams(kept, [scores[index] for index in best], step.passes)
+
+
+@dataclass(frozen=True)
+class Beams:
+    """What a search goes on with, best first.
+
+    Attributes:
+        tokens: [kept, decided] int64.
+        scores: see `TokenPipeline.rank`.
+        passes: of the network, for this stage.
+    """
+
+    tokens: Tensor
+    scores: list[float]
+    passes: int
+
+    @property
+    def decided(self) -> int:
+        return self.tokens.shape[1]

@@ -35,7 +35,21 @@ def tab(models: Models, ids: Sequence[str], data_dir: Path) -> None:
     shown = models(ids[0])
 
     def run(
-        model, prompt, style, num, seed, guidance_scale, temperature, top_k, num_candidates, sampler, k, delta
+        model,
+        prompt,
+        style,
+        num,
+        seed,
+        guidance_scale,
+        temperature,
+        top_k,
+        num_candidates,
+        sampler,
+        k,
+        delta,
+        steps,
+        tokens,
+        beams,
     ) -> Iterator[tuple]:
         asked = prompt.strip()
         styled = asked and style != ANY_STYLE and not asked.startswith("class:")
@@ -50,6 +64,9 @@ def tab(models: Models, ids: Sequence[str], data_dir: Path) -> None:
                 temperature=temperature,
                 top_k=int(top_k),
                 num_candidates=int(num_candidates) if num_candidates > num else None,
+                num_beams=int(beams) if pipe.ordered and beams else None,
+                num_tokens=int(tokens) if pipe.ordered else None,
+                steps=int(steps) if pipe.defaults.steps else None,
                 sampler=sampler,
                 lantern_k=int(k) if sampler == Lantern.name else None,
                 lantern_delta=delta if sampler == Lantern.name else None,
@@ -64,10 +81,13 @@ def tab(models: Models, ids: Sequence[str], data_dir: Path) -> None:
         return (
             gr.update(value=ANY_STYLE, visible=emoji),
             own.guidance_scale,
-            own.temperature,
-            own.top_k,
+            gr.update(value=own.temperature, visible=not own.steps),
+            gr.update(value=own.top_k, visible=not own.steps),
             gr.update(choices=names, value=None, visible=bool(names)),
             gr.update(choices=list(pipe.samplers), value=Request.sampler),
+            gr.update(value=own.steps or 1, visible=bool(own.steps)),
+            gr.update(value=pipe.length, maximum=max(2, pipe.length), visible=pipe.ordered),
+            gr.update(visible=pipe.ordered),
         )
 
     with gr.Row():
@@ -96,13 +116,33 @@ def tab(models: Models, ids: Sequence[str], data_dir: Path) -> None:
                 )
                 lantern_k = gr.Slider(0, 100, value=Lantern.k, step=1, label="LANTERN k", visible=False)
                 lantern_delta = gr.Slider(0, 1, value=0.2, step=0.05, label="LANTERN delta", visible=False)
+                steps = gr.Slider(1, 100, value=own.steps or 1, step=1, label="Steps", visible=bool(own.steps))
+                tokens = gr.Slider(
+                    1,
+                    max(2, shown.length),
+                    value=shown.length,
+                    step=1,
+                    label="Tokens",
+                    info="the first say most",
+                    visible=shown.ordered,
+                    elem_id="num-tokens",
+                )
+                beams = gr.Slider(
+                    0,
+                    8,
+                    value=0,
+                    step=1,
+                    label="Beams",
+                    info="0: no search; else so many of the candidates are gone on with",
+                    visible=shown.ordered,
+                )
             with gr.Row():
                 go = gr.Button("Draw", variant="primary", elem_id="draw")
                 stop = gr.Button("Stop")
             gr.Examples(["a red apple", "a blue robot", "three yellow ducks", "a cat to the left of a pizza"], prompt)
         outputs = results("")
 
-    model.change(choose, model, [style, guidance, temperature, top_k, group, sampler])
+    model.change(choose, model, [style, guidance, temperature, top_k, group, sampler, steps, tokens, beams])
     group.input(lambda name: f"class:{name}", group, prompt)
     sampler.change(lambda name: [gr.update(visible=name == Lantern.name)] * 2, sampler, [lantern_k, lantern_delta])
     inputs = [
@@ -118,6 +158,9 @@ def tab(models: Models, ids: Sequence[str], data_dir: Path) -> None:
         sampler,
         lantern_k,
         lantern_delta,
+        steps,
+        tokens,
+        beams,
     ]
     drawing = gr.on([go.click, prompt.submit], run, inputs, outputs, concurrency_limit=1)
     stop.click(None, cancels=[drawing])
