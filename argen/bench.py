@@ -1,11 +1,15 @@
-"""How fast tokens are written, and what it costs: ``python -m argen.bench decode`` and ``python -m argen.bench speculative``.
+"""How fast pictures are made, and what it costs: ``python -m argen.bench WHAT``.
 
 ``decode``: the same network with random weights, in turns: our plain loop, and transformers' own Llama of the same sizes with its
 eager loop and growing cache. Both draw with the same guidance and filters. Ratios of one run on one machine; the number of
 tokens a second depends on the machine.
 
+``models``: seconds a picture of whole generators, from prompt to pixels, in turns.
+
 ``speculative``: the shipped generator with every sampler, one picture at a time: passes, tokens a pass, tokens a second, and what
 the judge and FID-emoji say of the pictures.
+
+``law``: how sure a generator is of its next token, which says what relaxed samplers can gain.
 """
 
 import argparse
@@ -123,6 +127,25 @@ def decode(args: argparse.Namespace) -> None:
                     best[index] = max(best[index], batch * ours.length / (time.perf_counter() - started))
             row = f"{best[0]:14.1f} {best[1]:10.1f} {best[1] / best[0]:7.2f}"
             print(f"{name}, batch {batch:<2} {row}", flush=True)
+
+
+def models(args: argparse.Namespace) -> None:
+    """Print a table of seconds a picture, and what each takes of the first."""
+    pipes = {name: load_model(name, args.device, "generator") for name in args.models}
+    for pipe in pipes.values():
+        pipe.set_progress_bar_config(disable=True)
+    print(f"{'':34} {'batch':>5} {'seconds a picture':>18} {'of the first':>13}   best of {args.turns}")
+    for batch in args.batches:
+        best = dict.fromkeys(pipes, float("inf"))
+        for turn in range(args.turns):
+            for name, pipe in pipes.items():
+                luck = torch.Generator().manual_seed(turn)
+                started = time.perf_counter()
+                pipe(args.prompt, batch, generator=luck)  # its pictures are on the CPU, so it is over
+                best[name] = min(best[name], (time.perf_counter() - started) / batch)
+        first = next(iter(best.values()))
+        for name, seconds in best.items():
+            print(f"{name:34} {batch:5} {seconds:18.3f} {seconds / first:13.2f}", flush=True)
 
 
 def settings() -> dict[str, Sampler]:
@@ -248,7 +271,7 @@ def _plot(rows: list[dict], path: Path) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Run ``python -m argen.bench``."""
-    parser = Parser(prog="python -m argen.bench", description="How fast tokens are written.")
+    parser = Parser(prog="python -m argen.bench", description="How fast pictures are made.")
     commands = parser.add_subparsers(dest="what", required=True, metavar="WHAT")
     add = commands.add_parser("decode", help="tokens a second of our loop and of transformers' on one network")
     add.add_argument("--model", default="B", choices=list(SIZES), help="size of LlamaGen (default: B)")
@@ -258,6 +281,14 @@ def main(argv: list[str] | None = None) -> int:
     add.add_argument("--turns", type=int, default=3)
     add.add_argument("--device", metavar="NAME", help="cpu, cuda, mps (default: the best one here)")
     add.set_defaults(run=decode)
+    add = commands.add_parser("models", help="seconds a picture of whole generators")
+    shipped = ["argen/emoji-llamagen", "argen/emoji-parti"]
+    add.add_argument("models", nargs="*", default=shipped, metavar="ID", help=f"(default: {' '.join(shipped)})")
+    add.add_argument("--batches", type=int, nargs="+", default=[1, 8], metavar="B")
+    add.add_argument("--prompt", default="a red apple")
+    add.add_argument("--turns", type=int, default=3)
+    add.add_argument("--device", metavar="NAME", help="cpu, cuda, mps (default: the best one here)")
+    add.set_defaults(run=models)
     add = commands.add_parser("speculative", help="every sampler on the shipped generator: passes, speed, quality")
     add.add_argument("--model", default="argen/emoji-llamagen", metavar="ID")
     add.add_argument("--num", type=int, default=20, help="prompts of each of the judge's kinds (default: 20)")

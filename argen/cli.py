@@ -201,6 +201,11 @@ def parser() -> Parser:
         metavar="DIR",
         help="trained generator that a second stage, emoji-control or emoji-drafter starts from (default: the shipped one)",
     )
+    add.add_argument(
+        "--x",
+        metavar="KIND-SIZE",
+        help="what emoji-xar predicts at a time: cell-4 (default), cell-1, a token, cell-8, the whole image, subsample-2, scale-2",
+    )
     add.add_argument("--setting", choices=("cpu", "gpu"), default="cpu", help="length and batch size")
     add.add_argument("--steps", type=int, metavar="N", help="stop after step N of the schedule")
     add.add_argument(
@@ -317,6 +322,7 @@ def tokenize(args) -> None:
 def detokenize(args) -> None:
     import torch
 
+    from argen.eval.reconstruction import check_count
     from argen.metadata import read_tokens, save_pictures
 
     out = writable(args.out or args.file.with_suffix(".png"))
@@ -324,12 +330,8 @@ def detokenize(args) -> None:
     if args.tokenizer not in (None, made_by):
         raise ValueError(f"{args.file} was made by {made_by}, not by {args.tokenizer}: leave --tokenizer out")
     tokenizer = load_model(made_by, args.device, "tokenizer")
-    if args.tokens is not None:
-        if "tokens" not in tokenizer.config:
-            raise ValueError(f"{made_by} needs all its tokens: leave --tokens out")
-        if not 1 <= args.tokens <= len(tokens):
-            raise ValueError(f"--tokens is {args.tokens}: expected 1 to {len(tokens)}")
-        tokens = tokens[: args.tokens]
+    check_count(tokenizer, args.tokens, len(tokens))
+    tokens = tokens[: args.tokens]
     with torch.no_grad():
         made = tokenizer.decode(torch.from_numpy(tokens)[None].to(tokenizer.device)).clamp(0, 1)
     save_pictures([(pil(made), None)], [out])
@@ -417,7 +419,7 @@ def train(args) -> None:
         "generator": args.generator or WEIGHTS / STARTS.get(args.recipe, ""),
     }
     chosen = {"data": args.data, "scenes": args.scenes, "out": args.out, "seed": args.seed, "steps": args.steps}
-    chosen["compile"] = args.compile
+    chosen |= {"compile": args.compile, "x": args.x}
     scores = run(args.recipe, args.setting, **parts, **chosen)
     print(f"{args.out}: " + ", ".join(f"{name} {value:.4g}" for name, value in scores.items()))
 

@@ -36,11 +36,19 @@ def add_commands(top: argparse.ArgumentParser) -> None:
     add.add_argument("--force", action="store_true", help="accept statistics made with another resize or network")
     _output(add)
 
-    add = commands.add_parser("rfid", help="what a tokenizer keeps: rFID, PSNR, SSIM, use of codes")
+    add = commands.add_parser(
+        "rfid",
+        help="what a tokenizer keeps: rFID, PSNR, SSIM, use of codes",
+        description="What a tokenizer keeps of pictures: rFID, PSNR, SSIM, use of codes and, of a table made by `argen data "
+        "emoji`, what the judge still recognises.",
+    )
     add.add_argument(
         "--tokenizer", default="argen/emoji-vitvqgan", metavar="ID", help="(default: argen/emoji-vitvqgan)"
     )
     add.add_argument("--data", type=Path, required=True, metavar="PATH", help=pictures)
+    add.add_argument(
+        "--tokens", type=int, metavar="K", help="decode only the first K, where the tokenizer can (FlexTok)"
+    )
     _looking(add)
     _output(add)
 
@@ -218,20 +226,27 @@ def fid(args: argparse.Namespace) -> None:
 
 @command
 def rfid(args: argparse.Namespace) -> None:
-    from argen.eval import reconstruction, run
+    from argen.eval import judge, reconstruction, run
     from argen.eval.images import open_pictures
 
     extractor, seconds = _extractor(args), {}
     tokenizer = load_model(args.tokenizer, args.device, "tokenizer")
-    real = reconstruction.Fitted(open_pictures(args.data), tokenizer.config.image_size, args.crop)
+    reconstruction.check_count(tokenizer, args.tokens)
+    given = open_pictures(args.data)
+    real = reconstruction.Fitted(given, tokenizer.config.image_size, args.crop)
     settings = {**run.settings_of(extractor, args.crop), "tokenizer": args.tokenizer, "uint8": "rounded"}
+    settings["tokens"] = args.tokens
     settings["data"] = [str(args.data), real.identity]
     run.claim(args.out, settings)
     with run.timed(seconds, "reconstruct"):
-        made = run.draw(reconstruction.reconstructor(tokenizer, real), len(real), args.out / "samples")
+        made = run.draw(reconstruction.reconstructor(tokenizer, real, args.tokens), len(real), args.out / "samples")
     with run.timed(seconds, "look and compare"):
         scores = run.compare(made, real, extractor, ["fid"], args.out, cache_folder(), batch_size=args.batch_size)
     scores = {f"r{name}": entry for name, entry in scores.items()} | reconstruction.compare(tokenizer, made, real)
+    icons = getattr(given, "table", None)
+    if icons is not None and {"concept", "group"} <= set(icons.column_names):
+        with run.timed(seconds, "judge"):
+            scores |= judge.recognised(load_model("argen/emoji-judge", args.device), made, real, icons)
     _finish(args, settings, scores, seconds, made)
 
 

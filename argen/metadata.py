@@ -2,11 +2,11 @@
 
 import json
 import os
-import tempfile
 import zipfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -36,17 +36,15 @@ def open_picture(path: str | Path) -> Image.Image:
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A name to write to, beside `path`; it becomes `path` if all went well, and nothing stays behind if not."""
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}-", suffix=path.suffix, dir=path.parent)
-    os.close(handle)
-    temporary = Path(name)
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """A file to write into, beside `path`; it becomes `path` if all went well, and nothing stays behind if not."""
+    work = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        yield temporary
-        temporary.chmod(0o644)
-        temporary.rename(path)
+        with work.open("wb") as file:
+            yield file
+        work.replace(path)
     finally:
-        temporary.unlink(missing_ok=True)
+        work.unlink(missing_ok=True)
 
 
 def save_pictures(pictures: list[tuple[Image.Image, Request | None]], paths: list[Path]) -> None:
@@ -61,8 +59,8 @@ def save_pictures(pictures: list[tuple[Image.Image, Request | None]], paths: lis
 
 def save_tokens(path: Path, tokenizer: str, tokens: np.ndarray) -> None:
     """Write an ``.npz`` file: the id of a tokenizer and what it made of one picture, ids [N] or latents [C, h, w]."""
-    with replacing(path) as temporary:
-        np.savez(temporary, tokenizer=tokenizer, tokens=tokens)
+    with replacing(path) as file:
+        np.savez(file, tokenizer=tokenizer, tokens=tokens)
 
 
 def read_tokens(path: str | Path) -> tuple[str, np.ndarray]:

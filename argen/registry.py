@@ -318,6 +318,13 @@ MODELS = {
     "argen/emoji-vitvqgan": Model(
         "tokenizer", "ViT-VQGAN, 128 x 128 <-> 8 x 8 ids of 4096", "Apache-2.0", 8.0, lambda f: _network(ViTVQGAN, f)
     ),
+    "argen/emoji-vae": Model(
+        "tokenizer",
+        "KL autoencoder, 128 x 128 <-> 8 x 8 latents of 16 numbers",
+        "Apache-2.0",
+        7.1,
+        lambda f: KLVAE(_network(AutoencoderKL, f)),
+    ),
     "argen/emoji-clip": Model("encoder", "CLIP of emoji and their captions", "Apache-2.0", 3.7, _encoder),
     "argen/emoji-drafter": Model(
         "drafter", "EAGLE drafter of argen/emoji-llamagen", "Apache-2.0", 1.8, lambda f: _network(Drafter, f)

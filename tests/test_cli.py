@@ -83,7 +83,7 @@ def test_tokens_in_a_file_give_the_picture_back(capsys, apple, tmp_path):
     capsys.readouterr()
     other = refused(capsys, "detokenize", str(tokens), "--tokenizer", "dalle")
     assert "was made by argen/emoji-vitvqgan, not by dalle" in other
-    assert "needs all its tokens" in refused(capsys, "detokenize", str(tokens), "--tokens", "8")
+    assert "this tokenizer needs all of them" in refused(capsys, "detokenize", str(tokens), "--tokens", "8")
     wrong = {"few": told["tokens"][:9], "outside": [*told["tokens"][:63], 4096], "none": []}
     for name, ids in wrong.items():
         save_tokens(tmp_path / f"{name}.npz", "argen/emoji-vitvqgan", np.array(ids, dtype=np.int64))

@@ -321,6 +321,15 @@ def test_what_a_tokenizer_keeps(tmp_path):
     assert 18 < found["PSNR (dB)"] < 30
     assert 0.5 < found["SSIM"] < 1
     assert 0 < found["codes used"] <= 1
+    group = json.loads((tmp_path / "out" / "report.json").read_text())["scores"]["judge: group"]
+    assert 0.3 < group["value"] <= group["judge_on_real"] + 0.2 <= 1.2
+
+
+def test_a_part_of_the_tokens_is_not_for_every_tokenizer(tmp_path, capsys):
+    call = ["eval", "rfid", "--data", str(TEST), "--features", "emoji", "--out", str(tmp_path / "out")]
+    assert main([*call, "--tokens", "8"]) == 2
+    assert "tokens is 8, but this tokenizer needs all of them" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_clip_scores(golden, tmp_path, capsys):

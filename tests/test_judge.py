@@ -114,6 +114,20 @@ def test_the_shipped_judge_knows_real_pictures_and_not_noise(tmp_path):
     assert all(0.4 < network.config.accuracy[name] <= 1 for name in real)
 
 
+def test_the_groups_of_real_pictures_are_told_and_those_of_noise_are_not():
+    icons, network = read_split(SAMPLE, "train"), load("argen/emoji-judge")
+    real = pixels(icons)
+    noise = np.random.default_rng(0).integers(0, 256, real.shape, dtype=np.uint8)
+    scores = judge.recognised(network, real, noise, icons)
+    assert scores["judge: group"]["value"] > 0.8
+    assert scores["judge: group"]["n"] == len(icons)
+    assert scores["judge: identity"]["value"] > 0.8
+    assert scores["judge: identity"]["n"] == sum(name in network.config.names for name in icons["concept"])
+    most = Counter(icons["group"]).most_common(1)[0][1] / len(icons)
+    assert scores["judge: group"]["judge_on_real"] <= most  # which here is the noise: one answer for all at best
+    assert scores["judge: identity"]["judge_on_real"] < 0.2
+
+
 def test_the_command_judges_a_generator(tmp_path, capsys):
     assert evaluate(["emoji", "--model", "argen/emoji-parti", "--num", "4", "--out", str(tmp_path / "out")]) == 0
     report = json.loads((tmp_path / "out" / "report.json").read_text())

@@ -4,9 +4,15 @@ import pytest
 import torch
 from conftest import published_keys, shapes
 
+import argen
+from argen.data.tables import pixels, read_split
+from argen.eval.reconstruction import evaluate, reconstruct
+from argen.registry import WEIGHTS
 from tokenizers_img import kl_vae
 from tokenizers_img.checkpoint import load_strict, to_diffusers
 from tokenizers_img.kl_vae import KLVAE
+
+SAMPLE = WEIGHTS.parent / "data" / "sample"
 
 
 @torch.no_grad()
@@ -54,3 +60,11 @@ def test_a_released_file_loads(tmp_path, monkeypatch, golden):
     )
     with pytest.raises(ValueError, match=r"x\.ckpt does not fit AutoencoderKL: missing quant_conv\.weight"):
         KLVAE.from_original(tmp_path / "x.ckpt")
+
+
+def test_the_shipped_autoencoder_keeps_pictures():
+    vae, pictures = argen.load("argen/emoji-vae"), torch.from_numpy(pixels(read_split(SAMPLE, "test")))
+    assert evaluate(vae, pictures)["psnr"] >= 25
+    _, latents = reconstruct(vae, pictures)
+    assert latents.shape[1:] == (16, 8, 8)
+    assert latents.std().item() == pytest.approx(1, abs=0.15)  # as the generators on them expect

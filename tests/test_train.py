@@ -123,7 +123,7 @@ def test_muon_trains_the_hidden_matrices_and_nothing_else():
 
 def test_a_folder_of_another_training_is_left_alone(tmp_path):
     train(ViTVQGANTask(SAMPLE, SCHEDULE.steps), SCHEDULE, tmp_path / "out", steps=1)
-    with pytest.raises(ValueError, match="holds a training with another recipe, setting or seed"):
+    with pytest.raises(ValueError, match="holds a training with another recipe, setting, seed or option"):
         train(ViTVQGANTask(SAMPLE, SCHEDULE.steps), SCHEDULE, tmp_path / "out", seed=1)
 
 
@@ -210,3 +210,18 @@ def test_shaped_pictures_and_their_tokens_are_two_halves(composed, small_llamage
     assert batch["control"].shape[-2:] in [(64, 128), (128, 64)]
     losses = [loss for _, loss in task.losses(batch, 0, {})]
     assert losses[0].isfinite()
+
+
+def test_a_training_goes_on_with_its_own_x_alone(composed, small_vae, tmp_path):
+    def task(x: str):
+        return xar.XARTask(SAMPLE, composed, small_vae, WEIGHTS / "emoji-clip", x)
+
+    train(task("subsample-2"), SCHEDULE, tmp_path / "out", steps=1)
+    with pytest.raises(ValueError, match="another recipe, setting, seed or option"):
+        train(task("cell-4"), SCHEDULE, tmp_path / "out")
+    for x in ("cell", "cell-x"):
+        with pytest.raises(ValueError, match=f"unknown X '{x}': expected a kind and a size"):
+            task(x)
+    for x, wanted in (("row-4", "unknown kind of X"), ("cell-3", "expected a divisor of 8")):
+        with pytest.raises(ValueError, match=wanted):
+            task(x)

@@ -78,6 +78,12 @@ def crop(picture: Picture, box: tuple[int, int, int, int]) -> Tensor:
     return from_pil(Image.fromarray(picture).crop(box), SIZE)
 
 
+def subject(picture: Picture) -> Tensor:
+    """All that a picture shows -> [3, 64, 64] in [0, 1]: an icon may have several parts."""
+    found = boxes(picture)[:AT_MOST]
+    return crop(picture, around(found) if found else (0, 0, picture.shape[1], picture.shape[0]))
+
+
 def verdict(judge: Judge, picture: Picture, truth: Truth) -> dict[str, float]:
     """What is right about a picture: {question: 0 to 1}, the questions being those of the truth's kind.
 
@@ -140,6 +146,32 @@ def evaluate(judge: Judge, pictures: Pictures, truths: Sequence[Truth]) -> dict[
     return {
         name: {"value": sum(found) / len(found), "n": len(found), "judge_on_real": known.get(name)}
         for name, found in sorted(sums.items())
+    }
+
+
+def recognised(judge: Judge, made: Pictures, real: Pictures, icons) -> dict[str, dict]:
+    """Shares of pictures of icons whose group the judge tells and, where it knows the name, whose name is among its `AMONG`
+    likeliest; beside each that of the real pictures.
+
+    Args:
+        icons: table made by ``argen data emoji`` with the pictures of `real`, in its order.
+    """
+    known = [name in judge.config.names for name in icons["concept"]]
+    shares: dict[str, list[float]] = {"judge: group": [], "judge: identity": []}
+    for pictures in (made, real):
+        looked = torch.stack([subject(picture) for picture in pictures])
+        told = [found == group for found, group in zip(judge.group_of(looked), icons["group"], strict=True)]
+        shares["judge: group"].append(sum(told) / len(told))
+        if any(known):
+            names, _ = judge.answers(looked[torch.tensor(known)], AMONG)
+            asked = [name for name, one in zip(icons["concept"], known, strict=True) if one]
+            right = [name in likely for name, likely in zip(asked, names, strict=True)]
+            shares["judge: identity"].append(sum(right) / len(right))
+    counts = {"judge: group": len(known), "judge: identity": sum(known)}
+    return {
+        question: {"value": share[0], "n": counts[question], "judge_on_real": share[1]}
+        for question, share in shares.items()
+        if share
     }
 
 

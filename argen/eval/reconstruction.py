@@ -19,14 +19,29 @@ Tokenizer = ViTVQGAN | LlamaGenVQ | KLVAE | FlexTokenizer
 
 
 @torch.no_grad()
-def reconstruct(tokenizer: Tokenizer, pictures: Tensor) -> tuple[Tensor, Tensor]:
+def reconstruct(tokenizer: Tokenizer, pictures: Tensor, count: int | None = None) -> tuple[Tensor, Tensor]:
     """Pictures [B, H, W, 3] uint8 -> what comes back, [B, 3, H, W] in [0, 1], and what they were encoded as: ids [B, N] or
-    latents [B, C, h, w]; both on the CPU."""
+    latents [B, C, h, w]; both on the CPU. With `count` of the first ids alone."""
     made, encoded = [], []
     for part in pictures.split(64):
-        encoded.append(tokenizer.encode(from_uint8(part).to(tokenizer.device, tokenizer.dtype)))
+        encoded.append(tokenizer.encode(from_uint8(part).to(tokenizer.device, tokenizer.dtype))[:, :count])
         made.append(tokenizer.decode(encoded[-1]).float().clamp(0, 1).cpu())
     return torch.cat(made), torch.cat(encoded).cpu()
+
+
+def check_count(tokenizer: Tokenizer, count: int | None, present: int | None = None) -> None:
+    """Raises:
+    ValueError: the tokenizer can make nothing of the first `count` tokens alone, or of so many of those `present`; None is all.
+    """
+    if count is None:
+        return
+    most = tokenizer.config.get("tokens")
+    if most is None:
+        raise ValueError(
+            f"tokens is {count}, but this tokenizer needs all of them: leave it out (FlexTok takes any number)"
+        )
+    if not 1 <= count <= (present or most):
+        raise ValueError(f"tokens is {count}: expected 1 to {present or most}")
 
 
 def evaluate(tokenizer: Tokenizer, pictures: Tensor) -> dict[str, float]:
@@ -60,12 +75,12 @@ class Fitted(Pictures):
         return (pixels * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
 
 
-def reconstructor(tokenizer: Tokenizer, pictures: Pictures) -> Callable[[range], list[Image.Image]]:
-    """Numbers of pictures -> what the tokenizer makes of them."""
+def reconstructor(tokenizer: Tokenizer, pictures: Pictures, count: int | None) -> Callable[[range], list[Image.Image]]:
+    """Numbers of pictures -> what the tokenizer makes of them, or of their first `count` tokens."""
 
     def make(rows: range) -> list[Image.Image]:
         real = torch.stack([torch.tensor(pictures[index]) for index in rows])
-        made, _ = reconstruct(tokenizer, real)
+        made, _ = reconstruct(tokenizer, real, count)
         return numpy_to_pil(made.permute(0, 2, 3, 1).numpy())
 
     return make

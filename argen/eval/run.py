@@ -27,6 +27,7 @@ from argen import __version__
 from argen.eval import metrics
 from argen.eval.features import Extractor
 from argen.eval.images import Picture, Pictures, cropped, digest, open_pictures
+from argen.metadata import replacing
 
 CHUNK = 256  # pictures; a killed run loses at most the chunk it was at
 KID_SUBSETS, KID_SIZE, IS_SPLITS, NEIGHBOURS = 100, 1000, 10, 3
@@ -119,7 +120,7 @@ def _look(pictures: Pictures, rows: range, extractor: Extractor, crop: str | Non
 
 def save_array(path: Path, array: np.ndarray) -> None:
     """As npy; the file appears whole or not at all."""
-    with _whole(path) as file:
+    with replacing(path) as file:
         np.save(file, array)
 
 
@@ -130,25 +131,12 @@ def _join(path: Path, parts: list[Path], rows: int) -> None:
         "fortran_order": False,
         "shape": (rows, first.shape[1]),
     }
-    with _whole(path) as file:
+    with replacing(path) as file:
         np.lib.format.write_array_header_1_0(file, header)
         for part in parts:
             file.write(np.load(part).tobytes())
     for part in parts:
         part.unlink()
-
-
-@contextmanager
-def _whole(path: Path) -> Iterator:
-    """A file to write into that takes its name when it is complete, and is gone otherwise."""
-    work = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with work.open("wb") as file:
-            yield file
-        work.replace(path)
-    except BaseException:
-        work.unlink(missing_ok=True)
-        raise
 
 
 def moments(rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -194,7 +182,7 @@ def save_statistics(
                 mean, covariance = moments(found[name])
                 content |= {f"mu{suffix}": mean.numpy(), f"sigma{suffix}": covariance.numpy()}
         meta = json.dumps({"n": len(pictures), **settings_of(extractor, crop)})
-        with _whole(path) as file:
+        with replacing(path) as file:
             np.savez(file, **content, meta=np.array(meta))
     return len(pictures)
 
@@ -348,7 +336,7 @@ def draw(sample: Callable[[range], list[Image.Image]], n: int, folder: Path, bat
         files = [folder / f"{index:06d}.png" for index in rows]
         if number % state.num_processes == state.process_index and not all(file.exists() for file in files):
             for file, picture in zip(files, sample(rows), strict=True):
-                with _whole(file) as out:
+                with replacing(file) as out:
                     picture.save(out, "PNG")
         bar.update(len(rows))
     bar.close()
@@ -390,9 +378,9 @@ def report(folder: Path, settings: dict, scores: dict[str, dict], seconds: dict[
     known |= {name: version(name) for name in ("torch", "diffusers", "transformers")}
     content = {"scores": scores, "settings": settings, "seconds": seconds, "versions": known}
     content["processes"] = processes().num_processes
-    with _whole(folder / "report.json") as file:
+    with replacing(folder / "report.json") as file:
         file.write(json.dumps(content, indent=1).encode())
-    with _whole(folder / "grid.png") as file:
+    with replacing(folder / "grid.png") as file:
         grid([shown[i] for i in range(min(64, len(shown)))]).save(file, "PNG")
     lines = []
     for name, entry in scores.items():

@@ -59,6 +59,13 @@ class Aligned(nn.Module):
         return velocity, self.head(features)
 
 
+@torch.no_grad()
+def patches_of(vision: CLIPVisionModel, pictures: Tensor) -> Tensor:
+    """What `emoji-clip` sees in each patch of pictures [B, H, W, 3] uint8, [B, N, C] bfloat16."""
+    seen = (vision(pixel_values=2 * from_uint8(part) - 1).last_hidden_state[:, 1:] for part in pictures.split(64))
+    return torch.cat([part.bfloat16() for part in seen])
+
+
 class FlexTokTask(Task):
     """Args:
     data, scenes: folders made by ``argen data emoji`` and ``argen data scenes``.
@@ -67,13 +74,13 @@ class FlexTokTask(Task):
 
     def __init__(self, data: Path, scenes: Path, vae: Path, clip: Path):
         self.vae = KLVAE(AutoencoderKL.from_pretrained(vae, torch_dtype=torch.float32).eval().requires_grad_(False))
-        self.vision = CLIPVisionModel.from_pretrained(clip, dtype=torch.float32).eval().requires_grad_(False)
+        vision = CLIPVisionModel.from_pretrained(clip, dtype=torch.float32).eval()
         singles, composed, self.test = (
             torch.from_numpy(pixels(read_split(folder, split)))
             for folder, split in ((data, "train"), (scenes, "train"), (data, "test"))
         )
-        self.pictures, self.singles = torch.cat([singles, composed]), len(singles)
-        self.latents = self.encode(self.pictures)
+        pictures, self.singles = torch.cat([singles, composed]), len(singles)
+        self.latents, self.patches = self.encode(pictures), patches_of(vision, pictures)
         grid = self.latents.shape[-1]
         flextok = FlexTok(**SIZES, channels=self.vae.config.latent_channels, grid=grid)
         for name, parameter in flextok.named_parameters():
@@ -81,7 +88,7 @@ class FlexTokTask(Task):
                 nn.init.zeros_(parameter)
         for block in flextok.decoder["module_dict"]["dec_transformer"].blocks:
             nn.init.xavier_uniform_(block.adaLN_modulation[1].weight)  # of the two in a row, only the last is zero
-        self.networks: dict[str, nn.Module] = {"model": Aligned(flextok, self.vision.config.hidden_size)}
+        self.networks: dict[str, nn.Module] = {"model": Aligned(flextok, vision.config.hidden_size)}
 
     @torch.no_grad()
     def encode(self, pictures: Tensor) -> Tensor:
@@ -92,13 +99,13 @@ class FlexTokTask(Task):
         chosen = torch.cat(
             [
                 torch.randint(self.singles, (size - scenes,), generator=generator),
-                torch.randint(self.singles, len(self.pictures), (scenes,), generator=generator),
+                torch.randint(self.singles, len(self.latents), (scenes,), generator=generator),
             ]
         )
         latents = self.latents[chosen]
         return {
-            "pixels": from_uint8(self.pictures[chosen]),
             "latents": latents,
+            "patches": self.patches[chosen],
             "noise": torch.randn(latents.shape, generator=generator),
             "times": torch.randn(size, generator=generator).sigmoid(),
             "keep": torch.randint(1, SIZES["registers"] + 1, (size,), generator=generator),
@@ -110,10 +117,8 @@ class FlexTokTask(Task):
         velocity, patches = self.networks["model"](
             *(batch[key] for key in ("latents", "noise", "times", "keep", "dropped"))
         )
-        with torch.no_grad():
-            wanted = self.vision.to(latents.device)(pixel_values=2 * batch["pixels"] - 1).last_hidden_state[:, 1:]
         flow = (velocity - (noise - latents)).square().mean()
-        apart = 1 - F.cosine_similarity(patches.float(), wanted.float(), dim=-1).mean()
+        apart = 1 - F.cosine_similarity(patches.float(), batch["patches"].float(), dim=-1).mean()
         log |= {"flow": flow.item(), "apart": apart.item()}
         yield "model", flow + ALIGNMENT * apart
 

@@ -25,6 +25,7 @@ SCHEDULES = {
 }
 JITTER = 2  # pixels
 SETTLING = 30  # batches after which the norms know the averaged weights
+FIT_STEPS, FIT_DECAY = 200, 1e-4  # of the groups
 UNKNOWN = -100  # the colour of an icon that keeps its own
 
 
@@ -59,6 +60,7 @@ class JudgeTask(Task):
     """
 
     def __init__(self, data: Path, scenes: Path, tokenizer: Path):
+        self.data = data
         icons, composed = read_split(data, "train"), read_split(scenes, "train")
         known = {name for found in Composer(icons, icons[0]["image"].width).icons.values() for name, _ in found}
         self.names, self.colours = sorted(known), list(HUES)
@@ -147,4 +149,36 @@ class JudgeTask(Task):
     def save(self, folder: Path) -> None:
         model = self._model()
         model.register_to_config(accuracy=self.accuracy)
+        fit_groups(model.cpu(), read_split(self.data, "train"))
         model.to(torch.bfloat16).save_pretrained(folder)
+
+
+def fit_groups(judge: Judge, icons) -> None:
+    """Let what was learned from names tell the groups of emoji apart, too.
+
+    Args:
+        icons: training split of a set made by ``argen data emoji``.
+    """
+    groups = sorted(set(icons["group"]))
+    looked = torch.stack([scoring.subject(picture) for picture in pixels(icons)])
+    with torch.no_grad():
+        found = torch.cat([judge.hints(part) for part in looked.split(256)])
+    judge.group = logistic(found, torch.tensor([groups.index(group) for group in icons["group"]]))
+    judge.register_to_config(groups=groups)
+
+
+def logistic(found: Tensor, right: Tensor) -> nn.Linear:
+    """The logistic regression of classes [N] on what was found [N, F]."""
+    head = nn.Linear(found.shape[1], int(right.max()) + 1)
+    for parameter in head.parameters():
+        nn.init.zeros_(parameter)
+    optimizer = torch.optim.LBFGS(head.parameters(), max_iter=FIT_STEPS, line_search_fn="strong_wolfe")
+
+    def loss() -> Tensor:
+        optimizer.zero_grad()
+        value = F.cross_entropy(head(found), right) + FIT_DECAY * head.weight.square().sum()
+        value.backward()
+        return value
+
+    optimizer.step(loss)
+    return head

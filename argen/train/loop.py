@@ -47,6 +47,7 @@ class Schedule:
 class Task(Protocol):
     networks: dict[str, nn.Module]  # "model" is the one that is averaged, evaluated and shipped
     kept: tuple[nn.Module, ...] = ()  # what else a checkpoint must hold
+    options: dict[str, str] = {}  # what was chosen beside the schedule
 
     def batch(self, size: int, generator: torch.Generator) -> dict[str, Tensor]: ...
 
@@ -101,8 +102,8 @@ def train(
 ) -> dict[str, float]:
     """Train until ``schedule.steps`` (or `steps`), resuming from the last checkpoint in `out`; returns the last scores.
 
-    Writes ``out/checkpoint`` (everything needed to go on), ``out/log.jsonl``, ``out/sample-<step>.png`` and, at the end
-    of the schedule, ``out/final`` with the averaged weights.
+    Writes ``out/checkpoint`` (everything needed to go on), ``out/log.jsonl``, ``out/sample-<step>.png`` and, at the end,
+    ``out/final`` with the averaged weights.
     """
     out.mkdir(parents=True, exist_ok=True)
     set_seed(seed)
@@ -116,10 +117,12 @@ def train(
     ema.to(accelerator.device)
     progress = Progress()
     accelerator.register_for_checkpointing(ema, progress, *task.kept)
-    recipe = {"schedule": asdict(schedule), "seed": seed, "networks": names}
+    recipe = {"schedule": asdict(schedule), "seed": seed, "networks": names, "options": task.options}
     if (out / "checkpoint").exists():
         if json.loads((out / "checkpoint/recipe.json").read_text()) != json.loads(json.dumps(recipe)):
-            raise ValueError(f"{out} holds a training with another recipe, setting or seed: choose another --out")
+            raise ValueError(
+                f"{out} holds a training with another recipe, setting, seed or option: choose another --out"
+            )
         accelerator.load_state(out / "checkpoint")
 
     scores: dict[str, float] = {}
@@ -155,11 +158,12 @@ def train(
                     with (out / "log.jsonl").open("a") as file:
                         file.write(json.dumps(entry) + "\n")
                     tqdm.write(json.dumps({key: round(value, 4) for key, value in entry.items()}))
-                    if progress.step == schedule.steps:
-                        task.save(out / "final")
         if progress.step % checkpoint_every == 0 or progress.step == end:
             _checkpoint(accelerator, out, recipe)
     bar.close()
+    if scores:  # else there was nothing left to do, or this is not the main process
+        with _averaged(model, ema):
+            task.save(out / "final")
     return scores
 
 

@@ -46,6 +46,7 @@ def run(
     seed: int = 0,
     steps: int | None = None,
     compile: bool = False,
+    x: str | None = None,
 ) -> dict[str, float]:
     """Train `recipe` in `out`, from its last checkpoint if there is one; returns the scores on held-out data.
 
@@ -55,11 +56,14 @@ def run(
         clip, tokenizer, vae, generator: folders of the trained parts that a recipe builds on.
         steps: stop there; the schedule stays as long as it is.
         compile: the networks go through ``torch.compile`` first.
+        x: of `emoji-xar`, see `argen.train.xar.XARTask`; None for that of the shipped model.
     """
     if recipe not in SCHEDULES:
         raise ValueError(f"unknown recipe {recipe!r}: expected one of {', '.join(SCHEDULES)}")
     if steps is not None and steps < 1:
         raise ValueError(f"steps is {steps}: expected at least 1")
+    if x is not None and recipe != "emoji-xar":
+        raise ValueError(f"x is {x}, but the recipe {recipe} writes no X: leave it out")
     schedule = SCHEDULES[recipe][setting]
     if recipe not in WITHOUT_SCENES and scenes is None:
         raise ValueError(f"the recipe {recipe} needs scenes too: give --scenes a folder made by `argen data scenes`")
@@ -75,7 +79,7 @@ def run(
         "emoji-llamagen-second": lambda: llamagen.LlamaGenTask(data, scenes, tokenizer, clip, generator),
         "emoji-control": lambda: controlar.ControlTask(data, scenes, tokenizer, clip, generator),
         "emoji-drafter": lambda: draft.DraftTask(data, scenes, tokenizer, clip, generator),
-        "emoji-xar": lambda: xar.XARTask(data, scenes, vae, clip),
+        "emoji-xar": lambda: xar.XARTask(data, scenes, vae, clip, x or xar.X),
         "emoji-flextok": lambda: flextok.FlexTokTask(data, scenes, vae, clip),
         "emoji-flextok-ar": lambda: flexar.FlexARTask(data, scenes, vae, tokenizer, clip),
         "emoji-judge": lambda: judge.JudgeTask(data, scenes, tokenizer),

@@ -21,25 +21,33 @@ SCHEDULES = {
     "gpu": Schedule(steps=60000, batch_size=512, learning_rate=5e-4, weight_decay=0.02, betas=(0.9, 0.96)),
 }
 SIZES = {"dim": 256, "encoder_depth": 2, "decoder_depth": 3, "heads": 4}
+X = "cell-4"
 
 
 class XARTask(CaptionsTask):
     """Args:
     vae: folder of the trained `emoji-vae`.
-    kind, size: of the X, see `argen.models.xar.Entities`.
+    x: kind and size of the X, see `argen.models.xar.Entities`: "cell-4"; "cell-1" is a token, "cell-8" the whole image.
     others: see `CaptionsTask`.
+
+    Raises:
+        ValueError: no such X.
     """
 
     null_caption = None
     group_share = 0.1
 
-    def __init__(self, data: Path, scenes: Path, vae: Path, clip: Path, kind: str = "cell", size: int = 4):
+    def __init__(self, data: Path, scenes: Path, vae: Path, clip: Path, x: str = X):
+        kind, _, size = x.partition("-")
+        if not size.isdigit():
+            raise ValueError(f"unknown X {x!r}: expected a kind and a size, as in cell-4, subsample-2 or scale-2")
+        self.options = {"x": x}
         self.vae = KLVAE(AutoencoderKL.from_pretrained(vae, torch_dtype=torch.float32).eval().requires_grad_(False))
         super().__init__(data, scenes, clip)
         self.encoder = TextImageEncoder(self.clip, self.text_tokenizer)
         grid, width = self.picture_tokens.shape[-1], self.clip.config.projection_dim
         model = XAR(
-            **SIZES, grid=grid, kind=kind, size=size, channels=self.vae.config.latent_channels, caption_dim=width
+            **SIZES, grid=grid, kind=kind, size=int(size), channels=self.vae.config.latent_channels, caption_dim=width
         )
         self.networks: dict[str, nn.Module] = {"model": model}
 
