@@ -222,11 +222,15 @@ def _flexar(name: str, parameters: float) -> Model:
     return Model("generator", about, licence, parameters, read, repo, (file, "config.yaml"), takes=(asked,))
 
 
+def _vae(folder: Path) -> KLVAE:
+    return KLVAE(_network(AutoencoderKL, folder))
+
+
 def _flextok_vae(channels: int, parameters: float) -> Model:
     repo = f"EPFL-VILAB/flextok_vae_c{channels}"
     about = f"FlexTok's VAE, 256 x 256 <-> 32 x 32 latents of {channels} numbers"
     files = ("diffusion_pytorch_model.safetensors", "config.json")
-    return Model("tokenizer", about, APPLE, parameters, lambda f: KLVAE(_network(AutoencoderKL, f)), repo, files)
+    return Model("tokenizer", about, APPLE, parameters, _vae, repo, files)
 
 
 APPLE = "Apple ML Research Model licence (research only)"
@@ -323,7 +327,7 @@ MODELS = {
         "KL autoencoder, 128 x 128 <-> 8 x 8 latents of 16 numbers",
         "Apache-2.0",
         7.1,
-        lambda f: KLVAE(_network(AutoencoderKL, f)),
+        _vae,
     ),
     "argen/emoji-clip": Model("encoder", "CLIP of emoji and their captions", "Apache-2.0", 3.7, _encoder),
     "argen/emoji-drafter": Model(

@@ -117,10 +117,8 @@ class Request:
                 f"num_candidates is {self.num_candidates}: expected at least the number of pictures "
                 f"({self.num_images}) and at most {MAX_CANDIDATES}"
             )
-        if self.num_beams is not None and not (1 <= self.num_beams <= self.drawn and self.drawn % self.num_beams == 0):
-            raise ValueError(
-                f"num_beams is {self.num_beams} and num_candidates {self.drawn}: expected a multiple of at least one beam"
-            )
+        if self.num_beams is not None:
+            check_beams(self.num_beams, self.drawn)
         Sampling(
             **{key: value for key in ("temperature", "top_k", "top_p") if (value := getattr(self, key)) is not None}
         )
@@ -175,6 +173,16 @@ class Request:
         if isinstance(saved.get("steps"), list):
             parts["steps"] = tuple(saved["steps"])
         return cls(**saved | parts)
+
+
+def check_beams(num_beams: int, num_candidates: int) -> None:
+    """Raises:
+    ValueError: no beam, or candidates that are no multiple of the beams.
+    """
+    if not 1 <= num_beams <= num_candidates or num_candidates % num_beams:
+        raise ValueError(
+            f"num_beams is {num_beams} and num_candidates {num_candidates}: expected a multiple of at least one beam"
+        )
 
 
 def check_prompt(prompt: str) -> None:

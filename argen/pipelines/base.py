@@ -314,8 +314,7 @@ class TokenPipeline(DiffusionPipeline):
         """
         if request.num_beams is not None:
             raise ValueError(
-                f"num_beams is {request.num_beams}: only pictures of ordered tokens can be searched for, leave it out or choose "
-                "a model like argen/emoji-flextok-ar"
+                f"num_beams is {request.num_beams}: only pictures of ordered tokens can be searched for (FlexAR's), leave it out"
             )
         request = self.resolved(request)
         settings, control = {name: getattr(request, name) for name in SAMPLING}, request.control

@@ -12,7 +12,7 @@ from transformers import CLIPModel, PreTrainedTokenizerFast, T5EncoderModel
 from argen.data.imagenet import class_id
 from argen.models.flexar import FlexAR, FlexARSession
 from argen.pipelines.base import SAMPLING, Defaults, TokenPipeline, distinct, own_generators
-from argen.request import Control, Job, Request
+from argen.request import Control, Job, Request, check_beams
 from tokenizers_img.flextok import FlexTok, FlexTokenizer
 
 PREVIEW_STEPS = 6  # of the flow that shows unfinished pictures
@@ -188,10 +188,7 @@ class FlexARPipeline(TokenPipeline):
         Raises:
             ValueError: no beam, or candidates that are no multiple of the beams; a model that cannot rank.
         """
-        if not 1 <= num_beams <= num_candidates or num_candidates % num_beams:
-            raise ValueError(
-                f"num_beams is {num_beams} and num_candidates {num_candidates}: expected a multiple of at least one beam"
-            )
+        check_beams(num_beams, num_candidates)
         last, decided = self.shape_of(None, num_tokens)[1], 0
         kept = torch.full((1, 0), -1)
         while decided < last:

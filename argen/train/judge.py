@@ -60,8 +60,8 @@ class JudgeTask(Task):
     """
 
     def __init__(self, data: Path, scenes: Path, tokenizer: Path):
-        self.data = data
         icons, composed = read_split(data, "train"), read_split(scenes, "train")
+        self.icons = icons
         known = {name for found in Composer(icons, icons[0]["image"].width).icons.values() for name, _ in found}
         self.names, self.colours = sorted(known), list(HUES)
         rows = [place for place, name in enumerate(icons["concept"]) if name in known]
@@ -149,7 +149,7 @@ class JudgeTask(Task):
     def save(self, folder: Path) -> None:
         model = self._model()
         model.register_to_config(accuracy=self.accuracy)
-        fit_groups(model.cpu(), read_split(self.data, "train"))
+        fit_groups(model.cpu(), self.icons)
         model.to(torch.bfloat16).save_pretrained(folder)
 
 
