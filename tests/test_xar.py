@@ -111,6 +111,29 @@ def test_any_x_is_cut_joined_and_cached(kind, size, lengths):
         torch.testing.assert_close(found, whole[:, first : first + lengths[index]].float(), atol=1e-5, rtol=1e-5)
 
 
+@torch.no_grad()
+def test_a_caption_is_read_and_its_absence_is_the_empty_one():
+    torch.manual_seed(0)
+    model = XAR(32, 1, 1, 2, grid=4, size=2, channels=4, caption_dim=12, rank=3).eval().double()
+    states, mask = torch.randn(2, 5, 12).double(), torch.ones(2, 5, dtype=torch.bool)
+    mask[1, 3:] = False
+    x, times = torch.randn(2, 16, 4).double(), torch.zeros(2, 4)
+    whole = model(x, times, states, mask=mask)
+    states[1, 3:] = 9.0  # behind the mask
+    torch.testing.assert_close(model(x, times, states, mask=mask), whole)
+    alone = model(x[1:], times[1:], states[1:, :3], mask=mask[1:, :3])
+    torch.testing.assert_close(alone, whole[1:])
+    assert not torch.allclose(model(x[:1], times[:1], states[1:], mask=mask[1:]), whole[:1], atol=1e-3)
+    session = XARSession(
+        model, model.read(states, mask), [0.5], guided=True
+    )  # of one picture: the second row is its "none"
+    for index, part in enumerate(x[:1].split(4, dim=1)):
+        found, none = session.velocity(index, part, 0.0, guided=True)
+        where = slice(4 * index, 4 * index + 4)
+        torch.testing.assert_close(found, whole[:1, where].float(), atol=1e-5, rtol=1e-5)
+        assert not torch.allclose(found, none, atol=1e-3)
+
+
 def test_positions_of_a_subsample_lie_far_apart():
     places = Entities("subsample", 2, 4).places
     assert places[:4].tolist() == [[0, 0], [0, 2], [2, 0], [2, 2]]

@@ -38,6 +38,12 @@ class TextImageEncoder:
         return F.normalize(self.clip.text_projection(self.clip.text_model(**text).pooler_output).float(), dim=-1)
 
     @torch.no_grad()
+    def states(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
+        """Hidden states [P, T, C] of the text half, mask [P, T] bool, true for a word."""
+        text = self.tokenizer(prompts, padding=True, truncation=True, return_tensors="pt").to(self.clip.device)
+        return self.clip.text_model(**text).last_hidden_state, text.attention_mask.bool()
+
+    @torch.no_grad()
     def embed_pixels(self, pixels: Tensor, normalise: bool = True) -> Tensor:
         """Pixels [B, 3, H, W] in [0, 1], of the encoder's size -> vectors [B, E], of length 1 if `normalise`."""
         seen = self.clip.vision_model(2 * pixels.to(self.clip.device, self.clip.dtype) - 1).pooler_output

@@ -22,6 +22,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from argen.models.layers import Linear, RMSNorm, grid_places, rotary_table, rotate, split_heads
+from argen.models.parti import Attention as CrossAttention
 from tokenizers_img.checkpoint import load_strict, read_state_dict
 
 SIZES = {  # the published widths
@@ -147,20 +148,57 @@ class GatedMLP(nn.Module):
         return self.drop(self.fc2(self.drop(F.gelu(self.fc1_g(x)) * self.fc1_x(x))))
 
 
+@dataclass(frozen=True)
+class Words:
+    """What the blocks attend to of captions.
+
+    Attributes:
+        keys_values: of each block, two [R, T, H, D/H].
+        mask: [R, 1, 1, T] bool, true for a word.
+    """
+
+    keys_values: list[tuple[Tensor, Tensor]]
+    mask: Tensor
+
+    def __len__(self) -> int:
+        return len(self.mask)
+
+    def __getitem__(self, rows: list[int] | slice) -> "Words":
+        return Words([(key[rows], value[rows]) for key, value in self.keys_values], self.mask[rows])
+
+
 class Block(nn.Module):
-    def __init__(self, dim: int, heads: int, dropout: float):
+    """Args:
+    captioned: it attends to a caption, too.
+    rank: of the matrix that makes the modulation; None for a full one, as published.
+    """
+
+    def __init__(self, dim: int, heads: int, dropout: float, captioned: bool, rank: int | None):
         super().__init__()
         self.attn, self.mlp = Attention(dim, heads, dropout), GatedMLP(dim, dropout)
-        self.ada_lin = nn.Sequential(nn.SiLU(), Linear(dim, 6 * dim))
+        if captioned:
+            self.cross_attn = CrossAttention(dim, heads)
+        into = [Linear(dim, 6 * dim)] if rank is None else [Linear(dim, rank), Linear(rank, 6 * dim)]
+        self.ada_lin = nn.Sequential(nn.SiLU(), *into)
 
     def modulation(self, condition: Tensor) -> Tensor:
         """[..., D] -> [6, ..., D]: two gates, two scales, two shifts."""
         return torch.stack(self.ada_lin(condition).chunk(6, dim=-1))
 
-    def forward(self, x: Tensor, modulation: Tensor, turns: Tensor, mask: Tensor | None, cached: Tensor | None):
-        """x [R, n, D], modulation [6, R, n or 1, D]."""
+    def forward(
+        self,
+        x: Tensor,
+        modulation: Tensor,
+        turns: Tensor,
+        mask: Tensor | None,
+        cached: Tensor | None,
+        words: tuple[Tensor, Tensor, Tensor] | None,
+    ) -> Tensor:
+        """x [R, n, D], modulation [6, R, n or 1, D]; `words` are keys, values and mask of `Words`."""
         gate1, gate2, scale1, scale2, shift1, shift2 = modulation
         x = x + gate1 * self.attn(_norm(x) * (1 + scale1) + shift1, turns, mask, cached)
+        if words is not None:
+            x = x + self.cross_attn(_norm(x), *words)
         return x + gate2 * self.mlp(_norm(x) * (1 + scale2) + shift2)
 
 
@@ -176,7 +214,9 @@ class XAR(ModelMixin, ConfigMixin):
         grid: S. Entities are cut from it as `kind` and `size` of `Entities` say.
         channels: C.
         classes: how many there are; the table has one row more, for "none".
-        caption_dim: width of a text's vector, for a model that reads captions and no classes. The published ones do not.
+        caption_dim: width of a text encoder's states, for a model that attends to captions (as PixArt-alpha, arXiv 2310.00426)
+            and knows no classes. The published ones do not.
+        rank: see `Block`.
         dropout: in training, on attention weights and on what a layer adds.
     """
 
@@ -193,6 +233,7 @@ class XAR(ModelMixin, ConfigMixin):
         channels: int = 16,
         classes: int = 1000,
         caption_dim: int | None = None,
+        rank: int | None = None,
         dropout: float = 0.0,
     ):
         super().__init__()
@@ -202,15 +243,18 @@ class XAR(ModelMixin, ConfigMixin):
             self.class_emb = nn.Embedding(classes + 1, dim)
         else:
             self.caption_proj = Linear(caption_dim, dim)
-            self.no_caption = nn.Parameter(torch.zeros(dim))
+
+        def blocks(depth: int) -> nn.ModuleList:
+            return nn.ModuleList(Block(dim, heads, dropout, caption_dim is not None, rank) for _ in range(depth))
+
         self.time_embed = TimeEmbedding(dim)
         self.z_proj, self.z_proj_ln = Linear(channels, dim), RMSNorm(dim, eps=1e-6)
         self.encoder_pos_embed_learned = nn.Parameter(torch.zeros(1, length, dim))
-        self.encoder_blocks = nn.ModuleList(Block(dim, heads, dropout) for _ in range(encoder_depth))
+        self.encoder_blocks = blocks(encoder_depth)
         self.encoder_norm = RMSNorm(dim, eps=1e-6)
         self.decoder_embed = Linear(dim, dim)
         self.decoder_pos_embed_learned = nn.Parameter(torch.zeros(1, length, dim))
-        self.decoder_blocks = nn.ModuleList(Block(dim, heads, dropout) for _ in range(decoder_depth))
+        self.decoder_blocks = blocks(decoder_depth)
         self.decoder_norm = RMSNorm(dim, eps=1e-6)
         self.pred = Linear(dim, channels)
         entity = [index for index, positions in enumerate(self.entities.lengths) for _ in range(positions)]
@@ -227,18 +271,30 @@ class XAR(ModelMixin, ConfigMixin):
             raise ValueError(f"unknown xAR size {size!r}: expected one of {', '.join(SIZES)}")
         return load_strict(cls(**SIZES[size]), converted(read_state_dict(path)), source=path)
 
-    def condition(self, asked: Tensor, dropped: Tensor | None = None) -> Tensor:
-        """Class ids [R], or vectors of captions [R, caption_dim] -> [R, D]; "none" where `dropped` [R] is true."""
-        if self.config.caption_dim is None:
-            none, found = self.class_emb.weight[-1], self.class_emb(asked)
-        else:
-            none, found = self.no_caption, self.caption_proj(asked)
-        return found if dropped is None else torch.where(dropped[:, None], none.to(found.dtype), found)
+    @property
+    def blocks(self) -> list[Block]:
+        return [*self.encoder_blocks, *self.decoder_blocks]
+
+    def condition(self, asked: Tensor | Words, dropped: Tensor | None = None) -> Tensor:
+        """Class ids [R] -> [R, D], "none" where `dropped` [R] is true. Captions add nothing to the times: zeros."""
+        if isinstance(asked, Words):
+            return self.pred.weight.new_zeros(len(asked), self.config.dim)
+        found = self.class_emb(asked)
+        return (
+            found
+            if dropped is None
+            else torch.where(dropped[:, None], self.class_emb.weight[-1].to(found.dtype), found)
+        )
+
+    def read(self, states: Tensor, mask: Tensor) -> Words:
+        """States of captions [R, T, caption_dim], mask [R, T] bool, true for a word."""
+        encoded = self.caption_proj(states)
+        return Words([block.cross_attn.keys_values(encoded) for block in self.blocks], mask[:, None, None])
 
     def modulations(self, condition: Tensor, times: Tensor) -> list[Tensor]:
         """Condition [..., D] and times in thousandths [...] -> of each block [6, ..., D]."""
         both = self.time_embed(times) + condition
-        return [block.modulation(both) for block in (*self.encoder_blocks, *self.decoder_blocks)]
+        return [block.modulation(both) for block in self.blocks]
 
     def velocity(
         self,
@@ -247,6 +303,7 @@ class XAR(ModelMixin, ConfigMixin):
         modulations: list[Tensor],
         mask: Tensor | None = None,
         cache: Tensor | None = None,
+        words: Words | None = None,
     ) -> Tensor:
         """Velocities [R, n, C] of the positions `where` of the sequence.
 
@@ -255,32 +312,36 @@ class XAR(ModelMixin, ConfigMixin):
             modulations: of each block [6, R, n or 1, D].
             mask: [1, 1, n, n] bool, what each position sees; all of them by default.
             cache: [layers, 2, R, N, H, D/H], filled up to the pass, which writes its own part.
+            words: of R captions.
         """
         turns = self.turns[None, where, None]
-        cached = [None] * len(modulations) if cache is None else cache[..., : where.stop, :, :]
         x = self.z_proj_ln(self.z_proj(x) + self.encoder_pos_embed_learned[:, where])
-        for index, block in enumerate(self.encoder_blocks):
-            x = block(x, modulations[index], turns, mask, cached[index])
-        x = self.decoder_embed(self.encoder_norm(x)) + self.decoder_pos_embed_learned[:, where]
-        for index, block in enumerate(self.decoder_blocks, len(self.encoder_blocks)):
-            x = block(x, modulations[index], turns, mask, cached[index])
+        for index, block in enumerate(self.blocks):
+            if index == len(self.encoder_blocks):
+                x = self.decoder_embed(self.encoder_norm(x)) + self.decoder_pos_embed_learned[:, where]
+            cached = None if cache is None else cache[index, ..., : where.stop, :, :]
+            caption = None if words is None else (*words.keys_values[index], words.mask)
+            x = block(x, modulations[index], turns, mask, cached, caption)
         return self.pred(self.decoder_norm(x))
 
-    def forward(self, x: Tensor, times: Tensor, asked: Tensor, dropped: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, times: Tensor, asked: Tensor, dropped: Tensor | None = None, mask: Tensor | None = None
+    ) -> Tensor:
         """All entities at once, each of which sees itself and those before, with their noise.
 
         Args:
             x: [B, N, C], each entity at a time of its own.
             times: [B, K] in [0, 1].
-            asked, dropped: see `condition`.
+            asked, dropped: classes, see `condition`; or states of captions, where `mask` belongs to them: see `read`.
 
         Returns:
             [B, N, C].
         """
-        condition = self.condition(asked, dropped)[:, None]
+        words = None if mask is None else self.read(asked, mask)
+        condition = self.condition(asked if words is None else words, dropped)[:, None]
         modulations = [part[:, :, self.entity] for part in self.modulations(condition, thousandths(times))]
-        mask = (self.entity[None] <= self.entity[:, None])[None, None]
-        return self.velocity(x, slice(0, len(self.entity)), modulations, mask)
+        seen = (self.entity[None] <= self.entity[:, None])[None, None]
+        return self.velocity(x, slice(0, len(self.entity)), modulations, seen, words=words)
 
 
 def thousandths(times: Tensor) -> Tensor:
@@ -296,7 +357,8 @@ def converted(state: dict[str, Tensor]) -> dict[str, Tensor]:
 def _init(module: nn.Module) -> None:
     if isinstance(module, nn.Linear):
         nn.init.xavier_uniform_(module.weight)
-        nn.init.zeros_(module.bias)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
     elif isinstance(module, nn.Embedding):
         nn.init.normal_(module.weight, std=0.02)
 
@@ -305,17 +367,18 @@ class XARSession:
     """An `XAR` bound to the conditions of B pictures, and what it has seen of them.
 
     Args:
-        asked: class ids [B], or vectors of captions [B, caption_dim].
+        asked: class ids [B]; or captions, with (`guided`) as many empty ones after them.
         times: those at which the network will be asked, in [0, 1]; what depends on them alone is computed here, once for all
             entities.
         guided: with an unguided half.
     """
 
-    def __init__(self, model: XAR, asked: Tensor, times: list[float], guided: bool):
-        self.model, self.guided, batch = model, guided, len(asked)
+    def __init__(self, model: XAR, asked: Tensor | Words, times: list[float], guided: bool):
+        self.model, self.guided = model, guided
+        self.words = asked if isinstance(asked, Words) else None
         condition = model.condition(asked)
-        if guided:
-            none = model.condition(asked, torch.ones(batch, dtype=torch.bool, device=asked.device))
+        if guided and self.words is None:
+            none = model.condition(asked, torch.ones(len(asked), dtype=torch.bool, device=asked.device))
             condition = torch.cat([condition, none])
         steps = thousandths(torch.tensor(sorted({*times, 0.0})))
         self.steps = {int(step): index for index, step in enumerate(steps)}
@@ -333,7 +396,8 @@ class XARSession:
         step = self.steps[int(thousandths(torch.tensor(time)))]
         modulations = [part[:, step, self.rows[:rows], None] for part in self.modulations]
         where = slice(self.bounds[entity], self.bounds[entity + 1])
-        found = self.model.velocity(x.to(self.cache.dtype), where, modulations, cache=self.cache[:, :, :rows]).float()
+        words, cache = None if self.words is None else self.words[:rows], self.cache[:, :, :rows]
+        found = self.model.velocity(x.to(self.cache.dtype), where, modulations, cache=cache, words=words).float()
         return tuple(found.chunk(2)) if guided else (found, None)
 
     def finish(self, entity: int, x: Tensor) -> None:

@@ -117,12 +117,13 @@ class FlexARPipeline(TokenPipeline):
 
     def encode_text(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
         """Texts -> hidden states [B, T, C], mask [B, T] bool."""
-        encoder = self.text_encoder
-        if isinstance(encoder, CLIPModel):
-            encoder, prompts = encoder.text_model, [self.caption(prompt) for prompt in prompts]
-        text = self.tokenizer(prompts, padding=True, truncation=True, return_tensors="pt").to(self.device)
-        states = encoder(input_ids=text.input_ids, attention_mask=text.attention_mask).last_hidden_state
-        return states.to(self.transformer.dtype), text.attention_mask.bool()
+        if isinstance(self.text_encoder, CLIPModel):
+            prompts = [self.caption(prompt) for prompt in prompts]
+            states, mask = self.text_image_encoder.states(prompts)
+        else:
+            text = self.tokenizer(prompts, padding=True, truncation=True, return_tensors="pt").to(self.device)
+            states, mask = self.text_encoder(**text).last_hidden_state, text.attention_mask.bool()
+        return states.to(self.transformer.dtype), mask
 
     def arranged(self, tokens: Tensor, shape: tuple[int, int]) -> Tensor:
         """See `TokenPipeline.arranged`: one row, of whatever length."""

@@ -44,9 +44,7 @@ class PartiPipeline(TokenPipeline):
         longest = self.tokenizer.model_max_length
         if any(len(self.tokenizer(prompt, truncation=False, verbose=False).input_ids) > longest for prompt in prompts):
             logger.warning("the prompt is longer than %d text tokens: the rest of it is not read", longest)
-        text = self.tokenizer(prompts, padding=True, truncation=True, return_tensors="pt").to(self.device)
-        states = self.clip.text_model(input_ids=text.input_ids, attention_mask=text.attention_mask).last_hidden_state
-        return states, text.attention_mask.bool()
+        return self.text_image_encoder.states(prompts)
 
     def start(
         self, prompts: list[str], guided: bool, shape: tuple[int, int] | None = None, controls: None = None

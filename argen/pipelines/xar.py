@@ -13,9 +13,8 @@ from torch import Tensor
 from transformers import CLIPModel, PreTrainedTokenizerFast
 
 from argen.data.imagenet import class_id
-from argen.models.clip import TextImageEncoder
 from argen.models.xar import SIZES, XAR, XARSession
-from argen.pipelines.base import Defaults, TokenPipeline, check_asked
+from argen.pipelines.base import Defaults, TokenPipeline, check_asked, distinct
 from argen.request import Control
 from samplers import SOLVERS, NextX, by_name
 from tokenizers_img.kl_vae import KLVAE
@@ -105,14 +104,15 @@ class XARPipeline(TokenPipeline):
         if self.text_encoder is None:
             asked = torch.tensor([class_id(prompt) for prompt in prompts], device=self.device)
         else:
-            asked = self.encode_text(prompts)
+            texts, rows = distinct(prompts, guided)
+            asked = self.transformer.read(*self.encode_text(texts))[rows]
         return XARSession(self.transformer, asked, times, guided)
 
-    def encode_text(self, prompts: list[str]) -> Tensor:
-        """Captions -> vectors [B, E] of unit variance."""
+    def encode_text(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
+        """Captions -> hidden states [B, T, C], mask [B, T] bool."""
         texts = [self.caption(prompt) for prompt in prompts]
-        found = TextImageEncoder(self.text_encoder, self.tokenizer).embed_text(texts)
-        return (found * found.shape[1] ** 0.5).to(self.transformer.dtype)
+        states, mask = self.text_image_encoder.states(texts)
+        return states.to(self.transformer.dtype), mask
 
     def stream(
         self,

@@ -6,7 +6,6 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
-from argen.models.clip import TextImageEncoder
 from argen.models.xar import XAR
 from argen.pipelines.xar import XARPipeline
 from argen.train.loop import Schedule
@@ -20,7 +19,7 @@ SCHEDULES = {
     ),
     "gpu": Schedule(steps=60000, batch_size=512, learning_rate=5e-4, weight_decay=0.02, betas=(0.9, 0.96)),
 }
-SIZES = {"dim": 256, "encoder_depth": 2, "decoder_depth": 3, "heads": 4}
+SIZES = {"dim": 256, "encoder_depth": 2, "decoder_depth": 3, "heads": 4, "rank": 48}
 X = "cell-4"
 
 
@@ -34,7 +33,6 @@ class XARTask(CaptionsTask):
         ValueError: no such X.
     """
 
-    null_caption = None
     group_share = 0.1
 
     def __init__(self, data: Path, scenes: Path, vae: Path, clip: Path, x: str = X):
@@ -44,8 +42,7 @@ class XARTask(CaptionsTask):
         self.options = {"x": x}
         self.vae = KLVAE(AutoencoderKL.from_pretrained(vae, torch_dtype=torch.float32).eval().requires_grad_(False))
         super().__init__(data, scenes, clip)
-        self.encoder = TextImageEncoder(self.clip, self.text_tokenizer)
-        grid, width = self.picture_tokens.shape[-1], self.clip.config.projection_dim
+        grid, width = self.picture_tokens.shape[-1], self.clip.config.text_config.hidden_size
         model = XAR(
             **SIZES, grid=grid, kind=kind, size=int(size), channels=self.vae.config.latent_channels, caption_dim=width
         )
@@ -55,11 +52,6 @@ class XARTask(CaptionsTask):
     def tokens(self, pictures: Tensor) -> Tensor:
         """[B, H, W, 3] uint8 -> latents [B, C, h, w]."""
         return torch.cat([self.vae.encode(from_uint8(part)) for part in pictures.split(64)])
-
-    def text(self, captions: list[str]) -> dict[str, Tensor]:
-        """Vectors of unit variance, as `XARPipeline.encode_text` makes them."""
-        found = self.encoder.embed_text(captions)
-        return {"asked": found * found.shape[1] ** 0.5}
 
     def more(self, tokens: Tensor, pictures: Tensor, scenes: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
         """Noise, and a time for each entity."""
@@ -75,7 +67,8 @@ class XARTask(CaptionsTask):
         model = self._model()
         x, noise = model.entities.cut(batch["tokens"]), batch["noise"]
         times = batch["times"][:, model.entity, None]
-        made = network((1 - times) * x + times * noise, batch["times"], batch["asked"], batch["dropped"])
+        states, mask = self.encode_text(batch)
+        made = network((1 - times) * x + times * noise, batch["times"], states, mask=mask.bool())
         return (made.float() - (noise - x)).square()
 
     def pipeline(self) -> XARPipeline:
