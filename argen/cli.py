@@ -409,15 +409,9 @@ def data(args) -> None:
 
 @command
 def train(args) -> None:
-    from argen.registry import WEIGHTS
-    from argen.train.recipes import STARTS, TOKENIZERS, run
+    from argen.train.recipes import run
 
-    parts = {
-        "clip": args.clip or WEIGHTS / "emoji-clip",
-        "tokenizer": args.tokenizer or WEIGHTS / TOKENIZERS.get(args.recipe, "emoji-vitvqgan"),
-        "vae": args.vae or WEIGHTS / "emoji-vae",
-        "generator": args.generator or WEIGHTS / STARTS.get(args.recipe, ""),
-    }
+    parts = {"clip": args.clip, "tokenizer": args.tokenizer, "vae": args.vae, "generator": args.generator}
     chosen = {"data": args.data, "scenes": args.scenes, "out": args.out, "seed": args.seed, "steps": args.steps}
     chosen |= {"compile": args.compile, "x": args.x}
     scores = run(args.recipe, args.setting, **parts, **chosen)

@@ -136,6 +136,9 @@ def test_bad_input_is_one_line(capsys, apple, tmp_path):
     sample, steps = str(Path(emoji.__file__).parent / "sample"), ("--steps", "0")
     assert "steps is 0" in refused(capsys, "train", "emoji-vitvqgan", "--data", sample, "--out", out, *steps)
     assert "needs scenes" in refused(capsys, "train", "emoji-parti", "--data", sample, "--out", out)
+    nowhere = "--vae", str(tmp_path / "no"), "--scenes", sample
+    line = refused(capsys, "train", "emoji-xar", "--data", sample, "--out", out, *nowhere)
+    assert f"no trained emoji-vae in {tmp_path / 'no'}: give --vae the folder" in line
     assert "num is 0" in refused(capsys, "data", "scenes", "--emoji", sample, "--out", out, "--num", "0")
     assert "is not empty" in refused(capsys, "data", "scenes", "--emoji", sample, "--out", sample)
     assert "size is 0" in refused(capsys, "data", "emoji", "--out", out, "--size", "0")

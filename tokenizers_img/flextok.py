@@ -362,11 +362,12 @@ class FlexTokenizer(nn.Module):
     Args:
         network: of the tokens.
         vae: of the latents; its `scaling_factor` makes them about as large as the noise.
+        steps, guidance_scale: of `decode`; as published.
     """
 
-    def __init__(self, network: FlexTok, vae: AutoencoderKL):
+    def __init__(self, network: FlexTok, vae: AutoencoderKL, steps: int = 25, guidance_scale: float = 7.5):
         super().__init__()
-        self.network, self.vae = network, vae
+        self.network, self.vae, self.steps, self.guidance_scale = network, vae, steps, guidance_scale
         own = network.config
         stride = 2 ** (len(vae.config.block_out_channels) - 1)
         self.stride = stride * own.patch
@@ -415,8 +416,8 @@ class FlexTokenizer(nn.Module):
     def decode(
         self,
         ids: Tensor | Sequence[Tensor],
-        steps: int = 25,
-        guidance_scale: float | Callable[[float], float] = 7.5,
+        steps: int | None = None,
+        guidance_scale: float | Callable[[float], float] | None = None,
         normalised: bool = True,
         noise: Tensor | None = None,
         shape: tuple[int, int] | None = None,
@@ -425,8 +426,8 @@ class FlexTokenizer(nn.Module):
         """Ids [B, k], or B of them of any length k -> pixels [B, 3, H, W], about [0, 1] and not clipped.
 
         Args:
-            steps: of the flow.
-            guidance_scale: a number, or one for each time; 1 is none.
+            steps: of the flow; None is the tokenizer's own.
+            guidance_scale: a number, or one for each time; 1 is none, None the tokenizer's own.
             normalised: see `samplers.flow.NormalisedGuidance`; else plain.
             noise: [B, C, h, w] to start from; None is the same noise for every picture, so that decoding repeats.
             shape: of the latents (h, w); those of a square of the size it was trained at, by default.
@@ -441,7 +442,9 @@ class FlexTokenizer(nn.Module):
             size = self.network.config.channels, *(shape or (side, side))
             noise = torch.randn(size, generator=torch.Generator().manual_seed(0)).expand(len(codes), -1, -1, -1)
         registers = self.network.read(codes, keep)
-        latents = self.flow(registers, noise.to(self.device), steps, guidance_scale, normalised, precise)
+        scale = self.guidance_scale if guidance_scale is None else guidance_scale
+        steps = self.steps if steps is None else steps
+        latents = self.flow(registers, noise.to(self.device), steps, scale, normalised, precise)
         return (self.vae.decode((latents / self.vae.config.scaling_factor).to(self.vae.dtype)).sample + 1) / 2
 
     def _codes(self, ids: Tensor | Sequence[Tensor]) -> tuple[Tensor, Tensor]:
@@ -456,8 +459,8 @@ class FlexTokenizer(nn.Module):
         self,
         registers: Tensor,
         noise: Tensor,
-        steps: int = 25,
-        guidance_scale: float | Callable[[float], float] = 7.5,
+        steps: int,
+        guidance_scale: float | Callable[[float], float],
         normalised: bool = True,
         precise: bool | None = None,
     ) -> Tensor:

@@ -296,6 +296,13 @@ class XAR(ModelMixin, ConfigMixin):
         both = self.time_embed(times) + condition
         return [block.modulation(both) for block in self.blocks]
 
+    def _spread(self, modulation: Tensor) -> Tensor:
+        """Of entities [6, B, K, D] -> of their positions [6, B, N, D]."""
+        length, *others = set(self.entities.lengths)
+        if others:
+            return modulation[:, :, self.entity]
+        return modulation[:, :, :, None].expand(-1, -1, -1, length, -1).flatten(2, 3)  # trains faster than the index
+
     def velocity(
         self,
         x: Tensor,
@@ -339,7 +346,7 @@ class XAR(ModelMixin, ConfigMixin):
         """
         words = None if mask is None else self.read(asked, mask)
         condition = self.condition(asked if words is None else words, dropped)[:, None]
-        modulations = [part[:, :, self.entity] for part in self.modulations(condition, thousandths(times))]
+        modulations = [self._spread(part) for part in self.modulations(condition, thousandths(times))]
         seen = (self.entity[None] <= self.entity[:, None])[None, None]
         return self.velocity(x, slice(0, len(self.entity)), modulations, seen, words=words)
 

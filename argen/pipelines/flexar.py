@@ -83,7 +83,7 @@ class FlexARPipeline(TokenPipeline):
 
     @property
     def image_tokenizer(self) -> FlexTokenizer:
-        return FlexTokenizer(self.flextok, self.vae)
+        return FlexTokenizer(self.flextok, self.vae, self.config.steps, self.config.tokenizer_guidance)
 
     def shape_of(self, control: Control | None = None, num_tokens: int | None = None) -> tuple[int, int]:
         """See `TokenPipeline.shape_of`: one row.
@@ -139,7 +139,7 @@ class FlexARPipeline(TokenPipeline):
         counts = (tokens[:, 0] >= 0).long().cumprod(dim=1).sum(dim=1).tolist()
         rows = [row[0, : max(1, count)].clamp(min=0) for row, count in zip(tokens, counts, strict=True)]
         steps = self.config.steps if min(counts) == tokens.shape[-1] else min(PREVIEW_STEPS, self.config.steps)
-        return self.image_tokenizer.decode(rows, steps, self.config.tokenizer_guidance).clamp(0, 1)
+        return self.image_tokenizer.decode(rows, steps).clamp(0, 1)
 
     def run(self, request: Request, every: int = 1) -> Iterator[Job]:
         """See `TokenPipeline.run`; with `num_beams` each picture is searched for."""

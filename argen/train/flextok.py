@@ -132,7 +132,7 @@ class FlexTokTask(Task):
 
     def tokenizer(self) -> FlexTokenizer:
         model = getattr(self.networks["model"], "module", self.networks["model"])
-        return FlexTokenizer(model.flextok, self.vae.vae)
+        return FlexTokenizer(model.flextok, self.vae.vae, STEPS, GUIDANCE)
 
     @torch.no_grad()
     def decoded(self, pictures: Tensor, keep: int) -> Tensor:
@@ -140,7 +140,7 @@ class FlexTokTask(Task):
         tokenizer, made = self.tokenizer(), []
         for part in pictures.split(64):
             ids = tokenizer.encode(from_uint8(part).to(tokenizer.device))
-            made.append(tokenizer.decode(ids[:, :keep], STEPS, GUIDANCE).clamp(0, 1).cpu())
+            made.append(tokenizer.decode(ids[:, :keep]).clamp(0, 1).cpu())
         return torch.cat(made)
 
     def evaluate(self) -> dict[str, float]:

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from argen.registry import WEIGHTS
 from argen.train import clip as clip_recipe
 from argen.train import controlar, draft, flexar, flextok, judge, kl_vae, llamagen, parti, vit_vqgan, xar
 from argen.train.loop import train
@@ -23,6 +24,23 @@ SCHEDULES = {
     "emoji-flextok-ar": flexar.SCHEDULES,
     "emoji-judge": judge.SCHEDULES,
 }
+TASKS = {  # recipe -> its task, and what that takes beside the pictures
+    "emoji-clip": (clip_recipe.CLIPTask, ("scenes",)),
+    "emoji-vitvqgan": (vit_vqgan.ViTVQGANTask, ("total",)),
+    "emoji-vitvqgan-decoder": (vit_vqgan.DecoderTask, ("tokenizer", "clip", "total")),
+    "emoji-vae": (kl_vae.KLVAETask, ("total",)),
+    "emoji-vae-decoder": (kl_vae.KLDecoderTask, ("vae", "clip", "total")),
+    "emoji-parti": (parti.PartiTask, ("scenes", "tokenizer", "clip")),
+    "emoji-parti-second": (parti.PartiTask, ("scenes", "tokenizer", "clip", "generator")),
+    "emoji-llamagen": (llamagen.LlamaGenTask, ("scenes", "tokenizer", "clip")),
+    "emoji-llamagen-second": (llamagen.LlamaGenTask, ("scenes", "tokenizer", "clip", "generator")),
+    "emoji-control": (controlar.ControlTask, ("scenes", "tokenizer", "clip", "generator")),
+    "emoji-drafter": (draft.DraftTask, ("scenes", "tokenizer", "clip", "generator")),
+    "emoji-xar": (xar.XARTask, ("scenes", "vae", "clip", "x")),
+    "emoji-flextok": (flextok.FlexTokTask, ("scenes", "vae", "clip")),
+    "emoji-flextok-ar": (flexar.FlexARTask, ("scenes", "vae", "tokenizer", "clip")),
+    "emoji-judge": (judge.JudgeTask, ("scenes", "tokenizer")),
+}
 STARTS = {  # recipe -> model it goes on from
     "emoji-parti-second": "emoji-parti",
     "emoji-llamagen-second": "emoji-llamagen",
@@ -30,7 +48,22 @@ STARTS = {  # recipe -> model it goes on from
     "emoji-drafter": "emoji-llamagen",
 }
 TOKENIZERS = {"emoji-flextok-ar": "emoji-flextok"}  # recipe -> tokenizer it builds on; the others on emoji-vitvqgan
-WITHOUT_SCENES = ("emoji-vitvqgan", "emoji-vitvqgan-decoder", "emoji-vae", "emoji-vae-decoder")
+
+
+def trained(recipe: str, part: str, folder: Path | None) -> Path:
+    """The folder of a trained part ("clip", "tokenizer", "vae" or "generator"); None is the shipped one.
+
+    Raises:
+        ValueError: it holds none.
+    """
+    models = {"clip": "emoji-clip", "vae": "emoji-vae", "tokenizer": TOKENIZERS.get(recipe, "emoji-vitvqgan")}
+    model = STARTS[recipe] if part == "generator" else models[part]
+    folder = folder or WEIGHTS / model
+    if not (folder / "config.json").is_file():
+        raise ValueError(
+            f"no trained {model} in {folder}: give --{part} the folder `final` that `argen train {model}` has written"
+        )
+    return folder
 
 
 def run(
@@ -38,25 +71,22 @@ def run(
     setting: str,
     data: Path,
     scenes: Path | None,
-    clip: Path,
-    tokenizer: Path,
-    vae: Path,
-    generator: Path,
     out: Path,
     seed: int = 0,
     steps: int | None = None,
     compile: bool = False,
     x: str | None = None,
+    **parts: Path | None,
 ) -> dict[str, float]:
     """Train `recipe` in `out`, from its last checkpoint if there is one; returns the scores on held-out data.
 
     Args:
         setting: "cpu" or "gpu", the schedule.
         data, scenes: folders made by ``argen data emoji`` and ``argen data scenes``.
-        clip, tokenizer, vae, generator: folders of the trained parts that a recipe builds on.
         steps: stop there; the schedule stays as long as it is.
         compile: the networks go through ``torch.compile`` first.
         x: of `emoji-xar`, see `argen.train.xar.XARTask`; None for that of the shipped model.
+        parts: clip, tokenizer, vae, generator, see `trained`.
     """
     if recipe not in SCHEDULES:
         raise ValueError(f"unknown recipe {recipe!r}: expected one of {', '.join(SCHEDULES)}")
@@ -65,25 +95,12 @@ def run(
     if x is not None and recipe != "emoji-xar":
         raise ValueError(f"x is {x}, but the recipe {recipe} writes no X: leave it out")
     schedule = SCHEDULES[recipe][setting]
-    if recipe not in WITHOUT_SCENES and scenes is None:
+    task, takes = TASKS[recipe]
+    if "scenes" in takes and scenes is None:
         raise ValueError(f"the recipe {recipe} needs scenes too: give --scenes a folder made by `argen data scenes`")
-    task = {
-        "emoji-clip": lambda: clip_recipe.CLIPTask(data, scenes),
-        "emoji-vitvqgan": lambda: vit_vqgan.ViTVQGANTask(data, schedule.steps),
-        "emoji-vitvqgan-decoder": lambda: vit_vqgan.DecoderTask(data, tokenizer, clip, schedule.steps),
-        "emoji-vae": lambda: kl_vae.KLVAETask(data, schedule.steps),
-        "emoji-vae-decoder": lambda: kl_vae.KLDecoderTask(data, vae, clip, schedule.steps),
-        "emoji-parti": lambda: parti.PartiTask(data, scenes, tokenizer, clip),
-        "emoji-parti-second": lambda: parti.PartiTask(data, scenes, tokenizer, clip, generator),
-        "emoji-llamagen": lambda: llamagen.LlamaGenTask(data, scenes, tokenizer, clip),
-        "emoji-llamagen-second": lambda: llamagen.LlamaGenTask(data, scenes, tokenizer, clip, generator),
-        "emoji-control": lambda: controlar.ControlTask(data, scenes, tokenizer, clip, generator),
-        "emoji-drafter": lambda: draft.DraftTask(data, scenes, tokenizer, clip, generator),
-        "emoji-xar": lambda: xar.XARTask(data, scenes, vae, clip, x or xar.X),
-        "emoji-flextok": lambda: flextok.FlexTokTask(data, scenes, vae, clip),
-        "emoji-flextok-ar": lambda: flexar.FlexARTask(data, scenes, vae, tokenizer, clip),
-        "emoji-judge": lambda: judge.JudgeTask(data, scenes, tokenizer),
-    }[recipe]()
+    given = {"scenes": scenes, "total": schedule.steps, "x": x or xar.X}
+    given |= {part: trained(recipe, part, folder) for part, folder in parts.items() if part in takes}
+    task = task(data, *(given[name] for name in takes))
     if compile:
         for network in task.networks.values():
             network.compile()

@@ -1,0 +1,95 @@
+"""RECE and UCE against the official code's numbers."""
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+from transformers import CLIPTextConfig, CLIPTextModel
+
+from argen.diffusion.rece import Edit, derive, last_words, matrices_of
+
+KINDS = {
+    "regzero": "zero",
+    "standardreg": "target",
+    "surrogatereg_1st": "surrogate-1st",
+    "surrogatereg_2nd": "surrogate-2nd",
+    "surrogatereg_both": "surrogate-both",
+}
+
+
+def originals(case) -> dict[str, torch.Tensor]:
+    """The matrices of a case, in the authors' order."""
+    unet = UNet2DConditionModel(**case.config["components"]["unet"])
+    unet.load_state_dict({key[5:]: value for key, value in case.weights.items() if key.startswith("unet.")})
+    return {name: weight.detach() for name, weight in matrices_of(unet).items()}
+
+
+@torch.no_grad()
+def read(case, name: str) -> torch.Tensor:
+    """States of texts in float64."""
+    encoder = CLIPTextModel(CLIPTextConfig(**case.config["components"]["text_encoder"])).double().eval()
+    prefix = "text_encoder.text_model."
+    state = {key.removeprefix(prefix): value.double() for key, value in case.weights.items() if key.startswith(prefix)}
+    encoder.load_state_dict(state, strict=False)
+    return encoder(case.io[f"{name}_ids"])[0]
+
+
+def lengths(io, index: int) -> tuple[int, int]:
+    """Tokens of a concept and of its target; a blank has a start and an end."""
+    new = io.get("new_attention_mask")
+    return int(io["concept_attention_mask"][index].sum()), 2 if new is None else int(new[index].sum())
+
+
+def near(found, io, prefix, **close):
+    wanted = {key.removeprefix(prefix): value for key, value in io.items() if key.startswith(prefix) and "attn2" in key}
+    assert found.keys() == wanted.keys()
+    for name, value in wanted.items():
+        torch.testing.assert_close(found[name].to(value.dtype), value, **close)
+
+
+@pytest.mark.parametrize(
+    ("prefix", "close"), [("", {"atol": 2e-3, "rtol": 0}), ("fp64.", {"atol": 1e-9, "rtol": 1e-9})]
+)
+def test_an_object_is_erased_in_three_epochs(golden, prefix, close):
+    case = golden("rece/sd14_single")
+    io, config = case.io, case.config
+    precise, names = prefix == "fp64.", ("concept", "new", "retain")
+    states = {name: read(case, name) if precise else io[f"{name}_embeds"] for name in names}
+    first = {key: config["uce"][key] for key in ("lamb", "erase_scale", "preserve_scale", "technique")}
+    later = {key: config["rece"][key] for key in first}
+    start = originals(case)
+    found = Edit(**first)(start, [last_words(states["concept"][0], states["new"][0], lengths(io, 0))], states["retain"])
+    near(found, io, f"{prefix}uce.", **close)
+    for epoch in range(config["rece"]["epochs"]):
+        derived = derive(found, start, states["concept"][0], config["rece"]["regular_scale"])
+        bounds = close if precise else {"atol": 5e-3, "rtol": 0}
+        wanted = io[f"{prefix}epoch{epoch}.adv_embeds"][0]
+        torch.testing.assert_close(derived.to(wanted.dtype), wanted, **bounds)
+        found = Edit(**later)(found, [(derived, states["new"][0])], states["new"])  # " " is what is retained, too
+        near(found, io, f"{prefix}epoch{epoch}.", **close)
+
+
+def test_two_concepts_techniques_and_regularisers(golden):
+    case = golden("rece/variants_two_concepts")
+    io, config = case.io, case.config
+    start, close = originals(case), {"atol": 1e-3, "rtol": 0}
+    concepts, targets, retained = (io[f"{name}_embeds"] for name in ("concept", "new", "retain"))
+    pairs = [last_words(concepts[index], targets[index], lengths(io, index)) for index in range(2)]
+    scales = {key: config["uce"][key] for key in ("lamb", "erase_scale", "preserve_scale")}
+    replaced = Edit(**scales)(start, pairs, retained)
+    near(replaced, io, "uce_replace.", **close)
+    near(Edit(**scales, technique="tensor")(start, pairs, retained), io, "uce_tensor.", **close)
+    derived = []
+    for official, ours in KINDS.items():
+        for index in range(2):
+            asked = config["regular_scale"], ours, io["old_target_embeds"][index]
+            found, wanted = derive(replaced, start, concepts[index], *asked), io[f"adv.{official}.{index}"]
+            torch.testing.assert_close(found.float(), wanted, atol=1e-3 * wanted.abs().max().item(), rtol=0)
+            derived += [found] if ours == "zero" else []
+    later = {key: config["rece"][key] for key in (*scales, "technique")}
+    kept = [retained[config["retain"].index(text)] for text in config["rece"]["retain"]]
+    near(Edit(**later)(replaced, list(zip(derived, targets, strict=True)), kept), io, "rece_tensor.", **close)
+
+
+def test_an_unknown_technique_is_refused():
+    with pytest.raises(ValueError, match="unknown technique 'add': expected replace or tensor"):
+        Edit(technique="add")
