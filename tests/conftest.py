@@ -4,9 +4,18 @@ import gzip
 import json
 from pathlib import Path
 
+import diffusers
 import pytest
 import torch
+from diffusers import (
+    AutoencoderKL,
+    DiffusionPipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
 from safetensors.torch import load_file
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 import argen
 
@@ -45,6 +54,39 @@ def published_keys(system: str) -> dict[str, dict[str, list[int]]]:
 
 def shapes(module: torch.nn.Module) -> dict[str, list[int]]:
     return {key: list(value.shape) for key, value in module.state_dict().items()}
+
+
+def tiny_pipeline(case: Case) -> DiffusionPipeline:
+    """The Stable Diffusion pipeline of a case: random weights in the layout of diffusers."""
+    sizes, weights = case.config["components"], case.weights
+
+    def filled(module: torch.nn.Module, name: str, prefix: str = "") -> torch.nn.Module:
+        start = f"{name}.{prefix}"
+        module.load_state_dict({key[len(start) :]: value for key, value in weights.items() if key.startswith(start)})
+        return module.eval()
+
+    scheduler = dict(sizes["scheduler"])
+    parts = {
+        "unet": filled(UNet2DConditionModel(**sizes["unet"]), "unet"),
+        "vae": AutoencoderKL(**sizes["vae"]).eval(),
+        "scheduler": getattr(diffusers, scheduler.pop("_class_name"))(**scheduler),
+        "tokenizer": CLIPTokenizer.from_pretrained(case.folder / "tokenizer"),
+        "text_encoder": filled(CLIPTextModel(CLIPTextConfig(**sizes["text_encoder"])), "text_encoder", "text_model."),
+    }
+    if any(key.startswith("vae.") for key in weights):
+        filled(parts["vae"], "vae")
+    if "text_encoder_2" in sizes:
+        second = CLIPTextModelWithProjection(CLIPTextConfig(**sizes["text_encoder_2"]))
+        own = {
+            "text_encoder_2": filled(second, "text_encoder_2"),
+            "tokenizer_2": CLIPTokenizer.from_pretrained(case.folder / "tokenizer_2"),
+        }
+        pipe = StableDiffusionXLPipeline(**parts, **own, add_watermarker=False)
+    else:
+        own = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+        pipe = StableDiffusionPipeline(**parts, **own)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
 
 
 @pytest.fixture(scope="session")
