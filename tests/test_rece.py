@@ -1,11 +1,14 @@
 """RECE and UCE against the official code's numbers."""
 
+import json
+
 import pytest
 import torch
-from diffusers import UNet2DConditionModel
+from conftest import tiny_pipeline
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from argen.diffusion.rece import Edit, derive, last_words, matrices_of
+from argen.diffusion.rece import RECORD, ConceptErasure, Edit, derive, last_words, matrices_of
 
 KINDS = {
     "regzero": "zero",
@@ -93,3 +96,72 @@ def test_two_concepts_techniques_and_regularisers(golden):
 def test_an_unknown_technique_is_refused():
     with pytest.raises(ValueError, match="unknown technique 'add': expected replace or tensor"):
         Edit(technique="add")
+
+
+def test_a_pipeline_forgets_and_is_restored(golden, tmp_path):
+    case = golden("rece/sd14_single")
+    pipe, io, config = tiny_pipeline(case), case.io, case.config
+    asked = {"num_inference_steps": config["steps"], "guidance_scale": 7.5, "output_type": "latent"}
+
+    def drawn(one=pipe):
+        return one(config["prompt"], latents=io["latents_init"], **asked).images
+
+    close = {"atol": 3e-2, "rtol": 0}
+    torch.testing.assert_close(drawn(), io["latents_original"], **close)
+    erasure = ConceptErasure(pipe)
+    (only,) = erasure.erase(config["concepts"], epochs=0)
+    assert only.stage == "UCE"
+    assert only.change > 0
+    torch.testing.assert_close(drawn(), io["latents_uce"], **close)
+    stages = erasure.erase(config["concepts"], epochs=3, scale=config["rece"]["regular_scale"])
+    torch.testing.assert_close(drawn(), io["latents_rece"], **close)
+    assert [stage.stage for stage in stages] == ["UCE", "RECE 1", "RECE 2", "RECE 3"]
+    assert all(len(stage.derived) == 1 for stage in stages[1:])
+    erasure.save(tmp_path)
+    assert json.loads((tmp_path / RECORD).read_text())["concepts"] == ["church"]
+    again = StableDiffusionPipeline.from_pretrained(tmp_path, safety_checker=None)
+    again.set_progress_bar_config(disable=True)
+    torch.testing.assert_close(drawn(again), drawn())
+    erasure.restore()
+    for name, weight in matrices_of(pipe.unet).items():
+        assert torch.equal(weight, case.weights[f"unet.{name}"])
+    stages = erasure.stages(["church", "a red house"], "nudity")
+    next(stages)
+    stages.close()  # cancelled: nothing has changed
+    torch.testing.assert_close(drawn(), io["latents_original"], **close)
+
+
+def test_sdxl_forgets_too(golden):
+    pipe = tiny_pipeline(golden("tome/sdxl_attribute_binding"))
+    before = {name: weight.clone() for name, weight in matrices_of(pipe.unet).items()}
+    erasure = ConceptErasure(pipe)
+    erasure.erase(["teapot"], targets=["dog"], retained=["a blue bird"])
+    after = matrices_of(pipe.unet)
+    assert all((after[name] - weight).abs().max() > 1e-4 for name, weight in before.items())
+    states = erasure.read(["teapot", "dog", "a blue bird"])
+    first, other = (erasure.length(text) - 2 for text in ("teapot", "dog"))
+    name = next(iter(before))
+    made, wanted, kept = (states[0, first], states[1, other], states[2, 3])
+    apart = [
+        (after[name].double() @ made - before[name].double() @ wanted).norm(),
+        (before[name].double() @ made - before[name].double() @ wanted).norm(),
+    ]
+    assert apart[0] < 0.7 * apart[1]
+    moved = (after[name].double() @ kept - before[name].double() @ kept).norm()
+    assert moved < 0.5 * (before[name].double() @ kept).norm()
+
+
+def test_what_cannot_be_erased_is_refused(golden):
+    with pytest.raises(ValueError, match="nothing can be erased from str: expected a StableDiffusionPipeline"):
+        ConceptErasure("pipe")
+    erasure = ConceptErasure(tiny_pipeline(golden("rece/sd14_single")))
+    for asked, wanted in (
+        (([],), "no concept to erase"),
+        (([" "],), "no concept to erase"),
+        ((["church"], "style"), "unknown preset 'style': expected one of object, object-hard, art, nudity, unsafe"),
+        ((["church"], "object", ["a", "b"]), "2 targets for 1 concepts"),
+        ((["church"], "object", None, (), -1), "epochs is -1"),
+    ):
+        with pytest.raises(ValueError, match=wanted):
+            erasure.erase(*asked)
+    assert erasure.record is None

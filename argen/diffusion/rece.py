@@ -7,11 +7,14 @@ every step solves linear systems, in float64.
 Letters in shape comments: L text tokens with their padding, D width of the text's states, O outputs of a matrix, n concepts.
 """
 
-from collections.abc import Sequence
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
 from torch import Tensor
 
 Weights = dict[str, Tensor]  # name of a matrix -> [O, D]
@@ -135,3 +138,175 @@ def last_words(concept: Tensor, target: Tensor, lengths: tuple[int, int]) -> tup
     first, other = (length - 2 for length in lengths)
     count = len(concept) - max(first, other)
     return concept[first : first + count], target[other : other + count]
+
+
+@dataclass(frozen=True)
+class Preset:
+    """How a kind of concept is erased, as published.
+
+    Attributes:
+        scale: of the derivation, see `derive`.
+        epochs: of deriving and erasing, after the first edit.
+        target: what takes the concept's place.
+    """
+
+    scale: float
+    epochs: int
+    target: str = " "
+
+
+PRESETS = {
+    "object": Preset(1e-1, 1),
+    "object-hard": Preset(1e-3, 1),
+    "art": Preset(1e-3, 1, "art"),
+    "nudity": Preset(1e-1, 3),
+    "unsafe": Preset(1e-1, 2),
+}
+UNSAFE = ("hate", "harassment", "violence", "suffering", "humiliation", "harm", "suicide", "sexual", "nudity")
+UNSAFE += ("bodily fluids", "blood")  # the words of I2P
+RECORD = "erased.json"
+
+
+@dataclass(frozen=True)
+class Erased:
+    """What an edit did.
+
+    Attributes:
+        stage: "UCE", then "RECE 1" and so on.
+        change: of all matrices together, the norm of what was added over theirs.
+        derived: norm of the states that still brought each concept back, over the concept's; empty at the first stage.
+    """
+
+    stage: str
+    change: float
+    derived: list[float]
+
+
+class ConceptErasure:
+    """A pipeline from which concepts are erased, in place.
+
+    Only what the U-Net makes of a text changes: fine-tuned adapters, other text encoders, pictures as prompts, and (of SDXL) the
+    pooled text can bring a concept back.
+
+    Args:
+        pipe: a `StableDiffusionPipeline` or `StableDiffusionXLPipeline`.
+
+    Attributes:
+        record: what was erased, and how; None before.
+
+    Raises:
+        ValueError: another kind of pipeline.
+    """
+
+    def __init__(self, pipe: StableDiffusionPipeline | StableDiffusionXLPipeline):
+        if not isinstance(pipe, StableDiffusionPipeline | StableDiffusionXLPipeline):
+            raise ValueError(
+                f"nothing can be erased from {type(pipe).__name__}: expected a StableDiffusionPipeline or a "
+                "StableDiffusionXLPipeline"
+            )
+        self.pipe = pipe
+        self.originals = {name: weight.detach().clone() for name, weight in matrices_of(pipe.unet).items()}
+        self.record: dict | None = None
+
+    def erase(
+        self,
+        concepts: Sequence[str],
+        preset: str = "object",
+        targets: Sequence[str] | None = None,
+        retained: Sequence[str] = (),
+        epochs: int | None = None,
+        scale: float | None = None,
+    ) -> list[Erased]:
+        """Erase concepts, together and from the original matrices: what was erased before is not, unless it is named again.
+
+        Args:
+            concepts: texts.
+            preset: a name of `PRESETS`.
+            targets: what takes the place of each; the preset's by default.
+            retained: texts that shall go on giving what they gave.
+            epochs, scale: of the preset by default; 0 epochs is UCE alone.
+
+        Returns:
+            What each stage did.
+
+        Raises:
+            ValueError: no concept, or an empty one; unknown preset; targets that do not fit; negative epochs.
+        """
+        return list(self.stages(concepts, preset, targets, retained, epochs, scale))
+
+    @torch.no_grad()
+    def stages(self, concepts, preset="object", targets=None, retained=(), epochs=None, scale=None) -> Iterator[Erased]:
+        """`erase`, stage by stage. The pipeline changes at the end alone: one that is left before stays as it was."""
+        if not concepts or not all(concept.strip() for concept in concepts):
+            raise ValueError("no concept to erase: name at least one, as 'pizza'")
+        if preset not in PRESETS:
+            raise ValueError(f"unknown preset {preset!r}: expected one of {', '.join(PRESETS)}")
+        own = PRESETS[preset]
+        epochs, scale = own.epochs if epochs is None else epochs, own.scale if scale is None else scale
+        targets = list(targets) if targets else [own.target] * len(concepts)
+        if len(targets) != len(concepts):
+            raise ValueError(f"{len(targets)} targets for {len(concepts)} concepts: give one for each, or none")
+        if epochs < 0:
+            raise ValueError(f"epochs is {epochs}: expected 0 or more")
+        targets = [target or " " for target in targets]
+        sources, wanted = self.read(concepts), self.read(targets)
+        kept = self.read(list(retained) or [""])
+        preserve = max(0.1, round(1 / len(kept), 3))
+        lengths = [
+            (self.length(concept), self.length(target)) for concept, target in zip(concepts, targets, strict=True)
+        ]
+        pairs = [last_words(*states) for states in zip(sources, wanted, lengths, strict=True)]
+        start = {name: weight.double().cpu() for name, weight in self.originals.items()}
+        edited = Edit(0.5, 1.0, preserve)(start, pairs, kept)
+        yield Erased("UCE", _change(edited, start), [])
+        if preset in ("nudity", "unsafe") and not retained:
+            kept = kept.expand(len(concepts), -1, -1)  # one for each concept
+        for epoch in range(epochs):
+            derived = [derive(edited, start, states, scale) for states in sources]
+            edited = Edit()(edited, list(zip(derived, wanted, strict=True)), kept)
+            norms = [(one.norm() / states.norm()).item() for one, states in zip(derived, sources, strict=True)]
+            yield Erased(f"RECE {epoch + 1}", _change(edited, start), norms)
+        self._write(edited)
+        chosen = {"concepts": list(concepts), "targets": targets, "retained": list(retained)}
+        self.record = chosen | {
+            "preset": preset,
+            "epochs": epochs,
+            "scale": scale,
+            "originals": _digest(self.originals),
+        }
+
+    def restore(self) -> None:
+        """The pipeline as it was, bit by bit."""
+        self._write(self.originals)
+        self.record = None
+
+    def save(self, folder: str | Path) -> None:
+        """Write the pipeline as diffusers does, and what was erased beside it."""
+        self.pipe.save_pretrained(folder)
+        (Path(folder) / RECORD).write_text(json.dumps(self.record, indent=2))
+
+    def read(self, texts: Sequence[str]) -> Tensor:
+        """States of texts with their padding [n, L, D], float64 on the CPU."""
+        own = {"device": self.pipe._execution_device, "num_images_per_prompt": 1, "do_classifier_free_guidance": False}
+        return self.pipe.encode_prompt(prompt=list(texts), **own)[0].double().cpu()
+
+    def length(self, text: str) -> int:
+        """Text tokens with start and end."""
+        return len(self.pipe.tokenizer(text, truncation=True).input_ids)
+
+    @torch.no_grad()
+    def _write(self, weights: Weights) -> None:
+        for name, parameter in matrices_of(self.pipe.unet).items():
+            parameter.copy_(weights[name])
+
+
+def _change(edited: Weights, start: Weights) -> float:
+    added = sum((edited[name] - weight).square().sum().item() for name, weight in start.items())
+    return (added / sum(weight.square().sum().item() for weight in start.values())) ** 0.5
+
+
+def _digest(weights: Weights) -> str:
+    whole = hashlib.sha256()
+    for name in sorted(weights):
+        whole.update(weights[name].detach().float().cpu().numpy().tobytes())
+    return whole.hexdigest()

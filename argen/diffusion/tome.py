@@ -19,10 +19,8 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 DETERMINERS = {"a", "an", "the", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "some"}
-BETWEEN = (  # what stands between two objects, longer ones first
-    "to the left of, to the right of, in front of, on top of, next to, left of, right of, and, on, in, under, above, below, "
-    "over, beside, behind, near, at, ,"
-).split(", ") + [","]
+BETWEEN = ["to the left of", "to the right of", "in front of", "on top of", "next to", "left of", "right of"]
+BETWEEN += ["and", "on", "in", "under", "above", "below", "over", "beside", "behind", "near", "at", ","]
 LINKS = [
     "that is",
     "that are",

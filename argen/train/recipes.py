@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-from argen.registry import WEIGHTS
 from argen.train import clip as clip_recipe
 from argen.train import controlar, draft, flexar, flextok, judge, kl_vae, llamagen, parti, vit_vqgan, xar
 from argen.train.loop import train
@@ -50,15 +49,15 @@ STARTS = {  # recipe -> model it goes on from
 TOKENIZERS = {"emoji-flextok-ar": "emoji-flextok"}  # recipe -> tokenizer it builds on; the others on emoji-vitvqgan
 
 
-def trained(recipe: str, part: str, folder: Path | None) -> Path:
-    """The folder of a trained part ("clip", "tokenizer", "vae" or "generator"); None is the shipped one.
+def trained(recipe: str, part: str, folder: Path | None, shipped: Path) -> Path:
+    """The folder of a trained part ("clip", "tokenizer", "vae" or "generator"); None is that in `shipped`.
 
     Raises:
         ValueError: it holds none.
     """
     models = {"clip": "emoji-clip", "vae": "emoji-vae", "tokenizer": TOKENIZERS.get(recipe, "emoji-vitvqgan")}
     model = STARTS[recipe] if part == "generator" else models[part]
-    folder = folder or WEIGHTS / model
+    folder = folder or shipped / model
     if not (folder / "config.json").is_file():
         raise ValueError(
             f"no trained {model} in {folder}: give --{part} the folder `final` that `argen train {model}` has written"
@@ -72,6 +71,7 @@ def run(
     data: Path,
     scenes: Path | None,
     out: Path,
+    shipped: Path,
     seed: int = 0,
     steps: int | None = None,
     compile: bool = False,
@@ -83,6 +83,7 @@ def run(
     Args:
         setting: "cpu" or "gpu", the schedule.
         data, scenes: folders made by ``argen data emoji`` and ``argen data scenes``.
+        shipped: where the models lie that argen brings.
         steps: stop there; the schedule stays as long as it is.
         compile: the networks go through ``torch.compile`` first.
         x: of `emoji-xar`, see `argen.train.xar.XARTask`; None for that of the shipped model.
@@ -99,7 +100,7 @@ def run(
     if "scenes" in takes and scenes is None:
         raise ValueError(f"the recipe {recipe} needs scenes too: give --scenes a folder made by `argen data scenes`")
     given = {"scenes": scenes, "total": schedule.steps, "x": x or xar.X}
-    given |= {part: trained(recipe, part, folder) for part, folder in parts.items() if part in takes}
+    given |= {part: trained(recipe, part, folder, shipped) for part, folder in parts.items() if part in takes}
     task = task(data, *(given[name] for name in takes))
     if compile:
         for network in task.networks.values():

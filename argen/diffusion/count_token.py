@@ -1,0 +1,210 @@
+"""A picture with so many things: one text token is optimised until a counter is content (arXiv 2408.11721).
+
+The embedding of a small word of the prompt ("A photo of some 5 apples") is trained through a pipeline of few steps; the token
+that comes out is an ordinary textual inversion, which other prompts and seeds can use.
+
+Letters in shape comments: H W sides of a picture, D width of a text embedding.
+"""
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
+from safetensors.torch import save_file
+from torch import Tensor
+
+logger = logging.getLogger(__name__)
+MOST = 25  # things, the authors' range
+LOOKED_AT = 224  # side of what counters see
+STATIC_SCALE = 60.0
+
+Density = Callable[[Tensor, str], Tensor]  # pixels [1, 3, 224, 224] in [0, 1], name of the things -> density [1, h, w]
+Detector = Callable[[Tensor, str], int]  # pixels [1, 3, H, W] in [0, 1], name -> how many
+Relevance = Callable[[Tensor, str], Tensor]  # pixels [1, 3, 224, 224] in [0, 1], name -> cosine
+
+
+@dataclass(frozen=True)
+class CountStep:
+    """What a step found, before it changed the token.
+
+    Attributes:
+        image: [1, 3, H, W] in [0, 1].
+        density: [h, w], scaled so that its sum is `count`.
+        detected: things that the detector found, None without one.
+        loss: count_loss + the weighted relevance.
+        best: no step before had a lower loss.
+    """
+
+    index: int
+    image: Tensor
+    density: Tensor
+    count: float
+    detected: int | None
+    count_loss: float
+    relevance: float | None
+    loss: float
+    best: bool
+
+
+def looked_at(image: Tensor) -> Tensor:
+    """[1, 3, H, W] -> the square in its middle as counters see it [1, 3, 224, 224]."""
+    height, width = image.shape[2:]
+    scale = LOOKED_AT / min(height, width)
+    size = round(height * scale), round(width * scale)
+    small = F.interpolate(image, size, mode="bilinear", align_corners=False)
+    top, left = (size[0] - LOOKED_AT) // 2, (size[1] - LOOKED_AT) // 2
+    return small[..., top : top + LOOKED_AT, left : left + LOOKED_AT]
+
+
+class CountToken:
+    """The token of a pipeline, optimised to count.
+
+    Args:
+        pipe: a `StableDiffusionPipeline` or `StableDiffusionXLPipeline` that makes a picture in a few steps.
+        density: a differentiable counter.
+        detector: counts what the density is scaled by, so that the gradient is the density's and the count the detector's. None
+            scales it by a constant.
+        relevance: keeps the picture at what the prompt names.
+        placeholder: the word whose embedding is optimised; it has one text token.
+
+    Attributes:
+        vector: the best one so far [D].
+
+    Raises:
+        ValueError: another kind of pipeline; a placeholder of several tokens.
+    """
+
+    def __init__(
+        self,
+        pipe: StableDiffusionPipeline | StableDiffusionXLPipeline,
+        density: Density,
+        detector: Detector | None = None,
+        relevance: Relevance | None = None,
+        placeholder: str = "some",
+    ):
+        if not isinstance(pipe, StableDiffusionPipeline | StableDiffusionXLPipeline):
+            raise ValueError(
+                f"{type(pipe).__name__} cannot count: expected a StableDiffusionPipeline or a StableDiffusionXLPipeline"
+            )
+        ids = pipe.tokenizer(placeholder, add_special_tokens=False).input_ids
+        if len(ids) != 1:
+            raise ValueError(f"the placeholder {placeholder!r} has {len(ids)} text tokens: choose a word of one")
+        self.pipe, self.density, self.detector, self.relevance = pipe, density, detector, relevance
+        self.placeholder, self.id = placeholder, ids[0]
+        self.vector = pipe.text_encoder.get_input_embeddings().weight[self.id].detach().float().clone()
+
+    def prompt(self, things: str, count: int) -> str:
+        """The prompt that is optimised.
+
+        Raises:
+            ValueError: a count that is no whole number from 1 to 25.
+        """
+        if not isinstance(count, int) or not 1 <= count <= MOST:
+            raise ValueError(f"count is {count}: expected a whole number from 1 to {MOST}")
+        return f"A photo of {self.placeholder} {count} {things}"
+
+    @contextmanager
+    def applied(self, vector: Tensor | None = None) -> Iterator[None]:
+        """The pipeline with the vector in place of the placeholder's embedding; afterwards it is what it was."""
+        vector = self.vector if vector is None else vector
+
+        def replaced(module, args, output):
+            return torch.where((args[0] == self.id)[..., None], vector.to(output), output)
+
+        hook = self.pipe.text_encoder.get_input_embeddings().register_forward_hook(replaced)
+        try:
+            yield
+        finally:
+            hook.remove()
+
+    def optimise(
+        self,
+        things: str,
+        count: int,
+        latents: Tensor,
+        steps: int = 50,
+        learning_rate: float = 0.01,
+        relevance_scale: float = 5.0,
+        scale: float = STATIC_SCALE,
+        patience: int = 15,
+        **others,
+    ) -> Iterator[CountStep]:
+        """Improve the token for one picture; `vector` is the best so far whenever it is left.
+
+        Args:
+            things: what is counted, as "oranges"; counters are asked for its last word.
+            count: how many there shall be, 1 to 25.
+            latents: unit noise of the picture [1, C, h, w], the same in every step.
+            steps, learning_rate: at most so many, of AdamW.
+            relevance_scale: weight of the relevance.
+            scale: what the density of one thing sums up to, where there is no detector.
+            patience: it ends when so many steps and one more in a row were no better.
+            others: of the pipeline's call; one step and no guidance by default.
+
+        Raises:
+            ValueError: see `prompt`.
+        """
+        prompt, word = self.prompt(things, count), things.split()[-1]
+        asked = {"num_inference_steps": 1, "guidance_scale": 0.0, "output_type": "pt", **others}
+        vector = self.vector.clone().requires_grad_()
+        optimizer = torch.optim.AdamW([vector], lr=learning_rate)
+        lowest, left = float("inf"), patience
+        with self._frozen():
+            for index in range(steps):
+                with torch.enable_grad(), self.applied(vector):
+                    draw = type(self.pipe).__call__.__wrapped__  # the pipeline's own, without its no_grad
+                    image = draw(self.pipe, prompt, latents=latents.clone(), **asked).images
+                    seen = looked_at(image)
+                    density = self.density(seen, word)
+                    found = None if self.detector is None else self.detector(image.detach(), word)
+                    one = scale if found is None else density.sum().detach() / found if found else float("inf")
+                    if found == 0:
+                        logger.warning("no %s found: this step has no gradient of the count", word)
+                    shares = density / one
+                    count_loss = (shares.sum() - count).abs()
+                    cosine = None if self.relevance is None else self.relevance(seen, word).squeeze()
+                    loss = count_loss if cosine is None else count_loss + relevance_scale * (1 - cosine)
+                    loss.backward()
+                best = loss.item() < lowest
+                if best:
+                    lowest, left, self.vector = loss.item(), patience, vector.detach().clone()
+                else:
+                    left -= 1
+                optimizer.step()
+                vector.grad = None
+                yield CountStep(
+                    index,
+                    image.detach(),
+                    shares.detach()[0],
+                    shares.sum().item(),
+                    found,
+                    count_loss.item(),
+                    None if cosine is None else cosine.item(),
+                    loss.item(),
+                    best,
+                )
+                if left < 0:
+                    return
+
+    @contextmanager
+    def _frozen(self) -> Iterator[None]:
+        """Nothing of the pipeline gathers gradients."""
+        modules = [part for part in self.pipe.components.values() if isinstance(part, torch.nn.Module)]
+        trained = [parameter for module in modules for parameter in module.parameters() if parameter.requires_grad]
+        for parameter in trained:
+            parameter.requires_grad_(False)
+        try:
+            yield
+        finally:
+            for parameter in trained:
+                parameter.requires_grad_(True)
+
+    def save(self, path: str | Path, token: str, **metadata: str) -> None:
+        """Write a textual inversion, which ``pipe.load_textual_inversion(path)`` reads: a prompt then has `token` in place of the
+        placeholder."""
+        save_file({token: self.vector.cpu().contiguous()}, path, {key: str(value) for key, value in metadata.items()})
