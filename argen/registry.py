@@ -17,6 +17,7 @@ from argen.eval.reconstruction import Tokenizer
 from argen.models.clip import TextImageEncoder
 from argen.models.controlar import ControlAR
 from argen.models.draft import Drafter
+from argen.models.flexar import FlexAR
 from argen.models.judge import Judge
 from argen.models.llamagen import LlamaGen
 from argen.models.parti import Parti
@@ -28,12 +29,13 @@ from argen.pipelines.llamagen import LlamaGenPipeline
 from argen.pipelines.parti import PartiPipeline
 from argen.pipelines.xar import XARPipeline
 from tokenizers_img.checkpoint import hub_file, hub_folder
-from tokenizers_img.flextok import FlexTokenizer
+from tokenizers_img.flextok import FlexTok, FlexTokenizer
 from tokenizers_img.kl_vae import KLVAE
 from tokenizers_img.llamagen_vq import LlamaGenVQ
 from tokenizers_img.vit_vqgan import ViTVQGAN
 
 WEIGHTS = Path(__file__).parent / "weights"
+EMOJI_FLOW = {"steps": 12, "guidance_scale": 3.0}  # of emoji-flextok, from tokens to a picture
 PIPELINES = {
     cls.__name__: cls
     for cls in (PartiPipeline, DalleMiniPipeline, LlamaGenPipeline, ControlARPipeline, XARPipeline, FlexARPipeline)
@@ -85,9 +87,22 @@ def _emoji_control(folder: Path) -> ControlARPipeline:
 
 def _emoji_parts() -> dict:
     """What the decoder-only generators of the emoji family share."""
+    return {"vq": _network(ViTVQGAN, WEIGHTS / "emoji-vitvqgan")} | _emoji_text()
+
+
+def _emoji_text() -> dict:
     encoder = _encoder(WEIGHTS / "emoji-clip")
-    own = {"text_encoder": encoder.clip, "tokenizer": encoder.tokenizer, "groups": list(GROUPS)}
-    return {"vq": _network(ViTVQGAN, WEIGHTS / "emoji-vitvqgan")} | own
+    return {"text_encoder": encoder.clip, "tokenizer": encoder.tokenizer, "groups": list(GROUPS)}
+
+
+def _emoji_flextok(folder: Path) -> FlexTokenizer:
+    return FlexTokenizer(_network(FlexTok, folder), _network(AutoencoderKL, WEIGHTS / "emoji-vae"), **EMOJI_FLOW)
+
+
+def _emoji_flextok_ar(folder: Path) -> FlexARPipeline:
+    tokenizer = _emoji_flextok(WEIGHTS / "emoji-flextok")
+    flow = {"steps": EMOJI_FLOW["steps"], "tokenizer_guidance": EMOJI_FLOW["guidance_scale"]}
+    return FlexARPipeline(_network(FlexAR, folder), tokenizer.network, tokenizer.vae, **_emoji_text(), **flow)
 
 
 def _encoder(folder: Path) -> TextImageEncoder:
@@ -328,6 +343,17 @@ MODELS = {
         "Apache-2.0",
         7.1,
         _vae,
+    ),
+    "argen/emoji-flextok-ar": Model(
+        "generator",
+        "text or group of emoji -> 1 to 64 ordered tokens -> 128 x 128 emoji, FlexAR",
+        "Apache-2.0",
+        2.5,
+        _emoji_flextok_ar,
+        takes=("text", "class"),
+    ),
+    "argen/emoji-flextok": Model(
+        "tokenizer", "FlexTok, 128 x 128 <-> 1 to 64 ordered ids of 1000", "Apache-2.0", 4.3, _emoji_flextok
     ),
     "argen/emoji-clip": Model("encoder", "CLIP of emoji and their captions", "Apache-2.0", 3.7, _encoder),
     "argen/emoji-drafter": Model(

@@ -77,7 +77,7 @@ def test_a_token_is_optimised_as_by_the_authors(golden, name):
     official, labels = config["official_parameters"], config["labels"]
     clip = CLIPModel(CLIPConfig(**config["components"]["clip"])).eval().requires_grad_(False)
     clip.load_state_dict({key[5:]: value for key, value in case.weights.items() if key.startswith("clip.")})
-    told = iter(io["det_logits"] if "det_logits" in io else [])
+    told = iter(io.get("det_logits", []))
 
     def detector(image, word):
         assert word == config["clip_class_word"]
