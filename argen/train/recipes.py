@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from argen.train import clip as clip_recipe
-from argen.train import controlar, draft, flexar, flextok, judge, kl_vae, llamagen, parti, vit_vqgan, xar
+from argen.train import controlar, draft, flexar, flextok, judge, kl_vae, llamagen, parti, sd, vit_vqgan, xar
 from argen.train.loop import train
 
 SCHEDULES = {
@@ -21,6 +21,7 @@ SCHEDULES = {
     "emoji-xar": xar.SCHEDULES,
     "emoji-flextok": flextok.SCHEDULES,
     "emoji-flextok-ar": flexar.SCHEDULES,
+    "emoji-sd": sd.SCHEDULES,
     "emoji-judge": judge.SCHEDULES,
 }
 TASKS = {  # recipe -> its task, and what that takes beside the pictures
@@ -38,6 +39,7 @@ TASKS = {  # recipe -> its task, and what that takes beside the pictures
     "emoji-xar": (xar.XARTask, ("scenes", "vae", "clip", "x")),
     "emoji-flextok": (flextok.FlexTokTask, ("scenes", "vae", "clip")),
     "emoji-flextok-ar": (flexar.FlexARTask, ("scenes", "vae", "tokenizer", "clip")),
+    "emoji-sd": (sd.StableDiffusionTask, ("scenes", "vae", "clip")),
     "emoji-judge": (judge.JudgeTask, ("scenes", "tokenizer")),
 }
 STARTS = {  # recipe -> model it goes on from

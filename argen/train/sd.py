@@ -1,0 +1,82 @@
+"""Recipe `emoji-sd`: a small Stable Diffusion on the latents of `emoji-vae` (arXiv 2112.10752), for the tools of `argen.diffusion`.
+
+Half of its pictures are scenes, so that it counts and binds a little, and fails as the large ones do.
+"""
+
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from torch import Tensor, nn
+
+from argen.diffusion.emoji import NOISE, assembled
+from argen.train.loop import Schedule
+from argen.train.tokens import CaptionsTask
+from tokenizers_img.kl_vae import KLVAE
+from tokenizers_img.pixels import from_uint8
+
+SCHEDULES = {
+    "cpu": Schedule(steps=12000, batch_size=64, learning_rate=8e-4, warmup=300, weight_decay=0.01, betas=(0.9, 0.98)),
+    "gpu": Schedule(steps=80000, batch_size=512, learning_rate=4e-4, weight_decay=0.01),
+}
+UNET = {
+    "block_out_channels": (96, 160),
+    "layers_per_block": 2,
+    "down_block_types": ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+    "attention_head_dim": (3, 5),  # so many heads
+    "norm_num_groups": 16,
+}
+SAMPLED = {"num_inference_steps": 25, "guidance_scale": 4.0, "guidance_rescale": 0.7}
+
+
+class StableDiffusionTask(CaptionsTask):
+    """Args:
+    vae: folder of the trained `emoji-vae`.
+    others: see `CaptionsTask`.
+    """
+
+    scenes_share = 0.5
+
+    def __init__(self, data: Path, scenes: Path, vae: Path, clip: Path):
+        self.vae = AutoencoderKL.from_pretrained(vae, torch_dtype=torch.float32).eval().requires_grad_(False)
+        super().__init__(data, scenes, clip)
+        channels, side = self.picture_tokens.shape[1:3]
+        width = self.clip.config.text_config.hidden_size
+        model = UNet2DConditionModel(
+            sample_size=side, in_channels=channels, out_channels=channels, cross_attention_dim=width, **UNET
+        )
+        self.networks: dict[str, nn.Module] = {"model": model}
+        self.noise = DDIMScheduler(**NOISE)
+
+    @torch.no_grad()
+    def tokens(self, pictures: Tensor) -> Tensor:
+        """[B, H, W, 3] uint8 -> latents [B, C, h, w]."""
+        return torch.cat([KLVAE(self.vae).encode(from_uint8(part)) for part in pictures.split(64)])
+
+    def text(self, captions: list[str]) -> dict[str, Tensor]:
+        """Ids with their padding, all of which is read, as diffusers does."""
+        text = self.text_tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt")
+        return {"input_ids": text.input_ids, "attention_mask": torch.ones_like(text.input_ids)}
+
+    def more(self, tokens: Tensor, pictures: Tensor, scenes: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+        """Noise, and a time for each picture."""
+        times = torch.randint(self.noise.config.num_train_timesteps, (len(tokens),), generator=generator)
+        return {"times": times, "noise": torch.randn(tokens.shape, generator=generator)}
+
+    def held_out(self, rows: slice) -> dict[str, Tensor]:
+        batch, luck = super().held_out(rows), torch.Generator().manual_seed(rows.start)
+        return batch | self.more(batch["tokens"], None, None, luck)
+
+    def error(self, network: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        states, _ = self.encode_text(batch)
+        noisy = self.noise.add_noise(batch["tokens"], batch["noise"], batch["times"])
+        wanted = self.noise.get_velocity(batch["tokens"], batch["noise"], batch["times"])
+        made = network(noisy, batch["times"], states, return_dict=False)[0]
+        return (made.float() - wanted).square()
+
+    def pipeline(self) -> StableDiffusionPipeline:
+        return assembled(self._model(), self.vae, self.clip, self.text_tokenizer)
+
+    def asked(self) -> dict:
+        return super().asked() | SAMPLED
