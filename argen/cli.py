@@ -4,7 +4,7 @@ import argparse
 import json
 import sys
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from argen import __version__, evaluate
@@ -14,6 +14,9 @@ COMMANDS = {}
 CONTROLS = (
     "canny, hed, lineart, lineart-inverted, depth, depth-midas, segments, seg or map"  # argen.models.annotators.KINDS
 )
+
+
+PIPELINE = "folder of a Stable Diffusion (XL) pipeline, or OWNER/NAME on the hub"
 
 
 def command(function):
@@ -35,6 +38,14 @@ def steps(text: str) -> int | tuple[int, int]:
     if len(parts) > 2 or not all(part.isdigit() for part in parts):
         raise argparse.ArgumentTypeError(f"{text!r} is no number of steps: expected N, or FIRST,LAST as 50,15")
     return int(text) if len(parts) == 1 else (int(parts[0]), int(parts[1]))
+
+
+def diffusion(add: argparse.ArgumentParser) -> None:
+    """What the tools on diffusers' pipelines share."""
+    add.add_argument("--model", required=True, metavar="DIR", help=PIPELINE)
+    add.add_argument("--seed", type=int, default=0, metavar="S", help="(default: 0)")
+    add.add_argument("--steps", type=int, default=50, metavar="N", help="of the sampler (default: 50)")
+    device_and_json(add)
 
 
 def parser() -> Parser:
@@ -144,6 +155,30 @@ def parser() -> Parser:
     add.add_argument("--type", default="canny", metavar="TYPE", help=f"{CONTROLS} (default: canny)")
     add.add_argument("--size", type=size, metavar="WxH", help="of the control picture (default: the picture's own)")
     add.add_argument("-o", "--out", type=Path, required=True, metavar="FILE", help="PNG file")
+
+    add = commands.add_parser("bind", help="draw a prompt so that colours and things stay with their objects (ToMe)")
+    add.add_argument("prompt", help='for example "a blue robot and a green pizza"')
+    add.add_argument("-o", "--out", type=Path, required=True, metavar="FILE", help="PNG file")
+    add.add_argument("--plain", type=Path, metavar="FILE", help="also the picture without binding, from the same noise")
+    add.add_argument(
+        "--bind",
+        action="append",
+        metavar="OBJECT=WORDS",
+        help="what belongs to an object, both as in the prompt, as robot=blue; again for each (default: found by rules)",
+    )
+    add.add_argument("--settings", default="attribute", help="attribute, object or merge (default: attribute)")
+    add.add_argument("--guidance-scale", type=float, default=7.5, metavar="G", help="(default: 7.5)")
+    diffusion(add)
+
+    add = commands.add_parser("erase", help="write a pipeline that cannot draw some concepts any more (RECE)")
+    add.add_argument("concepts", nargs="+", metavar="CONCEPT", help='for example "pizza"')
+    add.add_argument("-o", "--out", type=Path, required=True, metavar="DIR", help="folder of the new pipeline")
+    add.add_argument("--preset", default="object", help="object, object-hard, art, nudity or unsafe (default: object)")
+    add.add_argument("--target", action="append", metavar="TEXT", help="what takes the place of each concept")
+    add.add_argument("--retain", action="append", default=[], metavar="TEXT", help="what must stay as it is")
+    add.add_argument("--epochs", type=int, metavar="N", help="of deriving and erasing (default: the preset's)")
+    add.add_argument("--json", action="store_true", help="print JSON")
+    add.add_argument("--model", required=True, metavar="DIR", help=PIPELINE)
 
     add = commands.add_parser("models", help="list what ships and which published weights can be loaded")
     add.add_argument("--json", action="store_true", help="print JSON")
@@ -372,6 +407,55 @@ def control(args) -> None:
     flat = resized(picture, args.type, args.size or picture.size)
     save_pictures([(as_picture(annotate(flat, args.type)), None)], [args.out])
     print(f"{args.out} ({args.type}, {flat.width} x {flat.height})")
+
+
+@command
+def bind(args) -> None:
+    import torch
+
+    from argen.device import pick
+    from argen.diffusion import SemanticBinding
+    from argen.diffusion.tome import parse
+    from argen.metadata import save_pictures
+    from argen.registry import load_diffusion
+
+    for path in filter(None, (args.out, args.plain)):
+        writable(path)
+    given = None
+    if args.bind:
+        if not all(part.partition("=")[1] for part in args.bind):
+            raise ValueError(f"--bind {' '.join(args.bind)}: expected OBJECT=WORDS, as robot=blue")
+        given = {noun: words for noun, _, words in (part.partition("=") for part in args.bind)}
+    binding = parse(args.prompt, given)
+    bound = SemanticBinding(load_diffusion(args.model).to(pick(args.device)))
+    asked = {"num_inference_steps": args.steps, "guidance_scale": args.guidance_scale}
+    luck = torch.Generator().manual_seed
+    pictures = [bound(binding, settings=args.settings, generator=luck(args.seed), **asked).images[0]]
+    if args.plain:
+        pictures += bound.pipe(args.prompt, generator=luck(args.seed), **asked).images
+    save_pictures([(picture, None) for picture in pictures], [path for path in (args.out, args.plain) if path])
+    if args.json:
+        print(
+            json.dumps({"file": str(args.out), "binding": asdict(binding), "steps": [asdict(s) for s in bound.history]})
+        )
+    else:
+        print(f"{args.out} ({binding})")
+
+
+@command
+def erase(args) -> None:
+    from argen.diffusion import ConceptErasure
+    from argen.registry import load_diffusion
+
+    if args.out.exists():
+        raise ValueError(f"{args.out} is there already: choose another --out")
+    erasure = ConceptErasure(load_diffusion(args.model))
+    stages = erasure.erase(args.concepts, args.preset, args.target, args.retain, args.epochs)
+    erasure.save(args.out)
+    if args.json:
+        print(json.dumps({"folder": str(args.out), **erasure.record, "stages": [asdict(stage) for stage in stages]}))
+    else:
+        print(f"{args.out} (without {', '.join(args.concepts)}; {stages[-1].change:.1%} of its text matrices changed)")
 
 
 @command

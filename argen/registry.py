@@ -2,13 +2,14 @@
 
 import importlib
 import json
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, ModelMixin
+from diffusers import AutoencoderKL, DiffusionPipeline, ModelMixin, StableDiffusionPipeline, StableDiffusionXLPipeline
 from safetensors import SafetensorError
 from transformers import AutoTokenizer, CLIPModel, PreTrainedTokenizerFast, T5EncoderModel
 
@@ -17,7 +18,6 @@ from argen.eval.reconstruction import Tokenizer
 from argen.models.clip import TextImageEncoder
 from argen.models.controlar import ControlAR
 from argen.models.draft import Drafter
-from argen.models.flexar import FlexAR
 from argen.models.judge import Judge
 from argen.models.llamagen import LlamaGen
 from argen.models.parti import Parti
@@ -40,6 +40,9 @@ PIPELINES = {
     cls.__name__: cls
     for cls in (PartiPipeline, DalleMiniPipeline, LlamaGenPipeline, ControlARPipeline, XARPipeline, FlexARPipeline)
 }
+
+DIFFUSION = {cls.__name__: cls for cls in (StableDiffusionPipeline, StableDiffusionXLPipeline)}
+DIFFUSION_FILES = ("*.json", "*/*.json", "*/*.txt", "*/model.safetensors", "*/diffusion_pytorch_model.safetensors")
 
 
 @dataclass(frozen=True)
@@ -87,22 +90,13 @@ def _emoji_control(folder: Path) -> ControlARPipeline:
 
 def _emoji_parts() -> dict:
     """What the decoder-only generators of the emoji family share."""
-    return {"vq": _network(ViTVQGAN, WEIGHTS / "emoji-vitvqgan")} | _emoji_text()
-
-
-def _emoji_text() -> dict:
     encoder = _encoder(WEIGHTS / "emoji-clip")
-    return {"text_encoder": encoder.clip, "tokenizer": encoder.tokenizer, "groups": list(GROUPS)}
+    own = {"text_encoder": encoder.clip, "tokenizer": encoder.tokenizer, "groups": list(GROUPS)}
+    return {"vq": _network(ViTVQGAN, WEIGHTS / "emoji-vitvqgan")} | own
 
 
 def _emoji_flextok(folder: Path) -> FlexTokenizer:
     return FlexTokenizer(_network(FlexTok, folder), _network(AutoencoderKL, WEIGHTS / "emoji-vae"), **EMOJI_FLOW)
-
-
-def _emoji_flextok_ar(folder: Path) -> FlexARPipeline:
-    tokenizer = _emoji_flextok(WEIGHTS / "emoji-flextok")
-    flow = {"steps": EMOJI_FLOW["steps"], "tokenizer_guidance": EMOJI_FLOW["guidance_scale"]}
-    return FlexARPipeline(_network(FlexAR, folder), tokenizer.network, tokenizer.vae, **_emoji_text(), **flow)
 
 
 def _encoder(folder: Path) -> TextImageEncoder:
@@ -344,14 +338,6 @@ MODELS = {
         7.1,
         _vae,
     ),
-    "argen/emoji-flextok-ar": Model(
-        "generator",
-        "text or group of emoji -> 1 to 64 ordered tokens -> 128 x 128 emoji, FlexAR",
-        "Apache-2.0",
-        2.5,
-        _emoji_flextok_ar,
-        takes=("text", "class"),
-    ),
     "argen/emoji-flextok": Model(
         "tokenizer", "FlexTok, 128 x 128 <-> 1 to 64 ordered ids of 1000", "Apache-2.0", 4.3, _emoji_flextok
     ),
@@ -443,8 +429,33 @@ def _without_progress_bars() -> Iterator[None]:
             library.enable_progress_bar()
 
 
-def _pipeline(folder: Path) -> TokenPipeline:
+def _pipeline(folder: Path, known: dict[str, type[DiffusionPipeline]] = PIPELINES) -> DiffusionPipeline:
     name = json.loads((folder / "model_index.json").read_text()).get("_class_name")
-    if name not in PIPELINES:
-        raise ValueError(f"it holds a {name}, expected one of {', '.join(PIPELINES)}")
-    return PIPELINES[name].from_pretrained(folder)
+    if name not in known:
+        raise ValueError(f"it holds a {name}, expected one of {', '.join(known)}")
+    unchecked = {"safety_checker": None, "requires_safety_checker": False} if name == "StableDiffusionPipeline" else {}
+    return known[name].from_pretrained(folder, **unchecked)
+
+
+def load_diffusion(model: str | Path) -> StableDiffusionPipeline | StableDiffusionXLPipeline:
+    """A pipeline for the tools of `argen.diffusion`, on the CPU in float32, without a safety checker.
+
+    Args:
+        model: a folder in diffusers' layout, or "owner/name" of one on the hub.
+
+    Raises:
+        ValueError: no such folder; another kind of pipeline; files that cannot be read.
+        ConnectionError: it is not here and cannot be fetched.
+    """
+    folder = Path(model)
+    if not (folder / "model_index.json").is_file():
+        if folder.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(model)):
+            raise ValueError(
+                f"no pipeline in {str(model)!r}: expected a folder with a model_index.json, or OWNER/NAME on the hub"
+            )
+        folder = hub_folder(str(model), DIFFUSION_FILES)
+    try:
+        with _without_progress_bars():
+            return _pipeline(folder, DIFFUSION)
+    except (OSError, ValueError, RuntimeError, SafetensorError, TypeError) as error:
+        raise ValueError(f"the pipeline in {folder} cannot be used ({' '.join(str(error).split())[:300]})") from error

@@ -117,9 +117,12 @@ def test_a_pipeline_forgets_and_is_restored(golden, tmp_path):
     torch.testing.assert_close(drawn(), io["latents_rece"], **close)
     assert [stage.stage for stage in stages] == ["UCE", "RECE 1", "RECE 2", "RECE 3"]
     assert all(len(stage.derived) == 1 for stage in stages[1:])
-    erasure.save(tmp_path)
-    assert json.loads((tmp_path / RECORD).read_text())["concepts"] == ["church"]
-    again = StableDiffusionPipeline.from_pretrained(tmp_path, safety_checker=None)
+    erasure.save(tmp_path / "clean")
+    assert [path.name for path in tmp_path.iterdir()] == ["clean"]
+    assert json.loads((tmp_path / "clean" / RECORD).read_text())["concepts"] == ["church"]
+    with pytest.raises(ValueError, match="clean is there already"):
+        erasure.save(tmp_path / "clean")
+    again = StableDiffusionPipeline.from_pretrained(tmp_path / "clean", safety_checker=None)
     again.set_progress_bar_config(disable=True)
     torch.testing.assert_close(drawn(again), drawn())
     erasure.restore()

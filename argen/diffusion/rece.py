@@ -9,6 +9,7 @@ Letters in shape comments: L text tokens with their padding, D width of the text
 
 import hashlib
 import json
+import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -281,9 +282,19 @@ class ConceptErasure:
         self.record = None
 
     def save(self, folder: str | Path) -> None:
-        """Write the pipeline as diffusers does, and what was erased beside it."""
-        self.pipe.save_pretrained(folder)
-        (Path(folder) / RECORD).write_text(json.dumps(self.record, indent=2))
+        """Write the pipeline as diffusers does, and what was erased beside it: all of it, or nothing.
+
+        Raises:
+            ValueError: there is something already.
+        """
+        folder = Path(folder)
+        if folder.exists():
+            raise ValueError(f"{folder} is there already: choose another folder")
+        with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as work:
+            new = Path(work) / "pipeline"
+            self.pipe.save_pretrained(new)
+            (new / RECORD).write_text(json.dumps(self.record, indent=2))
+            new.rename(folder)
 
     def read(self, texts: Sequence[str]) -> Tensor:
         """States of texts with their padding [n, L, D], float64 on the CPU."""

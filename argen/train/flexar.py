@@ -9,17 +9,18 @@ from torch import Tensor, nn
 from argen.models.flexar import FlexAR
 from argen.pipelines.flexar import FlexARPipeline
 from argen.train.loop import Schedule
-from argen.train.tokens import CaptionsTask
+from argen.train.tokens import CaptionsTask, slipped
 from tokenizers_img.flextok import FlexTok, FlexTokenizer
 from tokenizers_img.pixels import from_uint8
 
 SCHEDULES = {
     "cpu": Schedule(
-        steps=6000, batch_size=64, learning_rate=2.5e-3, warmup=120, weight_decay=0.03, betas=(0.9, 0.98), muon=True
+        steps=4500, batch_size=64, learning_rate=2.5e-3, warmup=120, weight_decay=0.03, betas=(0.9, 0.98), muon=True
     ),
     "gpu": Schedule(steps=40000, batch_size=512, learning_rate=1e-3, weight_decay=0.03, betas=(0.9, 0.98)),
 }
-SIZES = {"dim": 160, "depth": 5, "heads": 5, "hidden": 448, "dropout": 0.05}
+SIZES = {"dim": 160, "depth": 5, "heads": 5, "hidden": 448, "dropout": 0.1}
+NOISE = 0.1  # of the latents: a picture has many sequences, which agree in their first tokens and not in its last ones
 
 
 class FlexARTask(CaptionsTask):
@@ -40,13 +41,29 @@ class FlexARTask(CaptionsTask):
 
     @torch.no_grad()
     def tokens(self, pictures: Tensor) -> Tensor:
-        """[B, H, W, 3] uint8 -> ids [B, N]."""
+        """[B, H, W, 3] uint8 -> latents [B, C, h, w]."""
         tokenizer = FlexTokenizer(self.flextok, self.vae)
-        return torch.cat([tokenizer.encode(from_uint8(part)) for part in pictures.split(64)])
+        return torch.cat([tokenizer.latents(from_uint8(part)) for part in pictures.split(64)])
+
+    @torch.no_grad()
+    def ids(self, latents: Tensor) -> Tensor:
+        """Latents [B, C, h, w] -> ids [B, N]; in bf16, which matters less than the noise."""
+        with torch.autocast(latents.device.type, torch.bfloat16):
+            return self.flextok.fsq.ids(self.flextok.encode(latents))
+
+    def more(self, tokens: Tensor, pictures: Tensor, scenes: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+        """Ids of the pictures with a little noise, and those that are read."""
+        ids = self.ids(tokens + NOISE * torch.randn(tokens.shape, generator=generator))
+        return {"tokens": ids, "read": slipped(ids, generator)}
+
+    def held_out(self, rows: slice) -> dict[str, Tensor]:
+        batch = super().held_out(rows)
+        ids = self.ids(batch["tokens"])
+        return batch | {"tokens": ids, "read": ids}
 
     def error(self, network: nn.Module, batch: dict[str, Tensor]) -> Tensor:
         states, mask = self.encode_text(batch)
-        logits = network(states, mask.bool(), batch["tokens"]).float()
+        logits = network(states, mask.bool(), batch["read"]).float()
         return nn.functional.cross_entropy(logits.flatten(0, 1), batch["tokens"].flatten(), reduction="none")
 
     def pipeline(self) -> FlexARPipeline:

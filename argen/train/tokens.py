@@ -33,6 +33,13 @@ def begun_from(folder: Path, saved: type[nn.Module], network: type[nn.Module], *
     return model
 
 
+def slipped(tokens: Tensor, generator: torch.Generator) -> Tensor:
+    """Ids [B, N], some of which are another picture's."""
+    share = CORRUPTION * torch.rand(len(tokens), 1, generator=generator)
+    wrong = torch.rand(tokens.shape, generator=generator) < share
+    return torch.where(wrong, tokens[torch.randperm(len(tokens), generator=generator)], tokens)
+
+
 class CaptionsTask(Task):
     """A generator of pictures after a caption; a subclass has the picture tokenizer and the network.
 
@@ -180,9 +187,7 @@ class TokensTask(CaptionsTask):
 
     def more(self, tokens: Tensor, pictures: Tensor, scenes: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
         """The tokens that are read."""
-        share = CORRUPTION * torch.rand(len(tokens), 1, generator=generator)
-        slipped = torch.rand(tokens.shape, generator=generator) < share
-        return {"read": torch.where(slipped, tokens[torch.randperm(len(tokens), generator=generator)], tokens)}
+        return {"read": slipped(tokens, generator)}
 
     def held_out(self, rows: slice) -> dict[str, Tensor]:
         return super().held_out(rows) | {"read": self.held_out_tokens[rows]}
