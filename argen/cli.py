@@ -14,8 +14,6 @@ COMMANDS = {}
 CONTROLS = (
     "canny, hed, lineart, lineart-inverted, depth, depth-midas, segments, seg or map"  # argen.models.annotators.KINDS
 )
-
-
 PIPELINE = "folder of a Stable Diffusion (XL) pipeline, or OWNER/NAME on the hub"
 
 

@@ -152,7 +152,7 @@ def test_two_processes_give_what_one_gives(tmp_path, cache):
     assert done.stdout.count("FID-emoji") == 1
     assert json.loads((tmp_path / "two" / "report.json").read_text())["processes"] == 2
     assert values(tmp_path / "two") == pytest.approx(
-        values(tmp_path / "one"), rel=1e-5
+        values(tmp_path / "one"), rel=1e-6
     )  # one thread each rounds otherwise
 
 

@@ -14,9 +14,10 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 from safetensors.torch import save_file
 from torch import Tensor
+
+from argen.diffusion.base import StableDiffusion, check_pipeline, frozen
 
 logger = logging.getLogger(__name__)
 MOST = 25  # things, the authors' range
@@ -81,16 +82,13 @@ class CountToken:
 
     def __init__(
         self,
-        pipe: StableDiffusionPipeline | StableDiffusionXLPipeline,
+        pipe: StableDiffusion,
         density: Density,
         detector: Detector | None = None,
         relevance: Relevance | None = None,
         placeholder: str = "some",
     ):
-        if not isinstance(pipe, StableDiffusionPipeline | StableDiffusionXLPipeline):
-            raise ValueError(
-                f"{type(pipe).__name__} cannot count: expected a StableDiffusionPipeline or a StableDiffusionXLPipeline"
-            )
+        check_pipeline(pipe, f"{type(pipe).__name__} cannot count")
         ids = pipe.tokenizer(placeholder, add_special_tokens=False).input_ids
         if len(ids) != 1:
             raise ValueError(f"the placeholder {placeholder!r} has {len(ids)} text tokens: choose a word of one")
@@ -154,7 +152,8 @@ class CountToken:
         vector = self.vector.clone().requires_grad_()
         optimizer = torch.optim.AdamW([vector], lr=learning_rate)
         lowest, left = float("inf"), patience
-        with self._frozen():
+        modules = [part for part in self.pipe.components.values() if isinstance(part, torch.nn.Module)]
+        with frozen(*modules):
             for index in range(steps):
                 with torch.enable_grad(), self.applied(vector):
                     draw = type(self.pipe).__call__.__wrapped__  # the pipeline's own, without its no_grad
@@ -190,19 +189,6 @@ class CountToken:
                 )
                 if left < 0:
                     return
-
-    @contextmanager
-    def _frozen(self) -> Iterator[None]:
-        """Nothing of the pipeline gathers gradients."""
-        modules = [part for part in self.pipe.components.values() if isinstance(part, torch.nn.Module)]
-        trained = [parameter for module in modules for parameter in module.parameters() if parameter.requires_grad]
-        for parameter in trained:
-            parameter.requires_grad_(False)
-        try:
-            yield
-        finally:
-            for parameter in trained:
-                parameter.requires_grad_(True)
 
     def save(self, path: str | Path, token: str, **metadata: str) -> None:
         """Write a textual inversion, which ``pipe.load_textual_inversion(path)`` reads: a prompt then has `token` in place of the

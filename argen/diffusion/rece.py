@@ -15,8 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers import UNet2DConditionModel
 from torch import Tensor
+
+from argen.diffusion.base import StableDiffusion, check_pipeline, encode
 
 Weights = dict[str, Tensor]  # name of a matrix -> [O, D]
 
@@ -199,12 +201,8 @@ class ConceptErasure:
         ValueError: another kind of pipeline.
     """
 
-    def __init__(self, pipe: StableDiffusionPipeline | StableDiffusionXLPipeline):
-        if not isinstance(pipe, StableDiffusionPipeline | StableDiffusionXLPipeline):
-            raise ValueError(
-                f"nothing can be erased from {type(pipe).__name__}: expected a StableDiffusionPipeline or a "
-                "StableDiffusionXLPipeline"
-            )
+    def __init__(self, pipe: StableDiffusion):
+        check_pipeline(pipe, f"nothing can be erased from {type(pipe).__name__}")
         self.pipe = pipe
         self.originals = {name: weight.detach().clone() for name, weight in matrices_of(pipe.unet).items()}
         self.record: dict | None = None
@@ -298,8 +296,7 @@ class ConceptErasure:
 
     def read(self, texts: Sequence[str]) -> Tensor:
         """States of texts with their padding [n, L, D], float64 on the CPU."""
-        own = {"device": self.pipe._execution_device, "num_images_per_prompt": 1, "do_classifier_free_guidance": False}
-        return self.pipe.encode_prompt(prompt=list(texts), **own)[0].double().cpu()
+        return encode(self.pipe, list(texts))["prompt_embeds"].double().cpu()
 
     def length(self, text: str) -> int:
         """Text tokens with start and end."""

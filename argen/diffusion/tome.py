@@ -14,9 +14,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
-from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
+from diffusers import StableDiffusionXLPipeline
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
+
+from argen.diffusion.base import StableDiffusion, check_pipeline, encode, frozen
 
 DETERMINERS = {"a", "an", "the", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "some"}
 BETWEEN = ["to the left of", "to the right of", "in front of", "on top of", "next to", "left of", "right of"]
@@ -324,11 +326,8 @@ class SemanticBinding:
         ValueError: another kind of pipeline.
     """
 
-    def __init__(self, pipe: StableDiffusionPipeline | StableDiffusionXLPipeline):
-        if not isinstance(pipe, StableDiffusionPipeline | StableDiffusionXLPipeline):
-            raise ValueError(
-                f"{type(pipe).__name__} cannot be bound: expected a StableDiffusionPipeline or a StableDiffusionXLPipeline"
-            )
+    def __init__(self, pipe: StableDiffusion):
+        check_pipeline(pipe, f"{type(pipe).__name__} cannot be bound")
         self.pipe = pipe
         self.binding: Binding | None = None
         self.history: list[BindingStep] = []
@@ -388,9 +387,9 @@ class BindingRun:
         ]
         if max(position for group in self.groups for part in group for position in part) >= self.end:
             raise ValueError(f"the prompt has more than {self.end} text tokens: bind what stands before")
-        encoded = self.encode(binding.prompt, negative_prompt)
-        self.anchors = [self.encode(group.anchor)["prompt_embeds"][0] for group in binding.groups]
-        self.padding = self.encode(binding.merged)["prompt_embeds"][0, self.first_replaced :]
+        encoded = encode(pipe, binding.prompt, negative_prompt)
+        self.anchors = [encode(pipe, group.anchor)["prompt_embeds"][0] for group in binding.groups]
+        self.padding = encode(pipe, binding.merged)["prompt_embeds"][0, self.first_replaced :]
         states = merged_tokens(encoded["prompt_embeds"][0].float(), self.groups)
         self.embeddings = encoded | {"prompt_embeds": states[None].to(encoded["prompt_embeds"].dtype)}
         if latents is None:
@@ -405,32 +404,20 @@ class BindingRun:
         self.states: Tensor | None = None  # [2, L, D] float32: without the prompt, and with it
         self.busy = False
 
-    @torch.no_grad()
-    def encode(self, prompt: str, negative_prompt: str | None = None) -> dict[str, Tensor]:
-        """What the pipeline takes for a prompt, and for what it shall not show."""
-        guided = negative_prompt is not None
-        own = {"device": self.pipe._execution_device, "num_images_per_prompt": 1, "do_classifier_free_guidance": guided}
-        found = self.pipe.encode_prompt(prompt=prompt, negative_prompt=negative_prompt, **own)
-        names = ["prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds"]
-        return {name: value for name, value in zip(names, found, strict=False) if value is not None}
-
     @contextmanager
     def attached(self) -> Iterator[None]:
         """The pipeline with the hook and the recorder; afterwards it is what it was, whatever happened."""
         unet = self.pipe.unet
-        before, trained = unet.attn_processors, [p for p in unet.parameters() if p.requires_grad]
+        before = unet.attn_processors
         layers = recorded_layers(self.pipe) if max(self.settings.tome_control_steps) else []
         unet.set_attn_processor({name: self.recorder if name in layers else own for name, own in before.items()})
-        for parameter in trained:
-            parameter.requires_grad_(False)
         hook = unet.register_forward_pre_hook(self.before_unet, with_kwargs=True)
         try:
-            yield
+            with frozen(unet):
+                yield
         finally:
             hook.remove()
             unet.set_attn_processor(before)
-            for parameter in trained:
-                parameter.requires_grad_(True)
 
     def before_unet(self, unet, args, kwargs):
         """Changes what the pipeline asks the U-Net for a step."""
@@ -442,7 +429,6 @@ class BindingRun:
             states = kwargs["encoder_hidden_states"]
             if index == 0:
                 self.states = states.float()
-                self.times = self.pipe.scheduler.timesteps
                 start = self.latents.to(states.device).float() * self.pipe.scheduler.init_noise_sigma
                 self.paths = [(start, copy.deepcopy(self.pipe.scheduler)) for _ in self.groups]
             self.history.append(BindingStep())
@@ -493,7 +479,7 @@ class BindingRun:
 
     def focus(self, index: int, time: Tensor, sample: Tensor, added: dict[str, Tensor] | None) -> Tensor:
         """Each composite token is to be looked at from one place; the refined sample [1, C, h, w], for this prediction only."""
-        settings, steps = self.settings, len(self.times)
+        settings, steps = self.settings, len(self.pipe.scheduler.timesteps)
         most = settings.attention_refinement_steps[0 if time / 1000 > 0.9 else 1]
         first, last = settings.scale_range
         rate = settings.scale_factor * (first + (last - first) * index / max(1, steps - 1))

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from argen.models.flexar import FlexAR
 from argen.pipelines.flexar import FlexARPipeline
+from argen.train.flextok import GUIDANCE, STEPS
 from argen.train.loop import Schedule
 from argen.train.tokens import CaptionsTask, slipped
 from tokenizers_img.flextok import FlexTok, FlexTokenizer
@@ -67,7 +68,7 @@ class FlexARTask(CaptionsTask):
         return nn.functional.cross_entropy(logits.flatten(0, 1), batch["tokens"].flatten(), reduction="none")
 
     def pipeline(self) -> FlexARPipeline:
-        own = {"steps": 12, "tokenizer_guidance": 3.0}
+        own = {"steps": STEPS, "tokenizer_guidance": GUIDANCE}
         return FlexARPipeline(
             self._model(), self.flextok, self.vae, self.clip, self.text_tokenizer, list(self.groups), **own
         )

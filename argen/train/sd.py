@@ -6,14 +6,12 @@ Half of its pictures are scenes, so that it counts and binds a little, and fails
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from torch import Tensor, nn
 
 from argen.diffusion.emoji import NOISE, assembled
 from argen.train.loop import Schedule
-from argen.train.tokens import CaptionsTask
-from tokenizers_img.kl_vae import KLVAE
-from tokenizers_img.pixels import from_uint8
+from argen.train.tokens import LatentsTask
 
 SCHEDULES = {
     "cpu": Schedule(steps=12000, batch_size=64, learning_rate=8e-4, warmup=300, weight_decay=0.01, betas=(0.9, 0.98)),
@@ -30,17 +28,13 @@ UNET = {
 SAMPLED = {"num_inference_steps": 25, "guidance_scale": 4.0, "guidance_rescale": 0.7}
 
 
-class StableDiffusionTask(CaptionsTask):
-    """Args:
-    vae: folder of the trained `emoji-vae`.
-    others: see `CaptionsTask`.
-    """
+class StableDiffusionTask(LatentsTask):
+    """Args: see `LatentsTask`."""
 
     scenes_share = 0.5
 
     def __init__(self, data: Path, scenes: Path, vae: Path, clip: Path):
-        self.vae = AutoencoderKL.from_pretrained(vae, torch_dtype=torch.float32).eval().requires_grad_(False)
-        super().__init__(data, scenes, clip)
+        super().__init__(data, scenes, vae, clip)
         channels, side = self.picture_tokens.shape[1:3]
         width = self.clip.config.text_config.hidden_size
         model = UNet2DConditionModel(
@@ -48,11 +42,6 @@ class StableDiffusionTask(CaptionsTask):
         )
         self.networks: dict[str, nn.Module] = {"model": model}
         self.noise = DDIMScheduler(**NOISE)
-
-    @torch.no_grad()
-    def tokens(self, pictures: Tensor) -> Tensor:
-        """[B, H, W, 3] uint8 -> latents [B, C, h, w]."""
-        return torch.cat([KLVAE(self.vae).encode(from_uint8(part)) for part in pictures.split(64)])
 
     def text(self, captions: list[str]) -> dict[str, Tensor]:
         """Ids with their padding, all of which is read, as diffusers does."""
@@ -64,10 +53,6 @@ class StableDiffusionTask(CaptionsTask):
         times = torch.randint(self.noise.config.num_train_timesteps, (len(tokens),), generator=generator)
         return {"times": times, "noise": torch.randn(tokens.shape, generator=generator)}
 
-    def held_out(self, rows: slice) -> dict[str, Tensor]:
-        batch, luck = super().held_out(rows), torch.Generator().manual_seed(rows.start)
-        return batch | self.more(batch["tokens"], None, None, luck)
-
     def error(self, network: nn.Module, batch: dict[str, Tensor]) -> Tensor:
         states, _ = self.encode_text(batch)
         noisy = self.noise.add_noise(batch["tokens"], batch["noise"], batch["times"])
@@ -76,7 +61,7 @@ class StableDiffusionTask(CaptionsTask):
         return (made.float() - wanted).square()
 
     def pipeline(self) -> StableDiffusionPipeline:
-        return assembled(self._model(), self.vae, self.clip, self.text_tokenizer)
+        return assembled(self._model(), self.vae.vae, self.clip, self.text_tokenizer)
 
     def asked(self) -> dict:
         return super().asked() | SAMPLED

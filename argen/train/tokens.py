@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from diffusers import AutoencoderKL
 from einops import rearrange
 from PIL import Image
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ from argen.data.emoji import GROUPS, caption
 from argen.data.tables import pixels, read_split
 from argen.pipelines.base import TokenPipeline, group_caption
 from argen.train.loop import Task
+from tokenizers_img.kl_vae import KLVAE
 from tokenizers_img.pixels import from_uint8
 from tokenizers_img.vit_vqgan import ViTVQGAN
 
@@ -161,6 +163,28 @@ class CaptionsTask(Task):
 
     def save(self, folder: Path) -> None:
         self._model().to(torch.bfloat16).save_pretrained(folder)
+
+
+class LatentsTask(CaptionsTask):
+    """A generator of the latents of `emoji-vae` out of noise, which `more` draws.
+
+    Args:
+        vae: folder of the trained `emoji-vae`.
+        others: see `CaptionsTask`.
+    """
+
+    def __init__(self, data: Path, scenes: Path, vae: Path, clip: Path):
+        self.vae = KLVAE(AutoencoderKL.from_pretrained(vae, torch_dtype=torch.float32).eval().requires_grad_(False))
+        super().__init__(data, scenes, clip)
+
+    @torch.no_grad()
+    def tokens(self, pictures: Tensor) -> Tensor:
+        """[B, H, W, 3] uint8 -> latents [B, C, h, w]."""
+        return torch.cat([self.vae.encode(from_uint8(part)) for part in pictures.split(64)])
+
+    def held_out(self, rows: slice) -> dict[str, Tensor]:
+        batch, luck = super().held_out(rows), torch.Generator().manual_seed(rows.start)
+        return batch | self.more(batch["tokens"], None, None, luck)
 
 
 class TokensTask(CaptionsTask):

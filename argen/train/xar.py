@@ -3,15 +3,12 @@
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
 from argen.models.xar import XAR
 from argen.pipelines.xar import XARPipeline
 from argen.train.loop import Schedule
-from argen.train.tokens import CaptionsTask
-from tokenizers_img.kl_vae import KLVAE
-from tokenizers_img.pixels import from_uint8
+from argen.train.tokens import LatentsTask
 
 SCHEDULES = {
     "cpu": Schedule(
@@ -23,11 +20,10 @@ SIZES = {"dim": 256, "encoder_depth": 2, "decoder_depth": 3, "heads": 4, "rank":
 X = "cell-4"
 
 
-class XARTask(CaptionsTask):
+class XARTask(LatentsTask):
     """Args:
-    vae: folder of the trained `emoji-vae`.
     x: kind and size of the X, see `argen.models.xar.Entities`: "cell-4"; "cell-1" is a token, "cell-8" the whole image.
-    others: see `CaptionsTask`.
+    others: see `LatentsTask`.
 
     Raises:
         ValueError: no such X.
@@ -40,28 +36,18 @@ class XARTask(CaptionsTask):
         if not size.isdigit():
             raise ValueError(f"unknown X {x!r}: expected a kind and a size, as in cell-4, subsample-2 or scale-2")
         self.options = {"x": x}
-        self.vae = KLVAE(AutoencoderKL.from_pretrained(vae, torch_dtype=torch.float32).eval().requires_grad_(False))
-        super().__init__(data, scenes, clip)
+        super().__init__(data, scenes, vae, clip)
         grid, width = self.picture_tokens.shape[-1], self.clip.config.text_config.hidden_size
         model = XAR(
             **SIZES, grid=grid, kind=kind, size=int(size), channels=self.vae.config.latent_channels, caption_dim=width
         )
         self.networks: dict[str, nn.Module] = {"model": model}
 
-    @torch.no_grad()
-    def tokens(self, pictures: Tensor) -> Tensor:
-        """[B, H, W, 3] uint8 -> latents [B, C, h, w]."""
-        return torch.cat([self.vae.encode(from_uint8(part)) for part in pictures.split(64)])
-
     def more(self, tokens: Tensor, pictures: Tensor, scenes: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
         """Noise, and a time for each entity."""
         lengths = self._model().entities.lengths
         times = torch.randn(len(tokens), len(lengths), generator=generator).sigmoid()
         return {"times": times, "noise": torch.randn(len(tokens), sum(lengths), tokens.shape[1], generator=generator)}
-
-    def held_out(self, rows: slice) -> dict[str, Tensor]:
-        batch, luck = super().held_out(rows), torch.Generator().manual_seed(rows.start)
-        return batch | self.more(batch["tokens"], None, None, luck)
 
     def error(self, network: nn.Module, batch: dict[str, Tensor]) -> Tensor:
         model = self._model()

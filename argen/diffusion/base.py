@@ -1,0 +1,43 @@
+"""What the tools ask of a pipeline of diffusers."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
+from torch import Tensor, nn
+
+StableDiffusion = StableDiffusionPipeline | StableDiffusionXLPipeline
+
+
+def check_pipeline(pipe: StableDiffusion, refusal: str) -> None:
+    """Raises:
+    ValueError: `refusal`, of another kind of pipeline.
+    """
+    if not isinstance(pipe, StableDiffusion):
+        raise ValueError(f"{refusal}: expected a StableDiffusionPipeline or a StableDiffusionXLPipeline")
+
+
+@torch.no_grad()
+def encode(pipe: StableDiffusion, prompt: str | Sequence[str], negative_prompt: str | None = None) -> dict[str, Tensor]:
+    """What the pipeline's call takes for one or more prompts, with their padding; and for what it shall not show, if given."""
+    own = {"device": pipe._execution_device, "num_images_per_prompt": 1}
+    guided = negative_prompt is not None
+    found = pipe.encode_prompt(
+        prompt=prompt, negative_prompt=negative_prompt, do_classifier_free_guidance=guided, **own
+    )
+    names = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
+    return {name: value for name, value in zip(names, found, strict=False) if value is not None}
+
+
+@contextmanager
+def frozen(*modules: nn.Module) -> Iterator[None]:
+    """The modules gather no gradients; afterwards those of their parameters do that did before."""
+    trained = [parameter for module in modules for parameter in module.parameters() if parameter.requires_grad]
+    for parameter in trained:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)
