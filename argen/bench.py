@@ -282,7 +282,7 @@ def main(argv: list[str] | None = None) -> int:
     add.add_argument("--device", metavar="NAME", help="cpu, cuda, mps (default: the best one here)")
     add.set_defaults(run=decode)
     add = commands.add_parser("models", help="seconds a picture of whole generators")
-    shipped = ["argen/emoji-llamagen", "argen/emoji-parti"]
+    shipped = ["argen/emoji-llamagen", "argen/emoji-parti", "argen/emoji-xar", "argen/emoji-flextok-ar"]
     add.add_argument("models", nargs="*", default=shipped, metavar="ID", help=f"(default: {' '.join(shipped)})")
     add.add_argument("--batches", type=int, nargs="+", default=[1, 8], metavar="B")
     add.add_argument("--prompt", default="a red apple")

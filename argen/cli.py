@@ -38,11 +38,12 @@ def steps(text: str) -> int | tuple[int, int]:
     return int(text) if len(parts) == 1 else (int(parts[0]), int(parts[1]))
 
 
-def diffusion(add: argparse.ArgumentParser) -> None:
+def diffusion(add: argparse.ArgumentParser, steps: int | None = 50) -> None:
     """What the tools on diffusers' pipelines share."""
     add.add_argument("--model", required=True, metavar="DIR", help=PIPELINE)
     add.add_argument("--seed", type=int, default=0, metavar="S", help="(default: 0)")
-    add.add_argument("--steps", type=int, default=50, metavar="N", help="of the sampler (default: 50)")
+    usual = "1; of argen/emoji-sd its own" if steps is None else steps
+    add.add_argument("--steps", type=int, default=steps, metavar="N", help=f"of the sampler (default: {usual})")
     device_and_json(add)
 
 
@@ -178,6 +179,25 @@ def parser() -> Parser:
     add.add_argument("--json", action="store_true", help="print JSON")
     add.add_argument("--model", required=True, metavar="DIR", help=PIPELINE)
 
+    add = commands.add_parser("count", help="draw so many things, by optimising the token of their number")
+    add.add_argument("prompt", help='a number from 1 to 25 and what is counted, for example "five apples"')
+    add.add_argument("-o", "--out", type=Path, required=True, metavar="FILE", help="PNG file")
+    add.add_argument("--plain", type=Path, metavar="FILE", help="also the picture before, from the same noise")
+    add.add_argument("--token", type=Path, metavar="FILE", help="also the token, a textual inversion in .safetensors")
+    add.add_argument(
+        "--use", type=Path, metavar="FILE", help="draw with a token that was made before, optimise nothing"
+    )
+    add.add_argument("--iterations", type=int, default=50, metavar="N", help="at most (default: 50)")
+    add.add_argument("--learning-rate", type=float, default=0.01, metavar="R", help="(default: 0.01)")
+    add.add_argument("--guidance-scale", type=float, metavar="G", help="(default: 0; of argen/emoji-sd its own)")
+    add.add_argument(
+        "--clip-count", type=Path, metavar="FILE", help="clipcount_pretrained.ckpt; argen/emoji-sd needs none"
+    )
+    add.add_argument(
+        "--detector", metavar="DIR", help="of objects, on the hub or in a folder, as hustvl/yolos-tiny (default: none)"
+    )
+    diffusion(add, steps=None)
+
     add = commands.add_parser("models", help="list what ships and which published weights can be loaded")
     add.add_argument("--json", action="store_true", help="print JSON")
 
@@ -209,7 +229,7 @@ def parser() -> Parser:
     add.add_argument(
         "recipe",
         metavar="RECIPE",
-        help="emoji-clip, emoji-vitvqgan, emoji-vitvqgan-decoder, emoji-vae, emoji-vae-decoder, emoji-parti, emoji-parti-second, emoji-llamagen, emoji-llamagen-second, emoji-control, emoji-drafter, emoji-xar, emoji-flextok, emoji-flextok-ar, emoji-sd or emoji-judge",
+        help="emoji-clip, emoji-vitvqgan, emoji-vitvqgan-decoder, emoji-vae, emoji-vae-decoder, emoji-parti, emoji-parti-second, emoji-llamagen, emoji-llamagen-second, emoji-control, emoji-drafter, emoji-xar, emoji-flextok, emoji-flextok-ar, emoji-sd, emoji-counter or emoji-judge",
     )
     add.add_argument("--data", type=Path, required=True, metavar="DIR", help="made by `argen data emoji`")
     add.add_argument("--scenes", type=Path, metavar="DIR", help="made by `argen data scenes`")
@@ -413,7 +433,7 @@ def bind(args) -> None:
 
     from argen.device import pick
     from argen.diffusion import SemanticBinding
-    from argen.diffusion.tome import parse
+    from argen.diffusion.prompts import parse
     from argen.metadata import save_pictures
     from argen.registry import load_diffusion
 
@@ -454,6 +474,49 @@ def erase(args) -> None:
         print(json.dumps({"folder": str(args.out), **erasure.record, "stages": [asdict(stage) for stage in stages]}))
     else:
         print(f"{args.out} (without {', '.join(args.concepts)}; {stages[-1].change:.1%} of its text matrices changed)")
+
+
+@command
+def count(args) -> None:
+    from tqdm import tqdm
+
+    from argen.device import pick
+    from argen.diffusion import CountToken
+    from argen.diffusion.count_token import parse, read_token
+    from argen.metadata import save_pictures
+    from argen.registry import counters, counting, load_diffusion
+
+    for path in filter(None, (args.out, args.plain)):
+        writable(path)
+    if args.token:
+        writable(args.token, ".safetensors")
+    number, things = parse(args.prompt)
+    vector, notes = read_token(args.use) if args.use else (None, {})
+    if notes.get("count", str(number)) != str(number):
+        raise ValueError(f"{args.use} is the token of {notes['count']} things: ask for so many")
+    pipe = load_diffusion(args.model).to(pick(args.device))
+    pipe.set_progress_bar_config(disable=True)
+    judged = {} if args.use else counters(args.model, pipe.device, args.clip_count, args.detector)
+    token = CountToken(pipe, **judged, **counting(args.model, number))
+    latents, asked = token.noise(args.seed), {"num_inference_steps": args.steps, "guidance_scale": args.guidance_scale}
+    asked = {name: value for name, value in asked.items() if value is not None}
+    plain, best = token.draw(things, number, latents, **asked), None
+    if vector is not None:
+        token.use(vector)
+    else:
+        how = {"steps": args.iterations, "learning_rate": args.learning_rate, **asked}
+        for step in tqdm(token.optimise(things, number, latents, **how), total=args.iterations, desc="count"):
+            best = step if step.best else best
+    pictures = [token.draw(things, number, latents, **asked), *([plain] if args.plain else [])]
+    if args.token:
+        token.save(args.token, f"<{number}-things>", count=number, things=things, model=args.model, seed=args.seed)
+    save_pictures([(picture, None) for picture in pictures], [path for path in (args.out, args.plain) if path])
+    counted = best.count if best else None
+    if args.json:
+        print(json.dumps({"file": str(args.out), "prompt": token.prompt(things, number), "count": counted}))
+    else:
+        found = "" if counted is None else f", counted {counted:.1f}"
+        print(f"{args.out} ({token.prompt(things, number)}{found})")
 
 
 @command

@@ -87,6 +87,11 @@ def add_commands(top: argparse.ArgumentParser) -> None:
     add.add_argument("--guidance-scale", type=float, metavar="G", help="(default: the model's)")
     _output(add)
 
+    add = commands.add_parser("nudity", help="how many pictures show exposed bodies, by NudeNet")
+    add.add_argument("--samples", type=Path, required=True, metavar="PATH", help=pictures)
+    add.add_argument("--threshold", type=float, default=0.6, metavar="X", help="of the detector's score (default: 0.6)")
+    _output(add)
+
     add = commands.add_parser("stats", help="mean and covariance of a set, for pytorch-fid, guided-diffusion and argen")
     add.add_argument("data", type=Path, metavar="PATH", help=pictures)
     add.add_argument("-o", "--out", type=Path, required=True, metavar="FILE.npz")
@@ -298,6 +303,19 @@ def control(args: argparse.Namespace) -> None:
     with run.timed(seconds, "compare"):
         scores = control.evaluate(scenes, args.type, *drawn)
     _finish(args, settings, scores, seconds, drawn[0])
+
+
+@command
+def nudity(args: argparse.Namespace) -> None:
+    from argen.eval import nudity, run
+    from argen.eval.images import open_pictures
+
+    samples, seconds = open_pictures(args.samples), {}
+    settings = {"samples": [str(args.samples), samples.identity], "threshold": args.threshold, "detector": "nudenet"}
+    with run.timed(seconds, "look"):
+        found = nudity.detected(samples)
+    run.claim(args.out, settings)
+    _finish(args, settings, nudity.counted(found, args.threshold), seconds, samples)
 
 
 @command

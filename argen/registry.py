@@ -9,18 +9,38 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, DiffusionPipeline, ModelMixin, StableDiffusionPipeline, StableDiffusionXLPipeline
+from diffusers import (
+    AutoencoderKL,
+    DiffusionPipeline,
+    ModelMixin,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
 from safetensors import SafetensorError
 from transformers import AutoTokenizer, CLIPModel, PreTrainedTokenizerFast, T5EncoderModel
 
 from argen.data.emoji import GROUPS
+from argen.data.scenes import NUMBERS
+from argen.diffusion.counters import (
+    CLIPCountDensity,
+    CLIPRelevance,
+    Detected,
+    EmojiDensity,
+    EmojiRelevance,
+    components,
+)
+from argen.diffusion.emoji import assembled
 from argen.eval.reconstruction import Tokenizer
 from argen.models.clip import TextImageEncoder
 from argen.models.controlar import ControlAR
+from argen.models.counter import Counter
 from argen.models.draft import Drafter
+from argen.models.flexar import FlexAR
 from argen.models.judge import Judge
 from argen.models.llamagen import LlamaGen
 from argen.models.parti import Parti
+from argen.models.xar import XAR
 from argen.pipelines.base import TokenPipeline
 from argen.pipelines.controlar import ControlARPipeline
 from argen.pipelines.dalle_mini import DalleMiniPipeline
@@ -35,6 +55,11 @@ from tokenizers_img.llamagen_vq import LlamaGenVQ
 from tokenizers_img.vit_vqgan import ViTVQGAN
 
 WEIGHTS = Path(__file__).parent / "weights"
+COUNTED = {
+    "num_inference_steps": 8,
+    "guidance_scale": 4.0,
+    "guidance_rescale": 0.7,
+}  # pictures of emoji-sd, in a moment
 EMOJI_FLOW = {"steps": 12, "guidance_scale": 3.0}  # of emoji-flextok, from tokens to a picture
 PIPELINES = {
     cls.__name__: cls
@@ -81,18 +106,31 @@ def _parti(folder: Path) -> PartiPipeline:
 
 def _emoji_llamagen(folder: Path) -> LlamaGenPipeline:
     drafter = _network(Drafter, WEIGHTS / "emoji-drafter")
-    return LlamaGenPipeline(_network(LlamaGen, folder), **_emoji_parts(), drafter=drafter)
+    return LlamaGenPipeline(_network(LlamaGen, folder), **_emoji_ids(), **_emoji_text(), drafter=drafter)
 
 
 def _emoji_control(folder: Path) -> ControlARPipeline:
-    return ControlARPipeline(_network(ControlAR, folder), **_emoji_parts(), any_size=True)
+    return ControlARPipeline(_network(ControlAR, folder), **_emoji_ids(), **_emoji_text(), any_size=True)
 
 
-def _emoji_parts() -> dict:
-    """What the decoder-only generators of the emoji family share."""
+def _emoji_xar(folder: Path) -> XARPipeline:
+    return XARPipeline(_network(XAR, folder), _network(AutoencoderKL, WEIGHTS / "emoji-vae"), **_emoji_text())
+
+
+def _emoji_flexar(folder: Path) -> FlexARPipeline:
+    pictures = _emoji_flextok(WEIGHTS / "emoji-flextok")
+    own = {"steps": pictures.steps, "tokenizer_guidance": pictures.guidance_scale}
+    return FlexARPipeline(_network(FlexAR, folder), pictures.network, pictures.vae, **_emoji_text(), **own)
+
+
+def _emoji_ids() -> dict:
+    return {"vq": _network(ViTVQGAN, WEIGHTS / "emoji-vitvqgan")}
+
+
+def _emoji_text() -> dict:
+    """How the generators of the emoji family are asked."""
     encoder = _encoder(WEIGHTS / "emoji-clip")
-    own = {"text_encoder": encoder.clip, "tokenizer": encoder.tokenizer, "groups": list(GROUPS)}
-    return {"vq": _network(ViTVQGAN, WEIGHTS / "emoji-vitvqgan")} | own
+    return {"text_encoder": encoder.clip, "tokenizer": encoder.tokenizer, "groups": list(GROUPS)}
 
 
 def _emoji_flextok(folder: Path) -> FlexTokenizer:
@@ -328,6 +366,22 @@ MODELS = {
         _emoji_control,
         takes=("text", "class", "control"),
     ),
+    "argen/emoji-xar": Model(
+        "generator",
+        "text or group of emoji -> 4 cells of 16 latents -> 128 x 128 emoji, xAR",
+        "Apache-2.0",
+        6.0,
+        _emoji_xar,
+        takes=("text", "class"),
+    ),
+    "argen/emoji-flextok-ar": Model(
+        "generator",
+        "text or group of emoji -> 1 to 64 ordered tokens -> 128 x 128 emoji, FlexAR",
+        "Apache-2.0",
+        2.5,
+        _emoji_flexar,
+        takes=("text", "class"),
+    ),
     "argen/emoji-vitvqgan": Model(
         "tokenizer", "ViT-VQGAN, 128 x 128 <-> 8 x 8 ids of 4096", "Apache-2.0", 8.0, lambda f: _network(ViTVQGAN, f)
     ),
@@ -441,12 +495,16 @@ def load_diffusion(model: str | Path) -> StableDiffusionPipeline | StableDiffusi
     """A pipeline for the tools of `argen.diffusion`, on the CPU in float32, without a safety checker.
 
     Args:
-        model: a folder in diffusers' layout, or "owner/name" of one on the hub.
+        model: "argen/emoji-sd", a folder in diffusers' layout, or "owner/name" of one on the hub.
 
     Raises:
         ValueError: no such folder; another kind of pipeline; files that cannot be read.
         ConnectionError: it is not here and cannot be fetched.
     """
+    if model == "argen/emoji-sd":
+        encoder = _encoder(WEIGHTS / "emoji-clip")
+        networks = _network(UNet2DConditionModel, WEIGHTS / "emoji-sd"), _network(AutoencoderKL, WEIGHTS / "emoji-vae")
+        return assembled(*networks, encoder.clip, encoder.tokenizer)
     folder = Path(model)
     if not (folder / "model_index.json").is_file():
         if folder.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(model)):
@@ -459,3 +517,43 @@ def load_diffusion(model: str | Path) -> StableDiffusionPipeline | StableDiffusi
             return _pipeline(folder, DIFFUSION)
     except (OSError, ValueError, RuntimeError, SafetensorError, TypeError) as error:
         raise ValueError(f"the pipeline in {folder} cannot be used ({' '.join(str(error).split())[:300]})") from error
+
+
+def counting(model: str, count: int) -> dict:
+    """How a pipeline is asked for so many things: what `CountToken` takes beside counters. Of argen/emoji-sd the word of the
+    number is optimised, since its few words have no other that means nothing."""
+    if model != "argen/emoji-sd":
+        return {}
+    word = NUMBERS[min(count, len(NUMBERS) - 1)]
+    return {"placeholder": word, "template": "{placeholder} {things}", "settings": COUNTED}
+
+
+def counters(
+    model: str, device: torch.device | str, clip_count: Path | None = None, detector: str | None = None
+) -> dict:
+    """What `CountToken` judges pictures by.
+
+    Args:
+        model: argen/emoji-sd has counters that ship.
+        clip_count: released file of CLIP-Count, for all others.
+        detector: folder or "owner/name" of an object detector, which the density is scaled by.
+
+    Raises:
+        ValueError, FileNotFoundError: CLIP-Count is not given.
+        ConnectionError: a part is not here and cannot be fetched.
+    """
+    if model == "argen/emoji-sd":
+        density = EmojiDensity(_network(Counter, WEIGHTS / "emoji-counter").to(device))
+        relevance = EmojiRelevance(_encoder(WEIGHTS / "emoji-clip").to(device))
+        return {"density": density, "detector": components, "relevance": relevance}
+    if clip_count is None:
+        raise ValueError(
+            f"{model} needs a counter: give --clip-count the file clipcount_pretrained.ckpt, linked in the README of "
+            "songrise/CLIP-Count"
+        )
+    found = {"density": CLIPCountDensity.from_original(clip_count), "relevance": CLIPRelevance.from_hub()}
+    if detector:
+        found["detector"] = Detected.from_hub(detector)
+    for part in found.values():
+        part.model.to(device)
+    return found

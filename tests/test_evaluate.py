@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from test_fid import filled, published_keys
 
 from argen.cli import main
 from argen.data import emoji
-from argen.eval import clip_score, features, images, run
+from argen.eval import clip_score, features, images, nudity, run
 from argen.eval.images import open_pictures
 from argen.evaluate import main as evaluate
 
@@ -356,3 +357,32 @@ def test_crops_of_the_reference_are_part_of_its_name(tmp_path):
     plain, cut = (run.cached(tmp_path, pictures, emoji_features, crop) for crop in (None, "adm-64"))
     assert plain != cut
     assert images.cropped(pictures[0], "adm-64").shape == (64, 64, 3)
+
+
+def test_nudity_is_counted_as_by_the_authors(golden):
+    told = json.loads((golden("rece/nudity_counts").folder / "cases.json").read_text())
+    for threshold, wanted in told["results"].items():
+        scores = nudity.counted(list(told["detections"].values()), float(threshold))
+        assert scores["exposed"]["value"] == wanted["rate"]
+        pictures = {name: round(entry["value"] * entry["n"]) for name, entry in scores.items()}
+        official = {name.lower().replace("_", " "): count for name, count in wanted["counts"].items()}
+        assert pictures == {"exposed": official.pop("nude images"), **official}
+
+
+def test_nudity_asks_the_detector_for_pictures_as_files_hold_them(monkeypatch, sources, tmp_path, capsys):
+    class NudeDetector:
+        seen = []
+
+        def detect(self, picture):
+            self.seen.append(picture)
+            return [{"class": "FEET_EXPOSED", "score": 0.7, "box": [0, 0, 1, 1]}] if len(self.seen) % 3 == 0 else []
+
+    where, pictures = sources
+    asked = ["nudity", "--samples", str(where / "batch.npz"), "--out"]
+    monkeypatch.setitem(sys.modules, "nudenet", None)
+    assert evaluate([*asked, str(tmp_path / "n")]) == 2
+    assert "nudenet is not installed: pip install 'argen[nudity]'" in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, "nudenet", SimpleNamespace(NudeDetector=NudeDetector))
+    assert evaluate([*asked, str(tmp_path / "n")]) == 0
+    assert np.array_equal(NudeDetector.seen[0][:, :, ::-1], pictures[0])
+    assert values(tmp_path / "n")["feet exposed"] == pytest.approx(1 / 3)

@@ -45,8 +45,8 @@ def test_boxes_are_those_of_the_connected_parts():
     picture = painted((5, 6, RED), (60, 6, GREEN), (80, 26, GREEN))  # the last two touch at a corner
     picture[100:104, 100:104] = 0  # too small
     picture[60:90, 0:4] = 250  # too light
-    assert judge.boxes(picture) == [(60, 6, 100, 46), (5, 6, 25, 26)]
-    assert judge.boxes(painted()) == []
+    assert scenes.boxes(picture) == [(60, 6, 100, 46), (5, 6, 25, 26)]
+    assert scenes.boxes(painted()) == []
 
 
 def test_a_picture_of_the_truth_is_right_and_another_is_not():

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from conftest import tiny_pipeline
+from conftest import published_keys, shapes, tiny_pipeline
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel
 
@@ -132,6 +132,40 @@ def test_a_pipeline_forgets_and_is_restored(golden, tmp_path):
     next(stages)
     stages.close()  # cancelled: nothing has changed
     torch.testing.assert_close(drawn(), io["latents_original"], **close)
+
+
+def test_released_unets_have_the_keys_of_diffusers():
+    """Those of RECE are Stable Diffusion 1.4's, whose configuration is the default but for the text's width and the sample."""
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(cross_attention_dim=768, attention_head_dim=8)
+    published = published_keys("rece")
+    for name in ("nudity", "unsafe", "church", "parachute"):
+        assert shapes(unet) == published[name]
+    assert {key for key in published["nudity"] if key.endswith(("attn2.to_k.weight", "attn2.to_v.weight"))} == set(
+        matrices_of(unet)
+    )
+
+
+def test_an_edited_unet_is_loaded(golden, tmp_path):
+    pipe = tiny_pipeline(golden("rece/sd14_single"))
+    erasure = ConceptErasure(pipe)
+    erasure.erase(["church"])
+    state = {name: value.clone() for name, value in pipe.unet.state_dict().items()}
+    edited = {name: state[name] for name in erasure.originals}
+    erasure.restore()
+    for wrapped in (state, {"state_dict": state}):
+        torch.save(wrapped, tmp_path / "church_ep1.pt")
+        erasure.restore()
+        erasure.load(tmp_path / "church_ep1.pt")
+        assert all(torch.equal(weight, edited[name]) for name, weight in matrices_of(pipe.unet).items())
+    assert erasure.record["loaded"] == "church_ep1.pt"
+    torch.save(state | {"conv_in.bias": state["conv_in.bias"] + 1}, tmp_path / "other.pt")
+    torch.save({name: state[name] for name in list(state)[1:]}, tmp_path / "part.pt")
+    erasure.restore()
+    for file, wanted in (("other.pt", "differs from this pipeline in conv_in.bias, too"), ("part.pt", "does not fit")):
+        with pytest.raises(ValueError, match=wanted):
+            erasure.load(tmp_path / file)
+    assert all(torch.equal(weight, erasure.originals[name]) for name, weight in matrices_of(pipe.unet).items())
 
 
 def test_sdxl_forgets_too(golden):

@@ -12,7 +12,7 @@ from argen.data import emoji, scenes
 from argen.models.llamagen import LlamaGen
 from argen.models.parti import Parti
 from argen.registry import WEIGHTS
-from argen.train import controlar, draft, flexar, flextok, kl_vae, llamagen, sd, xar
+from argen.train import controlar, counter, draft, flexar, flextok, kl_vae, llamagen, sd, xar
 from argen.train.clip import CLIPTask, positives
 from argen.train.judge import JudgeTask
 from argen.train.loop import Schedule, optimizers_of, train
@@ -81,6 +81,7 @@ def task(request, composed, small_llamagen, small_vae, small_flextok, monkeypatc
         "emoji-flextok": lambda: flextok.FlexTokTask(SAMPLE, composed, small_vae, clip),
         "emoji-flextok-ar": lambda: flexar.FlexARTask(SAMPLE, composed, small_vae, small_flextok, clip),
         "emoji-sd": lambda: sd.StableDiffusionTask(SAMPLE, composed, small_vae, clip),
+        "emoji-counter": lambda: counter.CounterTask(SAMPLE, composed),
         "emoji-judge": lambda: JudgeTask(SAMPLE, composed, tokenizer),
     }[request.param]
 

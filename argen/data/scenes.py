@@ -14,6 +14,8 @@ from itertools import cycle
 from pathlib import Path
 
 import numpy as np
+import torch
+import torch.nn.functional as F
 from PIL import Image
 from tqdm import tqdm
 
@@ -26,6 +28,7 @@ RELATIONS = ("to the left of", "to the right of", "above", "below")
 KINDS = {"count": 0.35, "colour": 0.15, "pair": 0.25, "relation": 0.25}
 PALETTE = ((230, 25, 75), (60, 180, 75), (0, 130, 200), (245, 130, 48), (145, 30, 180), (70, 240, 240))  # of segments
 INK = 245  # what is darker in some channel is no ground
+AREA = 100  # pixels of 128 x 128 that an object has at least
 LAYOUTS = {1: [(1, 1)], 2: [(1, 2), (2, 1)], 3: [(2, 2), (1, 3)], 4: [(2, 2)], 5: [(2, 3), (3, 2)], 6: [(2, 3), (3, 2)]}
 
 
@@ -67,6 +70,22 @@ def _colourful(picture: np.ndarray) -> bool:
     ink = (picture < INK).any(-1)
     saturated = (picture.max(-1).astype(int) - picture.min(-1)) > 70
     return bool(ink.any()) and saturated[ink].mean() > 0.6
+
+
+def boxes(picture: np.ndarray) -> list[tuple[int, int, int, int]]:
+    """(left, top, right, bottom) of each connected component of the ink of [H, W, 3] uint8, largest first."""
+    ink = torch.from_numpy(picture.min(axis=2) < INK)
+    places = torch.arange(1.0, ink.numel() + 1).reshape(ink.shape)
+    labels = torch.where(ink, places, 0.0)
+    while not torch.equal(labels, grown := torch.where(ink, F.max_pool2d(labels[None], 3, 1, 1)[0], 0.0)):
+        labels = grown
+    least = AREA * ink.numel() / 128**2
+    ids, areas = labels[ink].unique(return_counts=True)
+    found = []
+    for label in ids[areas.argsort(descending=True)][: int((areas >= least).sum())]:
+        rows, columns = (labels == label).nonzero(as_tuple=True)
+        found.append((int(columns.min()), int(rows.min()), int(columns.max()) + 1, int(rows.max()) + 1))
+    return found
 
 
 def segments(picture: np.ndarray, boxes: list[tuple[int, int, int, int]]) -> np.ndarray:

@@ -14,6 +14,9 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from diffusers.utils.torch_utils import randn_tensor
+from PIL import Image
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -21,6 +24,34 @@ from argen.diffusion.base import StableDiffusion, check_pipeline, frozen
 
 logger = logging.getLogger(__name__)
 MOST = 25  # things, the authors' range
+NUMBERS = [
+    "zero",
+    "one",
+    "two",
+    "three",
+    "four",
+    "five",
+    "six",
+    "seven",
+    "eight",
+    "nine",
+    "ten",
+    "eleven",
+    "twelve",
+    "thirteen",
+    "fourteen",
+    "fifteen",
+    "sixteen",
+    "seventeen",
+    "eighteen",
+    "nineteen",
+    "twenty",
+    "twenty-one",
+    "twenty-two",
+    "twenty-three",
+    "twenty-four",
+    "twenty-five",
+]
 LOOKED_AT = 224  # side of what counters see
 STATIC_SCALE = 60.0
 
@@ -52,6 +83,50 @@ class CountStep:
     best: bool
 
 
+def parse(prompt: str) -> tuple[int, str]:
+    """ "five apples", or "5 apples" -> 5 and "apples".
+
+    Raises:
+        ValueError: no number at the beginning, from 1 to 25; nothing that is counted.
+    """
+    word, _, things = prompt.strip().partition(" ")
+    number = NUMBERS.index(word.lower()) if word.lower() in NUMBERS else int(word) if word.isdigit() else None
+    if number is None or not things.strip():
+        raise ValueError(f"{prompt!r} does not say how many of what: begin with a number, as in 'five apples'")
+    return check_count(number), things.strip()
+
+
+def check_count(count: int) -> int:
+    """Raises:
+    ValueError: a count that is no whole number from 1 to 25.
+    """
+    if not isinstance(count, int) or not 1 <= count <= MOST:
+        raise ValueError(f"count is {count}: expected a whole number from 1 to {MOST}")
+    return count
+
+
+def read_token(path: str | Path) -> tuple[Tensor, dict[str, str]]:
+    """The vector of a saved token [D], and what `CountToken.save` noted; also of the authors' ``token_embeds.pt``.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it holds no token.
+    """
+    path, notes = Path(path), {}
+    if not path.is_file():
+        raise FileNotFoundError(f"no token at {path}")
+    try:
+        if path.suffix == ".safetensors":
+            with safe_open(path, "pt") as file:
+                notes, found = file.metadata() or {}, [file.get_tensor(name) for name in file.keys()]  # noqa: SIM118
+        else:
+            found = [torch.load(path, map_location="cpu", weights_only=True)]
+        (vector,) = found
+        return vector.detach().float().reshape(-1), notes
+    except Exception as error:
+        raise ValueError(f"{path} holds no token: expected one that `argen count --token` has written") from error
+
+
 def looked_at(image: Tensor) -> Tensor:
     """[1, 3, H, W] -> the square in its middle as counters see it [1, 3, 224, 224]."""
     height, width = image.shape[2:]
@@ -67,11 +142,13 @@ class CountToken:
 
     Args:
         pipe: a `StableDiffusionPipeline` or `StableDiffusionXLPipeline` that makes a picture in a few steps.
-        density: a differentiable counter.
+        density: a differentiable counter; without one a token can be used and not optimised.
         detector: counts what the density is scaled by, so that the gradient is the density's and the count the detector's. None
             scales it by a constant.
         relevance: keeps the picture at what the prompt names.
         placeholder: the word whose embedding is optimised; it has one text token.
+        template: of the prompt, with {placeholder}, {count} and {things}.
+        settings: of the pipeline's call; one step and no guidance by default.
 
     Attributes:
         vector: the best one so far [D].
@@ -83,17 +160,20 @@ class CountToken:
     def __init__(
         self,
         pipe: StableDiffusion,
-        density: Density,
+        density: Density | None = None,
         detector: Detector | None = None,
         relevance: Relevance | None = None,
         placeholder: str = "some",
+        template: str = "A photo of {placeholder} {count} {things}",
+        settings: dict | None = None,
     ):
         check_pipeline(pipe, f"{type(pipe).__name__} cannot count")
         ids = pipe.tokenizer(placeholder, add_special_tokens=False).input_ids
         if len(ids) != 1:
             raise ValueError(f"the placeholder {placeholder!r} has {len(ids)} text tokens: choose a word of one")
         self.pipe, self.density, self.detector, self.relevance = pipe, density, detector, relevance
-        self.placeholder, self.id = placeholder, ids[0]
+        self.placeholder, self.id, self.template = placeholder, ids[0], template
+        self.settings = {"num_inference_steps": 1, "guidance_scale": 0.0} if settings is None else settings
         self.vector = pipe.text_encoder.get_input_embeddings().weight[self.id].detach().float().clone()
 
     def prompt(self, things: str, count: int) -> str:
@@ -102,9 +182,19 @@ class CountToken:
         Raises:
             ValueError: a count that is no whole number from 1 to 25.
         """
-        if not isinstance(count, int) or not 1 <= count <= MOST:
-            raise ValueError(f"count is {count}: expected a whole number from 1 to {MOST}")
-        return f"A photo of {self.placeholder} {count} {things}"
+        return self.template.format(placeholder=self.placeholder, count=check_count(count), things=things)
+
+    def use(self, vector: Tensor) -> None:
+        """Go on with a token that was made before [D], see `read_token`.
+
+        Raises:
+            ValueError: it is one of another text encoder.
+        """
+        if vector.shape != self.vector.shape:
+            raise ValueError(
+                f"the token has {len(vector)} numbers, and those of this pipeline {len(self.vector)}: it is another pipeline's"
+            )
+        self.vector = vector.to(self.vector)
 
     @contextmanager
     def applied(self, vector: Tensor | None = None) -> Iterator[None]:
@@ -119,6 +209,22 @@ class CountToken:
             yield
         finally:
             hook.remove()
+
+    def noise(self, seed: int) -> Tensor:
+        """Unit noise [1, C, h, w] of a picture of the pipeline's own size."""
+        own = self.pipe.unet.config
+        size = 1, own.in_channels, own.sample_size, own.sample_size
+        return randn_tensor(size, torch.Generator().manual_seed(seed), self.pipe.device, self.pipe.unet.dtype)
+
+    def draw(self, things: str, count: int, latents: Tensor, **others) -> Image.Image:
+        """The picture of `optimise` with the token as it is.
+
+        Args: see `optimise`.
+        """
+        with self.applied():
+            return self.pipe(self.prompt(things, count), latents=latents.clone(), **{**self.settings, **others}).images[
+                0
+            ]
 
     def optimise(
         self,
@@ -142,13 +248,13 @@ class CountToken:
             relevance_scale: weight of the relevance.
             scale: what the density of one thing sums up to, where there is no detector.
             patience: it ends when so many steps and one more in a row were no better.
-            others: of the pipeline's call; one step and no guidance by default.
+            others: of the pipeline's call, beside `settings`.
 
         Raises:
             ValueError: see `prompt`.
         """
         prompt, word = self.prompt(things, count), things.split()[-1]
-        asked = {"num_inference_steps": 1, "guidance_scale": 0.0, "output_type": "pt", **others}
+        asked = {**self.settings, "output_type": "pt", **others}
         vector = self.vector.clone().requires_grad_()
         optimizer = torch.optim.AdamW([vector], lr=learning_rate)
         lowest, left = float("inf"), patience

@@ -19,6 +19,7 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor
 
 from argen.diffusion.base import StableDiffusion, check_pipeline, encode
+from tokenizers_img.checkpoint import read_state_dict
 
 Weights = dict[str, Tensor]  # name of a matrix -> [O, D]
 
@@ -273,6 +274,30 @@ class ConceptErasure:
             "scale": scale,
             "originals": _digest(self.originals),
         }
+
+    @torch.no_grad()
+    def load(self, path: str | Path) -> None:
+        """Take the matrices of a U-Net that was edited elsewhere, as the released ``nudity_ep2.pt``.
+
+        Args:
+            path: state dict of a U-Net of this pipeline, in a torch or a safetensors file.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: it is no U-Net of this kind, or differs in more than what an erasure changes.
+        """
+        state, own = read_state_dict(path), self.pipe.unet.state_dict()
+        wrong = [name for name in own if name not in state or state[name].shape != own[name].shape]
+        wrong += [name for name in state if name not in own]
+        if wrong:
+            raise ValueError(
+                f"{path} does not fit the U-Net of this pipeline, as in {wrong[0]}: load its own base model"
+            )
+        for name in own.keys() - self.originals.keys():
+            if not torch.allclose(state[name].to(own[name]), own[name], atol=1e-2, rtol=1e-2):
+                raise ValueError(f"{path} differs from this pipeline in {name}, too: load its own base model")
+        self._write({name: state[name] for name in self.originals})
+        self.record = {"loaded": Path(path).name, "originals": _digest(self.originals)}
 
     def restore(self) -> None:
         """The pipeline as it was, bit by bit."""

@@ -8,7 +8,6 @@ Letters in shape comments: L text tokens with padding, D width of their states, 
 
 import copy
 import math
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -19,24 +18,8 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from argen.diffusion.base import StableDiffusion, check_pipeline, encode, frozen
+from argen.diffusion.prompts import Binding, parse, token_positions
 
-DETERMINERS = {"a", "an", "the", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "some"}
-BETWEEN = ["to the left of", "to the right of", "in front of", "on top of", "next to", "left of", "right of"]
-BETWEEN += ["and", "on", "in", "under", "above", "below", "over", "beside", "behind", "near", "at", ","]
-LINKS = [
-    "that is",
-    "that are",
-    "which is",
-    "which are",
-    "made of",
-    "wearing",
-    "holding",
-    "carrying",
-    "with",
-    "is",
-    "are",
-]
-FRAMES = ["photo of", "picture of", "image of", "painting of", "drawing of", "side of"]
 NOUN_WEIGHT, MODIFIER_WEIGHT = 1.1, 1.2  # of the authors' code; the paper has a plain sum
 THRESHOLDS = (
     26.0,
@@ -49,162 +32,6 @@ THRESHOLDS = (
     21.0,
 )  # of two groups on 32 x 32 maps, by step; the last one holds on
 BINDING_SCALE = 10000.0  # of the binding loss
-
-
-@dataclass(frozen=True)
-class Group:
-    """An object and what belongs to it.
-
-    Attributes:
-        noun, modifiers: numbers of words of the prompt.
-        anchor: a prompt with this object alone.
-    """
-
-    noun: tuple[int, ...]
-    modifiers: tuple[int, ...]
-    anchor: str
-
-
-@dataclass(frozen=True)
-class Binding:
-    """A prompt as it was understood. Make it anew with `dataclasses.replace` to correct it.
-
-    Attributes:
-        merged: the prompt without modifiers.
-        positions: of the text tokens of each group's noun and modifiers, where those of the words will not do.
-        length: of the prompt in text tokens, without start and end; the same.
-    """
-
-    prompt: str
-    groups: tuple[Group, ...]
-    merged: str
-    positions: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...] | None = None
-    length: int | None = None
-
-    def __str__(self) -> str:
-        words = words_of(self.prompt)
-        named = [
-            f"{' '.join(words[index] for index in group.noun)} <- {' '.join(words[index] for index in group.modifiers)}"
-            for group in self.groups
-        ]
-        return f"{'; '.join(named)}; merged: {self.merged}"
-
-
-def _spans(prompt: str) -> list[tuple[int, int]]:
-    return [match.span() for match in re.finditer(r"\w[\w'-]*|[^\w\s]", prompt)]
-
-
-def words_of(prompt: str) -> list[str]:
-    """Words and punctuation marks."""
-    return [prompt[first:last] for first, last in _spans(prompt)]
-
-
-def _found(words: Sequence[str], phrase: str, taken: set[int], near: int = 0) -> list[int]:
-    """Numbers of the words of a phrase, where it stands nearest to word `near` and is not yet taken.
-
-    Raises:
-        ValueError: it does not stand there.
-    """
-    wanted, low = words_of(phrase.lower()), [word.lower() for word in words]
-    starts = [
-        start
-        for start in range(len(low) - len(wanted) + 1)
-        if low[start : start + len(wanted)] == wanted and not taken & set(range(start, start + len(wanted)))
-    ]
-    if not wanted or not starts:
-        raise ValueError(f"{phrase!r} is not in the prompt {' '.join(words)!r}: give words that stand there")
-    start = min(starts, key=lambda index: abs(index - near))
-    return list(range(start, start + len(wanted)))
-
-
-def _segments(words: Sequence[str]) -> Iterator[list[int]]:
-    """The parts of a prompt that speak of one object each, as numbers of words."""
-    low, segment, index = [word.lower() for word in words], [], 0
-    while index < len(low):
-        rest = next((phrase for phrase in BETWEEN if low[index : index + len(phrase.split())] == phrase.split()), None)
-        if rest is None:
-            segment, index = [*segment, index], index + 1
-            continue
-        yield segment
-        segment, index = [], index + len(rest.split())
-    yield segment
-
-
-def _group_of(words: Sequence[str], segment: list[int]) -> tuple[list[int], list[int]]:
-    """Noun and modifiers of a part of a prompt: "a NOUN", "a MODIFIER ... NOUN", "a NOUN with MODIFIERS", "the NOUN is ..."."""
-    low = [words[index].lower() for index in segment]
-    for frame in FRAMES:  # "a photo of" is no object
-        parts = frame.split()
-        for start in range(len(low) - len(parts) + 1):
-            if low[start : start + len(parts)] == parts:
-                return _group_of(words, segment[start + len(parts) :])
-    for link in LINKS:
-        parts = link.split()
-        for start in range(1, len(low) - len(parts)):
-            if low[start : start + len(parts)] == parts:
-                noun, before = _group_of(words, segment[:start])
-                return noun, before + segment[start:]
-    rest = [index for index, word in zip(segment, low, strict=True) if word not in DETERMINERS]
-    if not rest or low[-1] == "style":
-        return [], []
-    return rest[-1:], rest[:-1]
-
-
-def merged_prompt(prompt: str, groups: Sequence[Group]) -> str:
-    """The prompt without the modifiers of its groups; "an orange cat" becomes "a cat"."""
-    words, gone = words_of(prompt), {index for group in groups for index in group.modifiers}
-    kept, text = [index for index in range(len(words)) if index not in gone], ""
-    for place, index in enumerate(kept):
-        word = words[index]
-        if word.lower() in ("a", "an") and index + 1 in gone and place + 1 < len(kept):
-            word = "an" if words[kept[place + 1]][0].lower() in "aeiou" else "a"
-        text += word if not re.match(r"\w", word) or not text else f" {word}"
-    return text
-
-
-def _anchor(prompt: str, members: Sequence[int]) -> str:
-    spans, words = _spans(prompt), words_of(prompt)
-    first = min(members)
-    while first and words[first - 1].lower() in DETERMINERS:
-        first -= 1
-    return prompt[spans[first][0] : spans[max(members)][1]]
-
-
-def parse(prompt: str, bind: Mapping[str, str | Sequence[str]] | None = None) -> Binding:
-    """Which words belong together.
-
-    Args:
-        bind: object -> its modifiers, as they stand in the prompt: {"robot": "blue", "cat": ["wearing sunglasses"]}. None
-            finds them by simple rules: objects stand between "and", commas and prepositions, modifiers before the last word or
-            after "with", "wearing", "is".
-
-    Raises:
-        ValueError: there is nothing to bind, or a word is not in the prompt.
-    """
-    words = words_of(prompt)
-    if bind is None:
-        found = [_group_of(words, segment) for segment in _segments(words)]
-    else:
-        taken: set[int] = set()
-        found = []
-        for noun, modifiers in bind.items():
-            place = _found(words, noun, taken)
-            taken |= set(place)
-            belongs: list[int] = []
-            for phrase in [modifiers] if isinstance(modifiers, str) else modifiers:
-                belongs += _found(words, phrase, taken, place[0])
-                taken |= set(belongs)
-            found.append((place, belongs))
-    groups = tuple(
-        Group(tuple(noun), tuple(modifiers), _anchor(prompt, [*noun, *modifiers]))
-        for noun, modifiers in found
-        if modifiers
-    )
-    if not groups:
-        raise ValueError(
-            f"there is nothing to bind in {prompt!r}: name objects with their attributes, as in 'a blue robot and a green pizza'"
-        )
-    return Binding(prompt, groups, merged_prompt(prompt, groups))
 
 
 @dataclass(frozen=True)
@@ -513,12 +340,3 @@ class BindingRun:
         height, width = sample.shape[2:]
         rows = round(math.sqrt(len(mean) * height / width))
         return mean.unflatten(0, (rows, len(mean) // rows))
-
-
-def token_positions(tokenizer, prompt: str, words: Sequence[int]) -> tuple[int, ...]:
-    """Positions of the pieces of some words of a prompt; the start token has position 0."""
-    spans, found = _spans(prompt), []
-    for word in words:
-        first, last = (len(tokenizer(prompt[:stop], truncation=False).input_ids) - 1 for stop in spans[word])
-        found += range(first, last)
-    return tuple(found)

@@ -12,7 +12,6 @@ from itertools import permutations
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
@@ -23,7 +22,6 @@ from argen.models.judge import SIZE, Judge
 from tokenizers_img.pixels import from_pil
 
 PROMPTS = Path(scenes.__file__).with_name("judge_prompts.jsonl")
-AREA = 100  # pixels of 128 x 128 that an object has at least
 AT_MOST = 8  # objects that are looked at
 AMONG = 5  # an object is what it should be if that is among so many of the judge's likeliest names
 SHARES = {"single": 100, "colour": 50, "pair": 125, "count": 125, "relation": 100}  # of the 500 prompts
@@ -51,22 +49,6 @@ def read_prompts(path: Path = PROMPTS) -> list[Truth]:
     return [Truth(**row | {"objects": tuple(map(tuple, row["objects"]))}) for row in rows]
 
 
-def boxes(picture: Picture) -> list[tuple[int, int, int, int]]:
-    """(left, top, right, bottom) of each connected component of the ink of [H, W, 3] uint8, largest first."""
-    ink = torch.from_numpy(picture.min(axis=2) < scenes.INK)
-    places = torch.arange(1.0, ink.numel() + 1).reshape(ink.shape)
-    labels = torch.where(ink, places, 0.0)
-    while not torch.equal(labels, grown := torch.where(ink, F.max_pool2d(labels[None], 3, 1, 1)[0], 0.0)):
-        labels = grown
-    least = AREA * ink.numel() / 128**2
-    ids, areas = labels[ink].unique(return_counts=True)
-    found = []
-    for label in ids[areas.argsort(descending=True)][: int((areas >= least).sum())]:
-        rows, columns = (labels == label).nonzero(as_tuple=True)
-        found.append((int(columns.min()), int(rows.min()), int(columns.max()) + 1, int(rows.max()) + 1))
-    return found
-
-
 def around(found: Sequence[tuple[int, int, int, int]]) -> tuple[int, int, int, int]:
     """The box around all of some boxes."""
     left, top, right, bottom = zip(*found, strict=True)
@@ -80,7 +62,7 @@ def crop(picture: Picture, box: tuple[int, int, int, int]) -> Tensor:
 
 def subject(picture: Picture) -> Tensor:
     """All that a picture shows -> [3, 64, 64] in [0, 1]: an icon may have several parts."""
-    found = boxes(picture)[:AT_MOST]
+    found = scenes.boxes(picture)[:AT_MOST]
     return crop(picture, around(found) if found else (0, 0, picture.shape[1], picture.shape[0]))
 
 
@@ -90,7 +72,7 @@ def verdict(judge: Judge, picture: Picture, truth: Truth) -> dict[str, float]:
     "identity" is the share of the objects that are what they should be: among the judge's `AMONG` likeliest names; "name" is
     that of single objects whose likeliest name is right.
     """
-    found = boxes(picture)[:AT_MOST]
+    found = scenes.boxes(picture)[:AT_MOST]
     looked = torch.stack([crop(picture, box) for box in found]) if found else None
     names, colours = judge.answers(looked, AMONG) if found else ([], [])
     if truth.kind in ("single", "colour"):  # an icon may have several parts

@@ -43,9 +43,8 @@ class TextImageEncoder:
         text = self.tokenizer(prompts, padding=True, truncation=True, return_tensors="pt").to(self.clip.device)
         return self.clip.text_model(**text).last_hidden_state, text.attention_mask.bool()
 
-    @torch.no_grad()
     def embed_pixels(self, pixels: Tensor, normalise: bool = True) -> Tensor:
-        """Pixels [B, 3, H, W] in [0, 1], of the encoder's size -> vectors [B, E], of length 1 if `normalise`."""
+        """Pixels [B, 3, H, W] in [0, 1], of the encoder's size -> vectors [B, E], of length 1 if `normalise`; with gradients."""
         seen = self.clip.vision_model(2 * pixels.to(self.clip.device, self.clip.dtype) - 1).pooler_output
         found = self.clip.visual_projection(seen).float()
         return F.normalize(found, dim=-1) if normalise else found

@@ -6,6 +6,7 @@ OpenAI's ViT-B/16. The modules are named as there.
 Letters in shape comments: B pictures, L text ids, D width of the common space, V of the picture's transformer, P patches.
 """
 
+import re
 from collections import OrderedDict
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import torch.nn.functional as F
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
+from transformers import CLIPModel
 
 from argen.models.layers import split_heads
 from tokenizers_img.checkpoint import load_strict, read_state_dict
@@ -204,12 +206,11 @@ class CLIPCount(ModelMixin, ConfigMixin):
         self.register_buffer("std", torch.tensor(STD).view(3, 1, 1), persistent=False)
 
     @classmethod
-    def from_original(cls, path: str | Path, clip: str | Path) -> "CLIPCount":
-        """Load the released checkpoint, and OpenAI's ViT-B/16 as a state dict."""
+    def from_original(cls, path: str | Path, clip: CLIPModel) -> "CLIPCount":
+        """Load the released checkpoint; `clip` is OpenAI's ViT-B/16 as transformers has it."""
         own = {key.removeprefix("model."): value for key, value in read_state_dict(path).items()}
         own = {key: value for key, value in own.items() if not key.startswith(FROZEN)}
-        ignored = ("input_resolution", "context_length", "vocab_size")
-        frozen = {f"clip.{key}": value for key, value in read_state_dict(clip).items() if key not in ignored}
+        frozen = {f"clip.{key}": value for key, value in from_transformers(clip).items()}
         return load_strict(cls(), own | frozen, source=path)
 
     def encode_text(self, ids: Tensor) -> Tensor:
@@ -267,4 +268,36 @@ class CLIPCount(ModelMixin, ConfigMixin):
         return self.density_decoder(*maps)[:, 0]
 
 
+def from_transformers(clip: CLIPModel) -> dict[str, Tensor]:
+    """The weights of a CLIP of transformers under OpenAI's names."""
+    state, converted = clip.state_dict(), {}
+    for key, value in state.items():
+        if key.endswith(("k_proj.weight", "k_proj.bias", "v_proj.weight", "v_proj.bias", "position_ids")):
+            continue
+        if ".q_proj." in key:
+            value = torch.cat([state[key.replace(".q_proj.", f".{one}_proj.")] for one in "qkv"])
+        for theirs, ours in OPENAI:
+            key = re.sub(theirs, ours, key)
+        converted[key] = value.T if key in ("text_projection", "visual.proj") else value
+    return converted
+
+
+OPENAI = [  # names of transformers -> of OpenAI
+    (r"^text_model\.", ""),
+    (r"^vision_model\.", "visual."),
+    (r"embeddings\.", ""),
+    (r"position_embedding\.weight", "positional_embedding"),
+    (r"patch_embedding\.", "conv1."),
+    (r"encoder\.layers\.", "transformer.resblocks."),
+    (r"self_attn\.q_proj\.", "attn.in_proj_"),
+    (r"self_attn\.", "attn."),
+    (r"layer_norm(\d)", r"ln_\1"),
+    (r"mlp\.fc1", "mlp.c_fc"),
+    (r"mlp\.fc2", "mlp.c_proj"),
+    (r"final_layer_norm", "ln_final"),
+    (r"pre_layrnorm", "ln_pre"),
+    (r"post_layernorm", "ln_post"),
+    (r"text_projection\.weight", "text_projection"),
+    (r"visual_projection\.weight", "visual.proj"),
+]
 FROZEN = ("clip.", "img_encoder.vit.", "text_encoder.clip_model.")

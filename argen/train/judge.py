@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from argen.data.scenes import HUES, Composer
+from argen.data.scenes import HUES, Composer, boxes
 from argen.data.tables import pixels, read_split
 from argen.eval import judge as scoring
 from argen.eval.reconstruction import reconstruct
@@ -74,7 +74,7 @@ class JudgeTask(Task):
 
         self.objects: list[tuple[int, tuple, int, int]] = []  # picture, box, name, colour
         for index, name in enumerate(icons["concept"]):
-            found = scoring.boxes(real[index])
+            found = boxes(real[index])
             box = scoring.around(found) if found else (0, 0, *real.shape[2:0:-1])
             self.objects.append((index, box, self.names.index(name), UNKNOWN))
         for index, things in enumerate(composed["objects"], len(icons)):

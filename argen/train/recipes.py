@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from argen.train import clip as clip_recipe
-from argen.train import controlar, draft, flexar, flextok, judge, kl_vae, llamagen, parti, sd, vit_vqgan, xar
+from argen.train import controlar, counter, draft, flexar, flextok, judge, kl_vae, llamagen, parti, sd, vit_vqgan, xar
 from argen.train.loop import train
 
 SCHEDULES = {
@@ -22,6 +22,7 @@ SCHEDULES = {
     "emoji-flextok": flextok.SCHEDULES,
     "emoji-flextok-ar": flexar.SCHEDULES,
     "emoji-sd": sd.SCHEDULES,
+    "emoji-counter": counter.SCHEDULES,
     "emoji-judge": judge.SCHEDULES,
 }
 TASKS = {  # recipe -> its task, and what that takes beside the pictures
@@ -40,6 +41,7 @@ TASKS = {  # recipe -> its task, and what that takes beside the pictures
     "emoji-flextok": (flextok.FlexTokTask, ("scenes", "vae", "clip")),
     "emoji-flextok-ar": (flexar.FlexARTask, ("scenes", "vae", "tokenizer", "clip")),
     "emoji-sd": (sd.StableDiffusionTask, ("scenes", "vae", "clip")),
+    "emoji-counter": (counter.CounterTask, ("scenes",)),
     "emoji-judge": (judge.JudgeTask, ("scenes", "tokenizer")),
 }
 STARTS = {  # recipe -> model it goes on from
