@@ -12,7 +12,8 @@ EXTRAS = {
     "cv2": "control",
     "scipy": "control",
     "matplotlib": "bench",
-, "nudenet": "nudity"}  # module -> the extra that brings it; others are of "train"
+    "nudenet": "nudity",
+}  # module -> the extra that brings it; others are of "train"
 
 
 class Parser(argparse.ArgumentParser):

@@ -208,6 +208,7 @@ def test_the_pipeline_writes_the_official_ids(class_pipe, tmp_path):
 def test_classes_are_asked_for_by_number_or_name():
     assert class_id("class:207") == class_id("Golden Retriever") == class_id("class: golden retriever") == 207
     assert (class_id("class:0"), class_id("class:999")) == (0, 999)
+    assert class_id("class:food", ["animals-nature", "food-drink"]) == 1  # no other begins so
     with pytest.raises(ValueError, match="did you mean golden retriever"):
         class_id("class:golden retreiver")
     with pytest.raises(ValueError, match="class 1000 does not exist: expected 0 to 999"):

@@ -10,6 +10,7 @@ import urllib.request
 from pathlib import Path
 
 import pytest
+from conftest import tiny_pipeline
 from PIL import Image
 
 from argen.metadata import read_request
@@ -151,3 +152,25 @@ def test_a_picture_is_taken_apart(page, tmp_path):
     assert page.locator("#lab-tokens td").count() >= 8
     if folder := os.environ.get("ARGEN_SCREENSHOTS"):
         page.screenshot(path=Path(folder) / "lab.png", full_page=True)
+
+
+def test_a_prompt_is_bound(page, golden, tmp_path):
+    tiny_pipeline(golden("tome/sdxl_attribute_binding")).save_pretrained(tmp_path / "sdxl")
+    page.get_by_role("tab", name="Diffusion").click()
+    page.locator("#pipeline textarea, #pipeline input").fill(str(tmp_path / "sdxl"))
+    page.locator("#bind-prompt textarea").fill("a white dog and a black bird")
+    page.locator("#bind-look").click()
+    pairs = page.locator("#bind-pairs textarea")
+    pytest.importorskip("playwright.sync_api").expect(pairs).to_have_value("dog=white\nbird=black", timeout=30_000)
+    page.get_by_role("button", name="More").click()
+    page.locator("#tool-steps input[type=number]").fill("3")
+    page.locator("#bind-run").click()
+    page.locator("#bind-state", has_text="dog <- white").wait_for(timeout=60_000)
+    assert page.locator("#bind-before img").count() == 1
+    assert page.locator("#bind-after img").count() == 1
+    page.get_by_role("tab", name="Count").click()
+    page.locator("#count-prompt textarea").fill("some apples")
+    page.locator("#count-run").click()
+    page.get_by_text("does not say how many of what").first.wait_for(timeout=30_000)
+    if folder := os.environ.get("ARGEN_SCREENSHOTS"):
+        page.screenshot(path=Path(folder) / "tools.png", full_page=True)

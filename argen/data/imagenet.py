@@ -4,6 +4,7 @@
 """
 
 import difflib
+import re
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -16,7 +17,8 @@ def class_names() -> tuple[str, ...]:
 
 
 def class_id(asked: str, names: Sequence[str] | None = None) -> int:
-    """The class that is asked for by number or name, as in "class:207", "class:golden retriever", "golden retriever".
+    """The class that is asked for by number or name, as in "class:207", "class:golden retriever", "golden retriever"; the first
+    words of a name will do where only one begins so.
 
     Args:
         names: of the classes; None are ImageNet's.
@@ -33,6 +35,9 @@ def class_id(asked: str, names: Sequence[str] | None = None) -> int:
     lowered = [name.lower() for name in names]
     if word in lowered:
         return lowered.index(word)
+    begun = [name for name in lowered if word and re.match(rf"{re.escape(word)}\b", name)]
+    if len(begun) == 1:
+        return lowered.index(begun[0])
     near = difflib.get_close_matches(word, lowered, n=3, cutoff=0.5)
     near = near or [name for name in lowered if word and word in name][:3]
     hint = f"did you mean {' or '.join(near)}?" if near else f'expected a number or a name, as in "class:{names[0]}"'

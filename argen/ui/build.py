@@ -5,12 +5,13 @@ from functools import cache
 from pathlib import Path
 
 import gradio as gr
+from diffusers import DiffusionPipeline
 
 from argen.device import pick
 from argen.eval.reconstruction import Tokenizer
 from argen.pipelines.base import TokenPipeline
-from argen.registry import MODELS, load
-from argen.ui import control, generate, lab
+from argen.registry import MODELS, load, load_diffusion
+from argen.ui import control, generate, lab, tools
 
 
 def build(data_dir: Path, device: str | None = None) -> gr.Blocks:
@@ -26,6 +27,12 @@ def build(data_dir: Path, device: str | None = None) -> gr.Blocks:
     def models(name: str) -> TokenPipeline | Tokenizer:
         return load(name).to(where)
 
+    @cache
+    def pipelines(name: str) -> DiffusionPipeline:
+        pipe = load_diffusion(name).to(where)
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
+
     generators = {name: model.takes for name, model in MODELS.items() if model.kind == "generator"}
     free = [name for name, takes in generators.items() if "control" not in takes]
     tokenizers = [name for name, model in MODELS.items() if model.kind == "tokenizer"]
@@ -36,6 +43,8 @@ def build(data_dir: Path, device: str | None = None) -> gr.Blocks:
             generate.tab(models, free, data_dir)
         with gr.Tab("Control"):
             control.tab(models, controlled, data_dir)
+        with gr.Tab("Diffusion"):
+            tools.tab(pipelines)
         with gr.Tab("Tokenizers"):
             lab.tab(models, tokenizers, [name for name in tokenizers if MODELS[name].repo is None])
     return page
