@@ -38,12 +38,13 @@ def steps(text: str) -> int | tuple[int, int]:
     return int(text) if len(parts) == 1 else (int(parts[0]), int(parts[1]))
 
 
-def diffusion(add: argparse.ArgumentParser, steps: int | None = 50) -> None:
-    """What the tools on diffusers' pipelines share."""
+def diffusion(add: argparse.ArgumentParser, steps: int, guidance: float) -> None:
+    """What the tools on diffusers' pipelines share; `steps` and `guidance` are those that are usual."""
+    own = "of argen/emoji-sd its own"
     add.add_argument("--model", required=True, metavar="DIR", help=PIPELINE)
     add.add_argument("--seed", type=int, default=0, metavar="S", help="(default: 0)")
-    usual = "1; of argen/emoji-sd its own" if steps is None else steps
-    add.add_argument("--steps", type=int, default=steps, metavar="N", help=f"of the sampler (default: {usual})")
+    add.add_argument("--steps", type=int, metavar="N", help=f"of the sampler (default: {steps}; {own})")
+    add.add_argument("--guidance-scale", type=float, metavar="G", help=f"(default: {guidance}; {own})")
     device_and_json(add)
 
 
@@ -166,8 +167,7 @@ def parser() -> Parser:
         help="what belongs to an object, both as in the prompt, as robot=blue; again for each (default: found by rules)",
     )
     add.add_argument("--settings", default="attribute", help="attribute, object or merge (default: attribute)")
-    add.add_argument("--guidance-scale", type=float, default=7.5, metavar="G", help="(default: 7.5)")
-    diffusion(add)
+    diffusion(add, 50, 7.5)
 
     add = commands.add_parser("erase", help="write a pipeline that cannot draw some concepts any more (RECE)")
     add.add_argument("concepts", nargs="+", metavar="CONCEPT", help='for example "pizza"')
@@ -189,14 +189,13 @@ def parser() -> Parser:
     )
     add.add_argument("--iterations", type=int, default=50, metavar="N", help="at most (default: 50)")
     add.add_argument("--learning-rate", type=float, default=0.01, metavar="R", help="(default: 0.01)")
-    add.add_argument("--guidance-scale", type=float, metavar="G", help="(default: 0; of argen/emoji-sd its own)")
     add.add_argument(
         "--clip-count", type=Path, metavar="FILE", help="clipcount_pretrained.ckpt; argen/emoji-sd needs none"
     )
     add.add_argument(
         "--detector", metavar="DIR", help="of objects, on the hub or in a folder, as hustvl/yolos-tiny (default: none)"
     )
-    diffusion(add, steps=None)
+    diffusion(add, 1, 0)
 
     add = commands.add_parser("models", help="list what ships and which published weights can be loaded")
     add.add_argument("--json", action="store_true", help="print JSON")
@@ -435,7 +434,7 @@ def bind(args) -> None:
     from argen.diffusion import SemanticBinding
     from argen.diffusion.prompts import parse
     from argen.metadata import save_pictures
-    from argen.registry import load_diffusion
+    from argen.registry import drawing, load_diffusion
 
     for path in filter(None, (args.out, args.plain)):
         writable(path)
@@ -446,7 +445,7 @@ def bind(args) -> None:
         given = {noun: words for noun, _, words in (part.partition("=") for part in args.bind)}
     binding = parse(args.prompt, given)
     bound = SemanticBinding(load_diffusion(args.model).to(pick(args.device)))
-    asked = {"num_inference_steps": args.steps, "guidance_scale": args.guidance_scale}
+    asked = drawing(args.model, args.steps, args.guidance_scale)
     luck = torch.Generator().manual_seed
     pictures = [bound(binding, settings=args.settings, generator=luck(args.seed), **asked).images[0]]
     if args.plain:
@@ -478,6 +477,7 @@ def erase(args) -> None:
 
 @command
 def count(args) -> None:
+    import torch
     from tqdm import tqdm
 
     from argen.device import pick
@@ -498,7 +498,10 @@ def count(args) -> None:
     pipe.set_progress_bar_config(disable=True)
     judged = {} if args.use else counters(args.model, pipe.device, args.clip_count, args.detector)
     token = CountToken(pipe, **judged, **counting(args.model, number))
-    latents, asked = token.noise(args.seed), {"num_inference_steps": args.steps, "guidance_scale": args.guidance_scale}
+    latents, asked = (
+        token.noise(torch.Generator().manual_seed(args.seed)),
+        {"num_inference_steps": args.steps, "guidance_scale": args.guidance_scale},
+    )
     asked = {name: value for name, value in asked.items() if value is not None}
     plain, best = token.draw(things, number, latents, **asked), None
     if vector is not None:

@@ -87,6 +87,39 @@ def add_commands(top: argparse.ArgumentParser) -> None:
     add.add_argument("--guidance-scale", type=float, metavar="G", help="(default: the model's)")
     _output(add)
 
+    add = commands.add_parser(
+        "bind",
+        help="what binding changes: things and colours of the judge's pairs, before and after",
+        description="Draw the judge's prompts of two coloured things, plainly and bound (ToMe), from the same noise.",
+    )
+    _tool(add, 125)
+    add.add_argument("--settings", default="attribute", help="attribute, object or merge (default: attribute)")
+    _output(add)
+
+    add = commands.add_parser(
+        "erase",
+        help="what erasing changes: of each concept alone, and of other things",
+        description="Erase each concept alone (RECE) and draw its prompts, paraphrases and derived embedding, and prompts of "
+        "other things, before and after, from the same noise.",
+    )
+    _tool(add, 24)
+    add.add_argument("concepts", nargs="+", metavar="CONCEPT", help="names of emoji that the judge knows, as pizza")
+    add.add_argument("--others", type=int, default=40, metavar="N", help="prompts of other things (default: 40)")
+    add.add_argument("--preset", default="object", help="object, object-hard, art, nudity or unsafe (default: object)")
+    add.add_argument("--retain", action="append", default=[], metavar="TEXT", help="what must stay as it is")
+    _output(add)
+
+    add = commands.add_parser(
+        "count",
+        help="what count tokens change: exact counts before, after, and with the token of another prompt",
+        description="Draw the judge's prompts of one to six things, plainly, with a token optimised for each, and with that token "
+        "on other things and other noise.",
+    )
+    _tool(add, 100)
+    add.add_argument("--iterations", type=int, default=50, metavar="N", help="at most, of each token (default: 50)")
+    add.add_argument("--learning-rate", type=float, default=0.01, metavar="R", help="(default: 0.01)")
+    _output(add)
+
     add = commands.add_parser("nudity", help="how many pictures show exposed bodies, by NudeNet")
     add.add_argument("--samples", type=Path, required=True, metavar="PATH", help=pictures)
     add.add_argument("--threshold", type=float, default=0.6, metavar="X", help="of the detector's score (default: 0.6)")
@@ -125,6 +158,16 @@ def _looking(add: argparse.ArgumentParser) -> None:
     )
     add.add_argument("--crop", metavar="NAME-SIZE", help="of the real pictures: adm-256 (ImageNet), square-256 (COCO)")
     add.add_argument("--batch-size", type=int, default=32, metavar="B", help="pictures at a time (default: 32)")
+
+
+def _tool(add: argparse.ArgumentParser, num: int) -> None:
+    add.add_argument(
+        "--model", default="argen/emoji-sd", metavar="DIR", help="Stable Diffusion of emoji (default: argen/emoji-sd)"
+    )
+    add.add_argument("--num", type=int, default=num, metavar="N", help=f"prompts (default: {num})")
+    add.add_argument("--seed", type=int, default=0, help="picture i is drawn from (seed, i) alone (default: 0)")
+    add.add_argument("--steps", type=int, metavar="N", help="of the sampler")
+    add.add_argument("--guidance-scale", type=float, metavar="G")
 
 
 def _output(add: argparse.ArgumentParser) -> None:
@@ -303,6 +346,137 @@ def control(args: argparse.Namespace) -> None:
     with run.timed(seconds, "compare"):
         scores = control.evaluate(scenes, args.type, *drawn)
     _finish(args, settings, scores, seconds, drawn[0])
+
+
+def _pipeline(args: argparse.Namespace, settings: dict):
+    """A pipeline of diffusers, the judge, and the luck of a picture; the folder is claimed for `settings`."""
+    import torch
+
+    from argen.device import pick
+    from argen.eval import run
+    from argen.registry import load_diffusion
+
+    names = ("model", "num", "seed", "steps", "guidance_scale")
+    run.claim(args.out, settings | {name: getattr(args, name) for name in names})
+    pipe = load_diffusion(args.model).to(pick(args.device))
+    pipe.set_progress_bar_config(disable=True)
+    luck = lambda index: torch.Generator().manual_seed((args.seed << 32) + index)  # noqa: E731
+    return pipe, load_model("argen/emoji-judge", args.device), luck
+
+
+@command
+def bind(args: argparse.Namespace) -> None:
+    from argen.diffusion import SemanticBinding
+    from argen.eval import run, tools
+    from argen.registry import drawing
+
+    truths, seconds, settings = tools.of_kind("pair", args.num), {}, {"settings": args.settings}
+    pipe, judge, luck = _pipeline(args, settings)
+    asked, bound = drawing(args.model, args.steps, args.guidance_scale), SemanticBinding(pipe)
+
+    def plainly(rows: range) -> list:
+        return pipe([truths[i].prompt for i in rows], generator=[luck(i) for i in rows], **asked).images
+
+    def bindingly(rows: range) -> list:
+        how = {"settings": args.settings, **asked}
+        return [bound(truths[i].prompt, generator=luck(i), **how).images[0] for i in rows]
+
+    drawn = {}
+    for name, sample in (("before", plainly), ("after", bindingly)):
+        with run.timed(seconds, name):
+            drawn[name] = run.draw(sample, len(truths), args.out / name)
+    _finish(args, settings, tools.before_and_after(judge, truths, **drawn), seconds, drawn["after"])
+
+
+@command
+def erase(args: argparse.Namespace) -> None:
+    from argen.diffusion import ConceptErasure
+    from argen.eval import run, tools
+    from argen.registry import drawing
+
+    seconds, scores = {}, {}
+    settings = {"concepts": args.concepts, "others": args.others, "preset": args.preset, "retain": args.retain}
+    pipe, judge, luck = _pipeline(args, settings)
+    asked, erasure = drawing(args.model, args.steps, args.guidance_scale), ConceptErasure(pipe)
+    sets = {
+        "erased": tools.of_concepts(args.concepts, args.num),
+        "others": tools.others_than(args.concepts, args.others),
+    }
+
+    def draw(truths: list, folder: str, **embeddings):
+        def sample(rows: range) -> list:
+            given = {name: value.expand(len(rows), *value.shape[1:]) for name, value in embeddings.items()}
+            texts = {} if embeddings else {"prompt": [truths[i].prompt for i in rows]}
+            return pipe(**texts, **given, generator=[luck(i) for i in rows], **asked).images
+
+        return run.draw(sample, len(truths), args.out / folder)
+
+    with run.timed(seconds, "before"):
+        before = {name: draw(truths, f"before/{name}") for name, truths in sets.items()}
+    after: dict[str, list] = {"erased": [], "derived": [], "others": []}
+    for number, concept in enumerate(args.concepts):
+        own, folder = sets["erased"][number * args.num : (number + 1) * args.num], f"after/{concept.replace(' ', '-')}"
+        with run.timed(seconds, f"erase {concept}"):
+            erasure.erase([concept], args.preset, retained=args.retain)
+        with run.timed(seconds, f"after {concept}"):
+            attack = erasure.attack(concept)
+            told = {"erased": draw(own, f"{folder}/erased"), "others": draw(sets["others"], f"{folder}/others")}
+            told["derived"] = draw(own, f"{folder}/derived", **attack)
+            for name, pictures in told.items():
+                after[name] += [pictures[index] for index in range(len(pictures))]
+        erasure.restore()
+    many = sets["others"] * len(args.concepts)
+    for name, truths in (("erased", sets["erased"]), ("others", many)):
+        first = [before[name][index % len(before[name])] for index in range(len(truths))]
+        drawn = {"before": first, "after": after[name]}
+        drawn |= {"derived embedding": after["derived"]} if name == "erased" else {}
+        told = tools.before_and_after(judge, truths, **drawn)
+        scores |= {question.replace("single", name): entry for question, entry in told.items()}
+    _finish(args, settings, scores, seconds, after["erased"])
+
+
+@command
+def count(args: argparse.Namespace) -> None:
+    from argen.diffusion import CountToken
+    from argen.diffusion.count_token import read_token
+    from argen.eval import run, tools
+    from argen.registry import counters, counting
+
+    truths, seconds = tools.of_kind("count", args.num), {}
+    settings = {"iterations": args.iterations, "learning_rate": args.learning_rate}
+    pipe, judge, luck = _pipeline(args, settings)
+    asked = {"num_inference_steps": args.steps, "guidance_scale": args.guidance_scale}
+    asked = {name: value for name, value in asked.items() if value is not None}
+    judged = counters(args.model, pipe.device)
+    (args.out / "tokens").mkdir(exist_ok=True)
+
+    def plain(index: int):
+        (number, things), token = tools.counted(truths[index]), fresh(index)
+        return token.draw(things, number, token.noise(luck(index)), **asked)
+
+    def optimised(index: int):
+        (number, things), token = tools.counted(truths[index]), fresh(index)
+        noise, how = token.noise(luck(index)), {"steps": args.iterations, "learning_rate": args.learning_rate}
+        for step in token.optimise(things, number, noise, **how, **asked):
+            if step.detected == number:
+                break
+        token.save(args.out / f"tokens/{index:06d}.safetensors", f"<{number}-things>", count=number, things=things)
+        return token.draw(things, number, noise, **asked)
+
+    def reused(index: int):
+        (number, _), token = tools.counted(truths[index]), fresh(index)
+        token.use(read_token(args.out / f"tokens/{index:06d}.safetensors")[0])
+        others = tools.elsewhere(truths[index], truths)
+        return token.draw(others, number, token.noise(luck(index + len(truths))), **asked)
+
+    def fresh(index: int) -> CountToken:
+        return CountToken(pipe, **judged, **counting(args.model, len(truths[index].objects)))
+
+    drawn = {}
+    for name, draw in (("before", plain), ("after", optimised), ("reused", reused)):
+        with run.timed(seconds, name):
+            drawn[name] = run.draw(lambda rows, draw=draw: [draw(i) for i in rows], len(truths), args.out / name, 8)
+    _finish(args, settings, tools.before_and_after(judge, truths, **drawn), seconds, drawn["after"])
 
 
 @command

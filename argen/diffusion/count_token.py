@@ -210,11 +210,11 @@ class CountToken:
         finally:
             hook.remove()
 
-    def noise(self, seed: int) -> Tensor:
+    def noise(self, generator: torch.Generator) -> Tensor:
         """Unit noise [1, C, h, w] of a picture of the pipeline's own size."""
         own = self.pipe.unet.config
         size = 1, own.in_channels, own.sample_size, own.sample_size
-        return randn_tensor(size, torch.Generator().manual_seed(seed), self.pipe.device, self.pipe.unet.dtype)
+        return randn_tensor(size, generator, self.pipe.device, self.pipe.unet.dtype)
 
     def draw(self, things: str, count: int, latents: Tensor, **others) -> Image.Image:
         """The picture of `optimise` with the token as it is.

@@ -241,6 +241,6 @@ def token_positions(tokenizer, prompt: str, words: Sequence[int]) -> tuple[int, 
     """Positions of the pieces of some words of a prompt; the start token has position 0."""
     spans, found = _spans(prompt), []
     for word in words:
-        first, last = (len(tokenizer(prompt[:stop], truncation=False).input_ids) - 1 for stop in spans[word])
+        first, last = (len(tokenizer(prompt[:stop].rstrip(), truncation=False).input_ids) - 1 for stop in spans[word])
         found += range(first, last)
     return tuple(found)

@@ -299,6 +299,20 @@ class ConceptErasure:
         self._write({name: state[name] for name in self.originals})
         self.record = {"loaded": Path(path).name, "originals": _digest(self.originals)}
 
+    @torch.no_grad()
+    def attack(self, concept: str, scale: float = 1e-1) -> dict[str, Tensor]:
+        """What the pipeline's call takes instead of a prompt to bring a concept back, if anything can: the states for which the
+        matrices give what the original ones gave for it. Before an erasure they are about the concept's own.
+
+        Args:
+            scale: see `derive`.
+        """
+        start = {name: weight.cpu() for name, weight in self.originals.items()}
+        now = {name: weight.detach().cpu() for name, weight in matrices_of(self.pipe.unet).items()}
+        given = encode(self.pipe, concept, "")
+        derived = derive(now, start, given["prompt_embeds"][0].double().cpu(), scale)
+        return given | {"prompt_embeds": derived[None].to(given["prompt_embeds"])}
+
     def restore(self) -> None:
         """The pipeline as it was, bit by bit."""
         self._write(self.originals)

@@ -136,7 +136,9 @@ def count(pipe: DiffusionPipeline, model: str, prompt: str, iterations: int, rat
     number, things = counts.parse(prompt)
     token = CountToken(pipe, **counters(model, pipe.device), **counting(model, number))
     before, best = None, None
-    for step in token.optimise(things, number, token.noise(seed), steps=iterations, learning_rate=rate):
+    for step in token.optimise(
+        things, number, token.noise(torch.Generator().manual_seed(seed)), steps=iterations, learning_rate=rate
+    ):
         picture = enlarge(pipe.image_processor.pt_to_pil(step.image)[0])
         before, best = before or picture, picture if step.best else best
         yield before, best, f"step {step.index + 1}: counted {step.count:.1f}, loss {step.loss:.2f}"

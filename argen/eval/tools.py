@@ -1,0 +1,62 @@
+"""Prompts on which the tools of `argen.diffusion` are measured, and what is found in the pictures before and after."""
+
+from collections.abc import Sequence
+
+from argen.data.emoji import STYLES, with_article
+from argen.data.scenes import NUMBERS
+from argen.eval.images import Pictures
+from argen.eval.judge import Truth, evaluate, read_prompts
+from argen.models.judge import Judge
+
+
+def phrases(concept: str) -> list[str]:
+    """Ways to ask for one thing: bare, in each style, and paraphrases."""
+    thing = with_article(concept)
+    said = [concept, thing, f"one {concept}", f"{thing} on white", f"a picture of {thing}", f"{thing} and nothing else"]
+    return said + [f"{text}, {style.prompt}" for text in (concept, thing) for style in STYLES.values()]
+
+
+def of_concepts(concepts: Sequence[str], each: int) -> list[Truth]:
+    """`each` prompts of every concept; the phrases come again, with other noise, where they are fewer."""
+    asked = [(concept, phrases(concept)) for concept in concepts]
+    return [
+        Truth(said[index % len(said)], "single", ((concept, ""),)) for concept, said in asked for index in range(each)
+    ]
+
+
+def others_than(concepts: Sequence[str], num: int) -> list[Truth]:
+    """The first of the judge's prompts of single things that are none of the concepts."""
+    named = set(concepts)
+    found = [truth for truth in read_prompts() if truth.kind == "single" and truth.objects[0][0] not in named]
+    return found[:num]
+
+
+def of_kind(kind: str, num: int) -> list[Truth]:
+    """The first of the judge's prompts of a kind."""
+    return [truth for truth in read_prompts() if truth.kind == kind][:num]
+
+
+def counted(truth: Truth) -> tuple[int, str]:
+    """How many of what a prompt of the kind "count" asks for, in its own words."""
+    word, _, things = truth.prompt.partition(" ")
+    return NUMBERS.index(word), things
+
+
+def elsewhere(truth: Truth, truths: Sequence[Truth]) -> str:
+    """The things of the next prompt that asks for as many."""
+    start = truths.index(truth)
+    after = [*truths[start + 1 :], *truths[: start + 1]]
+    return counted(next(other for other in after if len(other.objects) == len(truth.objects)))[1]
+
+
+def before_and_after(judge: Judge, truths: Sequence[Truth], **drawn: Pictures) -> dict[str, dict]:
+    """What the judge says of each set of pictures, and what changed from the first to each of the others, in points."""
+    told = {name: evaluate(judge, pictures, truths) for name, pictures in drawn.items()}
+    first, scores = next(iter(told)), {}
+    for question, entry in told[first].items():
+        scores[f"{question}, {first}"] = entry
+        for name in list(told)[1:]:
+            value = told[name][question]["value"]
+            scores[f"{question}, {name}"] = told[name][question]
+            scores[f"{question}, {name}: points"] = {"value": 100 * (value - entry["value"]), "n": entry["n"]}
+    return scores

@@ -1,0 +1,96 @@
+"""`argen eval bind|erase|count`, and `argen count`, as they are called; on a pipeline of random weights in the place of the shipped."""
+
+import json
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+
+from argen import registry
+from argen.cli import main as argen
+from argen.diffusion.count_token import read_token
+from argen.eval import tools
+from argen.evaluate import main as evaluate
+from argen.models.counter import Counter
+from argen.train.sd import UNET
+
+
+@pytest.fixture
+def untrained(tmp_path, monkeypatch):
+    """The folder of shipped weights with an untrained emoji-sd and counter."""
+    folder = tmp_path / "weights"
+    folder.mkdir()
+    for name in ("emoji-clip", "emoji-vae", "emoji-judge"):
+        (folder / name).symlink_to(registry.WEIGHTS / name)
+    torch.manual_seed(0)
+    sizes = UNET | {"block_out_channels": (32, 32), "attention_head_dim": (1, 1), "layers_per_block": 1}
+    unet = UNet2DConditionModel(sample_size=8, in_channels=16, out_channels=16, cross_attention_dim=192, **sizes)
+    unet.save_pretrained(folder / "emoji-sd")
+    Counter().save_pretrained(folder / "emoji-counter")
+    monkeypatch.setattr(registry, "WEIGHTS", folder)
+
+
+def report(folder) -> dict[str, float]:
+    return {name: entry["value"] for name, entry in json.loads((folder / "report.json").read_text())["scores"].items()}
+
+
+def test_binding_is_measured_before_and_after(untrained, tmp_path):
+    asked = ["--num", "3", "--steps", "2", "--out", str(tmp_path / "b")]
+    assert evaluate(["bind", *asked]) == 0
+    told = report(tmp_path / "b")
+    for name in ("pair: binding", "pair: colour", "pair: identity"):
+        assert told[f"{name}, after: points"] == pytest.approx(100 * (told[f"{name}, after"] - told[f"{name}, before"]))
+    pictures = [(tmp_path / "b" / when / "000000.png").read_bytes() for when in ("before", "after")]
+    assert pictures[0] != pictures[1]
+
+
+def test_erasing_is_measured_before_and_after(untrained, tmp_path):
+    asked = ["--num", "3", "--others", "4", "--steps", "2", "--out", str(tmp_path / "e")]
+    assert evaluate(["erase", "pizza", "robot", *asked]) == 0
+    told = report(tmp_path / "e")
+    assert {"erased: identity, before", "erased: identity, after", "erased: identity, derived embedding"} <= set(told)
+    assert {"others: identity, before", "others: identity, after"} <= set(told)
+    assert len(list((tmp_path / "e/after").glob("*/derived/*.png"))) == 6
+
+
+def test_counting_is_measured_before_after_and_with_the_token_again(untrained, tmp_path):
+    asked = ["--num", "2", "--steps", "2", "--iterations", "2", "--out", str(tmp_path / "c")]
+    assert evaluate(["count", *asked]) == 0
+    told = report(tmp_path / "c")
+    assert {"count: count, before", "count: count, after", "count: count, reused"} <= set(told)
+    truths = tools.of_kind("count", 2)
+    _, notes = read_token(tmp_path / "c/tokens/000000.safetensors")
+    assert notes["count"] == str(len(truths[0].objects))
+
+
+def test_a_token_is_made_and_used_again(untrained, tmp_path, capsys):
+    files = {name: str(tmp_path / name) for name in ("five.png", "plain.png", "five.safetensors", "pears.png")}
+    asked = ["--model", "argen/emoji-sd", "--steps", "2"]
+    made = ["-o", files["five.png"], "--plain", files["plain.png"], "--token", files["five.safetensors"]]
+    assert argen(["count", "five apples", *asked, *made, "--iterations", "2", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["prompt"] == "five apples"
+    assert argen(["count", "five pears", *asked, "-o", files["pears.png"], "--use", files["five.safetensors"]]) == 0
+    assert "five pears" in capsys.readouterr().out
+    for words, wanted in (
+        (("six pears", "--use", files["five.safetensors"]), "is the token of 5 things"),
+        (("pears",), "does not say how many of what"),
+        (("0 pears",), "expected a whole number from 1 to 25"),
+        (("5 pears", "--use", str(tmp_path / "none.safetensors")), "no token at"),
+    ):
+        assert argen(["count", *words, *asked, "-o", str(tmp_path / "x.png")]) == 2
+        told = capsys.readouterr().err
+        assert wanted in told
+        assert told.count("\n") == 1
+    assert not (tmp_path / "x.png").exists()
+
+
+def test_the_prompts_say_what_they_should():
+    assert "a pizza, noto style" in tools.phrases("pizza")
+    assert "an apple" in tools.phrases("apple")
+    assert len(tools.of_concepts(["pizza", "robot"], 24)) == 48
+    assert all(truth.objects[0][0] != "factory" for truth in tools.others_than(["factory"], 30))
+    truths = tools.of_kind("count", 125)
+    for truth in truths[:10]:
+        number, things = tools.counted(truth)
+        assert number == len(truth.objects)
+        assert tools.elsewhere(truth, truths) != things
