@@ -1,0 +1,122 @@
+"""SEED's tokenizer against the official code's numbers."""
+
+import pytest
+import torch
+from conftest import published_keys, shapes
+from transformers import Blip2VisionModel
+
+from tokenizers_img import seed
+from tokenizers_img.checkpoint import load_strict
+
+CLOSE = {"atol": 1e-4, "rtol": 1e-4}
+
+
+def small(case) -> tuple[seed.Seed, Blip2VisionModel]:
+    config, state = case.config, case.weights
+    vision, q = config["vision"], config["qformer"]
+    network = seed.Seed(
+        features=q["encoder_width"],
+        dim=q["hidden_size"],
+        layers=q["num_hidden_layers"],
+        heads=q["num_attention_heads"],
+        hidden=q["intermediate_size"],
+        tokens=config["num_query_token"],
+        n_embed=config["n_embed"],
+        embed_dim=config["codebook_embed_dim"],
+        depth=config["decode_depth"],
+        block_heads=config["block_num_heads"],
+        **seed.sizes_of(state) | {"embedding": config.get("image_features_dim") or config["text_features_dim"]},
+    )
+    sizes = {"dim": vision["embed_dim"], "depth": vision["depth"], "heads": vision["num_heads"]}
+    encoder = seed.vision_network(vision["img_size"], **sizes, mlp_ratio=vision["mlp_ratio"])
+    seen = {key: value for key, value in state.items() if key.startswith(("visual_encoder.", "ln_vision."))}
+    load_strict(encoder, seed.vision_state(seen, vision["depth"]), source="golden")
+    return load_strict(network, seed.seed_state(state, network), source="golden"), encoder
+
+
+@pytest.mark.parametrize("name", ["seed2_mlp", "seed2_reverse", "seed1_text"])
+@torch.no_grad()
+def test_a_picture_becomes_official_tokens_and_an_official_embedding(golden, name):
+    case = golden(f"seed/{name}")
+    (network, encoder), io = small(case), case.io
+    seen = encoder(io["pixel_values"], output_hidden_states=True)
+    torch.testing.assert_close(seen.hidden_states[-1], io["vit_features"], **CLOSE)
+    features = seen.last_hidden_state
+    torch.testing.assert_close(features, io["image_embeds"], **CLOSE)
+    found = network.queries(features)
+    torch.testing.assert_close(found, io["query_output"], **CLOSE)
+    torch.testing.assert_close(network.encode_task_layer(found), io["pre_quant"], **CLOSE)
+    ids = network.ids(features)
+    assert torch.equal(ids, io["ids"])
+    codes = network.quantize.embedding(ids)
+    torch.testing.assert_close(codes, io["quantized"], **CLOSE)
+    torch.testing.assert_close(network.decode_task_layer(codes), io["decode_task_output"], **CLOSE)
+    torch.testing.assert_close(network.decode(ids), io["generation_embedding"], **CLOSE)
+    torch.testing.assert_close(network.decode(io["free_ids"]), io["free_generation_embedding"], **CLOSE)
+    if "reconstructed_query_output" in io:
+        torch.testing.assert_close(network.reconstruct(codes), io["reconstructed_query_output"], **CLOSE)
+
+
+@torch.no_grad()
+def test_tokens_are_causal(golden):
+    """A change of a query changes nothing of those before it."""
+    network, encoder = small(golden("seed/seed2_mlp"))
+    features = torch.randn(1, 10, 40, generator=torch.Generator().manual_seed(0))
+    before = network.queries(features)
+    network.query_tokens[:, 20] += torch.randn(48, generator=torch.Generator().manual_seed(1))
+    after = network.queries(features)
+    torch.testing.assert_close(after[:, :20], before[:, :20])
+    assert (after[:, 20:] - before[:, 20:]).abs().amax(dim=-1).min() > 1e-3
+
+
+def test_every_published_key_has_its_place():
+    published = published_keys("seed")
+    with torch.device("meta"):
+        network, encoder = seed.Seed(), seed.vision_network()
+        keys = {key: torch.empty(shape) for key, shape in published["seed2_quantizer"].items()}
+        vision = {key: torch.empty(shape) for key, shape in published["eva_vit_g"].items()}
+    assert seed.sizes_of(keys) == {"head": "mlp", "reconstruct": True}
+    norm = {key: value for key, value in keys.items() if key.startswith("ln_vision.")}
+    assert shapes(network) == {key: list(value.shape) for key, value in seed.seed_state(keys, network).items()}
+    assert {key for key in keys if not key.startswith("ln_vision.")} - {"Qformer.bert.embeddings.position_ids"} == {
+        key for key in keys if seed.seed_state({key: keys[key]}, network)
+    }
+    own = {key: value for key, value in vision.items() if not key.startswith(("norm.", "head."))}
+    assert shapes(encoder) == {key: list(value.shape) for key, value in seed.vision_state(own | norm, 39).items()}
+
+
+def test_released_files_are_loaded(golden, tmp_path, monkeypatch):
+    """Both ways in which they lie about: the encoder in a file of its own, with a block more, or in the same file."""
+    case = golden("seed/seed2_mlp")
+    network, encoder = small(case)
+    own = {key: value for key, value in network.config.items() if not key.startswith("_")}
+    monkeypatch.setattr(seed, "sizes_of", lambda state: own)
+    monkeypatch.setattr(seed, "vision_network", lambda: seed_vision)
+    state = case.weights | {
+        "Qformer.bert.encoder.layer.0.intermediate.dense.weight": torch.ones(2),
+        "temp": torch.ones(1),
+    }
+    vision = {key.removeprefix("visual_encoder."): value for key, value in state.items() if "visual" in key}
+    block = {key.replace("blocks.2.", "blocks.3."): value for key, value in vision.items() if "blocks.2." in key}
+    torch.save(state, tmp_path / "all.pt")
+    torch.save({key: value for key, value in state.items() if "visual" not in key}, tmp_path / "seed_quantizer.pt")
+    torch.save(vision | block | {"head.weight": torch.ones(1)}, tmp_path / "eva_vit_g.pth")
+    for files in (("all.pt",), ("seed_quantizer.pt", "eva_vit_g.pth")):
+        seed_vision = type(encoder)(encoder.config)
+        read, seen = seed.from_original(*(tmp_path / file for file in files))
+        for ours, theirs in ((read, network), (seen, encoder)):
+            assert all(torch.equal(value, theirs.state_dict()[key]) for key, value in ours.state_dict().items())
+    part = {key: value for key, value in state.items() if key != "image_down.2.weight"}
+    torch.save(part, tmp_path / "part.pt")
+    with pytest.raises(ValueError, match="does not fit Seed: missing image_down.2.weight"):
+        seed.from_original(tmp_path / "part.pt")
+
+
+def test_bad_tokens_are_refused(golden):
+    network, _ = small(golden("seed/seed2_mlp"))
+    with pytest.raises(ValueError, match="got 31 tokens for a picture: expected 32"):
+        network.decode(torch.zeros(1, 31, dtype=torch.long))
+    with pytest.raises(ValueError, match="token 128 does not exist: expected 0 to 127"):
+        network.decode(torch.full((1, 32), 128))
+    with pytest.raises(ValueError, match="no head of SEED"):
+        seed.head_of({})

@@ -1,0 +1,315 @@
+"""SEED: a picture as a few tokens of meaning in causal order, and back through a diffusion model.
+
+Papers: "Planting a SEED of Vision in Large Language Model" (arXiv 2307.08041), "Making LLaMA SEE and Draw with SEED Tokenizer"
+(arXiv 2310.01218). Weights: ``AILab-CVC/seed-tokenizer-2`` (Apache-2.0) and the vision transformer of EVA-CLIP, as BLIP-2 has it.
+The vision transformer and the Q-Formers are those of transformers; the rest is named as published.
+
+Letters in shape comments: B batch, P features of a picture, V their width, N tokens, D width, C width of a code, E width of the
+generation embedding, which a diffusion model draws.
+"""
+
+import logging
+import re
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from diffusers import ConfigMixin, ModelMixin
+from diffusers.configuration_utils import register_to_config
+from torch import Tensor, nn
+from transformers import Blip2QFormerConfig, Blip2QFormerModel, Blip2VisionConfig, Blip2VisionModel
+
+from tokenizers_img.checkpoint import load_strict, read_state_dict
+from tokenizers_img.quantize import check_ids
+
+logger = logging.getLogger(__name__)
+MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # of the pixels
+DOWN = (256, 128, 32)  # widths of the "mlp" head, token by token
+HEADS = {"mlp": "image", "reverse": "image", "text": "text"}  # how the embedding is made -> what it stands for
+NORM_EPS = 1e-5  # of the norm after the vision transformer, whose own are 1e-6
+
+
+class Attention(nn.Module):
+    def __init__(self, dim: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.qkv, self.proj = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        query, key, value = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        return self.proj(F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2))
+
+
+class MLP(nn.Module):
+    def __init__(self, dim: int):
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(dim, 4 * dim), nn.Linear(4 * dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class Block(nn.Module):
+    """A layer of the decoders."""
+
+    def __init__(self, dim: int, heads: int):
+        super().__init__()
+        self.norm1, self.attn = nn.LayerNorm(dim, eps=1e-6), Attention(dim, heads)
+        self.norm2, self.mlp = nn.LayerNorm(dim, eps=1e-6), MLP(dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attn(self.norm1(x))
+        return x + self.mlp(self.norm2(x))
+
+
+class Codebook(nn.Module):
+    """The nearest code by Euclidean distance, neither side normalised."""
+
+    def __init__(self, n_embed: int, embed_dim: int):
+        super().__init__()
+        self.embedding = nn.Embedding(n_embed, embed_dim)
+
+    def nearest(self, z: Tensor) -> Tensor:
+        """Ids [...] of vectors [..., C]."""
+        codes = self.embedding.weight
+        distance = z.square().sum(dim=-1, keepdim=True) + codes.square().sum(dim=-1) - 2 * z @ codes.T
+        return distance.argmin(dim=-1)
+
+
+def qformer(dim: int, layers: int, heads: int, hidden: int, features: int) -> Blip2QFormerModel:
+    """A Q-Former of BLIP-2 that looks at features [B, P, features] in every other layer."""
+    config = Blip2QFormerConfig(
+        hidden_size=dim,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        intermediate_size=hidden,
+        encoder_hidden_size=features,
+        cross_attention_frequency=2,
+        layer_norm_eps=1e-12,
+    )
+    return Blip2QFormerModel(config)
+
+
+class Seed(ModelMixin, ConfigMixin):
+    """Features of a picture <-> causal ids -> generation embedding.
+
+    Args:
+        features: V, of the picture encoder.
+        dim, layers, heads, hidden: of the causal Q-Former.
+        tokens: N.
+        n_embed, embed_dim: of the codebook.
+        depth, block_heads: of each decoder.
+        head: how the generation embedding is made: "mlp" (SEED-2 as published), "reverse" (a second Q-Former with one query, as the
+            training code has it) or "text" (SEED-1: with 77, in place of a text's states).
+        embedding: E.
+        reverse_layers: of the second Q-Former.
+        reconstruct: also the decoder of the Q-Former's output, which only training needs.
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        features: int = 1408,
+        dim: int = 768,
+        layers: int = 12,
+        heads: int = 12,
+        hidden: int = 3072,
+        tokens: int = 32,
+        n_embed: int = 8192,
+        embed_dim: int = 32,
+        depth: int = 4,
+        block_heads: int = 12,
+        head: str = "mlp",
+        embedding: int = 1024,
+        reverse_layers: int = 4,
+        reconstruct: bool = True,
+    ):
+        super().__init__()
+        if head not in HEADS:
+            raise ValueError(f"unknown head {head!r}: expected one of {', '.join(HEADS)}")
+        self.query_tokens = nn.Parameter(0.02 * torch.randn(1, tokens, dim))
+        self.Qformer = qformer(dim, layers, heads, hidden, features)
+        self.encode_task_layer = nn.Sequential(nn.Linear(dim, dim), nn.Tanh(), nn.Linear(dim, embed_dim))
+        self.quantize = Codebook(n_embed, embed_dim)
+        self.decode_task_layer = nn.Sequential(nn.Linear(embed_dim, embed_dim), nn.Tanh(), nn.Linear(embed_dim, dim))
+        if reconstruct:
+            self.pos_embed = nn.Parameter(torch.zeros(1, tokens, dim))
+            self.blocks = nn.ModuleList(Block(dim, block_heads) for _ in range(depth))
+        kind = HEADS[head]
+        self.register_parameter(f"pos_embed_{kind}", nn.Parameter(torch.zeros(1, tokens, dim)))
+        self.add_module(f"blocks_{kind}", nn.ModuleList(Block(dim, block_heads) for _ in range(depth)))
+        if head == "mlp":
+            widths = zip((dim, *DOWN), DOWN, strict=False)
+            layers_down = [part for pair in widths for part in (nn.Linear(*pair, bias=False), nn.ReLU())]
+            self.image_down = nn.Sequential(*layers_down[:-1])
+            joined = tokens * DOWN[-1]
+        else:
+            self.reverse_tokens = nn.Parameter(0.02 * torch.randn(1, 77 if head == "text" else 1, dim))
+            self.Reverse_Qformer = qformer(dim, reverse_layers, heads, hidden, dim)
+            joined = dim
+        self.add_module(f"distill_{kind}_proj", nn.Linear(joined, embedding))
+
+    def queries(self, features: Tensor) -> Tensor:
+        """Features [B, P, V] -> what the causal queries found [B, N, D]: none has seen those after it."""
+        count = self.query_tokens.shape[1]
+        causal = torch.ones(count, count, dtype=torch.bool, device=features.device).tril()
+        return self.Qformer(
+            query_embeds=self.query_tokens.expand(len(features), -1, -1),
+            attention_mask=causal.expand(len(features), 1, -1, -1),
+            encoder_hidden_states=features,
+        ).last_hidden_state
+
+    def ids(self, features: Tensor) -> Tensor:
+        """Features [B, P, V] -> ids [B, N]."""
+        return self.quantize.nearest(self.encode_task_layer(self.queries(features)))
+
+    def embed(self, codes: Tensor) -> Tensor:
+        """Codes [B, N, C] -> generation embedding [B, E], of SEED-1 [B, 77, E]; as large as it comes, never normalised."""
+        kind = HEADS[self.config.head]
+        x = self.decode_task_layer(codes) + getattr(self, f"pos_embed_{kind}")
+        for block in getattr(self, f"blocks_{kind}"):
+            x = block(x)
+        if self.config.head == "mlp":
+            return self.distill_image_proj(self.image_down(x).flatten(1))
+        queries = self.reverse_tokens.expand(len(x), -1, -1)
+        found = self.Reverse_Qformer(query_embeds=queries, encoder_hidden_states=x).last_hidden_state
+        made = getattr(self, f"distill_{kind}_proj")(found)
+        return made if kind == "text" else made.squeeze(1)
+
+    def reconstruct(self, codes: Tensor) -> Tensor:
+        """Codes [B, N, C] -> the output of the causal Q-Former, about [B, N, D]."""
+        x = self.decode_task_layer(codes) + self.pos_embed
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+    def decode(self, ids: Tensor) -> Tensor:
+        """Ids [B, N] -> generation embedding, see `embed`.
+
+        Raises:
+            ValueError: too few ids or too many, or one outside the codebook.
+        """
+        for row in ids:
+            check_ids(row, self.config.n_embed, self.config.tokens, self.config.tokens)
+        return self.embed(self.quantize.embedding(ids))
+
+
+def vision_network(
+    image_size: int = 224, dim: int = 1408, depth: int = 39, heads: int = 16, mlp_ratio: float = 4.3637
+) -> Blip2VisionModel:
+    """The picture encoder, by default ViT-g without its last block; its last norm is SEED's own."""
+    config = Blip2VisionConfig(
+        hidden_size=dim,
+        intermediate_size=int(dim * mlp_ratio),
+        num_hidden_layers=depth,
+        num_attention_heads=heads,
+        image_size=image_size,
+        patch_size=14,
+        layer_norm_eps=1e-6,
+        qkv_bias=True,
+    )
+    network = Blip2VisionModel(config)
+    network.post_layernorm.eps = NORM_EPS
+    return network
+
+
+VISION_NAMES = [  # of the published file -> of transformers
+    (r"^cls_token$", "embeddings.class_embedding"),
+    (r"^pos_embed$", "embeddings.position_embedding"),
+    (r"^patch_embed\.proj\.", "embeddings.patch_embedding."),
+    (r"^blocks\.(\d+)\.norm(\d)\.", r"encoder.layers.\1.layer_norm\2."),
+    (r"^blocks\.(\d+)\.attn\.proj\.", r"encoder.layers.\1.self_attn.projection."),
+    (r"^blocks\.(\d+)\.attn\.qkv\.", r"encoder.layers.\1.self_attn.qkv."),
+    (r"^blocks\.(\d+)\.mlp\.", r"encoder.layers.\1.mlp."),
+    (r"^ln_vision\.", "post_layernorm."),
+]
+QFORMER_NAMES = [
+    (r"(Q|Reverse_Q)former\.bert\.", r"\1former."),
+    (r"former\.embeddings\.LayerNorm\.", "former.layernorm."),
+    (r"\.(cross)?attention\.self\.", r".\1attention.attention."),
+]
+
+
+def _renamed(key: str, names: list[tuple[str, str]]) -> str:
+    for published, ours in names:
+        key = re.sub(published, ours, key)
+    return key
+
+
+def vision_state(state: dict[str, Tensor], depth: int) -> dict[str, Tensor]:
+    """The tensors of a vision transformer and of ``ln_vision`` under the names of transformers; blocks from `depth` on are left out."""
+    state = {key.removeprefix("visual_encoder."): value for key, value in state.items()}
+    converted = {}
+    for key, value in state.items():
+        block = re.match(r"blocks\.(\d+)\.", key)
+        if key.endswith(("attn.q_bias", "attn.v_bias")) or (block and int(block[1]) >= depth):
+            continue
+        converted[_renamed(key, VISION_NAMES)] = value
+        if key.endswith("attn.qkv.weight"):
+            query, other = (state[key.replace("qkv.weight", f"{part}_bias")] for part in "qv")
+            bias = torch.cat([query, torch.zeros_like(query), other])
+            converted[_renamed(key, VISION_NAMES).replace(".weight", ".bias")] = bias
+    return converted
+
+
+def seed_state(state: dict[str, Tensor], network: Seed) -> dict[str, Tensor]:
+    """The tensors that `network` has, out of a published file, under our names; the others are counted in the log."""
+    renamed = {_renamed(key, QFORMER_NAMES): value for key, value in state.items()}
+    wanted = network.state_dict().keys()
+    left = len([key for key in renamed if key not in wanted])
+    if left:
+        logger.info("%d tensors of the file are not part of the tokenizer", left)
+    return {key: value for key, value in renamed.items() if key in wanted}
+
+
+def head_of(state: dict[str, Tensor]) -> str:
+    """Which head a published file has, see `Seed`.
+
+    Raises:
+        ValueError: none that is known.
+    """
+    if "image_down.0.weight" in state:
+        return "mlp"
+    if "distill_image_proj.weight" in state:
+        return "reverse"
+    if "distill_text_proj.weight" in state:
+        return "text"
+    raise ValueError("the file has no head of SEED: expected image_down, distill_image_proj or distill_text_proj")
+
+
+def from_original(path: str | Path, vision: str | Path | None = None) -> tuple[Seed, Blip2VisionModel]:
+    """Load the published ``seed_quantizer.pt`` and the vision transformer.
+
+    Args:
+        vision: ``eva_vit_g.pth``; None where the first file has it, too.
+
+    Raises:
+        ValueError: a tensor is missing or of another shape.
+    """
+    state = read_state_dict(path)
+    with torch.device("meta"):
+        network, encoder = Seed(**sizes_of(state)), vision_network()
+    network = load_strict(network, seed_state(state, network), source=path)
+    seen = state if vision is None else read_state_dict(vision)
+    own = {key: value.float() for key, value in seen.items() if vision or key.startswith("visual_encoder.")}
+    own = {key: value for key, value in own.items() if not re.match(r"(norm|fc_norm|head)\.", key)}
+    own |= {key: value for key, value in state.items() if key.startswith("ln_vision.")}
+    return network, load_strict(encoder, vision_state(own, encoder.config.num_hidden_layers), source=vision or path)
+
+
+def sizes_of(state: dict[str, Tensor]) -> dict:
+    """The sizes of `Seed` that a published file does not share with all others."""
+    head = head_of(state)
+    layers = {
+        int(found[1]) for key in state if (found := re.match(r"Reverse_Qformer\.bert\.encoder\.layer\.(\d+)", key))
+    }
+    own = {"head": head, "reconstruct": "pos_embed" in state}
+    return (
+        own | ({"reverse_layers": max(layers) + 1} if layers else {}) | ({"embedding": 768} if head == "text" else {})
+    )
+
+
+def normalised(pixels: Tensor) -> Tensor:
+    """Pixels [B, 3, H, W] in [0, 1] -> as the vision transformer wants them."""
+    mean, std = (pixels.new_tensor(values)[:, None, None] for values in (MEAN, STD))
+    return (pixels - mean) / std
