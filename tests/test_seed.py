@@ -3,6 +3,9 @@
 import pytest
 import torch
 from conftest import published_keys, shapes
+from diffusers import AutoencoderKL, DDPMScheduler, PNDMScheduler, UNet2DConditionModel
+from diffusers.pipelines.stable_diffusion.stable_unclip_image_normalizer import StableUnCLIPImageNormalizer
+from PIL import Image
 from transformers import Blip2VisionModel
 
 from tokenizers_img import seed
@@ -120,3 +123,56 @@ def test_bad_tokens_are_refused(golden):
         network.decode(torch.full((1, 32), 128))
     with pytest.raises(ValueError, match="no head of SEED"):
         seed.head_of({})
+
+
+def decoder(case, monkeypatch) -> seed.UnCLIP:
+    """The pipeline of the case; its draws are the recorded ones."""
+    config, parts = case.config, {}
+    kinds = {"unet": UNet2DConditionModel, "vae": AutoencoderKL, "image_normalizer": StableUnCLIPImageNormalizer}
+    for name, kind in kinds.items():
+        state = {
+            key.removeprefix(f"{name}."): value for key, value in case.weights.items() if key.startswith(f"{name}.")
+        }
+        parts[name] = load_strict(kind.from_config(config[name]), state, source="golden")
+    own = {"feature_extractor": None, "image_encoder": None, "tokenizer": None, "text_encoder": None}
+    own |= {"scheduler": PNDMScheduler.from_config(config["scheduler"])}
+    own["image_noising_scheduler"] = DDPMScheduler.from_config(config["image_noising_scheduler"])
+    pipe = seed.UnCLIP(**own, **parts)
+    pipe.set_progress_bar_config(disable=True)
+    draws = iter([case.io["noise"], case.io["negative_noise"]])
+    plain = pipe.noise_image_embeddings
+    monkeypatch.setattr(
+        pipe, "noise_image_embeddings", lambda embeds, level, generator=None: plain(embeds, int(level), next(draws))
+    )
+    return pipe
+
+
+@pytest.mark.parametrize(
+    ("name", "guidance", "level"),
+    [("latents_g10", 10, 0), ("latents_g5_negative", 5, 0), ("latents_g1_level60", 1, 60)],
+)
+@torch.no_grad()
+def test_an_embedding_becomes_the_official_picture(golden, monkeypatch, name, guidance, level):
+    case = golden("seed/unclip_decode")
+    io, pipe = case.io, decoder(case, monkeypatch)
+    pipe.away = io["negative_image_embeds"] if "negative" in name else None
+    empty = io["empty_prompt_embeds"]
+    asked = {"image_embeds": io["image_embeds"], "prompt_embeds": empty, "negative_prompt_embeds": empty}
+    asked |= {"num_inference_steps": case.config["num_inference_steps"], "guidance_scale": guidance}
+    made = pipe(**asked, latents=io["latents"], noise_level=level, output_type="latent").images
+    torch.testing.assert_close(made, io[name], atol=2e-4 * (io[name].max() - io[name].min()).item(), rtol=0)
+    if name == "latents_g10":
+        pictures = pipe.image_processor.postprocess(pipe.vae.decode(made / pipe.vae.config.scaling_factor)[0], "np")
+        torch.testing.assert_close(torch.from_numpy(pictures), io["images_g10"], atol=1e-3, rtol=0)
+
+
+@torch.no_grad()
+def test_pictures_are_prepared_as_by_the_authors(golden):
+    case = golden("seed/seed2_mlp")
+    tokenizer, io = seed.SeedTokenizer(*small(case)), case.io
+    picture = Image.fromarray(io["image_uint8"].numpy())
+    for name, filter in (("pixels_bicubic", Image.Resampling.BICUBIC), ("pixels_bilinear", Image.Resampling.BILINEAR)):
+        torch.testing.assert_close(seed.normalised(tokenizer.prepare(picture, filter)), io[name], atol=1e-6, rtol=0)
+    assert tokenizer.encode(tokenizer.prepare(picture)[None]).shape == (1, 32)
+    with pytest.raises(ValueError, match="without a decoder"):
+        tokenizer.decode(io["ids"])

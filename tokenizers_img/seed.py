@@ -12,20 +12,25 @@ import logging
 import re
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers import ConfigMixin, ModelMixin
-from diffusers.configuration_utils import register_to_config
+from diffusers import ConfigMixin, ModelMixin, StableUnCLIPImg2ImgPipeline
+from diffusers.configuration_utils import FrozenDict, register_to_config
+from diffusers.utils.torch_utils import randn_tensor
+from PIL import Image
 from torch import Tensor, nn
 from transformers import Blip2QFormerConfig, Blip2QFormerModel, Blip2VisionConfig, Blip2VisionModel
 
 from tokenizers_img.checkpoint import load_strict, read_state_dict
+from tokenizers_img.pixels import on_white, upright
 from tokenizers_img.quantize import check_ids
 
 logger = logging.getLogger(__name__)
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # of the pixels
 DOWN = (256, 128, 32)  # widths of the "mlp" head, token by token
 HEADS = {"mlp": "image", "reverse": "image", "text": "text"}  # how the embedding is made -> what it stands for
+UNCLIP = "stabilityai/stable-diffusion-2-1-unclip"  # withdrawn in 2025; copies are about
 NORM_EPS = 1e-5  # of the norm after the vision transformer, whose own are 1e-6
 
 
@@ -313,3 +318,112 @@ def normalised(pixels: Tensor) -> Tensor:
     """Pixels [B, 3, H, W] in [0, 1] -> as the vision transformer wants them."""
     mean, std = (pixels.new_tensor(values)[:, None, None] for values in (MEAN, STD))
     return (pixels - mean) / std
+
+
+class UnCLIP(StableUnCLIPImg2ImgPipeline):
+    """Pictures after embeddings, which can be guided away from the embedding of another picture.
+
+    Attributes:
+        away: embeddings [B, E] that are not wanted; None guides away from no picture at all, which is all zeros.
+    """
+
+    away: Tensor | None = None
+
+    def _encode_image(
+        self,
+        image: None,
+        device: torch.device,
+        batch_size: int,
+        num_images_per_prompt: int,
+        do_classifier_free_guidance: bool,
+        noise_level: Tensor,
+        generator: torch.Generator | None,
+        image_embeds: Tensor,
+    ) -> Tensor:
+        wanted = self.noise_image_embeddings(image_embeds, noise_level, generator=generator)
+        wanted = wanted.repeat_interleave(num_images_per_prompt, dim=0)
+        if not do_classifier_free_guidance:
+            return wanted
+        if self.away is None:
+            return torch.cat([torch.zeros_like(wanted), wanted])
+        away = self.noise_image_embeddings(self.away.to(wanted), 0, generator=generator)
+        return torch.cat([away.expand_as(wanted), wanted])
+
+
+class SeedTokenizer(nn.Module):
+    """Pixels <-> causal ids; what comes back shows the same thing, not the same pixels.
+
+    Args:
+        network: of the tokens.
+        vision: the picture encoder.
+        decoder: draws generation embeddings; None where pictures are only read.
+        steps, guidance_scale: of the decoder; as published.
+        seed: of the noise that every picture starts from, so that decoding repeats.
+    """
+
+    def __init__(
+        self,
+        network: Seed,
+        vision: Blip2VisionModel,
+        decoder: UnCLIP | None = None,
+        steps: int = 20,
+        guidance_scale: float = 10.0,
+        seed: int = 0,
+    ):
+        super().__init__()
+        self.network, self.vision, self.decoder = network, vision, decoder
+        self.steps, self.guidance_scale, self.seed = steps, guidance_scale, seed
+        size = vision.config.image_size
+        self.config = FrozenDict(image_size=size, n_embed=network.config.n_embed)
+
+    @property
+    def device(self) -> torch.device:
+        return self.network.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.network.dtype
+
+    def prepare(self, picture: Image.Image, resample: Image.Resampling = Image.Resampling.BICUBIC) -> Tensor:
+        """A picture -> pixels [3, S, S] in [0, 1], squashed as in training; the authors' scripts have it bilinear."""
+        size = self.config.image_size
+        small = on_white(upright(picture))
+        small = small.resize((small.width, size), resample).resize((size, size), resample)  # Pillow's order has changed
+        return torch.from_numpy(np.array(small)).permute(2, 0, 1).float() / 255
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        """Pixels [B, 3, S, S] in [0, 1] -> ids [B, N]."""
+        seen = self.vision(normalised(pixels).to(self.vision.dtype)).last_hidden_state
+        return self.network.ids(seen.to(self.dtype))
+
+    @torch.no_grad()
+    def decode(self, ids: Tensor, away: Tensor | None = None, generator: torch.Generator | None = None) -> Tensor:
+        """Ids [B, N] -> pixels [B, 3, H, W] in [0, 1].
+
+        Args:
+            away: ids [1 or B, N] of what is not wanted, as the language model writes without a prompt.
+            generator: of the noise; None is the tokenizer's own, the same for all pictures.
+
+        Raises:
+            ValueError: bad ids, see `Seed.decode`; there is no decoder.
+        """
+        wanted = self.network.decode(ids)
+        if self.decoder is None:
+            raise ValueError(
+                f"these tokens were read without a decoder, so nothing can be drawn: {UNCLIP} draws them, or a copy of it"
+            )
+        pipe, size = self.decoder, self.decoder.unet.config.sample_size
+        luck = torch.Generator().manual_seed(self.seed) if generator is None else generator
+        shape = 1, pipe.unet.config.in_channels, size, size
+        noise = randn_tensor(shape, luck, pipe.device, pipe.unet.dtype).expand(len(ids), -1, -1, -1)
+        pipe.away = None if away is None else self.network.decode(away)
+        made = pipe(
+            image_embeds=wanted.to(pipe.unet.dtype),
+            prompt=[""] * len(ids),
+            latents=noise.clone() * pipe.scheduler.init_noise_sigma,
+            num_inference_steps=self.steps,
+            guidance_scale=self.guidance_scale,
+            generator=luck,
+            output_type="pt",
+        )
+        return made.images
