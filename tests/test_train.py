@@ -80,9 +80,6 @@ def task(request, composed, small_llamagen, small_vae, small_flextok, monkeypatc
         "emoji-xar": lambda: xar.XARTask(SAMPLE, composed, small_vae, clip),
         "emoji-flextok": lambda: flextok.FlexTokTask(SAMPLE, composed, small_vae, clip),
         "emoji-flextok-ar": lambda: flexar.FlexARTask(SAMPLE, composed, small_vae, small_flextok, clip),
-        "emoji-flextok-ar-second": lambda: flexar.FlexARTask(
-            SAMPLE, composed, small_vae, small_flextok, clip, WEIGHTS / "emoji-flextok-ar"
-        ),
         "emoji-sd": lambda: sd.StableDiffusionTask(SAMPLE, composed, small_vae, clip),
         "emoji-counter": lambda: counter.CounterTask(SAMPLE, composed),
         "emoji-judge": lambda: JudgeTask(SAMPLE, composed, tokenizer),

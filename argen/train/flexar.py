@@ -1,4 +1,4 @@
-"""Recipes `emoji-flextok-ar` and its second stage: the ordered tokens of `emoji-flextok` after a caption or a group of emoji (arXiv 2604.15453)."""
+"""Recipe `emoji-flextok-ar`: the ordered tokens of `emoji-flextok` after a caption or a group of emoji (arXiv 2604.15453)."""
 
 from pathlib import Path
 
@@ -10,7 +10,7 @@ from argen.models.flexar import FlexAR
 from argen.pipelines.flexar import FlexARPipeline
 from argen.train.flextok import GUIDANCE, STEPS
 from argen.train.loop import Schedule
-from argen.train.tokens import CaptionsTask, begun_from, slipped
+from argen.train.tokens import CaptionsTask, slipped
 from tokenizers_img.flextok import FlexTok, FlexTokenizer
 from tokenizers_img.pixels import from_uint8
 
@@ -20,12 +20,6 @@ SCHEDULES = {
     ),
     "gpu": Schedule(steps=40000, batch_size=512, learning_rate=1e-3, weight_decay=0.03, betas=(0.9, 0.98)),
 }
-SECOND_SCHEDULES = {
-    "cpu": Schedule(
-        steps=4000, batch_size=64, learning_rate=2e-3, warmup=60, weight_decay=0.03, betas=(0.9, 0.98), muon=True
-    ),
-    "gpu": Schedule(steps=40000, batch_size=512, learning_rate=5e-4, weight_decay=0.03, betas=(0.9, 0.98)),
-}
 SIZES = {"dim": 160, "depth": 5, "heads": 5, "hidden": 448, "dropout": 0.1}
 NOISE = 0.1  # of the latents: a picture has many sequences, which agree in their first tokens and not in its last ones
 
@@ -33,19 +27,18 @@ NOISE = 0.1  # of the latents: a picture has many sequences, which agree in thei
 class FlexARTask(CaptionsTask):
     """Args:
     vae, flextok: folders of the trained `emoji-vae` and `emoji-flextok`.
-    start: folder of one that was trained already, in the second stage.
     others: see `CaptionsTask`.
     """
 
     group_share = 0.1
 
-    def __init__(self, data: Path, scenes: Path, vae: Path, flextok: Path, clip: Path, start: Path | None = None):
+    def __init__(self, data: Path, scenes: Path, vae: Path, flextok: Path, clip: Path):
         self.vae = AutoencoderKL.from_pretrained(vae, torch_dtype=torch.float32).eval().requires_grad_(False)
         self.flextok = FlexTok.from_pretrained(flextok, torch_dtype=torch.float32).eval().requires_grad_(False)
         super().__init__(data, scenes, clip)
         width = self.clip.config.text_config.hidden_size
         model = FlexAR(self.flextok.fsq.n_embed, self.flextok.config.registers, text_dim=width, **SIZES)
-        self.networks: dict[str, nn.Module] = {"model": begun_from(start, FlexAR, FlexAR) if start else model}
+        self.networks: dict[str, nn.Module] = {"model": model}
 
     @torch.no_grad()
     def tokens(self, pictures: Tensor) -> Tensor:

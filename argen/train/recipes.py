@@ -21,7 +21,6 @@ SCHEDULES = {
     "emoji-xar": xar.SCHEDULES,
     "emoji-flextok": flextok.SCHEDULES,
     "emoji-flextok-ar": flexar.SCHEDULES,
-    "emoji-flextok-ar-second": flexar.SECOND_SCHEDULES,
     "emoji-sd": sd.SCHEDULES,
     "emoji-counter": counter.SCHEDULES,
     "emoji-judge": judge.SCHEDULES,
@@ -41,7 +40,6 @@ TASKS = {  # recipe -> its task, and what that takes beside the pictures
     "emoji-xar": (xar.XARTask, ("scenes", "vae", "clip", "x")),
     "emoji-flextok": (flextok.FlexTokTask, ("scenes", "vae", "clip")),
     "emoji-flextok-ar": (flexar.FlexARTask, ("scenes", "vae", "tokenizer", "clip")),
-    "emoji-flextok-ar-second": (flexar.FlexARTask, ("scenes", "vae", "tokenizer", "clip", "generator")),
     "emoji-sd": (sd.StableDiffusionTask, ("scenes", "vae", "clip")),
     "emoji-counter": (counter.CounterTask, ("scenes",)),
     "emoji-judge": (judge.JudgeTask, ("scenes", "tokenizer")),
@@ -49,11 +47,10 @@ TASKS = {  # recipe -> its task, and what that takes beside the pictures
 STARTS = {  # recipe -> model it goes on from
     "emoji-parti-second": "emoji-parti",
     "emoji-llamagen-second": "emoji-llamagen",
-    "emoji-flextok-ar-second": "emoji-flextok-ar",
     "emoji-control": "emoji-llamagen",
     "emoji-drafter": "emoji-llamagen",
 }
-TOKENIZERS = dict.fromkeys(("emoji-flextok-ar", "emoji-flextok-ar-second"), "emoji-flextok")  # others: emoji-vitvqgan
+TOKENIZERS = {"emoji-flextok-ar": "emoji-flextok"}  # recipe -> tokenizer it builds on; the others on emoji-vitvqgan
 
 
 def trained(recipe: str, part: str, folder: Path | None, shipped: Path) -> Path:

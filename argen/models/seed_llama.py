@@ -1,0 +1,125 @@
+"""SEED-LLaMA: a Llama whose words include the codes of SEED, so that it reads and writes pictures (arXiv 2310.01218).
+
+Weights: ``AILab-CVC/seed-llama-{8b,14b}-{sft,pretrain}`` (Llama 2's licence), with the text tokenizer of
+``AILab-CVC/seed-tokenizer-2``. The network is transformers' own.
+
+Letters in shape comments: B pictures, R rows (2B under guidance), N codes of a picture, T text tokens, K codes there are.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from inspect import signature
+from pathlib import Path
+
+import torch
+from tokenizers import AddedToken
+from torch import Tensor
+from transformers import DynamicCache, LlamaForCausalLM, LlamaTokenizer, PreTrainedTokenizerBase
+
+OPEN, CLOSE = "<img>", "</img>"
+
+
+def code_word(code: int) -> str:
+    """How a code is written in a prompt."""
+    return f"<img_{code:05}>"
+
+
+def picture_text(ids: Sequence[int]) -> str:
+    """Codes of a picture -> its words, for a prompt."""
+    return OPEN + "".join(map(code_word, ids)) + CLOSE
+
+
+def read_tokenizer(folder: str | Path) -> LlamaTokenizer:
+    """The text tokenizer of a published folder, with the ids that the authors' code had (transformers 4.30): white space beside
+    the words of a picture falls away."""
+    tokenizer = LlamaTokenizer.from_pretrained(folder, legacy=True)
+    words = [OPEN, CLOSE, *(word for word in tokenizer.get_added_vocab() if re.fullmatch(r"<img_\d+>", word))]
+    tokenizer.add_tokens([AddedToken(word, lstrip=True, rstrip=True, normalized=False) for word in words])
+    return tokenizer
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """Where the words of pictures stand.
+
+    Attributes:
+        shift: id of code 0; the others follow.
+        codes: how many there are.
+        begin, end: ids of the words before and after a picture.
+    """
+
+    shift: int
+    codes: int
+    begin: int
+    end: int
+
+    @classmethod
+    def of(cls, tokenizer: PreTrainedTokenizerBase) -> "Vocabulary":
+        """Raises:
+        ValueError: the tokenizer has no words of pictures.
+        """
+        words = tokenizer.get_vocab()
+        codes = sum(bool(re.fullmatch(r"<img_\d+>", word)) for word in words)
+        if not codes or OPEN not in words or CLOSE not in words:
+            raise ValueError("this language model has no words of pictures, as <img_00000>: choose a SEED-LLaMA")
+        return cls(words[code_word(0)], codes, words[OPEN], words[CLOSE])
+
+    def pictures(self, ids: Sequence[int], count: int) -> list[list[int]]:
+        """The codes of all pictures in a text, each of `count`; what is no whole picture is left out."""
+        found, here = [], None
+        for word in ids:
+            if word == self.begin:
+                here = []
+            elif word == self.end:
+                if here is not None and len(here) == count:
+                    found.append(here)
+                here = None
+            elif here is not None:
+                here = [*here, word - self.shift] if self.shift <= word < self.shift + self.codes else None
+        return found
+
+
+class SeedLlamaSession:
+    """`samplers.steps.Session` of a language model that writes the codes of one picture for each prompt.
+
+    Args:
+        prompts: ids of each row; under guidance those of all pictures, then what stands for no prompt as often.
+        length: N.
+    """
+
+    def __init__(
+        self, model: LlamaForCausalLM, prompts: Sequence[Sequence[int]], guided: bool, words: Vocabulary, length: int
+    ):
+        self.model, self.guided, self.words = model, guided, words
+        self.length = self.columns = length
+        width = max(map(len, prompts))
+        ids = torch.tensor([[0] * (width - len(row)) + list(row) for row in prompts], device=model.device)
+        self.mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in prompts], device=model.device)
+        self.cache = DynamicCache(config=model.config)
+        named = signature(model.forward).parameters
+        self.cache_name = "cache" if "cache" in named else "past_key_values"  # its name in transformers has changed
+        self._pass(ids, (self.mask.cumsum(dim=1) - 1).clamp(min=0), self.mask)
+
+    def _pass(self, ids: Tensor, positions: Tensor, mask: Tensor) -> Tensor:
+        asked = {"attention_mask": mask, "position_ids": positions, self.cache_name: self.cache, "use_cache": True}
+        return self.model(input_ids=ids, **asked).logits
+
+    def forward(
+        self, tokens: Tensor, positions: Tensor, mask: Tensor | None = None, seen: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """See `samplers.steps.Session.forward`; chains alone, at the same cells of all pictures."""
+        if mask is not None or seen is not None or positions.ndim != 1:
+            raise ValueError("this model writes its codes in order: choose the sampler auto or plain")
+        ids = torch.where(tokens < 0, self.words.begin, tokens + self.words.shift)
+        ids = torch.cat([ids, ids]) if self.guided else ids
+        width, first = self.mask.shape[1], int(positions[0]) + 1
+        if late := self.cache.get_seq_length() - width - first:
+            self.cache.crop(-late)
+        places = self.mask.sum(dim=1, keepdim=True) + (positions.to(ids.device) + 1)
+        visible = torch.cat([self.mask, self.mask.new_ones(len(ids), first + ids.shape[1])], dim=1)
+        logits = self._pass(ids, places, visible)[..., self.words.shift : self.words.shift + self.words.codes]
+        return logits.chunk(2) if self.guided else (logits, None)
+
+    def keep(self, nodes: Tensor) -> None:
+        """See `samplers.steps.Session.keep`; there are no trees."""
