@@ -125,8 +125,8 @@ def test_bad_tokens_are_refused(golden):
         seed.head_of({})
 
 
-def decoder(case, monkeypatch) -> seed.UnCLIP:
-    """The pipeline of the case; its draws are the recorded ones."""
+def decoder(case) -> seed.UnCLIP:
+    """The pipeline of the case."""
     config, parts = case.config, {}
     kinds = {"unet": UNet2DConditionModel, "vae": AutoencoderKL, "image_normalizer": StableUnCLIPImageNormalizer}
     for name, kind in kinds.items():
@@ -139,11 +139,6 @@ def decoder(case, monkeypatch) -> seed.UnCLIP:
     own["image_noising_scheduler"] = DDPMScheduler.from_config(config["image_noising_scheduler"])
     pipe = seed.UnCLIP(**own, **parts)
     pipe.set_progress_bar_config(disable=True)
-    draws = iter([case.io["noise"], case.io["negative_noise"]])
-    plain = pipe.noise_image_embeddings
-    monkeypatch.setattr(
-        pipe, "noise_image_embeddings", lambda embeds, level, generator=None: plain(embeds, int(level), next(draws))
-    )
     return pipe
 
 
@@ -154,7 +149,10 @@ def decoder(case, monkeypatch) -> seed.UnCLIP:
 @torch.no_grad()
 def test_an_embedding_becomes_the_official_picture(golden, monkeypatch, name, guidance, level):
     case = golden("seed/unclip_decode")
-    io, pipe = case.io, decoder(case, monkeypatch)
+    io, pipe = case.io, decoder(case)
+    draws, plain = iter([io["noise"], io["negative_noise"]]), pipe.noise_image_embeddings
+    recorded = lambda embeds, level, generator=None: plain(embeds, int(level), next(draws))  # noqa: E731
+    monkeypatch.setattr(pipe, "noise_image_embeddings", recorded)
     pipe.away = io["negative_image_embeds"] if "negative" in name else None
     empty = io["empty_prompt_embeds"]
     asked = {"image_embeds": io["image_embeds"], "prompt_embeds": empty, "negative_prompt_embeds": empty}

@@ -5,10 +5,15 @@ import json
 import pytest
 import torch
 from conftest import published_keys, shapes
+from PIL import Image
+from test_seed import decoder
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from argen.models.seed_llama import SeedLlamaSession, Vocabulary, picture_text, read_tokenizer
+from argen.pipelines.seed_llama import SeedLlamaPipeline
+from tokenizers_img import seed
 from tokenizers_img.checkpoint import load_strict
+from tokenizers_img.seed import SeedTokenizer
 
 
 def small(case) -> tuple[LlamaForCausalLM, Vocabulary, int]:
@@ -92,3 +97,61 @@ def test_every_published_key_has_its_place():
         with torch.device("meta"):
             found = shapes(LlamaForCausalLM(config))
         assert found == {key: shape for key, shape in published[name].items() if not key.endswith("inv_freq")}
+
+
+@pytest.fixture
+def pipe(golden):
+    """All of it, of random weights."""
+    pytest.importorskip("sentencepiece")
+    case = golden("seed/seed_llama_tokenizer")
+    torch.manual_seed(0)
+    own = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=case.config["vocab_size"], **own)).eval()
+    vision = seed.vision_network(28, dim=48, depth=2, heads=3)
+    sizes = {"features": 48, "dim": 48, "layers": 2, "heads": 4, "hidden": 96, "depth": 1, "block_heads": 4}
+    network = seed.Seed(**sizes, n_embed=64, embed_dim=8, embedding=24).eval()
+    drawn = SeedTokenizer(network, vision.eval(), unclip(golden("seed/unclip_decode")), steps=2)
+    made = SeedLlamaPipeline(model, read_tokenizer(case.folder / "tokenizer"), drawn)
+    made.set_progress_bar_config(disable=True)
+    return made
+
+
+def unclip(case) -> seed.UnCLIP:
+    """The decoder of the golden case; it has no text encoder, and an empty prompt is recorded."""
+    pipe = decoder(case)
+    empty = case.io["empty_prompt_embeds"]
+    pipe.encode_prompt = lambda prompt, **asked: (empty[:1].expand(len(prompt), -1, -1),) * 2
+    return pipe
+
+
+def test_words_become_a_picture(pipe):
+    luck = [torch.Generator().manual_seed(index) for index in range(2)]
+    out = pipe(["a red apple", "Can you draw a dog?"], generator=luck, output_type="np")
+    assert out.tokens.shape == (2, 32)
+    assert out.tokens.min() >= 0
+    assert out.tokens.max() < 64
+    assert out.images.shape == (2, 16, 16, 3)
+    again = pipe("a red apple", generator=[torch.Generator().manual_seed(0)], output_type="np")
+    assert torch.equal(again.tokens[0], out.tokens[0])
+    assert (again.images[0] == out.images[0]).all()
+    assert pipe.request("a red apple") == "Please generate an image of a red apple."
+    assert pipe.request("Can you draw a dog?") == "Can you draw a dog?"
+    with pytest.raises(ValueError, match="needs a generator with a drafter"):
+        pipe("a dog", sampler="lantern")
+
+
+def test_a_picture_becomes_words_and_pictures_come_in_between(pipe, monkeypatch):
+    picture = Image.new("RGB", (40, 30), (200, 40, 40))
+    codes = pipe.read(picture)
+    assert len(codes) == 32
+    assert isinstance(pipe.describe(picture, "What is this?", max_new_tokens=5, temperature=0), str)
+    said = ["Sure, ", "here.<img>", *(f"<img_{code:05}>" for code in codes), "</img>", " Do you", " like it?</s>"]
+    parts = list(pipe._parts(said))
+    assert [part if isinstance(part, str) else part.size for part in parts] == [
+        "Sure, ",
+        "here.",
+        (16, 16),
+        " Do you",
+        " like it?",
+    ]
+    assert [part for part in pipe._parts(["a<img><img_00001></img>b"])] == ["a", "b"]  # no whole picture

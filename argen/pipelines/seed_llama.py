@@ -1,0 +1,190 @@
+"""Pictures from words, and words from pictures, with SEED-LLaMA (arXiv 2310.01218): one language model over both."""
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from threading import Thread
+
+import torch
+from PIL import Image
+from torch import Tensor
+from transformers import LlamaForCausalLM, PreTrainedTokenizerBase, TextIteratorStreamer
+
+from argen.models.seed_llama import CLOSE, OPEN, SeedLlamaSession, Vocabulary, picture_text
+from argen.pipelines.base import Defaults, TokenPipeline
+from argen.request import Control
+from tokenizers_img.seed import SeedTokenizer
+
+REQUEST = "Please generate an image of {}."  # one of those that instruction tuning had
+
+
+@dataclass(frozen=True)
+class Format:
+    """How a model is spoken to.
+
+    Attributes:
+        ask: what a user says, with {} for it; the model goes on.
+        answer: what the model said, in a longer conversation.
+        request: how a caption is asked for; the tuned models want a sentence.
+    """
+
+    ask: str
+    answer: str = "{}"
+    request: str = "{}"
+
+
+FORMATS = {
+    "8b-sft": Format("USER: {}\nASSISTANT:", " {}\n", REQUEST),
+    "14b-sft": Format("[INST] {} [/INST]\n", "{}\n", REQUEST),
+    "pretrain": Format("{}"),
+}
+
+
+class SeedLlamaPipeline(TokenPipeline):
+    """Args:
+    transformer: the language model.
+    tokenizer: of its words, from `argen.models.seed_llama.read_tokenizer`.
+    image_tokenizer: of its pictures.
+    format: a name of `FORMATS`.
+
+    Raises:
+        ValueError: an unknown format; a language model without pictures, or with those of another tokenizer.
+    """
+
+    samplers = ("auto", "plain")
+    model_cpu_offload_seq = "transformer->image_tokenizer"
+
+    def __init__(
+        self,
+        transformer: LlamaForCausalLM,
+        tokenizer: PreTrainedTokenizerBase,
+        image_tokenizer: SeedTokenizer,
+        format: str = "8b-sft",
+    ):
+        super().__init__()
+        if format not in FORMATS:
+            raise ValueError(f"unknown format {format!r}: expected one of {', '.join(FORMATS)}")
+        self.register_to_config(format=format)
+        self.register_modules(transformer=transformer, tokenizer=tokenizer, image_tokenizer=image_tokenizer)
+        self.words = Vocabulary.of(tokenizer)
+        if self.words.codes != image_tokenizer.config.n_embed:
+            raise ValueError(
+                f"the language model has words for {self.words.codes} codes, the picture tokenizer {image_tokenizer.config.n_embed}: "
+                "expected a model of this tokenizer"
+            )
+
+    @property
+    def format(self) -> Format:
+        return FORMATS[self.config.format]
+
+    @property
+    def defaults(self) -> Defaults:
+        """Those of the authors' scripts, which do not guide."""
+        tuned = self.config.format != "pretrain"
+        return Defaults(guidance_scale=1.0, top_k=50, top_p=0.5 if tuned else 1.0)
+
+    @property
+    def length(self) -> int:
+        return self.image_tokenizer.network.config.tokens
+
+    def shape_of(self, control: Control | None = None, num_tokens: int | None = None) -> tuple[int, int]:
+        """See `TokenPipeline.shape_of`: one row."""
+        super().shape_of(control, num_tokens)
+        return 1, self.length
+
+    def arranged(self, tokens: Tensor, shape: tuple[int, int]) -> Tensor:
+        """See `TokenPipeline.arranged`: one row."""
+        return tokens[:, None]
+
+    def filled(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """See `TokenPipeline.filled`: nothing is shown before all is written, since each code stands for the whole picture."""
+        whole = (tokens >= 0).all(dim=2, keepdim=True).expand_as(tokens)
+        return tokens.clamp(min=0), whole
+
+    def start(
+        self, prompts: list[str], guided: bool, shape: tuple[int, int] | None = None, controls: None = None
+    ) -> SeedLlamaSession:
+        """See `TokenPipeline.start`; without a prompt the model is asked for any picture."""
+        rows = [self.encode_text(self.format.ask.format(self.request(prompt))) for prompt in prompts]
+        rows += [self.encode_text("")] * len(prompts) if guided else []
+        return SeedLlamaSession(self.transformer, rows, guided, self.words, self.length)
+
+    def request(self, prompt: str) -> str:
+        """A caption as the model wants it; what is a sentence already stays."""
+        said = prompt.strip()
+        return said if re.search(r"[.?!]$", said) else self.format.request.format(said)
+
+    def encode_text(self, text: str) -> list[int]:
+        """Ids of a text, which may hold pictures in their words; the model's start stands before it."""
+        return self.tokenizer("<s>" + text, add_special_tokens=False).input_ids
+
+    def decode_tokens(self, tokens: Tensor) -> Tensor:
+        """Ids [B, 1, N] -> pixels [B, 3, H, W] in [0, 1]."""
+        return self.image_tokenizer.decode(tokens[:, 0]).clamp(0, 1)
+
+    @torch.no_grad()
+    def read(self, picture: Image.Image) -> list[int]:
+        """The codes of a picture."""
+        pixels = self.image_tokenizer.prepare(picture)[None].to(self.device)
+        return self.image_tokenizer.encode(pixels)[0].tolist()
+
+    def describe(self, picture: Image.Image, question: str = "", **settings) -> str:
+        """What the model says of a picture.
+
+        Args:
+            question: about it; without one the model says what it sees.
+            settings: of `chat`.
+        """
+        return "".join(part for part in self.chat([[picture, question]], **settings) if isinstance(part, str)).strip()
+
+    def chat(
+        self,
+        turns: Sequence[Sequence[str | Image.Image]],
+        max_new_tokens: int = 256,
+        temperature: float = 1.0,
+        top_p: float = 0.5,
+        seed: int = 0,
+    ) -> Iterator[str | Image.Image]:
+        """What the model says next, piece by piece: text as it is written, and pictures.
+
+        Args:
+            turns: what was said, the user first and then in turn, each a list of texts and pictures.
+            max_new_tokens, temperature, top_p: of the answer; 0 takes the likeliest word each time.
+        """
+        text = ""
+        for index, turn in enumerate(turns):
+            said = "".join(part if isinstance(part, str) else picture_text(self.read(part)) for part in turn)
+            text += (self.format.answer if index % 2 else self.format.ask).format(said)
+        ids = torch.tensor([self.encode_text(text)], device=self.device)
+        torch.manual_seed(seed)
+        drawn = {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature else {"do_sample": False}
+        ends = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}  # those in the 8B's folder are wrong
+        streamer = TextIteratorStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=False)
+        asked = {"inputs": ids, "attention_mask": torch.ones_like(ids), "streamer": streamer, **drawn, **ends}
+        thread = Thread(
+            target=self.transformer.generate, kwargs=asked | {"max_new_tokens": max_new_tokens}, daemon=True
+        )
+        thread.start()
+        yield from self._parts(streamer)
+        thread.join()
+
+    def _parts(self, pieces: Iterator[str]) -> Iterator[str | Image.Image]:
+        """Texts as they come -> texts without the words of pictures, and the pictures."""
+        held = ""
+        for piece in pieces:
+            held += piece.replace("</s>", "")
+            while OPEN in held:
+                before, _, rest = held.partition(OPEN)
+                if before:
+                    yield before
+                inside, closed, after = rest.partition(CLOSE)
+                held = OPEN + inside
+                if not closed:
+                    break
+                codes = [int(code) for code in re.findall(r"<img_(\d+)>", inside)]
+                if len(codes) == self.length:
+                    yield self.pictures(torch.tensor([[codes]], device=self.device))[0]
+                held = after
+            if held and OPEN not in held:
+                yield held
+                held = ""
