@@ -8,6 +8,7 @@ from diffusers.pipelines.stable_diffusion.stable_unclip_image_normalizer import 
 from PIL import Image
 from transformers import Blip2VisionModel
 
+from argen.train.seed import Contrastive, quantised
 from tokenizers_img import seed
 from tokenizers_img.checkpoint import load_strict
 
@@ -174,3 +175,58 @@ def test_pictures_are_prepared_as_by_the_authors(golden):
     assert tokenizer.encode(tokenizer.prepare(picture)[None]).shape == (1, 32)
     with pytest.raises(ValueError, match="without a decoder"):
         tokenizer.decode(io["ids"])
+
+
+def close_gradients(parameters: dict[str, torch.Tensor], io) -> None:
+    for name in (key for key in io if key.startswith("grad.")):
+        found = parameters[seed._renamed(name.removeprefix("grad."), seed.QFORMER_NAMES)].grad
+        torch.testing.assert_close(found, io[name], atol=1e-4 * io[name].abs().max().item(), rtol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["seed2_mlp", "seed2_reverse"])
+def test_the_second_stage_has_the_official_losses(golden, name):
+    case = golden(f"seed/{name}")
+    (network, encoder), io = small(case), case.io
+    with torch.no_grad():
+        features = encoder(io["pixel_values"]).last_hidden_state
+    losses = quantised(network, features, io["clip_image_embeds"])
+    for ours, theirs in {"embed": "embed_x5", "reconstruct": "recon_s_x2", "distil": "distil_image_x0.5"}.items():
+        torch.testing.assert_close(losses[ours], io[f"loss_{theirs}"], atol=1e-5, rtol=1e-4)
+    total = sum(losses.values())
+    torch.testing.assert_close(total, io["loss_total"], atol=1e-5, rtol=1e-4)
+    total.backward()
+    close_gradients(dict(network.named_parameters()), io)
+
+
+def test_the_first_stage_has_the_official_loss(golden):
+    case = golden("seed/stage1_contrastive")
+    config, state, io = case.config, case.weights, case.io
+    q, vision = config["qformer"], config["vision"]
+    dim = q["hidden_size"]
+    shared = seed.qformer(
+        dim, q["num_hidden_layers"], q["num_attention_heads"], q["intermediate_size"], q["encoder_width"], text=True
+    )
+    queries = torch.nn.Parameter(torch.empty(1, config["num_query_token"], dim))
+    network = Contrastive(shared, queries, q["vocab_size"], q["max_position_embeddings"], config["embed_dim"]).eval()
+    tables = {"Qformer.embeddings.word_embeddings.": "word_embeddings."}
+    tables |= {"Qformer.embeddings.position_embeddings.": "position_embeddings."}
+    renamed = {}
+    for key, value in state.items():
+        key = seed._renamed(key, seed.QFORMER_NAMES)
+        for theirs, ours in tables.items():
+            key = key.replace(theirs, ours)
+        if not key.startswith(("visual_encoder.", "ln_vision.", "Qformer.cls.")) and not key.endswith("position_ids"):
+            renamed[key] = value
+    network = load_strict(network, renamed, source="golden")
+    encoder = seed.vision_network(vision["img_size"], vision["embed_dim"], vision["depth"], vision["num_heads"])
+    seen = {key: value for key, value in state.items() if key.startswith(("visual_encoder.", "ln_vision."))}
+    load_strict(encoder, seed.vision_state(seen, vision["depth"]), source="golden")
+    features = encoder(io["pixel_values"]).last_hidden_state
+    torch.testing.assert_close(network.picture(features), io["query_features"], **CLOSE)
+    torch.testing.assert_close(network.text(io["input_ids"], io["attention_mask"]), io["text_feature"], **CLOSE)
+    loss = network(features, io["input_ids"], io["attention_mask"])
+    torch.testing.assert_close(loss, io["loss_itc"], atol=1e-5, rtol=1e-4)
+    loss.backward()
+    found = dict(network.named_parameters()) | {"ln_vision.weight": encoder.post_layernorm.weight}
+    found["Qformer.embeddings.word_embeddings.weight"] = network.word_embeddings.weight
+    close_gradients(found, io)

@@ -81,8 +81,11 @@ class Codebook(nn.Module):
         return distance.argmin(dim=-1)
 
 
-def qformer(dim: int, layers: int, heads: int, hidden: int, features: int) -> Blip2QFormerModel:
-    """A Q-Former of BLIP-2 that looks at features [B, P, features] in every other layer."""
+def qformer(
+    dim: int, layers: int, heads: int, hidden: int, features: int, text: bool = False, dropout: float = 0.1
+) -> Blip2QFormerModel:
+    """A Q-Former of BLIP-2 that looks at features [B, P, features] in every other layer; `text` gives it feed-forward layers for
+    words, too."""
     config = Blip2QFormerConfig(
         hidden_size=dim,
         num_hidden_layers=layers,
@@ -91,8 +94,18 @@ def qformer(dim: int, layers: int, heads: int, hidden: int, features: int) -> Bl
         encoder_hidden_size=features,
         cross_attention_frequency=2,
         layer_norm_eps=1e-12,
+        use_qformer_text_input=text,
+        hidden_dropout_prob=dropout,
+        attention_probs_dropout_prob=dropout,
     )
     return Blip2QFormerModel(config)
+
+
+def causal_mask(queries: Tensor) -> Tensor:
+    """[B, N, D] -> which queries each may see, [B, 1, N, N] bool: itself and those before."""
+    count = queries.shape[1]
+    mask = torch.ones(count, count, dtype=torch.bool, device=queries.device).tril()
+    return mask.expand(len(queries), 1, -1, -1)
 
 
 class Seed(ModelMixin, ConfigMixin):
@@ -156,13 +169,9 @@ class Seed(ModelMixin, ConfigMixin):
 
     def queries(self, features: Tensor) -> Tensor:
         """Features [B, P, V] -> what the causal queries found [B, N, D]: none has seen those after it."""
-        count = self.query_tokens.shape[1]
-        causal = torch.ones(count, count, dtype=torch.bool, device=features.device).tril()
-        return self.Qformer(
-            query_embeds=self.query_tokens.expand(len(features), -1, -1),
-            attention_mask=causal.expand(len(features), 1, -1, -1),
-            encoder_hidden_states=features,
-        ).last_hidden_state
+        asked = self.query_tokens.expand(len(features), -1, -1)
+        mask = causal_mask(asked)
+        return self.Qformer(query_embeds=asked, attention_mask=mask, encoder_hidden_states=features).last_hidden_state
 
     def ids(self, features: Tensor) -> Tensor:
         """Features [B, P, V] -> ids [B, N]."""
