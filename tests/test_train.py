@@ -12,7 +12,7 @@ from argen.data import emoji, scenes
 from argen.models.llamagen import LlamaGen
 from argen.models.parti import Parti
 from argen.registry import WEIGHTS
-from argen.train import controlar, counter, draft, flexar, flextok, kl_vae, llamagen, sd, xar
+from argen.train import controlar, counter, draft, flexar, flextok, kl_vae, llamagen, sd, seed, xar
 from argen.train.clip import CLIPTask, positives
 from argen.train.judge import JudgeTask
 from argen.train.loop import Schedule, optimizers_of, train
@@ -20,6 +20,7 @@ from argen.train.parti import PartiTask
 from argen.train.recipes import SCHEDULES
 from argen.train.vit_vqgan import DecoderTask, ViTVQGANTask, refit_codes
 from tokenizers_img.flextok import FlexTok
+from tokenizers_img.seed import Seed
 from tokenizers_img.vit_vqgan import ViTVQGAN
 
 SAMPLE = Path(emoji.__file__).parent / "sample"
@@ -60,8 +61,17 @@ def small_flextok(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="module")
+def small_seed(tmp_path_factory):
+    """A folder with an untrained one of the shipped size."""
+    folder = tmp_path_factory.mktemp("seed")
+    torch.manual_seed(0)
+    Seed(**seed.SIZES).save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture(params=list(SCHEDULES))
-def task(request, composed, small_llamagen, small_vae, small_flextok, monkeypatch):
+def task(request, composed, small_llamagen, small_vae, small_flextok, small_seed, monkeypatch):
     """Makes the task of a recipe anew."""
     monkeypatch.setattr(controlar, "SHAPED", 4)
     clip, tokenizer = WEIGHTS / "emoji-clip", WEIGHTS / "emoji-vitvqgan"
@@ -80,6 +90,8 @@ def task(request, composed, small_llamagen, small_vae, small_flextok, monkeypatc
         "emoji-xar": lambda: xar.XARTask(SAMPLE, composed, small_vae, clip),
         "emoji-flextok": lambda: flextok.FlexTokTask(SAMPLE, composed, small_vae, clip),
         "emoji-flextok-ar": lambda: flexar.FlexARTask(SAMPLE, composed, small_vae, small_flextok, clip),
+        "emoji-seed-contrastive": lambda: seed.SeedContrastiveTask(SAMPLE, composed, clip),
+        "emoji-seed": lambda: seed.SeedTask(SAMPLE, composed, small_seed, clip, SCHEDULE.steps),
         "emoji-sd": lambda: sd.StableDiffusionTask(SAMPLE, composed, small_vae, clip),
         "emoji-counter": lambda: counter.CounterTask(SAMPLE, composed),
         "emoji-judge": lambda: JudgeTask(SAMPLE, composed, tokenizer),

@@ -3,7 +3,21 @@
 from pathlib import Path
 
 from argen.train import clip as clip_recipe
-from argen.train import controlar, counter, draft, flexar, flextok, judge, kl_vae, llamagen, parti, sd, vit_vqgan, xar
+from argen.train import (
+    controlar,
+    counter,
+    draft,
+    flexar,
+    flextok,
+    judge,
+    kl_vae,
+    llamagen,
+    parti,
+    sd,
+    seed,
+    vit_vqgan,
+    xar,
+)
 from argen.train.loop import train
 
 SCHEDULES = {
@@ -23,6 +37,8 @@ SCHEDULES = {
     "emoji-flextok-ar": flexar.SCHEDULES,
     "emoji-sd": sd.SCHEDULES,
     "emoji-counter": counter.SCHEDULES,
+    "emoji-seed-contrastive": seed.CONTRASTIVE_SCHEDULES,
+    "emoji-seed": seed.SCHEDULES,
     "emoji-judge": judge.SCHEDULES,
 }
 TASKS = {  # recipe -> its task, and what that takes beside the pictures
@@ -41,6 +57,8 @@ TASKS = {  # recipe -> its task, and what that takes beside the pictures
     "emoji-flextok": (flextok.FlexTokTask, ("scenes", "vae", "clip")),
     "emoji-flextok-ar": (flexar.FlexARTask, ("scenes", "vae", "tokenizer", "clip")),
     "emoji-sd": (sd.StableDiffusionTask, ("scenes", "vae", "clip")),
+    "emoji-seed-contrastive": (seed.SeedContrastiveTask, ("scenes", "clip")),
+    "emoji-seed": (seed.SeedTask, ("scenes", "tokenizer", "clip", "total")),
     "emoji-counter": (counter.CounterTask, ("scenes",)),
     "emoji-judge": (judge.JudgeTask, ("scenes", "tokenizer")),
 }
@@ -50,7 +68,10 @@ STARTS = {  # recipe -> model it goes on from
     "emoji-control": "emoji-llamagen",
     "emoji-drafter": "emoji-llamagen",
 }
-TOKENIZERS = {"emoji-flextok-ar": "emoji-flextok"}  # recipe -> tokenizer it builds on; the others on emoji-vitvqgan
+TOKENIZERS = {
+    "emoji-flextok-ar": "emoji-flextok",
+    "emoji-seed": "emoji-seed-contrastive",
+}  # recipe -> tokenizer it builds on; the others on emoji-vitvqgan
 
 
 def trained(recipe: str, part: str, folder: Path | None, shipped: Path) -> Path:

@@ -5,7 +5,6 @@ the way back to the picture's embedding. The codebook starts from outputs of the
 replaced: with the official start most stay unused at this scale.
 """
 
-import random
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,13 +12,14 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
-from transformers import AutoTokenizer, Blip2QFormerModel, CLIPModel
+from transformers import Blip2QFormerModel
 
-from argen.data.emoji import caption
-from argen.data.tables import pixels, read_split
-from argen.train.loop import Schedule, Task
+from argen.eval.retrieval import held_out_sample, recall
+from argen.train.loop import Schedule
+from argen.train.tokens import CaptionsTask
+from argen.train.vit_vqgan import CodeUsage
 from tokenizers_img.pixels import from_uint8
-from tokenizers_img.seed import Seed, causal_mask
+from tokenizers_img.seed import Seed, causal_mask, qformer
 
 CONTRASTIVE_SCHEDULES = {
     "cpu": Schedule(steps=2500, batch_size=192, learning_rate=1e-3, warmup=100, weight_decay=0.05),
@@ -45,7 +45,7 @@ SIZES = {
 SMOOTHING = 0.1  # of the contrastive loss's labels
 EMBED, COMMIT, RECONSTRUCT, DISTIL = 5.0, 0.25, 2.0, 0.5  # weights of the second stage, as published
 SCENES_SHARE = 0.25
-REVIVE_EVERY, REVIVED = 50, 4096  # steps; codes used less than once in so many are replaced
+REVIVE_EVERY = 20  # steps; codes that were not used in so many are replaced, until half of the schedule
 
 
 class Contrastive(nn.Module):
@@ -103,3 +103,164 @@ def quantised(network: Seed, features: Tensor, target: Tensor) -> dict[str, Tens
     apart = 1 - F.cosine_similarity(network.reconstruct(through).float(), found.float(), dim=-1).mean()
     distil = F.mse_loss(network.embed(through).float(), target.float())
     return {"embed": EMBED * embed, "reconstruct": RECONSTRUCT * apart, "distil": DISTIL * distil}
+
+
+class PicturesTask(CaptionsTask):
+    """What both stages share: captions, and pictures as `emoji-clip` sees them."""
+
+    null_caption = None
+    scenes_share = SCENES_SHARE
+
+    def tokens(self, pictures: Tensor) -> Tensor:
+        """[B, H, W, 3] uint8, as they are: what is seen of them is computed anew in each step."""
+        return pictures
+
+    @torch.no_grad()
+    def seen(self, pictures: Tensor) -> tuple[Tensor, Tensor]:
+        """[B, H, W, 3] uint8 -> features [B, P, V] and embeddings [B, E], which are not normalised."""
+        vision = self.clip.vision_model.to(pictures.device)
+        found = vision(pixel_values=2 * from_uint8(pictures) - 1)
+        return found.last_hidden_state, self.clip.visual_projection.to(pictures.device)(found.pooler_output)
+
+    def shown(self, asked: Tensor, found: Tensor) -> Image.Image:
+        """Held-out pictures by their numbers [n], 8 in a row, and under each what was found for it."""
+        rows = self.held_out_pictures[torch.stack([asked, found])].unflatten(1, (-1, 8))
+        rows = rows.transpose(0, 1).flatten(0, 1)  # [rows, 8, H, W, 3]
+        return Image.fromarray(torch.cat([torch.cat(list(row), dim=1) for row in rows]).numpy())
+
+
+class SeedContrastiveTask(PicturesTask):
+    """The first stage.
+
+    Args: see `CaptionsTask`.
+    """
+
+    def __init__(self, data: Path, scenes: Path, clip: Path):
+        super().__init__(data, scenes, clip)
+        words = self.clip.text_model.embeddings.token_embedding.weight
+        own = {name: SIZES[name] for name in ("dim", "layers", "heads", "hidden", "features")}
+        queries = nn.Parameter(0.02 * torch.randn(1, SIZES["tokens"], SIZES["dim"]))
+        positions = self.clip.config.text_config.max_position_embeddings
+        model = Contrastive(qformer(**own, text=True), queries, len(words), positions, SIZES["embedding"])
+        model.word_embeddings.weight.data.copy_(words)
+        nn.init.normal_(model.position_embeddings.weight, std=0.02)
+        self.networks: dict[str, nn.Module] = {"model": model}
+
+    def error(self, network: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        features, _ = self.seen(batch["tokens"])
+        return network(features, batch["input_ids"], batch["attention_mask"])
+
+    @torch.no_grad()
+    def similarity(self) -> Tensor:
+        """Of held-out captions to held-out pictures [n, n]."""
+        model, rows = self._model(), held_out_sample(len(self.held_out_captions))
+        text = self.text([self.held_out_captions[row] for row in rows])
+        words = model.text(text["input_ids"].to(model.temp.device), text["attention_mask"].to(model.temp.device))
+        parts = self.held_out_pictures[rows].to(model.temp.device).split(64)
+        return words @ torch.cat([model.picture(self.seen(part)[0])[:, -1] for part in parts]).T
+
+    def evaluate(self) -> dict[str, float]:
+        """How often the picture of a held-out caption comes first."""
+        return recall(self.similarity().cpu())
+
+    def sample(self) -> Image.Image:
+        """What captions of held-out pictures find."""
+        rows = torch.tensor(held_out_sample(len(self.held_out_captions)))
+        asked = rows[: len(rows) // 8 * 8][:16]
+        return self.shown(asked, rows[self.similarity()[: len(asked)].argmax(dim=1).cpu()])
+
+    def save(self, folder: Path) -> None:
+        """A tokenizer of which only the queries are trained."""
+        model, seed = self._model(), Seed(**SIZES)
+        own = {key: value for key, value in model.Qformer.state_dict().items() if key in seed.Qformer.state_dict()}
+        seed.Qformer.load_state_dict(own)
+        seed.query_tokens.data.copy_(model.query_tokens)
+        seed.to(torch.bfloat16).save_pretrained(folder)
+
+
+class SeedTask(PicturesTask):
+    """The second stage.
+
+    Args:
+        tokenizer: folder of the first.
+        others: see `CaptionsTask`.
+    """
+
+    def __init__(self, data: Path, scenes: Path, tokenizer: Path, clip: Path, total: int):
+        super().__init__(data, scenes, clip)
+        model = Seed.from_pretrained(tokenizer, torch_dtype=torch.float32)
+        for part in (model.Qformer, model.query_tokens):
+            part.requires_grad_(False)
+        self.total, self.usage = total, CodeUsage(SIZES["n_embed"])
+        self.kept = (self.usage,)
+        self.networks: dict[str, nn.Module] = {"model": model}
+        self.begin(torch.Generator().manual_seed(0))
+
+    @torch.no_grad()
+    def begin(self, generator: torch.Generator) -> None:
+        """Start the codebook from outputs of the encoder."""
+        model = self._model().eval()
+        z = self.outputs(self.pictures[torch.randint(len(self.pictures), (256,), generator=generator)])
+        chosen = torch.randperm(len(z), generator=generator)[: SIZES["n_embed"]]
+        model.quantize.embedding.weight.copy_(z[chosen])
+        model.train()
+
+    @torch.no_grad()
+    def outputs(self, pictures: Tensor) -> Tensor:
+        """What is quantised of pictures [B, H, W, 3] uint8, [B N, C]."""
+        model = self._model()
+        return model.encode_task_layer(model.queries(self.seen(pictures)[0])).float().flatten(0, 1)
+
+    def losses(self, batch: dict[str, Tensor], step: int, log: dict[str, float]) -> Iterator[tuple[str, Tensor]]:
+        network = self.networks["model"]
+        self._model().Qformer.eval()  # without dropout, so that targets repeat
+        features, target = self.seen(batch["tokens"])
+        losses = quantised(network, features, target)
+        log |= {name: value.item() for name, value in losses.items()}
+        yield "model", sum(losses.values())
+        self._revive(batch["tokens"], step)
+
+    @torch.no_grad()
+    def _revive(self, pictures: Tensor, step: int) -> None:
+        model = self._model()
+        z = self.outputs(pictures)
+        self.usage.count += torch.bincount(model.quantize.nearest(z).cpu(), minlength=len(self.usage.count))
+        if (step + 1) % REVIVE_EVERY == 0:
+            dead = (self.usage.count == 0).nonzero().flatten()
+            if step < self.total / 2:
+                chosen = torch.randperm(len(z), generator=torch.Generator().manual_seed(step))[: len(dead)]
+                model.quantize.embedding.weight[dead[: len(chosen)]] = z[chosen]
+            self.usage.count.zero_()
+
+    @torch.no_grad()
+    def embedded(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Of held-out pictures: their embeddings, those decoded from their ids, both [n, E] of length 1, and the ids."""
+        model, wanted, made, ids = self._model(), [], [], []
+        for part in self.held_out_pictures.split(64):
+            features, target = self.seen(part.to(model.device))
+            ids.append(model.ids(features))
+            made.append(F.normalize(model.decode(ids[-1]).float(), dim=-1))
+            wanted.append(F.normalize(target.float(), dim=-1))
+        return torch.cat(wanted).cpu(), torch.cat(made).cpu(), torch.cat(ids).cpu()
+
+    def evaluate(self) -> dict[str, float]:
+        """How often a decoded embedding finds its own picture among 100, and the share of codes in use."""
+        wanted, made, ids = self.embedded()
+        rows = held_out_sample(len(wanted))
+        found = recall(made[rows] @ wanted[rows].T)
+        return found | {"codes in use": ids.unique().numel() / SIZES["n_embed"]}
+
+    def sample(self) -> Image.Image:
+        """Held-out pictures, and those whose embedding is nearest to the decoded one of each."""
+        wanted, made, _ = self.embedded()
+        asked = torch.arange(len(wanted) // 8 * 8)[:32]
+        return self.shown(asked, (made[asked] @ wanted.T).argmax(dim=1))
+
+    def save(self, folder: Path) -> None:
+        model = self._model()
+        own = {name: value for name, value in model.config.items() if not name.startswith("_")}
+        shipped = Seed(**own | {"reconstruct": False})
+        shipped.load_state_dict(
+            {key: value for key, value in model.state_dict().items() if key in shipped.state_dict()}
+        )
+        shipped.to(torch.bfloat16).save_pretrained(folder)
