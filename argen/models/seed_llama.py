@@ -34,9 +34,14 @@ def read_tokenizer(folder: str | Path) -> LlamaTokenizer:
     """The text tokenizer of a published folder, with the ids that the authors' code had (transformers 4.30): white space beside
     the words of a picture falls away."""
     tokenizer = LlamaTokenizer.from_pretrained(folder, legacy=True)
-    words = [OPEN, CLOSE, *(word for word in tokenizer.get_added_vocab() if re.fullmatch(r"<img_\d+>", word))]
-    tokenizer.add_tokens([AddedToken(word, lstrip=True, rstrip=True, normalized=False) for word in words])
+    add_words(tokenizer, sum(bool(re.fullmatch(r"<img_\d+>", word)) for word in tokenizer.get_added_vocab()))
     return tokenizer
+
+
+def add_words(tokenizer: PreTrainedTokenizerBase, codes: int) -> None:
+    """Give a tokenizer the words of pictures of so many codes; those that it has keep their ids."""
+    words = [*map(code_word, range(codes)), OPEN, CLOSE]
+    tokenizer.add_tokens([AddedToken(word, lstrip=True, rstrip=True, normalized=False) for word in words])
 
 
 @dataclass(frozen=True)

@@ -158,7 +158,12 @@ class SeedLlamaPipeline(TokenPipeline):
         ids = torch.tensor([self.encode_text(text)], device=self.device)
         torch.manual_seed(seed)
         drawn = {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature else {"do_sample": False}
-        ends = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}  # those in the 8B's folder are wrong
+        own = self.tokenizer  # its ids: those in the 8B's folder are wrong
+        ends = {
+            "bos_token_id": own.bos_token_id,
+            "eos_token_id": own.eos_token_id,
+            "pad_token_id": own.pad_token_id or 0,
+        }
         streamer = TextIteratorStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=False)
         asked = {"inputs": ids, "attention_mask": torch.ones_like(ids), "streamer": streamer, **drawn, **ends}
         thread = Thread(
@@ -172,7 +177,7 @@ class SeedLlamaPipeline(TokenPipeline):
         """Texts as they come -> texts without the words of pictures, and the pictures."""
         held = ""
         for piece in pieces:
-            held += piece.replace("</s>", "")
+            held += piece.replace(self.tokenizer.eos_token, "")
             while OPEN in held:
                 before, _, rest = held.partition(OPEN)
                 if before:

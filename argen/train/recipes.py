@@ -15,6 +15,7 @@ from argen.train import (
     parti,
     sd,
     seed,
+    seed_lm,
     vit_vqgan,
     xar,
 )
@@ -39,6 +40,7 @@ SCHEDULES = {
     "emoji-counter": counter.SCHEDULES,
     "emoji-seed-contrastive": seed.CONTRASTIVE_SCHEDULES,
     "emoji-seed": seed.SCHEDULES,
+    "emoji-seed-lm": seed_lm.SCHEDULES,
     "emoji-judge": judge.SCHEDULES,
 }
 TASKS = {  # recipe -> its task, and what that takes beside the pictures
@@ -59,6 +61,7 @@ TASKS = {  # recipe -> its task, and what that takes beside the pictures
     "emoji-sd": (sd.StableDiffusionTask, ("scenes", "vae", "clip")),
     "emoji-seed-contrastive": (seed.SeedContrastiveTask, ("scenes", "clip")),
     "emoji-seed": (seed.SeedTask, ("scenes", "tokenizer", "clip", "total")),
+    "emoji-seed-lm": (seed_lm.SeedLMTask, ("scenes", "tokenizer", "clip")),
     "emoji-counter": (counter.CounterTask, ("scenes",)),
     "emoji-judge": (judge.JudgeTask, ("scenes", "tokenizer")),
 }
@@ -68,10 +71,11 @@ STARTS = {  # recipe -> model it goes on from
     "emoji-control": "emoji-llamagen",
     "emoji-drafter": "emoji-llamagen",
 }
-TOKENIZERS = {
+TOKENIZERS = {  # recipe -> tokenizer it builds on; the others on emoji-vitvqgan
     "emoji-flextok-ar": "emoji-flextok",
     "emoji-seed": "emoji-seed-contrastive",
-}  # recipe -> tokenizer it builds on; the others on emoji-vitvqgan
+    "emoji-seed-lm": "emoji-seed",
+}
 
 
 def trained(recipe: str, part: str, folder: Path | None, shipped: Path) -> Path:

@@ -1,0 +1,153 @@
+"""Recipe `emoji-seed-lm`: one small Llama that writes captions and the codes of `emoji-seed` in one sequence (arXiv 2310.01218).
+
+Half of the sequences begin with the caption, half with the picture, so that it draws and describes.
+"""
+
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from argen.eval.retrieval import held_out_sample
+from argen.models.seed_llama import Vocabulary, add_words
+from argen.train.loop import Schedule
+from argen.train.seed import PicturesTask
+from tokenizers_img.seed import Seed
+
+SCHEDULES = {
+    "cpu": Schedule(
+        steps=6000, batch_size=64, learning_rate=2e-3, warmup=120, weight_decay=0.05, betas=(0.9, 0.98), muon=True
+    ),
+    "gpu": Schedule(steps=40000, batch_size=512, learning_rate=1e-3, weight_decay=0.05, betas=(0.9, 0.98)),
+}
+SIZES = {"hidden_size": 256, "intermediate_size": 640, "num_hidden_layers": 6, "num_attention_heads": 4}
+NOISE = 0.1  # of the features, in their standard deviation: a picture has many readings
+IGNORED = -100  # label of padding
+SHOWN = 8  # captions of the sample
+
+
+class SeedLMTask(PicturesTask):
+    """Args:
+    tokenizer: folder of the trained `emoji-seed`.
+    others: see `CaptionsTask`.
+    """
+
+    scenes_share, group_share = 0.25, 0.1
+
+    def __init__(self, data: Path, scenes: Path, tokenizer: Path, clip: Path):
+        super().__init__(data, scenes, clip)
+        self.seed = Seed.from_pretrained(tokenizer, torch_dtype=torch.float32).eval().requires_grad_(False)
+        self.both = AutoTokenizer.from_pretrained(clip)
+        add_words(self.both, self.seed.config.n_embed)
+        self.words = Vocabulary.of(self.both)
+        ends = {"bos_token_id": self.both.bos_token_id, "eos_token_id": self.both.eos_token_id}
+        longest = self.both.model_max_length + self.seed.config.tokens + 4
+        config = LlamaConfig(
+            vocab_size=len(self.both), max_position_embeddings=longest, tie_word_embeddings=True, **SIZES, **ends
+        )
+        self.networks: dict[str, nn.Module] = {"model": LlamaForCausalLM(config)}
+
+    def text(self, captions: list[str]) -> dict[str, Tensor]:
+        """Ids without start and end, padded with -1; there is nothing else to read."""
+        rows = self.text_tokenizer(captions, add_special_tokens=False, truncation=True, max_length=28).input_ids
+        width = max(1, *map(len, rows))
+        return {"input_ids": torch.tensor([row + [-1] * (width - len(row)) for row in rows])}
+
+    def more(self, tokens: Tensor, pictures: Tensor, scenes: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+        """What every picture's features are disturbed by, and which of the two comes first."""
+        return {
+            "seeds": torch.randint(2**31, (1,), generator=generator),
+            "first": torch.rand(len(tokens), generator=generator) < 0.5,
+        }
+
+    def held_out(self, rows: slice) -> dict[str, Tensor]:
+        batch = super().held_out(rows)
+        return batch | {"seeds": torch.tensor([-1]), "first": torch.zeros(len(batch["tokens"]), dtype=torch.bool)}
+
+    @torch.no_grad()
+    def codes(self, batch: dict[str, Tensor]) -> Tensor:
+        """Ids of a batch's pictures [B, N]."""
+        features, _ = self.seen(batch["tokens"])
+        if (seed := int(batch["seeds"])) >= 0:
+            noise = torch.randn(features.shape, generator=torch.Generator().manual_seed(seed)).to(features)
+            features = features + NOISE * features.std() * noise
+        return self.seed.to(features.device).ids(features)
+
+    def sequences(self, batch: dict[str, Tensor]) -> Tensor:
+        """[B, L]: the start, then the caption and the picture or the other way round, the end, and -1."""
+        rows, start, end = [], self.both.bos_token_id, self.both.eos_token_id
+        asked = zip(
+            batch["input_ids"].tolist(),
+            self.codes(batch).tolist(),
+            *(batch[k].tolist() for k in ("first", "dropped")),
+            strict=True,
+        )
+        for words, codes, picture_first, dropped in asked:
+            picture = [self.words.begin, *(code + self.words.shift for code in codes), self.words.end]
+            caption = [] if dropped else [word for word in words if word >= 0]
+            rows.append([start, *(picture + caption if picture_first else caption + picture), end])
+        width = max(map(len, rows))
+        return torch.tensor([row + [-1] * (width - len(row)) for row in rows], device=batch["tokens"].device)
+
+    def error(self, network: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        ids = self.sequences(batch)
+        logits = network(input_ids=ids.clamp(min=0), attention_mask=(ids >= 0).long()).logits[:, :-1].float()
+        wrong = F.cross_entropy(
+            logits.flatten(0, 1),
+            torch.where(ids < 0, IGNORED, ids)[:, 1:].flatten(),
+            reduction="none",
+            ignore_index=IGNORED,
+        )
+        return wrong[(ids[:, 1:] >= 0).flatten()]
+
+    @torch.no_grad()
+    def likelihoods(self, pictures: Tensor, captions: list[str]) -> Tensor:
+        """Of each picture [P, H, W, 3] uint8 how likely the model finds each caption after it, in nats [P, n]."""
+        model, found = self._model(), []
+        words = self.text(captions)["input_ids"]
+        for picture in pictures.to(model.device):
+            batch = {"tokens": picture[None], "seeds": torch.tensor([-1])}
+            codes = self.codes(batch)[0] + self.words.shift
+            begun = torch.tensor([self.both.bos_token_id, self.words.begin, *codes.tolist(), self.words.end])
+            end = torch.full((len(words), 1), self.both.eos_token_id)
+            text = torch.where(words < 0, self.both.eos_token_id, words)
+            ids = torch.cat([begun.expand(len(words), -1), text, end], dim=1).to(model.device)
+            logits = model(input_ids=ids).logits[:, len(begun) - 1 : -1].float().log_softmax(dim=-1)
+            each = logits.gather(2, ids[:, len(begun) :, None])[..., 0]
+            known = F.pad((words >= 0).long(), (1, 0), value=1).to(each)  # the words, and the end after them
+            found.append((each * known).sum(dim=1))
+        return torch.stack(found).cpu()
+
+    def evaluate(self) -> dict[str, float]:
+        """The loss on held-out combinations, and how often a picture's own caption is the likeliest of 100."""
+        rows = held_out_sample(len(self.held_out_captions))[:100]
+        told = self.likelihoods(self.held_out_pictures[rows], [self.held_out_captions[row] for row in rows])
+        right = (told.argmax(dim=1) == torch.arange(len(rows))).float().mean().item()
+        return super().evaluate() | {"caption of 100": right}
+
+    @torch.no_grad()
+    def sample(self) -> Image.Image:
+        """What stands nearest to the pictures written for held-out captions: their embeddings find real ones."""
+        model, wanted = self._model(), []
+        for part in self.pictures[::8].split(64):
+            wanted.append(F.normalize(self.seen(part.to(model.device))[1].float(), dim=-1))
+        found, base = torch.cat(wanted), self.pictures[::8]
+        captions = self.held_out_captions[:: max(1, len(self.held_out_captions) // SHOWN)][:SHOWN]
+        made = []
+        for words in captions:
+            ids = self.text_tokenizer(words, add_special_tokens=False).input_ids
+            row = torch.tensor([[self.both.bos_token_id, *ids, self.words.begin]], device=model.device)
+            for _ in range(self.seed.config.tokens):
+                own = model(input_ids=row).logits[:, -1, self.words.shift : self.words.shift + self.words.codes]
+                row = torch.cat([row, own.argmax(dim=-1, keepdim=True) + self.words.shift], dim=1)
+            codes = row[:, -self.seed.config.tokens :] - self.words.shift
+            made.append(F.normalize(self.seed.decode(codes).float(), dim=-1))
+        nearest = (torch.cat(made) @ found.T).argmax(dim=1).cpu()
+        return Image.fromarray(torch.cat(list(base[nearest]), dim=1).numpy())
+
+    def save(self, folder: Path) -> None:
+        self._model().to(torch.bfloat16).save_pretrained(folder)
+        self.both.save_pretrained(folder)
