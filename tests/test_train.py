@@ -12,7 +12,7 @@ from argen.data import emoji, scenes
 from argen.models.llamagen import LlamaGen
 from argen.models.parti import Parti
 from argen.registry import WEIGHTS
-from argen.train import controlar, counter, draft, flexar, flextok, kl_vae, llamagen, sd, seed, seed_lm, xar
+from argen.train import controlar, counter, draft, flexar, flextok, kl_vae, llamagen, sd, seed, seed_lm, unclip, xar
 from argen.train.clip import CLIPTask, positives
 from argen.train.judge import JudgeTask
 from argen.train.loop import Schedule, optimizers_of, train
@@ -92,6 +92,7 @@ def task(request, composed, small_llamagen, small_vae, small_flextok, small_seed
         "emoji-flextok-ar": lambda: flexar.FlexARTask(SAMPLE, composed, small_vae, small_flextok, clip),
         "emoji-seed-contrastive": lambda: seed.SeedContrastiveTask(SAMPLE, composed, clip),
         "emoji-seed": lambda: seed.SeedTask(SAMPLE, composed, small_seed, clip, SCHEDULE.steps),
+        "emoji-seed-decoder": lambda: unclip.UnCLIPTask(SAMPLE, composed, small_vae, clip),
         "emoji-seed-lm": lambda: seed_lm.SeedLMTask(SAMPLE, composed, small_seed, clip),
         "emoji-sd": lambda: sd.StableDiffusionTask(SAMPLE, composed, small_vae, clip),
         "emoji-counter": lambda: counter.CounterTask(SAMPLE, composed),

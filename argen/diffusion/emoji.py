@@ -1,8 +1,11 @@
-"""The small Stable Diffusion of the emoji family, put together of what ships."""
+"""The small diffusion pipelines of the emoji family, put together of what ships: Stable Diffusion, and SEED's unCLIP."""
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers.pipelines.stable_diffusion.stable_unclip_image_normalizer import StableUnCLIPImageNormalizer
 from transformers import CLIPModel, CLIPTextModel, PreTrainedTokenizerFast
+
+from tokenizers_img.seed import UnCLIP
 
 NOISE = {  # reaches zero signal (arXiv 2305.08891), because the pictures have a white ground
     "beta_start": 0.00085,
@@ -20,8 +23,33 @@ def assembled(
     unet: UNet2DConditionModel, vae: AutoencoderKL, clip: CLIPModel, tokenizer: PreTrainedTokenizerFast
 ) -> StableDiffusionPipeline:
     """A pipeline in diffusers' own layout; it reads texts with the text half of `clip`, with all of their padding."""
+    own = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+    return StableDiffusionPipeline(vae, text_half(clip), tokenizer, unet, DDIMScheduler(**NOISE), **own)
+
+
+def text_half(clip: CLIPModel) -> CLIPTextModel:
     with torch.random.fork_rng():
         encoder = CLIPTextModel(clip.config.text_config)
     encoder.load_state_dict(clip.text_model.state_dict())
-    own = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
-    return StableDiffusionPipeline(vae, encoder.eval(), tokenizer, unet, DDIMScheduler(**NOISE), **own)
+    return encoder.eval()
+
+
+def unclip(
+    unet: UNet2DConditionModel,
+    normalizer: StableUnCLIPImageNormalizer,
+    vae: AutoencoderKL,
+    clip: CLIPModel,
+    tokenizer: PreTrainedTokenizerFast,
+) -> UnCLIP:
+    """A pipeline that draws picture embeddings of `clip`; its U-Net reads no text."""
+    return UnCLIP(
+        feature_extractor=None,
+        image_encoder=None,
+        image_normalizer=normalizer,
+        image_noising_scheduler=DDPMScheduler(beta_schedule="squaredcos_cap_v2"),
+        tokenizer=tokenizer,
+        text_encoder=text_half(clip),
+        unet=unet,
+        scheduler=DDIMScheduler(**NOISE),
+        vae=vae,
+    )

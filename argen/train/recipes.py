@@ -16,6 +16,7 @@ from argen.train import (
     sd,
     seed,
     seed_lm,
+    unclip,
     vit_vqgan,
     xar,
 )
@@ -40,6 +41,7 @@ SCHEDULES = {
     "emoji-counter": counter.SCHEDULES,
     "emoji-seed-contrastive": seed.CONTRASTIVE_SCHEDULES,
     "emoji-seed": seed.SCHEDULES,
+    "emoji-seed-decoder": unclip.SCHEDULES,
     "emoji-seed-lm": seed_lm.SCHEDULES,
     "emoji-judge": judge.SCHEDULES,
 }
@@ -61,6 +63,7 @@ TASKS = {  # recipe -> its task, and what that takes beside the pictures
     "emoji-sd": (sd.StableDiffusionTask, ("scenes", "vae", "clip")),
     "emoji-seed-contrastive": (seed.SeedContrastiveTask, ("scenes", "clip")),
     "emoji-seed": (seed.SeedTask, ("scenes", "tokenizer", "clip", "total")),
+    "emoji-seed-decoder": (unclip.UnCLIPTask, ("scenes", "vae", "clip")),
     "emoji-seed-lm": (seed_lm.SeedLMTask, ("scenes", "tokenizer", "clip")),
     "emoji-counter": (counter.CounterTask, ("scenes",)),
     "emoji-judge": (judge.JudgeTask, ("scenes", "tokenizer")),

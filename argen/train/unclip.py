@@ -1,0 +1,113 @@
+"""Recipe `emoji-seed-decoder`: the picture embeddings of `emoji-clip` back to latents of `emoji-vae` (unCLIP, arXiv 2204.06125)."""
+
+from pathlib import Path
+
+import torch
+from diffusers import DDIMScheduler, UNet2DConditionModel
+from diffusers.models.embeddings import get_timestep_embedding
+from diffusers.pipelines.stable_diffusion.stable_unclip_image_normalizer import StableUnCLIPImageNormalizer
+from PIL import Image
+from torch import Tensor, nn
+
+from argen.diffusion.emoji import NOISE, unclip
+from argen.train.loop import Schedule
+from argen.train.tokens import LatentsTask
+from tokenizers_img.pixels import from_uint8
+from tokenizers_img.seed import UnCLIP
+
+SCHEDULES = {
+    "cpu": Schedule(steps=8000, batch_size=64, learning_rate=1e-3, warmup=200, weight_decay=0.01, betas=(0.9, 0.98)),
+    "gpu": Schedule(steps=60000, batch_size=512, learning_rate=4e-4, weight_decay=0.01),
+}
+UNET = {
+    "block_out_channels": (96, 160),
+    "layers_per_block": 1,
+    "down_block_types": ("AttnDownBlock2D", "AttnDownBlock2D"),
+    "mid_block_type": "UNetMidBlock2D",
+    "up_block_types": ("AttnUpBlock2D", "AttnUpBlock2D"),
+    "attention_head_dim": 32,
+    "norm_num_groups": 16,
+    "class_embed_type": "projection",
+}
+DROPPED = 0.1  # of the embeddings, so that guidance has something to go away from
+DISTURBED = 300  # steps of the noising schedule: embeddings that were decoded from tokens are never quite right
+SAMPLED = {"num_inference_steps": 20, "guidance_scale": 3.0}
+
+
+class UnCLIPTask(LatentsTask):
+    """Args: see `LatentsTask`."""
+
+    scenes_share = 0.25
+
+    def __init__(self, data: Path, scenes: Path, vae: Path, clip: Path):
+        super().__init__(data, scenes, vae, clip)
+        channels, side = self.picture_tokens.shape[1:3]
+        width = self.clip.config.projection_dim
+        model = UNet2DConditionModel(
+            sample_size=side,
+            in_channels=channels,
+            out_channels=channels,
+            projection_class_embeddings_input_dim=2 * width,
+            cross_attention_dim=width,
+            **UNET,
+        )
+        self.networks: dict[str, nn.Module] = {"model": model}
+        self.noise = DDIMScheduler(**NOISE)
+        self.normalizer = StableUnCLIPImageNormalizer(width)
+        some = self.seen(self.pictures[:: max(1, len(self.pictures) // 2000)])
+        self.normalizer.mean.data, self.normalizer.std.data = some.mean(0, keepdim=True), some.std(0, keepdim=True)
+        self.normalizer.requires_grad_(False)
+        self.disturbing = self.pipeline().image_noising_scheduler
+
+    @torch.no_grad()
+    def seen(self, pictures: Tensor) -> Tensor:
+        """[B, H, W, 3] uint8 -> embeddings [B, E], not normalised."""
+        parts = (
+            self.clip.vision_model(pixel_values=2 * from_uint8(part) - 1).pooler_output for part in pictures.split(64)
+        )
+        return torch.cat([self.clip.visual_projection(part) for part in parts])
+
+    def more(
+        self, tokens: Tensor, pictures: Tensor | None, scenes: Tensor | None, generator: torch.Generator
+    ) -> dict[str, Tensor]:
+        """Noise, a time for each picture, and its embedding with noise of its own; held-out pictures come in order."""
+        shown = torch.cat([pictures, self.scene_pictures[scenes]]) if pictures is not None else self.held_out_rows
+        times = torch.randint(self.noise.config.num_train_timesteps, (len(tokens),), generator=generator)
+        levels = torch.randint(DISTURBED, (len(tokens),), generator=generator)
+        wanted = self.normalizer.scale(self.seen(shown))
+        wanted = self.disturbing.add_noise(wanted, torch.randn(wanted.shape, generator=generator), levels)
+        wanted = self.normalizer.unscale(wanted)
+        level = get_timestep_embedding(levels, wanted.shape[1], flip_sin_to_cos=True, downscale_freq_shift=0)
+        dropped = torch.rand(len(tokens), 1, generator=generator) < DROPPED
+        labels = torch.where(dropped, 0.0, torch.cat([wanted, level], dim=1))
+        return {"times": times, "noise": torch.randn(tokens.shape, generator=generator), "labels": labels}
+
+    def held_out(self, rows: slice) -> dict[str, Tensor]:
+        self.held_out_rows = self.held_out_pictures[rows]
+        return super().held_out(rows)
+
+    def error(self, network: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        noisy = self.noise.add_noise(batch["tokens"], batch["noise"], batch["times"])
+        wanted = self.noise.get_velocity(batch["tokens"], batch["noise"], batch["times"])
+        made = network(noisy, batch["times"], None, class_labels=batch["labels"], return_dict=False)[0]
+        return (made.float() - wanted).square()
+
+    def pipeline(self) -> UnCLIP:
+        return unclip(self._model(), self.normalizer, self.vae.vae, self.clip, self.text_tokenizer)
+
+    def sample(self) -> Image.Image:
+        """Held-out pictures, and under each what their embeddings give."""
+        pipe, shown = self.pipeline(), self.held_out_pictures[:: max(1, len(self.held_out_pictures) // 16)][:16]
+        pipe.set_progress_bar_config(disable=True)
+        luck = torch.Generator().manual_seed(0)
+        device = self._model().device
+        noise = torch.randn(len(shown), *self.picture_tokens.shape[1:], generator=luck).to(device)
+        asked = {"image_embeds": self.seen(shown).to(device), "prompt": [""] * len(shown), "latents": noise}
+        made = pipe.to(device)(**asked, **SAMPLED, generator=luck, output_type="pt").images.cpu()
+        rows = torch.stack([shown, (255 * made).round().byte().permute(0, 2, 3, 1)]).unflatten(1, (-1, 8))
+        rows = rows.transpose(0, 1).flatten(0, 1)
+        return Image.fromarray(torch.cat([torch.cat(list(row), dim=1) for row in rows]).numpy())
+
+    def save(self, folder: Path) -> None:
+        super().save(folder)
+        self.normalizer.save_pretrained(folder / "image_normalizer")
