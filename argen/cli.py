@@ -14,6 +14,7 @@ COMMANDS = {}
 CONTROLS = (
     "canny, hed, lineart, lineart-inverted, depth, depth-midas, segments, seg or map"  # argen.models.annotators.KINDS
 )
+CLIP = "openai/clip-vit-base-patch32"
 PIPELINE = "folder of a Stable Diffusion (XL) pipeline, or OWNER/NAME on the hub"
 
 
@@ -176,8 +177,15 @@ def parser() -> Parser:
     add.add_argument("--target", action="append", metavar="TEXT", help="what takes the place of each concept")
     add.add_argument("--retain", action="append", default=[], metavar="TEXT", help="what must stay as it is")
     add.add_argument("--epochs", type=int, metavar="N", help="of deriving and erasing (default: the preset's)")
-    add.add_argument("--json", action="store_true", help="print JSON")
-    add.add_argument("--model", required=True, metavar="DIR", help=PIPELINE)
+    add.add_argument(
+        "--verify",
+        type=int,
+        metavar="N",
+        help="also draw N pictures of each concept before and after, by its paraphrases and by its derived embedding, and say "
+        "how far they show it: argen/emoji-sd's by the judge, others' by a CLIP",
+    )
+    add.add_argument("--clip", default=CLIP, metavar="ID", help=f"hub id or folder (default: {CLIP})")
+    diffusion(add, 50, 7.5)
 
     add = commands.add_parser("count", help="draw so many things, by optimising the token of their number")
     add.add_argument("prompt", help='a number from 1 to 25 and what is counted, for example "five apples"')
@@ -461,18 +469,44 @@ def bind(args) -> None:
 
 @command
 def erase(args) -> None:
+    import torch
+
+    from argen.device import pick
     from argen.diffusion import ConceptErasure
-    from argen.registry import load_diffusion
+    from argen.eval import features, tools
+    from argen.registry import drawing, load_diffusion
 
     if args.out.exists():
         raise ValueError(f"{args.out} is there already: choose another --out")
-    erasure = ConceptErasure(load_diffusion(args.model))
-    stages = erasure.erase(args.concepts, args.preset, args.target, args.retain, args.epochs)
+    if args.verify is not None and args.verify < 1:
+        raise ValueError(f"--verify is {args.verify}: expected at least 1 picture")
+    pipe, stages, told = load_diffusion(args.model).to(pick(args.device)), [], {}
+    erasure, asked = ConceptErasure(pipe), drawing(args.model, args.steps, args.guidance_scale)
+
+    def run() -> None:
+        stages.extend(erasure.erase(args.concepts, args.preset, args.target, args.retain, args.epochs))
+
+    def draw(**given) -> list:
+        luck = [torch.Generator().manual_seed(args.seed + index) for index in range(args.verify)]
+        return pipe(**given, **asked, generator=luck).images
+
+    if args.verify:
+        judged = args.model == "argen/emoji-sd"
+        judge = (
+            load_model("argen/emoji-judge", args.device) if judged else features.PublishedCLIP(args.clip, pipe.device)
+        )
+        look = tools.by_judge(judge) if judged else tools.by_clip(judge)
+        told = tools.verified(draw, run, erasure.attack, args.concepts, args.verify, look)
+    else:
+        run()
     erasure.save(args.out)
     if args.json:
-        print(json.dumps({"folder": str(args.out), **erasure.record, "stages": [asdict(stage) for stage in stages]}))
-    else:
-        print(f"{args.out} (without {', '.join(args.concepts)}; {stages[-1].change:.1%} of its text matrices changed)")
+        found = {"folder": str(args.out), **erasure.record, "stages": [asdict(stage) for stage in stages]}
+        print(json.dumps(found | {"shown": told}))
+        return
+    print(f"{args.out} (without {', '.join(args.concepts)}; {stages[-1].change:.1%} of its text matrices changed)")
+    for concept, shown in told.items():
+        print(f"  {concept}: " + ", ".join(f"{when} {value:.2f}" for when, value in shown.items()))
 
 
 @command

@@ -84,6 +84,17 @@ def test_a_token_is_made_and_used_again(untrained, tmp_path, capsys):
     assert not (tmp_path / "x.png").exists()
 
 
+def test_an_erasure_is_verified(untrained, tmp_path, capsys):
+    asked = ["erase", "pizza", "--model", "argen/emoji-sd", "--steps", "2", "-o", str(tmp_path / "clean")]
+    assert argen([*asked, "--verify", "3"]) == 0
+    told = capsys.readouterr().out
+    assert "without pizza" in told
+    assert "pizza: before 0." in told
+    assert "derived embedding 0." in told
+    assert argen([*asked[:-1], str(tmp_path / "again"), "--verify", "0"]) == 2
+    assert "expected at least 1 picture" in capsys.readouterr().err
+
+
 def test_the_prompts_say_what_they_should():
     assert "a pizza, noto style" in tools.phrases("pizza")
     assert "an apple" in tools.phrases("apple")

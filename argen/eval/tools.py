@@ -1,11 +1,18 @@
 """Prompts on which the tools of `argen.diffusion` are measured, and what is found in the pictures before and after."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
 
 from argen.data.emoji import STYLES, with_article
 from argen.data.scenes import NUMBERS
+from argen.eval.features import PublishedCLIP
 from argen.eval.images import Pictures
-from argen.eval.judge import Truth, evaluate, read_prompts
+from argen.eval.judge import Truth, evaluate, read_prompts, verdict
 from argen.models.judge import Judge
 
 
@@ -47,6 +54,58 @@ def elsewhere(truth: Truth, truths: Sequence[Truth]) -> str:
     start = truths.index(truth)
     after = [*truths[start + 1 :], *truths[: start + 1]]
     return counted(next(other for other in after if len(other.objects) == len(truth.objects)))[1]
+
+
+Draw = Callable[..., list[Image.Image]]  # what a pipeline's call takes, without its luck -> pictures
+Recognise = Callable[[list[Image.Image], str], float]  # pictures, a concept -> how far they show it
+
+
+def by_judge(judge: Judge) -> Recognise:
+    """The share of pictures in which the judge sees the concept; for names that it knows."""
+
+    def recognise(pictures: list[Image.Image], concept: str) -> float:
+        truth = Truth(concept, "single", ((concept, ""),))
+        seen = [verdict(judge, np.asarray(picture.convert("RGB")), truth)["identity"] for picture in pictures]
+        return sum(seen) / len(seen)
+
+    return recognise
+
+
+def by_clip(clip: PublishedCLIP) -> Recognise:
+    """The mean cosine of pictures to the concept."""
+
+    def recognise(pictures: list[Image.Image], concept: str) -> float:
+        seen = clip.embed_pixels(
+            torch.stack([clip.prepare(np.asarray(picture.convert("RGB"))) for picture in pictures])
+        )
+        words = clip.embed_text([f"a photo of {with_article(concept)}"])
+        return F.cosine_similarity(seen, words).mean().item()
+
+    return recognise
+
+
+def verified(
+    draw: Draw,
+    erase: Callable[[], object],
+    attack: Callable[[str], dict[str, Tensor]],
+    concepts: Sequence[str],
+    num: int,
+    recognise: Recognise,
+) -> dict[str, dict[str, float]]:
+    """How far `num` pictures of each concept show it before it is erased, after, and when its derived embedding is asked for.
+
+    Args:
+        erase: erases all of them.
+        attack: a concept -> what the call takes to bring it back.
+    """
+    asked = {concept: [truth.prompt for truth in of_concepts([concept], num)] for concept in concepts}
+    told = {concept: {"before": recognise(draw(prompt=said), concept)} for concept, said in asked.items()}
+    erase()
+    for concept, said in asked.items():
+        derived = {name: value.expand(num, *value.shape[1:]) for name, value in attack(concept).items()}
+        told[concept]["after"] = recognise(draw(prompt=said), concept)
+        told[concept]["derived embedding"] = recognise(draw(**derived), concept)
+    return told
 
 
 def before_and_after(judge: Judge, truths: Sequence[Truth], **drawn: Pictures) -> dict[str, dict]:
