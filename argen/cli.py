@@ -382,7 +382,7 @@ def tokenize(args) -> None:
 def detokenize(args) -> None:
     import torch
 
-    from argen.eval.reconstruction import check_count
+    from argen.eval.reconstruction import check_count, decoded
     from argen.metadata import read_tokens, save_pictures
 
     out = writable(args.out or args.file.with_suffix(".png"))
@@ -392,8 +392,7 @@ def detokenize(args) -> None:
     tokenizer = load_model(made_by, args.device, "tokenizer")
     check_count(tokenizer, args.tokens, len(tokens))
     tokens = tokens[: args.tokens]
-    with torch.no_grad():
-        made = tokenizer.decode(torch.from_numpy(tokens)[None].to(tokenizer.device)).clamp(0, 1)
+    made = decoded(tokenizer, torch.from_numpy(tokens)[None].to(tokenizer.device))
     save_pictures([(pil(made), None)], [out])
     if args.json:
         print(json.dumps({"file": str(out), "tokenizer": made_by, "tokens": len(tokens)}))
@@ -403,17 +402,14 @@ def detokenize(args) -> None:
 
 @command
 def reconstruct(args) -> None:
-    import torch
-
-    from argen.eval.reconstruction import encoded
+    from argen.eval.reconstruction import decoded, encoded
     from argen.metadata import open_picture, save_pictures
 
     out = writable(args.out or args.image.with_name(f"{args.image.stem}-reconstructed.png"))
     picture = open_picture(args.image)
     tokenizer = load_model(args.tokenizer, args.device, "tokenizer")
     pixels, tokens = encoded(tokenizer, picture)
-    with torch.no_grad():
-        made = tokenizer.decode(tokens).clamp(0, 1)
+    made = decoded(tokenizer, tokens, pixels)
     psnr = -10 * (made - pixels).square().mean().log10().item()
     save_pictures([(pil(made), None)], [out])
     if args.json:

@@ -13,6 +13,7 @@ EXTRAS = {
     "scipy": "control",
     "matplotlib": "bench",
     "nudenet": "nudity",
+    "sentencepiece": "seed",
 }  # module -> the extra that brings it; others are of "train"
 
 

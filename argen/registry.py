@@ -18,7 +18,7 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from safetensors import SafetensorError
-from transformers import AutoTokenizer, CLIPModel, PreTrainedTokenizerFast, T5EncoderModel
+from transformers import AutoTokenizer, CLIPModel, LlamaForCausalLM, PreTrainedTokenizerFast, T5EncoderModel
 
 from argen.data.emoji import GROUPS
 from argen.data.scenes import NUMBERS
@@ -40,6 +40,7 @@ from argen.models.flexar import FlexAR
 from argen.models.judge import Judge
 from argen.models.llamagen import LlamaGen
 from argen.models.parti import Parti
+from argen.models.seed_llama import read_tokenizer
 from argen.models.xar import XAR
 from argen.pipelines.base import TokenPipeline
 from argen.pipelines.controlar import ControlARPipeline
@@ -47,11 +48,14 @@ from argen.pipelines.dalle_mini import DalleMiniPipeline
 from argen.pipelines.flexar import FlexARPipeline
 from argen.pipelines.llamagen import LlamaGenPipeline
 from argen.pipelines.parti import PartiPipeline
+from argen.pipelines.seed_llama import SeedLlamaPipeline
 from argen.pipelines.xar import XARPipeline
+from tokenizers_img import seed
 from tokenizers_img.checkpoint import hub_file, hub_folder
 from tokenizers_img.flextok import FlexTok, FlexTokenizer
 from tokenizers_img.kl_vae import KLVAE
 from tokenizers_img.llamagen_vq import LlamaGenVQ
+from tokenizers_img.seed import SeedTokenizer, UnCLIP
 from tokenizers_img.vit_vqgan import ViTVQGAN
 
 WEIGHTS = Path(__file__).parent / "weights"
@@ -266,6 +270,28 @@ def _flexar(name: str, parameters: float) -> Model:
     return Model("generator", about, licence, parameters, read, repo, (file, "config.yaml"), takes=(asked,))
 
 
+def _seed(folder: Path) -> SeedTokenizer:
+    """The vision transformer may lie beside the file."""
+    own = folder / "eva_vit_g.pth"
+    network, vision = seed.from_original(folder / SEED_FILE, own if own.is_file() else seed.eva_file())
+    return SeedTokenizer(network, vision, lambda: UnCLIP.from_pretrained(hub_folder(seed.UNCLIP, UNCLIP_FILES)))
+
+
+def _seed_llama(name: str, parameters: float) -> Model:
+    """`name` as in the name of the repository, "8b-sft"."""
+    repo = f"AILab-CVC/seed-llama-{name}"
+
+    def read(folder: Path) -> SeedLlamaPipeline:
+        words = hub_folder(SEED, (SEED_FILE, "tokenizer.model", "*.json"))
+        model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
+        form = "pretrain" if name.endswith("pretrain") else name
+        return SeedLlamaPipeline(model, read_tokenizer(words), _seed(words), form)
+
+    about = f"SEED-LLaMA {name}, text -> 32 causal tokens -> 768 x 768; also pictures -> text"
+    licence = "Llama 2; picture tokenizer Apache-2.0, decoder OpenRAIL++"
+    return Model("generator", about, licence, parameters, read, repo, ("*.bin", "*.json"))
+
+
 def _vae(folder: Path) -> KLVAE:
     return KLVAE(_network(AutoencoderKL, folder))
 
@@ -277,6 +303,8 @@ def _flextok_vae(channels: int, parameters: float) -> Model:
     return Model("tokenizer", about, APPLE, parameters, _vae, repo, files)
 
 
+SEED, SEED_FILE = "AILab-CVC/seed-tokenizer-2", "seed_quantizer.pt"
+UNCLIP_FILES = DIFFUSION_FILES + ("image_normalizer/*",)
 APPLE = "Apple ML Research Model licence (research only)"
 T5, KL16 = "google/flan-t5-xl", "xwen99/mar-vae-kl16"
 LLAMAGEN = {
@@ -407,6 +435,24 @@ MODELS = {
     ),
     **{f"{model.repo}:{name}": model for name, model in RELEASED.items()},
     **FLEXTOK,
+    SEED: Model(
+        "tokenizer",
+        "SEED-2, a picture -> 32 causal ids of 8192 -> 768 x 768 that shows the same",
+        "Apache-2.0; picture encoder MIT, decoder OpenRAIL++",
+        1150.0,
+        _seed,
+        SEED,
+        (SEED_FILE,),
+    ),
+    **{  # with the picture tokenizer's 1,150 million
+        f"AILab-CVC/seed-llama-{name}": _seed_llama(name, parameters)
+        for name, parameters in {
+            "8b-sft": 7955.5,
+            "8b-pretrain": 7955.5,
+            "14b-sft": 14249.8,
+            "14b-pretrain": 14249.8,
+        }.items()
+    },
     KL16: Model(
         "tokenizer",
         "KL-16, 256 x 256 <-> 16 x 16 latents of 16 numbers",

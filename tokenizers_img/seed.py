@@ -9,7 +9,9 @@ generation embedding, which a diffusion model draws.
 """
 
 import logging
+import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +32,8 @@ logger = logging.getLogger(__name__)
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # of the pixels
 DOWN = (256, 128, 32)  # widths of the "mlp" head, token by token
 HEADS = {"mlp": "image", "reverse": "image", "text": "text"}  # how the embedding is made -> what it stands for
-UNCLIP = "stabilityai/stable-diffusion-2-1-unclip"  # withdrawn in 2025; copies are about
+EVA = "https://storage.googleapis.com/sfr-vision-language-research/LAVIS/models/BLIP2/eva_vit_g.pth"
+UNCLIP = os.environ.get("ARGEN_UNCLIP", "stabilityai/stable-diffusion-2-1-unclip")  # withdrawn in 2025: a copy will do
 NORM_EPS = 1e-5  # of the norm after the vision transformer, whose own are 1e-6
 
 
@@ -311,6 +314,25 @@ def from_original(path: str | Path, vision: str | Path | None = None) -> tuple[S
     return network, load_strict(encoder, vision_state(own, encoder.config.num_hidden_layers), source=vision or path)
 
 
+def eva_file() -> Path:
+    """The published vision transformer, out of torch's cache or fetched into it (1.9 GB, MIT).
+
+    Raises:
+        ConnectionError: it is not here and cannot be fetched.
+    """
+    path = Path(torch.hub.get_dir()) / "checkpoints" / EVA.rpartition("/")[2]
+    if path.is_file():
+        return path
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.hub.download_url_to_file(EVA, str(path))
+    except (OSError, RuntimeError) as error:
+        raise ConnectionError(
+            f"the picture encoder of SEED is not on this machine and could not be fetched: get {EVA} and put it into {path.parent}"
+        ) from error
+    return path
+
+
 def sizes_of(state: dict[str, Tensor]) -> dict:
     """The sizes of `Seed` that a published file does not share with all others."""
     head = head_of(state)
@@ -365,7 +387,7 @@ class SeedTokenizer(nn.Module):
     Args:
         network: of the tokens.
         vision: the picture encoder.
-        decoder: draws generation embeddings; None where pictures are only read.
+        decoder: draws generation embeddings, or gives what does when it is first needed; None where pictures are only read.
         steps, guidance_scale: of the decoder; as published.
         seed: of the noise that every picture starts from, so that decoding repeats.
     """
@@ -374,7 +396,7 @@ class SeedTokenizer(nn.Module):
         self,
         network: Seed,
         vision: Blip2VisionModel,
-        decoder: UnCLIP | None = None,
+        decoder: UnCLIP | Callable[[], UnCLIP] | None = None,
         steps: int = 20,
         guidance_scale: float = 10.0,
         seed: int = 0,
@@ -421,7 +443,10 @@ class SeedTokenizer(nn.Module):
             raise ValueError(
                 f"these tokens were read without a decoder, so nothing can be drawn: {UNCLIP} draws them, or a copy of it"
             )
-        pipe, size = self.decoder, self.decoder.unet.config.sample_size
+        if not isinstance(self.decoder, UnCLIP):
+            self.decoder = self.decoder()
+            self.decoder.set_progress_bar_config(disable=True)
+        pipe, size = self.decoder.to(self.device), self.decoder.unet.config.sample_size
         luck = torch.Generator().manual_seed(self.seed) if generator is None else generator
         shape = 1, pipe.unet.config.in_channels, size, size
         noise = randn_tensor(shape, luck, pipe.device, pipe.unet.dtype).expand(len(ids), -1, -1, -1)

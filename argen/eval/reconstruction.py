@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from diffusers.utils import numpy_to_pil
 from PIL import Image
 from torch import Tensor
@@ -13,9 +14,10 @@ from tokenizers_img.flextok import FlexTokenizer
 from tokenizers_img.kl_vae import KLVAE
 from tokenizers_img.llamagen_vq import LlamaGenVQ
 from tokenizers_img.pixels import from_pil, from_uint8
+from tokenizers_img.seed import SeedTokenizer
 from tokenizers_img.vit_vqgan import ViTVQGAN
 
-Tokenizer = ViTVQGAN | LlamaGenVQ | KLVAE | FlexTokenizer
+Tokenizer = ViTVQGAN | LlamaGenVQ | KLVAE | FlexTokenizer | SeedTokenizer
 
 
 @torch.no_grad()
@@ -25,7 +27,7 @@ def reconstruct(tokenizer: Tokenizer, pictures: Tensor, count: int | None = None
     made, encoded = [], []
     for part in pictures.split(64):
         encoded.append(tokenizer.encode(from_uint8(part).to(tokenizer.device, tokenizer.dtype))[:, :count])
-        made.append(tokenizer.decode(encoded[-1]).float().clamp(0, 1).cpu())
+        made.append(decoded(tokenizer, encoded[-1], from_uint8(part)).cpu())
     return torch.cat(made), torch.cat(encoded).cpu()
 
 
@@ -56,8 +58,19 @@ def evaluate(tokenizer: Tokenizer, pictures: Tensor) -> dict[str, float]:
 @torch.no_grad()
 def encoded(tokenizer: Tokenizer, picture: Image.Image) -> tuple[Tensor, Tensor]:
     """A picture as the tokenizer takes it, [1, 3, S, S] in [0, 1], and its ids [1, N] or latents [1, C, h, w]."""
-    pixels = from_pil(picture, tokenizer.config.image_size)[None].to(tokenizer.device)
+    squashed = isinstance(tokenizer, SeedTokenizer)
+    pixels = tokenizer.prepare(picture) if squashed else from_pil(picture, tokenizer.config.image_size)
+    pixels = pixels[None].to(tokenizer.device)
     return pixels, tokenizer.encode(pixels)
+
+
+@torch.no_grad()
+def decoded(tokenizer: Tokenizer, tokens: Tensor, like: Tensor | None = None) -> Tensor:
+    """What comes back of ids or latents, [B, 3, H, W] in [0, 1]; in the size of the pixels `like`, if given."""
+    made = tokenizer.decode(tokens).float().clamp(0, 1)
+    if like is None or made.shape == like.shape:
+        return made
+    return F.interpolate(made, like.shape[2:], mode="bilinear", antialias=True, align_corners=False)
 
 
 class Fitted(Pictures):

@@ -31,8 +31,14 @@ def picture_text(ids: Sequence[int]) -> str:
 
 
 def read_tokenizer(folder: str | Path) -> LlamaTokenizer:
-    """The text tokenizer of a published folder, with the ids that the authors' code had (transformers 4.30): white space beside
-    the words of a picture falls away."""
+    """The text tokenizer of a published folder, with the ids that the authors' code had (transformers 4.30): white space beside the words
+    of a picture falls away.
+
+    Raises:
+        ModuleNotFoundError: sentencepiece is not installed.
+    """
+    import sentencepiece  # noqa: F401, which transformers reads the file with
+
     tokenizer = LlamaTokenizer.from_pretrained(folder, legacy=True)
     add_words(tokenizer, sum(bool(re.fullmatch(r"<img_\d+>", word)) for word in tokenizer.get_added_vocab()))
     return tokenizer

@@ -9,7 +9,7 @@ from PIL import Image
 from torch import Tensor
 
 from argen.eval.metrics import psnr, ssim
-from argen.eval.reconstruction import Tokenizer, encoded
+from argen.eval.reconstruction import Tokenizer, decoded, encoded
 from argen.ui.generate import PREVIEW_SIDE, enlarge, refusals
 from tokenizers_img.pixels import from_pil
 
@@ -82,10 +82,9 @@ def tab(tokenizers: Callable[[str], Tokenizer], ids: Sequence[str], shipped: Seq
     count.release(look, [picture, name, count], [made, caption, numbers, count])
 
 
-@torch.no_grad()
 def reconstructed(tokenizer: Tokenizer, pixels: Tensor, tokens: Tensor) -> tuple[Tensor, tuple]:
     """What comes back [3, S, S] of the tokens of `pixels`, see `encoded`; PSNR in dB, SSIM, the tokens in words, and bits."""
-    made = tokenizer.decode(tokens).float().clamp(0, 1)
+    made = decoded(tokenizer, tokens, pixels)
     if tokens.ndim == 2:
         bits, what = tokens.shape[1] * math.log2(tokenizer.config.n_embed), f"{tokens.shape[1]} tokens"
     else:
