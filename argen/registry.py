@@ -545,6 +545,8 @@ def load_diffusion(model: str | Path) -> StableDiffusionPipeline | StableDiffusi
         ConnectionError: it is not here and cannot be fetched.
     """
     if model == "argen/emoji-sd":
+        if not (WEIGHTS / "emoji-sd").is_dir():
+            raise ValueError("argen/emoji-sd does not ship yet: `argen train emoji-sd` makes it; give another pipeline")
         encoder = _encoder(WEIGHTS / "emoji-clip")
         networks = _network(UNet2DConditionModel, WEIGHTS / "emoji-sd"), _network(AutoencoderKL, WEIGHTS / "emoji-vae")
         return assembled(*networks, encoder.clip, encoder.tokenizer)
