@@ -14,7 +14,6 @@ COMMANDS = {}
 CONTROLS = (
     "canny, hed, lineart, lineart-inverted, depth, depth-midas, segments, seg or map"  # argen.models.annotators.KINDS
 )
-CLIP = "openai/clip-vit-base-patch32"
 PIPELINE = "folder of a Stable Diffusion (XL) pipeline, or OWNER/NAME on the hub"
 
 
@@ -184,7 +183,7 @@ def parser() -> Parser:
         help="also draw N pictures of each concept before and after, by its paraphrases and by its derived embedding, and say "
         "how far they show it: argen/emoji-sd's by the judge, others' by a CLIP",
     )
-    add.add_argument("--clip", default=CLIP, metavar="ID", help=f"hub id or folder (default: {CLIP})")
+    add.add_argument("--clip", default=evaluate.CLIP, metavar="ID", help=f"hub id or folder (default: {evaluate.CLIP})")
     diffusion(add, 50, 7.5)
 
     add = commands.add_parser("count", help="draw so many things, by optimising the token of their number")
@@ -355,13 +354,6 @@ def described(tokens) -> str:
     return f"{len(tokens)} tokens" if tokens.ndim == 1 else f"{tokens[0].size} latents of {len(tokens)} numbers"
 
 
-def pil(pixels):
-    """[1, 3, H, W] in [0, 1] -> a picture."""
-    from diffusers.utils import numpy_to_pil
-
-    return numpy_to_pil(pixels[0].permute(1, 2, 0).cpu().numpy())[0]
-
-
 @command
 def tokenize(args) -> None:
     from argen.eval.reconstruction import encoded
@@ -384,6 +376,7 @@ def detokenize(args) -> None:
 
     from argen.eval.reconstruction import check_count, decoded
     from argen.metadata import read_tokens, save_pictures
+    from tokenizers_img.pixels import to_pil
 
     out = writable(args.out or args.file.with_suffix(".png"))
     made_by, tokens = read_tokens(args.file)
@@ -393,7 +386,7 @@ def detokenize(args) -> None:
     check_count(tokenizer, args.tokens, len(tokens))
     tokens = tokens[: args.tokens]
     made = decoded(tokenizer, torch.from_numpy(tokens)[None].to(tokenizer.device))
-    save_pictures([(pil(made), None)], [out])
+    save_pictures([(to_pil(made[0]), None)], [out])
     if args.json:
         print(json.dumps({"file": str(out), "tokenizer": made_by, "tokens": len(tokens)}))
     else:
@@ -404,6 +397,7 @@ def detokenize(args) -> None:
 def reconstruct(args) -> None:
     from argen.eval.reconstruction import decoded, encoded
     from argen.metadata import open_picture, save_pictures
+    from tokenizers_img.pixels import to_pil
 
     out = writable(args.out or args.image.with_name(f"{args.image.stem}-reconstructed.png"))
     picture = open_picture(args.image)
@@ -411,7 +405,7 @@ def reconstruct(args) -> None:
     pixels, tokens = encoded(tokenizer, picture)
     made = decoded(tokenizer, tokens, pixels)
     psnr = -10 * (made - pixels).square().mean().log10().item()
-    save_pictures([(pil(made), None)], [out])
+    save_pictures([(to_pil(made[0]), None)], [out])
     if args.json:
         print(json.dumps({"file": str(out), "tokenizer": args.tokenizer, "psnr": psnr, "tokens": tokens[0].tolist()}))
     else:
@@ -487,11 +481,10 @@ def erase(args) -> None:
         return pipe(**given, **asked, generator=luck).images
 
     if args.verify:
-        judged = args.model == "argen/emoji-sd"
-        judge = (
-            load_model("argen/emoji-judge", args.device) if judged else features.PublishedCLIP(args.clip, pipe.device)
-        )
-        look = tools.by_judge(judge) if judged else tools.by_clip(judge)
+        if args.model == "argen/emoji-sd":
+            look = tools.by_judge(load_model("argen/emoji-judge", args.device))
+        else:
+            look = tools.by_clip(features.PublishedCLIP(args.clip, pipe.device))
         told = tools.verified(draw, run, erasure.attack, args.concepts, args.verify, look)
     else:
         run()
@@ -512,6 +505,7 @@ def count(args) -> None:
 
     from argen.device import pick
     from argen.diffusion import CountToken
+    from argen.diffusion.base import unit_noise
     from argen.diffusion.count_token import parse, read_token
     from argen.metadata import save_pictures
     from argen.registry import counters, counting, load_diffusion
@@ -527,20 +521,16 @@ def count(args) -> None:
     pipe = load_diffusion(args.model).to(pick(args.device))
     pipe.set_progress_bar_config(disable=True)
     judged = {} if args.use else counters(args.model, pipe.device, args.clip_count, args.detector)
-    token = CountToken(pipe, **judged, **counting(args.model, number))
-    latents, asked = (
-        token.noise(torch.Generator().manual_seed(args.seed)),
-        {"num_inference_steps": args.steps, "guidance_scale": args.guidance_scale},
-    )
-    asked = {name: value for name, value in asked.items() if value is not None}
-    plain, best = token.draw(things, number, latents, **asked), None
+    token = CountToken(pipe, **judged, **counting(args.model, number, args.steps, args.guidance_scale))
+    latents, best = unit_noise(pipe, torch.Generator().manual_seed(args.seed)), None
+    plain = [token.draw(things, number, latents)] if args.plain else []
     if vector is not None:
         token.use(vector)
     else:
-        how = {"steps": args.iterations, "learning_rate": args.learning_rate, **asked}
+        how = {"steps": args.iterations, "learning_rate": args.learning_rate}
         for step in tqdm(token.optimise(things, number, latents, **how), total=args.iterations, desc="count"):
             best = step if step.best else best
-    pictures = [token.draw(things, number, latents, **asked), *([plain] if args.plain else [])]
+    pictures = [token.draw(things, number, latents), *plain]
     if args.token:
         token.save(args.token, f"<{number}-things>", count=number, things=things, model=args.model, seed=args.seed)
     save_pictures([(picture, None) for picture in pictures], [path for path in (args.out, args.plain) if path])

@@ -9,6 +9,7 @@ from pathlib import Path
 from argen.command import Parser, device_and_json, guarded, load_model
 
 COMMANDS = {}
+CLIP = "openai/clip-vit-base-patch32"
 
 
 def command(function):
@@ -55,8 +56,7 @@ def add_commands(top: argparse.ArgumentParser) -> None:
     add = commands.add_parser("clip", help="how well a generator's pictures fit their prompts, by a CLIP")
     add.add_argument("--model", default="argen/emoji-parti", metavar="ID", help="(default: argen/emoji-parti)")
     _drawing(add, "pictures (default: one a prompt)", None)
-    clip = "openai/clip-vit-base-patch32"
-    add.add_argument("--clip", default=clip, metavar="ID", help=f"hub id or folder, or emoji (default: {clip})")
+    add.add_argument("--clip", default=CLIP, metavar="ID", help=f"hub id or folder, or emoji (default: {CLIP})")
     add.add_argument("--prefix", default="", metavar="TEXT", help='before each prompt; LlamaGen: "A photo depicts "')
     _output(add)
 
@@ -439,6 +439,7 @@ def erase(args: argparse.Namespace) -> None:
 @command
 def count(args: argparse.Namespace) -> None:
     from argen.diffusion import CountToken
+    from argen.diffusion.base import unit_noise
     from argen.diffusion.count_token import read_token
     from argen.eval import run, tools
     from argen.registry import counters, counting
@@ -446,32 +447,31 @@ def count(args: argparse.Namespace) -> None:
     truths, seconds = tools.of_kind("count", args.num), {}
     settings = {"iterations": args.iterations, "learning_rate": args.learning_rate}
     pipe, judge, luck = _pipeline(args, settings)
-    asked = {"num_inference_steps": args.steps, "guidance_scale": args.guidance_scale}
-    asked = {name: value for name, value in asked.items() if value is not None}
     judged = counters(args.model, pipe.device)
     (args.out / "tokens").mkdir(exist_ok=True)
 
     def plain(index: int):
         (number, things), token = tools.counted(truths[index]), fresh(index)
-        return token.draw(things, number, token.noise(luck(index)), **asked)
+        return token.draw(things, number, unit_noise(pipe, luck(index)))
 
     def optimised(index: int):
         (number, things), token = tools.counted(truths[index]), fresh(index)
-        noise, how = token.noise(luck(index)), {"steps": args.iterations, "learning_rate": args.learning_rate}
-        for step in token.optimise(things, number, noise, **how, **asked):
+        noise, how = unit_noise(pipe, luck(index)), {"steps": args.iterations, "learning_rate": args.learning_rate}
+        for step in token.optimise(things, number, noise, **how):
             if step.detected == number:
                 break
         token.save(args.out / f"tokens/{index:06d}.safetensors", f"<{number}-things>", count=number, things=things)
-        return token.draw(things, number, noise, **asked)
+        return token.draw(things, number, noise)
 
     def reused(index: int):
         (number, _), token = tools.counted(truths[index]), fresh(index)
         token.use(read_token(args.out / f"tokens/{index:06d}.safetensors")[0])
         others = tools.elsewhere(truths[index], truths)
-        return token.draw(others, number, token.noise(luck(index + len(truths))), **asked)
+        return token.draw(others, number, unit_noise(pipe, luck(index + len(truths))))
 
     def fresh(index: int) -> CountToken:
-        return CountToken(pipe, **judged, **counting(args.model, len(truths[index].objects)))
+        number = len(truths[index].objects)
+        return CountToken(pipe, **judged, **counting(args.model, number, args.steps, args.guidance_scale))
 
     drawn = {}
     for name, draw in (("before", plain), ("after", optimised), ("reused", reused)):

@@ -22,6 +22,7 @@ from transformers import AutoTokenizer, CLIPModel, LlamaForCausalLM, PreTrainedT
 
 from argen.data.emoji import GROUPS
 from argen.data.scenes import NUMBERS
+from argen.diffusion.count_token import ONE_STEP
 from argen.diffusion.counters import (
     CLIPCountDensity,
     CLIPRelevance,
@@ -567,17 +568,22 @@ def load_diffusion(model: str | Path) -> StableDiffusionPipeline | StableDiffusi
 def drawing(model: str, steps: int | None = None, guidance_scale: float | None = None) -> dict:
     """What the call of a pipeline is given: what is asked for, else of argen/emoji-sd what it was made for, of others what is usual."""
     own = DRAWN if model == "argen/emoji-sd" else {"num_inference_steps": 50, "guidance_scale": 7.5}
-    given = {"num_inference_steps": steps, "guidance_scale": guidance_scale}
-    return own | {name: value for name, value in given.items() if value is not None}
+    return own | _given(steps, guidance_scale)
 
 
-def counting(model: str, count: int) -> dict:
-    """How a pipeline is asked for so many things: what `CountToken` takes beside counters. Of argen/emoji-sd the word of the
-    number is optimised, since its few words have no other that means nothing."""
+def counting(model: str, count: int, steps: int | None = None, guidance_scale: float | None = None) -> dict:
+    """How a pipeline is asked for so many things: what `CountToken` takes beside counters, see `drawing`. Of argen/emoji-sd the
+    word of the number is optimised, since its few words have no other that means nothing."""
+    given = _given(steps, guidance_scale)
     if model != "argen/emoji-sd":
-        return {}
+        return {"settings": ONE_STEP | given}
     word = NUMBERS[min(count, len(NUMBERS) - 1)]
-    return {"placeholder": word, "template": "{placeholder} {things}", "settings": COUNTED}
+    return {"placeholder": word, "template": "{placeholder} {things}", "settings": COUNTED | given}
+
+
+def _given(steps: int | None, guidance_scale: float | None) -> dict:
+    given = {"num_inference_steps": steps, "guidance_scale": guidance_scale}
+    return {name: value for name, value in given.items() if value is not None}
 
 
 def counters(

@@ -13,6 +13,7 @@ from argen.eval import tools
 from argen.evaluate import main as evaluate
 from argen.models.counter import Counter
 from argen.train.sd import UNET
+from argen.ui import tools as page
 
 
 @pytest.fixture
@@ -93,6 +94,14 @@ def test_an_erasure_is_verified(untrained, tmp_path, capsys):
     assert "derived embedding 0." in told
     assert argen([*asked[:-1], str(tmp_path / "again"), "--verify", "0"]) == 2
     assert "expected at least 1 picture" in capsys.readouterr().err
+
+
+def test_the_page_shows_how_a_token_gets_better(untrained):
+    pipe = registry.load_diffusion("argen/emoji-sd")
+    pipe.set_progress_bar_config(disable=True)
+    told = list(page.count(pipe, "argen/emoji-sd", "five apples", 2, 0.01, 0))
+    assert [state.partition(":")[0] for *_, state in told] == ["step 1", "step 2"]
+    assert told[0][0].size == told[1][0].size == (256, 256)
 
 
 def test_the_prompts_say_what_they_should():

@@ -188,8 +188,8 @@ def test_the_second_stage_has_the_official_losses(golden, name):
     case = golden(f"seed/{name}")
     (network, encoder), io = small(case), case.io
     with torch.no_grad():
-        features = encoder(io["pixel_values"]).last_hidden_state
-    losses = quantised(network, features, io["clip_image_embeds"])
+        found = network.queries(encoder(io["pixel_values"]).last_hidden_state)
+    losses = quantised(network, found, io["clip_image_embeds"])
     for ours, theirs in {"embed": "embed_x5", "reconstruct": "recon_s_x2", "distil": "distil_image_x0.5"}.items():
         torch.testing.assert_close(losses[ours], io[f"loss_{theirs}"], atol=1e-5, rtol=1e-4)
     total = sum(losses.values())

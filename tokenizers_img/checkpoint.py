@@ -57,6 +57,23 @@ def hub_file(repo: str, name: str) -> Path:
     return path
 
 
+def download(url: str, path: Path, refusal: str, sha256: str | None = None) -> Path:
+    """Fetch one file that lies outside the hub to `path`: all of it, or nothing.
+
+    Args:
+        sha256: how its digest begins.
+
+    Raises:
+        ConnectionError: `refusal`, where it cannot be fetched.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.hub.download_url_to_file(url, str(path), hash_prefix=sha256)
+    except (OSError, RuntimeError) as error:
+        raise ConnectionError(refusal) from error
+    return path
+
+
 def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     """The tensors of a ``.safetensors`` file or of a torch file, out of a wrapper: the first there is of `WRAPPERS`.
 

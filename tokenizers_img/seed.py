@@ -24,12 +24,11 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import Blip2QFormerConfig, Blip2QFormerModel, Blip2VisionConfig, Blip2VisionModel
 
-from tokenizers_img.checkpoint import load_strict, read_state_dict
-from tokenizers_img.pixels import on_white, upright
+from tokenizers_img.checkpoint import download, load_strict, read_state_dict
+from tokenizers_img.pixels import CLIP_MEAN, CLIP_STD, on_white, upright
 from tokenizers_img.quantize import check_ids
 
 logger = logging.getLogger(__name__)
-MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # of the pixels
 DOWN = (256, 128, 32)  # widths of the "mlp" head, token by token
 HEADS = {"mlp": "image", "reverse": "image", "text": "text"}  # how the embedding is made -> what it stands for
 EVA = "https://storage.googleapis.com/sfr-vision-language-research/LAVIS/models/BLIP2/eva_vit_g.pth"
@@ -321,16 +320,8 @@ def eva_file() -> Path:
         ConnectionError: it is not here and cannot be fetched.
     """
     path = Path(torch.hub.get_dir()) / "checkpoints" / EVA.rpartition("/")[2]
-    if path.is_file():
-        return path
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        torch.hub.download_url_to_file(EVA, str(path))
-    except (OSError, RuntimeError) as error:
-        raise ConnectionError(
-            f"the picture encoder of SEED is not on this machine and could not be fetched: get {EVA} and put it into {path.parent}"
-        ) from error
-    return path
+    refusal = f"the picture encoder of SEED is not on this machine and could not be fetched: get {EVA} and put it into {path.parent}"
+    return path if path.is_file() else download(EVA, path, refusal)
 
 
 def sizes_of(state: dict[str, Tensor]) -> dict:
@@ -347,7 +338,7 @@ def sizes_of(state: dict[str, Tensor]) -> dict:
 
 def normalised(pixels: Tensor) -> Tensor:
     """Pixels [B, 3, H, W] in [0, 1] -> as the vision transformer wants them."""
-    mean, std = (pixels.new_tensor(values)[:, None, None] for values in (MEAN, STD))
+    mean, std = (pixels.new_tensor(values)[:, None, None] for values in (CLIP_MEAN, CLIP_STD))
     return (pixels - mean) / std
 
 

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 
 import torch
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
+from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor, nn
 
 StableDiffusion = StableDiffusionPipeline | StableDiffusionXLPipeline
@@ -28,6 +29,13 @@ def encode(pipe: StableDiffusion, prompt: str | Sequence[str], negative_prompt: 
     )
     names = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
     return {name: value for name, value in zip(names, found, strict=False) if value is not None}
+
+
+def unit_noise(pipe: StableDiffusion, generator: torch.Generator | None) -> Tensor:
+    """Noise [1, C, h, w] of a picture of the pipeline's own size, as the pipeline would draw it."""
+    own = pipe.unet.config
+    sides = (own.sample_size,) * 2 if isinstance(own.sample_size, int) else own.sample_size
+    return randn_tensor((1, own.in_channels, *sides), generator, pipe._execution_device, pipe.unet.dtype)
 
 
 @contextmanager

@@ -14,44 +14,23 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from argen.data.scenes import NUMBERS as SMALL_NUMBERS
 from argen.diffusion.base import StableDiffusion, check_pipeline, frozen
 
 logger = logging.getLogger(__name__)
 MOST = 25  # things, the authors' range
-NUMBERS = [
-    "zero",
-    "one",
-    "two",
-    "three",
-    "four",
-    "five",
-    "six",
-    "seven",
-    "eight",
-    "nine",
-    "ten",
-    "eleven",
-    "twelve",
-    "thirteen",
-    "fourteen",
-    "fifteen",
-    "sixteen",
-    "seventeen",
-    "eighteen",
-    "nineteen",
-    "twenty",
-    "twenty-one",
-    "twenty-two",
-    "twenty-three",
-    "twenty-four",
-    "twenty-five",
-]
+NUMBERS = (
+    *SMALL_NUMBERS,
+    *("seven", "eight", "nine", "ten", "eleven", "twelve", "thirteen", "fourteen", "fifteen", "sixteen"),
+    *("seventeen", "eighteen", "nineteen", "twenty"),
+    *(f"twenty-{one}" for one in SMALL_NUMBERS[1:6]),
+)
+ONE_STEP = {"num_inference_steps": 1, "guidance_scale": 0.0}  # of a pipeline's call, as published
 LOOKED_AT = 224  # side of what counters see
 STATIC_SCALE = 60.0
 
@@ -173,7 +152,7 @@ class CountToken:
             raise ValueError(f"the placeholder {placeholder!r} has {len(ids)} text tokens: choose a word of one")
         self.pipe, self.density, self.detector, self.relevance = pipe, density, detector, relevance
         self.placeholder, self.id, self.template = placeholder, ids[0], template
-        self.settings = {"num_inference_steps": 1, "guidance_scale": 0.0} if settings is None else settings
+        self.settings = ONE_STEP if settings is None else settings
         self.vector = pipe.text_encoder.get_input_embeddings().weight[self.id].detach().float().clone()
 
     def prompt(self, things: str, count: int) -> str:
@@ -210,21 +189,14 @@ class CountToken:
         finally:
             hook.remove()
 
-    def noise(self, generator: torch.Generator) -> Tensor:
-        """Unit noise [1, C, h, w] of a picture of the pipeline's own size."""
-        own = self.pipe.unet.config
-        size = 1, own.in_channels, own.sample_size, own.sample_size
-        return randn_tensor(size, generator, self.pipe.device, self.pipe.unet.dtype)
-
     def draw(self, things: str, count: int, latents: Tensor, **others) -> Image.Image:
         """The picture of `optimise` with the token as it is.
 
         Args: see `optimise`.
         """
+        asked = {**self.settings, **others}
         with self.applied():
-            return self.pipe(self.prompt(things, count), latents=latents.clone(), **{**self.settings, **others}).images[
-                0
-            ]
+            return self.pipe(self.prompt(things, count), latents=latents.clone(), **asked).images[0]
 
     def optimise(
         self,

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from diffusers.utils import numpy_to_pil
 from torch import Tensor
 from transformers import (
     AutoImageProcessor,
@@ -22,6 +21,7 @@ from argen.models.clip import TextImageEncoder
 from argen.models.clip_count import CLIPCount
 from argen.models.counter import Counter
 from tokenizers_img.checkpoint import hub_folder
+from tokenizers_img.pixels import to_pil
 
 CLIP, RELEVANCE = "openai/clip-vit-base-patch16", "openai/clip-vit-base-patch32"
 DETECTOR = "hustvl/yolos-tiny"
@@ -155,7 +155,7 @@ class Detected:
             raise ValueError(
                 f"the detector does not know {things!r}: leave it out, or ask for one of {', '.join(known)}"
             )
-        picture = numpy_to_pil(pixels[0].permute(1, 2, 0).cpu().numpy())[0]
+        picture = to_pil(pixels[0])
         seen = self.processor(images=picture, return_tensors="pt").to(self.model.device)
         sizes = [(picture.height, picture.width)]
         found = self.processor.post_process_object_detection(self.model(**seen), self.threshold, sizes)[0]

@@ -14,10 +14,9 @@ from dataclasses import dataclass, field
 
 import torch
 from diffusers import StableDiffusionXLPipeline
-from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from argen.diffusion.base import StableDiffusion, check_pipeline, encode, frozen
+from argen.diffusion.base import StableDiffusion, check_pipeline, encode, frozen, unit_noise
 from argen.diffusion.prompts import Binding, parse, token_positions
 
 NOUN_WEIGHT, MODIFIER_WEIGHT = 1.1, 1.2  # of the authors' code; the paper has a plain sum
@@ -219,13 +218,7 @@ class BindingRun:
         self.padding = encode(pipe, binding.merged)["prompt_embeds"][0, self.first_replaced :]
         states = merged_tokens(encoded["prompt_embeds"][0].float(), self.groups)
         self.embeddings = encoded | {"prompt_embeds": states[None].to(encoded["prompt_embeds"].dtype)}
-        if latents is None:
-            unet = pipe.unet
-            sides = unet.config.sample_size
-            sides = (sides, sides) if isinstance(sides, int) else sides
-            shape = 1, unet.config.in_channels, *sides
-            latents = randn_tensor(shape, generator=generator, device=pipe._execution_device, dtype=unet.dtype)
-        self.latents = latents
+        self.latents = unit_noise(pipe, generator) if latents is None else latents
         self.history: list[BindingStep] = []
         self.recorder = Recorder()
         self.states: Tensor | None = None  # [2, L, D] float32: without the prompt, and with it

@@ -16,7 +16,7 @@ from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
-from tokenizers_img.checkpoint import load_strict, read_state_dict
+from tokenizers_img.checkpoint import download, load_strict, read_state_dict
 
 FILES = ("pt_inception-2015-12-05-6726825d.pth", "weights-inception-2015-12-05-6726825d.pth")  # one file, two names
 URL = f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{FILES[0]}"
@@ -199,12 +199,8 @@ def find_weights() -> Path:
     for name in FILES:
         if (folder / name).is_file():
             return folder / name
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        torch.hub.download_url_to_file(URL, str(folder / FILES[0]), hash_prefix=SHA256)
-    except (OSError, RuntimeError) as error:
-        raise ConnectionError(
-            f"the Inception weights are not on this machine and could not be fetched: get {URL} and give its path with "
-            f"--inception-weights, or put it into {folder}; --features emoji needs no download"
-        ) from error
-    return folder / FILES[0]
+    refusal = (
+        f"the Inception weights are not on this machine and could not be fetched: get {URL} and give its path with "
+        f"--inception-weights, or put it into {folder}; --features emoji needs no download"
+    )
+    return download(URL, folder / FILES[0], refusal, SHA256)

@@ -19,8 +19,8 @@ from transformers import CLIPModel
 
 from argen.models.layers import split_heads
 from tokenizers_img.checkpoint import load_strict, read_state_dict
+from tokenizers_img.pixels import CLIP_MEAN, CLIP_STD
 
-MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # CLIP's
 SIZE, DENSITY = 224, 384  # sides of what is looked at and of the answer
 SCALE = 60  # the density of one thing sums up to it
 
@@ -202,8 +202,8 @@ class CLIPCount(ModelMixin, ConfigMixin):
         self.decoder_ln_pre, self.decoder_norm = nn.LayerNorm(dim), nn.LayerNorm(dim)  # without influence
         self.fim_blocks = nn.ModuleList(Interaction(dim, heads, hidden) for _ in range(2))
         self.density_decoder = DensityDecoder(dim, groups)
-        self.register_buffer("mean", torch.tensor(MEAN).view(3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(STD).view(3, 1, 1), persistent=False)
+        self.register_buffer("mean", torch.tensor(CLIP_MEAN).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(CLIP_STD).view(3, 1, 1), persistent=False)
 
     @classmethod
     def from_original(cls, path: str | Path, clip: CLIPModel) -> "CLIPCount":

@@ -7,7 +7,7 @@ Letters in shape comments: B pictures, R rows (2B under guidance), N codes of a 
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from inspect import signature
 from pathlib import Path
@@ -25,6 +25,11 @@ def code_word(code: int) -> str:
     return f"<img_{code:05}>"
 
 
+def codes_among(words: Iterable[str]) -> int:
+    """How many of some words are codes."""
+    return sum(bool(re.fullmatch(r"<img_\d+>", word)) for word in words)
+
+
 def picture_text(ids: Sequence[int]) -> str:
     """Codes of a picture -> its words, for a prompt."""
     return OPEN + "".join(map(code_word, ids)) + CLOSE
@@ -40,7 +45,7 @@ def read_tokenizer(folder: str | Path) -> LlamaTokenizer:
     import sentencepiece  # noqa: F401, which transformers reads the file with
 
     tokenizer = LlamaTokenizer.from_pretrained(folder, legacy=True)
-    add_words(tokenizer, sum(bool(re.fullmatch(r"<img_\d+>", word)) for word in tokenizer.get_added_vocab()))
+    add_words(tokenizer, codes_among(tokenizer.get_added_vocab()))
     return tokenizer
 
 
@@ -71,7 +76,7 @@ class Vocabulary:
         ValueError: the tokenizer has no words of pictures.
         """
         words = tokenizer.get_vocab()
-        codes = sum(bool(re.fullmatch(r"<img_\d+>", word)) for word in words)
+        codes = codes_among(words)
         if not codes or OPEN not in words or CLOSE not in words:
             raise ValueError("this language model has no words of pictures, as <img_00000>: choose a SEED-LLaMA")
         return cls(words[code_word(0)], codes, words[OPEN], words[CLOSE])

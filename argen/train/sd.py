@@ -28,6 +28,17 @@ UNET = {
 SAMPLED = {"num_inference_steps": 25, "guidance_scale": 4.0, "guidance_rescale": 0.7}
 
 
+def velocity_error(
+    noise: DDIMScheduler, network: nn.Module, batch: dict[str, Tensor], states: Tensor | None, **asked: Tensor
+) -> Tensor:
+    """The square error of what a U-Net predicts of the latents `batch["tokens"]` at `batch["times"]`; `asked` is what else it
+    is given."""
+    noisy = noise.add_noise(batch["tokens"], batch["noise"], batch["times"])
+    wanted = noise.get_velocity(batch["tokens"], batch["noise"], batch["times"])
+    made = network(noisy, batch["times"], states, **asked, return_dict=False)[0]
+    return (made.float() - wanted).square()
+
+
 class StableDiffusionTask(LatentsTask):
     """Args: see `LatentsTask`."""
 
@@ -55,10 +66,7 @@ class StableDiffusionTask(LatentsTask):
 
     def error(self, network: nn.Module, batch: dict[str, Tensor]) -> Tensor:
         states, _ = self.encode_text(batch)
-        noisy = self.noise.add_noise(batch["tokens"], batch["noise"], batch["times"])
-        wanted = self.noise.get_velocity(batch["tokens"], batch["noise"], batch["times"])
-        made = network(noisy, batch["times"], states, return_dict=False)[0]
-        return (made.float() - wanted).square()
+        return velocity_error(self.noise, network, batch, states)
 
     def pipeline(self) -> StableDiffusionPipeline:
         return assembled(self._model(), self.vae.vae, self.clip, self.text_tokenizer)

@@ -16,7 +16,7 @@ from transformers import Blip2QFormerModel
 
 from argen.eval.retrieval import held_out_sample, recall
 from argen.train.loop import Schedule
-from argen.train.tokens import CaptionsTask
+from argen.train.tokens import CaptionsTask, paired
 from argen.train.vit_vqgan import CodeUsage
 from tokenizers_img.pixels import from_uint8
 from tokenizers_img.seed import Seed, causal_mask, qformer
@@ -87,15 +87,13 @@ class Contrastive(nn.Module):
         return torch.stack(both).mean()
 
 
-def quantised(network: Seed, features: Tensor, target: Tensor) -> dict[str, Tensor]:
-    """The weighted losses of the second stage; the queries are not trained.
+def quantised(network: Seed, found: Tensor, target: Tensor) -> dict[str, Tensor]:
+    """The weighted losses of the second stage.
 
     Args:
-        features: [B, P, V].
+        found: what the queries found [B, N, D], without gradients: they are not trained.
         target: embedding of each picture [B, E], not normalised.
     """
-    with torch.no_grad():
-        found = network.queries(features)
     z = network.encode_task_layer(found).float()
     codes = network.quantize.embedding(network.quantize.nearest(z))
     embed = (codes.detach() - z).square().mean() + COMMIT * (codes - z.detach()).square().mean()
@@ -123,10 +121,8 @@ class PicturesTask(CaptionsTask):
         return found.last_hidden_state, self.clip.visual_projection.to(pictures.device)(found.pooler_output)
 
     def shown(self, asked: Tensor, found: Tensor) -> Image.Image:
-        """Held-out pictures by their numbers [n], 8 in a row, and under each what was found for it."""
-        rows = self.held_out_pictures[torch.stack([asked, found])].unflatten(1, (-1, 8))
-        rows = rows.transpose(0, 1).flatten(0, 1)  # [rows, 8, H, W, 3]
-        return Image.fromarray(torch.cat([torch.cat(list(row), dim=1) for row in rows]).numpy())
+        """Held-out pictures by their numbers [n], and under each what was found for it."""
+        return paired(self.held_out_pictures[asked], self.held_out_pictures[found])
 
 
 class SeedContrastiveTask(PicturesTask):
@@ -200,30 +196,29 @@ class SeedTask(PicturesTask):
     def begin(self, generator: torch.Generator) -> None:
         """Start the codebook from outputs of the encoder."""
         model = self._model().eval()
-        z = self.outputs(self.pictures[torch.randint(len(self.pictures), (256,), generator=generator)])
+        chosen = torch.randint(len(self.pictures), (256,), generator=generator)
+        found = model.queries(self.seen(self.pictures[chosen])[0])
+        z = model.encode_task_layer(found).float().flatten(0, 1)
         chosen = torch.randperm(len(z), generator=generator)[: SIZES["n_embed"]]
         model.quantize.embedding.weight.copy_(z[chosen])
         model.train()
-
-    @torch.no_grad()
-    def outputs(self, pictures: Tensor) -> Tensor:
-        """What is quantised of pictures [B, H, W, 3] uint8, [B N, C]."""
-        model = self._model()
-        return model.encode_task_layer(model.queries(self.seen(pictures)[0])).float().flatten(0, 1)
 
     def losses(self, batch: dict[str, Tensor], step: int, log: dict[str, float]) -> Iterator[tuple[str, Tensor]]:
         network = self.networks["model"]
         self._model().Qformer.eval()  # without dropout, so that targets repeat
         features, target = self.seen(batch["tokens"])
-        losses = quantised(network, features, target)
+        with torch.no_grad():
+            found = network.queries(features)
+        losses = quantised(network, found, target)
         log |= {name: value.item() for name, value in losses.items()}
         yield "model", sum(losses.values())
-        self._revive(batch["tokens"], step)
+        self._revive(found, step)
 
     @torch.no_grad()
-    def _revive(self, pictures: Tensor, step: int) -> None:
+    def _revive(self, found: Tensor, step: int) -> None:
+        """Count which codes are used, and replace those that are not; `found` as in `quantised`."""
         model = self._model()
-        z = self.outputs(pictures)
+        z = model.encode_task_layer(found).float().flatten(0, 1)
         self.usage.count += torch.bincount(model.quantize.nearest(z).cpu(), minlength=len(self.usage.count))
         if (step + 1) % REVIVE_EVERY == 0:
             dead = (self.usage.count == 0).nonzero().flatten()

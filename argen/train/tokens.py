@@ -35,6 +35,12 @@ def begun_from(folder: Path, saved: type[nn.Module], network: type[nn.Module], *
     return model
 
 
+def paired(above: Tensor, below: Tensor) -> Image.Image:
+    """Pictures [n, H, W, 3] uint8, 8 in a row, and under each its partner; n is a multiple of 8."""
+    rows = rearrange(torch.stack([above, below]), "pair (r c) h w d -> (r pair h) (c w) d", c=8)
+    return Image.fromarray(rows.numpy())
+
+
 def slipped(tokens: Tensor, generator: torch.Generator) -> Tensor:
     """Ids [B, N], some of which are another picture's."""
     share = CORRUPTION * torch.rand(len(tokens), 1, generator=generator)

@@ -10,8 +10,10 @@ from PIL import Image
 from torch import Tensor, nn
 
 from argen.diffusion.emoji import NOISE, unclip
+from argen.models.clip import TextImageEncoder
 from argen.train.loop import Schedule
-from argen.train.tokens import LatentsTask
+from argen.train.sd import velocity_error
+from argen.train.tokens import LatentsTask, paired
 from tokenizers_img.pixels import from_uint8
 from tokenizers_img.seed import UnCLIP
 
@@ -62,10 +64,9 @@ class UnCLIPTask(LatentsTask):
     @torch.no_grad()
     def seen(self, pictures: Tensor) -> Tensor:
         """[B, H, W, 3] uint8 -> embeddings [B, E], not normalised."""
-        parts = (
-            self.clip.vision_model(pixel_values=2 * from_uint8(part) - 1).pooler_output for part in pictures.split(64)
-        )
-        return torch.cat([self.clip.visual_projection(part) for part in parts])
+        encoder = TextImageEncoder(self.clip, self.text_tokenizer)
+        parts = (from_uint8(part) for part in pictures.split(64))
+        return torch.cat([encoder.embed_pixels(part, normalise=False) for part in parts])
 
     def more(
         self, tokens: Tensor, pictures: Tensor | None, scenes: Tensor | None, generator: torch.Generator
@@ -87,10 +88,7 @@ class UnCLIPTask(LatentsTask):
         return super().held_out(rows)
 
     def error(self, network: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-        noisy = self.noise.add_noise(batch["tokens"], batch["noise"], batch["times"])
-        wanted = self.noise.get_velocity(batch["tokens"], batch["noise"], batch["times"])
-        made = network(noisy, batch["times"], None, class_labels=batch["labels"], return_dict=False)[0]
-        return (made.float() - wanted).square()
+        return velocity_error(self.noise, network, batch, None, class_labels=batch["labels"])
 
     def pipeline(self) -> UnCLIP:
         return unclip(self._model(), self.normalizer, self.vae.vae, self.clip, self.text_tokenizer)
@@ -104,9 +102,7 @@ class UnCLIPTask(LatentsTask):
         noise = torch.randn(len(shown), *self.picture_tokens.shape[1:], generator=luck).to(device)
         asked = {"image_embeds": self.seen(shown).to(device), "prompt": [""] * len(shown), "latents": noise}
         made = pipe.to(device)(**asked, **SAMPLED, generator=luck, output_type="pt").images.cpu()
-        rows = torch.stack([shown, (255 * made).round().byte().permute(0, 2, 3, 1)]).unflatten(1, (-1, 8))
-        rows = rows.transpose(0, 1).flatten(0, 1)
-        return Image.fromarray(torch.cat([torch.cat(list(row), dim=1) for row in rows]).numpy())
+        return paired(shown, (255 * made).round().byte().permute(0, 2, 3, 1))
 
     def save(self, folder: Path) -> None:
         super().save(folder)

@@ -4,14 +4,13 @@ import math
 from collections.abc import Callable, Sequence
 
 import gradio as gr
-import torch
 from PIL import Image
 from torch import Tensor
 
 from argen.eval.metrics import psnr, ssim
 from argen.eval.reconstruction import Tokenizer, decoded, encoded
 from argen.ui.generate import PREVIEW_SIDE, enlarge, refusals
-from tokenizers_img.pixels import from_pil
+from tokenizers_img.pixels import from_pil, to_pil
 
 LATENT_BITS = 16  # of a continuous number, as bfloat16 holds it
 
@@ -104,4 +103,4 @@ def table(tokens: Tensor) -> list[list]:
 
 def shown(pixels: Tensor) -> Image.Image:
     """[3, H, W] in [0, 1] -> a picture to look at."""
-    return enlarge(Image.fromarray((pixels.permute(1, 2, 0) * 255).round().to(torch.uint8).numpy()))
+    return enlarge(to_pil(pixels))

@@ -12,11 +12,13 @@ from PIL import Image
 
 from argen.diffusion import ConceptErasure, CountToken, SemanticBinding
 from argen.diffusion import count_token as counts
+from argen.diffusion.base import unit_noise
 from argen.diffusion.prompts import parse, words_of
 from argen.diffusion.rece import PRESETS
 from argen.diffusion.tome import PRESETS as STRENGTHS
 from argen.registry import counters, counting
 from argen.ui.generate import enlarge, refusals
+from tokenizers_img.pixels import to_pil
 
 Pipelines = Callable[[str], DiffusionPipeline]  # folder, hub id or argen/emoji-sd -> the pipeline
 
@@ -137,9 +139,9 @@ def count(pipe: DiffusionPipeline, model: str, prompt: str, iterations: int, rat
     token = CountToken(pipe, **counters(model, pipe.device), **counting(model, number))
     before, best = None, None
     for step in token.optimise(
-        things, number, token.noise(torch.Generator().manual_seed(seed)), steps=iterations, learning_rate=rate
+        things, number, unit_noise(pipe, torch.Generator().manual_seed(seed)), steps=iterations, learning_rate=rate
     ):
-        picture = enlarge(pipe.image_processor.pt_to_pil(step.image)[0])
+        picture = enlarge(to_pil(step.image[0]))
         before, best = before or picture, picture if step.best else best
         yield before, best, f"step {step.index + 1}: counted {step.count:.1f}, loss {step.loss:.2f}"
 
