@@ -14,7 +14,7 @@ COMMANDS = {}
 CONTROLS = (
     "canny, hed, lineart, lineart-inverted, depth, depth-midas, segments, seg or map"  # argen.models.annotators.KINDS
 )
-PIPELINE = "folder of a Stable Diffusion (XL) pipeline, or OWNER/NAME on the hub"
+PIPELINE = "folder of a Stable Diffusion (XL) pipeline, or OWNER/NAME on the hub (default: argen/emoji-sd)"
 
 
 def command(function):
@@ -41,7 +41,7 @@ def steps(text: str) -> int | tuple[int, int]:
 def diffusion(add: argparse.ArgumentParser, steps: int, guidance: float) -> None:
     """What the tools on diffusers' pipelines share; `steps` and `guidance` are those that are usual."""
     own = "of argen/emoji-sd its own"
-    add.add_argument("--model", required=True, metavar="DIR", help=PIPELINE)
+    add.add_argument("--model", default="argen/emoji-sd", metavar="DIR", help=PIPELINE)
     add.add_argument("--seed", type=int, default=0, metavar="S", help="(default: 0)")
     add.add_argument("--steps", type=int, metavar="N", help=f"of the sampler (default: {steps}; {own})")
     add.add_argument("--guidance-scale", type=float, metavar="G", help=f"(default: {guidance}; {own})")
@@ -148,6 +148,14 @@ def parser() -> Parser:
     add.add_argument("--tokenizer", metavar="ID", help="refuse files of another one")
     add.add_argument("--tokens", type=int, metavar="K", help="only the first K, where the tokenizer can (FlexTok)")
     add.add_argument("-o", "--out", type=Path, metavar="FILE", help="PNG file (default: the file's name with .png)")
+    device_and_json(add)
+
+    add = commands.add_parser("describe", help="say what a picture shows, with a model that reads pictures")
+    add.add_argument("image", type=Path, metavar="IMG")
+    add.add_argument("question", nargs="?", default="", help="about the picture (default: none, it is described)")
+    add.add_argument("--model", required=True, metavar="ID", help="as AILab-CVC/seed-llama-8b-sft, see `argen models`")
+    add.add_argument("--temperature", type=float, default=1.0, metavar="T", help="0: the likeliest words (default: 1)")
+    add.add_argument("--seed", type=int, default=0, metavar="S", help="(default: 0)")
     device_and_json(add)
 
     add = commands.add_parser("control", help="make a control picture: edges, depth, a line drawing")
@@ -413,6 +421,20 @@ def reconstruct(args) -> None:
 
 
 @command
+def describe(args) -> None:
+    from argen.metadata import open_picture
+
+    if args.temperature < 0:
+        raise ValueError(f"--temperature is {args.temperature}: expected 0 or more")
+    picture = open_picture(args.image)
+    pipe = load_model(args.model, args.device, "generator")
+    if not hasattr(pipe, "describe"):
+        raise ValueError(f"{args.model} only draws: choose a model that reads pictures, as AILab-CVC/seed-llama-8b-sft")
+    said = pipe.describe(picture, args.question, temperature=args.temperature, seed=args.seed)
+    print(json.dumps({"image": str(args.image), "text": said}) if args.json else said)
+
+
+@command
 def control(args) -> None:
     from argen.metadata import open_picture, save_pictures
     from argen.models.annotators import annotate, as_picture, resized
@@ -599,8 +621,12 @@ def score(args) -> None:
         writable(args.grid)
     if hasattr(model, "run"):
         scores = prompts.evaluate(model, args.data, args.num_candidates, args.seed, args.grid)
+        if hasattr(model, "likelihoods"):
+            scores |= retrieval.of_captions(model.likelihoods, args.data)
     elif hasattr(model, "embed"):
         scores = retrieval.evaluate(model.embed, args.data)
+    elif args.model == "argen/emoji-seed":
+        scores = retrieval.of_tokens(model, load_model("argen/emoji-clip", args.device).embed, args.data)
     else:
         scores = reconstruction.evaluate(model, torch.from_numpy(pixels(read_split(args.data, "test"))))
     print(json.dumps(scores) if args.json else "\n".join(f"{name:55} {value:.3f}" for name, value in scores.items()))

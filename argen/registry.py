@@ -72,13 +72,17 @@ DIFFUSION = {cls.__name__: cls for cls in (StableDiffusionPipeline, StableDiffus
 DIFFUSION_FILES = ("*.json", "*/*.json", "*/*.txt", "*/model.safetensors", "*/diffusion_pytorch_model.safetensors")
 
 
+Loaded = TokenPipeline | Tokenizer | TextImageEncoder | Drafter | StableDiffusionPipeline | Counter | Judge
+
+
 @dataclass(frozen=True)
 class Model:
     """One line of `argen models`, and how it is loaded.
 
     Attributes:
         kind: "generator" (`load` gives a pipeline), "tokenizer" (picture <-> tokens), "encoder" (text and picture),
-            "drafter" (of a generator, which brings it) or "judge" (what a picture shows).
+            "drafter" (of a generator, which brings it), "diffusion" (a pipeline of diffusers), "counter" (of the things in a
+            picture) or "judge" (what a picture shows).
         repo: hub repository of published weights, None for shipped ones.
         files: glob patterns of the files in `repo` that are read.
         read: turns the folder that holds the files into what `load` gives.
@@ -90,7 +94,7 @@ class Model:
     about: str
     licence: str
     parameters: float
-    read: Callable[[Path], TokenPipeline | Tokenizer | TextImageEncoder | Drafter | Judge]
+    read: Callable[[Path], Loaded]
     repo: str | None = None
     files: tuple[str, ...] = ()
     takes: tuple[str, ...] = ("text",)
@@ -137,6 +141,12 @@ def _emoji_text() -> dict:
 
 def _emoji_flextok(folder: Path) -> FlexTokenizer:
     return FlexTokenizer(_network(FlexTok, folder), _network(AutoencoderKL, WEIGHTS / "emoji-vae"), **EMOJI_FLOW)
+
+
+def _emoji_sd(folder: Path) -> StableDiffusionPipeline:
+    encoder = _encoder(WEIGHTS / "emoji-clip")
+    networks = _network(UNet2DConditionModel, folder), _network(AutoencoderKL, WEIGHTS / "emoji-vae")
+    return assembled(*networks, encoder.clip, encoder.tokenizer)
 
 
 def _encoder(folder: Path) -> TextImageEncoder:
@@ -408,6 +418,13 @@ MODELS = {
         _emoji_flexar,
         takes=("text", "class"),
     ),
+    "argen/emoji-sd": Model(
+        "diffusion",
+        "text -> 128 x 128 emoji, Stable Diffusion for `argen bind`, `erase` and `count`",
+        "Apache-2.0",
+        7.4,
+        _emoji_sd,
+    ),
     "argen/emoji-vitvqgan": Model(
         "tokenizer", "ViT-VQGAN, 128 x 128 <-> 8 x 8 ids of 4096", "Apache-2.0", 8.0, lambda f: _network(ViTVQGAN, f)
     ),
@@ -424,6 +441,13 @@ MODELS = {
     "argen/emoji-clip": Model("encoder", "CLIP of emoji and their captions", "Apache-2.0", 3.7, _encoder),
     "argen/emoji-drafter": Model(
         "drafter", "EAGLE drafter of argen/emoji-llamagen", "Apache-2.0", 1.8, lambda f: _network(Drafter, f)
+    ),
+    "argen/emoji-counter": Model(
+        "counter",
+        "how many things an emoji picture shows, and where",
+        "Apache-2.0",
+        0.2,
+        lambda f: _network(Counter, f),
     ),
     "argen/emoji-judge": Model(
         "judge", "names an object of an emoji picture and its colour", "Apache-2.0", 2.1, lambda f: _network(Judge, f)
@@ -478,7 +502,7 @@ MODELS = {
 }
 
 
-def load(model: str | Path) -> TokenPipeline | Tokenizer | TextImageEncoder | Drafter | Judge:
+def load(model: str | Path) -> Loaded:
     """The pipeline of a generator, the network of a tokenizer, or a text/picture encoder, on the CPU in float32.
 
     Args:
@@ -546,11 +570,7 @@ def load_diffusion(model: str | Path) -> StableDiffusionPipeline | StableDiffusi
         ConnectionError: it is not here and cannot be fetched.
     """
     if model == "argen/emoji-sd":
-        if not (WEIGHTS / "emoji-sd").is_dir():
-            raise ValueError("argen/emoji-sd does not ship yet: `argen train emoji-sd` makes it; give another pipeline")
-        encoder = _encoder(WEIGHTS / "emoji-clip")
-        networks = _network(UNet2DConditionModel, WEIGHTS / "emoji-sd"), _network(AutoencoderKL, WEIGHTS / "emoji-vae")
-        return assembled(*networks, encoder.clip, encoder.tokenizer)
+        return load(model)
     folder = Path(model)
     if not (folder / "model_index.json").is_file():
         if folder.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(model)):

@@ -171,7 +171,9 @@ def test_pictures_are_prepared_as_by_the_authors(golden):
     tokenizer, io = seed.SeedTokenizer(*small(case)), case.io
     picture = Image.fromarray(io["image_uint8"].numpy())
     for name, filter in (("pixels_bicubic", Image.Resampling.BICUBIC), ("pixels_bilinear", Image.Resampling.BILINEAR)):
-        torch.testing.assert_close(seed.normalised(tokenizer.prepare(picture, filter)), io[name], atol=1e-6, rtol=0)
+        torch.testing.assert_close(
+            tokenizer.normalised(tokenizer.prepare(picture, filter)), io[name], atol=1e-6, rtol=0
+        )
     assert tokenizer.encode(tokenizer.prepare(picture)[None]).shape == (1, 32)
     with pytest.raises(ValueError, match="without a decoder"):
         tokenizer.decode(io["ids"])

@@ -22,10 +22,16 @@ from diffusers.configuration_utils import FrozenDict, register_to_config
 from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 from torch import Tensor, nn
-from transformers import Blip2QFormerConfig, Blip2QFormerModel, Blip2VisionConfig, Blip2VisionModel
+from transformers import (
+    Blip2QFormerConfig,
+    Blip2QFormerModel,
+    Blip2VisionConfig,
+    Blip2VisionModel,
+    CLIPVisionModel,
+)
 
 from tokenizers_img.checkpoint import download, load_strict, read_state_dict
-from tokenizers_img.pixels import CLIP_MEAN, CLIP_STD, on_white, upright
+from tokenizers_img.pixels import CLIP_MEAN, CLIP_STD, from_pil, on_white, upright
 from tokenizers_img.quantize import check_ids
 
 logger = logging.getLogger(__name__)
@@ -124,6 +130,7 @@ class Seed(ModelMixin, ConfigMixin):
         embedding: E.
         reverse_layers: of the second Q-Former.
         reconstruct: also the decoder of the Q-Former's output, which only training needs.
+        nested: trained so that the first tokens alone can be decoded, too; not in the paper, nor in published files.
     """
 
     @register_to_config
@@ -143,6 +150,7 @@ class Seed(ModelMixin, ConfigMixin):
         embedding: int = 1024,
         reverse_layers: int = 4,
         reconstruct: bool = True,
+        nested: bool = False,
     ):
         super().__init__()
         if head not in HEADS:
@@ -180,7 +188,8 @@ class Seed(ModelMixin, ConfigMixin):
         return self.quantize.nearest(self.encode_task_layer(self.queries(features)))
 
     def embed(self, codes: Tensor) -> Tensor:
-        """Codes [B, N, C] -> generation embedding [B, E], of SEED-1 [B, 77, E]; as large as it comes, never normalised."""
+        """Codes [B, N, C] -> generation embedding [B, E], of SEED-1 [B, 77, E]; as large as it comes, never normalised. A code
+        that is zero counts as missing, where training was nested."""
         kind = HEADS[self.config.head]
         x = self.decode_task_layer(codes) + getattr(self, f"pos_embed_{kind}")
         for block in getattr(self, f"blocks_{kind}"):
@@ -200,14 +209,15 @@ class Seed(ModelMixin, ConfigMixin):
         return x
 
     def decode(self, ids: Tensor) -> Tensor:
-        """Ids [B, N] -> generation embedding, see `embed`.
+        """Ids [B, N], nested also the first K of them [B, K] -> generation embedding, see `embed`.
 
         Raises:
             ValueError: too few ids or too many, or one outside the codebook.
         """
+        most = self.config.tokens
         for row in ids:
-            check_ids(row, self.config.n_embed, self.config.tokens, self.config.tokens)
-        return self.embed(self.quantize.embedding(ids))
+            check_ids(row, self.config.n_embed, 1 if self.config.nested else most, most)
+        return self.embed(F.pad(self.quantize.embedding(ids), (0, 0, 0, most - ids.shape[1])))
 
 
 def vision_network(
@@ -336,12 +346,6 @@ def sizes_of(state: dict[str, Tensor]) -> dict:
     )
 
 
-def normalised(pixels: Tensor) -> Tensor:
-    """Pixels [B, 3, H, W] in [0, 1] -> as the vision transformer wants them."""
-    mean, std = (pixels.new_tensor(values)[:, None, None] for values in (CLIP_MEAN, CLIP_STD))
-    return (pixels - mean) / std
-
-
 class UnCLIP(StableUnCLIPImg2ImgPipeline):
     """Pictures after embeddings, which can be guided away from the embedding of another picture.
 
@@ -377,26 +381,32 @@ class SeedTokenizer(nn.Module):
 
     Args:
         network: of the tokens.
-        vision: the picture encoder.
+        vision: the picture encoder, of BLIP-2 or of a CLIP.
         decoder: draws generation embeddings, or gives what does when it is first needed; None where pictures are only read.
         steps, guidance_scale: of the decoder; as published.
         seed: of the noise that every picture starts from, so that decoding repeats.
+        mean, std: of the colours, for the picture encoder.
+        squashed: whether pictures that are no squares are squashed, as published, or padded.
     """
 
     def __init__(
         self,
         network: Seed,
-        vision: Blip2VisionModel,
+        vision: Blip2VisionModel | CLIPVisionModel,
         decoder: UnCLIP | Callable[[], UnCLIP] | None = None,
         steps: int = 20,
         guidance_scale: float = 10.0,
         seed: int = 0,
+        mean: tuple[float, float, float] = CLIP_MEAN,
+        std: tuple[float, float, float] = CLIP_STD,
+        squashed: bool = True,
     ):
         super().__init__()
         self.network, self.vision, self.decoder = network, vision, decoder
         self.steps, self.guidance_scale, self.seed = steps, guidance_scale, seed
-        size = vision.config.image_size
-        self.config = FrozenDict(image_size=size, n_embed=network.config.n_embed)
+        self.mean, self.std, self.squashed = mean, std, squashed
+        own = {"tokens": network.config.tokens} if network.config.nested else {}  # of which the first alone will do
+        self.config = FrozenDict(image_size=vision.config.image_size, n_embed=network.config.n_embed, **own)
 
     @property
     def device(self) -> torch.device:
@@ -407,16 +417,26 @@ class SeedTokenizer(nn.Module):
         return self.network.dtype
 
     def prepare(self, picture: Image.Image, resample: Image.Resampling = Image.Resampling.BICUBIC) -> Tensor:
-        """A picture -> pixels [3, S, S] in [0, 1], squashed as in training; the authors' scripts have it bilinear."""
+        """A picture -> pixels [3, S, S] in [0, 1], as in training; the authors' scripts have it bilinear."""
         size = self.config.image_size
+        if not self.squashed:
+            return from_pil(picture, size)
         small = on_white(upright(picture))
         small = small.resize((small.width, size), resample).resize((size, size), resample)  # Pillow's order has changed
         return torch.from_numpy(np.array(small)).permute(2, 0, 1).float() / 255
 
     def encode(self, pixels: Tensor) -> Tensor:
         """Pixels [B, 3, S, S] in [0, 1] -> ids [B, N]."""
-        seen = self.vision(normalised(pixels).to(self.vision.dtype)).last_hidden_state
-        return self.network.ids(seen.to(self.dtype))
+        return self.network.ids(self.features(pixels))
+
+    def features(self, pixels: Tensor) -> Tensor:
+        """Pixels [B, 3, S, S] in [0, 1] -> features [B, P, V]."""
+        return self.vision(self.normalised(pixels).to(self.vision.dtype)).last_hidden_state.to(self.dtype)
+
+    def normalised(self, pixels: Tensor) -> Tensor:
+        """Pixels [B, 3, S, S] in [0, 1] -> as the picture encoder wants them."""
+        mean, std = (pixels.new_tensor(values)[:, None, None] for values in (self.mean, self.std))
+        return (pixels - mean) / std
 
     @torch.no_grad()
     def decode(self, ids: Tensor, away: Tensor | None = None, generator: torch.Generator | None = None) -> Tensor:

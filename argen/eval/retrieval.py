@@ -1,13 +1,16 @@
-"""How well a text/picture encoder finds the picture of a caption."""
+"""Whether meaning is kept: captions find their pictures by an encoder or by SEED's tokens, and pictures their captions."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from argen.data.emoji import with_article
 from argen.data.tables import read_split
+from tokenizers_img.seed import SeedTokenizer
 
 PICTURES, AMONG = 600, 100
 
@@ -36,3 +39,64 @@ def evaluate(embed: Callable[[list[str], list[Image.Image]], tuple[Tensor, Tenso
     rows = table.select(held_out_sample(len(table)))
     text, pictures = embed(list(rows["caption"]), list(rows["image"]))
     return recall((text @ pictures.T).cpu())
+
+
+@torch.no_grad()
+def of_tokens(
+    tokenizer: SeedTokenizer, embed: Callable[[list[str], list[Image.Image]], tuple[Tensor, Tensor]], data: Path
+) -> dict[str, float]:
+    """`evaluate`, of the embeddings that some of a picture's tokens give: the first ones, as many at random places, and those of
+    another picture.
+
+    Args:
+        tokenizer: one that was trained with nested dropout.
+        embed: as in `evaluate`, of the encoder whose picture embeddings the tokens stand for.
+    """
+    table = read_split(data, "test")
+    rows = table.select(held_out_sample(len(table)))
+    text, _ = embed(list(rows["caption"]), list(rows["image"])[:1])
+    parts = [torch.stack([tokenizer.prepare(picture) for picture in part]) for part in _parts(list(rows["image"]), 64)]
+    ids = torch.cat([tokenizer.encode(part.to(tokenizer.device)) for part in parts])
+    codes, luck, scores = tokenizer.network.quantize.embedding(ids), torch.Generator().manual_seed(0), {}
+    most = ids.shape[1]
+
+    def found(codes: Tensor, kept: Tensor) -> float:
+        made = tokenizer.network.embed(codes * kept.to(codes)[..., None]).float()
+        return recall((text.to(made) @ F.normalize(made, dim=-1).T).cpu())[f"recall@1 of {AMONG}"]
+
+    for count in sorted({2**power for power in range(most.bit_length()) if 2**power <= most} | {most}):
+        scores[f"first {count} tokens: recall@1 of {AMONG}"] = found(
+            codes, torch.arange(most).expand(len(ids), -1) < count
+        )
+        anywhere = torch.rand(len(ids), most, generator=luck).argsort(dim=1) < count
+        scores[f"{count} tokens at random places: recall@1 of {AMONG}"] = found(codes, anywhere)
+    scores[f"{most} tokens of another picture: recall@1 of {AMONG}"] = found(
+        codes.roll(1, dims=0), torch.ones(len(ids), most)
+    )
+    return scores | {"codes used": ids.unique().numel() / tokenizer.config.n_embed}
+
+
+def of_captions(
+    likelihoods: Callable[[list[Image.Image], list[str]], Tensor], data: Path, most: int = AMONG
+) -> dict[str, float]:
+    """How often a picture names its own concept among `AMONG`; of combinations of style and concept that training never saw.
+
+    Args:
+        likelihoods: pictures and captions -> how well they fit [B, captions].
+    """
+    table = read_split(data, "validation")
+    concepts: dict[str, int] = {}
+    for row in torch.randperm(len(table), generator=torch.Generator().manual_seed(0)).tolist():
+        concepts.setdefault(table[row]["concept"], row)
+    chosen = list(concepts.values())[:most]
+    rows = table.select(chosen)
+    fits = likelihoods(list(rows["image"]), [with_article(concept) for concept in rows["concept"]])
+    ranks = (fits > fits.diagonal()[:, None]).sum(dim=1)
+    return {
+        f"concept named among {len(rows)}": (ranks < 1).float().mean().item(),
+        "among the first five": (ranks < 5).float().mean().item(),
+    }
+
+
+def _parts(rows: Sequence, size: int) -> list[Sequence]:
+    return [rows[first : first + size] for first in range(0, len(rows), size)]

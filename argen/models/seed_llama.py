@@ -96,6 +96,34 @@ class Vocabulary:
         return found
 
 
+@torch.no_grad()
+def likelihoods(
+    model: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    words: Vocabulary,
+    pictures: Sequence[Sequence[int]],
+    captions: Sequence[str],
+) -> Tensor:
+    """How likely the model finds each caption after each picture, and its end after it, in nats [B, captions].
+
+    Args:
+        pictures: codes of each; without any it is the caption alone.
+        captions: of 28 text tokens at most; what is longer is cut.
+    """
+    rows = tokenizer(list(captions), add_special_tokens=False, truncation=True, max_length=28).input_ids
+    end, width = tokenizer.eos_token_id, max(map(len, rows)) + 1
+    text = torch.tensor([row + [end] * (width - len(row)) for row in rows], device=model.device)
+    asked = torch.arange(width) <= torch.tensor([[len(row)] for row in rows])
+    found = []
+    for codes in pictures:
+        shown = [words.begin, *(code + words.shift for code in codes), words.end] if len(codes) else []
+        begun = torch.tensor([tokenizer.bos_token_id, *shown], device=model.device).expand(len(text), -1)
+        logits = model(input_ids=torch.cat([begun, text], dim=1)).logits[:, begun.shape[1] - 1 : -1].float()
+        each = logits.log_softmax(dim=-1).gather(2, text[..., None])[..., 0]
+        found.append((each * asked.to(each)).sum(dim=1))
+    return torch.stack(found).cpu()
+
+
 class SeedLlamaSession:
     """`samplers.steps.Session` of a language model that writes the codes of one picture for each prompt.
 

@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import LlamaForCausalLM, PreTrainedTokenizerBase, TextIteratorStreamer
 
-from argen.models.seed_llama import CLOSE, OPEN, SeedLlamaSession, Vocabulary, picture_text
+from argen.models.seed_llama import CLOSE, OPEN, SeedLlamaSession, Vocabulary, likelihoods, picture_text
 from argen.pipelines.base import Defaults, TokenPipeline
 from argen.request import Control
 from tokenizers_img.seed import SeedTokenizer
@@ -127,6 +127,14 @@ class SeedLlamaPipeline(TokenPipeline):
         """The codes of a picture."""
         pixels = self.image_tokenizer.prepare(picture)[None].to(self.device)
         return self.image_tokenizer.encode(pixels)[0].tolist()
+
+    def likelihoods(self, pictures: Sequence[Image.Image], captions: Sequence[str]) -> Tensor:
+        """How much likelier each caption is after each picture than alone, in nats [B, captions]: the largest of a row names it.
+        For models that caption without being asked, as argen/emoji-seed-lm."""
+        parts = self.transformer, self.tokenizer, self.words
+        return likelihoods(*parts, [self.read(picture) for picture in pictures], captions) - likelihoods(
+            *parts, [()], captions
+        )
 
     def describe(self, picture: Image.Image, question: str = "", **settings) -> str:
         """What the model says of a picture.

@@ -14,12 +14,12 @@ from argen.train.loop import Schedule
 from argen.train.tokens import LatentsTask
 
 SCHEDULES = {
-    "cpu": Schedule(steps=12000, batch_size=64, learning_rate=8e-4, warmup=300, weight_decay=0.01, betas=(0.9, 0.98)),
+    "cpu": Schedule(steps=8000, batch_size=64, learning_rate=8e-4, warmup=300, weight_decay=0.01, betas=(0.9, 0.98)),
     "gpu": Schedule(steps=80000, batch_size=512, learning_rate=4e-4, weight_decay=0.01),
 }
 UNET = {
     "block_out_channels": (96, 160),
-    "layers_per_block": 2,
+    "layers_per_block": 1,
     "down_block_types": ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
     "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
     "attention_head_dim": (3, 5),  # so many heads

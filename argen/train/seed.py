@@ -2,10 +2,11 @@
 
 The first trains the causal queries so that the last of them knows the caption; the second, with them frozen, the codebook and
 the way back to the picture's embedding. The codebook starts from outputs of the encoder, and codes that nothing uses are
-replaced: with the official start most stay unused at this scale.
+replaced: with the official start most stay unused at this scale. Both stages also train the first tokens alone (nested dropout,
+arXiv 1402.0915), without which the order of the tokens says little.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -41,10 +42,14 @@ SIZES = {
     "depth": 2,
     "block_heads": 4,
     "embedding": 192,
+    "nested": True,
 }
 SMOOTHING = 0.1  # of the contrastive loss's labels
 EMBED, COMMIT, RECONSTRUCT, DISTIL = 5.0, 0.25, 2.0, 0.5  # weights of the second stage, as published
 SCENES_SHARE = 0.25
+SHORTENED = (
+    0.5  # of the pictures are decoded from their first codes alone, so that these hold the most (nested dropout)
+)
 REVIVE_EVERY = 20  # steps; codes that were not used in so many are replaced, until half of the schedule
 
 
@@ -79,26 +84,32 @@ class Contrastive(nn.Module):
         found = self.Qformer(query_embeds=embedded, query_length=0, attention_mask=mask).last_hidden_state
         return F.normalize(self.text_proj(found[:, 0]), dim=-1)
 
-    def forward(self, features: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
-        """The mean of both cross-entropies, row i of the pictures belonging to row i of the texts."""
-        logits = self.picture(features)[:, -1].float() @ self.text(ids, mask).float().T / self.temp
-        right = torch.arange(len(logits), device=logits.device)
-        both = [F.cross_entropy(part, right, label_smoothing=SMOOTHING) for part in (logits, logits.T)]
-        return torch.stack(both).mean()
+    def forward(self, features: Tensor, ids: Tensor, mask: Tensor, queries: Sequence[int] = (-1,)) -> Tensor:
+        """The mean of both cross-entropies, row i of the pictures belonging to row i of the texts; of the last query, as published,
+        or of those named."""
+        seen, words, losses = self.picture(features).float(), self.text(ids, mask).float(), []
+        for query in queries:
+            logits = seen[:, query] @ words.T / self.temp
+            right = torch.arange(len(logits), device=logits.device)
+            losses += [F.cross_entropy(part, right, label_smoothing=SMOOTHING) for part in (logits, logits.T)]
+        return torch.stack(losses).mean()
 
 
-def quantised(network: Seed, found: Tensor, target: Tensor) -> dict[str, Tensor]:
+def quantised(network: Seed, found: Tensor, target: Tensor, kept: Tensor | None = None) -> dict[str, Tensor]:
     """The weighted losses of the second stage.
 
     Args:
         found: what the queries found [B, N, D], without gradients: they are not trained.
         target: embedding of each picture [B, E], not normalised.
+        kept: the embedding is made of so many first codes of each picture alone [B]; None of all, as published.
     """
     z = network.encode_task_layer(found).float()
     codes = network.quantize.embedding(network.quantize.nearest(z))
     embed = (codes.detach() - z).square().mean() + COMMIT * (codes - z.detach()).square().mean()
     through = z + (codes - z).detach()
     apart = 1 - F.cosine_similarity(network.reconstruct(through).float(), found.float(), dim=-1).mean()
+    if kept is not None:
+        through = through * (torch.arange(z.shape[1], device=z.device) < kept[:, None])[..., None]
     distil = F.mse_loss(network.embed(through).float(), target.float())
     return {"embed": EMBED * embed, "reconstruct": RECONSTRUCT * apart, "distil": DISTIL * distil}
 
@@ -142,9 +153,13 @@ class SeedContrastiveTask(PicturesTask):
         nn.init.normal_(model.position_embeddings.weight, std=0.02)
         self.networks: dict[str, nn.Module] = {"model": model}
 
+    def more(self, tokens: Tensor, pictures: Tensor, scenes: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+        """Which query beside the last shall know the caption, too."""
+        return {"query": torch.randint(SIZES["tokens"] - 1, (1,), generator=generator)}
+
     def error(self, network: nn.Module, batch: dict[str, Tensor]) -> Tensor:
         features, _ = self.seen(batch["tokens"])
-        return network(features, batch["input_ids"], batch["attention_mask"])
+        return network(features, batch["input_ids"], batch["attention_mask"], (-1, int(batch["query"])))
 
     @torch.no_grad()
     def similarity(self) -> Tensor:
@@ -203,13 +218,19 @@ class SeedTask(PicturesTask):
         model.quantize.embedding.weight.copy_(z[chosen])
         model.train()
 
+    def more(self, tokens: Tensor, pictures: Tensor, scenes: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+        """Of how many codes each picture is decoded."""
+        few = torch.randint(1, SIZES["tokens"], (len(tokens),), generator=generator)
+        shortened = torch.rand(len(tokens), generator=generator) < SHORTENED
+        return {"kept": torch.where(shortened, few, SIZES["tokens"])}
+
     def losses(self, batch: dict[str, Tensor], step: int, log: dict[str, float]) -> Iterator[tuple[str, Tensor]]:
         network = self.networks["model"]
         self._model().Qformer.eval()  # without dropout, so that targets repeat
         features, target = self.seen(batch["tokens"])
         with torch.no_grad():
             found = network.queries(features)
-        losses = quantised(network, found, target)
+        losses = quantised(network, found, target, batch["kept"])
         log |= {name: value.item() for name, value in losses.items()}
         yield "model", sum(losses.values())
         self._revive(found, step)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from argen.eval.retrieval import held_out_sample
-from argen.models.seed_llama import Vocabulary, add_words
+from argen.models.seed_llama import Vocabulary, add_words, likelihoods
 from argen.train.loop import Schedule
 from argen.train.seed import PicturesTask
 from tokenizers_img.seed import Seed
@@ -103,28 +103,14 @@ class SeedLMTask(PicturesTask):
         )
         return wrong[(ids[:, 1:] >= 0).flatten()]
 
-    @torch.no_grad()
-    def likelihoods(self, pictures: Tensor, captions: list[str]) -> Tensor:
-        """Of each picture [P, H, W, 3] uint8 how likely the model finds each caption after it, in nats [P, n]."""
-        model, found = self._model(), []
-        words = self.text(captions)["input_ids"]
-        for picture in pictures.to(model.device):
-            batch = {"tokens": picture[None], "seeds": torch.tensor([-1])}
-            codes = self.codes(batch)[0] + self.words.shift
-            begun = torch.tensor([self.both.bos_token_id, self.words.begin, *codes.tolist(), self.words.end])
-            end = torch.full((len(words), 1), self.both.eos_token_id)
-            text = torch.where(words < 0, self.both.eos_token_id, words)
-            ids = torch.cat([begun.expand(len(words), -1), text, end], dim=1).to(model.device)
-            logits = model(input_ids=ids).logits[:, len(begun) - 1 : -1].float().log_softmax(dim=-1)
-            each = logits.gather(2, ids[:, len(begun) :, None])[..., 0]
-            known = F.pad((words >= 0).long(), (1, 0), value=1).to(each)  # the words, and the end after them
-            found.append((each * known).sum(dim=1))
-        return torch.stack(found).cpu()
-
     def evaluate(self) -> dict[str, float]:
         """The loss on held-out combinations, and how often a picture's own caption is the likeliest of 100."""
         rows = held_out_sample(len(self.held_out_captions))[:100]
-        told = self.likelihoods(self.held_out_pictures[rows], [self.held_out_captions[row] for row in rows])
+        model = self._model()
+        codes = self.codes(
+            {"tokens": self.held_out_pictures[rows].to(model.device), "seeds": torch.tensor([-1])}
+        ).tolist()
+        told = likelihoods(model, self.both, self.words, codes, [self.held_out_captions[row] for row in rows])
         right = (told.argmax(dim=1) == torch.arange(len(rows))).float().mean().item()
         return super().evaluate() | {"caption of 100": right}
 

@@ -173,7 +173,9 @@ def tab(pipelines: Pipelines) -> None:
         "What a Stable Diffusion (XL) pipeline binds, forbids and counts. The pipeline stays as it is; the command line writes "
         "pipelines and tokens."
     )
-    model = gr.Textbox(label="Pipeline", placeholder="a folder, or OWNER/NAME on the hub", elem_id="pipeline")
+    model = gr.Textbox(
+        "argen/emoji-sd", label="Pipeline", info="or a folder, or OWNER/NAME on the hub", elem_id="pipeline"
+    )
     with gr.Accordion("More", open=False), gr.Row():
         steps = gr.Slider(1, 100, value=25, step=1, label="Steps", elem_id="tool-steps")
         guidance = gr.Slider(1, 15, value=4, step=0.5, label="Guidance")

@@ -1,0 +1,89 @@
+"""SEED on what emoji-clip sees: tokens in order, captions by likelihood; of random weights."""
+
+import pytest
+import torch
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from argen.data.tables import read_split
+from argen.eval import retrieval
+from argen.models.seed_llama import Vocabulary, add_words
+from argen.pipelines.seed_llama import SeedLlamaPipeline
+from argen.registry import WEIGHTS, load
+from argen.train import seed as recipe
+from tokenizers_img.seed import Seed, SeedTokenizer
+
+SAMPLE = WEIGHTS.parent / "data" / "sample"
+
+
+@pytest.fixture(scope="module")
+def clip():
+    return load("argen/emoji-clip")
+
+
+@pytest.fixture(scope="module")
+def tokenizer(clip):
+    torch.manual_seed(0)
+    how = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5), "squashed": False}
+    return SeedTokenizer(Seed(**recipe.SIZES).eval(), clip.clip.vision_model, **how)
+
+
+@pytest.fixture(scope="module")
+def pipe(tokenizer):
+    words = AutoTokenizer.from_pretrained(WEIGHTS / "emoji-clip")
+    add_words(words, recipe.SIZES["n_embed"])
+    torch.manual_seed(0)
+    own = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    return SeedLlamaPipeline(LlamaForCausalLM(LlamaConfig(vocab_size=len(words), **own)), words, tokenizer, "pretrain")
+
+
+@torch.no_grad()
+def test_a_token_says_nothing_of_those_after_it(tokenizer):
+    """Neither when a picture is read nor when the first tokens are decoded alone."""
+    network = tokenizer.network
+    features = torch.randn(2, 65, 192, generator=torch.Generator().manual_seed(0))
+    whole = network.queries(features)
+    asked = network.query_tokens.clone()
+    network.query_tokens.data[:, 9:] = asked[:, 9:].flip(2)
+    changed = network.queries(features)
+    network.query_tokens.data.copy_(asked)
+    torch.testing.assert_close(changed[:, :9], whole[:, :9])
+    assert not torch.allclose(changed[:, 9:], whole[:, 9:], atol=1e-3)
+    ids = network.ids(features)
+    codes = network.quantize.embedding(ids)
+    codes[:, 5:] = 0
+    torch.testing.assert_close(network.decode(ids[:, :5]), network.embed(codes))
+    with pytest.raises(ValueError, match="got 17 tokens for a picture: expected 1 to 16"):
+        network.decode(torch.zeros(1, 17, dtype=torch.long))
+
+
+@torch.no_grad()
+def test_pictures_are_seen_as_the_encoder_sees_them(tokenizer, clip):
+    picture = read_split(SAMPLE, "validation")[0]["image"]
+    pixels = tokenizer.prepare(picture)[None]
+    seen = clip.clip.vision_model(pixel_values=2 * pixels - 1).last_hidden_state
+    torch.testing.assert_close(tokenizer.features(pixels), seen)
+    assert tokenizer.encode(pixels).shape == (1, 16)
+
+
+def test_the_likeliest_caption_names_a_picture(pipe):
+    """Likelihoods are those of the whole sequence, less those of the caption alone."""
+    picture, captions = read_split(SAMPLE, "validation")[0]["image"], ["an apple", "a very red house, noto style"]
+    found = pipe.likelihoods([picture], captions)
+    start, end, words = pipe.tokenizer.bos_token_id, pipe.tokenizer.eos_token_id, Vocabulary.of(pipe.tokenizer)
+    for caption, value in zip(captions, found[0], strict=True):
+        said = [*pipe.tokenizer(caption, add_special_tokens=False).input_ids, end]
+        shown = [start, words.begin, *(code + words.shift for code in pipe.read(picture)), words.end]
+        told = []
+        for before in (shown, [start]):
+            logits = pipe.transformer(torch.tensor([before + said])).logits[0, len(before) - 1 : -1]
+            told.append(logits.log_softmax(dim=-1).gather(1, torch.tensor(said)[:, None]).sum())
+        assert value.item() == pytest.approx((told[0] - told[1]).item(), abs=1e-3)
+
+
+@torch.no_grad()
+def test_meaning_is_measured(tokenizer, clip, pipe):
+    told = retrieval.of_tokens(tokenizer, clip.embed, SAMPLE)
+    assert {f"first {count} tokens: recall@1 of 100" for count in (1, 2, 4, 8, 16)} <= set(told)
+    assert told["first 16 tokens: recall@1 of 100"] == told["16 tokens at random places: recall@1 of 100"]
+    named = retrieval.of_captions(lambda pictures, captions: torch.eye(len(pictures)), SAMPLE, 5)
+    assert named == {"concept named among 5": 1.0, "among the first five": 1.0}
