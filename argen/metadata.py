@@ -3,7 +3,7 @@
 import json
 import os
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import BinaryIO
@@ -12,9 +12,10 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 
-from argen.request import Request
+from argen.request import Request, check_grid
 
-KEY = "argen"  # the PNG text chunk that holds the request as JSON
+KEY, TOKENS = "argen", "argen tokens"  # the PNG text chunks that hold the request, and the token grid, as JSON
+Grid = tuple[tuple[int, ...], ...]  # rows of ids
 
 
 def open_picture(path: str | Path) -> Image.Image:
@@ -47,14 +48,38 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
         work.unlink(missing_ok=True)
 
 
-def save_pictures(pictures: list[tuple[Image.Image, Request | None]], paths: list[Path]) -> None:
-    """Write PNG files, each with the request that makes it again: all of them, or none."""
+def save_pictures(
+    pictures: list[tuple[Image.Image, Request | None]], paths: list[Path], grids: Sequence[Grid | None] | None = None
+) -> None:
+    """Write PNG files, each with the request that makes it again, as JSON and as programs read it that know A1111's text, and with
+    the tokens that it was made of: all of them, or none."""
     with ExitStack() as stack:
-        for (picture, request), path in zip(pictures, paths, strict=True):
+        for (picture, request), path, grid in zip(pictures, paths, grids or [None] * len(paths), strict=True):
             info = PngInfo()
             if request:
                 info.add_text(KEY, json.dumps(request.to_dict()))
+                info.add_itxt("parameters", infotext(request, picture.size))
+            if grid:
+                info.add_text(TOKENS, json.dumps(grid))
             picture.save(stack.enter_context(replacing(path)), "PNG", pnginfo=info)
+
+
+def infotext(request: Request, size: tuple[int, int]) -> str:
+    """The settings of a picture as A1111 writes them."""
+    named = {
+        "Steps": request.steps,
+        "Sampler": request.sampler,
+        "CFG scale": request.guidance_scale,
+        "Seed": request.seed,
+    }
+    named |= {
+        "Size": f"{size[0]}x{size[1]}",
+        "Model": request.model,
+        "Temperature": request.temperature,
+        "Top-k": request.top_k,
+    }
+    told = ", ".join(f"{name}: {value}" for name, value in named.items() if value is not None)
+    return f"{request.prompt}\n{told}"
 
 
 def save_tokens(path: Path, tokenizer: str, tokens: np.ndarray) -> None:
@@ -82,6 +107,16 @@ def read_tokens(path: str | Path) -> tuple[str, np.ndarray]:
             f"{path} holds no tokens ({reason}): expected an .npz file made by `argen tokenize`"
         ) from error
     return str(tokenizer), tokens
+
+
+def read_grid(picture: Image.Image) -> Grid | None:
+    """The tokens inside a picture that argen wrote; None where there are none, or none that can be read."""
+    try:
+        grid = tuple(map(tuple, json.loads(picture.info[TOKENS])))
+        check_grid(grid)
+    except (KeyError, TypeError, ValueError):
+        return None
+    return grid
 
 
 def read_request(path: str | Path) -> Request:

@@ -1,6 +1,7 @@
 """What is asked of a generator, and what has become of it: one object behind command line, Python, web page and APIs."""
 
 import base64
+import math
 from dataclasses import dataclass, field, fields, replace
 from io import BytesIO
 
@@ -12,6 +13,17 @@ from samplers.logits import Sampling
 
 MAX_PROMPT, MAX_IMAGES, MAX_CANDIDATES = 1000, 64, 64
 CANDIDATES_A_BEAM = 4
+WHOLE = (
+    "num_images",
+    "seed",
+    "top_k",
+    "lantern_k",
+    "num_tokens",
+    "num_candidates",
+    "num_beams",
+)  # settings that are so
+REAL = ("guidance_scale", "temperature", "top_p", "lantern_delta", "lantern_lambda")
+MAX_CELLS = 16384  # of a token grid
 MIN_CONTROL = 16  # pixels on a side of a control picture
 
 
@@ -80,6 +92,7 @@ class Request:
         num_beams: for a model of ordered tokens: each picture is searched for among its beginnings, see
             `argen.pipelines.FlexARPipeline.search`; of `num_candidates` drawn each time so many are gone on with.
         control: what the pictures follow, for a model that takes it.
+        tokens: rows of a token grid to go on from: ids that stay, and -1 in the cells that are written; None writes all.
 
     Raises:
         ValueError: says which value is out of bounds and what is expected.
@@ -102,9 +115,12 @@ class Request:
     num_candidates: int | None = None
     num_beams: int | None = None
     control: Control | None = None
+    tokens: tuple[tuple[int, ...], ...] | None = None
 
     def __post_init__(self):
         check_prompt(self.prompt)
+        for name in WHOLE + REAL:
+            check_number(name, getattr(self, name), whole=name in WHOLE)
         if not 1 <= self.num_images <= MAX_IMAGES:
             raise ValueError(f"the number of pictures is {self.num_images}: expected 1 to {MAX_IMAGES}")
         if not 0 <= self.seed < 2**63 - MAX_CANDIDATES:
@@ -119,6 +135,10 @@ class Request:
             )
         if self.num_beams is not None:
             check_beams(self.num_beams, self.drawn)
+        if self.tokens is not None:
+            check_grid(self.tokens)
+            if min(map(min, self.tokens)) >= 0:
+                raise ValueError("tokens leave nothing to write: expected -1 in one cell or more")
         Sampling(
             **{key: value for key in ("temperature", "top_k", "top_p") if (value := getattr(self, key)) is not None}
         )
@@ -172,7 +192,41 @@ class Request:
         parts = {"control": Control.from_dict(saved["control"])} if "control" in saved else {}
         if isinstance(saved.get("steps"), list):
             parts["steps"] = tuple(saved["steps"])
+        if saved.get("tokens") is not None:
+            parts["tokens"] = tuple(map(tuple, saved["tokens"]))
         return cls(**saved | parts)
+
+
+def rows_of(grid: torch.Tensor) -> tuple[tuple[int, ...], ...]:
+    """Ids [h, w] or [1, h, w] -> as a request holds them.
+
+    Raises:
+        ValueError: they are latents.
+    """
+    if grid.is_floating_point():
+        raise ValueError("this model writes numbers, not tokens: edit its pictures in Python, or choose another model")
+    return tuple(map(tuple, grid.reshape(grid.shape[-2:]).tolist()))
+
+
+def check_number(name: str, value: float | None, whole: bool) -> None:
+    """Raises:
+    ValueError: neither None nor a finite number, of the kind expected.
+    """
+    if value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, int if whole else int | float) or not math.isfinite(value):
+        raise ValueError(f"{name} is {value!r}: expected a {'whole ' if whole else ''}number")
+
+
+def check_grid(rows: tuple[tuple[int, ...], ...]) -> None:
+    """Raises:
+    ValueError: no grid of ids and -1.
+    """
+    if not rows or not rows[0] or len({len(row) for row in rows}) > 1 or len(rows) * len(rows[0]) > MAX_CELLS:
+        raise ValueError(f"tokens are no grid: expected rows of equal length, and at most {MAX_CELLS:,} cells")
+    cells = [cell for row in rows for cell in row]
+    if any(type(cell) is not int or cell < -1 for cell in cells):
+        raise ValueError("tokens hold something else than ids: expected whole numbers, -1 in the cells to write")
 
 
 def check_beams(num_beams: int, num_candidates: int) -> None:
@@ -189,7 +243,7 @@ def check_prompt(prompt: str) -> None:
     """Raises:
     ValueError: the prompt is empty, or longer than `MAX_PROMPT` characters.
     """
-    if not prompt.strip():
+    if not isinstance(prompt, str) or not prompt.strip():
         raise ValueError('the prompt is empty: say what to draw, for example "a red apple"')
     if len(prompt) > MAX_PROMPT:
         raise ValueError(f"the prompt has {len(prompt):,} characters: expected at most {MAX_PROMPT:,}")
@@ -202,6 +256,7 @@ class Job:
     Attributes:
         request: with every value left to the model filled in.
         tokens: [drawn, h, w] int64, -1 where nothing is decided yet; of a model of continuous latents [drawn, C, h, w], NaN there.
+        kept: what `run` takes to go on from here; None before the first step.
         decided: cells of a picture that are, in every one.
         passes: of the network, so far.
         origins: [drawn, h, w] int8, how each cell came by its token (`samplers.steps.Origin`); None where all were drawn.
@@ -214,6 +269,7 @@ class Job:
 
     request: Request
     tokens: torch.Tensor
+    kept: torch.Tensor | None = None
     decided: int = 0
     passes: int = 0
     origins: torch.Tensor | None = None

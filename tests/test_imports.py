@@ -17,6 +17,7 @@ LAYERS = [
     ["argen.registry"],
     ["argen"],
     ["argen.command"],
+    ["argen.studio"],
     ["argen.evaluate", "argen.ui", "argen.server"],
     ["argen.bench", "argen.cli", "app"],
 ]

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from diffusers import DiffusionPipeline
 from diffusers.utils import BaseOutput, numpy_to_pil
 from einops import rearrange
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 from transformers import CLIPModel
 
@@ -24,7 +24,8 @@ from argen.request import Control, Job, Request, check_prompt
 from samplers import SAMPLERS, by_name
 from samplers.logits import Gumbel, Sampling, keys_of
 from samplers.next_x import NextX
-from samplers.steps import GuidanceScale, Sampler, Session, Step
+from samplers.steps import START, GuidanceScale, Sampler, Session, Step, guided
+from tokenizers_img.pixels import from_pil, upright
 
 SAMPLING = ("guidance_scale", "temperature", "top_k", "top_p")  # what a request may leave to the model
 
@@ -91,6 +92,24 @@ class TokenPipeline(DiffusionPipeline):
     def blank_tokens(self, shape: tuple[int, int]) -> Tensor:
         """Ids [h, w] that stand for undecided cells in a preview."""
         return torch.zeros(shape, dtype=torch.int64)
+
+    @property
+    def image_size(self) -> int:
+        """Side of the model's own pictures, in pixels."""
+        return self.image_tokenizer.config.image_size
+
+    @torch.no_grad()
+    def encode_pictures(self, pixels: Tensor) -> Tensor:
+        """Pixels [B, 3, S, S] in [0, 1], S the `image_size`, -> ids [B, h, w].
+
+        Raises:
+            ValueError: the published model came without a picture encoder.
+        """
+        return self.arranged(self.image_tokenizer.encode(pixels.to(self.device)), self.shape_of())
+
+    def emptied(self, tokens: Tensor, cells: Tensor) -> Tensor:
+        """Ids [B, h, w] with `cells` ([B, h, w] or [h, w] bool) undecided."""
+        return torch.where(cells.to(tokens.device), -1, tokens)
 
     def prepare(self, control: Control) -> Control:
         """The control with its picture in the size of the picture asked for.
@@ -307,10 +326,79 @@ class TokenPipeline(DiffusionPipeline):
         output = TokenPipelineOutput(images=images, tokens=grid, scores=scores, passes=step.passes, origins=origins)
         return output if return_dict else output.to_tuple()
 
-    def run(self, request: Request, every: int = 1) -> Iterator[Job]:
+    def edit(
+        self, prompt: str, image: Image.Image, mask: Image.Image | None = None, **settings
+    ) -> TokenPipelineOutput | tuple:
+        """A picture with a part of it written anew, all that the cells of the token grid touch.
+
+        Args:
+            image: of any size; padded to a square.
+            mask: as large, white where the picture is written anew; None takes what is transparent in `image`.
+            settings: see `__call__`; with num_images_per_prompt several, each from the same beginning.
+
+        Raises:
+            ValueError: the mask has another size, or is black; this model's tokens have no place in the picture.
+        """
+        grid = self.without(image, mask)
+        drawn = settings.get("num_candidates") or settings.get("num_images_per_prompt", 1)
+        grid = grid if grid.is_floating_point() else grid.flatten(1)
+        return self(prompt, tokens=grid.expand(drawn, *grid.shape[1:]), **settings)
+
+    def without(self, image: Image.Image, mask: Image.Image | None = None) -> Tensor:
+        """The tokens of a picture, undecided where it is to be written anew: ids [1, h, w]. See `edit`."""
+        return self.emptied(self.read_tokens(image), masked_cells(image, mask, self.shape_of()))
+
+    def read_tokens(self, image: Image.Image) -> Tensor:
+        """The tokens of a picture of any size, padded to a square: ids [1, h, w]. Raises as `encode_pictures` does."""
+        return self.encode_pictures(from_pil(image, self.image_size)[None])
+
+    def loosened(self, request: Request, tokens: Tensor, share: float) -> Tensor:
+        """The tokens of a picture with a share of its cells undecided, one at least: those that the network finds least likely.
+
+        Args:
+            request: what the picture shall be.
+            tokens: ids [1, h, w].
+            share: 0 to 1.
+        """
+        _, own = self.certainty(request, tokens[0])
+        order = own.flatten().argsort()
+        chosen = torch.zeros(own.numel(), dtype=torch.bool)
+        chosen[order[: max(1, round(share * own.numel()))]] = True
+        return self.emptied(tokens, chosen.view(own.shape))
+
+    @torch.no_grad()
+    def certainty(self, request: Request, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """How sure the network is of each cell of a finished picture: the entropy of its law there in nats, and the probability of
+        the token, both [h, w]. One pass.
+
+        Args:
+            request: that made the picture.
+            tokens: its ids [h, w].
+
+        Raises:
+            ValueError: cells are undecided.
+        """
+        if (tokens < 0).any():
+            raise ValueError("the picture is not finished: expected a token in each cell")
+        request = self.resolved(request)
+        controls = [request.control] if request.control else None
+        session = self.start([request.prompt], request.guidance_scale != 1, tuple(tokens.shape), controls)
+        cells, flat = torch.arange(tokens.numel()), tokens.flatten().to(self.device)
+        read = torch.cat([torch.full_like(flat[:1], START), flat[:-1]])[None]
+        laws = guided(*session.forward(read, cells - 1), request.guidance_scale, cells)
+        sampling = Sampling(request.temperature or 1.0, request.top_k, request.top_p)
+        shares = sampling.filter(laws)[0].softmax(dim=-1)
+        entropy = torch.special.entr(shares).sum(dim=-1)
+        own = shares.gather(1, flat[:, None])[:, 0]
+        return entropy.view(tokens.shape).cpu(), own.view(tokens.shape).cpu()
+
+    def run(self, request: Request, every: int = 1, tokens: Tensor | None = None) -> Iterator[Job]:
         """Carry out a request; yields its job, the same object, after each step, and at last with its pictures.
 
         Close the iterator to cancel.
+
+        Args:
+            tokens: `Job.kept` of the same request, to go on from where it was left.
         """
         if request.num_beams is not None:
             raise ValueError(
@@ -321,10 +409,13 @@ class TokenPipeline(DiffusionPipeline):
         generators, shape = request.generators(), self.shape_of(control, request.num_tokens)
         sampler = self.make_sampler(request.sampler, **request.sampler_settings())
         job = Job(request, self.blank(len(generators), shape), lossless=sampler.lossless)
+        if tokens is None and request.tokens is not None:
+            tokens = self.begun(request.tokens, shape).expand(len(generators), -1)
         prompts, controls = [request.prompt] * len(generators), [control] * len(generators) if control else None
-        given = {"sampler": sampler, "controls": controls, "shape": shape, "every": every}
+        given = {"sampler": sampler, "controls": controls, "shape": shape, "every": every, "tokens": tokens}
         for step in self.stream(prompts, generators, **settings, **given):
             job.tokens, job.passes, job.decided = self.arranged(step.tokens, shape), step.passes, step.decided
+            job.kept = self.kept(step)
             job.origins = None if step.origins is None else step.origins.unflatten(1, shape)
             yield job
         kept = list(range(len(generators)))
@@ -336,6 +427,21 @@ class TokenPipeline(DiffusionPipeline):
         job.origins = None if job.origins is None else job.origins[kept]
         job.pictures = self.pictures(job.tokens)
         yield job
+
+    def begun(self, rows: tuple[tuple[int, ...], ...], shape: tuple[int, int]) -> Tensor:
+        """Rows of a grid as a request has them -> [1, N], as `stream` takes them.
+
+        Raises:
+            ValueError: a grid of another shape, or an id that this model does not know.
+        """
+        grid, most = torch.tensor(rows), self.image_tokenizer.config.n_embed
+        if tuple(grid.shape) != tuple(shape):
+            raise ValueError(
+                f"tokens are {grid.shape[0]} x {grid.shape[1]}: expected {shape[0]} x {shape[1]}, as this model writes them"
+            )
+        if grid.max() >= most:
+            raise ValueError(f"token {int(grid.max())} does not exist: expected ids below {most}")
+        return grid.flatten()[None]
 
     def resolved(self, request: Request) -> Request:
         """A request with what is left to the model filled in, and its control prepared."""
@@ -370,6 +476,25 @@ class TokenPipeline(DiffusionPipeline):
             return pixels
         array = rearrange(pixels.float().cpu(), "b d h w -> b h w d").numpy()
         return numpy_to_pil(array) if output_type == "pil" else array
+
+
+def masked_cells(image: Image.Image, mask: Image.Image | None, shape: tuple[int, int]) -> Tensor:
+    """Which cells of a token grid a mask touches, [h, w] bool; the arguments are those of `TokenPipeline.edit`."""
+    if shape[0] == 1:
+        raise ValueError("the tokens of this model have no place in the picture: choose another model to edit with")
+    if mask is None:
+        mask = ImageOps.invert(upright(image).getchannel("A"))
+    elif mask.size != image.size:
+        raise ValueError(
+            f"the mask is {mask.width} x {mask.height} and the picture {image.width} x {image.height}: expected the same"
+        )
+    side = max(mask.size)
+    square = ImageOps.pad(mask.convert("L"), (side, side), color=0)  # as the picture is padded
+    painted = torch.from_numpy(np.array(square)).float()[None, None] / 255
+    cells = F.adaptive_max_pool2d(painted, shape)[0, 0] > 0.5
+    if not cells.any():
+        raise ValueError("nothing is to be written anew: expected white in the mask, or something transparent")
+    return cells
 
 
 def check_asked(prompts: list[str], generators: list[torch.Generator]) -> None:

@@ -68,6 +68,12 @@ class DalleMiniPipeline(TokenPipeline):
         ids = tokenize(self.tokenizer, texts, self.encoder.config.max_length).to(self.device)
         return DecoderSession(self.transformer, self.encoder(ids)[rows], ids[rows] != PAD, guided)
 
+    def encode_pictures(self, pixels: Tensor) -> Tensor:
+        """Raises:
+        ValueError: always; see `TokenPipeline.encode_pictures`.
+        """
+        raise ValueError("DALL-E mini was published without its picture encoder: choose another model to edit with")
+
     def decode_tokens(self, tokens: Tensor) -> Tensor:
         """See `TokenPipeline.decode_tokens`."""
         return self.image_tokenizer.decode(tokens.flatten(1)).clamp(0, 1)

@@ -141,10 +141,10 @@ class FlexARPipeline(TokenPipeline):
         steps = self.config.steps if min(counts) == tokens.shape[-1] else min(PREVIEW_STEPS, self.config.steps)
         return self.image_tokenizer.decode(rows, steps).clamp(0, 1)
 
-    def run(self, request: Request, every: int = 1) -> Iterator[Job]:
-        """See `TokenPipeline.run`; with `num_beams` each picture is searched for."""
+    def run(self, request: Request, every: int = 1, tokens: Tensor | None = None) -> Iterator[Job]:
+        """See `TokenPipeline.run`; with `num_beams` each picture is searched for, from its beginning."""
         if request.num_beams is None:
-            yield from super().run(request, every)
+            yield from super().run(request, every, tokens)
             return
         request = self.resolved(request)
         sampler = self.make_sampler(request.sampler, **request.sampler_settings())

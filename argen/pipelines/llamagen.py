@@ -123,6 +123,11 @@ class LlamaGenPipeline(TokenPipeline):
         states = encoder(input_ids=text.input_ids, attention_mask=text.attention_mask).last_hidden_state
         return left_padded(states.to(self.transformer.dtype), text.attention_mask)
 
+    @property
+    def image_size(self) -> int:
+        fixed = isinstance(self.vq, ViTVQGAN)
+        return self.vq.config.image_size if fixed else self.image_tokenizer.stride * self.transformer.config.grid
+
     def decode_tokens(self, tokens: Tensor) -> Tensor:
         """See `TokenPipeline.decode_tokens`. The shipped picture tokenizer knows one size: what a grid lacks is blank."""
         shape = tokens.shape[1:]

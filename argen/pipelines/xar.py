@@ -15,7 +15,7 @@ from transformers import CLIPModel, PreTrainedTokenizerFast
 from argen.data.imagenet import class_id
 from argen.models.xar import SIZES, XAR, XARSession
 from argen.pipelines.base import Defaults, TokenPipeline, check_asked, distinct
-from argen.request import Control
+from argen.request import Control, Request
 from samplers import SOLVERS, NextX, by_name
 from tokenizers_img.kl_vae import KLVAE
 
@@ -187,6 +187,33 @@ class XARPipeline(TokenPipeline):
     def _cells(self, positions: int) -> int:
         """Cells of the picture that so many positions of the sequence are worth."""
         return positions * self.length // sum(self.transformer.entities.lengths)
+
+    @property
+    def image_size(self) -> int:
+        return KLVAE(self.vae).stride * self.transformer.config.grid
+
+    @torch.no_grad()
+    def encode_pictures(self, pixels: Tensor) -> Tensor:
+        """See `TokenPipeline.encode_pictures`: latents [B, C, h, w]."""
+        return KLVAE(self.vae).encode(pixels.to(self.device, self.vae.dtype)).to(self.transformer.dtype)
+
+    def emptied(self, tokens: Tensor, cells: Tensor) -> Tensor:
+        """See `TokenPipeline.emptied`, of latents [B, C, h, w]: NaN."""
+        return tokens.masked_fill(cells.to(tokens.device).expand(len(tokens), *tokens.shape[2:])[:, None], math.nan)
+
+    def begun(self, rows: tuple[tuple[int, ...], ...], shape: tuple[int, int]) -> Tensor:
+        """Raises:
+        ValueError: always; see `TokenPipeline.begun`.
+        """
+        raise ValueError(
+            "this model writes numbers, not tokens: leave tokens out, or give latents to its call in Python"
+        )
+
+    def certainty(self, request: Request, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Raises:
+        ValueError: always; see `TokenPipeline.certainty`.
+        """
+        raise ValueError("this model writes numbers, whose law it does not tell: choose a model of tokens")
 
     def kept(self, step: LatentStep) -> Tensor:
         """See `TokenPipeline.kept`: what is still noisy is begun anew."""

@@ -1,0 +1,1 @@
+"""One queue of jobs for every face of argen, and what it keeps on disk."""

@@ -1,0 +1,250 @@
+"""What the studio keeps: jobs and finished pictures, in SQLite, beside the PNG files in one folder.
+
+Pictures and jobs are named by ids that the store gives; a path never comes from outside.
+"""
+
+import json
+import sqlite3
+import threading
+import time
+import zipfile
+from collections.abc import Iterable, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+
+from PIL import Image
+
+from argen.metadata import save_pictures
+from argen.request import Request
+
+THUMBNAIL = 256  # side in pixels, at most
+WAITING, RUNNING, DONE, CANCELLED, FAILED = "waiting", "running", "done", "cancelled", "failed"
+SCHEMA = """
+create table if not exists jobs (
+    id text primary key, owner text not null, request text not null, state text not null, place real not null,
+    created real not null, finished real, seconds real not null default 0, decided integer not null default 0,
+    cells integer not null default 0, passes integer not null default 0, error text not null default '');
+create index if not exists jobs_by_state on jobs (state, place);
+create table if not exists pictures (
+    id text primary key, job text not null, owner text not null, number integer not null, request text not null,
+    prompt text not null, model text not null, tokens text, score real, created real not null,
+    favourite integer not null default 0);
+create index if not exists pictures_by_time on pictures (created);
+create index if not exists pictures_by_job on pictures (job, number);
+create table if not exists presets (owner text, name text, settings text not null, primary key (owner, name));
+"""
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A finished picture.
+
+    Attributes:
+        id: of the picture, which names its files, too.
+        job: id of the job that made it.
+        request: makes it again, alone.
+        tokens: rows of its grid; None where it has none.
+        score: cosine to the prompt, where candidates were ranked.
+        created: seconds since 1970.
+    """
+
+    id: str
+    job: str
+    owner: str
+    request: Request
+    tokens: tuple[tuple[int, ...], ...] | None
+    score: float | None
+    created: float
+    favourite: bool
+
+
+class Store:
+    """Args:
+    folder: of the pictures; made if it is missing. The database is in it.
+    metadata: whether a picture's settings go into its file, too.
+    """
+
+    def __init__(self, folder: Path, metadata: bool = True):
+        self.folder, self.metadata = folder, metadata
+        for place in (folder, folder / ".thumbnails", folder / ".jobs"):
+            place.mkdir(parents=True, exist_ok=True)
+        self.lock = threading.RLock()
+        self.database = sqlite3.connect(folder / "studio.db", check_same_thread=False, isolation_level=None)
+        self.database.row_factory = sqlite3.Row
+        self.database.execute("pragma journal_mode = wal")
+        self.database.execute("pragma synchronous = normal")
+        self.database.executescript(SCHEMA)
+
+    def close(self) -> None:
+        with self.lock:
+            self.database.close()
+
+    def ask(self, text: str, values: Sequence = ()) -> list[sqlite3.Row]:
+        """Carry out one statement -> its rows."""
+        with self.lock, closing(self.database.execute(text, values)) as found:
+            return found.fetchall()
+
+    # jobs
+
+    def add_job(self, id: str, owner: str, request: Request) -> None:
+        with self.lock:
+            (last,) = self.ask("select coalesce(max(place), 0) from jobs")[0]
+            values = id, owner, json.dumps(request.to_dict()), WAITING, last + 1, time.time()
+            self.ask("insert into jobs (id, owner, request, state, place, created) values (?, ?, ?, ?, ?, ?)", values)
+
+    def job(self, id: str) -> sqlite3.Row | None:
+        found = self.ask("select * from jobs where id = ?", (id,))
+        return found[0] if found else None
+
+    def jobs(self, *states: str, owner: str | None = None, limit: int = 200) -> list[sqlite3.Row]:
+        """Those in one of the states: what waits in its order, what is over with the latest first."""
+        marks = ", ".join("?" * len(states))
+        own, values = ("and owner = ?", [*states, owner]) if owner else ("", list(states))
+        over = states and set(states) <= {DONE, CANCELLED, FAILED}
+        order = "finished desc" if over else "state = 'running' desc, place"
+        return self.ask(f"select * from jobs where state in ({marks}) {own} order by {order} limit ?", [*values, limit])
+
+    def count(self, state: str, owner: str | None = None) -> int:
+        own, values = ("and owner = ?", (state, owner)) if owner else ("", (state,))
+        return self.ask(f"select count(*) from jobs where state = ? {own}", values)[0][0]
+
+    def update_job(self, id: str, **values) -> None:
+        sets = ", ".join(f"{name} = ?" for name in values)
+        self.ask(f"update jobs set {sets} where id = ?", (*values.values(), id))
+
+    def move(self, id: str, places: int) -> None:
+        """Move a waiting job by so many places, forward if negative."""
+        with self.lock:
+            line = [row["id"] for row in self.jobs(WAITING, limit=-1)]
+            if id not in line:
+                return
+            at = line.index(id)
+            line.insert(max(0, min(len(line) - 1, at + places)), line.pop(at))
+            spots = sorted(row["place"] for row in self.jobs(WAITING, limit=-1))
+            for spot, one in zip(spots, line, strict=True):
+                self.update_job(one, place=spot)
+
+    def left(self, id: str) -> Path:
+        """The file of the tokens of a job that was left before its end."""
+        return self.folder / ".jobs" / f"{id}.npz"
+
+    # pictures
+
+    def add_pictures(
+        self,
+        job: str,
+        owner: str,
+        pictures: Sequence[tuple[Image.Image, Request]],
+        grids: Sequence[tuple[tuple[int, ...], ...] | None],
+        scores: Sequence[float | None],
+    ) -> list[str]:
+        """Write the pictures of a job, all of them or none -> their ids."""
+        now = time.time()
+        stamp = time.strftime("%Y%m%d-%H%M%S", time.localtime(now))
+        ids = [f"{stamp}-{job}-{number}" for number in range(1, len(pictures) + 1)]
+        kept = [
+            (picture, request if self.metadata else None, grid)
+            for (picture, request), grid in zip(pictures, grids, strict=True)
+        ]
+        save_pictures(
+            [(picture, request) for picture, request, _ in kept],
+            [self.file(id) for id in ids],
+            [grid if self.metadata else None for *_, grid in kept],
+        )
+        for id, (picture, _) in zip(ids, pictures, strict=True):
+            small = picture.convert("RGB")
+            small.thumbnail((THUMBNAIL, THUMBNAIL))
+            small.save(self.thumbnail(id), "WEBP", quality=90)
+        with self.lock:
+            self.ask("begin")
+            for number, (id, (_, request), grid, score) in enumerate(zip(ids, pictures, grids, scores, strict=True)):
+                values = id, job, owner, number, json.dumps(request.to_dict()), request.prompt, request.model
+                values += json.dumps(grid) if grid else None, score, now
+                self.ask(
+                    f"insert into pictures (id, job, owner, number, request, prompt, model, tokens, score, created) values ({', '.join('?' * 10)})",
+                    values,
+                )
+            self.ask("commit")
+        return ids
+
+    def pictures(
+        self,
+        search: str = "",
+        model: str = "",
+        favourites: bool = False,
+        job: str | None = None,
+        owner: str | None = None,
+        limit: int = 60,
+        offset: int = 0,
+    ) -> list[Saved]:
+        """The latest first, of a job in its order; those whose prompt has all words of `search`, in any order."""
+        where, values = ["1"], []
+        for word in search.split():
+            where.append("prompt like ? escape '\\'")
+            values.append("%" + word.replace("\\", "\\\\").replace("%", "\\%").replace("_", "\\_") + "%")
+        for name, value in (("model", model), ("job", job), ("owner", owner)):
+            if value:
+                where.append(f"{name} = ?")
+                values.append(value)
+        if favourites:
+            where.append("favourite = 1")
+        order = "number" if job else "created desc, number"
+        rows = self.ask(
+            f"select * from pictures where {' and '.join(where)} order by {order} limit ? offset ?",
+            [*values, limit, offset],
+        )
+        return [_saved(row) for row in rows]
+
+    def picture(self, id: str) -> Saved:
+        """Raises:
+        KeyError: there is none.
+        """
+        found = self.ask("select * from pictures where id = ?", (id,))
+        if not found:
+            raise KeyError(f"there is no picture {id!r}")
+        return _saved(found[0])
+
+    def file(self, id: str) -> Path:
+        return self.folder / f"{id}.png"
+
+    def thumbnail(self, id: str) -> Path:
+        return self.folder / ".thumbnails" / f"{id}.webp"
+
+    def set_favourite(self, id: str, favourite: bool) -> None:
+        self.ask("update pictures set favourite = ? where id = ?", (int(favourite), self.picture(id).id))
+
+    def delete(self, id: str) -> None:
+        """Delete a picture and its files."""
+        self.picture(id)
+        self.ask("delete from pictures where id = ?", (id,))
+        for path in (self.file(id), self.thumbnail(id)):
+            path.unlink(missing_ok=True)
+
+    def zipped(self, ids: Iterable[str]) -> bytes:
+        """Pictures in a ZIP file, with their settings as JSON lines."""
+        buffer, lines = BytesIO(), []
+        with zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as archive:
+            for id in ids:
+                saved = self.picture(id)
+                archive.write(self.file(id), f"{id}.png")
+                lines.append(json.dumps({"file": f"{id}.png", **saved.request.to_dict()}))
+            archive.writestr("settings.jsonl", "\n".join(lines) + "\n")
+        return buffer.getvalue()
+
+    # presets
+
+    def presets(self, owner: str) -> dict[str, dict]:
+        rows = self.ask("select name, settings from presets where owner = ? order by name", (owner,))
+        return {row["name"]: json.loads(row["settings"]) for row in rows}
+
+    def save_preset(self, owner: str, name: str, settings: dict) -> None:
+        self.ask("insert or replace into presets values (?, ?, ?)", (owner, name, json.dumps(settings)))
+
+
+def _saved(row: sqlite3.Row) -> Saved:
+    grid = tuple(map(tuple, json.loads(row["tokens"]))) if row["tokens"] else None
+    request = Request.from_dict(json.loads(row["request"]))
+    own = {name: row[name] for name in ("id", "job", "owner", "score", "created")}
+    return Saved(**own, request=request, tokens=grid, favourite=bool(row["favourite"]))

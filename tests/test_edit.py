@@ -1,0 +1,133 @@
+"""Pictures written anew in part: by a mask, from a grid in the request, from where a job was left."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from PIL import Image, ImageDraw
+
+from argen.request import Request
+
+
+@pytest.fixture(scope="module")
+def drawn(pipe):
+    """A finished job of one pizza."""
+    *_, job = pipe.run(Request("a pizza", seed=3))
+    return job
+
+
+def half(size: int, box: tuple[int, int, int, int]) -> Image.Image:
+    mask = Image.new("L", (size, size), 0)
+    ImageDraw.Draw(mask).rectangle(box, fill=255)
+    return mask
+
+
+def test_only_the_cells_under_the_mask_are_written_anew(pipe, drawn):
+    picture = drawn.pictures[0]
+    kept = pipe.encode_pictures(torch.tensor([[[0.5]]]).expand(1, 3, 128, 128))
+    assert kept.shape == (1, 8, 8)
+    mask = half(128, (0, 64, 127, 127))
+    luck = [torch.Generator().manual_seed(seed) for seed in range(2)]
+    out = pipe.edit("a robot", picture, mask, num_images_per_prompt=2, generator=luck)
+    before = pipe.encode_pictures(torch.stack([from_picture(picture)]))[0]
+    grids = out.tokens.unflatten(1, (8, 8))
+    assert torch.equal(grids[:, :4], before[:4].expand(2, -1, -1))
+    assert not torch.equal(grids[0, 4:], before[4:])
+    assert not torch.equal(grids[0, 4:], grids[1, 4:])
+    again = pipe.edit("a robot", picture, mask, generator=[torch.Generator().manual_seed(1)])
+    assert torch.equal(again.tokens[0], out.tokens[1])
+
+
+def from_picture(picture: Image.Image) -> torch.Tensor:
+    from tokenizers_img.pixels import from_pil
+
+    return from_pil(picture, 128)
+
+
+def test_what_is_transparent_is_drawn_around_a_picture(pipe, drawn):
+    """A picture on a larger canvas: only what it does not cover is written."""
+    canvas = Image.new("RGBA", (256, 256), (0, 0, 0, 0))
+    canvas.paste(drawn.pictures[0].resize((128, 128)), (64, 64))
+    out = pipe.edit("a pizza", canvas, generator=[torch.Generator().manual_seed(0)])
+    before = pipe.encode_pictures(from_picture(canvas)[None])[0]
+    grid = out.tokens[0].unflatten(0, (8, 8))
+    assert torch.equal(grid[2:6, 2:6], before[2:6, 2:6])
+    assert not torch.equal(grid, before)
+
+
+def test_a_request_holds_the_grid_it_goes_on_from(pipe, drawn):
+    grid = drawn.tokens[0].clone()
+    grid[3:5, 2:6] = -1
+    request = Request("a pizza", seed=9, num_images=2, tokens=tuple(map(tuple, grid.tolist())))
+    assert Request.from_dict(request.to_dict()) == request
+    *_, job = pipe.run(request)
+    assert torch.equal(job.tokens[:, :3], drawn.tokens[:, :3].expand(2, -1, -1))
+    assert (job.tokens >= 0).all()
+    *_, alone = pipe.run(job.requests[1])
+    assert torch.equal(alone.tokens[0], job.tokens[1])
+    for wrong, told in (
+        ([[1, -1], [2]], "tokens are no grid"),
+        ([[1, -2]], "something else than ids"),
+        ([[1, 2]], "nothing to write"),
+        ([[True, -1]], "something else than ids"),
+    ):
+        with pytest.raises(ValueError, match=told):
+            Request("a pizza", tokens=tuple(map(tuple, wrong)))
+    with pytest.raises(ValueError, match="tokens are 1 x 2: expected 8 x 8"):
+        next(pipe.run(Request("a pizza", tokens=((1, -1),))))
+    with pytest.raises(ValueError, match="token 99999 does not exist: expected ids below 4096"):
+        next(pipe.run(Request("a pizza", tokens=((99999, *[-1] * 7), *[(-1,) * 8] * 7))))
+
+
+def test_a_job_that_was_left_is_gone_on_with(pipe, drawn):
+    request = replace(drawn.request, sampler="plain")
+    job = next(job for job in pipe.run(request) if job.decided == 20)
+    *_, rest = pipe.run(request, tokens=job.kept)
+    assert rest.passes == 44
+    assert torch.equal(rest.tokens, drawn.tokens)
+
+
+def test_the_network_tells_how_sure_it_is(pipe, drawn):
+    entropy, own = pipe.certainty(drawn.request, drawn.tokens[0])
+    assert entropy.shape == own.shape == (8, 8)
+    assert entropy.min() >= 0
+    assert (own > 0).all()
+    assert own.max() <= 1 + 1e-6
+    swapped = drawn.tokens[0].clone()
+    swapped[4, 4] = (swapped[4, 4] + 7) % 4096
+    assert pipe.certainty(drawn.request, swapped)[1][4, 4] < own[4, 4]
+    with pytest.raises(ValueError, match="not finished"):
+        pipe.certainty(drawn.request, torch.full((8, 8), -1))
+
+
+def test_bad_masks_are_refused(pipe, drawn):
+    picture = drawn.pictures[0]
+    for mask, told in (
+        (Image.new("L", (64, 64), 255), "the mask is 64 x 64 and the picture 128 x 128"),
+        (Image.new("L", (128, 128), 0), "nothing is to be written anew"),
+        (None, "nothing is to be written anew"),
+    ):
+        with pytest.raises(ValueError, match=told):
+            pipe.edit("a pizza", picture, mask)
+
+
+def test_latents_are_edited_too_and_ordered_tokens_are_not():
+    from argen.registry import load
+
+    xar = load("argen/emoji-xar")
+    xar.set_progress_bar_config(disable=True)
+    picture = Image.new("RGB", (128, 128), (200, 30, 30))
+    before = xar.encode_pictures(from_picture(picture)[None])
+    out = xar.edit(
+        "a red heart",
+        picture,
+        half(128, (0, 0, 63, 127)),
+        generator=[torch.Generator().manual_seed(0)],
+        output_type="latent",
+    )
+    torch.testing.assert_close(out.tokens[..., 4:], before[..., 4:])
+    assert not torch.allclose(out.tokens[..., :4], before[..., :4], atol=0.1)
+    with pytest.raises(ValueError, match="no place in the picture"):
+        load("argen/emoji-flextok-ar").edit("a heart", picture, half(128, (0, 0, 63, 63)))
+    with pytest.raises(ValueError, match="writes numbers, not tokens"):
+        next(xar.run(Request("a heart", model="argen/emoji-xar", tokens=((1, -1),))))
