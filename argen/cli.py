@@ -2,9 +2,11 @@
 
 import argparse
 import json
+import os
 import sys
 import time
 from dataclasses import asdict, replace
+from functools import cache
 from pathlib import Path
 
 from argen import __version__, evaluate
@@ -298,12 +300,18 @@ def parser() -> Parser:
     add = commands.add_parser("eval", help="FID and the other numbers that papers report")
     evaluate.add_commands(add)
 
-    add = commands.add_parser("ui", help="open the web page", formatter_class=formatter)
+    add = commands.add_parser(
+        "ui", help="open the web page, and the APIs of OpenAI and A1111", formatter_class=formatter
+    )
     add.add_argument("--port", type=int, default=7860)
-    add.add_argument("--host", default="127.0.0.1", help="0.0.0.0 to let other machines in")
+    add.add_argument("--host", default="127.0.0.1", help="0.0.0.0 to let other machines in, which needs a --key")
     add.add_argument(
         "--data-dir", type=Path, default=Path("pictures"), metavar="DIR", help="where finished pictures are kept"
     )
+    add.add_argument(
+        "--key", action="append", default=[], help="which clients must show; again for each user, or ARGEN_KEYS"
+    )
+    add.add_argument("--no-metadata", action="store_true", help="write no settings into the pictures' files")
     add.add_argument("--device", metavar="NAME", help="cpu, cuda, mps (default: the best one here)")
     return top
 
@@ -639,9 +647,26 @@ def eval(args) -> None:
 
 @command
 def ui(args) -> None:
-    from argen.ui.build import launch
+    from argen.device import pick
+    from argen.registry import load
+    from argen.server.app import create, serve
+    from argen.server.guard import HERE
+    from argen.studio.queue import Studio
+    from argen.ui.build import build
+    from argen.ui.jobs import Desk
 
-    launch(args.host, args.port, args.data_dir, args.device)
+    keys = [key for key in [*args.key, *os.environ.get("ARGEN_KEYS", "").split(",")] if key]
+    if args.host not in HERE and not keys:
+        raise ValueError(f"--host {args.host} lets other machines in: give --key KEY too, which they must show")
+    if any(len(key) < 8 for key in keys):
+        raise ValueError("a key is shorter than 8 characters: choose a longer one")
+    device, owners = pick(args.device), {}
+    studio = Studio(args.data_dir, cache(lambda name: load(name).to(device)), metadata=not args.no_metadata)
+    try:
+        page = build(Desk(studio, owners), device)
+        serve(create(studio, page, keys, args.host in HERE, owners), args.host, args.port)
+    finally:
+        studio.close()
 
 
 def main(argv: list[str] | None = None) -> int:

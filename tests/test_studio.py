@@ -1,8 +1,10 @@
 """The queue and what it keeps: order, cancel and resume, restart, search."""
 
+import io
 import json
 import threading
 import time
+import zipfile
 from dataclasses import replace
 
 import pytest
@@ -174,7 +176,7 @@ def test_pictures_are_found_kept_and_deleted(tmp_path):
     asked = [Request(text) for text in ("a red apple", "a 100% red_robot", "a blue robot")]
     ids = []
     for number, request in enumerate(asked):
-        ids += store.add_pictures(f"job{number}", "a", [(picture, request)], [((1, 2), (3, 4))], [0.5])
+        ids += store.add_pictures(f"job{number}", "a", [(picture, request)], [((1, 2), (3, 4))], [None], [0.5])
     found = lambda **how: [saved.request.prompt for saved in store.pictures(**how)]  # noqa: E731
     assert set(found(search="red")) == {"a red apple", "a 100% red_robot"}
     assert found(search="robot BLUE") == ["a blue robot"]
@@ -184,9 +186,6 @@ def test_pictures_are_found_kept_and_deleted(tmp_path):
     assert found(favourites=True) == ["a red apple"]
     assert store.picture(ids[0]).tokens == ((1, 2), (3, 4))
     assert Image.open(store.thumbnail(ids[0])).size == (256, 171)
-    import io
-    import zipfile
-
     with zipfile.ZipFile(io.BytesIO(store.zipped(ids[:2]))) as archive:
         assert set(archive.namelist()) == {f"{ids[0]}.png", f"{ids[1]}.png", "settings.jsonl"}
         assert json.loads(archive.read("settings.jsonl").splitlines()[0])["prompt"] == "a red apple"

@@ -76,12 +76,14 @@ def test_a_prompt_becomes_pictures_that_keep_their_settings(page, site):
     page.get_by_placeholder("a red apple").fill("a pizza")
     page.get_by_role("button", name="Draw").click()
     growing = page.locator("#state", has_text=re.compile(r"\d+%"))
-    growing.wait_for(timeout=60_000)  # previews arrive while the picture is written
-    assert page.locator("#pictures img").count() >= 1
+    growing.wait_for(timeout=60_000)
+    page.locator("#pictures img").first.wait_for(timeout=60_000)
+    assert growing.count() == 1  # previews arrive while the picture is written
     page.locator("#state", has_text="4 pictures in").wait_for(timeout=60_000)
     assert page.locator("#pictures img").count() >= 4
     shown = page.locator("#pictures img").first
     assert shown.evaluate("img => img.decode().then(() => img.naturalWidth)") == 128
+    page.get_by_role("button", name="Settings of each picture").click()
     page.locator("#settings", has_text="a pizza").wait_for(timeout=10_000)
 
     files = sorted(site[1].glob("*.png"))
@@ -97,15 +99,47 @@ def test_an_empty_prompt_is_answered_with_one_line(page):
     page.get_by_text("the prompt is empty").first.wait_for(timeout=30_000)
 
 
-def test_stop_stops(page, site):
+def test_a_stopped_picture_goes_on_after_the_page_was_loaded_anew(page, site):
     before = len(list(site[1].glob("*.png")))
     page.get_by_placeholder("a red apple").fill("a rocket")
     page.get_by_label("Pictures").first.fill("9")
-    page.get_by_role("button", name="Draw").click()
+    page.locator("#draw").click()
+    page.locator("#state", has_text=re.compile(r"[1-9]\d*%")).wait_for(timeout=60_000)
+    page.reload()
+    page.locator("#line", has_text="a rocket").wait_for(timeout=60_000)
     page.locator("#state", has_text=re.compile(r"\d+%")).wait_for(timeout=60_000)
-    page.get_by_role("button", name="Stop").click()
-    time.sleep(5)
+    page.locator("#stop").click()
+    page.locator("#state", has_text="stopped at").wait_for(timeout=60_000)
     assert len(list(site[1].glob("*.png"))) == before
+    page.locator("#resume").click()
+    page.locator("#state", has_text="9 pictures in").wait_for(timeout=60_000)
+    assert len(list(site[1].glob("*.png"))) == before + 9
+    page.locator("#again").click()
+    page.locator("#line", has_text="a rocket").wait_for(timeout=60_000)
+    page.locator("#state", has_text="9 pictures in").wait_for(timeout=60_000)
+    assert read_request(max(site[1].glob("*-9.png"))).seed == 17
+
+
+def test_a_file_and_a_preset_restore_settings(page, site):
+    expect = pytest.importorskip("playwright.sync_api").expect
+    file = next(file for file in sorted(site[1].glob("*.png")) if read_request(file).prompt == "a pizza")
+    page.get_by_role("button", name="Settings of a picture, and presets").click()
+    page.locator("#restore input[type=file]").set_input_files(file)
+    page.locator("#restored", has_text="a pizza").wait_for(timeout=30_000)
+    box = page.locator("#prompt textarea, #prompt input").first
+    expect(box).to_have_value("")  # nothing is taken before it is asked for
+    page.locator("#use").click()
+    expect(box).to_have_value("a pizza", timeout=30_000)
+    page.locator("#length", has_text="text tokens").wait_for(timeout=30_000)
+    page.locator("#preset input").fill("mine")
+    page.locator("#preset input").press("Enter")
+    page.locator("#keep").click()
+    time.sleep(2)
+    page.reload()
+    page.get_by_role("button", name="Settings of a picture, and presets").click()
+    page.locator("#preset input").click()
+    page.get_by_role("option", name="mine").click()
+    page.locator("#restored", has_text="a pizza").wait_for(timeout=30_000)
 
 
 def test_a_model_that_is_not_here_is_answered_with_one_line(page):

@@ -171,6 +171,14 @@ class TokenPipeline(DiffusionPipeline):
         clip = next((part for part in self.components.values() if isinstance(part, CLIPModel)), None)
         return None if clip is None else TextImageEncoder(clip, self.tokenizer)
 
+    def text_tokens(self, prompt: str) -> tuple[int, int] | None:
+        """How many text tokens a prompt has, and how many are read; None of a model that reads no text."""
+        tokenizer = self.components.get("tokenizer")
+        if tokenizer is None:
+            return None
+        most = self.transformer.config.get("caption_length") or tokenizer.model_max_length
+        return len(tokenizer(self.caption(prompt), truncation=False, verbose=False).input_ids), most
+
     def caption(self, prompt: str) -> str:
         """What is read for a prompt: of "class:NAME" in a model of captions what stands for the group.
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from argen.metadata import save_pictures
+from argen.metadata import Grid, save_pictures
 from argen.request import Request
 
 THUMBNAIL = 256  # side in pixels, at most
@@ -29,7 +29,7 @@ create table if not exists jobs (
 create index if not exists jobs_by_state on jobs (state, place);
 create table if not exists pictures (
     id text primary key, job text not null, owner text not null, number integer not null, request text not null,
-    prompt text not null, model text not null, tokens text, score real, created real not null,
+    prompt text not null, model text not null, tokens text, origins text, score real, created real not null,
     favourite integer not null default 0);
 create index if not exists pictures_by_time on pictures (created);
 create index if not exists pictures_by_job on pictures (job, number);
@@ -46,6 +46,7 @@ class Saved:
         job: id of the job that made it.
         request: makes it again, alone.
         tokens: rows of its grid; None where it has none.
+        origins: how each cell came by its token (`samplers.steps.Origin`); None where all were drawn.
         score: cosine to the prompt, where candidates were ranked.
         created: seconds since 1970.
     """
@@ -54,7 +55,8 @@ class Saved:
     job: str
     owner: str
     request: Request
-    tokens: tuple[tuple[int, ...], ...] | None
+    tokens: Grid | None
+    origins: Grid | None
     score: float | None
     created: float
     favourite: bool
@@ -130,6 +132,11 @@ class Store:
         """The file of the tokens of a job that was left before its end."""
         return self.folder / ".jobs" / f"{id}.npz"
 
+    def latest(self, owner: str) -> str | None:
+        """The id of the job that an owner asked for last."""
+        found = self.ask("select id from jobs where owner = ? order by created desc limit 1", (owner,))
+        return found[0]["id"] if found else None
+
     # pictures
 
     def add_pictures(
@@ -137,36 +144,29 @@ class Store:
         job: str,
         owner: str,
         pictures: Sequence[tuple[Image.Image, Request]],
-        grids: Sequence[tuple[tuple[int, ...], ...] | None],
+        grids: Sequence[Grid | None],
+        origins: Sequence[Grid | None],
         scores: Sequence[float | None],
     ) -> list[str]:
         """Write the pictures of a job, all of them or none -> their ids."""
         now = time.time()
         stamp = time.strftime("%Y%m%d-%H%M%S", time.localtime(now))
         ids = [f"{stamp}-{job}-{number}" for number in range(1, len(pictures) + 1)]
-        kept = [
-            (picture, request if self.metadata else None, grid)
-            for (picture, request), grid in zip(pictures, grids, strict=True)
-        ]
-        save_pictures(
-            [(picture, request) for picture, request, _ in kept],
-            [self.file(id) for id in ids],
-            [grid if self.metadata else None for *_, grid in kept],
-        )
+        told = [(picture, request if self.metadata else None) for picture, request in pictures]
+        save_pictures(told, [self.file(id) for id in ids], grids if self.metadata else None)
         for id, (picture, _) in zip(ids, pictures, strict=True):
             small = picture.convert("RGB")
             small.thumbnail((THUMBNAIL, THUMBNAIL))
             small.save(self.thumbnail(id), "WEBP", quality=90)
+        rows = []
+        for number, (id, (_, request)) in enumerate(zip(ids, pictures, strict=True)):
+            written = [json.dumps(rows[number]) if rows[number] else None for rows in (grids, origins)]
+            own = id, job, owner, number, json.dumps(request.to_dict()), request.prompt, request.model
+            rows.append((*own, *written, scores[number], now, 0))
         with self.lock:
-            self.ask("begin")
-            for number, (id, (_, request), grid, score) in enumerate(zip(ids, pictures, grids, scores, strict=True)):
-                values = id, job, owner, number, json.dumps(request.to_dict()), request.prompt, request.model
-                values += json.dumps(grid) if grid else None, score, now
-                self.ask(
-                    f"insert into pictures (id, job, owner, number, request, prompt, model, tokens, score, created) values ({', '.join('?' * 10)})",
-                    values,
-                )
-            self.ask("commit")
+            self.database.execute("begin")
+            self.database.executemany(f"insert into pictures values ({', '.join('?' * 12)})", rows)
+            self.database.execute("commit")
         return ids
 
     def pictures(
@@ -244,7 +244,7 @@ class Store:
 
 
 def _saved(row: sqlite3.Row) -> Saved:
-    grid = tuple(map(tuple, json.loads(row["tokens"]))) if row["tokens"] else None
+    grids = {name: tuple(map(tuple, json.loads(row[name]))) if row[name] else None for name in ("tokens", "origins")}
     request = Request.from_dict(json.loads(row["request"]))
     own = {name: row[name] for name in ("id", "job", "owner", "score", "created")}
-    return Saved(**own, request=request, tokens=grid, favourite=bool(row["favourite"]))
+    return Saved(**own, **grids, request=request, favourite=bool(row["favourite"]))

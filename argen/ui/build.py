@@ -1,35 +1,24 @@
-"""The web page: its tabs, and the server that shows it."""
+"""The web page and its tabs."""
 
-import socket
 from functools import cache
-from pathlib import Path
 
 import gradio as gr
+import torch
 from diffusers import DiffusionPipeline
 
-from argen.device import pick
-from argen.eval.reconstruction import Tokenizer
-from argen.pipelines.base import TokenPipeline
-from argen.registry import MODELS, load, load_diffusion
-from argen.ui import control, generate, lab, tools
+from argen.registry import MODELS, load_diffusion
+from argen.ui import control, lab, tools
+from argen.ui.generate import Create
+from argen.ui.jobs import Desk
 
 
-def build(data_dir: Path, device: str | None = None) -> gr.Blocks:
-    """The page with every generator to choose from; each is loaded when it is first asked for.
-
-    Args:
-        data_dir: where finished pictures are kept; made if it is missing.
-    """
-    data_dir.mkdir(parents=True, exist_ok=True)
-    where = pick(device)
-
-    @cache
-    def models(name: str) -> TokenPipeline | Tokenizer:
-        return load(name).to(where)
+def build(desk: Desk, device: torch.device) -> gr.Blocks:
+    """The page with every generator to choose from; each is loaded when it is first asked for."""
+    models = desk.studio.models
 
     @cache
     def pipelines(name: str) -> DiffusionPipeline:
-        pipe = load_diffusion(name).to(where)
+        pipe = load_diffusion(name).to(device)
         pipe.set_progress_bar_config(disable=True)
         return pipe
 
@@ -40,35 +29,13 @@ def build(data_dir: Path, device: str | None = None) -> gr.Blocks:
     with gr.Blocks(title="argen", analytics_enabled=False) as page:
         gr.Markdown("# argen\nPictures written token by token, from words.")
         with gr.Tab("Generate"):
-            generate.tab(models, free, data_dir)
+            create = Create(models, free, desk)
         with gr.Tab("Control"):
-            control.tab(models, controlled, data_dir)
+            control.tab(models, controlled, desk)
         with gr.Tab("Diffusion"):
             tools.tab(pipelines)
         with gr.Tab("Tokenizers"):
             lab.tab(models, tokenizers, [name for name in tokenizers if MODELS[name].repo is None])
+        page.load(create.view.restore, None, create.view.watched)
+        page.load(create.presets, None, create.name)
     return page
-
-
-def launch(host: str, port: int, data_dir: Path, device: str | None = None) -> None:
-    """Serve the page until it is interrupted.
-
-    Raises:
-        OSError: the port is taken.
-    """
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except (OSError, OverflowError) as error:
-            raise OSError(f"cannot serve on {host}:{port} ({error}): choose another --port or --host") from error
-    page = build(data_dir, device)
-    page.queue().launch(
-        server_name=host,
-        server_port=port,
-        allowed_paths=[str(data_dir.resolve())],
-        quiet=True,
-        prevent_thread_lock=True,
-    )
-    print(f"argen is at http://{host}:{port} - Ctrl-C stops it", flush=True)
-    page.block_thread()

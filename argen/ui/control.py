@@ -1,20 +1,20 @@
 """The tab that follows a control picture: draw one or give one, see what the generator will see, and draw after it."""
 
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 
 import gradio as gr
 from PIL import Image
 
 from argen.models.annotators import KINDS, annotate, as_picture
 from argen.request import Control, Request
-from argen.ui.generate import Models, draw, refusals, results
+from argen.ui.generate import Models
+from argen.ui.jobs import Desk, View, refusals
 
 CANVAS = 512  # pixels
 
 
-def tab(models: Models, ids: Sequence[str], data_dir: Path) -> None:
-    """Lay the tab out inside the current `gr.Blocks`; the arguments are those of `argen.ui.generate.tab`."""
+def tab(models: Models, ids: Sequence[str], desk: Desk) -> None:
+    """Lay the tab out inside the current `gr.Blocks`; the arguments are those of `argen.ui.generate.Create`."""
 
     def control(picture, kind, strength=1.0) -> Control:
         drawn = (picture or {}).get("composite")
@@ -27,12 +27,10 @@ def tab(models: Models, ids: Sequence[str], data_dir: Path) -> None:
             ready = models(model).prepare(control(picture, kind))
             return as_picture(annotate(ready.picture, kind))
 
-    def run(model, prompt, picture, kind, strength, num, seed) -> Iterator[tuple]:
+    def run(model, prompt, picture, kind, strength, num, seed, request: gr.Request) -> tuple:
         with refusals():
-            pipe = models(model)
-            asked = control(picture, kind, strength)
-            request = Request(prompt.strip(), model, int(num), int(seed), control=asked)
-        yield from draw(pipe, request, data_dir)
+            asked = models(model).prepare(control(picture, kind, strength))
+            return view.ask(Request(prompt.strip(), model, int(num), int(seed), control=asked), request)
 
     with gr.Row():
         with gr.Column(scale=2):
@@ -57,16 +55,9 @@ def tab(models: Models, ids: Sequence[str], data_dir: Path) -> None:
             with gr.Row():
                 look = gr.Button("Show the control picture", elem_id="look")
                 go = gr.Button("Draw", variant="primary", elem_id="control-draw")
-                stop = gr.Button("Stop")
             seen = gr.Image(label="What the generator sees", height=256, elem_id="seen")
-        outputs = results("-control")
+        view = View(desk, "-control")
 
     look.click(preview, [model, picture, kind], seen)
-    drawing = gr.on(
-        [go.click, prompt.submit],
-        run,
-        [model, prompt, picture, kind, strength, num, seed],
-        outputs,
-        concurrency_limit=1,
-    )
-    stop.click(None, cancels=[drawing])
+    asked = [model, prompt, picture, kind, strength, num, seed]
+    gr.on([go.click, prompt.submit], run, asked, view.watched)

@@ -1,169 +1,190 @@
 """The tab that makes pictures: they grow while they are written, and keep their settings."""
 
-import time
-from collections.abc import Callable, Iterator, Sequence
-from datetime import datetime
-from pathlib import Path
+from collections.abc import Callable, Sequence
 
 import gradio as gr
-import numpy as np
-from PIL import Image
-from torch import Tensor
 
 from argen.data.emoji import STYLES
 from argen.data.imagenet import class_names
-from argen.metadata import save_pictures
+from argen.metadata import read_request
 from argen.pipelines.base import TokenPipeline
-from argen.request import Job, Request
+from argen.request import Request
+from argen.ui.jobs import Desk, View, line, readable, refusals
 from samplers import Lantern
-from samplers.steps import Origin
 
 ANY_STYLE = "any"
-TINTS = {Origin.ACCEPTED: (0, 160, 60, 110), Origin.RELAXED: (240, 130, 0, 130)}  # RGBA
-PREVIEW_SIDE = 256  # of the shown pictures, in pixels; the files keep the model's size
 Models = Callable[[str], TokenPipeline]  # id -> the generator
 
 
-def tab(models: Models, ids: Sequence[str], data_dir: Path) -> None:
-    """Lay the tab out inside the current `gr.Blocks`.
+class Create:
+    """The tab; lay it out inside the current `gr.Blocks`.
 
     Args:
         models: gives a generator by its id.
         ids: of the generators to choose from; the first is shown.
-        data_dir: existing folder for finished pictures.
-    """
-    shown = models(ids[0])
+        desk: where requests are handed in.
 
-    def run(
-        model,
-        prompt,
-        style,
-        num,
-        seed,
-        guidance_scale,
-        temperature,
-        top_k,
-        num_candidates,
-        sampler,
-        k,
-        delta,
-        steps,
-        tokens,
-        beams,
-    ) -> Iterator[tuple]:
+    Attributes:
+        view: where its pictures are seen.
+        name: of a preset.
+    """
+
+    def __init__(self, models: Models, ids: Sequence[str], desk: Desk):
+        self.models, self.desk = models, desk
+        shown = models(ids[0])
+        with gr.Row():
+            with gr.Column(scale=2):
+                model = gr.Dropdown(list(ids), value=ids[0], label="Model", elem_id="model")
+                prompt = gr.Textbox(label="Prompt", placeholder="a red apple", autofocus=True, elem_id="prompt")
+                length = gr.Markdown(elem_id="length")
+                names = classes(shown)
+                group = gr.Dropdown(names, value=None, label="Or a class", visible=bool(names), elem_id="class")
+                with gr.Row():
+                    style = gr.Dropdown([ANY_STYLE, *STYLES], value=ANY_STYLE, label="Style")
+                    num = gr.Slider(1, 9, value=4, step=1, label="Pictures")
+                    seed = gr.Number(0, precision=0, minimum=0, label="Seed", info="picture i has seed + i")
+                with gr.Accordion("More", open=False):
+                    settings = self.settings(shown)
+                with gr.Row():
+                    go = gr.Button("Draw", variant="primary", elem_id="draw")
+                    reset = gr.Button("Reset to the model's own", elem_id="reset")
+                examples = ["a red apple", "a blue robot", "three yellow ducks", "a cat to the left of a pizza"]
+                gr.Examples(examples, prompt)
+                with gr.Accordion("Settings of a picture, and presets", open=False):
+                    saved, self.name, keep, use, found, told = self.restoring()
+            self.view = View(desk)
+        with gr.Accordion("Queue", open=True):
+            line(desk)
+
+        own = [style, *settings, group]
+        fields = [model, prompt, num, seed, *own]
+        model.input(self.choose, model, own)
+        reset.click(self.choose, model, own)
+        group.input(lambda name: f"class:{name}", group, prompt)
+        lantern = settings[4:6]
+        settings[3].change(lambda name: [gr.update(visible=name == Lantern.name)] * 2, settings[3], lantern)
+        gr.on([prompt.change, model.input], self.length, [model, prompt], length, show_progress="hidden")
+        gr.on([go.click, prompt.submit], self.run, fields[:-1], self.view.watched)
+        saved.upload(self.read, saved, [found, told])
+        self.name.input(self.preset, self.name, [found, told])
+        use.click(self.use, found, fields)
+        keep.click(self.keep, [self.name, *fields[:-1]], self.name)
+
+    def settings(self, shown: TokenPipeline) -> list[gr.components.Component]:
+        """Those that are folded away, as `choose` gives them."""
+        own = shown.defaults
+        info = "auto, jacobi: the pictures of plain in fewer passes; lantern: fewer still, relaxed"
+        ordered = {"step": 1, "visible": shown.ordered}
+        return [
+            gr.Slider(1, 10, value=own.guidance_scale, step=0.5, label="Guidance", info="1: none"),
+            gr.Slider(0, 2, value=own.temperature, step=0.05, label="Temperature"),
+            gr.Slider(0, 2048, value=own.top_k, step=1, label="Top-k", info="0: all tokens"),
+            gr.Dropdown(list(shown.samplers), value=Request.sampler, label="Sampler", info=info),
+            gr.Slider(0, 100, value=Lantern.k, step=1, label="LANTERN k", visible=False),
+            gr.Slider(0, 1, value=0.2, step=0.05, label="LANTERN delta", visible=False),
+            gr.Slider(1, 100, value=own.steps or 1, step=1, label="Steps", visible=bool(own.steps)),
+            gr.Slider(1, max(2, shown.length), shown.length, label="Tokens", elem_id="num-tokens", **ordered),
+            gr.Slider(0, 8, value=0, label="Beams", info="0: no search among beginnings", **ordered),
+            gr.Slider(1, 32, value=1, step=1, label="Candidates", info="more than Pictures: the best ones are kept"),
+        ]
+
+    def restoring(self) -> tuple:
+        """A file, or a preset, whose settings are shown before they are taken."""
+        saved = gr.File(label="A PNG file made here", file_types=[".png"], elem_id="restore")
+        name = gr.Dropdown([], label="Preset", allow_custom_value=True, elem_id="preset")
+        with gr.Row():
+            keep = gr.Button("Save the settings as this preset", elem_id="keep")
+            use = gr.Button("Use these settings", elem_id="use")
+        return saved, name, keep, use, gr.State(None), gr.JSON(show_label=False, elem_id="restored")
+
+    def wanted(self, model: str, prompt: str, num: float, seed: float, style: str, *settings) -> Request:
+        """The request that the fields say."""
+        guidance, temperature, top_k, sampler, k, delta, steps, tokens, beams, candidates = settings
         asked = prompt.strip()
         styled = asked and style != ANY_STYLE and not asked.startswith("class:")
-        with refusals():
-            pipe = models(model)
-            request = Request(
-                prompt=f"{asked}, {STYLES[style].prompt}" if styled else asked,
-                model=model,
-                num_images=int(num),
-                seed=int(seed),
-                guidance_scale=guidance_scale,
-                temperature=temperature,
-                top_k=int(top_k),
-                num_candidates=int(num_candidates) if num_candidates > num else None,
-                num_beams=int(beams) if pipe.ordered and beams else None,
-                num_tokens=int(tokens) if pipe.ordered else None,
-                steps=int(steps) if pipe.defaults.steps else None,
-                sampler=sampler,
-                lantern_k=int(k) if sampler == Lantern.name else None,
-                lantern_delta=delta if sampler == Lantern.name else None,
-            )
-        yield from draw(pipe, request, data_dir)
-
-    def choose(model):
-        with refusals():
-            pipe = models(model)
-        own, names = pipe.defaults, classes(pipe)
-        emoji = model.startswith("argen/")
-        return (
-            gr.update(value=ANY_STYLE, visible=emoji),
-            own.guidance_scale,
-            gr.update(value=own.temperature, visible=not own.steps),
-            gr.update(value=own.top_k, visible=not own.steps),
-            gr.update(choices=names, value=None, visible=bool(names)),
-            gr.update(choices=list(pipe.samplers), value=Request.sampler),
-            gr.update(value=own.steps or 1, visible=bool(own.steps)),
-            gr.update(value=pipe.length, maximum=max(2, pipe.length), visible=pipe.ordered),
-            gr.update(visible=pipe.ordered),
+        pipe, lantern = self.models(model), sampler == Lantern.name
+        return Request(
+            prompt=f"{asked}, {STYLES[style].prompt}" if styled else asked,
+            model=model,
+            num_images=int(num),
+            seed=int(seed),
+            guidance_scale=guidance,
+            temperature=temperature,
+            top_k=int(top_k),
+            num_candidates=int(candidates) if candidates > num else None,
+            num_beams=int(beams) if pipe.ordered and beams else None,
+            num_tokens=int(tokens) if pipe.ordered else None,
+            steps=int(steps) if pipe.defaults.steps else None,
+            sampler=sampler,
+            lantern_k=int(k) if lantern else None,
+            lantern_delta=delta if lantern else None,
         )
 
-    with gr.Row():
-        with gr.Column(scale=2):
-            model = gr.Dropdown(list(ids), value=ids[0], label="Model", elem_id="model")
-            prompt = gr.Textbox(label="Prompt", placeholder="a red apple", autofocus=True, elem_id="prompt")
-            names = classes(shown)
-            group = gr.Dropdown(names, value=None, label="Or a class", visible=bool(names), elem_id="class")
-            with gr.Row():
-                style = gr.Dropdown([ANY_STYLE, *STYLES], value=ANY_STYLE, label="Style")
-                num = gr.Slider(1, 9, value=4, step=1, label="Pictures")
-                seed = gr.Number(0, precision=0, minimum=0, label="Seed", info="picture i has seed + i")
-            with gr.Accordion("More", open=False):
-                own = shown.defaults
-                guidance = gr.Slider(1, 10, value=own.guidance_scale, step=0.5, label="Guidance", info="1: none")
-                temperature = gr.Slider(0, 2, value=own.temperature, step=0.05, label="Temperature")
-                top_k = gr.Slider(0, 2048, value=own.top_k, step=1, label="Top-k", info="0: all tokens")
-                candidates = gr.Slider(
-                    1, 32, value=1, step=1, label="Candidates", info="more than Pictures: the best ones are kept"
-                )
-                sampler = gr.Dropdown(
-                    list(shown.samplers),
-                    value=Request.sampler,
-                    label="Sampler",
-                    info="auto, jacobi: the pictures of plain in fewer passes; lantern: fewer still, relaxed",
-                )
-                lantern_k = gr.Slider(0, 100, value=Lantern.k, step=1, label="LANTERN k", visible=False)
-                lantern_delta = gr.Slider(0, 1, value=0.2, step=0.05, label="LANTERN delta", visible=False)
-                steps = gr.Slider(1, 100, value=own.steps or 1, step=1, label="Steps", visible=bool(own.steps))
-                tokens = gr.Slider(
-                    1,
-                    max(2, shown.length),
-                    value=shown.length,
-                    step=1,
-                    label="Tokens",
-                    info="the first say most",
-                    visible=shown.ordered,
-                    elem_id="num-tokens",
-                )
-                beams = gr.Slider(
-                    0,
-                    8,
-                    value=0,
-                    step=1,
-                    label="Beams",
-                    info="0: no search; else so many of the candidates are gone on with",
-                    visible=shown.ordered,
-                )
-            with gr.Row():
-                go = gr.Button("Draw", variant="primary", elem_id="draw")
-                stop = gr.Button("Stop")
-            gr.Examples(["a red apple", "a blue robot", "three yellow ducks", "a cat to the left of a pizza"], prompt)
-        outputs = results("")
+    def run(self, request: gr.Request, *fields) -> tuple:
+        with refusals():
+            return self.view.ask(self.wanted(*fields), request)
 
-    model.change(choose, model, [style, guidance, temperature, top_k, group, sampler, steps, tokens, beams])
-    group.input(lambda name: f"class:{name}", group, prompt)
-    sampler.change(lambda name: [gr.update(visible=name == Lantern.name)] * 2, sampler, [lantern_k, lantern_delta])
-    inputs = [
-        model,
-        prompt,
-        style,
-        num,
-        seed,
-        guidance,
-        temperature,
-        top_k,
-        candidates,
-        sampler,
-        lantern_k,
-        lantern_delta,
-        steps,
-        tokens,
-        beams,
-    ]
-    drawing = gr.on([go.click, prompt.submit], run, inputs, outputs, concurrency_limit=1)
-    stop.click(None, cancels=[drawing])
+    def choose(self, model: str, saved: Request | None = None) -> list:
+        """The style and the settings of a model, its own or those saved, and its classes; what it does not have is hidden."""
+        with refusals():
+            pipe = self.models(model)
+        own, names, given = pipe.defaults, classes(pipe), saved.given() if saved else {}
+        lantern, flows = {"visible": given.get("sampler") == Lantern.name}, {"visible": bool(own.steps)}
+        steps, ordered = given.get("steps", own.steps) or 1, {"visible": pipe.ordered}
+        tokens = {"maximum": max(2, pipe.length), **ordered}
+        return [
+            gr.update(value=ANY_STYLE, visible=model.startswith("argen/")),
+            given.get("guidance_scale", own.guidance_scale),
+            gr.update(value=given.get("temperature", own.temperature), visible=not own.steps),
+            gr.update(value=given.get("top_k", own.top_k), visible=not own.steps),
+            gr.update(choices=list(pipe.samplers), value=given.get("sampler", Request.sampler)),
+            gr.update(value=given.get("lantern_k", Lantern.k), **lantern),
+            gr.update(value=given.get("lantern_delta", 0.2), **lantern),
+            gr.update(value=steps if isinstance(steps, int) else steps[0], **flows),
+            gr.update(value=given.get("num_tokens", pipe.length), **tokens),
+            gr.update(value=given.get("num_beams", 0), **ordered),
+            given.get("num_candidates", 1),
+            gr.update(choices=names, value=None, visible=bool(names)),
+        ]
+
+    def length(self, model: str, prompt: str) -> str:
+        """How much of a prompt the model reads."""
+        with refusals():
+            told = self.models(model).text_tokens(prompt) if prompt.strip() else None
+        if told is None:
+            return ""
+        count, most = told
+        return (
+            f"{count} of {most} text tokens" if count <= most else f"**{count} text tokens: {most} of them are read**"
+        )
+
+    def read(self, path: str | None) -> tuple:
+        """The settings inside a file."""
+        with refusals():
+            found = None if path is None else read_request(path)
+        return found, found and readable(found)
+
+    def preset(self, name: str | None, request: gr.Request) -> tuple:
+        """The settings of a preset; nothing where none has that name yet."""
+        saved = self.desk.studio.store.presets(self.desk.owner(request)).get(name)
+        found = None if saved is None else Request.from_dict(saved)
+        return found, found and readable(found)
+
+    def use(self, found: Request | None) -> list:
+        with refusals():
+            if found is None:
+                raise ValueError("there are no settings: drop a PNG file, or choose a preset")
+        return [found.model, found.prompt, found.num_images, found.seed, *self.choose(found.model, found)]
+
+    def keep(self, request: gr.Request, name: str | None, *fields) -> dict:
+        with refusals():
+            if not name or len(name) > 60:
+                raise ValueError("the preset has no name: type one, of at most 60 characters")
+            self.desk.studio.store.save_preset(self.desk.owner(request), name, self.wanted(*fields).to_dict())
+        return self.presets(request)
+
+    def presets(self, request: gr.Request) -> dict:
+        return gr.update(choices=list(self.desk.studio.store.presets(self.desk.owner(request))))
 
 
 def classes(pipe: TokenPipeline) -> list[str]:
@@ -171,82 +192,3 @@ def classes(pipe: TokenPipeline) -> list[str]:
     groups = getattr(pipe.config, "groups", None)
     by_class = getattr(pipe.components.get("transformer"), "config", {}).get("classes") == len(class_names())
     return list(class_names()) if by_class else list(groups or [])
-
-
-def results(suffix: str) -> list:
-    """The column of what comes out: gallery, state, settings, and how the cells were written."""
-    with gr.Column(scale=3):
-        gallery = gr.Gallery(
-            label="Pictures", columns=2, object_fit="contain", format="png", elem_id=f"pictures{suffix}"
-        )
-        state = gr.Markdown(elem_id=f"state{suffix}")
-        settings = gr.JSON(label="Settings of each picture, also inside its file", elem_id=f"settings{suffix}")
-        with gr.Accordion("How the cells were written", open=False):
-            cells = gr.Gallery(
-                label="green: guessed and accepted; orange: accepted with its neighbours' probability; plain: drawn",
-                columns=4,
-                object_fit="contain",
-                elem_id=f"cells{suffix}",
-            )
-    return [gallery, state, settings, cells]
-
-
-def draw(pipe: TokenPipeline, request: Request, data_dir: Path) -> Iterator[tuple]:
-    """Carry a request out and keep its pictures; yields what `results` shows."""
-    with refusals():
-        started = time.perf_counter()
-        for job in pipe.run(request, every=4):
-            if not job.pictures:
-                shown = pipe.pictures(job.tokens[: request.num_images])
-                state = f"{job.progress:.0%} · {_speed(job, time.perf_counter() - started)}"
-                yield [enlarge(picture) for picture in shown], state, None, None
-    stamp = datetime.now().strftime("%Y%m%d-%H%M%S-%f")
-    paths = [data_dir / f"{stamp}-{index}.png" for index in range(1, len(job.pictures) + 1)]
-    save_pictures(list(zip(job.pictures, job.requests, strict=True)), paths)
-    settings = [{"file": path.name, **_readable(own)} for path, own in zip(paths, job.requests, strict=True)]
-    how = f"{request.sampler}: {_speed(job, time.perf_counter() - started)}"
-    state = f"{len(paths)} picture{'s' if len(paths) > 1 else ''} in {data_dir} ({how})"
-    files = [(str(path), own.prompt) for path, own in zip(paths, job.requests, strict=True)]
-    cells = None
-    if job.origins is not None:
-        cells = [written(picture, one) for picture, one in zip(job.pictures, job.origins, strict=True)]
-    yield files, state, settings, cells
-
-
-def _speed(job: Job, seconds: float) -> str:
-    written, saved = len(job.tokens) * job.decided, 1 - job.passes / max(1, job.decided)
-    promise = "lossless" if job.lossless else "relaxed"
-    fewer = f"{saved:.0%} of the passes saved, " if saved >= 0 else ""
-    return f"{written / seconds:.0f} tokens/s, {job.tokens_a_pass:.1f} tokens a pass, {fewer}{promise}"
-
-
-def written(picture: Image.Image, origins: Tensor) -> Image.Image:
-    """A picture with each cell in the colour of how it came by its token, [h, w] of `samplers.steps.Origin`."""
-    tint = np.zeros((*origins.shape, 4), np.uint8)
-    for origin, colour in TINTS.items():
-        tint[(origins == origin).numpy()] = colour
-    large = enlarge(picture).convert("RGBA")
-    over = Image.fromarray(tint, "RGBA").resize(large.size, Image.Resampling.NEAREST)
-    return Image.alpha_composite(large, over).convert("RGB")
-
-
-class refusals:
-    """Bad input becomes a message on the page."""
-
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, kind, error, trace) -> None:
-        if isinstance(error, ValueError | TypeError | OSError | ModuleNotFoundError):
-            raise gr.Error(str(error), title="That cannot be drawn") from error
-
-
-def _readable(request: Request) -> dict:
-    control = request.control
-    shown = {"kind": control.kind, "strength": control.strength, "size": control.size} if control else None
-    return {name: shown if name == "control" else value for name, value in request.given().items()}
-
-
-def enlarge(picture: Image.Image) -> Image.Image:
-    """A picture that is large enough to look at."""
-    factor = max(1, PREVIEW_SIDE // picture.width)
-    return picture.resize((picture.width * factor, picture.height * factor))

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from argen.eval.metrics import psnr, ssim
 from argen.eval.reconstruction import Tokenizer, decoded, encoded
-from argen.ui.generate import PREVIEW_SIDE, enlarge, refusals
+from argen.ui.jobs import PREVIEW_SIDE, enlarge, refusals
 from tokenizers_img.pixels import from_pil, to_pil
 
 LATENT_BITS = 16  # of a continuous number, as bfloat16 holds it

@@ -17,7 +17,7 @@ from argen.diffusion.prompts import parse, words_of
 from argen.diffusion.rece import PRESETS
 from argen.diffusion.tome import PRESETS as STRENGTHS
 from argen.registry import counters, counting
-from argen.ui.generate import enlarge, refusals
+from argen.ui.jobs import enlarge, refusals
 from tokenizers_img.pixels import to_pil
 
 Pipelines = Callable[[str], DiffusionPipeline]  # folder, hub id or argen/emoji-sd -> the pipeline

@@ -1,0 +1,225 @@
+"""What the tabs share that ask the queue: pictures as they are written, what can be done with a job, and the line."""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import gradio as gr
+import numpy as np
+from PIL import Image
+
+from argen.metadata import Grid
+from argen.request import Request
+from argen.studio.queue import LOCAL, Progress, Studio
+from argen.studio.store import CANCELLED, DONE, FAILED, RUNNING, WAITING
+from samplers.steps import Origin
+
+TINTS = {Origin.ACCEPTED: (0, 160, 60, 110), Origin.RELAXED: (240, 130, 0, 130)}  # RGBA
+PREVIEW_SIDE = 256  # of the shown pictures, in pixels; the files keep the model's size
+TICK, LINE_TICK = 0.4, 1.0  # seconds between looks at a job, and at the line
+
+
+@dataclass(frozen=True)
+class Desk:
+    """Where the tabs hand in what is asked.
+
+    Attributes:
+        studio: the queue.
+        owners: name of a login -> owner; empty where nobody logs in.
+    """
+
+    studio: Studio
+    owners: Mapping[str, str]
+
+    def owner(self, request: gr.Request) -> str:
+        return self.owners.get(request.username, LOCAL) if request.username else LOCAL
+
+
+class refusals:
+    """Bad input becomes a message on the page."""
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, kind, error, trace) -> None:
+        if isinstance(error, ValueError | TypeError | OSError | ModuleNotFoundError | KeyError):
+            raise gr.Error(str(error.args[0] if error.args else error), title="That cannot be done") from error
+
+
+class View:
+    """The column in which a tab's job is seen; lay it out inside the current `gr.Blocks`.
+
+    Attributes:
+        watched: outputs of an event that begins a job, for what `begin` gives.
+    """
+
+    def __init__(self, desk: Desk, suffix: str = ""):
+        self.desk, self.studio = desk, desk.studio
+        self.job, self.seen = gr.State(None), gr.State(-1)
+        with gr.Column(scale=3):
+            self.gallery = gr.Gallery(
+                label="Pictures", columns=2, object_fit="contain", format="png", elem_id=f"pictures{suffix}"
+            )
+            self.state = gr.Markdown(elem_id=f"state{suffix}")
+            with gr.Row():
+                stop = gr.Button("Stop", elem_id=f"stop{suffix}")
+                resume = gr.Button("Resume", elem_id=f"resume{suffix}")
+                again = gr.Button("Again with the next seeds", elem_id=f"again{suffix}")
+            with gr.Accordion("Settings of each picture, also inside its file", open=False):
+                self.settings = gr.JSON(show_label=False, elem_id=f"settings{suffix}")
+            with gr.Accordion("How the cells were written", open=False):
+                self.cells = gr.Gallery(
+                    label="green: guessed and accepted; orange: accepted with its neighbours' probability; plain: drawn",
+                    columns=4,
+                    object_fit="contain",
+                    elem_id=f"cells{suffix}",
+                )
+        self.timer = gr.Timer(TICK, active=False)
+        self.watched = [self.job, self.seen, self.timer]
+        shown = [self.gallery, self.state, self.settings, self.cells, self.seen, self.timer]
+        self.timer.tick(self.look, [self.job, self.seen], shown, show_progress="hidden", concurrency_limit=None)
+        stop.click(self.stop, self.job, None)
+        resume.click(self.resume, self.job, self.watched)
+        again.click(self.again, self.job, self.watched)
+
+    def begin(self, id: str | None) -> tuple:
+        """Values of `watched` that show a job from now on."""
+        return id, -1, gr.Timer(active=id is not None)
+
+    def ask(self, wish: Request, request: gr.Request) -> tuple:
+        """Put a wish into the line and show it."""
+        return self.begin(self.studio.submit(wish, self.desk.owner(request)))
+
+    def restore(self, request: gr.Request) -> tuple:
+        """Show the job that was asked for last, if it is not over: the page was loaded anew."""
+        last = self.studio.store.latest(self.desk.owner(request))
+        return self.begin(None if last is None or self.studio.progress(last).over else last)
+
+    def stop(self, id: str | None, request: gr.Request) -> None:
+        with refusals():
+            if id is not None:
+                self.studio.cancel(id, self.desk.owner(request))
+
+    def resume(self, id: str | None, request: gr.Request) -> tuple:
+        with refusals():
+            if id is None:
+                raise ValueError("there is no job here: draw something first")
+            self.studio.resume(id, self.desk.owner(request))
+            return self.begin(id)
+
+    def again(self, id: str | None, request: gr.Request) -> tuple:
+        with refusals():
+            if id is None:
+                raise ValueError("there is no job here: draw something first")
+            return self.begin(self.studio.again(id, self.desk.owner(request)))
+
+    def look(self, id: str | None, seen: int) -> tuple:
+        """What there is to see of a job now; nothing where nothing is new."""
+        still = (gr.skip(),) * 4
+        if id is None:
+            return *still, seen, gr.Timer(active=False)
+        now = self.studio.progress(id, preview=True)
+        if not now.over:
+            if now.state == RUNNING and now.version == seen:
+                return *still, seen, gr.skip()
+            pictures = [enlarge(picture) for picture in now.preview] if now.preview else gr.skip()
+            return pictures, told(now), gr.skip(), gr.skip(), now.version, gr.skip()
+        store, pictures = self.studio.store, now.pictures
+        if now.state != DONE:
+            return gr.skip(), told(now), None, None, seen, gr.Timer(active=False)
+        files = [(str(store.file(saved.id)), saved.request.prompt) for saved in pictures]
+        settings = [{"file": f"{saved.id}.png", **readable(saved.request)} for saved in pictures]
+        cells = [written(Image.open(store.file(saved.id)), saved.origins) for saved in pictures if saved.origins]
+        text = f"{len(pictures)} picture{'s' if len(pictures) > 1 else ''} in {store.folder} ({how(now)})"
+        return files, text, settings, cells or None, seen, gr.Timer(active=False)
+
+
+def line(desk: Desk) -> None:
+    """The line, and what can be done with it; inside the current `gr.Blocks`."""
+    studio, head = desk.studio, ["job", "state", "prompt", "model", "done", "seconds left"]
+    chosen, before = gr.State(None), gr.State(None)
+
+    def rows(request: gr.Request, seen: list | None) -> tuple:
+        found = [row(one) for one in studio.line(desk.owner(request))]
+        note = "The queue rests." if studio.paused else f"{len(found)} in the queue."
+        state = [note, *found]
+        return (gr.skip(), gr.skip(), seen) if state == seen else (found, note, state)
+
+    def choose(found, event: gr.SelectData) -> tuple:
+        id = found[event.index[0]][0] if found else None
+        return id, f"Chosen: {id}"
+
+    def act(do: Callable[[str, str], object]) -> Callable:
+        def acted(id: str | None, request: gr.Request) -> None:
+            with refusals():
+                if id is None:
+                    raise ValueError("no job is chosen: click on one in the table")
+                do(id, desk.owner(request))
+
+        return acted
+
+    table = gr.Dataframe(headers=head, type="array", interactive=False, show_label=False, elem_id="line")
+    note, which = gr.Markdown(elem_id="line-state"), gr.Markdown("Chosen: none", elem_id="line-chosen")
+    with gr.Row():
+        actions = {
+            "Cancel": studio.cancel,
+            "To the front": lambda id, owner: studio.move(id, -(10**9), owner),
+            "One up": lambda id, owner: studio.move(id, -1, owner),
+            "One down": lambda id, owner: studio.move(id, 1, owner),
+        }
+        for name, do in actions.items():
+            gr.Button(name, elem_id=f"line-{name.replace(' ', '-').lower()}").click(act(do), chosen)
+        rest = gr.Button("Pause or go on", elem_id="line-pause")
+    rest.click(lambda: studio.pause(not studio.paused), None, None)
+    table.select(choose, table, [chosen, which])
+    gr.Timer(LINE_TICK).tick(rows, before, [table, note, before], show_progress="hidden", concurrency_limit=None)
+
+
+def row(now: Progress) -> list:
+    left = "" if now.eta is None or math.isnan(now.eta) else round(now.eta, 1)
+    return [now.id, now.stage or now.state, now.request.prompt, now.request.model, f"{now.share:.0%}", left]
+
+
+def told(now: Progress) -> str:
+    """A job that makes no pictures (yet), in words."""
+    if now.state == WAITING:
+        return f"waiting, number {now.place} in the queue"
+    if now.state == FAILED:
+        return f"**It failed:** {now.error}"
+    if now.state == CANCELLED:
+        return f"stopped at {now.share:.0%}: what is written is kept, Resume goes on"
+    left = f" · {now.eta:.0f} s left" if now.eta is not None else ""
+    return f"{now.share:.0%} · {now.stage} · {how(now)}{left}"
+
+
+def how(now: Progress) -> str:
+    a_pass = now.decided / max(1, now.passes)
+    return f"{now.request.sampler}: {now.speed:.0f} tokens/s, {a_pass:.1f} tokens a pass"
+
+
+def readable(request: Request) -> dict:
+    """The settings of a request without its pictures."""
+    control = request.control
+    shown = {"kind": control.kind, "strength": control.strength, "size": control.size} if control else None
+    return {name: shown if name == "control" else value for name, value in request.given().items()}
+
+
+def written(picture: Image.Image, origins: Grid) -> Image.Image:
+    """A picture with each cell in the colour of how it came by its token, rows of `samplers.steps.Origin`."""
+    rows = np.array(origins)
+    tint = np.zeros((*rows.shape, 4), np.uint8)
+    for origin, colour in TINTS.items():
+        tint[rows == origin] = colour
+    return tinted(picture, tint)
+
+
+def tinted(picture: Image.Image, tint: np.ndarray) -> Image.Image:
+    """A picture under the colours of its cells, [h, w, 4] RGBA uint8."""
+    large = enlarge(picture).convert("RGBA")
+    over = Image.fromarray(tint, "RGBA").resize(large.size, Image.Resampling.NEAREST)
+    return Image.alpha_composite(large, over).convert("RGB")
+
+
+def enlarge(picture: Image.Image) -> Image.Image:
+    """A picture that is large enough to look at."""
+    factor = max(1, PREVIEW_SIDE // picture.width)
+    return picture.resize((picture.width * factor, picture.height * factor))
