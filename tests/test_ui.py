@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
 from pathlib import Path
 
@@ -94,6 +95,14 @@ def test_a_prompt_becomes_pictures_that_keep_their_settings(page, site):
         page.screenshot(path=Path(folder) / "page.png")
 
 
+def test_the_database_is_not_served(site):
+    address, folder = site
+    for route in ("gradio_api/file", "file"):
+        asked = f"{address}/{route}={folder.resolve()}/.studio/studio.db"
+        with pytest.raises(urllib.error.HTTPError, match="40[34]"):
+            urllib.request.urlopen(asked, timeout=10)
+
+
 def test_an_empty_prompt_is_answered_with_one_line(page):
     page.get_by_role("button", name="Draw").click()
     page.get_by_text("the prompt is empty").first.wait_for(timeout=30_000)
@@ -140,6 +149,34 @@ def test_a_file_and_a_preset_restore_settings(page, site):
     page.locator("#preset input").click()
     page.get_by_role("option", name="mine").click()
     page.locator("#restored", has_text="a pizza").wait_for(timeout=30_000)
+
+
+def test_the_gallery_finds_compares_and_deletes(page, site):
+    page.get_by_role("tab", name="Gallery").click()
+    page.locator("#search textarea, #search input").first.fill("PIZZA a")
+    page.locator("#search textarea, #search input").first.press("Enter")
+    page.locator("#found-state", has_text="1 to 4").wait_for(timeout=30_000)
+    tiles = page.locator("#found button img")
+    tiles.nth(0).click()
+    page.locator("#about", has_text="a pizza").wait_for(timeout=30_000)
+    page.locator("#star").click()
+    page.locator("#about", has_text="true").wait_for(timeout=30_000)
+    page.get_by_role("button", name="What the network thought").click()
+    page.locator("#think").click()
+    page.locator("#sure img").nth(1).wait_for(timeout=60_000)
+    tiles.nth(1).click()
+    page.get_by_role("button", name="Compare with the one chosen before").click()
+    page.locator("#pair img").nth(1).wait_for(timeout=30_000)
+    before = len(list(site[1].glob("*.png")))
+    page.locator("#delete").click()
+    page.locator("#found-state", has_text="1 to 3").wait_for(timeout=30_000)
+    assert len(list(site[1].glob("*.png"))) == before - 1
+    page.locator("#pack").click()
+    page.locator("#packed a[href*='pictures.zip']").first.wait_for(timeout=30_000)
+    page.get_by_label("Favourites only").check()
+    page.locator("#found-state", has_text="1 to 1").wait_for(timeout=30_000)
+    if folder := os.environ.get("ARGEN_SCREENSHOTS"):
+        page.screenshot(path=Path(folder) / "gallery.png", full_page=True)
 
 
 def test_a_model_that_is_not_here_is_answered_with_one_line(page):

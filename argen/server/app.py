@@ -52,7 +52,9 @@ def create(
         app.include_router(part.router)
     if page is None:
         return app
-    shown = {"allowed_paths": [str(studio.store.folder.resolve())], "max_file_size": MOST_BYTES}
+    store = studio.store
+    shown = {"allowed_paths": [str(store.folder.resolve())], "blocked_paths": [str(store.own.resolve())]}
+    shown["max_file_size"] = MOST_BYTES
     return gr.mount_gradio_app(app, page, path="/", auth=login if keys else None, **shown)
 
 

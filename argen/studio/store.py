@@ -64,16 +64,19 @@ class Saved:
 
 class Store:
     """Args:
-    folder: of the pictures; made if it is missing. The database is in it.
-    metadata: whether a picture's settings go into its file, too.
+        folder: of the pictures; made if it is missing.
+        metadata: whether a picture's settings go into its file, too.
+
+    Attributes:
+        own: folder inside it of the database, the thumbnails, and the tokens of jobs that were left.
     """
 
     def __init__(self, folder: Path, metadata: bool = True):
-        self.folder, self.metadata = folder, metadata
-        for place in (folder, folder / ".thumbnails", folder / ".jobs"):
+        self.folder, self.own, self.metadata = folder, folder / ".studio", metadata
+        for place in (self.own / "thumbnails", self.own / "jobs"):
             place.mkdir(parents=True, exist_ok=True)
         self.lock = threading.RLock()
-        self.database = sqlite3.connect(folder / "studio.db", check_same_thread=False, isolation_level=None)
+        self.database = sqlite3.connect(self.own / "studio.db", check_same_thread=False, isolation_level=None)
         self.database.row_factory = sqlite3.Row
         self.database.execute("pragma journal_mode = wal")
         self.database.execute("pragma synchronous = normal")
@@ -130,7 +133,7 @@ class Store:
 
     def left(self, id: str) -> Path:
         """The file of the tokens of a job that was left before its end."""
-        return self.folder / ".jobs" / f"{id}.npz"
+        return self.own / "jobs" / f"{id}.npz"
 
     def latest(self, owner: str) -> str | None:
         """The id of the job that an owner asked for last."""
@@ -210,7 +213,7 @@ class Store:
         return self.folder / f"{id}.png"
 
     def thumbnail(self, id: str) -> Path:
-        return self.folder / ".thumbnails" / f"{id}.webp"
+        return self.own / "thumbnails" / f"{id}.webp"
 
     def set_favourite(self, id: str, favourite: bool) -> None:
         self.ask("update pictures set favourite = ? where id = ?", (int(favourite), self.picture(id).id))

@@ -8,6 +8,7 @@ from diffusers import DiffusionPipeline
 
 from argen.registry import MODELS, load_diffusion
 from argen.ui import control, lab, tools
+from argen.ui.gallery import Gallery
 from argen.ui.generate import Create
 from argen.ui.jobs import Desk
 
@@ -32,6 +33,9 @@ def build(desk: Desk, device: torch.device) -> gr.Blocks:
             create = Create(models, free, desk)
         with gr.Tab("Control"):
             control.tab(models, controlled, desk)
+        with gr.Tab("Gallery") as tab:
+            gallery = Gallery(desk)
+            tab.select(*gallery.first)
         with gr.Tab("Diffusion"):
             tools.tab(pipelines)
         with gr.Tab("Tokenizers"):

@@ -1,0 +1,144 @@
+"""The tab of everything that was made: found, looked at, compared, kept and thrown away."""
+
+import tempfile
+from pathlib import Path
+
+import gradio as gr
+import numpy as np
+import torch
+from PIL import Image
+
+from argen.registry import MODELS
+from argen.studio.store import Saved
+from argen.ui.jobs import Desk, enlarge, readable, refusals, tinted, written
+
+ON_A_PAGE = 48
+MOST_ZIPPED = 1000
+
+
+class Gallery:
+    """The tab; lay it out inside the current `gr.Blocks`. `shown` holds the ids on the page, `chosen` the last two chosen ones."""
+
+    def __init__(self, desk: Desk):
+        self.desk, self.studio = desk, desk.studio
+        self.shown, self.chosen = gr.State([]), gr.State([])
+        names = [name for name, model in MODELS.items() if model.kind == "generator"]
+        with gr.Row():
+            search = gr.Textbox(label="Words of the prompt", elem_id="search")
+            model = gr.Dropdown(["", *names], value="", label="Model")
+            stars = gr.Checkbox(False, label="Favourites only", elem_id="favourites")
+            page = gr.Number(1, precision=0, minimum=1, label="Page", elem_id="gallery-page")
+        with gr.Row():
+            with gr.Column(scale=3):
+                many = gr.Gallery(
+                    label="Click on one; the last two are compared", columns=6, allow_preview=False, elem_id="found"
+                )
+                told = gr.Markdown(elem_id="found-state")
+                load, pack = (
+                    gr.Button("Look again", elem_id="gallery-look"),
+                    gr.Button("Pack what is found", elem_id="pack"),
+                )
+                packed = gr.File(label="ZIP, with the settings as JSON lines", visible=False, elem_id="packed")
+            with gr.Column(scale=2):
+                large = gr.Image(label="The picture", height=320, interactive=False, elem_id="chosen")
+                with gr.Row():
+                    star = gr.Button("Favourite, or not", elem_id="star")
+                    drop = gr.Button("Delete", variant="stop", elem_id="delete")
+                about = gr.JSON(show_label=False, elem_id="about")
+                with gr.Accordion("Compare with the one chosen before", open=False):
+                    pair = gr.ImageSlider(label="before, now", height=320, interactive=False, elem_id="pair")
+                with gr.Accordion("What the network thought", open=False):
+                    think = gr.Button("Look at its cells", elem_id="think")
+                    sure = gr.Gallery(
+                        label="entropy (dark: unsure), probability (dark: unlikely), guesses accepted (green) and relaxed (orange)",
+                        columns=3,
+                        object_fit="contain",
+                        elem_id="sure",
+                    )
+        asked, outputs = [search, model, stars, page], [many, told, self.shown]
+        gr.on([load.click, search.submit, model.input, stars.input, page.submit], self.find, asked, outputs)
+        many.select(self.choose, [self.shown, self.chosen], [large, about, pair, self.chosen])
+        star.click(self.favour, self.chosen, about)
+        drop.click(self.delete, self.chosen, [large, about, self.chosen]).then(self.find, asked, outputs)
+        pack.click(self.pack, asked[:3], packed)
+        think.click(self.think, self.chosen, sure)
+        self.first = self.find, asked, outputs
+
+    def find(self, search: str, model: str, stars: bool, page: float, request: gr.Request) -> tuple:
+        """(thumbnails with prompts, how many, ids)."""
+        place = (max(1, int(page or 1)) - 1) * ON_A_PAGE
+        how = {"search": search, "model": model, "favourites": stars, "owner": self.desk.owner(request)}
+        found = self.studio.store.pictures(**how, limit=ON_A_PAGE, offset=place)
+        ids = [saved.id for saved in found]
+        thumbnails = [(Image.open(self.studio.store.thumbnail(saved.id)), saved.request.prompt) for saved in found]
+        many = f"{place + 1} to {place + len(ids)}" if ids else "nothing"
+        return thumbnails, f"{many}, the latest first", ids
+
+    def saved(self, id: str, request: gr.Request) -> Saved:
+        """Raises:
+        KeyError: there is no such picture of this owner.
+        """
+        found = self.studio.store.picture(id)
+        if found.owner != self.desk.owner(request):
+            raise KeyError(f"there is no picture {id!r}")
+        return found
+
+    def last(self, chosen: list[str], request: gr.Request) -> Saved:
+        if not chosen:
+            raise ValueError("no picture is chosen: click on one")
+        return self.saved(chosen[-1], request)
+
+    def choose(self, shown: list[str], chosen: list[str], event: gr.SelectData, request: gr.Request) -> tuple:
+        """(picture, its settings, the pair, chosen)."""
+        with refusals():
+            found = self.saved(shown[event.index], request)
+            chosen = [*chosen[-1:], found.id] if found.id not in chosen[-1:] else chosen
+            pictures = [enlarge(Image.open(self.studio.store.file(id))) for id in chosen]
+        return pictures[-1], about(found), tuple(pictures) if len(pictures) == 2 else None, chosen
+
+    def favour(self, chosen: list[str], request: gr.Request) -> dict:
+        with refusals():
+            found = self.last(chosen, request)
+            self.studio.store.set_favourite(found.id, not found.favourite)
+            return about(self.saved(found.id, request))
+
+    def delete(self, chosen: list[str], request: gr.Request) -> tuple:
+        with refusals():
+            self.studio.store.delete(self.last(chosen, request).id)
+        return None, None, chosen[:-1]
+
+    def pack(self, search: str, model: str, stars: bool, request: gr.Request) -> dict:
+        how = {"search": search, "model": model, "favourites": stars, "owner": self.desk.owner(request)}
+        with refusals():
+            ids = [saved.id for saved in self.studio.store.pictures(**how, limit=MOST_ZIPPED)]
+            if not ids:
+                raise ValueError("nothing is found: look for something else")
+            file = Path(tempfile.mkdtemp()) / "pictures.zip"
+            file.write_bytes(self.studio.store.zipped(ids))
+        return gr.update(value=str(file), visible=True)
+
+    def think(self, chosen: list[str], request: gr.Request) -> list[tuple]:
+        """The picture under what the network made of each of its cells."""
+        with refusals():
+            found = self.last(chosen, request)
+            if found.tokens is None:
+                raise ValueError("this picture was not made of tokens: choose one of another model")
+            picture = Image.open(self.studio.store.file(found.id))
+            with self.studio.model(found.request.model) as pipe:
+                entropy, own = pipe.certainty(found.request, torch.tensor(found.tokens))
+        unsure = [(entropy / entropy.max().clamp(min=1e-6)).numpy(), (1 - own).numpy()]
+        maps = [
+            (tinted(picture, dark(share)), name) for share, name in zip(unsure, ("entropy", "probability"), strict=True)
+        ]
+        return maps + ([(written(picture, found.origins), "guesses")] if found.origins else [])
+
+
+def about(found: Saved) -> dict:
+    return {"file": f"{found.id}.png", "favourite": found.favourite, **readable(found.request)}
+
+
+def dark(share: np.ndarray) -> np.ndarray:
+    """Shares [h, w] in [0, 1] -> black of so much alpha, [h, w, 4] uint8."""
+    tint = np.zeros((*share.shape, 4), np.uint8)
+    tint[..., 3] = (220 * share).round()
+    return tint
