@@ -88,6 +88,7 @@ class Model:
         read: turns the folder that holds the files into what `load` gives.
         parameters: in millions, of everything that the id loads by itself.
         takes: what a generator is asked with: "text", "class", "control" (a picture to follow).
+        grid: whether its pictures are grids of tokens, each with its place, which can be read from pictures, too.
     """
 
     kind: str
@@ -98,6 +99,7 @@ class Model:
     repo: str | None = None
     files: tuple[str, ...] = ()
     takes: tuple[str, ...] = ("text",)
+    grid: bool = False
 
 
 def _parti(folder: Path) -> PartiPipeline:
@@ -198,7 +200,7 @@ def _llamagen(name: str, parameters: float) -> Model:
     asked = "class" if kind == "c2i" else "text"
     about = f"LlamaGen {size}, {asked} -> {(int(pixels) // 16) ** 2} tokens -> {pixels} x {pixels}"
     files = f"{name}.pt", f"vq_ds16_{kind}.pt"
-    return Model("generator", about, "MIT", parameters, read, repo, files, takes=(asked,))
+    return Model("generator", about, "MIT", parameters, read, repo, files, takes=(asked,), grid=True)
 
 
 def _t5() -> tuple[T5EncoderModel, PreTrainedTokenizerFast]:
@@ -384,7 +386,7 @@ RELEASED = LLAMAGEN | CONTROLAR | XAR_FILES  # name of the file -> its entry
 
 MODELS = {
     "argen/emoji-parti": Model(
-        "generator", "text -> 64 tokens -> 128 x 128 emoji, Parti-style", "Apache-2.0", 7.3, _parti
+        "generator", "text -> 64 tokens -> 128 x 128 emoji, Parti-style", "Apache-2.0", 7.3, _parti, grid=True
     ),
     "argen/emoji-llamagen": Model(
         "generator",
@@ -393,6 +395,7 @@ MODELS = {
         7.0,
         _emoji_llamagen,
         takes=("text", "class"),
+        grid=True,
     ),
     "argen/emoji-control": Model(
         "generator",

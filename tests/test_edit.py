@@ -7,6 +7,7 @@ import torch
 from PIL import Image, ImageDraw
 
 from argen.request import Request
+from argen.ui import edit
 
 
 @pytest.fixture(scope="module")
@@ -131,3 +132,13 @@ def test_latents_are_edited_too_and_ordered_tokens_are_not():
         load("argen/emoji-flextok-ar").edit("a heart", picture, half(128, (0, 0, 63, 63)))
     with pytest.raises(ValueError, match="writes numbers, not tokens"):
         next(xar.run(Request("a heart", model="argen/emoji-xar", tokens=((1, -1),))))
+
+
+def test_a_grid_is_moved_to_make_room():
+    grid = torch.arange(12).view(1, 3, 4)
+    assert edit.moved(grid, "right", 1)[0].tolist() == [[1, 2, 3, -1], [5, 6, 7, -1], [9, 10, 11, -1]]
+    assert edit.moved(grid, "left", 2)[0].tolist() == [[-1, -1, 0, 1], [-1, -1, 4, 5], [-1, -1, 8, 9]]
+    assert edit.moved(grid, "top", 1)[0].tolist() == [[-1] * 4, [0, 1, 2, 3], [4, 5, 6, 7]]
+    assert edit.moved(grid, "bottom", 2)[0].tolist() == [[8, 9, 10, 11], [-1] * 4, [-1] * 4]
+    with pytest.raises(ValueError, match="3 cells are all of the picture"):
+        edit.moved(grid, "top", 3)

@@ -179,6 +179,28 @@ def test_the_gallery_finds_compares_and_deletes(page, site):
         page.screenshot(path=Path(folder) / "gallery.png", full_page=True)
 
 
+def test_what_is_painted_is_written_anew(page, site):
+    page.get_by_role("tab", name="Edit").click()
+    page.locator("#edit-latest").click()
+    canvas = page.locator("#edit-canvas canvas").first
+    canvas.wait_for(timeout=30_000)
+    time.sleep(2)
+    box = canvas.bounding_box()
+    page.mouse.move(box["x"] + 0.45 * box["width"], box["y"] + 0.5 * box["height"])
+    page.mouse.down()
+    page.mouse.move(box["x"] + 0.55 * box["width"], box["y"] + 0.55 * box["height"], steps=10)
+    page.mouse.up()
+    page.locator("#edit-prompt textarea").fill("a robot")
+    page.locator("#edit-paint").click()
+    page.locator("#state-edit", has_text="4 pictures in").wait_for(timeout=60_000)
+    request = read_request(max(site[1].glob("*.png")))
+    empty = sum(row.count(-1) for row in request.tokens)
+    assert request.prompt == "a robot"
+    assert 1 <= empty < 40
+    if folder := os.environ.get("ARGEN_SCREENSHOTS"):
+        page.screenshot(path=Path(folder) / "edit.png", full_page=True)
+
+
 def test_a_model_that_is_not_here_is_answered_with_one_line(page):
     page.get_by_label("Model").first.click()
     page.get_by_role("option", name="FoundationVision/LlamaGen:c2i_B_256", exact=True).click()

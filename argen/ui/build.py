@@ -8,6 +8,7 @@ from diffusers import DiffusionPipeline
 
 from argen.registry import MODELS, load_diffusion
 from argen.ui import control, lab, tools
+from argen.ui.edit import Edit
 from argen.ui.gallery import Gallery
 from argen.ui.generate import Create
 from argen.ui.jobs import Desk
@@ -31,6 +32,8 @@ def build(desk: Desk, device: torch.device) -> gr.Blocks:
         gr.Markdown("# argen\nPictures written token by token, from words.")
         with gr.Tab("Generate"):
             create = Create(models, free, desk)
+        with gr.Tab("Edit"):
+            Edit(models, [name for name in free if MODELS[name].grid], desk)
         with gr.Tab("Control"):
             control.tab(models, controlled, desk)
         with gr.Tab("Gallery") as tab:

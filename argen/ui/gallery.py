@@ -31,7 +31,11 @@ class Gallery:
         with gr.Row():
             with gr.Column(scale=3):
                 many = gr.Gallery(
-                    label="Click on one; the last two are compared", columns=6, allow_preview=False, elem_id="found"
+                    label="Click on one; the last two are compared",
+                    columns=6,
+                    object_fit="contain",
+                    allow_preview=False,
+                    elem_id="found",
                 )
                 told = gr.Markdown(elem_id="found-state")
                 load, pack = (

@@ -1,0 +1,144 @@
+"""The tab that writes a part of a picture anew: cells of its token grid, painted or chosen."""
+
+from collections.abc import Sequence
+
+import gradio as gr
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from argen.request import Request, rows_of
+from argen.ui.generate import Models
+from argen.ui.jobs import Desk, View, refusals
+
+CANVAS = 512  # pixels
+SIDES = {"right": (0, 1), "left": (0, -1), "bottom": (1, 0), "top": (-1, 0)}  # where new cells come: rows, columns
+
+
+class Edit:
+    """The tab; lay it out inside the current `gr.Blocks`.
+
+    Args:
+        models: gives a generator by its id.
+        ids: of generators whose tokens have a place in the picture.
+        desk: where requests are handed in.
+    """
+
+    def __init__(self, models: Models, ids: Sequence[str], desk: Desk):
+        self.desk = desk
+        with gr.Row():
+            with gr.Column(scale=2):
+                model = gr.Dropdown(list(ids), value=ids[0], label="Model")
+                prompt = gr.Textbox(label="Prompt", placeholder="a red apple", elem_id="edit-prompt")
+                last = gr.Button("Take the latest picture", elem_id="edit-latest")
+                picture = gr.ImageEditor(
+                    type="pil",
+                    image_mode="RGBA",
+                    canvas_size=(CANVAS, CANVAS),
+                    label="A picture, and paint on it",
+                    elem_id="edit-canvas",
+                )
+                with gr.Row():
+                    num = gr.Slider(1, 9, value=4, step=1, label="Pictures")
+                    seed = gr.Number(0, precision=0, minimum=0, label="Seed")
+                locked = gr.Checkbox(
+                    False, label="What is painted stays, the rest is written anew", elem_id="edit-locked"
+                )
+                paint = gr.Button("Write anew what is painted", variant="primary", elem_id="edit-paint")
+                share = gr.Slider(0.05, 1, value=0.25, step=0.05, label="Share of the cells")
+                vary = gr.Button("Vary the least certain cells", elem_id="edit-vary")
+                first = gr.Slider(0.05, 0.95, value=0.5, step=0.05, label="Share of the tokens, from the first")
+                fork = gr.Button("Keep the first tokens, and write on", elem_id="edit-fork")
+                with gr.Row():
+                    side = gr.Radio(list(SIDES), value="right", label="Side")
+                    cells = gr.Slider(1, 7, value=2, step=1, label="Cells")
+                extend = gr.Button("Move it, and draw more on that side", elem_id="edit-extend")
+            self.view = View(desk, "-edit")
+        how = [model, prompt, picture, num, seed]
+        last.click(self.latest, None, [picture, prompt])
+        paint.click(self.paint, [*how, locked], self.view.watched)
+        vary.click(self.vary, [*how, share], self.view.watched)
+        fork.click(self.fork, [*how, first], self.view.watched)
+        extend.click(self.extend, [*how, side, cells], self.view.watched)
+
+    def latest(self, request: gr.Request) -> tuple:
+        """(the picture that was finished last, its prompt)."""
+        with refusals():
+            found = self.desk.studio.store.pictures(owner=self.desk.owner(request), limit=1)
+            if not found:
+                raise ValueError("there is no picture yet: draw one, or drop a file on the canvas")
+            side = Image.open(self.desk.studio.store.file(found[0].id)).convert("RGBA")
+        factor = max(1, CANVAS // max(side.size))
+        return side.resize((side.width * factor, side.height * factor)), found[0].request.prompt
+
+    def ask(self, how: tuple, tokens: Tensor, request: gr.Request) -> tuple:
+        """Hand in a grid [1, h, w], of which a part is undecided."""
+        model, prompt, _, num, seed = how
+        wish = Request(prompt.strip(), model, int(num), int(seed), tokens=rows_of(tokens))
+        return self.view.ask(wish, request)
+
+    def read(self, how: tuple) -> Tensor:
+        """The tokens of the picture on the canvas, [1, h, w]."""
+        with self.desk.studio.model(how[0]) as pipe:
+            return pipe.read_tokens(shown(how[2])).cpu()
+
+    def paint(self, request: gr.Request, model, prompt, picture, num, seed, locked) -> tuple:
+        with refusals():
+            mask = painted(picture)
+            mask = Image.eval(mask, lambda value: 255 - value) if locked else mask
+            with self.desk.studio.model(model) as pipe:
+                grid = pipe.without(shown(picture), mask)
+            return self.ask((model, prompt, picture, num, seed), grid, request)
+
+    def vary(self, request: gr.Request, model, prompt, picture, num, seed, share) -> tuple:
+        with refusals():
+            wish = Request(prompt.strip(), model, int(num), int(seed))
+            with self.desk.studio.model(model) as pipe:
+                grid = pipe.loosened(wish, pipe.read_tokens(shown(picture)), share)
+            return self.ask((model, prompt, picture, num, seed), grid, request)
+
+    def fork(self, request: gr.Request, model, prompt, picture, num, seed, share) -> tuple:
+        how = model, prompt, picture, num, seed
+        with refusals():
+            grid = self.read(how)
+            flat = grid.flatten(1)
+            flat[:, round(share * flat.shape[1]) :] = -1
+            return self.ask(how, flat.view_as(grid), request)
+
+    def extend(self, request: gr.Request, model, prompt, picture, num, seed, side, cells) -> tuple:
+        how = model, prompt, picture, num, seed
+        with refusals():
+            return self.ask(how, moved(self.read(how), side, int(cells)), request)
+
+
+def shown(canvas: dict | None) -> Image.Image:
+    """The picture under the strokes.
+
+    Raises:
+        ValueError: there is none.
+    """
+    found = (canvas or {}).get("background")
+    if found is None:
+        raise ValueError("there is no picture: take the latest, or drop a file on the canvas")
+    return found.convert("RGB")
+
+
+def painted(canvas: dict) -> Image.Image:
+    """Where there are strokes: white on black."""
+    size = shown(canvas).size
+    strokes = [np.array(layer.convert("RGBA").resize(size).getchannel("A")) > 0 for layer in canvas.get("layers") or []]
+    mask = np.any(strokes, axis=0) if strokes else np.zeros(size[::-1], bool)
+    return Image.fromarray((255 * mask).astype(np.uint8))
+
+
+def moved(tokens: Tensor, side: str, cells: int) -> Tensor:
+    """A grid [1, h, w] moved so far that so many rows or columns at a side are undecided."""
+    rows, columns = (step * cells for step in SIDES[side])
+    if max(abs(rows), abs(columns)) >= min(tokens.shape[1:]):
+        raise ValueError(f"{cells} cells are all of the picture: expected fewer than {min(tokens.shape[1:])}")
+    grid = torch.full_like(tokens, -1)
+    kept = tokens[:, max(0, rows) : tokens.shape[1] + min(0, rows), max(0, columns) : tokens.shape[2] + min(0, columns)]
+    top, left = max(0, -rows), max(0, -columns)
+    grid[:, top : top + kept.shape[1], left : left + kept.shape[2]] = kept
+    return grid
