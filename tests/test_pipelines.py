@@ -131,9 +131,9 @@ def test_dalle_mini_says_that_it_cannot_rank(dalle):
 
 
 def test_the_map_of_cells_shows_how_each_was_written():
-    from argen.ui.generate import TINTS, written
+    from argen.ui.jobs import TINTS, written
 
-    origins = torch.tensor([[Origin.DRAWN, Origin.ACCEPTED], [Origin.RELAXED, Origin.GIVEN]], dtype=torch.int8)
+    origins = ((Origin.DRAWN, Origin.ACCEPTED), (Origin.RELAXED, Origin.GIVEN))
     shown = np.asarray(written(Image.new("RGB", (128, 128), "white"), origins))
     half = len(shown) // 2
     assert (shown[:half, :half] == 255).all()
