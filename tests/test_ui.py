@@ -114,12 +114,15 @@ def test_a_stopped_picture_goes_on_after_the_page_was_loaded_anew(page, site):
     page.get_by_label("Pictures").first.fill("9")
     page.locator("#draw").click()
     page.locator("#state", has_text=re.compile(r"[1-9]\d*%")).wait_for(timeout=60_000)
+    page.locator("#line-pause").click()  # so that it is in the middle, however fast the machine
+    page.locator("#line", has_text="paused").wait_for(timeout=60_000)
     page.reload()
     page.locator("#line", has_text="a rocket").wait_for(timeout=60_000)
     page.locator("#state", has_text=re.compile(r"\d+%")).wait_for(timeout=60_000)
     page.locator("#stop").click()
     page.locator("#state", has_text="stopped at").wait_for(timeout=60_000)
     assert len(list(site[1].glob("*.png"))) == before
+    page.locator("#line-pause").click()
     page.locator("#resume").click()
     page.locator("#state", has_text="9 pictures in").wait_for(timeout=60_000)
     assert len(list(site[1].glob("*.png"))) == before + 9

@@ -336,7 +336,9 @@ class Studio:
                 self.changed.notify_all()
                 rested = time.monotonic()
                 while self.paused and not self.cancelled and not self.closing:
-                    live.stage = "paused"
+                    if live.stage != "paused":
+                        live.stage, live.version = "paused", live.version + 1
+                        self.changed.notify_all()
                     self.changed.wait()
                 started += time.monotonic() - rested
                 if (self.cancelled or self.closing) and not job.pictures:
