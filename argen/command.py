@@ -44,12 +44,11 @@ def writable(path: Path, suffix: str = ".png") -> Path:
 
 def load_model(model: str, device: str | None, kind: str | None = None):
     from argen.device import pick
-    from argen.registry import MODELS, load
+    from argen.registry import MODELS, ids, load
 
     found = MODELS[model].kind if model in MODELS else kind
     if kind and found != kind:
-        known = ", ".join(name for name, entry in MODELS.items() if entry.kind == kind)
-        raise ValueError(f"{model} is of the kind {found}, expected a {kind}: {known}")
+        raise ValueError(f"{model} is of the kind {found}, expected a {kind}: {', '.join(ids(kind))}")
     where = pick(device)
     loaded = load(model)
     if hasattr(loaded, "set_progress_bar_config"):

@@ -12,10 +12,9 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 
-from argen.request import Request, check_grid
+from argen.request import Grid, Request, check_grid
 
 KEY, TOKENS = "argen", "argen tokens"  # the PNG text chunks that hold the request, and the token grid, as JSON
-Grid = tuple[tuple[int, ...], ...]  # rows of ids
 
 
 def open_picture(path: str | Path) -> Image.Image:

@@ -505,6 +505,11 @@ MODELS = {
 }
 
 
+def ids(kind: str) -> list[str]:
+    """Those of `MODELS` that are of a kind, see `Model`."""
+    return [name for name, model in MODELS.items() if model.kind == kind]
+
+
 def load(model: str | Path) -> Loaded:
     """The pipeline of a generator, the network of a tokenizer, or a text/picture encoder, on the CPU in float32.
 

@@ -13,6 +13,7 @@ from samplers.logits import Sampling
 
 MAX_PROMPT, MAX_IMAGES, MAX_CANDIDATES = 1000, 64, 64
 CANDIDATES_A_BEAM = 4
+Grid = tuple[tuple[int, ...], ...]  # rows of ids
 WHOLE = (
     "num_images",
     "seed",
@@ -59,10 +60,8 @@ class Control:
 
     def to_dict(self) -> dict:
         """For JSON: the picture as base64 of a PNG file."""
-        buffer = BytesIO()
-        self.picture.save(buffer, "PNG")
         own = {"kind": self.kind, "strength": self.strength, "size": self.size}
-        return {"picture": base64.b64encode(buffer.getvalue()).decode(), **own}
+        return {"picture": to_base64(self.picture), **own}
 
     @classmethod
     def from_dict(cls, saved: dict) -> "Control":
@@ -115,7 +114,7 @@ class Request:
     num_candidates: int | None = None
     num_beams: int | None = None
     control: Control | None = None
-    tokens: tuple[tuple[int, ...], ...] | None = None
+    tokens: Grid | None = None
 
     def __post_init__(self):
         check_prompt(self.prompt)
@@ -197,7 +196,14 @@ class Request:
         return cls(**saved | parts)
 
 
-def rows_of(grid: torch.Tensor) -> tuple[tuple[int, ...], ...]:
+def to_base64(picture: Image.Image) -> str:
+    """A picture as a PNG file, in base64."""
+    buffer = BytesIO()
+    picture.save(buffer, "PNG")
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
+def rows_of(grid: torch.Tensor) -> Grid:
     """Ids [h, w] or [1, h, w] -> as a request holds them.
 
     Raises:
@@ -218,7 +224,7 @@ def check_number(name: str, value: float | None, whole: bool) -> None:
         raise ValueError(f"{name} is {value!r}: expected a {'whole ' if whole else ''}number")
 
 
-def check_grid(rows: tuple[tuple[int, ...], ...]) -> None:
+def check_grid(rows: Grid) -> None:
     """Raises:
     ValueError: no grid of ids and -1.
     """

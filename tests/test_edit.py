@@ -142,3 +142,28 @@ def test_a_grid_is_moved_to_make_room():
     assert edit.moved(grid, "bottom", 2)[0].tolist() == [[8, 9, 10, 11], [-1] * 4, [-1] * 4]
     with pytest.raises(ValueError, match="3 cells are all of the picture"):
         edit.moved(grid, "top", 3)
+
+
+def test_what_the_buttons_of_the_page_leave_to_write(pipe, drawn):
+    """Painted cells, or all others; a share of the least certain; all but the first; room at a side."""
+    layer = Image.new("RGBA", (256, 256), (0, 0, 0, 0))
+    layer.paste((255, 0, 0, 255), (0, 0, 64, 32))
+    canvas = {"background": drawn.pictures[0].resize((256, 256)).convert("RGBA"), "layers": [layer]}
+    wish, before = replace(drawn.request, seed=0), pipe.read_tokens(edit.shown(canvas))[0]
+    painted = torch.zeros(8, 8, dtype=torch.bool)
+    painted[:1, :2] = True
+    first = torch.arange(64).view(8, 8) < 16
+    for change, how, empty in (
+        (edit.anew, (False,), painted),
+        (edit.anew, (True,), ~painted),
+        (edit.forked, (0.25,), ~first),
+        (edit.extended, ("right", 3), torch.arange(8).expand(8, 8) >= 5),
+    ):
+        grid = change(pipe, wish, canvas, *how)
+        assert torch.equal(grid[0] < 0, empty)
+    assert torch.equal(edit.forked(pipe, wish, canvas, 0.25)[0][first], before[first])
+    assert int((edit.varied(pipe, wish, canvas, 0.25) < 0).sum()) == 16
+    with pytest.raises(ValueError, match="there is no picture"):
+        edit.anew(pipe, wish, None, False)
+    with pytest.raises(ValueError, match="nothing is to be written anew"):
+        edit.anew(pipe, wish, canvas | {"layers": []}, False)

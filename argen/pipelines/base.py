@@ -20,7 +20,7 @@ from transformers import CLIPModel
 
 from argen.data.imagenet import class_id
 from argen.models.clip import TextImageEncoder
-from argen.request import Control, Job, Request, check_prompt
+from argen.request import Control, Grid, Job, Request, check_prompt
 from samplers import SAMPLERS, by_name
 from samplers.logits import Gumbel, Sampling, keys_of
 from samplers.next_x import NextX
@@ -436,7 +436,7 @@ class TokenPipeline(DiffusionPipeline):
         job.pictures = self.pictures(job.tokens)
         yield job
 
-    def begun(self, rows: tuple[tuple[int, ...], ...], shape: tuple[int, int]) -> Tensor:
+    def begun(self, rows: Grid, shape: tuple[int, int]) -> Tensor:
         """Rows of a grid as a request has them -> [1, N], as `stream` takes them.
 
         Raises:

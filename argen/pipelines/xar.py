@@ -15,7 +15,7 @@ from transformers import CLIPModel, PreTrainedTokenizerFast
 from argen.data.imagenet import class_id
 from argen.models.xar import SIZES, XAR, XARSession
 from argen.pipelines.base import Defaults, TokenPipeline, check_asked, distinct
-from argen.request import Control, Request
+from argen.request import Control, Grid, Request
 from samplers import SOLVERS, NextX, by_name
 from tokenizers_img.kl_vae import KLVAE
 
@@ -201,7 +201,7 @@ class XARPipeline(TokenPipeline):
         """See `TokenPipeline.emptied`, of latents [B, C, h, w]: NaN."""
         return tokens.masked_fill(cells.to(tokens.device).expand(len(tokens), *tokens.shape[2:])[:, None], math.nan)
 
-    def begun(self, rows: tuple[tuple[int, ...], ...], shape: tuple[int, int]) -> Tensor:
+    def begun(self, rows: Grid, shape: tuple[int, int]) -> Tensor:
         """Raises:
         ValueError: always; see `TokenPipeline.begun`.
         """

@@ -14,11 +14,11 @@ from PIL import ImageOps
 from pydantic import BaseModel, Field
 
 from argen.metadata import infotext
+from argen.registry import ids
 from argen.request import Request as Asked
-from argen.request import rows_of
-from argen.server.guard import Here, Owner, check_size, enlarged, from_base64, read_picture, to_base64
-from argen.server.jobs import check_model, generators
-from argen.server.openai import finished
+from argen.request import rows_of, to_base64
+from argen.server.guard import Here, Owner, check_size, enlarged, from_base64
+from argen.server.jobs import check_model, finished
 from argen.studio.queue import Progress, Studio
 from argen.studio.store import RUNNING
 from samplers import SAMPLERS, SOLVERS
@@ -106,7 +106,7 @@ def wish(studio: Studio, model: str, body: Text) -> Asked:
 def carried_out(studio: Studio, owner: str, body: Text, asked: Asked) -> dict:
     size = check_size((body.width, body.height))
     done = finished(studio.result(studio.submit(asked, owner)))
-    pictures = [read_picture(studio.store.file(saved.id).read_bytes()) for saved in done.pictures]
+    pictures = [studio.store.opened(saved.id) for saved in done.pictures]
     own = [saved.request for saved in done.pictures]
     info = {
         "prompt": asked.prompt,
@@ -165,7 +165,7 @@ def choose(owner: Owner, chosen: Chosen, given: Annotated[dict[str, Any], Body()
 @router.get("/sd-models")
 def models():
     own = {"hash": None, "sha256": None, "filename": "", "config": None}
-    return [{"title": name, "model_name": name, **own} for name in generators()]
+    return [{"title": name, "model_name": name, **own} for name in ids("generator")]
 
 
 @router.get("/samplers")

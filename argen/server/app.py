@@ -32,7 +32,7 @@ def create(
         local: see `Guard`.
         owners: gets the owner of each name that logs in.
     """
-    owners = {} if owners is None else owners
+    owners, guard = {} if owners is None else owners, Guard(tuple(keys), local)
 
     def login(name: str, key: str) -> bool:
         if known := guard.knows(key) and owners.get(name, owner_of(key)) == owner_of(key):
@@ -45,7 +45,6 @@ def create(
         yield
 
     app = FastAPI(title="argen", version=argen.__version__, lifespan=lifespan)
-    guard = Guard(tuple(keys), local)
     install(app, guard)
     app.state.studio, app.state.models = studio, {}
     for part in (jobs, openai, a1111):

@@ -197,12 +197,6 @@ def from_base64(text: str, what: str = "the picture") -> Image.Image:
     return read_picture(data, what)
 
 
-def to_base64(picture: Image.Image) -> str:
-    buffer = BytesIO()
-    picture.save(buffer, "PNG")
-    return base64.b64encode(buffer.getvalue()).decode()
-
-
 def enlarged(picture: Image.Image, size: tuple[int, int] | None) -> Image.Image:
     """A picture in the size that a client wants, if it is of the same shape."""
     if size is None or size == picture.size:

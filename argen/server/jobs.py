@@ -3,13 +3,14 @@
 from dataclasses import fields
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Body
+from fastapi import APIRouter, Body, HTTPException
 from fastapi.responses import FileResponse
 
-from argen import registry
+from argen.registry import ids
 from argen.request import Request as Asked
 from argen.server.guard import Here, Owner, from_base64
 from argen.studio.queue import NotYours, Progress
+from argen.studio.store import DONE
 
 router = APIRouter(tags=["queue"])
 NAMES = tuple(item.name for item in fields(Asked))
@@ -40,12 +41,9 @@ def check_model(name: str) -> None:
     """Raises:
     KeyError: no generator has this name.
     """
-    if name not in generators():
-        raise KeyError(f"there is no model {name!r}: expected one of {', '.join(generators())}")
-
-
-def generators() -> list[str]:
-    return [name for name, model in registry.MODELS.items() if model.kind == "generator"]
+    known = ids("generator")
+    if name not in known:
+        raise KeyError(f"there is no model {name!r}: expected one of {', '.join(known)}")
 
 
 def told(progress: Progress) -> dict:
@@ -57,6 +55,15 @@ def told(progress: Progress) -> dict:
         "request": progress.request.to_dict(),
         "pictures": pictures,
     }
+
+
+def finished(now: Progress) -> Progress:
+    """Raises:
+    HTTPException: the job failed, or was cancelled.
+    """
+    if now.state != DONE:
+        raise HTTPException(400 if now.error else 409, now.error or f"the job was {now.state}")
+    return now
 
 
 @router.post("/api/jobs", status_code=201)
@@ -71,10 +78,7 @@ def line(studio: Here, owner: Owner):
 
 @router.get("/api/jobs/{id}")
 def job(studio: Here, owner: Owner, id: str):
-    found = studio.progress(id)
-    if found.owner != owner:
-        raise NotYours("that job belongs to somebody else")
-    return told(found)
+    return told(studio.progress(id, owner=owner))
 
 
 @router.delete("/api/jobs/{id}")

@@ -10,15 +10,16 @@ import time
 from collections.abc import Iterator
 from typing import Annotated, Literal
 
-from fastapi import APIRouter, Form, HTTPException, Request, UploadFile
+from fastapi import APIRouter, Form, Request, UploadFile
 from fastapi.responses import StreamingResponse
 from PIL import Image, ImageOps
 from pydantic import BaseModel, Field
 
+from argen.registry import ids
 from argen.request import Request as Asked
-from argen.request import rows_of
-from argen.server.guard import Here, Owner, check_size, enlarged, read_picture, to_base64
-from argen.server.jobs import asked, check_model, generators
+from argen.request import rows_of, to_base64
+from argen.server.guard import Here, Owner, check_size, enlarged, read_picture
+from argen.server.jobs import asked, check_model, finished
 from argen.studio.queue import Progress, Studio
 from argen.studio.store import DONE, Saved
 
@@ -100,7 +101,7 @@ def edits(
 
 @router.get("/v1/models")
 def models():
-    return {"object": "list", "data": [named(name) for name in generators()]}
+    return {"object": "list", "data": [named(name) for name in ids("generator")]}
 
 
 @router.get("/v1/models/{name:path}")
@@ -127,7 +128,7 @@ def answer(studio: Studio, job: str, how: Generation, kind: str, here: str):
 
 
 def shown(studio: Studio, saved: Saved, how: Generation) -> str:
-    return to_base64(enlarged(read_picture(studio.store.file(saved.id).read_bytes()), wanted_size(how.size)))
+    return to_base64(enlarged(studio.store.opened(saved.id), wanted_size(how.size)))
 
 
 def events(studio: Studio, job: str, how: Generation, kind: str) -> Iterator[str]:
@@ -156,15 +157,6 @@ def transparent(mask: Image.Image) -> Image.Image:
 
 def named(name: str) -> dict:
     return {"id": name, "object": "model", "created": 0, "owned_by": name.partition("/")[0]}
-
-
-def finished(now: Progress) -> Progress:
-    """Raises:
-    HTTPException: the job failed, or was cancelled.
-    """
-    if now.state != DONE:
-        raise HTTPException(400 if now.error else 409, now.error or f"the job was {now.state}")
-    return now
 
 
 def usage(done: Progress) -> dict:

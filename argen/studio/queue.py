@@ -124,11 +124,12 @@ class Studio:
         Raises:
             QueueFull: too many jobs of this owner wait.
         """
-        if (waiting := self.store.count(WAITING, owner)) >= MOST_WAITING:
-            raise QueueFull(f"{waiting:,} jobs are waiting: expected fewer than {MOST_WAITING:,}, try again later")
-        id = secrets.token_hex(6)
-        self.store.add_job(id, owner, request)
-        self._tell()
+        with self.changed:
+            if (waiting := self.store.count(WAITING, owner)) >= MOST_WAITING:
+                raise QueueFull(f"{waiting:,} jobs are waiting: expected fewer than {MOST_WAITING:,}, try again later")
+            id = secrets.token_hex(6)
+            self.store.add_job(id, owner, request)
+            self.changed.notify_all()
         return id
 
     def cancel(self, id: str, owner: str | None = None) -> None:
@@ -182,33 +183,23 @@ class Studio:
 
     # what is told
 
-    def progress(self, id: str, preview: bool = False) -> Progress:
-        """How a job is getting on.
+    def progress(self, id: str, preview: bool = False, owner: str | None = None) -> Progress:
+        """How a job is getting on. Raises as `cancel` does.
 
         Args:
             preview: whether pictures are wanted while it is written; the next ones come soon.
-
-        Raises:
-            KeyError: there is no such job.
+            owner: who asks; None may see anything.
         """
         with self.changed:
-            if self.live is not None and self.live.id == id:
-                if preview:
-                    self.watched = time.monotonic()
-                return replace(self.live)
-            row = self.store.job(id)
-            if row is None:
-                raise KeyError(f"there is no job {id!r}")
-            return self._told(row)
+            if preview and self.live is not None and self.live.id == id:
+                self.watched = time.monotonic()
+            return self._told(self._own(id, owner))
 
     def line(self, owner: str | None = None) -> list[Progress]:
         """What runs and what waits, in order."""
         with self.changed:
-            rows = self.store.jobs(RUNNING, WAITING, owner=owner)
-            found = [
-                replace(self.live) if self.live is not None and row["id"] == self.live.id else self._told(row)
-                for row in rows
-            ]
+            places = self.store.places()
+            found = [self._told(row, places) for row in self.store.jobs(RUNNING, WAITING, owner=owner)]
         rest = 0.0
         for one in found:
             known = one.eta if one.state == RUNNING else self._expected(one.request)
@@ -252,10 +243,6 @@ class Studio:
 
     # the worker
 
-    def _tell(self) -> None:
-        with self.changed:
-            self.changed.notify_all()
-
     def _own(self, id: str, owner: str | None):
         row = self.store.job(id)
         if row is None:
@@ -264,7 +251,10 @@ class Studio:
             raise NotYours("that job belongs to somebody else")
         return row
 
-    def _told(self, row) -> Progress:
+    def _told(self, row, places: dict[str, int] | None = None) -> Progress:
+        """A row of the store, or what is newer of the job that runs; `places` of those that wait, where they are known."""
+        if self.live is not None and self.live.id == row["id"]:
+            return replace(self.live)
         own = {
             name: row[name]
             for name in ("id", "owner", "state", "created", "decided", "cells", "passes", "seconds", "error")
@@ -273,8 +263,7 @@ class Studio:
         if told.state == DONE:
             told.pictures = self.store.pictures(job=told.id, limit=-1)
         elif told.state == WAITING:
-            ahead = "select count(*) from jobs where state = 'waiting' and place <= ?"
-            told.place = self.store.ask(ahead, (row["place"],))[0][0]
+            told.place = (self.store.places() if places is None else places)[told.id]
         return told
 
     def _expected(self, request: Request) -> float | None:

@@ -16,8 +16,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from argen.metadata import Grid, save_pictures
-from argen.request import Request
+from argen.metadata import open_picture, save_pictures
+from argen.request import Grid, Request
 
 THUMBNAIL = 256  # side in pixels, at most
 WAITING, RUNNING, DONE, CANCELLED, FAILED = "waiting", "running", "done", "cancelled", "failed"
@@ -122,14 +122,19 @@ class Store:
     def move(self, id: str, places: int) -> None:
         """Move a waiting job by so many places, forward if negative."""
         with self.lock:
-            line = [row["id"] for row in self.jobs(WAITING, limit=-1)]
+            rows = self.ask("select id, place from jobs where state = 'waiting' order by place")
+            line = [row["id"] for row in rows]
             if id not in line:
                 return
             at = line.index(id)
             line.insert(max(0, min(len(line) - 1, at + places)), line.pop(at))
-            spots = sorted(row["place"] for row in self.jobs(WAITING, limit=-1))
-            for spot, one in zip(spots, line, strict=True):
+            for spot, one in zip((row["place"] for row in rows), line, strict=True):
                 self.update_job(one, place=spot)
+
+    def places(self) -> dict[str, int]:
+        """Of every waiting job its place in the line, from 1."""
+        rows = self.ask("select id from jobs where state = 'waiting' order by place")
+        return {row["id"]: place for place, row in enumerate(rows, 1)}
 
     def left(self, id: str) -> Path:
         """The file of the tokens of a job that was left before its end."""
@@ -163,7 +168,7 @@ class Store:
             small.save(self.thumbnail(id), "WEBP", quality=90)
         rows = []
         for number, (id, (_, request)) in enumerate(zip(ids, pictures, strict=True)):
-            written = [json.dumps(rows[number]) if rows[number] else None for rows in (grids, origins)]
+            written = [json.dumps(each[number]) if each[number] else None for each in (grids, origins)]
             own = id, job, owner, number, json.dumps(request.to_dict()), request.prompt, request.model
             rows.append((*own, *written, scores[number], now, 0))
         with self.lock:
@@ -211,6 +216,10 @@ class Store:
 
     def file(self, id: str) -> Path:
         return self.folder / f"{id}.png"
+
+    def opened(self, id: str) -> Image.Image:
+        """The picture itself."""
+        return open_picture(self.file(id))
 
     def thumbnail(self, id: str) -> Path:
         return self.own / "thumbnails" / f"{id}.webp"

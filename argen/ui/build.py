@@ -6,7 +6,7 @@ import gradio as gr
 import torch
 from diffusers import DiffusionPipeline
 
-from argen.registry import MODELS, load_diffusion
+from argen.registry import MODELS, ids, load_diffusion
 from argen.ui import control, lab, tools
 from argen.ui.edit import Edit
 from argen.ui.gallery import Gallery
@@ -24,10 +24,9 @@ def build(desk: Desk, device: torch.device) -> gr.Blocks:
         pipe.set_progress_bar_config(disable=True)
         return pipe
 
-    generators = {name: model.takes for name, model in MODELS.items() if model.kind == "generator"}
-    free = [name for name, takes in generators.items() if "control" not in takes]
-    tokenizers = [name for name, model in MODELS.items() if model.kind == "tokenizer"]
-    controlled = [name for name, takes in generators.items() if "control" in takes]
+    generators, tokenizers = ids("generator"), ids("tokenizer")
+    free = [name for name in generators if "control" not in MODELS[name].takes]
+    controlled = [name for name in generators if "control" in MODELS[name].takes]
     with gr.Blocks(title="argen", analytics_enabled=False) as page:
         gr.Markdown("# argen\nPictures written token by token, from words.")
         with gr.Tab("Generate"):

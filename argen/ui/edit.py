@@ -1,13 +1,15 @@
 """The tab that writes a part of a picture anew: cells of its token grid, painted or chosen."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import gradio as gr
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
+from argen.pipelines.base import TokenPipeline
 from argen.request import Request, rows_of
 from argen.ui.generate import Models
 from argen.ui.jobs import Desk, View, refusals
@@ -57,10 +59,10 @@ class Edit:
             self.view = View(desk, "-edit")
         how = [model, prompt, picture, num, seed]
         last.click(self.latest, None, [picture, prompt])
-        paint.click(self.paint, [*how, locked], self.view.watched)
-        vary.click(self.vary, [*how, share], self.view.watched)
-        fork.click(self.fork, [*how, first], self.view.watched)
-        extend.click(self.extend, [*how, side, cells], self.view.watched)
+        paint.click(self.asking(anew), [*how, locked], self.view.watched)
+        vary.click(self.asking(varied), [*how, share], self.view.watched)
+        fork.click(self.asking(forked), [*how, first], self.view.watched)
+        extend.click(self.asking(extended), [*how, side, cells], self.view.watched)
 
     def latest(self, request: gr.Request) -> tuple:
         """(the picture that was finished last, its prompt)."""
@@ -68,48 +70,49 @@ class Edit:
             found = self.desk.studio.store.pictures(owner=self.desk.owner(request), limit=1)
             if not found:
                 raise ValueError("there is no picture yet: draw one, or drop a file on the canvas")
-            side = Image.open(self.desk.studio.store.file(found[0].id)).convert("RGBA")
+            side = self.desk.studio.store.opened(found[0].id).convert("RGBA")
         factor = max(1, CANVAS // max(side.size))
         return side.resize((side.width * factor, side.height * factor)), found[0].request.prompt
 
-    def ask(self, how: tuple, tokens: Tensor, request: gr.Request) -> tuple:
-        """Hand in a grid [1, h, w], of which a part is undecided."""
-        model, prompt, _, num, seed = how
-        wish = Request(prompt.strip(), model, int(num), int(seed), tokens=rows_of(tokens))
-        return self.view.ask(wish, request)
+    def asking(self, change: Callable[..., Tensor]) -> Callable:
+        """The handler of a button.
 
-    def read(self, how: tuple) -> Tensor:
-        """The tokens of the picture on the canvas, [1, h, w]."""
-        with self.desk.studio.model(how[0]) as pipe:
-            return pipe.read_tokens(shown(how[2])).cpu()
+        Args:
+            change: the pipeline, the request so far, the canvas and what else the button reads -> a grid [1, h, w], of which a part
+                is undecided.
+        """
 
-    def paint(self, request: gr.Request, model, prompt, picture, num, seed, locked) -> tuple:
-        with refusals():
-            mask = painted(picture)
-            mask = Image.eval(mask, lambda value: 255 - value) if locked else mask
-            with self.desk.studio.model(model) as pipe:
-                grid = pipe.without(shown(picture), mask)
-            return self.ask((model, prompt, picture, num, seed), grid, request)
+        def handler(request: gr.Request, model, prompt, canvas, num, seed, *how) -> tuple:
+            with refusals():
+                wish = Request(prompt.strip(), model, int(num), int(seed))
+                with self.desk.studio.model(model) as pipe:
+                    grid = change(pipe, wish, canvas, *how)
+                return self.view.ask(replace(wish, tokens=rows_of(grid)), request)
 
-    def vary(self, request: gr.Request, model, prompt, picture, num, seed, share) -> tuple:
-        with refusals():
-            wish = Request(prompt.strip(), model, int(num), int(seed))
-            with self.desk.studio.model(model) as pipe:
-                grid = pipe.loosened(wish, pipe.read_tokens(shown(picture)), share)
-            return self.ask((model, prompt, picture, num, seed), grid, request)
+        return handler
 
-    def fork(self, request: gr.Request, model, prompt, picture, num, seed, share) -> tuple:
-        how = model, prompt, picture, num, seed
-        with refusals():
-            grid = self.read(how)
-            flat = grid.flatten(1)
-            flat[:, round(share * flat.shape[1]) :] = -1
-            return self.ask(how, flat.view_as(grid), request)
 
-    def extend(self, request: gr.Request, model, prompt, picture, num, seed, side, cells) -> tuple:
-        how = model, prompt, picture, num, seed
-        with refusals():
-            return self.ask(how, moved(self.read(how), side, int(cells)), request)
+def anew(pipe: TokenPipeline, wish: Request, canvas: dict | None, locked: bool) -> Tensor:
+    """Without what is painted or, locked, without the rest."""
+    mask = painted(canvas)
+    return pipe.without(shown(canvas), ImageOps.invert(mask) if locked else mask)
+
+
+def varied(pipe: TokenPipeline, wish: Request, canvas: dict | None, share: float) -> Tensor:
+    """Without a share of the cells, the least certain ones."""
+    return pipe.loosened(wish, pipe.read_tokens(shown(canvas)), share)
+
+
+def forked(pipe: TokenPipeline, wish: Request, canvas: dict | None, share: float) -> Tensor:
+    """A share of the tokens, from the first."""
+    grid = pipe.read_tokens(shown(canvas))
+    cells = torch.arange(grid[0].numel(), device=grid.device).view_as(grid)
+    return pipe.emptied(grid, cells >= round(share * cells.numel()))
+
+
+def extended(pipe: TokenPipeline, wish: Request, canvas: dict | None, side: str, cells: float) -> Tensor:
+    """Moved, with room at a side."""
+    return moved(pipe.read_tokens(shown(canvas)), side, int(cells))
 
 
 def shown(canvas: dict | None) -> Image.Image:
@@ -124,7 +127,7 @@ def shown(canvas: dict | None) -> Image.Image:
     return found.convert("RGB")
 
 
-def painted(canvas: dict) -> Image.Image:
+def painted(canvas: dict | None) -> Image.Image:
     """Where there are strokes: white on black."""
     size = shown(canvas).size
     strokes = [np.array(layer.convert("RGBA").resize(size).getchannel("A")) > 0 for layer in canvas.get("layers") or []]

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from argen.registry import MODELS
+from argen.registry import ids
 from argen.studio.store import Saved
 from argen.ui.jobs import Desk, enlarge, readable, refusals, tinted, written
 
@@ -22,10 +22,9 @@ class Gallery:
     def __init__(self, desk: Desk):
         self.desk, self.studio = desk, desk.studio
         self.shown, self.chosen = gr.State([]), gr.State([])
-        names = [name for name, model in MODELS.items() if model.kind == "generator"]
         with gr.Row():
             search = gr.Textbox(label="Words of the prompt", elem_id="search")
-            model = gr.Dropdown(["", *names], value="", label="Model")
+            model = gr.Dropdown(["", *ids("generator")], value="", label="Model")
             stars = gr.Checkbox(False, label="Favourites only", elem_id="favourites")
             page = gr.Number(1, precision=0, minimum=1, label="Page", elem_id="gallery-page")
         with gr.Row():
@@ -71,12 +70,15 @@ class Gallery:
     def find(self, search: str, model: str, stars: bool, page: float, request: gr.Request) -> tuple:
         """(thumbnails with prompts, how many, ids)."""
         place = (max(1, int(page or 1)) - 1) * ON_A_PAGE
-        how = {"search": search, "model": model, "favourites": stars, "owner": self.desk.owner(request)}
-        found = self.studio.store.pictures(**how, limit=ON_A_PAGE, offset=place)
-        ids = [saved.id for saved in found]
+        found = self.wanted(search, model, stars, request, limit=ON_A_PAGE, offset=place)
+        shown = [saved.id for saved in found]
         thumbnails = [(Image.open(self.studio.store.thumbnail(saved.id)), saved.request.prompt) for saved in found]
-        many = f"{place + 1} to {place + len(ids)}" if ids else "nothing"
-        return thumbnails, f"{many}, the latest first", ids
+        many = f"{place + 1} to {place + len(shown)}" if shown else "nothing"
+        return thumbnails, f"{many}, the latest first", shown
+
+    def wanted(self, search: str, model: str, stars: bool, request: gr.Request, **page: int) -> list[Saved]:
+        """What the fields ask for; `page`: limit and offset."""
+        return self.studio.store.pictures(search, model, stars, owner=self.desk.owner(request), **page)
 
     def saved(self, id: str, request: gr.Request) -> Saved:
         """Raises:
@@ -97,7 +99,7 @@ class Gallery:
         with refusals():
             found = self.saved(shown[event.index], request)
             chosen = [*chosen[-1:], found.id] if found.id not in chosen[-1:] else chosen
-            pictures = [enlarge(Image.open(self.studio.store.file(id))) for id in chosen]
+            pictures = [enlarge(self.studio.store.opened(id)) for id in chosen]
         return pictures[-1], about(found), tuple(pictures) if len(pictures) == 2 else None, chosen
 
     def favour(self, chosen: list[str], request: gr.Request) -> dict:
@@ -112,13 +114,12 @@ class Gallery:
         return None, None, chosen[:-1]
 
     def pack(self, search: str, model: str, stars: bool, request: gr.Request) -> dict:
-        how = {"search": search, "model": model, "favourites": stars, "owner": self.desk.owner(request)}
         with refusals():
-            ids = [saved.id for saved in self.studio.store.pictures(**how, limit=MOST_ZIPPED)]
-            if not ids:
+            found = [saved.id for saved in self.wanted(search, model, stars, request, limit=MOST_ZIPPED)]
+            if not found:
                 raise ValueError("nothing is found: look for something else")
             file = Path(tempfile.mkdtemp()) / "pictures.zip"
-            file.write_bytes(self.studio.store.zipped(ids))
+            file.write_bytes(self.studio.store.zipped(found))
         return gr.update(value=str(file), visible=True)
 
     def think(self, chosen: list[str], request: gr.Request) -> list[tuple]:
@@ -127,7 +128,7 @@ class Gallery:
             found = self.last(chosen, request)
             if found.tokens is None:
                 raise ValueError("this picture was not made of tokens: choose one of another model")
-            picture = Image.open(self.studio.store.file(found.id))
+            picture = self.studio.store.opened(found.id)
             with self.studio.model(found.request.model) as pipe:
                 entropy, own = pipe.certainty(found.request, torch.tensor(found.tokens))
         unsure = [(entropy / entropy.max().clamp(min=1e-6)).numpy(), (1 - own).numpy()]

@@ -8,8 +8,7 @@ import gradio as gr
 import numpy as np
 from PIL import Image
 
-from argen.metadata import Grid
-from argen.request import Request
+from argen.request import Grid, Request
 from argen.studio.queue import LOCAL, Progress, Studio
 from argen.studio.store import CANCELLED, DONE, FAILED, RUNNING, WAITING
 from samplers.steps import Origin
@@ -128,7 +127,7 @@ class View:
             return gr.skip(), told(now), None, None, seen, gr.Timer(active=False)
         files = [(str(store.file(saved.id)), saved.request.prompt) for saved in pictures]
         settings = [{"file": f"{saved.id}.png", **readable(saved.request)} for saved in pictures]
-        cells = [written(Image.open(store.file(saved.id)), saved.origins) for saved in pictures if saved.origins]
+        cells = [written(store.opened(saved.id), saved.origins) for saved in pictures if saved.origins]
         text = f"{len(pictures)} picture{'s' if len(pictures) > 1 else ''} in {store.folder} ({how(now)})"
         return files, text, settings, cells or None, seen, gr.Timer(active=False)
 
