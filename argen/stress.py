@@ -119,6 +119,11 @@ def run(server: Server, clients: int, each: int) -> dict:
     visitor.join()
     told = {id: server.ask(f"/api/jobs/{id}") for id in seeds}
     lost = [id for id, job in told.items() if job["state"] != "done" or len(job["pictures"]) != 1]
+    for id in lost:
+        print(
+            f"{id} is {told[id]['state']} with {len(told[id]['pictures'])} pictures {told[id]['error']}",
+            file=sys.stderr,
+        )
     files = {id: server.folder / f"{job['pictures'][0]}.png" for id, job in told.items() if id not in lost}
     mixed = [id for id, file in files.items() if read_request(file).seed != seeds[id]]
     server.kill()

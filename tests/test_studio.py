@@ -121,6 +121,17 @@ def test_a_killed_studio_finds_its_jobs_again(tmp_path, pipe):
         second.close()
 
 
+def test_a_job_killed_between_its_pictures_and_its_end_has_them_once(studio):
+    id = studio.submit(replace(PLAIN, num_images=2))
+    before = studio.result(id).pictures
+    with studio.changed:
+        studio.store.update_job(id, state=WAITING)
+        studio.changed.notify_all()
+    after = studio.result(id, timeout=60).pictures
+    assert [saved.id for saved in after] == [saved.id for saved in before]
+    assert len(list(studio.store.folder.glob("*.png"))) == 2
+
+
 def test_what_cannot_be_drawn_fails_alone(tmp_path, pipe):
     def models(name):
         if name == "broken":
@@ -176,7 +187,7 @@ def test_pictures_are_found_kept_and_deleted(tmp_path):
     asked = [Request(text) for text in ("a red apple", "a 100% red_robot", "a blue robot")]
     ids = []
     for number, request in enumerate(asked):
-        ids += store.add_pictures(f"job{number}", "a", [(picture, request)], [((1, 2), (3, 4))], [None], [0.5])
+        ids += store.add_pictures(f"job{number}", 0.0, "a", [(picture, request)], [((1, 2), (3, 4))], [None], [0.5])
     found = lambda **how: [saved.request.prompt for saved in store.pictures(**how)]  # noqa: E731
     assert set(found(search="red")) == {"a red apple", "a 100% red_robot"}
     assert found(search="robot BLUE") == ["a blue robot"]

@@ -342,7 +342,7 @@ class Studio:
         origins = [None] * len(grids) if job.origins is None else [rows_of(rows) for rows in job.origins]
         scores = job.scores or [None] * len(job.pictures)
         made = list(zip(job.pictures, job.requests, strict=True))
-        self.store.add_pictures(live.id, live.owner, made, grids, origins, scores)
+        self.store.add_pictures(live.id, live.created, live.owner, made, grids, origins, scores)
         left.unlink(missing_ok=True)
         self.rates[request.model] = live.seconds / request.drawn
         return True

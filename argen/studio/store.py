@@ -150,15 +150,22 @@ class Store:
     def add_pictures(
         self,
         job: str,
+        asked: float,
         owner: str,
         pictures: Sequence[tuple[Image.Image, Request]],
         grids: Sequence[Grid | None],
         origins: Sequence[Grid | None],
         scores: Sequence[float | None],
     ) -> list[str]:
-        """Write the pictures of a job, all of them or none -> their ids."""
+        """Write the pictures of a job, all of them or none -> their ids. A job that was killed after it, and so runs again, writes the
+        same ones.
+
+        Args:
+            asked: when the job was, in seconds since 1970.
+            grids, origins, scores: of each picture, see `Saved`.
+        """
         now = time.time()
-        stamp = time.strftime("%Y%m%d-%H%M%S", time.localtime(now))
+        stamp = time.strftime("%Y%m%d-%H%M%S", time.localtime(asked))
         ids = [f"{stamp}-{job}-{number}" for number in range(1, len(pictures) + 1)]
         told = [(picture, request if self.metadata else None) for picture, request in pictures]
         save_pictures(told, [self.file(id) for id in ids], grids if self.metadata else None)
@@ -173,7 +180,7 @@ class Store:
             rows.append((*own, *written, scores[number], now, 0))
         with self.lock:
             self.database.execute("begin")
-            self.database.executemany(f"insert into pictures values ({', '.join('?' * 12)})", rows)
+            self.database.executemany(f"insert or replace into pictures values ({', '.join('?' * 12)})", rows)
             self.database.execute("commit")
         return ids
 
