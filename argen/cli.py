@@ -233,6 +233,7 @@ def parser() -> Parser:
     add.add_argument(
         "--num", type=int, default=12000, help="training scenes; the other splits have a tenth of that each"
     )
+    add.add_argument("--common", action="store_true", help="of 64 common things alone, as argen/emoji-sd draws")
     add.add_argument("--seed", type=int, default=0)
     add = sets.add_parser(
         "sample", help="a small set out of a large one, as it ships for the tests", formatter_class=formatter
@@ -599,7 +600,7 @@ def data(args) -> None:
     if args.set == "emoji":
         counts = emoji.build(args.out, args.icons, args.size)
     elif args.set == "scenes":
-        counts = scenes.build(args.emoji, args.out, args.num, args.seed)
+        counts = scenes.build(args.emoji, args.out, args.num, args.seed, args.common)
     else:
         counts = emoji.sample(args.emoji, args.out, args.num)
     print(f"{args.out}: " + ", ".join(f"{count:,} {split}" for split, count in counts.items()))

@@ -24,7 +24,7 @@ def untrained(tmp_path, monkeypatch):
     for name in ("emoji-clip", "emoji-vae", "emoji-judge"):
         (folder / name).symlink_to(registry.WEIGHTS / name)
     torch.manual_seed(0)
-    sizes = UNET | {"block_out_channels": (32, 32), "attention_head_dim": (1, 1), "layers_per_block": 1}
+    sizes = UNET | {"block_out_channels": (32,), "attention_head_dim": (1,)}
     unet = UNet2DConditionModel(sample_size=8, in_channels=16, out_channels=16, cross_attention_dim=192, **sizes)
     unet.save_pretrained(folder / "emoji-sd")
     Counter().save_pretrained(folder / "emoji-counter")

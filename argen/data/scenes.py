@@ -8,6 +8,7 @@ single-picture set, so held-out concepts stay held out.
 import json
 import random
 from collections import defaultdict
+from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from io import BytesIO
 from itertools import cycle
@@ -29,6 +30,76 @@ KINDS = {"count": 0.35, "colour": 0.15, "pair": 0.25, "relation": 0.25}
 PALETTE = ((230, 25, 75), (60, 180, 75), (0, 130, 200), (245, 130, 48), (145, 30, 180), (70, 240, 240))  # of segments
 INK = 245  # what is darker in some channel is no ground
 AREA = 100  # pixels of 128 x 128 that an object has at least
+COMMON = tuple(  # things that a model too small for all of them learns, and can then draw
+    name.strip()
+    for name in [
+        "\n    apple",
+        " avocado",
+        " banana",
+        " bread",
+        " carrot",
+        " cookie",
+        " croissant",
+        " cupcake",
+        " hamburger",
+        " lemon",
+        " pear",
+        " pineapple",
+        " pizza",
+        " pretzel",
+        "\n    strawberry",
+        " tomato",
+        " bird",
+        " cat",
+        " crab",
+        " dog",
+        " fish",
+        " flamingo",
+        " fox",
+        " frog",
+        " mushroom",
+        " parrot",
+        " pig",
+        " rose",
+        " snake",
+        " sunflower",
+        " tulip",
+        "\n    turtle",
+        " whale",
+        " palm tree",
+        " maple leaf",
+        " christmas tree",
+        " automobile",
+        " helicopter",
+        " house",
+        " sailboat",
+        " taxi",
+        " tent",
+        " umbrella",
+        " rocket",
+        "\n    star",
+        " sun",
+        " crescent moon",
+        " backpack",
+        " bell",
+        " crown",
+        " pencil",
+        " door",
+        " telephone",
+        " bucket",
+        " trumpet",
+        " gem stone",
+        " t shirt",
+        " robot",
+        " heart",
+        "\n    balloon",
+        " basketball",
+        " kite",
+        " trophy",
+        " teddy bear",
+        " wrapped gift\n    ",
+    ]
+)
 LAYOUTS = {1: [(1, 1)], 2: [(1, 2), (2, 1)], 3: [(2, 2), (1, 3)], 4: [(2, 2)], 5: [(2, 3), (3, 2)], 6: [(2, 3), (3, 2)]}
 
 
@@ -66,6 +137,10 @@ def recolour(picture: np.ndarray, colour: str) -> np.ndarray:
     return np.array(Image.fromarray(hsv, "HSV").convert("RGB"))
 
 
+def _simple(name: str) -> bool:
+    return len(name.split()) <= 2 and not name.endswith("s") and not any(c.isdigit() for c in name)
+
+
 def _colourful(picture: np.ndarray) -> bool:
     ink = (picture < INK).any(-1)
     saturated = (picture.max(-1).astype(int) - picture.min(-1)) > 70
@@ -97,17 +172,30 @@ def segments(picture: np.ndarray, boxes: list[tuple[int, int, int, int]]) -> np.
     return found
 
 
-class Composer:
-    """Draws scenes from one split of the single pictures."""
+def thing_of(concept: str, only: Collection[str]) -> str:
+    """Which of some things a concept is, as it is or in a colour ("red apple" is "apple"); "" for none."""
+    bare = " ".join(word for word in concept.split() if word not in HUES)
+    return next((name for name in (concept, bare) if name in only), "")
 
-    def __init__(self, table, size: int):
+
+class Composer:
+    """Draws scenes from one split of the single pictures.
+
+    Args:
+        only: draw these things alone, see `thing_of`; None for all that are simple.
+    """
+
+    def __init__(self, table, size: int, only: Collection[str] | None = None):
         self.size = size
         self.icons: dict[str, list[tuple[str, np.ndarray]]] = defaultdict(list)  # style -> (name, picture)
         self.colourful: dict[str, list[tuple[str, np.ndarray]]] = defaultdict(list)
         for row in table:
             name = row["concept"]
-            simple = len(name.split()) <= 2 and not name.endswith("s") and not any(c.isdigit() for c in name)
-            if row["group"] not in THINGS or not simple:
+            if only is not None:
+                name = thing_of(name, only)
+            elif row["group"] not in THINGS or not _simple(name):
+                name = ""
+            if not name:
                 continue
             picture = np.asarray(row["image"].convert("RGB"))
             self.icons[row["style"]].append((name, picture))
@@ -172,20 +260,21 @@ class Composer:
         return joint.join(with_article(name) for name in names)
 
 
-def build(emoji: Path, out: Path, num: int = 12000, seed: int = 0) -> dict[str, int]:
+def build(emoji: Path, out: Path, num: int = 12000, seed: int = 0, common: bool = False) -> dict[str, int]:
     """Compose `num` training scenes (and a tenth of that for each other split) into `out`.
 
     Args:
         emoji: folder made by ``argen data emoji``.
         seed: the same seed gives the same scenes.
+        common: of the things in `COMMON` alone; without a test split, as none of them is held out in every style.
     """
     check_new(out)
     if num < 10:
         raise ValueError(f"num is {num}: expected at least 10, so that no split is empty")
     rows: dict[str, list[dict]] = {}
-    for split in SPLITS:
+    for split in SPLITS[:2] if common else SPLITS:
         table = read_split(emoji, split)
-        composer = Composer(table, table[0]["image"].width)
+        composer = Composer(table, table[0]["image"].width, COMMON if common else None)
         rng = random.Random(f"{seed}/{split}")
         rows[split] = []
         for _ in tqdm(range(num if split == "train" else num // 10), desc=f"compose {split}"):

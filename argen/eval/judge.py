@@ -6,7 +6,7 @@ of four kinds are fixed in `argen/data/judge_prompts.jsonl`.
 
 import json
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import permutations
 from pathlib import Path
@@ -22,6 +22,7 @@ from argen.models.judge import SIZE, Judge
 from tokenizers_img.pixels import from_pil
 
 PROMPTS = Path(scenes.__file__).with_name("judge_prompts.jsonl")
+COMMON_PROMPTS = PROMPTS.with_name("judge_prompts_common.jsonl")  # as many, of `argen.data.scenes.COMMON`
 AT_MOST = 8  # objects that are looked at
 AMONG = 5  # an object is what it should be if that is among so many of the judge's likeliest names
 SHARES = {"single": 100, "colour": 50, "pair": 125, "count": 125, "relation": 100}  # of the 500 prompts
@@ -164,13 +165,14 @@ def truths_of(table) -> Iterator[Truth]:
         yield Truth(row["caption"], row["kind"], objects, row["relation"])
 
 
-def draw_prompts(table, seed: int = 0) -> list[Truth]:
-    """The prompts of `PROMPTS`, drawn anew.
+def draw_prompts(table, seed: int = 0, only: Collection[str] | None = None) -> list[Truth]:
+    """The prompts of `PROMPTS`, drawn anew, or with `only` those of `COMMON_PROMPTS`.
 
     Args:
         table: training split of a set made by ``argen data emoji``.
+        only: of these things alone; for `COMMON_PROMPTS` those of `argen.data.scenes.COMMON` that the judge knows.
     """
-    composer, rng = scenes.Composer(table, table[0]["image"].width), random.Random(f"judge/{seed}")
+    composer, rng = scenes.Composer(table, table[0]["image"].width, only), random.Random(f"judge/{seed}")
     found: dict[str, Truth] = {}
     left = dict(SHARES)
     while left["single"]:

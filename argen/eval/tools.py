@@ -12,7 +12,7 @@ from argen.data.emoji import STYLES, with_article
 from argen.data.scenes import NUMBERS
 from argen.eval.features import PublishedCLIP
 from argen.eval.images import Pictures
-from argen.eval.judge import Truth, evaluate, read_prompts, verdict
+from argen.eval.judge import COMMON_PROMPTS, Truth, evaluate, read_prompts, verdict
 from argen.models.judge import Judge
 
 
@@ -32,15 +32,17 @@ def of_concepts(concepts: Sequence[str], each: int) -> list[Truth]:
 
 
 def others_than(concepts: Sequence[str], num: int) -> list[Truth]:
-    """The first of the judge's prompts of single things that are none of the concepts."""
+    """The first of the judge's prompts of single common things that are none of the concepts."""
     named = set(concepts)
-    found = [truth for truth in read_prompts() if truth.kind == "single" and truth.objects[0][0] not in named]
+    found = [
+        truth for truth in read_prompts(COMMON_PROMPTS) if truth.kind == "single" and truth.objects[0][0] not in named
+    ]
     return found[:num]
 
 
 def of_kind(kind: str, num: int) -> list[Truth]:
-    """The first of the judge's prompts of a kind."""
-    return [truth for truth in read_prompts() if truth.kind == kind][:num]
+    """The first of the judge's prompts of common things of a kind."""
+    return [truth for truth in read_prompts(COMMON_PROMPTS) if truth.kind == kind][:num]
 
 
 def counted(truth: Truth) -> tuple[int, str]:

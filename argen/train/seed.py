@@ -23,7 +23,7 @@ from tokenizers_img.pixels import from_uint8
 from tokenizers_img.seed import Seed, causal_mask, qformer
 
 CONTRASTIVE_SCHEDULES = {
-    "cpu": Schedule(steps=2500, batch_size=192, learning_rate=1e-3, warmup=100, weight_decay=0.05),
+    "cpu": Schedule(steps=2500, batch_size=128, learning_rate=1e-3, warmup=100, weight_decay=0.05),
     "gpu": Schedule(steps=20000, batch_size=1024, learning_rate=5e-4, weight_decay=0.05),
 }
 SCHEDULES = {
@@ -148,7 +148,7 @@ class SeedContrastiveTask(PicturesTask):
         own = {name: SIZES[name] for name in ("dim", "layers", "heads", "hidden", "features")}
         queries = nn.Parameter(0.02 * torch.randn(1, SIZES["tokens"], SIZES["dim"]))
         positions = self.clip.config.text_config.max_position_embeddings
-        model = Contrastive(qformer(**own, text=True), queries, len(words), positions, SIZES["embedding"])
+        model = Contrastive(qformer(**own, text=True, dropout=0.0), queries, len(words), positions, SIZES["embedding"])
         model.word_embeddings.weight.data.copy_(words)
         nn.init.normal_(model.position_embeddings.weight, std=0.02)
         self.networks: dict[str, nn.Module] = {"model": model}

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, CLIPModel
 
 from argen.data.emoji import GROUPS, caption
+from argen.data.scenes import thing_of
 from argen.data.tables import pixels, read_split
 from argen.pipelines.base import TokenPipeline, group_caption
 from argen.train.loop import Task
@@ -60,28 +61,44 @@ class CaptionsTask(Task):
         scenes_share: of the pictures are scenes.
         group_share: of the single pictures are shown with the name of their group instead of a caption.
         groups: by name.
+        only: the single pictures are of these things alone, see `argen.data.scenes.thing_of`; None for all.
     """
 
     null_caption: str | None = ""
     scenes_share, group_share = 0.12, 0.0
     groups = tuple(GROUPS)
+    only: tuple[str, ...] | None = None
 
     def __init__(self, data: Path, scenes: Path, clip: Path):
         self.text_tokenizer = AutoTokenizer.from_pretrained(clip)
         self.clip = CLIPModel.from_pretrained(clip, dtype=torch.float32).eval().requires_grad_(False)
 
-        table = read_split(data, "train")
+        table = self.read(data, "train")
         self.rows, self.pictures = table.remove_columns("image").to_list(), torch.from_numpy(pixels(table))
         table = read_split(scenes, "train")
         self.captions = list(table["caption"])
         self.scene_pictures = torch.from_numpy(pixels(table))
         self.picture_tokens, self.scene_tokens = self.tokens(self.pictures), self.tokens(self.scene_pictures)
-        table = read_split(data, "validation")
+        table = self.read(data, "validation")
         self.held_out_captions, self.held_out_pictures = list(table["caption"]), torch.from_numpy(pixels(table))
         self.held_out_tokens = self.tokens(self.held_out_pictures)
 
         tones = Counter((row["concept"], row["style"]) for row in self.rows)  # these share one picture's weight
         self.weights = torch.tensor([1 / tones[row["concept"], row["style"]] for row in self.rows])
+
+    def read(self, data: Path, split: str):
+        """A split of the single pictures.
+
+        Raises:
+            ValueError: none of them shows what is to be learned.
+        """
+        table = read_split(data, split)
+        if self.only is None:
+            return table
+        rows = [row for row, concept in enumerate(table["concept"]) if thing_of(concept, self.only)]
+        if not rows:
+            raise ValueError(f"{data} shows none of {', '.join(self.only)} in its {split} split: give all the pictures")
+        return table.select(rows)
 
     def tokens(self, pictures: Tensor) -> Tensor:
         """[B, H, W, 3] uint8 -> what is learned of them [B, ...]: ids or latents."""

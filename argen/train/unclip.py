@@ -18,16 +18,16 @@ from tokenizers_img.pixels import from_uint8
 from tokenizers_img.seed import UnCLIP
 
 SCHEDULES = {
-    "cpu": Schedule(steps=8000, batch_size=64, learning_rate=1e-3, warmup=200, weight_decay=0.01, betas=(0.9, 0.98)),
+    "cpu": Schedule(steps=3500, batch_size=64, learning_rate=1e-3, warmup=150, weight_decay=0.01, betas=(0.9, 0.98)),
     "gpu": Schedule(steps=60000, batch_size=512, learning_rate=4e-4, weight_decay=0.01),
 }
 UNET = {
-    "block_out_channels": (96, 160),
+    "block_out_channels": (176,),
     "layers_per_block": 1,
-    "down_block_types": ("AttnDownBlock2D", "AttnDownBlock2D"),
+    "down_block_types": ("AttnDownBlock2D",),
     "mid_block_type": "UNetMidBlock2D",
-    "up_block_types": ("AttnUpBlock2D", "AttnUpBlock2D"),
-    "attention_head_dim": 32,
+    "up_block_types": ("AttnUpBlock2D",),
+    "attention_head_dim": 44,
     "norm_num_groups": 16,
     "class_embed_type": "projection",
 }
@@ -53,7 +53,7 @@ class UnCLIPTask(LatentsTask):
             cross_attention_dim=width,
             **UNET,
         )
-        self.networks: dict[str, nn.Module] = {"model": model}
+        self.networks: dict[str, nn.Module] = {"model": model.to(memory_format=torch.channels_last)}
         self.noise = DDIMScheduler(**NOISE)
         self.normalizer = StableUnCLIPImageNormalizer(width)
         some = self.seen(self.pictures[:: max(1, len(self.pictures) // 2000)])
