@@ -152,10 +152,33 @@ def parser() -> Parser:
     add.add_argument("-o", "--out", type=Path, metavar="FILE", help="PNG file (default: the file's name with .png)")
     device_and_json(add)
 
+    add = commands.add_parser(
+        "batch", help="draw a table of prompts and settings; asked again, it goes on where it was"
+    )
+    add.add_argument("table", type=Path, metavar="FILE", help="CSV with the settings' names first, or JSON lines")
+    add.add_argument("-o", "--out", type=Path, required=True, metavar="DIR", help="for ROW-NUMBER.png and pictures.csv")
+    add.add_argument("--model", metavar="ID", help="of rows that name none (default: argen/emoji-parti)")
+    device_and_json(add)
+
+    add = commands.add_parser("grid", help="one prompt under several settings: a labelled picture and a CSV")
+    add.add_argument("prompt")
+    add.add_argument("-o", "--out", type=Path, required=True, metavar="FILE", help="PNG file; the CSV lies beside it")
+    for name, what in (("x", "columns"), ("y", "rows"), ("z", "tables below each other")):
+        how = f"the {what}, as guidance_scale=1,3,5 or prompt=a cat|a dog"
+        add.add_argument(f"--{name}", required=name == "x", metavar="SETTING=VALUES", help=how)
+    add.add_argument("--model", default="argen/emoji-parti", metavar="ID", help="(default: argen/emoji-parti)")
+    add.add_argument("--seed", type=int, default=0, metavar="S", help="(default: 0)")
+    device_and_json(add)
+
     add = commands.add_parser("describe", help="say what a picture shows, with a model that reads pictures")
     add.add_argument("image", type=Path, metavar="IMG")
     add.add_argument("question", nargs="?", default="", help="about the picture (default: none, it is described)")
-    add.add_argument("--model", required=True, metavar="ID", help="as AILab-CVC/seed-llama-8b-sft, see `argen models`")
+    add.add_argument(
+        "--model",
+        default="argen/emoji-seed-lm",
+        metavar="ID",
+        help="or AILab-CVC/seed-llama-8b-sft, see `argen models` (default: argen/emoji-seed-lm)",
+    )
     add.add_argument("--temperature", type=float, default=1.0, metavar="T", help="0: the likeliest words (default: 1)")
     add.add_argument("--seed", type=int, default=0, metavar="S", help="(default: 0)")
     device_and_json(add)
@@ -215,6 +238,9 @@ def parser() -> Parser:
     diffusion(add, 1, 0)
 
     add = commands.add_parser("models", help="list what ships and which published weights can be loaded")
+    what = add.add_mutually_exclusive_group()
+    what.add_argument("--verify", metavar="ID", help="whether the files of a model are whole")
+    what.add_argument("--delete", metavar="ID", help="delete what was downloaded of a model")
     add.add_argument("--json", action="store_true", help="print JSON")
 
     data = commands.add_parser("data", help="build the picture sets")
@@ -430,6 +456,46 @@ def reconstruct(args) -> None:
 
 
 @command
+def batch(args) -> None:
+    from tqdm import tqdm
+
+    from argen.metadata import replacing
+    from argen.studio.many import draw_table, listed, read_table
+
+    requests = read_table(args.table, **({"model": args.model} if args.model else {}))
+    models = cache(lambda name: load_model(name, args.device, "generator"))
+    drawn = tqdm(draw_table(requests, args.out, models), total=len(requests), desc="batch", disable=args.json)
+    files, made = zip(*(pair for row in drawn for pair in row), strict=True)
+    with replacing(args.out / "pictures.csv") as file:
+        file.write(listed(made, [path.name for path in files]).encode())
+    print(json.dumps({"files": list(map(str, files))}) if args.json else f"{args.out}: {len(files)} pictures")
+
+
+@command
+def grid(args) -> None:
+    from tqdm import tqdm
+
+    from argen.metadata import replacing
+    from argen.request import Request
+    from argen.studio.many import Axis, listed, sheet, varied
+
+    writable(args.out)
+    axes = [Axis.parse(text) for text in (args.x, args.y, args.z) if text]
+    requests = varied(Request(args.prompt, model=args.model, seed=args.seed), axes)
+    models = cache(lambda name: load_model(name, args.device, "generator"))
+    pictures = []
+    for request in tqdm(requests, desc="grid", disable=args.json):
+        *_, job = models(request.model).run(request)
+        pictures += job.pictures
+    table = args.out.with_suffix(".csv")
+    with replacing(args.out) as file:
+        sheet(pictures, axes).save(file, "PNG")
+    with replacing(table) as file:
+        file.write(listed(requests, [f"{args.out.name} {number}" for number in range(1, len(requests) + 1)]).encode())
+    print(json.dumps({"file": str(args.out), "table": str(table)}) if args.json else f"{args.out}, {table}")
+
+
+@command
 def describe(args) -> None:
     from argen.metadata import open_picture
 
@@ -438,7 +504,7 @@ def describe(args) -> None:
     picture = open_picture(args.image)
     pipe = load_model(args.model, args.device, "generator")
     if not hasattr(pipe, "describe"):
-        raise ValueError(f"{args.model} only draws: choose a model that reads pictures, as AILab-CVC/seed-llama-8b-sft")
+        raise ValueError(f"{args.model} only draws: choose a model that reads pictures, as argen/emoji-seed-lm")
     said = pipe.describe(picture, args.question, temperature=args.temperature, seed=args.seed)
     print(json.dumps({"image": str(args.image), "text": said}) if args.json else said)
 
@@ -575,14 +641,27 @@ def count(args) -> None:
 
 @command
 def models(args) -> None:
-    from argen.registry import MODELS, WEIGHTS
+    from argen.registry import MODELS
+    from argen.studio import holdings
 
+    if args.verify:
+        files = holdings.verify(args.verify)
+        if broken := [name for name, whole in files.items() if not whole]:
+            raise ValueError(
+                f"{', '.join(broken)} of {args.verify} is missing or broken: install argen or fetch it again"
+            )
+        print(json.dumps(files) if args.json else f"{args.verify}: {len(files)} files, all whole")
+        return
+    if args.delete:
+        gone = holdings.delete(args.delete)
+        print(json.dumps({"deleted": gone}) if args.json else f"deleted: {', '.join(gone)}")
+        return
     rows = []
-    for name, model in MODELS.items():
-        folder = WEIGHTS / name.removeprefix("argen/")
-        size = None if model.repo else sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-        row = {"id": name, "kind": model.kind, "ships": model.repo is None, "parameters_in_millions": model.parameters}
-        rows.append(row | {"bytes": size, "licence": model.licence, "about": model.about, "repo": model.repo})
+    for one in holdings.holdings():
+        model = MODELS[one.id]
+        row = {"id": one.id, "kind": model.kind, "ships": one.ships, "parameters_in_millions": model.parameters}
+        row |= {"bytes": one.bytes if one.folder else None, "folder": one.folder and str(one.folder)}
+        rows.append(row | {"licence": model.licence, "about": model.about, "repo": model.repo})
     if args.json:
         print(json.dumps(rows, indent=1))
         return
@@ -590,7 +669,8 @@ def models(args) -> None:
         print(f"{title}:")
         for row in (row for row in rows if row["ships"] is ships):
             size = f"{row['bytes'] / 1e6:.1f} MB" if ships else f"{row['parameters_in_millions']:,.0f}M parameters"
-            print(f"  {row['id']:34} {row['kind']:10} {size:>17}  {row['about']} ({row['licence']})")
+            here = ", here" if row["folder"] and not ships else ""
+            print(f"  {row['id']:34} {row['kind']:10} {size:>17}  {row['about']} ({row['licence']}{here})")
 
 
 @command

@@ -21,6 +21,7 @@ def add_commands(top: argparse.ArgumentParser) -> None:
     """Add what can be measured to a parser, as sub-commands."""
     commands = top.add_subparsers(dest="metric", required=True, metavar="WHAT")
     pictures = "pictures: a folder, or a .zip, .npz or .parquet file"
+    real = f"real {pictures}, or .npz statistics; emoji: those of the training pictures, for --features emoji"
 
     add = commands.add_parser(
         "fid",
@@ -30,7 +31,7 @@ def add_commands(top: argparse.ArgumentParser) -> None:
     what = add.add_mutually_exclusive_group(required=True)
     what.add_argument("--samples", type=Path, metavar="PATH", help=pictures)
     what.add_argument("--model", metavar="ID", help="draw pictures with this generator, see `argen models`")
-    add.add_argument("--ref", type=Path, required=True, metavar="PATH", help=f"real {pictures}, or .npz statistics")
+    add.add_argument("--ref", type=Path, required=True, metavar="PATH", help=real)
     add.add_argument("--metrics", default="fid", metavar="LIST", help="of fid, sfid, is, kid, pr (default: fid)")
     _drawing(add, "pictures to draw with --model (default: 2000)", "the captions of --ref")
     _looking(add)
@@ -254,7 +255,8 @@ def fid(args: argparse.Namespace) -> None:
     extractor, seconds = _extractor(args), {}
     wanted = [name.strip() for name in args.metrics.split(",")]
     settings = {**run.settings_of(extractor, args.crop), "reference": str(args.ref), "metrics": wanted}
-    reference = run.read_reference(args.ref, extractor, args.crop, args.force)
+    path = run.EMOJI if str(args.ref) == "emoji" else args.ref
+    reference = run.read_reference(path, extractor, args.crop, args.force)
     run.check(wanted, extractor, reference)
     if args.model:
         prompts = _lines(args.prompts) if args.prompts else getattr(reference, "captions", None)

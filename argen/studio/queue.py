@@ -10,7 +10,7 @@ import math
 import secrets
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -124,13 +124,18 @@ class Studio:
         Raises:
             QueueFull: too many jobs of this owner wait.
         """
+        return self.submit_all([request], owner)[0]
+
+    def submit_all(self, requests: Sequence[Request], owner: str = LOCAL) -> list[str]:
+        """`submit` of all of them, or of none."""
         with self.changed:
-            if (waiting := self.store.count(WAITING, owner)) >= MOST_WAITING:
-                raise QueueFull(f"{waiting:,} jobs are waiting: expected fewer than {MOST_WAITING:,}, try again later")
-            id = secrets.token_hex(6)
-            self.store.add_job(id, owner, request)
+            if (waiting := self.store.count(WAITING, owner)) + len(requests) > MOST_WAITING:
+                raise QueueFull(f"{waiting:,} jobs are waiting: expected at most {MOST_WAITING:,}, try again later")
+            ids = [secrets.token_hex(6) for _ in requests]
+            for id, request in zip(ids, requests, strict=True):
+                self.store.add_job(id, owner, request)
             self.changed.notify_all()
-        return id
+        return ids
 
     def cancel(self, id: str, owner: str | None = None) -> None:
         """Take a job out of the line, or stop it at the next token; what is written is kept for `resume`.

@@ -17,7 +17,7 @@ from argen.train.tokens import LatentsTask
 
 SCHEDULES = {
     "cpu": Schedule(
-        steps=3200, batch_size=64, learning_rate=1.2e-3, warmup=150, weight_decay=0.01, betas=(0.9, 0.98), muon=True
+        steps=2600, batch_size=64, learning_rate=1.2e-3, warmup=150, weight_decay=0.01, betas=(0.9, 0.98), muon=True
     ),
     "gpu": Schedule(steps=80000, batch_size=512, learning_rate=4e-4, weight_decay=0.01),
 }

@@ -19,7 +19,7 @@ from tokenizers_img.seed import Seed
 
 SCHEDULES = {
     "cpu": Schedule(
-        steps=6000, batch_size=64, learning_rate=2e-3, warmup=120, weight_decay=0.05, betas=(0.9, 0.98), muon=True
+        steps=2200, batch_size=64, learning_rate=2e-3, warmup=100, weight_decay=0.05, betas=(0.9, 0.98), muon=True
     ),
     "gpu": Schedule(steps=40000, batch_size=512, learning_rate=1e-3, weight_decay=0.05, betas=(0.9, 0.98)),
 }

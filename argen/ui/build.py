@@ -7,11 +7,13 @@ import torch
 from diffusers import DiffusionPipeline
 
 from argen.registry import MODELS, ids, load_diffusion
-from argen.ui import control, lab, tools
+from argen.ui import control, evaluate, lab, tools
+from argen.ui import models as manager
 from argen.ui.edit import Edit
 from argen.ui.gallery import Gallery
 from argen.ui.generate import Create
 from argen.ui.jobs import Desk
+from argen.ui.many import Many
 
 
 def build(desk: Desk, device: torch.device) -> gr.Blocks:
@@ -35,6 +37,8 @@ def build(desk: Desk, device: torch.device) -> gr.Blocks:
             Edit(models, [name for name in free if MODELS[name].grid], desk)
         with gr.Tab("Control"):
             control.tab(models, controlled, desk)
+        with gr.Tab("Many"):
+            Many(free, desk)
         with gr.Tab("Gallery") as tab:
             gallery = Gallery(desk)
             tab.select(*gallery.first)
@@ -42,6 +46,11 @@ def build(desk: Desk, device: torch.device) -> gr.Blocks:
             tools.tab(pipelines)
         with gr.Tab("Tokenizers"):
             lab.tab(models, tokenizers, [name for name in tokenizers if MODELS[name].repo is None])
+        with gr.Tab("Evaluate"):
+            evaluate.tab(desk.studio, free)
+        with gr.Tab("Models"):
+            weights = manager.tab()
         page.load(create.view.restore, None, create.view.watched)
         page.load(create.presets, None, create.name)
+        page.load(*weights)
     return page

@@ -1,0 +1,213 @@
+"""Many requests at once: a table of them (CSV or JSON lines), and the X/Y/Z grid of one under several settings."""
+
+import csv
+import io
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields, replace
+from itertools import product
+from pathlib import Path
+
+from PIL import Image, ImageDraw, ImageFont
+
+from argen.metadata import read_request, save_pictures
+from argen.pipelines.base import TokenPipeline
+from argen.request import REAL, WHOLE, Request
+
+SETTINGS = tuple(item.name for item in fields(Request) if item.name not in ("control", "tokens"))
+TABLES = (".csv", ".jsonl")
+MOST_ROWS, MOST_BYTES, MOST_CELLS = 1000, 1_000_000, 100
+BETWEEN = {"prompt": "|"}  # values of an axis; the others have commas
+LABEL, GAP = 22, 4  # pixels
+
+
+@dataclass(frozen=True)
+class Axis:
+    """A setting, and the values that it goes through."""
+
+    name: str
+    values: tuple
+
+    @classmethod
+    def parse(cls, text: str) -> "Axis":
+        """From "guidance_scale=1,3,5"; prompts stand between bars: "prompt=a cat|a dog".
+
+        Raises:
+            ValueError: no such setting, no value, or one that is none of it.
+        """
+        name, _, values = text.partition("=")
+        name = name.strip()
+        parts = [part.strip() for part in values.split(BETWEEN.get(name, ","))]
+        if not values.strip() or not all(parts):
+            raise ValueError(f"the axis {text!r} has no values: expected SETTING=VALUE,VALUE, as guidance_scale=1,3,5")
+        return cls(name, tuple(value_of(name, part) for part in parts))
+
+
+def value_of(name: str, text: str):
+    """The value of a setting, out of what was typed.
+
+    Raises:
+        ValueError: no such setting, or no number where one is expected.
+    """
+    if name not in SETTINGS:
+        raise ValueError(f"unknown setting {name!r}: expected one of {', '.join(SETTINGS)}")
+    kind = int if name in WHOLE or name == "steps" else float if name in REAL else str
+    try:
+        return kind(text)
+    except ValueError:
+        raise ValueError(f"{name} is {text!r}: expected a {'whole ' if kind is int else ''}number") from None
+
+
+def read_table(path: Path, **given) -> list[Request]:
+    """The requests of a file, one a row.
+
+    Args:
+        path: ``.csv`` with the names of settings in its first line, or ``.jsonl`` with an object a line; what a row leaves out, or
+            leaves empty, is `given`, or the model's own.
+
+    Raises:
+        ValueError: another kind of file, too much in it, or a row that cannot be asked for: says which.
+    """
+    if path.suffix.lower() not in TABLES:
+        raise ValueError(f"{path.name} is no table: expected a file that ends in {' or '.join(TABLES)}")
+    if path.stat().st_size > MOST_BYTES:
+        raise ValueError(f"{path.name} has {path.stat().st_size:,} bytes: expected at most {MOST_BYTES:,}")
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path.name} is no text in UTF-8: save it as such") from error
+    rows = _csv_rows(text) if path.suffix.lower() == ".csv" else _json_rows(text)
+    requests = []
+    for number, row in rows:
+        try:
+            requests.append(Request.from_dict(given | _checked(row())))
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"line {number} of {path.name}: {error}") from error
+        if len(requests) > MOST_ROWS:
+            raise ValueError(f"{path.name} has more than {MOST_ROWS:,} rows: split it")
+    if not requests:
+        raise ValueError(f"{path.name} has no rows: expected one a request")
+    return requests
+
+
+Rows = Iterator[tuple[int, Callable[[], dict]]]  # numbers of lines, and what reads each
+
+
+def _csv_rows(text: str) -> Rows:
+    table = csv.DictReader(io.StringIO(text), restkey="more", skipinitialspace=True)
+    if "prompt" not in (table.fieldnames or []):
+        raise ValueError("the first line of the table names no column prompt: expected names of settings there")
+
+    def read(row: dict) -> dict:
+        if "more" in row:
+            raise ValueError("it has more values than the first line has names")
+        return {name: value_of(name, value) for name, value in row.items() if value}
+
+    for row in table:
+        yield table.line_num, lambda row=row: read(row)
+
+
+def _json_rows(text: str) -> Rows:
+    for number, row in enumerate(text.splitlines(), 1):
+        if row.strip():
+            yield number, lambda row=row: json.loads(row)
+
+
+def _checked(row) -> dict:
+    if not isinstance(row, dict):
+        raise ValueError("expected an object with names of settings")
+    if unknown := [name for name in row if name not in SETTINGS]:
+        raise ValueError(f"unknown setting {unknown[0]!r}: expected one of {', '.join(SETTINGS)}")
+    return {name: value for name, value in row.items() if value is not None}
+
+
+def files_of(request: Request, row: int, folder: Path) -> list[Path]:
+    """Where the pictures of a row of a table go."""
+    return [folder / f"{row:05d}-{number}.png" for number in range(1, request.num_images + 1)]
+
+
+def draw_table(
+    requests: Sequence[Request], folder: Path, models: Callable[[str], TokenPipeline]
+) -> Iterator[list[tuple[Path, Request]]]:
+    """Draw what is not there yet; of each request, in turn, its files and what makes the picture in each again.
+
+    Raises:
+        ValueError: a file of the folder was made by another table; says which.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    for row, request in enumerate(requests, 1):
+        files = files_of(request, row, folder)
+        if not all(file.exists() for file in files):
+            *_, job = models(request.model).run(request)
+            save_pictures(list(zip(job.pictures, job.requests, strict=True)), files)
+            made = job.requests
+        else:
+            made = [read_request(file) for file in files]
+        if request.num_candidates is None and not _made_by(made[0], request):
+            raise ValueError(f"{files[0]} was made with other settings than row {row} has: choose another --out")
+        yield list(zip(files, made, strict=True))
+
+
+def _made_by(made: Request, request: Request) -> bool:
+    """Whether a picture is the first of a request; its sampler may have been chosen by the model."""
+    own = request.of_picture(0).given()
+    return all(made.given().get(name) == value for name, value in own.items() if name != "sampler")
+
+
+def varied(base: Request, axes: Sequence[Axis]) -> list[Request]:
+    """One picture for every combination of the axes' values; the first axis changes fastest.
+
+    Raises:
+        ValueError: no axis, two of the same setting, or too many pictures.
+    """
+    names = [axis.name for axis in axes]
+    if not axes or len(set(names)) < len(names):
+        raise ValueError(f"the axes are {', '.join(names) or 'none'}: expected one to three different settings")
+    if "num_images" in names:
+        raise ValueError("num_images cannot be an axis: every combination has one picture")
+    together = list(product(*(axis.values for axis in reversed(axes))))
+    if len(together) > MOST_CELLS:
+        raise ValueError(f"the grid has {len(together):,} pictures: expected at most {MOST_CELLS}")
+    single = replace(base, num_images=1)
+    return [replace(single, **dict(zip(reversed(names), values, strict=True))) for values in together]
+
+
+def sheet(pictures: Sequence[Image.Image], axes: Sequence[Axis]) -> Image.Image:
+    """The pictures of `varied` under their labels: columns, rows, and a table below the other for each value of a third axis."""
+    across, down, deep = (*axes, *[Axis("", ("",))] * (3 - len(axes)))
+    width, height = (max(picture.size[side] for picture in pictures) for side in (0, 1))
+    font = ImageFont.load_default(size=13)
+    side = max([0, *(round(font.getlength(_label(down, value))) for value in down.values)]) + 2 * GAP
+    width = max(width, *(round(font.getlength(_label(across, value))) for value in across.values)) + GAP
+    table = LABEL * (1 + bool(deep.name)) + len(down.values) * (height + GAP)
+    page = Image.new("RGB", (side + len(across.values) * width, len(deep.values) * table), "white")
+    pen = ImageDraw.Draw(page)
+    for number, last in enumerate(deep.values):
+        top = number * table
+        if deep.name:
+            pen.text((GAP, top + GAP), _label(deep, last), fill="black", font=font)
+            top += LABEL
+        for column, value in enumerate(across.values):
+            pen.text((side + column * width, top + GAP), _label(across, value), fill="black", font=font)
+        for row, value in enumerate(down.values):
+            y = top + LABEL + row * (height + GAP)
+            pen.text((GAP, y + height // 2), _label(down, value), fill="black", font=font)
+            for column in range(len(across.values)):
+                index = (number * len(down.values) + row) * len(across.values) + column
+                page.paste(pictures[index].convert("RGB"), (side + column * width, y))
+    return page
+
+
+def _label(axis: Axis, value) -> str:
+    return str(value) if axis.name in ("", "prompt") else f"{axis.name} {value}"
+
+
+def listed(requests: Sequence[Request], files: Sequence[str]) -> str:
+    """A CSV of what made each file."""
+    names = [name for name in SETTINGS if any(name in request.given() for request in requests)]
+    text = io.StringIO()
+    table = csv.writer(text, lineterminator="\n")
+    table.writerow(["file", *names])
+    for request, file in zip(requests, files, strict=True):
+        table.writerow([file, *(request.given().get(name, "") for name in names)])
+    return text.getvalue()

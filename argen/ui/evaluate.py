@@ -1,0 +1,94 @@
+"""The tab that measures a generator: its distance to real emoji, or what the judge sees in pictures of fixed prompts."""
+
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import gradio as gr
+import numpy as np
+import torch
+from PIL import Image
+
+from argen.eval import judge, run
+from argen.eval.features import encoder_features
+from argen.eval.images import open_pictures
+from argen.metadata import save_pictures
+from argen.registry import load
+from argen.studio.queue import Studio
+from argen.ui.jobs import refusals
+
+FID, JUDGE = "FID-emoji, against the 12,853 pictures of training", "the judge, on its 500 prompts"
+A_BATCH = 4  # pictures, after which the queue has its turn
+MOST = 2000
+
+
+def tab(studio: Studio, ids: Sequence[str]) -> None:
+    """Lay the tab out inside the current `gr.Blocks`; `ids` are those of the generators to choose from."""
+
+    def measure(what: str, model: str, num: float, seed: float) -> Iterator[tuple]:
+        with refusals():
+            yield from measured(studio, what, model, int(num), int(seed or 0))
+
+    with gr.Row():
+        with gr.Column(scale=2):
+            what = gr.Radio([FID, JUDGE], value=FID, label="What", elem_id="eval-what")
+            model = gr.Dropdown(list(ids), value=ids[0], label="Model", elem_id="eval-model")
+            num = gr.Slider(2, MOST, value=200, step=1, label="Pictures", info="FID wants 2,000", elem_id="eval-num")
+            seed = gr.Number(0, precision=0, minimum=0, label="Seed", elem_id="eval-seed")
+            with gr.Row():
+                go = gr.Button("Measure", variant="primary", elem_id="eval-go")
+                stop = gr.Button("Stop", elem_id="eval-stop")
+        with gr.Column(scale=3):
+            state = gr.Markdown(elem_id="eval-state")
+            table = gr.Dataframe(
+                headers=["what", "value", "pictures", "of real pictures"],
+                interactive=False,
+                show_label=False,
+                elem_id="eval",
+            )
+            shown = gr.Image(label="The first 64", format="png", interactive=False, elem_id="eval-grid")
+    begun = go.click(measure, [what, model, num, seed], [state, table, shown], concurrency_limit=1)
+    stop.click(lambda: "stopped", None, state, cancels=[begun])
+
+
+def measured(studio: Studio, what: str, model: str, num: int, seed: int) -> Iterator[tuple]:
+    """(how far it is, rows of scores, a sheet of pictures), the last two once they are there.
+
+    Raises:
+        ValueError: no such number of pictures.
+    """
+    if not 2 <= num <= MOST:
+        raise ValueError(f"the number of pictures is {num}: expected 2 to {MOST:,}")
+    yield "loading", None, None
+    pipe, truths, started = studio.models(model), judge.read_prompts(), time.time()
+    clip = load("argen/emoji-clip").to(pipe.device)
+    looks = encoder_features("emoji", clip)
+    reference = run.read_reference(run.EMOJI, looks, None)
+    asked = [truth.prompt for truth in truths] if what == JUDGE else reference.captions
+    chosen = [index * len(asked) // num % len(asked) for index in range(num)]  # evenly spread
+    pictures: list[Image.Image] = []
+    while len(pictures) < num:
+        rows = range(len(pictures), min(num, len(pictures) + A_BATCH))
+        luck = [torch.Generator().manual_seed((seed << 32) + index) for index in rows]
+        with studio.device:
+            pictures += pipe([asked[chosen[index]] for index in rows], generator=luck).images
+        left = (time.time() - started) / len(pictures) * (num - len(pictures))
+        yield f"{len(pictures)} of {num} pictures, {left:.0f} s left", gr.skip(), gr.skip()
+    sheet = run.grid([np.asarray(picture) for picture in pictures[:64]])
+    yield "looking at them", gr.skip(), sheet
+    if what == JUDGE:
+        network = load("argen/emoji-judge")
+        seen = [np.asarray(picture.convert("RGB")) for picture in pictures]
+        scores = judge.evaluate(network, seen, [truths[index] for index in chosen])
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            place = Path(folder)
+            (place / "samples").mkdir()
+            files = [place / "samples" / f"{index:06d}.png" for index in range(num)]
+            save_pictures([(picture, None) for picture in pictures], files)
+            samples = open_pictures(place / "samples")
+            scores = run.compare(samples, reference, looks, ["fid"], place, place / "cache")
+    rows = [[name, round(one["value"], 3), one["n"], one.get("judge_on_real")] for name, one in scores.items()]
+    notes = "; ".join(one["warning"] for one in scores.values() if "warning" in one)
+    yield f"{num} pictures in {time.time() - started:.0f} s{f'; {notes}' if notes else ''}", rows, sheet

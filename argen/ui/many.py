@@ -1,0 +1,133 @@
+"""The tab that asks for many pictures at once: one prompt under several settings, and tables of requests."""
+
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import gradio as gr
+
+from argen.request import Request
+from argen.studio.many import SETTINGS, Axis, listed, read_table, sheet, varied
+from argen.studio.store import DONE
+from argen.ui.jobs import TICK, Desk, refusals
+
+NONE = "none"
+
+
+class Many:
+    """The tab; lay it out inside the current `gr.Blocks`.
+
+    Args:
+        ids: of the generators to choose from.
+    """
+
+    def __init__(self, ids: Sequence[str], desk: Desk):
+        self.desk, self.studio = desk, desk.studio
+        asked = gr.State(None)  # the axes, and the ids of the jobs
+        names = [name for name in SETTINGS if name != "num_images"]
+        gr.Markdown("### One prompt under several settings")
+        with gr.Row():
+            with gr.Column(scale=2):
+                model = gr.Dropdown(list(ids), value=ids[0], label="Model", elem_id="grid-model")
+                prompt = gr.Textbox(label="Prompt", placeholder="a pizza", elem_id="grid-prompt")
+                seed = gr.Number(0, precision=0, minimum=0, label="Seed", elem_id="grid-seed")
+                fields = [model, prompt, seed]
+                for letter, what, first in (
+                    ("x", "columns", "guidance_scale"),
+                    ("y", "rows", "seed"),
+                    ("z", "tables", NONE),
+                ):
+                    with gr.Row():
+                        fields.append(
+                            gr.Dropdown(
+                                [NONE, *names], value=first, label=f"{letter.upper()}, {what}", elem_id=f"axis-{letter}"
+                            )
+                        )
+                        fields.append(
+                            gr.Textbox(
+                                {"x": "1, 4, 8", "y": "0, 1"}.get(letter, ""),
+                                label=f"Values of {letter.upper()}",
+                                info="between commas; prompts between |",
+                                elem_id=f"values-{letter}",
+                            )
+                        )
+                go = gr.Button("Draw the grid", variant="primary", elem_id="draw-grid")
+            with gr.Column(scale=3):
+                page = gr.Image(label="The grid", format="png", interactive=False, elem_id="grid")
+                state = gr.Markdown(elem_id="grid-state")
+                table = gr.File(label="CSV of what made each picture", visible=False, elem_id="grid-table")
+        timer = gr.Timer(TICK, active=False)
+        go.click(self.begin, fields, [asked, timer])
+        timer.tick(self.look, asked, [page, state, table, timer], show_progress="hidden", concurrency_limit=None)
+
+        gr.Markdown("### A table of requests")
+        with gr.Row():
+            with gr.Column(scale=2):
+                file = gr.File(
+                    label="CSV with the settings' names in its first line, or JSON lines",
+                    file_types=[".csv", ".jsonl"],
+                    elem_id="batch-file",
+                )
+                other = gr.Dropdown(
+                    list(ids), value=ids[0], label="Model of rows that name none", elem_id="batch-model"
+                )
+                send = gr.Button("Put all of it into the queue", variant="primary", elem_id="batch-go")
+            with gr.Column(scale=3):
+                told = gr.Markdown(
+                    "The pictures will be in the gallery. What waits is on disk: it goes on after a restart, too.",
+                    elem_id="batch-state",
+                )
+        send.click(self.batch, [file, other], told)
+
+    def begin(self, request: gr.Request, model: str, prompt: str, seed: float, *fields: str) -> tuple:
+        """Put every combination into the queue."""
+        with refusals():
+            axes = [
+                Axis.parse(f"{name}={values}")
+                for name, values in zip(fields[::2], fields[1::2], strict=True)
+                if name != NONE
+            ]
+            wishes = varied(Request(prompt.strip(), model=model, seed=int(seed or 0)), axes)
+            for name in {wish.model for wish in wishes}:
+                self.studio.models(name)  # says so if there is none
+            owner = self.desk.owner(request)
+            return (axes, self.studio.submit_all(wishes, owner)), gr.Timer(active=True)
+
+    def look(self, asked: tuple | None) -> tuple:
+        """The grid, when all of it is done."""
+        if asked is None:
+            return gr.skip(), gr.skip(), gr.skip(), gr.Timer(active=False)
+        axes, ids = asked
+        jobs = [self.studio.progress(id) for id in ids]
+        done = sum(job.state == DONE for job in jobs)
+        if not all(job.over for job in jobs):
+            return gr.skip(), f"{done} of {len(jobs)} pictures", gr.skip(), gr.skip()
+        if done < len(jobs):
+            why = next(job.error or job.state for job in jobs if job.state != DONE)
+            return (
+                None,
+                f"**{len(jobs) - done} of {len(jobs)} pictures are missing:** {why}",
+                gr.skip(),
+                gr.Timer(active=False),
+            )
+        saved = [job.pictures[0] for job in jobs]
+        csv = Path(tempfile.mkdtemp(prefix="argen-")) / "grid.csv"
+        csv.write_text(listed([one.request for one in saved], [f"{one.id}.png" for one in saved]), encoding="utf-8")
+        made = sheet([self.studio.store.opened(one.id) for one in saved], axes)
+        return (
+            made,
+            f"{done} pictures, also in the gallery",
+            gr.update(value=str(csv), visible=True),
+            gr.Timer(active=False),
+        )
+
+    def batch(self, request: gr.Request, path: str | None, model: str) -> str:
+        """Put the rows of a file into the queue, all of them or none."""
+        with refusals():
+            if path is None:
+                raise ValueError("there is no table: drop a CSV or JSON lines file")
+            wishes = read_table(Path(path), model=model)
+            for name in {wish.model for wish in wishes}:
+                self.studio.models(name)
+            self.studio.submit_all(wishes, self.desk.owner(request))
+        return f"{len(wishes)} requests are in the queue; their pictures will be in the gallery."

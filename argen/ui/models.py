@@ -1,0 +1,58 @@
+"""The tab of the weights: what there is, what is here, whether it is whole."""
+
+import gradio as gr
+
+from argen.registry import MODELS
+from argen.studio import holdings
+from argen.ui.jobs import refusals
+
+HEAD = ["id", "kind", "where", "MB here", "million parameters", "licence", "what"]
+
+
+def tab() -> tuple:
+    """Lay the tab out inside the current `gr.Blocks`; what fills its table, as `Blocks.load` takes it."""
+
+    def rows() -> list[list]:
+        found = []
+        for one in holdings.holdings():
+            model, size = MODELS[one.id], round(one.bytes / 1e6, 1) if one.folder else ""
+            found.append([one.id, model.kind, one.state, size, model.parameters, model.licence, model.about])
+        return found
+
+    def choose(found: list[list], event: gr.SelectData) -> tuple:
+        id = found[event.index[0]][0]
+        folder = next(one.folder for one in holdings.holdings() if one.id == id)
+        return id, f"Chosen: `{id}`" + (f", in {folder}" if folder else "")
+
+    def verify(id: str | None) -> str:
+        with refusals():
+            found = holdings.verify(_chosen(id))
+        broken = [name for name, whole in found.items() if not whole]
+        return f"**Broken or missing: {', '.join(broken)}**" if broken else f"All {len(found)} files of {id} are whole."
+
+    def delete(id: str | None) -> tuple:
+        with refusals():
+            gone = holdings.delete(_chosen(id))
+        return f"Deleted from the disk: {', '.join(gone)}.", rows()
+
+    chosen = gr.State(None)
+    table = gr.Dataframe(headers=HEAD, type="array", interactive=False, show_label=False, wrap=True, elem_id="models")
+    which = gr.Markdown("Chosen: none", elem_id="models-chosen")
+    with gr.Row():
+        check = gr.Button("Check its files", elem_id="models-verify")
+        drop = gr.Button("Delete what was downloaded", variant="stop", elem_id="models-delete")
+        look = gr.Button("Look again", elem_id="models-look")
+        offline = gr.Checkbox(holdings.is_offline(), label="Offline: fetch nothing", elem_id="models-offline")
+    told = gr.Markdown(elem_id="models-state")
+    table.select(choose, table, [chosen, which])
+    check.click(verify, chosen, told)
+    drop.click(delete, chosen, [told, table])
+    look.click(rows, None, table)
+    offline.input(holdings.set_offline, offline, None)
+    return rows, None, table
+
+
+def _chosen(id: str | None) -> str:
+    if id is None:
+        raise ValueError("no model is chosen: click on one in the table")
+    return id

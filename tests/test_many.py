@@ -1,0 +1,108 @@
+"""Tables of requests, and grids of one under several settings: by the commands."""
+
+import csv
+import json
+import re
+
+import pytest
+from PIL import Image
+
+from argen.cli import main
+from argen.request import Request
+from argen.studio.many import Axis, read_table, sheet, varied
+
+
+def test_a_table_is_drawn_and_gone_on_with(tmp_path, capsys):
+    table, out = tmp_path / "wishes.csv", tmp_path / "out"
+    table.write_text('prompt,seed,num_images,temperature\n"a red apple, noto style",3,2,\na cat,,,0.5\n')
+    assert main(["batch", str(table), "-o", str(out), "--device", "cpu", "--json"]) == 0
+    files = json.loads(capsys.readouterr().out)["files"]
+    assert [file.rpartition("/")[2] for file in files] == ["00001-1.png", "00001-2.png", "00002-1.png"]
+    rows = list(csv.DictReader((out / "pictures.csv").open()))
+    assert [(row["prompt"], row["seed"], row["num_images"]) for row in rows] == [
+        ("a red apple, noto style", "3", "1"),
+        ("a red apple, noto style", "4", "1"),
+        ("a cat", "0", "1"),
+    ]
+    kept, gone = (out / "00001-1.png").stat().st_mtime_ns, (out / "00002-1.png").read_bytes()
+    (out / "00002-1.png").unlink()
+    assert main(["batch", str(table), "-o", str(out), "--device", "cpu"]) == 0
+    assert (out / "00001-1.png").stat().st_mtime_ns == kept
+    assert (out / "00002-1.png").read_bytes() == gone
+    table.write_text(table.read_text().replace(",3,", ",5,"))
+    capsys.readouterr()
+    assert main(["batch", str(table), "-o", str(out), "--device", "cpu"]) != 0
+    assert "00001-1.png was made with other settings than row 1 has" in capsys.readouterr().err
+
+
+def test_json_lines_are_read(tmp_path):
+    table = tmp_path / "wishes.jsonl"
+    table.write_text('{"prompt": "a cat", "guidance_scale": 2.5}\n\n{"prompt": "a dog", "model": "argen/emoji-xar"}\n')
+    first, second = read_table(table, model="argen/emoji-llamagen")
+    assert first == Request("a cat", model="argen/emoji-llamagen", guidance_scale=2.5)
+    assert second.model == "argen/emoji-xar"
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "said"),
+    [
+        ("a.csv", "prompt,seed\na cat,x\n", "line 2 of a.csv: seed is 'x': expected a whole number"),
+        ("a.csv", "prompt,colour\na cat,red\n", "line 2 of a.csv: unknown setting 'colour'"),
+        ("a.csv", "prompt\na cat,red\n", "line 2 of a.csv: it has more values than the first line has names"),
+        ("a.csv", "seed\n3\n", "the first line of the table names no column prompt"),
+        ("a.csv", "prompt\n", "a.csv has no rows"),
+        ("a.csv", "prompt,temperature\na cat,nan\n", "line 2 of a.csv: temperature is nan"),
+        ("a.jsonl", '{"prompt": "a cat"}\n[1]\n', "line 2 of a.jsonl: expected an object"),
+        ("a.jsonl", '{"prompt": 3}\n', "line 1 of a.jsonl: the prompt is empty"),
+        ("a.jsonl", "{\n", "line 1 of a.jsonl: "),
+        ("a.txt", "a cat\n", "a.txt is no table"),
+        ("a.csv", "prompt\n" + "a cat\n" * 1001, "a.csv has more than 1,000 rows"),
+    ],
+)
+def test_a_bad_table_is_refused(tmp_path, name, text, said):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match=re.escape(said)):
+        read_table(tmp_path / name)
+
+
+def test_a_grid_is_drawn(tmp_path, capsys):
+    out = tmp_path / "grid.png"
+    axes = ["--x", "guidance_scale=1,4,7", "--y", "prompt=a cat|a red apple, noto style"]
+    assert main(["grid", "a cat", *axes, "--seed", "7", "-o", str(out), "--device", "cpu"]) == 0
+    rows = list(csv.DictReader(out.with_suffix(".csv").open()))
+    assert [(row["guidance_scale"], row["prompt"], row["seed"]) for row in rows] == [
+        (guidance, prompt, "7") for prompt in ("a cat", "a red apple, noto style") for guidance in ("1.0", "4.0", "7.0")
+    ]
+    with Image.open(out) as made:
+        assert made.width > 3 * 128
+        assert made.height > 2 * 128
+
+
+def test_every_picture_of_a_grid_stands_under_its_values():
+    axes = [Axis.parse("seed=1,2,3"), Axis.parse("temperature=0,1"), Axis.parse("top_k=5,50")]
+    requests = varied(Request("a cat", num_images=4), axes)
+    assert [request.num_images for request in requests] == [1] * 12
+    colours = [(255, 0, 20 * number) for number in range(12)]
+    page = sheet([Image.new("RGB", (60, 50), colour) for colour in colours], axes)
+    seen = [page.getpixel((x, y)) for y in range(page.height) for x in range(page.width)]
+    assert [colour for colour in dict.fromkeys(seen) if colour in colours] == colours
+    assert all(seen.count(colour) == 60 * 50 for colour in colours)
+    assert [(r.seed, r.temperature, r.top_k) for r in requests[:4]] == [(1, 0, 5), (2, 0, 5), (3, 0, 5), (1, 1, 5)]
+
+
+@pytest.mark.parametrize(
+    ("axes", "said"),
+    [
+        (["colour=red"], "unknown setting 'colour'"),
+        (["seed"], "the axis 'seed' has no values"),
+        (["seed=1,,2"], "the axis 'seed=1,,2' has no values"),
+        (["seed=1,b"], "seed is 'b': expected a whole number"),
+        (["seed=1", "seed=2"], "the axes are seed, seed"),
+        (["num_images=1,2"], "num_images cannot be an axis"),
+        (["seed=" + ",".join(map(str, range(101)))], "the grid has 101 pictures"),
+        (["guidance_scale=1,-2"], "guidance_scale is -2.0"),
+    ],
+)
+def test_a_bad_grid_is_refused(axes, said):
+    with pytest.raises(ValueError, match=re.escape(said)):
+        varied(Request("a cat"), [Axis.parse(text) for text in axes])

@@ -1,0 +1,114 @@
+"""The tabs Many, Evaluate and Models, driven in Chromium as a person would, and what stands behind them."""
+
+import csv
+import re
+
+import pytest
+from PIL import Image
+from test_ui import page, site  # noqa: F401, fixtures
+from test_ui import pytestmark as marks
+
+from argen.eval import run
+
+
+def browser(test):
+    for mark in marks:
+        test = mark(test)
+    return test
+
+
+def opened(page, name):  # noqa: F811
+    page.get_by_role("tab", name=name, exact=True).click()
+
+
+@browser
+def test_a_grid_of_settings_is_drawn(page, tmp_path):  # noqa: F811
+    opened(page, "Many")
+    page.locator("#grid-prompt textarea").fill("a red apple, noto style")
+    page.locator("#values-x input, #values-x textarea").first.fill("1, 6")
+    page.get_by_role("button", name="Draw the grid").click()
+    page.get_by_text("4 pictures, also in the gallery").wait_for(timeout=90_000)
+    with page.expect_download() as loaded:
+        page.locator("#grid-table a").first.click()
+    loaded.value.save_as(tmp_path / "grid.csv")
+    rows = list(csv.DictReader((tmp_path / "grid.csv").open()))
+    assert [(row["guidance_scale"], row["seed"]) for row in rows] == [
+        ("1.0", "0"),
+        ("6.0", "0"),
+        ("1.0", "1"),
+        ("6.0", "1"),
+    ]
+    assert page.locator("#grid img").is_visible()
+
+
+@browser
+def test_a_table_goes_into_the_queue(page, site, tmp_path):  # noqa: F811
+    opened(page, "Many")
+    table = tmp_path / "wishes.csv"
+    table.write_text("prompt,seed\na taxi,11\na tomato,12\n")
+    page.locator("#batch-file input[type=file]").set_input_files(table)
+    page.get_by_text("wishes.csv").first.wait_for()
+    page.get_by_role("button", name="Put all of it into the queue").click()
+    page.get_by_text("2 requests are in the queue").wait_for(timeout=60_000)
+    folder = site[1]
+    for _ in range(120):
+        if len(list(folder.glob("*.png"))) >= 2:
+            break
+        page.wait_for_timeout(500)
+    assert len(list(folder.glob("*.png"))) >= 2
+    table.write_text("prompt,seed\na taxi,eleven\n")
+    page.locator("#batch-file button[aria-label='Remove'], #batch-file button[aria-label='Clear']").first.click()
+    page.locator("#batch-file input[type=file]").set_input_files(table)
+    page.get_by_role("button", name="Put all of it into the queue").click()
+    page.get_by_text("seed is 'eleven': expected a whole number").first.wait_for(timeout=30_000)
+
+
+@browser
+def test_a_model_is_measured(page):  # noqa: F811
+    opened(page, "Evaluate")
+    page.get_by_label("the judge, on its 500 prompts").check()
+    page.locator("#eval-num input[type=number]").fill("4")
+    page.get_by_role("button", name="Measure").click()
+    page.locator("#eval-state").get_by_text(re.compile(r"4 pictures in \d+ s")).wait_for(timeout=90_000)
+    assert page.locator("#eval").get_by_text("single: identity").first.is_visible()
+
+
+@browser
+def test_the_models_are_listed_and_checked(page):  # noqa: F811
+    opened(page, "Models")
+    page.locator("#models").get_by_text("argen/emoji-parti").first.click()
+    page.locator("#models-chosen").get_by_text("Chosen: argen/emoji-parti").wait_for()
+    page.get_by_role("button", name="Check its files").click()
+    page.get_by_text("files of argen/emoji-parti are whole").wait_for(timeout=30_000)
+    page.get_by_role("button", name="Delete what was downloaded").click()
+    page.get_by_text("ships with argen and cannot be deleted").first.wait_for(timeout=30_000)
+
+
+@pytest.mark.parametrize("what", ["judge", "fid"])
+def test_a_measurement_tells_how_far_it_is(what, tmp_path):
+    from argen.registry import load
+    from argen.studio.queue import Studio
+    from argen.ui import evaluate
+
+    studio = Studio(tmp_path, load)
+    try:
+        *told, (state, rows, sheet) = evaluate.measured(
+            studio, {"judge": evaluate.JUDGE, "fid": evaluate.FID}[what], "argen/emoji-parti", 6, 0
+        )
+    finally:
+        studio.close()
+    assert [text.split(",")[0] for text, *_ in told[1:3]] == ["4 of 6 pictures", "6 of 6 pictures"]
+    assert isinstance(sheet, Image.Image)
+    assert rows[0][2] <= 6
+    assert state.startswith("6 pictures in")
+    if what == "fid":
+        assert rows[0][0] == "FID-emoji"
+        assert "biased" in state
+
+
+def test_the_reference_ships_with_its_captions():
+    from argen.eval.features import encoder_features
+    from argen.registry import load
+
+    reference = run.read_reference(run.EMOJI, encoder_features("emoji", load("argen/emoji-clip")), None)
+    assert reference.n == len(reference.captions) == 12853
