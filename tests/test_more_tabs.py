@@ -84,6 +84,58 @@ def test_the_models_are_listed_and_checked(page):  # noqa: F811
     page.get_by_text("ships with argen and cannot be deleted").first.wait_for(timeout=30_000)
 
 
+TABS = ("Generate", "Edit", "Control", "Many", "Gallery", "Diffusion", "Tokenizers", "Evaluate", "Models")
+NAMELESS = """() => [...document.querySelectorAll("button, input, textarea, select, [role=tab], [role=slider]")]
+    .filter(one => one.checkVisibility() && one.type !== "file")
+    .filter(one => !(one.getAttribute("aria-label") || one.getAttribute("aria-labelledby") || one.title
+        || one.innerText.trim() || (one.labels && [...one.labels].some(label => label.innerText.trim()))
+        || one.closest("label")?.innerText.trim()))
+    .map(one => one.outerHTML.slice(0, 200))"""
+
+
+@browser
+def test_everything_has_a_name_for_screen_readers(page):  # noqa: F811
+    for name in TABS:
+        opened(page, name)
+        page.wait_for_timeout(400)
+        assert page.evaluate(NAMELESS) == [], name
+
+
+@browser
+def test_a_picture_is_drawn_and_chosen_by_keyboard_alone(page, site):  # noqa: F811
+    page.keyboard.press("Tab")
+    for _ in range(60):
+        if page.evaluate("document.activeElement.closest('#prompt') !== null"):
+            break
+        page.keyboard.press("Tab")
+    page.keyboard.type("a taxi, noto style")
+    page.keyboard.press("Enter")
+    page.get_by_text(re.compile(r"4 pictures in ")).wait_for(timeout=90_000)
+    for _ in range(200):
+        if page.evaluate("document.activeElement.innerText === 'Gallery'"):
+            break
+        page.keyboard.press("Shift+Tab")
+    page.keyboard.press("Enter")
+    page.locator("#found img").first.wait_for(timeout=30_000)
+    for _ in range(60):
+        if page.evaluate(
+            "document.activeElement.closest('#found') !== null && document.activeElement.querySelector('img') !== null"
+        ):
+            break
+        page.keyboard.press("Tab")
+    page.keyboard.press("Enter")
+    page.locator("#about").get_by_text("a taxi, noto style").first.wait_for(timeout=30_000)
+
+
+@browser
+def test_the_page_fits_a_phone(page):  # noqa: F811
+    page.set_viewport_size({"width": 390, "height": 844})
+    for name in TABS[:3]:
+        opened(page, name)
+        page.wait_for_timeout(300)
+        assert page.evaluate("document.documentElement.scrollWidth") <= 390, name
+
+
 @pytest.mark.parametrize("what", ["judge", "fid"])
 def test_a_measurement_tells_how_far_it_is(what, tmp_path):
     from argen.registry import load

@@ -28,6 +28,7 @@ from samplers.steps import START, GuidanceScale, Sampler, Session, Step, guided
 from tokenizers_img.pixels import from_pil, upright
 
 SAMPLING = ("guidance_scale", "temperature", "top_k", "top_p")  # what a request may leave to the model
+UNDECIDED = 230 / 255  # brightness of the cells that are not written yet
 
 
 @dataclass(frozen=True)
@@ -468,7 +469,7 @@ class TokenPipeline(DiffusionPipeline):
 
     @torch.no_grad()
     def pictures(self, tokens: Tensor, output_type: str = "pil") -> list[Image.Image] | np.ndarray | Tensor:
-        """Ids [B, h, w], or [B, N] of a square, -> pictures as `__call__` gives them; undecided cells (-1) are white."""
+        """Ids [B, h, w], or [B, N] of a square, -> pictures as `__call__` gives them; undecided cells (-1) are grey."""
         if tokens.ndim == 2:
             tokens = self.arranged(tokens, self.shape_of())
         if output_type == "latent":
@@ -479,7 +480,7 @@ class TokenPipeline(DiffusionPipeline):
         )  # alone, so that no bit feels the batch
         if not decided.all():
             mask = F.interpolate(decided[:, None].float(), pixels.shape[2:])  # each cell over its square
-            pixels = torch.where(mask > 0, pixels, torch.ones_like(pixels))
+            pixels = torch.where(mask > 0, pixels, UNDECIDED)
         if output_type == "pt":
             return pixels
         array = rearrange(pixels.float().cpu(), "b d h w -> b h w d").numpy()

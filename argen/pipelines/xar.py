@@ -224,7 +224,7 @@ class XARPipeline(TokenPipeline):
         return tokens.nan_to_num(0.0), tokens.isfinite().all(dim=1)
 
     def pictures(self, tokens: Tensor, output_type: str = "pil") -> list[Image.Image] | np.ndarray | Tensor:
-        """See `TokenPipeline.pictures`, of latents [B, C, h, w]; what is NaN is white."""
+        """See `TokenPipeline.pictures`, of latents [B, C, h, w]; what is NaN is grey."""
         return tokens if output_type == "latent" else super().pictures(tokens, output_type)
 
     def decode_tokens(self, tokens: Tensor) -> Tensor:

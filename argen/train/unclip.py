@@ -18,7 +18,7 @@ from tokenizers_img.pixels import from_uint8
 from tokenizers_img.seed import UnCLIP
 
 SCHEDULES = {
-    "cpu": Schedule(steps=2400, batch_size=64, learning_rate=1e-3, warmup=150, weight_decay=0.01, betas=(0.9, 0.98)),
+    "cpu": Schedule(steps=2000, batch_size=64, learning_rate=1.2e-3, warmup=120, weight_decay=0.01, betas=(0.9, 0.98)),
     "gpu": Schedule(steps=60000, batch_size=512, learning_rate=4e-4, weight_decay=0.01),
 }
 UNET = {
