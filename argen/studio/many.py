@@ -199,7 +199,8 @@ def sheet(pictures: Sequence[Image.Image], axes: Sequence[Axis]) -> Image.Image:
 
 
 def _label(axis: Axis, value) -> str:
-    return str(value) if axis.name in ("", "prompt") else f"{axis.name} {value}"
+    said = f"{value:g}" if isinstance(value, float) else str(value)
+    return said if axis.name in ("", "prompt") else f"{axis.name} {said}"
 
 
 def listed(requests: Sequence[Request], files: Sequence[str]) -> str:

@@ -45,7 +45,7 @@ class Many:
                         )
                         fields.append(
                             gr.Textbox(
-                                {"x": "1, 4, 8", "y": "0, 1"}.get(letter, ""),
+                                {"x": "1, 2, 3", "y": "0, 1"}.get(letter, ""),
                                 label=f"Values of {letter.upper()}",
                                 info="between commas; prompts between |",
                                 elem_id=f"values-{letter}",
