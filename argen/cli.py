@@ -173,12 +173,7 @@ def parser() -> Parser:
     add = commands.add_parser("describe", help="say what a picture shows, with a model that reads pictures")
     add.add_argument("image", type=Path, metavar="IMG")
     add.add_argument("question", nargs="?", default="", help="about the picture (default: none, it is described)")
-    add.add_argument(
-        "--model",
-        default="argen/emoji-seed-lm",
-        metavar="ID",
-        help="or AILab-CVC/seed-llama-8b-sft, see `argen models` (default: argen/emoji-seed-lm)",
-    )
+    add.add_argument("--model", required=True, metavar="ID", help="as AILab-CVC/seed-llama-8b-sft, see `argen models`")
     add.add_argument("--temperature", type=float, default=1.0, metavar="T", help="0: the likeliest words (default: 1)")
     add.add_argument("--seed", type=int, default=0, metavar="S", help="(default: 0)")
     device_and_json(add)
@@ -205,7 +200,9 @@ def parser() -> Parser:
     add = commands.add_parser("erase", help="write a pipeline that cannot draw some concepts any more (RECE)")
     add.add_argument("concepts", nargs="+", metavar="CONCEPT", help='for example "pizza"')
     add.add_argument("-o", "--out", type=Path, required=True, metavar="DIR", help="folder of the new pipeline")
-    add.add_argument("--preset", default="object", help="object, object-hard, art, nudity or unsafe (default: object)")
+    add.add_argument(
+        "--preset", help="object, object-hard (of argen/emoji-sd), art, nudity or unsafe (default: object)"
+    )
     add.add_argument("--target", action="append", metavar="TEXT", help="what takes the place of each concept")
     add.add_argument("--retain", action="append", default=[], metavar="TEXT", help="what must stay as it is")
     add.add_argument("--epochs", type=int, metavar="N", help="of deriving and erasing (default: the preset's)")
@@ -504,7 +501,7 @@ def describe(args) -> None:
     picture = open_picture(args.image)
     pipe = load_model(args.model, args.device, "generator")
     if not hasattr(pipe, "describe"):
-        raise ValueError(f"{args.model} only draws: choose a model that reads pictures, as argen/emoji-seed-lm")
+        raise ValueError(f"{args.model} only draws: choose a model that reads pictures, as AILab-CVC/seed-llama-8b-sft")
     said = pipe.describe(picture, args.question, temperature=args.temperature, seed=args.seed)
     print(json.dumps({"image": str(args.image), "text": said}) if args.json else said)
 
@@ -561,7 +558,7 @@ def erase(args) -> None:
     from argen.device import pick
     from argen.diffusion import ConceptErasure
     from argen.eval import features, tools
-    from argen.registry import drawing, load_diffusion
+    from argen.registry import drawing, erasing, load_diffusion
 
     if args.out.exists():
         raise ValueError(f"{args.out} is there already: choose another --out")
@@ -571,7 +568,8 @@ def erase(args) -> None:
     erasure, asked = ConceptErasure(pipe), drawing(args.model, args.steps, args.guidance_scale)
 
     def run() -> None:
-        stages.extend(erasure.erase(args.concepts, args.preset, args.target, args.retain, args.epochs))
+        how = erasing(args.model, args.concepts, args.preset, args.retain)
+        stages.extend(erasure.erase(args.concepts, targets=args.target, epochs=args.epochs, **how))
 
     def draw(**given) -> list:
         luck = [torch.Generator().manual_seed(args.seed + index) for index in range(args.verify)]

@@ -107,7 +107,9 @@ def add_commands(top: argparse.ArgumentParser) -> None:
     _tool(add, 24)
     add.add_argument("concepts", nargs="+", metavar="CONCEPT", help="names of emoji that the judge knows, as pizza")
     add.add_argument("--others", type=int, default=40, metavar="N", help="prompts of other things (default: 40)")
-    add.add_argument("--preset", default="object", help="object, object-hard, art, nudity or unsafe (default: object)")
+    add.add_argument(
+        "--preset", help="object, object-hard (of argen/emoji-sd), art, nudity or unsafe (default: object)"
+    )
     add.add_argument("--retain", action="append", default=[], metavar="TEXT", help="what must stay as it is")
     _output(add)
 
@@ -395,7 +397,7 @@ def bind(args: argparse.Namespace) -> None:
 def erase(args: argparse.Namespace) -> None:
     from argen.diffusion import ConceptErasure
     from argen.eval import run, tools
-    from argen.registry import drawing
+    from argen.registry import drawing, erasing
 
     seconds, scores = {}, {}
     settings = {"concepts": args.concepts, "others": args.others, "preset": args.preset, "retain": args.retain}
@@ -420,7 +422,7 @@ def erase(args: argparse.Namespace) -> None:
     for number, concept in enumerate(args.concepts):
         own, folder = sets["erased"][number * args.num : (number + 1) * args.num], f"after/{concept.replace(' ', '-')}"
         with run.timed(seconds, f"erase {concept}"):
-            erasure.erase([concept], args.preset, retained=args.retain)
+            erasure.erase([concept], **erasing(args.model, [concept], args.preset, args.retain))
         with run.timed(seconds, f"after {concept}"):
             attack = erasure.attack(concept)
             told = {"erased": draw(own, f"{folder}/erased"), "others": draw(sets["others"], f"{folder}/others")}
@@ -460,7 +462,7 @@ def count(args: argparse.Namespace) -> None:
         (number, things), token = tools.counted(truths[index]), fresh(index)
         noise, how = unit_noise(pipe, luck(index)), {"steps": args.iterations, "learning_rate": args.learning_rate}
         for step in token.optimise(things, number, noise, **how):
-            if step.detected == number:
+            if step.best and step.detected == number:
                 break
         token.save(args.out / f"tokens/{index:06d}.safetensors", f"<{number}-things>", count=number, things=things)
         return token.draw(things, number, noise)

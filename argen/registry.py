@@ -3,7 +3,7 @@
 import importlib
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,8 +20,8 @@ from diffusers import (
 from safetensors import SafetensorError
 from transformers import AutoTokenizer, CLIPModel, LlamaForCausalLM, PreTrainedTokenizerFast, T5EncoderModel
 
-from argen.data.emoji import GROUPS
-from argen.data.scenes import NUMBERS
+from argen.data.emoji import GROUPS, STYLES, with_article
+from argen.data.scenes import COMMON, NUMBERS
 from argen.diffusion.count_token import ONE_STEP
 from argen.diffusion.counters import (
     CLIPCountDensity,
@@ -425,7 +425,7 @@ MODELS = {
         "diffusion",
         "text -> 128 x 128 emoji, Stable Diffusion for `argen bind`, `erase` and `count`",
         "Apache-2.0",
-        7.4,
+        7.5,
         _emoji_sd,
     ),
     "argen/emoji-vitvqgan": Model(
@@ -607,6 +607,19 @@ def counting(model: str, count: int, steps: int | None = None, guidance_scale: f
         return {"settings": ONE_STEP | given}
     word = NUMBERS[min(count, len(NUMBERS) - 1)]
     return {"placeholder": word, "template": "{placeholder} {things}", "settings": COUNTED | given}
+
+
+def erasing(
+    model: str, concepts: Sequence[str], preset: str | None = None, retained: Sequence[str] = ()
+) -> dict[str, str | list[str]]:
+    """How concepts are erased from a pipeline: what `ConceptErasure.erase` takes beside them. From argen/emoji-sd, which knows few
+    things, hard, and with all others retained that it knows; from others as published."""
+    if model != "argen/emoji-sd":
+        return {"preset": preset or "object", "retained": list(retained)}
+    styles = ["", *(f", {style.prompt}" for style in STYLES.values())]
+    others = [name for name in COMMON if not any(name in concept for concept in concepts)]
+    kept = [f"{words}{style}" for name in others for words in (name, with_article(name)) for style in styles]
+    return {"preset": preset or "object-hard", "retained": [*kept, *retained]}
 
 
 def _given(steps: int | None, guidance_scale: float | None) -> dict:

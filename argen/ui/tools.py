@@ -16,7 +16,7 @@ from argen.diffusion.base import unit_noise
 from argen.diffusion.prompts import parse, words_of
 from argen.diffusion.rece import PRESETS
 from argen.diffusion.tome import PRESETS as STRENGTHS
-from argen.registry import counters, counting
+from argen.registry import counters, counting, erasing
 from argen.ui.jobs import enlarge, refusals
 from tokenizers_img.pixels import to_pil
 
@@ -102,18 +102,18 @@ def bind(pipe: DiffusionPipeline, prompt: str, pairs: str, strength: str, asked:
 
 
 def erase(
-    pipe: DiffusionPipeline, concepts: str, preset: str, retained: str, prompt: str, asked: dict
+    pipe: DiffusionPipeline, model: str, concepts: str, preset: str | None, retained: str, prompt: str, asked: dict
 ) -> Iterator[tuple]:
     """(before, after, state) of a prompt, with concepts and without; the pipeline is whole again at the end.
 
     Args:
         concepts, retained: with commas between.
-        preset: of `ConceptErasure`.
+        model, preset: see `erasing`.
         asked: see `drawn`.
     """
     named, kept = ([part.strip() for part in text.split(",") if part.strip()] for text in (concepts, retained))
     erasure, before, told = ConceptErasure(pipe), None, []
-    stages = erasure.stages(named, preset, retained=kept)
+    stages = erasure.stages(named, **erasing(model, named, preset, kept))
     for before in drawn(pipe, prompt.strip(), asked):
         if isinstance(before, float):
             yield None, None, f"before: {before:.0%}"
@@ -162,7 +162,9 @@ def tab(pipelines: Pipelines) -> None:
 
     def on_erase(model, concepts, preset, retained, prompt, *how) -> Iterator[tuple]:
         with refusals():
-            yield from erase(pipelines(model.strip()), concepts, preset, retained or "", prompt, asked(*how))
+            yield from erase(
+                pipelines(model.strip()), model.strip(), concepts, preset, retained or "", prompt, asked(*how)
+            )
 
     def on_count(model, prompt, iterations, rate, seed) -> Iterator[tuple]:
         with refusals():
@@ -190,7 +192,7 @@ def tab(pipelines: Pipelines) -> None:
     with gr.Tab("Erase"):
         concepts = gr.Textbox("pizza", label="Concepts, with commas between", elem_id="erase-concepts")
         retained = gr.Textbox(label="What must stay, with commas between")
-        preset = gr.Dropdown(list(PRESETS), value="object", label="Kind")
+        preset = gr.Dropdown([("the model's own", None), *PRESETS], value=None, label="Kind")
         shown = gr.Textbox("a pizza", label="Prompt to look at", elem_id="erase-prompt")
         buttons(on_erase, [model, concepts, preset, retained, shown, steps, guidance, seed], "erase")
     with gr.Tab("Count"):
