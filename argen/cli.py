@@ -256,7 +256,7 @@ def parser() -> Parser:
     add.add_argument(
         "--num", type=int, default=12000, help="training scenes; the other splits have a tenth of that each"
     )
-    add.add_argument("--common", action="store_true", help="of 64 common things alone, as argen/emoji-sd draws")
+    add.add_argument("--common", action="store_true", help="of 65 common things alone, as argen/emoji-sd draws")
     add.add_argument("--seed", type=int, default=0)
     add = sets.add_parser(
         "sample", help="a small set out of a large one, as it ships for the tests", formatter_class=formatter

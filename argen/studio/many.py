@@ -76,11 +76,15 @@ def read_table(path: Path, **given) -> list[Request]:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path.name} is no text in UTF-8: save it as such") from error
-    rows = _csv_rows(text) if path.suffix.lower() == ".csv" else _json_rows(text)
+    if path.suffix.lower() == ".csv":
+        rows, read = _csv_rows(text), _typed
+    else:
+        rows = [(number, line) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
+        read = json.loads
     requests = []
     for number, row in rows:
         try:
-            requests.append(Request.from_dict(given | _checked(row())))
+            requests.append(Request.from_dict(given | _checked(read(row))))
         except (ValueError, TypeError) as error:
             raise ValueError(f"line {number} of {path.name}: {error}") from error
         if len(requests) > MOST_ROWS:
@@ -90,27 +94,19 @@ def read_table(path: Path, **given) -> list[Request]:
     return requests
 
 
-Rows = Iterator[tuple[int, Callable[[], dict]]]  # numbers of lines, and what reads each
-
-
-def _csv_rows(text: str) -> Rows:
+def _csv_rows(text: str) -> Iterator[tuple[int, dict]]:
+    """(number of the line, its values as they are typed)."""
     table = csv.DictReader(io.StringIO(text), restkey="more", skipinitialspace=True)
     if "prompt" not in (table.fieldnames or []):
         raise ValueError("the first line of the table names no column prompt: expected names of settings there")
-
-    def read(row: dict) -> dict:
-        if "more" in row:
-            raise ValueError("it has more values than the first line has names")
-        return {name: value_of(name, value) for name, value in row.items() if value}
-
     for row in table:
-        yield table.line_num, lambda row=row: read(row)
+        yield table.line_num, row
 
 
-def _json_rows(text: str) -> Rows:
-    for number, row in enumerate(text.splitlines(), 1):
-        if row.strip():
-            yield number, lambda row=row: json.loads(row)
+def _typed(row: dict) -> dict:
+    if "more" in row:
+        raise ValueError("it has more values than the first line has names")
+    return {name: value_of(name, value) for name, value in row.items() if value}
 
 
 def _checked(row) -> dict:
@@ -119,11 +115,6 @@ def _checked(row) -> dict:
     if unknown := [name for name in row if name not in SETTINGS]:
         raise ValueError(f"unknown setting {unknown[0]!r}: expected one of {', '.join(SETTINGS)}")
     return {name: value for name, value in row.items() if value is not None}
-
-
-def files_of(request: Request, row: int, folder: Path) -> list[Path]:
-    """Where the pictures of a row of a table go."""
-    return [folder / f"{row:05d}-{number}.png" for number in range(1, request.num_images + 1)]
 
 
 def draw_table(
@@ -136,7 +127,7 @@ def draw_table(
     """
     folder.mkdir(parents=True, exist_ok=True)
     for row, request in enumerate(requests, 1):
-        files = files_of(request, row, folder)
+        files = [folder / f"{row:05d}-{number}.png" for number in range(1, request.num_images + 1)]
         if not all(file.exists() for file in files):
             *_, job = models(request.model).run(request)
             save_pictures(list(zip(job.pictures, job.requests, strict=True)), files)

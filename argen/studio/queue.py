@@ -21,7 +21,7 @@ from PIL import Image
 
 from argen.pipelines.base import TokenPipeline
 from argen.request import Job, Request, rows_of
-from argen.studio.store import CANCELLED, DONE, FAILED, RUNNING, WAITING, Saved, Store
+from argen.studio.store import CANCELLED, DONE, FAILED, OVER, RUNNING, WAITING, Saved, Store
 
 logger = logging.getLogger(__name__)
 LOCAL = "local"  # owner of what no key asked for
@@ -72,7 +72,7 @@ class Progress:
 
     @property
     def over(self) -> bool:
-        return self.state in (DONE, CANCELLED, FAILED)
+        return self.state in OVER
 
     @property
     def share(self) -> float:

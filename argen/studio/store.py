@@ -21,6 +21,7 @@ from argen.request import Grid, Request
 
 THUMBNAIL = 256  # side in pixels, at most
 WAITING, RUNNING, DONE, CANCELLED, FAILED = "waiting", "running", "done", "cancelled", "failed"
+OVER = {DONE, CANCELLED, FAILED}
 SCHEMA = """
 create table if not exists jobs (
     id text primary key, owner text not null, request text not null, state text not null, place real not null,
@@ -107,7 +108,7 @@ class Store:
         """Those in one of the states: what waits in its order, what is over with the latest first."""
         marks = ", ".join("?" * len(states))
         own, values = ("and owner = ?", [*states, owner]) if owner else ("", list(states))
-        over = states and set(states) <= {DONE, CANCELLED, FAILED}
+        over = states and set(states) <= OVER
         order = "finished desc" if over else "state = 'running' desc, place"
         return self.ask(f"select * from jobs where state in ({marks}) {own} order by {order} limit ?", [*values, limit])
 

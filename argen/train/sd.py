@@ -1,6 +1,6 @@
 """Recipe `emoji-sd`: a small Stable Diffusion on the latents of `emoji-vae` (arXiv 2112.10752), for the tools of `argen.diffusion`.
 
-It knows the 64 things of `argen.data.scenes.COMMON`: so small a model that is to draw all of them draws none that is recognised.
+It knows the 65 things of `argen.data.scenes.COMMON`: so small a model that is to draw all of them draws none that is recognised.
 Most of its pictures are scenes, so that it counts and binds a little, and fails as the large ones do.
 """
 

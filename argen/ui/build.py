@@ -48,9 +48,8 @@ def build(desk: Desk, device: torch.device) -> gr.Blocks:
             lab.tab(models, tokenizers, [name for name in tokenizers if MODELS[name].repo is None])
         with gr.Tab("Evaluate"):
             evaluate.tab(desk.studio, free)
-        with gr.Tab("Models"):
-            weights = manager.tab()
+        with gr.Tab("Models") as tab:
+            tab.select(*manager.tab())
         page.load(create.view.restore, None, create.view.watched)
         page.load(create.presets, None, create.name)
-        page.load(*weights)
     return page

@@ -61,12 +61,15 @@ def measured(studio: Studio, what: str, model: str, num: int, seed: int) -> Iter
     if not 2 <= num <= MOST:
         raise ValueError(f"the number of pictures is {num}: expected 2 to {MOST:,}")
     yield "loading", None, None
-    pipe, truths, started = studio.models(model), judge.read_prompts(), time.time()
-    clip = load("argen/emoji-clip").to(pipe.device)
-    looks = encoder_features("emoji", clip)
-    reference = run.read_reference(run.EMOJI, looks, None)
-    asked = [truth.prompt for truth in truths] if what == JUDGE else reference.captions
-    chosen = [index * len(asked) // num % len(asked) for index in range(num)]  # evenly spread
+    pipe, started = studio.models(model), time.time()
+    if what == JUDGE:
+        truths = judge.read_prompts()
+        asked = [truth.prompt for truth in truths]
+    else:
+        looks = encoder_features("emoji", load("argen/emoji-clip").to(pipe.device))
+        reference = run.read_reference(run.EMOJI, looks, None)
+        asked = reference.captions
+    chosen = [index * len(asked) // num for index in range(num)]  # evenly spread
     pictures: list[Image.Image] = []
     while len(pictures) < num:
         rows = range(len(pictures), min(num, len(pictures) + A_BATCH))

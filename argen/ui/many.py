@@ -8,7 +8,7 @@ import gradio as gr
 
 from argen.request import Request
 from argen.studio.many import SETTINGS, Axis, listed, read_table, sheet, varied
-from argen.studio.store import DONE
+from argen.studio.store import DONE, OVER
 from argen.ui.jobs import TICK, Desk, refusals
 
 NONE = "none"
@@ -88,20 +88,24 @@ class Many:
                 if name != NONE
             ]
             wishes = varied(Request(prompt.strip(), model=model, seed=int(seed or 0)), axes)
-            for name in {wish.model for wish in wishes}:
-                self.studio.models(name)  # says so if there is none
-            owner = self.desk.owner(request)
-            return (axes, self.studio.submit_all(wishes, owner)), gr.Timer(active=True)
+            return (axes, self.hand_in(wishes, request)), gr.Timer(active=True)
+
+    def hand_in(self, wishes: Sequence[Request], request: gr.Request) -> list[str]:
+        """Put requests into the queue, all of them or none -> the ids of their jobs."""
+        for name in {wish.model for wish in wishes}:
+            self.studio.models(name)  # says so if there is none
+        return self.studio.submit_all(wishes, self.desk.owner(request))
 
     def look(self, asked: tuple | None) -> tuple:
         """The grid, when all of it is done."""
         if asked is None:
             return gr.skip(), gr.skip(), gr.skip(), gr.Timer(active=False)
         axes, ids = asked
+        states = [self.studio.store.job(id)["state"] for id in ids]  # which is all that is asked many times
+        done = states.count(DONE)
+        if not OVER.issuperset(states):
+            return gr.skip(), f"{done} of {len(ids)} pictures", gr.skip(), gr.skip()
         jobs = [self.studio.progress(id) for id in ids]
-        done = sum(job.state == DONE for job in jobs)
-        if not all(job.over for job in jobs):
-            return gr.skip(), f"{done} of {len(jobs)} pictures", gr.skip(), gr.skip()
         if done < len(jobs):
             why = next(job.error or job.state for job in jobs if job.state != DONE)
             return (
@@ -122,12 +126,10 @@ class Many:
         )
 
     def batch(self, request: gr.Request, path: str | None, model: str) -> str:
-        """Put the rows of a file into the queue, all of them or none."""
+        """Put the rows of a file into the queue."""
         with refusals():
             if path is None:
                 raise ValueError("there is no table: drop a CSV or JSON lines file")
             wishes = read_table(Path(path), model=model)
-            for name in {wish.model for wish in wishes}:
-                self.studio.models(name)
-            self.studio.submit_all(wishes, self.desk.owner(request))
+            self.hand_in(wishes, request)
         return f"{len(wishes)} requests are in the queue; their pictures will be in the gallery."

@@ -10,7 +10,7 @@ HEAD = ["id", "kind", "where", "MB here", "million parameters", "licence", "what
 
 
 def tab() -> tuple:
-    """Lay the tab out inside the current `gr.Blocks`; what fills its table, as `Blocks.load` takes it."""
+    """Lay the tab out inside the current `gr.Blocks`; what fills its table when it is opened, as an event takes it."""
 
     def rows() -> list[list]:
         found = []
