@@ -617,7 +617,8 @@ def erasing(
     if model != "argen/emoji-sd":
         return {"preset": preset or "object", "retained": list(retained)}
     styles = ["", *(f", {style.prompt}" for style in STYLES.values())]
-    others = [name for name in COMMON if not any(name in concept for concept in concepts)]
+    erased = [set(concept.split()) for concept in concepts]
+    others = [name for name in COMMON if not any(set(name.split()) <= words for words in erased)]
     kept = [f"{words}{style}" for name in others for words in (name, with_article(name)) for style in styles]
     return {"preset": preset or "object-hard", "retained": [*kept, *retained]}
 

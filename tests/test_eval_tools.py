@@ -114,3 +114,11 @@ def test_the_prompts_say_what_they_should():
         number, things = tools.counted(truth)
         assert number == len(truth.objects)
         assert tools.elsewhere(truth, truths) != things
+
+
+def test_all_other_things_are_retained():
+    """By whole words: "sun" is none of "sunflower", while "a red cat" names "cat"."""
+    kept = registry.erasing("argen/emoji-sd", ["sunflower", "a red cat"], retained=["a spoon"])["retained"]
+    assert {"sun", "a star, noto style", "a spoon"} <= set(kept)
+    assert not {"sunflower", "cat"} & set(kept)
+    assert registry.erasing("somewhere", ["sunflower"]) == {"preset": "object", "retained": []}
