@@ -39,6 +39,10 @@ def test_a_grid_of_settings_is_drawn(page, tmp_path):  # noqa: F811
         ("6.0", "1"),
     ]
     assert page.locator("#grid img").is_visible()
+    page.reload()
+    opened(page, "Many")
+    page.get_by_text("4 pictures, also in the gallery").wait_for(timeout=30_000)
+    assert page.locator("#grid img").is_visible()
 
 
 @browser

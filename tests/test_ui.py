@@ -185,7 +185,8 @@ def test_the_gallery_finds_compares_and_deletes(page, site):
         page.screenshot(path=Path(folder) / "gallery.png", full_page=True)
 
 
-def test_what_is_painted_is_written_anew(page, site):
+def painted_on(page):
+    """The latest picture on the canvas, with a stroke in its middle."""
     page.get_by_role("tab", name="Edit").click()
     page.locator("#edit-latest").click()
     canvas = page.locator("#edit-canvas canvas").first
@@ -196,15 +197,44 @@ def test_what_is_painted_is_written_anew(page, site):
     page.mouse.down()
     page.mouse.move(box["x"] + 0.55 * box["width"], box["y"] + 0.55 * box["height"], steps=10)
     page.mouse.up()
+
+
+def drawn_after(page, site, button):
+    """Click -> the request of the last of four new pictures, and which cells of its grid were undecided."""
+    before = set(site[1].glob("*.png"))
+    page.locator(button).click()
+    for _ in range(240):
+        if len(new := set(site[1].glob("*.png")) - before) == 4:
+            break
+        page.wait_for_timeout(250)
+    assert len(new) == 4
+    request = read_request(max(new))
+    return request, [token == -1 for row in request.tokens for token in row]
+
+
+def test_what_is_painted_is_written_anew(page, site):
+    painted_on(page)
     page.locator("#edit-prompt textarea").fill("a robot")
-    page.locator("#edit-paint").click()
+    request, undecided = drawn_after(page, site, "#edit-paint")
     page.locator("#state-edit", has_text="4 pictures in").wait_for(timeout=60_000)
-    request = read_request(max(site[1].glob("*.png")))
-    empty = sum(row.count(-1) for row in request.tokens)
     assert request.prompt == "a robot"
-    assert 1 <= empty < 40
+    assert 1 <= sum(undecided) < 40
+    page.locator("#edit-locked input").check()
+    _, others = drawn_after(page, site, "#edit-paint")
+    assert others == [not one for one in undecided]
     if folder := os.environ.get("ARGEN_SCREENSHOTS"):
         page.screenshot(path=Path(folder) / "edit.png", full_page=True)
+
+
+def test_a_picture_is_varied_gone_on_with_and_extended(page, site):
+    painted_on(page)
+    _, undecided = drawn_after(page, site, "#edit-vary")
+    assert sum(undecided) == 16
+    _, undecided = drawn_after(page, site, "#edit-fork")
+    assert undecided == [False] * 32 + [True] * 32
+    page.get_by_label("bottom").check()
+    _, undecided = drawn_after(page, site, "#edit-extend")
+    assert undecided == [False] * 48 + [True] * 16
 
 
 def test_a_model_that_is_not_here_is_answered_with_one_line(page):

@@ -35,6 +35,7 @@ create table if not exists pictures (
 create index if not exists pictures_by_time on pictures (created);
 create index if not exists pictures_by_job on pictures (job, number);
 create table if not exists presets (owner text, name text, settings text not null, primary key (owner, name));
+create table if not exists grids (owner text primary key, axes text not null, jobs text not null);
 """
 
 
@@ -261,6 +262,17 @@ class Store:
 
     def save_preset(self, owner: str, name: str, settings: dict) -> None:
         self.ask("insert or replace into presets values (?, ?, ?)", (owner, name, json.dumps(settings)))
+
+    # grids
+
+    def keep_grid(self, owner: str, axes: Sequence[tuple[str, Sequence]], jobs: Sequence[str]) -> None:
+        """Remember which grid an owner asked for last: its axes (setting, values), and the ids of its jobs in their order."""
+        self.ask("insert or replace into grids values (?, ?, ?)", (owner, json.dumps(axes), json.dumps(jobs)))
+
+    def last_grid(self, owner: str) -> tuple[list[tuple[str, list]], list[str]] | None:
+        """(axes, ids of jobs), as `keep_grid` was given them."""
+        found = self.ask("select axes, jobs from grids where owner = ?", (owner,))
+        return (json.loads(found[0]["axes"]), json.loads(found[0]["jobs"])) if found else None
 
 
 def _saved(row: sqlite3.Row) -> Saved:

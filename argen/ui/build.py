@@ -38,7 +38,7 @@ def build(desk: Desk, device: torch.device) -> gr.Blocks:
         with gr.Tab("Control"):
             control.tab(models, controlled, desk)
         with gr.Tab("Many"):
-            Many(free, desk)
+            many = Many(free, desk)
         with gr.Tab("Gallery") as tab:
             gallery = Gallery(desk)
             tab.select(*gallery.first)
@@ -51,5 +51,6 @@ def build(desk: Desk, device: torch.device) -> gr.Blocks:
         with gr.Tab("Models") as tab:
             tab.select(*manager.tab())
         page.load(create.view.restore, None, create.view.watched)
+        page.load(many.restore, None, many.watched)
         page.load(create.presets, None, create.name)
     return page

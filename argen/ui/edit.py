@@ -6,7 +6,7 @@ from dataclasses import replace
 import gradio as gr
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
 from argen.pipelines.base import TokenPipeline
@@ -93,9 +93,10 @@ class Edit:
 
 
 def anew(pipe: TokenPipeline, wish: Request, canvas: dict | None, locked: bool) -> Tensor:
-    """Without what is painted or, locked, without the rest."""
-    mask = painted(canvas)
-    return pipe.without(shown(canvas), ImageOps.invert(mask) if locked else mask)
+    """Without the cells that are painted on or, locked, without the others."""
+    picture = shown(canvas)
+    grid = pipe.without(picture, painted(canvas))
+    return pipe.emptied(pipe.read_tokens(picture), grid >= 0) if locked else grid
 
 
 def varied(pipe: TokenPipeline, wish: Request, canvas: dict | None, share: float) -> Tensor:

@@ -57,7 +57,8 @@ class Many:
                 state = gr.Markdown(elem_id="grid-state")
                 table = gr.File(label="CSV of what made each picture", visible=False, elem_id="grid-table")
         timer = gr.Timer(TICK, active=False)
-        go.click(self.begin, fields, [asked, timer])
+        self.watched = [asked, timer]
+        go.click(self.begin, fields, self.watched)
         timer.tick(self.look, asked, [page, state, table, timer], show_progress="hidden", concurrency_limit=None)
 
         gr.Markdown("### A table of requests")
@@ -88,7 +89,17 @@ class Many:
                 if name != NONE
             ]
             wishes = varied(Request(prompt.strip(), model=model, seed=int(seed or 0)), axes)
-            return (axes, self.hand_in(wishes, request)), gr.Timer(active=True)
+            ids = self.hand_in(wishes, request)
+            self.studio.store.keep_grid(self.desk.owner(request), [(axis.name, axis.values) for axis in axes], ids)
+            return (axes, ids), gr.Timer(active=True)
+
+    def restore(self, request: gr.Request) -> tuple:
+        """Show the grid that was asked for last: the page was loaded anew."""
+        last = self.studio.store.last_grid(self.desk.owner(request))
+        if last is None:
+            return None, gr.Timer(active=False)
+        axes, ids = last
+        return ([Axis(name, tuple(values)) for name, values in axes], ids), gr.Timer(active=True)
 
     def hand_in(self, wishes: Sequence[Request], request: gr.Request) -> list[str]:
         """Put requests into the queue, all of them or none -> the ids of their jobs."""
@@ -106,14 +117,10 @@ class Many:
         if not OVER.issuperset(states):
             return gr.skip(), f"{done} of {len(ids)} pictures", gr.skip(), gr.skip()
         jobs = [self.studio.progress(id) for id in ids]
-        if done < len(jobs):
-            why = next(job.error or job.state for job in jobs if job.state != DONE)
-            return (
-                None,
-                f"**{len(jobs) - done} of {len(jobs)} pictures are missing:** {why}",
-                gr.skip(),
-                gr.Timer(active=False),
-            )
+        if missing := [job for job in jobs if not job.pictures]:
+            why = missing[0].error or (missing[0].state if missing[0].state != DONE else "deleted")
+            told = f"**{len(missing)} of {len(jobs)} pictures are missing:** {why}"
+            return None, told, gr.update(visible=False), gr.Timer(active=False)
         saved = [job.pictures[0] for job in jobs]
         csv = Path(tempfile.mkdtemp(prefix="argen-")) / "grid.csv"
         csv.write_text(listed([one.request for one in saved], [f"{one.id}.png" for one in saved]), encoding="utf-8")
