@@ -38,11 +38,13 @@ SCHEDULES = {
     "emoji-flextok": flextok.SCHEDULES,
     "emoji-flextok-ar": flexar.SCHEDULES,
     "emoji-sd": sd.SCHEDULES,
+    "emoji-sd-second": sd.SECOND_SCHEDULES,
     "emoji-counter": counter.SCHEDULES,
     "emoji-seed-contrastive": seed.CONTRASTIVE_SCHEDULES,
     "emoji-seed": seed.SCHEDULES,
     "emoji-seed-decoder": unclip.SCHEDULES,
     "emoji-seed-lm": seed_lm.SCHEDULES,
+    "emoji-seed-lm-second": seed_lm.SECOND_SCHEDULES,
     "emoji-judge": judge.SCHEDULES,
 }
 TASKS = {  # recipe -> its task, and what that takes beside the pictures
@@ -61,10 +63,12 @@ TASKS = {  # recipe -> its task, and what that takes beside the pictures
     "emoji-flextok": (flextok.FlexTokTask, ("scenes", "vae", "clip")),
     "emoji-flextok-ar": (flexar.FlexARTask, ("scenes", "vae", "tokenizer", "clip")),
     "emoji-sd": (sd.StableDiffusionTask, ("scenes", "vae", "clip")),
+    "emoji-sd-second": (sd.StableDiffusionTask, ("scenes", "vae", "clip", "generator")),
     "emoji-seed-contrastive": (seed.SeedContrastiveTask, ("scenes", "clip")),
     "emoji-seed": (seed.SeedTask, ("scenes", "tokenizer", "clip", "total")),
     "emoji-seed-decoder": (unclip.UnCLIPTask, ("scenes", "vae", "clip")),
     "emoji-seed-lm": (seed_lm.SeedLMTask, ("scenes", "tokenizer", "clip")),
+    "emoji-seed-lm-second": (seed_lm.SeedLMTask, ("scenes", "tokenizer", "clip", "generator")),
     "emoji-counter": (counter.CounterTask, ("scenes",)),
     "emoji-judge": (judge.JudgeTask, ("scenes", "tokenizer")),
 }
@@ -73,11 +77,14 @@ STARTS = {  # recipe -> model it goes on from
     "emoji-llamagen-second": "emoji-llamagen",
     "emoji-control": "emoji-llamagen",
     "emoji-drafter": "emoji-llamagen",
+    "emoji-sd-second": "emoji-sd",
+    "emoji-seed-lm-second": "emoji-seed-lm",
 }
 TOKENIZERS = {  # recipe -> tokenizer it builds on; the others on emoji-vitvqgan
     "emoji-flextok-ar": "emoji-flextok",
     "emoji-seed": "emoji-seed-contrastive",
     "emoji-seed-lm": "emoji-seed",
+    "emoji-seed-lm-second": "emoji-seed",
 }
 
 

@@ -1,7 +1,8 @@
 """Recipe `emoji-sd`: a small Stable Diffusion on the latents of `emoji-vae` (arXiv 2112.10752), for the tools of `argen.diffusion`.
 
 It knows the 65 things of `argen.data.scenes.COMMON`: so small a model that is to draw all of them draws none that is recognised.
-Most of its pictures are scenes, so that it counts and binds a little, and fails as the large ones do.
+Most of its pictures are scenes, so that it counts and binds a little, and fails as the large ones do. In two stages:
+`emoji-sd-second` goes on from `emoji-sd` with more scenes, until the things in them are recognised, too.
 """
 
 from pathlib import Path
@@ -20,6 +21,12 @@ SCHEDULES = {
         steps=2600, batch_size=64, learning_rate=1.2e-3, warmup=150, weight_decay=0.01, betas=(0.9, 0.98), muon=True
     ),
     "gpu": Schedule(steps=80000, batch_size=512, learning_rate=4e-4, weight_decay=0.01),
+}
+SECOND_SCHEDULES = {
+    "cpu": Schedule(
+        steps=4200, batch_size=64, learning_rate=1e-3, warmup=100, weight_decay=0.01, betas=(0.9, 0.98), muon=True
+    ),
+    "gpu": Schedule(steps=40000, batch_size=512, learning_rate=3e-4, weight_decay=0.01),
 }
 UNET = {
     "block_out_channels": (176,),  # 8 x 8 latents of 16 channels have nothing to spare: no level below
@@ -44,18 +51,24 @@ def velocity_error(
 
 
 class StableDiffusionTask(LatentsTask):
-    """Args: see `LatentsTask`."""
+    """Args:
+    first_stage: folder of a trained `emoji-sd`, to go on from.
+    others: see `LatentsTask`.
+    """
 
     scenes_share = 0.7
     only = COMMON
 
-    def __init__(self, data: Path, scenes: Path, vae: Path, clip: Path):
+    def __init__(self, data: Path, scenes: Path, vae: Path, clip: Path, first_stage: Path | None = None):
         super().__init__(data, scenes, vae, clip)
-        channels, side = self.picture_tokens.shape[1:3]
-        width = self.clip.config.text_config.hidden_size
-        model = UNet2DConditionModel(
-            sample_size=side, in_channels=channels, out_channels=channels, cross_attention_dim=width, **UNET
-        )
+        if first_stage is not None:
+            model = UNet2DConditionModel.from_pretrained(first_stage).float()
+        else:
+            channels, side = self.picture_tokens.shape[1:3]
+            width = self.clip.config.text_config.hidden_size
+            model = UNet2DConditionModel(
+                sample_size=side, in_channels=channels, out_channels=channels, cross_attention_dim=width, **UNET
+            )
         self.networks: dict[str, nn.Module] = {"model": model.to(memory_format=torch.channels_last)}
         self.noise = DDIMScheduler(**NOISE)
 

@@ -1,6 +1,7 @@
 """Recipe `emoji-seed-lm`: one small Llama that writes captions and the codes of `emoji-seed` in one sequence (arXiv 2310.01218).
 
-Half of the sequences begin with the caption, half with the picture, so that it draws and describes.
+Half of the sequences begin with the caption, half with the picture, so that it draws and describes. `emoji-seed-lm-second` goes on
+from there: the loss was still falling.
 """
 
 from pathlib import Path
@@ -23,6 +24,12 @@ SCHEDULES = {
     ),
     "gpu": Schedule(steps=40000, batch_size=512, learning_rate=1e-3, weight_decay=0.05, betas=(0.9, 0.98)),
 }
+SECOND_SCHEDULES = {
+    "cpu": Schedule(
+        steps=3000, batch_size=64, learning_rate=1.5e-3, warmup=100, weight_decay=0.05, betas=(0.9, 0.98), muon=True
+    ),
+    "gpu": Schedule(steps=20000, batch_size=512, learning_rate=5e-4, weight_decay=0.05, betas=(0.9, 0.98)),
+}
 SIZES = {"hidden_size": 256, "intermediate_size": 640, "num_hidden_layers": 6, "num_attention_heads": 4}
 NOISE = 0.1  # of the features, in their standard deviation: a picture has many readings
 IGNORED = -100  # label of padding
@@ -32,23 +39,26 @@ SHOWN = 8  # captions of the sample
 class SeedLMTask(PicturesTask):
     """Args:
     tokenizer: folder of the trained `emoji-seed`.
+    first_stage: folder of a trained `emoji-seed-lm`, to go on from.
     others: see `CaptionsTask`.
     """
 
     scenes_share, group_share = 0.25, 0.1
 
-    def __init__(self, data: Path, scenes: Path, tokenizer: Path, clip: Path):
+    def __init__(self, data: Path, scenes: Path, tokenizer: Path, clip: Path, first_stage: Path | None = None):
         super().__init__(data, scenes, clip)
         self.seed = Seed.from_pretrained(tokenizer, torch_dtype=torch.float32).eval().requires_grad_(False)
         self.both = AutoTokenizer.from_pretrained(clip)
         add_words(self.both, self.seed.config.n_embed)
         self.words = Vocabulary.of(self.both)
-        ends = {"bos_token_id": self.both.bos_token_id, "eos_token_id": self.both.eos_token_id}
-        longest = self.both.model_max_length + self.seed.config.tokens + 4
-        config = LlamaConfig(
-            vocab_size=len(self.both), max_position_embeddings=longest, tie_word_embeddings=True, **SIZES, **ends
-        )
-        self.networks: dict[str, nn.Module] = {"model": LlamaForCausalLM(config)}
+        if first_stage is not None:
+            model = LlamaForCausalLM.from_pretrained(first_stage, dtype=torch.float32)
+        else:
+            ends = {"bos_token_id": self.both.bos_token_id, "eos_token_id": self.both.eos_token_id}
+            longest = self.both.model_max_length + self.seed.config.tokens + 4
+            fixed = {"max_position_embeddings": longest, "tie_word_embeddings": True, **SIZES, **ends}
+            model = LlamaForCausalLM(LlamaConfig(vocab_size=len(self.both), **fixed))
+        self.networks: dict[str, nn.Module] = {"model": model}
 
     def text(self, captions: list[str]) -> dict[str, Tensor]:
         """Ids without start and end, padded with -1; there is nothing else to read."""

@@ -37,8 +37,10 @@ def begun_from(folder: Path, saved: type[nn.Module], network: type[nn.Module], *
 
 
 def paired(above: Tensor, below: Tensor) -> Image.Image:
-    """Pictures [n, H, W, 3] uint8, 8 in a row, and under each its partner; n is a multiple of 8."""
-    rows = rearrange(torch.stack([above, below]), "pair (r c) h w d -> (r pair h) (c w) d", c=8)
+    """Pictures [n, H, W, 3] uint8, 8 in a row, and under each its partner; what is left of the last row is white."""
+    pairs = torch.stack([above, below])
+    pairs = torch.cat([pairs, pairs.new_full((2, -len(above) % 8, *above.shape[1:]), 255)], dim=1)
+    rows = rearrange(pairs, "pair (r c) h w d -> (r pair h) (c w) d", c=8)
     return Image.fromarray(rows.numpy())
 
 

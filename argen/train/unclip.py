@@ -1,4 +1,7 @@
-"""Recipe `emoji-seed-decoder`: the picture embeddings of `emoji-clip` back to latents of `emoji-vae` (unCLIP, arXiv 2204.06125)."""
+"""Recipe `emoji-seed-decoder`: the picture embeddings of `emoji-clip` back to latents of `emoji-vae` (unCLIP, arXiv 2204.06125).
+
+As `emoji-sd` it knows the 65 things of `argen.data.scenes.COMMON`, and shows of another picture what is nearest to it among these.
+"""
 
 from pathlib import Path
 
@@ -9,6 +12,7 @@ from diffusers.pipelines.stable_diffusion.stable_unclip_image_normalizer import 
 from PIL import Image
 from torch import Tensor, nn
 
+from argen.data.scenes import COMMON
 from argen.diffusion.emoji import NOISE, unclip
 from argen.models.clip import TextImageEncoder
 from argen.train.loop import Schedule
@@ -18,7 +22,9 @@ from tokenizers_img.pixels import from_uint8
 from tokenizers_img.seed import UnCLIP
 
 SCHEDULES = {
-    "cpu": Schedule(steps=2000, batch_size=64, learning_rate=1.2e-3, warmup=120, weight_decay=0.01, betas=(0.9, 0.98)),
+    "cpu": Schedule(
+        steps=3000, batch_size=64, learning_rate=1.2e-3, warmup=150, weight_decay=0.01, betas=(0.9, 0.98), muon=True
+    ),
     "gpu": Schedule(steps=60000, batch_size=512, learning_rate=4e-4, weight_decay=0.01),
 }
 UNET = {
@@ -39,7 +45,8 @@ SAMPLED = {"num_inference_steps": 20, "guidance_scale": 3.0}
 class UnCLIPTask(LatentsTask):
     """Args: see `LatentsTask`."""
 
-    scenes_share = 0.25
+    scenes_share = 0.5
+    only = COMMON
 
     def __init__(self, data: Path, scenes: Path, vae: Path, clip: Path):
         super().__init__(data, scenes, vae, clip)
