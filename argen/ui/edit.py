@@ -1,12 +1,13 @@
 """The tab that writes a part of a picture anew: cells of its token grid, painted or chosen."""
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import gradio as gr
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageChops, ImageOps
 from torch import Tensor
 
 from argen.pipelines.base import TokenPipeline
@@ -44,10 +45,13 @@ class Edit:
                 with gr.Row():
                     num = gr.Slider(1, 9, value=4, step=1, label="Pictures")
                     seed = gr.Number(0, precision=0, minimum=0, label="Seed")
-                locked = gr.Checkbox(
-                    False, label="What is painted stays, the rest is written anew", elem_id="edit-locked"
+                locked = gr.Checkbox(False, label="These cells stay, the rest is written anew", elem_id="edit-locked")
+                numbers = gr.Textbox(
+                    label="Cells by number, beside those that are painted on",
+                    info="rows x columns from the top left, as 3-5 x 2-7; several between commas",
+                    elem_id="edit-cells",
                 )
-                paint = gr.Button("Write anew what is painted", variant="primary", elem_id="edit-paint")
+                paint = gr.Button("Write these cells anew", variant="primary", elem_id="edit-paint")
                 share = gr.Slider(0.05, 1, value=0.25, step=0.05, label="Share of the cells")
                 vary = gr.Button("Vary the least certain cells", elem_id="edit-vary")
                 first = gr.Slider(0.05, 0.95, value=0.5, step=0.05, label="Share of the tokens, from the first")
@@ -59,7 +63,7 @@ class Edit:
             self.view = View(desk, "-edit")
         how = [model, prompt, picture, num, seed]
         last.click(self.latest, None, [picture, prompt])
-        paint.click(self.asking(anew), [*how, locked], self.view.watched)
+        paint.click(self.asking(anew), [*how, locked, numbers], self.view.watched)
         vary.click(self.asking(varied), [*how, share], self.view.watched)
         fork.click(self.asking(forked), [*how, first], self.view.watched)
         extend.click(self.asking(extended), [*how, side, cells], self.view.watched)
@@ -92,10 +96,13 @@ class Edit:
         return handler
 
 
-def anew(pipe: TokenPipeline, wish: Request, canvas: dict | None, locked: bool) -> Tensor:
-    """Without the cells that are painted on or, locked, without the others."""
+def anew(pipe: TokenPipeline, wish: Request, canvas: dict | None, locked: bool, numbers: str) -> Tensor:
+    """Without the cells that are painted on or named or, locked, without the others."""
     picture = shown(canvas)
-    grid = pipe.without(picture, painted(canvas))
+    cells = Image.fromarray(255 * named(numbers, pipe.shape_of()).astype(np.uint8))
+    side = max(picture.size)  # of the square that the picture is padded to
+    square = cells.resize((side, side), Image.Resampling.NEAREST)
+    grid = pipe.without(picture, ImageChops.lighter(painted(canvas), ImageOps.fit(square, picture.size)))
     return pipe.emptied(pipe.read_tokens(picture), grid >= 0) if locked else grid
 
 
@@ -134,6 +141,20 @@ def painted(canvas: dict | None) -> Image.Image:
     strokes = [np.array(layer.convert("RGBA").resize(size).getchannel("A")) > 0 for layer in canvas.get("layers") or []]
     mask = np.any(strokes, axis=0) if strokes else np.zeros(size[::-1], bool)
     return Image.fromarray((255 * mask).astype(np.uint8))
+
+
+def named(numbers: str, shape: tuple[int, int]) -> np.ndarray:
+    """Cells by number -> [h, w] bool: "3-5 x 2" are those in rows 3 to 5 of column 2, counted from 1."""
+    cells = np.zeros(shape, bool)
+    for part in filter(None, map(str.strip, numbers.split(","))):
+        found = re.fullmatch(r"(\d+)(?:-(\d+))?\s*x\s*(\d+)(?:-(\d+))?", part)
+        top, bottom, left, right = (int(found[i] or found[i - 1]) for i in (1, 2, 3, 4)) if found else (0, 0, 0, 0)
+        if not (1 <= top <= bottom <= shape[0] and 1 <= left <= right <= shape[1]):
+            raise ValueError(
+                f"{part!r} names no cells: expected ROWS x COLUMNS of {shape[0]} x {shape[1]}, as 3-5 x 2-7 (both from 1)"
+            )
+        cells[top - 1 : bottom, left - 1 : right] = True
+    return cells
 
 
 def moved(tokens: Tensor, side: str, cells: int) -> Tensor:
