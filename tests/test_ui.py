@@ -173,6 +173,14 @@ def test_the_gallery_finds_compares_and_deletes(page, site):
     tiles.nth(1).click()
     page.get_by_role("button", name="Compare with the one chosen before").click()
     page.locator("#pair img").nth(1).wait_for(timeout=30_000)
+    middle = page.locator("#pair .outer").bounding_box()["x"]
+    page.locator("#meet input[type=range]").focus()
+    page.keyboard.press("ArrowRight")  # the slider can be moved without a mouse
+    for _ in range(40):
+        if page.locator("#pair .outer").bounding_box()["x"] > middle + 5:
+            break
+        page.wait_for_timeout(250)
+    assert page.locator("#pair .outer").bounding_box()["x"] > middle + 5
     before = len(list(site[1].glob("*.png")))
     page.locator("#delete").click()
     page.locator("#found-state", has_text="1 to 3").wait_for(timeout=30_000)

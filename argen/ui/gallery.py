@@ -50,6 +50,7 @@ class Gallery:
                 about = gr.JSON(show_label=False, elem_id="about")
                 with gr.Accordion("Compare with the one chosen before", open=False):
                     pair = gr.ImageSlider(label="before, now", height=320, interactive=False, elem_id="pair")
+                    meet = gr.Slider(0, 100, value=50, step=5, label="Where they meet, in percent", elem_id="meet")
                 with gr.Accordion("What the network thought", open=False):
                     think = gr.Button("Look at its cells", elem_id="think")
                     sure = gr.Gallery(
@@ -61,6 +62,7 @@ class Gallery:
         asked, outputs = [search, model, stars, page], [many, told, self.shown]
         gr.on([load.click, search.submit, model.input, stars.input, page.submit], self.find, asked, outputs)
         many.select(self.choose, [self.shown, self.chosen], [large, about, pair, self.chosen])
+        meet.input(lambda place: gr.update(slider_position=place), meet, pair, show_progress="hidden")
         star.click(self.favour, self.chosen, about)
         drop.click(self.delete, self.chosen, [large, about, self.chosen]).then(self.find, asked, outputs)
         pack.click(self.pack, asked[:3], packed)
