@@ -69,6 +69,7 @@ def add_commands(top: argparse.ArgumentParser) -> None:
     )
     add.add_argument("--model", default="argen/emoji-parti", metavar="ID", help="(default: argen/emoji-parti)")
     add.add_argument("--num", type=int, default=500, metavar="N", help="the first N pictures (default: 500)")
+    add.add_argument("--common", action="store_true", help="prompts of 62 common things, of 666 otherwise")
     add.add_argument("--tokens", type=int, metavar="K", help="of each picture, of a model whose tokens are ordered")
     add.add_argument("--seed", type=int, default=0, help="picture i is drawn from (seed, i) alone (default: 0)")
     add.add_argument("--guidance-scale", type=float, metavar="G", help="(default: the model's)")
@@ -121,6 +122,7 @@ def add_commands(top: argparse.ArgumentParser) -> None:
     )
     _tool(add, 100)
     add.add_argument("--iterations", type=int, default=50, metavar="N", help="at most, of each token (default: 50)")
+    add.add_argument("--noises", type=int, default=1, metavar="N", help="pictures that share a token (default: 1)")
     add.add_argument("--learning-rate", type=float, default=0.01, metavar="R", help="(default: 0.01)")
     _output(add)
 
@@ -325,8 +327,10 @@ def emoji(args: argparse.Namespace) -> None:
     from argen.eval import judge, run
     from argen.eval.features import weights_digest
 
-    network, truths, seconds = load_model("argen/emoji-judge", args.device), judge.read_prompts(), {}
-    settings, more = {"judge": weights_digest(network), "tokens": args.tokens}, {"num_tokens": args.tokens}
+    network, seconds = load_model("argen/emoji-judge", args.device), {}
+    truths = judge.read_prompts(judge.COMMON_PROMPTS if args.common else judge.PROMPTS)
+    settings = {"judge": weights_digest(network), "tokens": args.tokens, "common": args.common}
+    more = {"num_tokens": args.tokens}
     with run.timed(seconds, "draw"):
         samples = _draw(args, [truth.prompt for truth in truths], args.num, settings, more=lambda rows: more)
     with run.timed(seconds, "judge"):
@@ -442,14 +446,17 @@ def erase(args: argparse.Namespace) -> None:
 
 @command
 def count(args: argparse.Namespace) -> None:
+    import torch
+
     from argen.diffusion import CountToken
     from argen.diffusion.base import unit_noise
-    from argen.diffusion.count_token import read_token
+    from argen.diffusion.count_token import check_noises, read_token
     from argen.eval import run, tools
     from argen.registry import counters, counting
 
+    check_noises(args.noises)
     truths, seconds = tools.of_kind("count", args.num), {}
-    settings = {"iterations": args.iterations, "learning_rate": args.learning_rate}
+    settings = {"iterations": args.iterations, "learning_rate": args.learning_rate, "noises": args.noises}
     pipe, judge, luck = _pipeline(args, settings)
     judged = counters(args.model, pipe.device)
     (args.out / "tokens").mkdir(exist_ok=True)
@@ -461,8 +468,9 @@ def count(args: argparse.Namespace) -> None:
     def optimised(index: int):
         (number, things), token = tools.counted(truths[index]), fresh(index)
         noise, how = unit_noise(pipe, luck(index)), {"steps": args.iterations, "learning_rate": args.learning_rate}
-        for step in token.optimise(things, number, noise, **how):
-            if step.best and step.detected == number:
+        others = [unit_noise(pipe, luck(index + more * len(truths))) for more in range(2, args.noises + 1)]
+        for step in token.optimise(things, number, torch.cat([noise, *others]), **how):
+            if step.best and set(step.detected) == {number}:
                 break
         token.save(args.out / f"tokens/{index:06d}.safetensors", f"<{number}-things>", count=number, things=things)
         return token.draw(things, number, noise)

@@ -123,6 +123,25 @@ def test_a_token_is_optimised_as_by_the_authors(golden, name):
     torch.testing.assert_close(token.vector, io["saved_token"], atol=5e-3, rtol=0)
 
 
+def test_several_pictures_share_a_token(golden):
+    """Their losses count alike, and the token goes where the mean of them leads."""
+    case = golden("count_token/token_static_scale")
+    noises = torch.randn(2, *case.io["latents_scaled"].shape[1:], generator=torch.Generator().manual_seed(0))
+
+    def begun(latents):
+        token = CountToken(tiny_pipeline(case), StandIn(case.weights), lambda image, word: 3)
+        steps = token.optimise("birds", 5, latents, steps=2, height=64, width=64)
+        return next(steps), next(steps)
+
+    together, alone = begun(noises), [begun(noise[None]) for noise in noises]
+    assert together[0].image.shape == (2, 3, 64, 64)
+    assert together[0].detected == (3, 3)
+    for name in ("loss", "count", "count_loss"):
+        mean = sum(getattr(first, name) for first, _ in alone) / 2
+        assert getattr(together[0], name) == pytest.approx(mean, rel=1e-4)
+    assert not torch.equal(together[1].image, together[0].image)
+
+
 def test_a_token_is_an_ordinary_textual_inversion(golden, tmp_path):
     case = golden("count_token/token_static_scale")
     pipe = tiny_pipeline(case)

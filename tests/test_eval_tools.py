@@ -55,7 +55,7 @@ def test_erasing_is_measured_before_and_after(untrained, tmp_path):
 
 
 def test_counting_is_measured_before_after_and_with_the_token_again(untrained, tmp_path):
-    asked = ["--num", "2", "--steps", "2", "--iterations", "2", "--out", str(tmp_path / "c")]
+    asked = ["--num", "2", "--steps", "2", "--iterations", "2", "--noises", "2", "--out", str(tmp_path / "c")]
     assert evaluate(["count", *asked]) == 0
     told = report(tmp_path / "c")
     assert {"count: count, before", "count: count, after", "count: count, reused"} <= set(told)
@@ -68,7 +68,7 @@ def test_a_token_is_made_and_used_again(untrained, tmp_path, capsys):
     files = {name: str(tmp_path / name) for name in ("five.png", "plain.png", "five.safetensors", "pears.png")}
     asked = ["--model", "argen/emoji-sd", "--steps", "2"]
     made = ["-o", files["five.png"], "--plain", files["plain.png"], "--token", files["five.safetensors"]]
-    assert argen(["count", "five apples", *asked, *made, "--iterations", "2", "--json"]) == 0
+    assert argen(["count", "five apples", *asked, *made, "--iterations", "2", "--noises", "2", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["prompt"] == "five apples"
     assert argen(["count", "five pears", *asked, "-o", files["pears.png"], "--use", files["five.safetensors"]]) == 0
     assert "five pears" in capsys.readouterr().out
@@ -76,6 +76,7 @@ def test_a_token_is_made_and_used_again(untrained, tmp_path, capsys):
         (("six pears", "--use", files["five.safetensors"]), "is the token of 5 things"),
         (("pears",), "does not say how many of what"),
         (("0 pears",), "expected a whole number from 1 to 25"),
+        (("5 pears", "--noises", "0"), "noises is 0: expected 1 to 64"),
         (("5 pears", "--use", str(tmp_path / "none.safetensors")), "no token at"),
     ):
         assert argen(["count", *words, *asked, "-o", str(tmp_path / "x.png")]) == 2

@@ -3,11 +3,11 @@
 The embedding of a small word of the prompt ("A photo of some 5 apples") is trained through a pipeline of few steps; the token
 that comes out is an ordinary textual inversion, which other prompts and seeds can use.
 
-Letters in shape comments: H W sides of a picture, D width of a text embedding.
+Letters in shape comments: B pictures, H W sides of a picture, D width of a text embedding.
 """
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +24,7 @@ from argen.diffusion.base import StableDiffusion, check_pipeline, frozen
 
 logger = logging.getLogger(__name__)
 MOST = 25  # things, the authors' range
+MOST_NOISES = 64  # pictures that share a token
 NUMBERS = (
     *SMALL_NUMBERS,
     *("seven", "eight", "nine", "ten", "eleven", "twelve", "thirteen", "fourteen", "fifteen", "sixteen"),
@@ -44,9 +45,10 @@ class CountStep:
     """What a step found, before it changed the token.
 
     Attributes:
-        image: [1, 3, H, W] in [0, 1].
-        density: [h, w], scaled so that its sum is `count`.
-        detected: things that the detector found, None without one.
+        image: of each noise, [B, 3, H, W] in [0, 1].
+        density: [B, h, w], scaled so that its sum is what was counted.
+        count, count_loss, relevance: of all pictures, their mean.
+        detected: things that the detector found in each, None without one.
         loss: count_loss + the weighted relevance.
         best: no step before had a lower loss.
     """
@@ -55,11 +57,23 @@ class CountStep:
     image: Tensor
     density: Tensor
     count: float
-    detected: int | None
+    detected: tuple[int, ...] | None
     count_loss: float
     relevance: float | None
     loss: float
     best: bool
+
+
+@dataclass(frozen=True)
+class _Look:
+    """One picture of a step."""
+
+    image: Tensor
+    shares: Tensor
+    found: int | None
+    count_loss: Tensor
+    cosine: Tensor | None
+    loss: Tensor
 
 
 def parse(prompt: str) -> tuple[int, str]:
@@ -82,6 +96,14 @@ def check_count(count: int) -> int:
     if not isinstance(count, int) or not 1 <= count <= MOST:
         raise ValueError(f"count is {count}: expected a whole number from 1 to {MOST}")
     return count
+
+
+def check_noises(noises: int) -> None:
+    """Raises:
+    ValueError: no picture to optimise for, or more than are looked at in reasonable time.
+    """
+    if not 1 <= noises <= MOST_NOISES:
+        raise ValueError(f"noises is {noises}: expected 1 to {MOST_NOISES}")
 
 
 def read_token(path: str | Path) -> tuple[Tensor, dict[str, str]]:
@@ -210,12 +232,13 @@ class CountToken:
         patience: int = 15,
         **others,
     ) -> Iterator[CountStep]:
-        """Improve the token for one picture; `vector` is the best so far whenever it is left.
+        """Improve the token for one picture, or for several together; `vector` is the best so far whenever it is left.
 
         Args:
             things: what is counted, as "oranges"; counters are asked for its last word.
             count: how many there shall be, 1 to 25.
-            latents: unit noise of the picture [1, C, h, w], the same in every step.
+            latents: unit noise of the picture [1, C, h, w], the same in every step. A token of one picture does little for others;
+                of several [B, C, h, w] the mean of their losses counts, which is not the authors' way.
             steps, learning_rate: at most so many, of AdamW.
             relevance_scale: weight of the relevance.
             scale: what the density of one thing sums up to, where there is no detector.
@@ -233,40 +256,55 @@ class CountToken:
         modules = [part for part in self.pipe.components.values() if isinstance(part, torch.nn.Module)]
         with frozen(*modules):
             for index in range(steps):
-                with torch.enable_grad(), self.applied(vector):
-                    draw = type(self.pipe).__call__.__wrapped__  # the pipeline's own, without its no_grad
-                    image = draw(self.pipe, prompt, latents=latents.clone(), **asked).images
-                    seen = looked_at(image)
-                    density = self.density(seen, word)
-                    found = None if self.detector is None else self.detector(image.detach(), word)
-                    one = scale if found is None else density.sum().detach() / found if found else float("inf")
-                    if found == 0:
-                        logger.warning("no %s found: this step has no gradient of the count", word)
-                    shares = density / one
-                    count_loss = (shares.sum() - count).abs()
-                    cosine = None if self.relevance is None else self.relevance(seen, word).squeeze()
-                    loss = count_loss if cosine is None else count_loss + relevance_scale * (1 - cosine)
-                    loss.backward()
-                best = loss.item() < lowest
-                if best:
-                    lowest, left, self.vector = loss.item(), patience, vector.detach().clone()
+                seen = []
+                for noise in latents.split(1):
+                    with torch.enable_grad(), self.applied(vector):
+                        draw = type(self.pipe).__call__.__wrapped__  # the pipeline's own, without its no_grad
+                        image = draw(self.pipe, prompt, latents=noise.clone(), **asked).images
+                        seen.append(self._look(image, word, count, scale, relevance_scale))
+                        (seen[-1].loss / len(latents)).backward()
+                step = self._together(index, seen, lowest)
+                if step.best:
+                    lowest, left, self.vector = step.loss, patience, vector.detach().clone()
                 else:
                     left -= 1
                 optimizer.step()
                 vector.grad = None
-                yield CountStep(
-                    index,
-                    image.detach(),
-                    shares.detach()[0],
-                    shares.sum().item(),
-                    found,
-                    count_loss.item(),
-                    None if cosine is None else cosine.item(),
-                    loss.item(),
-                    best,
-                )
+                yield step
                 if left < 0:
                     return
+
+    def _look(self, image: Tensor, word: str, count: int, scale: float, relevance_scale: float) -> "_Look":
+        """What the counters find in a picture [1, 3, H, W], and its loss."""
+        seen = looked_at(image)
+        density = self.density(seen, word)
+        found = None if self.detector is None else self.detector(image.detach(), word)
+        one = scale if found is None else density.sum().detach() / found if found else float("inf")
+        if found == 0:
+            logger.warning("no %s found: this step has no gradient of the count", word)
+        shares = density / one
+        count_loss = (shares.sum() - count).abs()
+        cosine = None if self.relevance is None else self.relevance(seen, word).squeeze()
+        loss = count_loss if cosine is None else count_loss + relevance_scale * (1 - cosine)
+        return _Look(image.detach(), shares.detach(), found, count_loss, cosine, loss)
+
+    def _together(self, index: int, seen: Sequence["_Look"], lowest: float) -> CountStep:
+        """A step of several pictures."""
+
+        def mean(values: Iterable[Tensor]) -> float:
+            return torch.stack(list(values)).mean().item()
+
+        return CountStep(
+            index,
+            torch.cat([one.image for one in seen]),
+            torch.cat([one.shares for one in seen]),
+            mean(one.shares.sum() for one in seen),
+            None if self.detector is None else tuple(one.found for one in seen),
+            mean(one.count_loss for one in seen),
+            None if self.relevance is None else mean(one.cosine for one in seen),
+            loss := mean(one.loss for one in seen),
+            loss < lowest,
+        )
 
     def save(self, path: str | Path, token: str, **metadata: str) -> None:
         """Write a textual inversion, which ``pipe.load_textual_inversion(path)`` reads: a prompt then has `token` in place of the
