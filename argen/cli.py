@@ -173,7 +173,7 @@ def parser() -> Parser:
     add = commands.add_parser("describe", help="say what a picture shows, with a model that reads pictures")
     add.add_argument("image", type=Path, metavar="IMG")
     add.add_argument("question", nargs="?", default="", help="about the picture (default: none, it is described)")
-    add.add_argument("--model", required=True, metavar="ID", help="as AILab-CVC/seed-llama-8b-sft, see `argen models`")
+    add.add_argument("--model", default="argen/emoji-seed-lm", metavar="ID", help="(default: argen/emoji-seed-lm)")
     add.add_argument("--temperature", type=float, default=1.0, metavar="T", help="0: the likeliest words (default: 1)")
     add.add_argument("--seed", type=int, default=0, metavar="S", help="(default: 0)")
     device_and_json(add)
@@ -226,6 +226,13 @@ def parser() -> Parser:
     )
     add.add_argument("--iterations", type=int, default=50, metavar="N", help="at most (default: 50)")
     add.add_argument("--learning-rate", type=float, default=0.01, metavar="R", help="(default: 0.01)")
+    add.add_argument(
+        "--noises",
+        type=int,
+        default=1,
+        metavar="N",
+        help="pictures that share the token, so that others can (default: 1)",
+    )
     add.add_argument(
         "--clip-count", type=Path, metavar="FILE", help="clipcount_pretrained.ckpt; argen/emoji-sd needs none"
     )
@@ -601,7 +608,7 @@ def count(args) -> None:
     from argen.device import pick
     from argen.diffusion import CountToken
     from argen.diffusion.base import unit_noise
-    from argen.diffusion.count_token import parse, read_token
+    from argen.diffusion.count_token import check_noises, parse, read_token
     from argen.metadata import save_pictures
     from argen.registry import counters, counting, load_diffusion
 
@@ -610,6 +617,7 @@ def count(args) -> None:
     if args.token:
         writable(args.token, ".safetensors")
     number, things = parse(args.prompt)
+    check_noises(args.noises)
     vector, notes = read_token(args.use) if args.use else (None, {})
     if notes.get("count", str(number)) != str(number):
         raise ValueError(f"{args.use} is the token of {notes['count']} things: ask for so many")
@@ -623,7 +631,9 @@ def count(args) -> None:
         token.use(vector)
     else:
         how = {"steps": args.iterations, "learning_rate": args.learning_rate}
-        for step in tqdm(token.optimise(things, number, latents, **how), total=args.iterations, desc="count"):
+        others = [unit_noise(pipe, torch.Generator().manual_seed(args.seed + more)) for more in range(1, args.noises)]
+        together = torch.cat([latents, *others])
+        for step in tqdm(token.optimise(things, number, together, **how), total=args.iterations, desc="count"):
             best = step if step.best else best
     pictures = [token.draw(things, number, latents), *plain]
     if args.token:
