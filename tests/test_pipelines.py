@@ -9,6 +9,7 @@ from PIL import Image
 import argen
 from argen.models.dalle_mini import DalleMiniDecoder, DalleMiniEncoder, text_tokenizer
 from argen.pipelines.dalle_mini import DalleMiniPipeline
+from argen.registry import MODELS, ids
 from argen.request import Request
 from samplers.steps import Origin
 from tokenizers_img.vqgan import VQGANDetokenizer
@@ -152,3 +153,9 @@ def test_a_job_knows_what_its_sampler_did(pipe):
     *_, plain = pipe.run(Request("a rocket", sampler="plain"))
     assert plain.lossless
     assert plain.origins is None
+
+
+@pytest.mark.parametrize("name", [name for name in ids("generator") if MODELS[name].repo is None])
+def test_every_shipped_generator_tells_how_long_a_prompt_is(name):
+    words, most = argen.load(name).text_tokens("a pizza")
+    assert 2 <= words < most

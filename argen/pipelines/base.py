@@ -177,7 +177,8 @@ class TokenPipeline(DiffusionPipeline):
         tokenizer = self.components.get("tokenizer")
         if tokenizer is None:
             return None
-        most = self.transformer.config.get("caption_length") or tokenizer.model_max_length
+        own = (getattr(self.transformer.config, name, None) for name in ("caption_length", "max_position_embeddings"))
+        most = min(filter(None, (*own, tokenizer.model_max_length)))
         return len(tokenizer(self.caption(prompt), truncation=False, verbose=False).input_ids), most
 
     def caption(self, prompt: str) -> str:
