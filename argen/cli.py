@@ -575,8 +575,8 @@ def erase(args) -> None:
     erasure, asked = ConceptErasure(pipe), drawing(args.model, args.steps, args.guidance_scale)
 
     def run() -> None:
-        how = erasing(args.model, args.concepts, args.preset, args.retain)
-        stages.extend(erasure.erase(args.concepts, targets=args.target, epochs=args.epochs, **how))
+        how = erasing(args.model, args.concepts, args.preset, args.retain, args.target)
+        stages.extend(erasure.erase(**how, epochs=args.epochs))
 
     def draw(**given) -> list:
         luck = [torch.Generator().manual_seed(args.seed + index) for index in range(args.verify)]
@@ -716,10 +716,10 @@ def score(args) -> None:
     model = load_model(args.model, args.device)
     if args.grid:
         writable(args.grid)
-    if hasattr(model, "run"):
+    if hasattr(model, "likelihoods"):
+        scores = retrieval.of_captions(model.likelihoods, args.data)
+    elif hasattr(model, "run"):
         scores = prompts.evaluate(model, args.data, args.num_candidates, args.seed, args.grid)
-        if hasattr(model, "likelihoods"):
-            scores |= retrieval.of_captions(model.likelihoods, args.data)
     elif hasattr(model, "embed"):
         scores = retrieval.evaluate(model.embed, args.data)
     elif args.model == "argen/emoji-seed":

@@ -426,7 +426,7 @@ def erase(args: argparse.Namespace) -> None:
     for number, concept in enumerate(args.concepts):
         own, folder = sets["erased"][number * args.num : (number + 1) * args.num], f"after/{concept.replace(' ', '-')}"
         with run.timed(seconds, f"erase {concept}"):
-            erasure.erase([concept], **erasing(args.model, [concept], args.preset, args.retain))
+            erasure.erase(**erasing(args.model, [concept], args.preset, args.retain))
         with run.timed(seconds, f"after {concept}"):
             attack = erasure.attack(concept)
             told = {"erased": draw(own, f"{folder}/erased"), "others": draw(sets["others"], f"{folder}/others")}

@@ -17,6 +17,7 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
+from diffusers.pipelines.stable_diffusion.stable_unclip_image_normalizer import StableUnCLIPImageNormalizer
 from safetensors import SafetensorError
 from transformers import AutoTokenizer, CLIPModel, LlamaForCausalLM, PreTrainedTokenizerFast, T5EncoderModel
 
@@ -31,7 +32,7 @@ from argen.diffusion.counters import (
     EmojiRelevance,
     components,
 )
-from argen.diffusion.emoji import assembled
+from argen.diffusion.emoji import assembled, unclip
 from argen.eval.reconstruction import Tokenizer
 from argen.models.clip import TextImageEncoder
 from argen.models.controlar import ControlAR
@@ -56,12 +57,13 @@ from tokenizers_img.checkpoint import hub_file, hub_folder
 from tokenizers_img.flextok import FlexTok, FlexTokenizer
 from tokenizers_img.kl_vae import KLVAE
 from tokenizers_img.llamagen_vq import LlamaGenVQ
-from tokenizers_img.seed import SeedTokenizer, UnCLIP
+from tokenizers_img.seed import Seed, SeedTokenizer, UnCLIP
 from tokenizers_img.vit_vqgan import ViTVQGAN
 
 WEIGHTS = Path(__file__).parent / "weights"
 DRAWN = {"num_inference_steps": 25, "guidance_scale": 4.0, "guidance_rescale": 0.7}  # pictures of emoji-sd
 COUNTED = DRAWN | {"num_inference_steps": 8}  # the same in a moment
+EMOJI_SEED = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5), "squashed": False, "guidance_scale": 3.0}
 EMOJI_FLOW = {"steps": 12, "guidance_scale": 3.0}  # of emoji-flextok, from tokens to a picture
 PIPELINES = {
     cls.__name__: cls
@@ -143,6 +145,24 @@ def _emoji_text() -> dict:
 
 def _emoji_flextok(folder: Path) -> FlexTokenizer:
     return FlexTokenizer(_network(FlexTok, folder), _network(AutoencoderKL, WEIGHTS / "emoji-vae"), **EMOJI_FLOW)
+
+
+def _emoji_seed(folder: Path) -> SeedTokenizer:
+    encoder = _encoder(WEIGHTS / "emoji-clip")
+    decoder = unclip(
+        _network(UNet2DConditionModel, folder / "unet"),
+        _network(StableUnCLIPImageNormalizer, folder / "image_normalizer"),
+        _network(AutoencoderKL, WEIGHTS / "emoji-vae"),
+        encoder.clip,
+        encoder.tokenizer,
+    )
+    return SeedTokenizer(_network(Seed, folder), encoder.clip.vision_model, decoder, **EMOJI_SEED)
+
+
+def _emoji_seed_lm(folder: Path) -> SeedLlamaPipeline:
+    model, info = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    words = AutoTokenizer.from_pretrained(folder)
+    return SeedLlamaPipeline(_complete(model, info), words, _emoji_seed(WEIGHTS / "emoji-seed"), "emoji")
 
 
 def _emoji_sd(folder: Path) -> StableDiffusionPipeline:
@@ -421,6 +441,13 @@ MODELS = {
         _emoji_flexar,
         takes=("text", "class"),
     ),
+    "argen/emoji-seed-lm": Model(
+        "generator",
+        "text -> 16 causal tokens -> 128 x 128 emoji that shows the same, SEED-LLaMA; also pictures -> text",
+        "Apache-2.0",
+        5.3,
+        _emoji_seed_lm,
+    ),
     "argen/emoji-sd": Model(
         "diffusion",
         "text -> 128 x 128 emoji, Stable Diffusion for `argen bind`, `erase` and `count`",
@@ -440,6 +467,13 @@ MODELS = {
     ),
     "argen/emoji-flextok": Model(
         "tokenizer", "FlexTok, 128 x 128 <-> 1 to 64 ordered ids of 1000", "Apache-2.0", 4.3, _emoji_flextok
+    ),
+    "argen/emoji-seed": Model(
+        "tokenizer",
+        "SEED, 128 x 128 <-> 1 to 16 causal ids of 1024; what comes back shows the same",
+        "Apache-2.0",
+        8.5,
+        _emoji_seed,
     ),
     "argen/emoji-clip": Model("encoder", "CLIP of emoji and their captions", "Apache-2.0", 3.7, _encoder),
     "argen/emoji-drafter": Model(
@@ -610,17 +644,31 @@ def counting(model: str, count: int, steps: int | None = None, guidance_scale: f
 
 
 def erasing(
-    model: str, concepts: Sequence[str], preset: str | None = None, retained: Sequence[str] = ()
-) -> dict[str, str | list[str]]:
-    """How concepts are erased from a pipeline: what `ConceptErasure.erase` takes beside them. From argen/emoji-sd, which knows few
-    things, hard, and with all others retained that it knows; from others as published."""
+    model: str,
+    concepts: Sequence[str],
+    preset: str | None = None,
+    retained: Sequence[str] = (),
+    targets: Sequence[str] | None = None,
+) -> dict[str, str | list[str] | None]:
+    """How concepts are erased from a pipeline: what `ConceptErasure.erase` takes. From argen/emoji-sd, which knows few things, hard,
+    as names and as its captions have them, and with all others retained that it knows; from others as published.
+
+    Raises:
+        ValueError: targets that do not fit.
+    """
     if model != "argen/emoji-sd":
-        return {"preset": preset or "object", "retained": list(retained)}
+        asked = {"concepts": list(concepts), "targets": targets}
+        return asked | {"preset": preset or "object", "retained": list(retained)}
+    if targets and len(targets) != len(concepts):
+        raise ValueError(f"{len(targets)} targets for {len(concepts)} concepts: give one for each, or none")
+    names = [concept.removeprefix("an ").removeprefix("a ") for concept in concepts]
+    asked = {"concepts": [words for name in names for words in (name, with_article(name))]}
+    asked["targets"] = [target for target in targets for _ in range(2)] if targets else None
     styles = ["", *(f", {style.prompt}" for style in STYLES.values())]
-    erased = [set(concept.split()) for concept in concepts]
+    erased = [set(name.split()) for name in names]
     others = [name for name in COMMON if not any(set(name.split()) <= words for words in erased)]
     kept = [f"{words}{style}" for name in others for words in (name, with_article(name)) for style in styles]
-    return {"preset": preset or "object-hard", "retained": [*kept, *retained]}
+    return asked | {"preset": preset or "object-hard", "retained": [*kept, *retained]}
 
 
 def _given(steps: int | None, guidance_scale: float | None) -> dict:

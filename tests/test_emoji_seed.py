@@ -1,11 +1,17 @@
-"""SEED on what emoji-clip sees: tokens in order, captions by likelihood; of random weights."""
+"""SEED on what emoji-clip sees: tokens in order, captions by likelihood, of random weights; and the shipped chain."""
+
+import json
 
 import pytest
 import torch
+from PIL import Image
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+from argen.cli import main as argen
+from argen.data.scenes import COMMON
 from argen.data.tables import read_split
 from argen.eval import retrieval
+from argen.eval.judge import COMMON_PROMPTS, evaluate, read_prompts
 from argen.models.seed_llama import Vocabulary, add_words
 from argen.pipelines.seed_llama import SeedLlamaPipeline
 from argen.registry import WEIGHTS, load
@@ -87,3 +93,64 @@ def test_meaning_is_measured(tokenizer, clip, pipe):
     assert told["first 16 tokens: recall@1 of 100"] == told["16 tokens at random places: recall@1 of 100"]
     named = retrieval.of_captions(lambda pictures, captions: torch.eye(len(pictures)), SAMPLE, 5)
     assert named == {"concept named among 5": 1.0, "among the first five": 1.0}
+
+
+SINGLES = tuple(truth for truth in read_prompts(COMMON_PROMPTS) if truth.kind == "single")[:16]
+
+
+@pytest.fixture(scope="module")
+def shipped():
+    pipe = load("argen/emoji-seed-lm")
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def luck(count: int) -> list[torch.Generator]:
+    return [torch.Generator().manual_seed(index) for index in range(count)]
+
+
+def test_the_judge_finds_what_was_written(shipped):
+    made = shipped([truth.prompt for truth in SINGLES], generator=luck(16), output_type="np").images
+    told = evaluate(load("argen/emoji-judge"), list((255 * made).round().astype("uint8")), SINGLES)
+    assert told["single: identity"]["value"] >= 0.3  # of 666 names; chance is 0.0075
+
+
+def test_the_length_of_a_prompt_is_told(shipped, pipe):
+    words, most = shipped.text_tokens("a pizza")
+    assert words == len(shipped.tokenizer("a pizza").input_ids)
+    assert most == shipped.tokenizer.model_max_length
+    assert pipe.text_tokens("a pizza")[0] == words
+
+
+def test_the_first_tokens_say_what_a_picture_shows(shipped, clip):
+    """Of the few pictures that argen ships: the right one of 8 captions is found by 8 tokens, and by likelihood."""
+    told = retrieval.of_tokens(shipped.image_tokenizer, clip.embed, SAMPLE)
+    assert told["first 8 tokens: recall@1 of 100"] >= 0.25
+    assert told["first 8 tokens: recall@1 of 100"] > told["16 tokens of another picture: recall@1 of 100"]
+    named = retrieval.of_captions(shipped.likelihoods, SAMPLE, 8)
+    assert named["concept named among 8"] >= 0.4
+
+
+def test_both_are_scored(capsys):
+    for model, wanted in (
+        ("emoji-seed-lm", "concept named among 8"),
+        ("emoji-seed", "first 8 tokens: recall@1 of 100"),
+    ):
+        assert argen(["score", "--model", f"argen/{model}", "--data", str(SAMPLE), "--json"]) == 0
+        assert json.loads(capsys.readouterr().out)[wanted] >= 0.25
+
+
+def test_a_picture_is_described_and_comes_back(tmp_path, capsys):
+    picture = tmp_path / "in.png"
+    rows = read_split(SAMPLE, "train")
+    rows[next(row for row, name in enumerate(rows["concept"]) if name in COMMON)]["image"].save(picture)
+    assert argen(["describe", str(picture), "--temperature", "0"]) == 0
+    assert len(capsys.readouterr().out.split()) >= 1
+    asked = [str(picture), "--tokenizer", "argen/emoji-seed"]
+    assert argen(["tokenize", *asked, "-o", str(tmp_path / "ids.npz")]) == 0
+    assert argen(["detokenize", str(tmp_path / "ids.npz"), "-o", str(tmp_path / "again.png")]) == 0
+    assert argen(["reconstruct", *asked, "-o", str(tmp_path / "other.png")]) == 0
+    again, other = (Image.open(tmp_path / name).convert("RGB") for name in ("again.png", "other.png"))
+    assert again.size == (128, 128)
+    assert again.tobytes() == other.tobytes()
+    assert again.tobytes() != Image.open(picture).convert("RGB").tobytes()

@@ -122,4 +122,13 @@ def test_all_other_things_are_retained():
     kept = registry.erasing("argen/emoji-sd", ["sunflower", "a red cat"], retained=["a spoon"])["retained"]
     assert {"sun", "a star, noto style", "a spoon"} <= set(kept)
     assert not {"sunflower", "cat"} & set(kept)
-    assert registry.erasing("somewhere", ["sunflower"]) == {"preset": "object", "retained": []}
+    plain = {"concepts": ["sunflower"], "targets": None, "preset": "object", "retained": []}
+    assert registry.erasing("somewhere", ["sunflower"]) == plain
+
+
+def test_a_concept_is_erased_as_captions_have_it():
+    found = registry.erasing("argen/emoji-sd", ["cat", "an apple"], targets=["dog", "pear"])
+    assert found["concepts"] == ["cat", "a cat", "apple", "an apple"]
+    assert found["targets"] == ["dog", "dog", "pear", "pear"]
+    with pytest.raises(ValueError, match="1 targets for 2 concepts"):
+        registry.erasing("argen/emoji-sd", ["cat", "apple"], targets=["dog"])

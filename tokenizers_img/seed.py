@@ -456,7 +456,7 @@ class SeedTokenizer(nn.Module):
             )
         if not isinstance(self.decoder, UnCLIP):
             self.decoder = self.decoder()
-            self.decoder.set_progress_bar_config(disable=True)
+        self.decoder.set_progress_bar_config(disable=True)
         pipe, size = self.decoder.to(self.device), self.decoder.unet.config.sample_size
         luck = torch.Generator().manual_seed(self.seed) if generator is None else generator
         shape = 1, pipe.unet.config.in_channels, size, size

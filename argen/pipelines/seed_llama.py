@@ -37,6 +37,7 @@ FORMATS = {
     "8b-sft": Format("USER: {}\nASSISTANT:", " {}\n", REQUEST),
     "14b-sft": Format("[INST] {} [/INST]\n", "{}\n", REQUEST),
     "pretrain": Format("{}"),
+    "emoji": Format("{}"),  # the same; it can be guided, since it was trained without captions, too
 }
 
 
@@ -79,7 +80,9 @@ class SeedLlamaPipeline(TokenPipeline):
 
     @property
     def defaults(self) -> Defaults:
-        """Those of the authors' scripts, which do not guide."""
+        """Those of the authors' scripts, which do not guide; of argen/emoji-seed-lm those that the judge likes best."""
+        if self.config.format == "emoji":
+            return Defaults(guidance_scale=3.0, top_k=50, top_p=1.0)
         tuned = self.config.format != "pretrain"
         return Defaults(guidance_scale=1.0, top_k=50, top_p=0.5 if tuned else 1.0)
 

@@ -113,7 +113,7 @@ def erase(
     """
     named, kept = ([part.strip() for part in text.split(",") if part.strip()] for text in (concepts, retained))
     erasure, before, told = ConceptErasure(pipe), None, []
-    stages = erasure.stages(named, **erasing(model, named, preset, kept))
+    stages = erasure.stages(**erasing(model, named, preset, kept))
     for before in drawn(pipe, prompt.strip(), asked):
         if isinstance(before, float):
             yield None, None, f"before: {before:.0%}"
