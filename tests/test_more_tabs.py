@@ -138,9 +138,10 @@ def test_a_picture_is_drawn_and_chosen_by_keyboard_alone(page, site):  # noqa: F
 
 @browser
 def test_the_page_fits_a_phone(page):  # noqa: F811
-    page.set_viewport_size({"width": 390, "height": 844})
     for name in TABS:
+        page.set_viewport_size({"width": 1280, "height": 1000})  # where no tab hides in a menu
         opened(page, name)
+        page.set_viewport_size({"width": 390, "height": 844})
         page.wait_for_timeout(300)
         assert page.evaluate("document.documentElement.scrollWidth") <= 390, name
 
