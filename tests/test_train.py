@@ -94,7 +94,13 @@ def task(request, composed, small_llamagen, small_vae, small_flextok, small_seed
         "emoji-seed": lambda: seed.SeedTask(SAMPLE, composed, small_seed, clip, SCHEDULE.steps),
         "emoji-seed-decoder": lambda: unclip.UnCLIPTask(SAMPLE, composed, small_vae, clip),
         "emoji-seed-lm": lambda: seed_lm.SeedLMTask(SAMPLE, composed, small_seed, clip),
+        "emoji-seed-lm-second": lambda: seed_lm.SeedLMTask(
+            SAMPLE, composed, WEIGHTS / "emoji-seed", clip, WEIGHTS / "emoji-seed-lm"
+        ),
         "emoji-sd": lambda: sd.StableDiffusionTask(SAMPLE, composed, small_vae, clip),
+        "emoji-sd-second": lambda: sd.StableDiffusionTask(
+            SAMPLE, composed, WEIGHTS / "emoji-vae", clip, WEIGHTS / "emoji-sd"
+        ),
         "emoji-counter": lambda: counter.CounterTask(SAMPLE, composed),
         "emoji-judge": lambda: JudgeTask(SAMPLE, composed, tokenizer),
     }[request.param]
