@@ -159,6 +159,7 @@ def test_a_file_and_a_preset_restore_settings(page, site):
 
 def test_the_gallery_finds_compares_and_deletes(page, site):
     page.get_by_role("tab", name="Gallery").click()
+    page.locator("#found-state", has_text="1 to").wait_for(timeout=60_000)  # what the tab finds by itself
     page.locator("#search textarea, #search input").first.fill("PIZZA a")
     page.locator("#search textarea, #search input").first.press("Enter")
     page.locator("#found-state", has_text="1 to 4").wait_for(timeout=30_000)
