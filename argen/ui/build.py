@@ -37,8 +37,9 @@ def build(desk: Desk, device: torch.device) -> gr.Blocks:
             Edit(models, [name for name in free if MODELS[name].grid], desk)
         with gr.Tab("Control"):
             control.tab(models, controlled, desk)
-        with gr.Tab("Many"):
+        with gr.Tab("Many") as tab:
             many = Many(free, desk)
+            tab.select(many.restore, None, many.watched)
         with gr.Tab("Gallery") as tab:
             gallery = Gallery(desk)
             tab.select(*gallery.first)
@@ -51,6 +52,5 @@ def build(desk: Desk, device: torch.device) -> gr.Blocks:
         with gr.Tab("Models") as tab:
             tab.select(*manager.tab())
         page.load(create.view.restore, None, create.view.watched)
-        page.load(many.restore, None, many.watched)
         page.load(create.presets, None, create.name)
     return page

@@ -7,10 +7,10 @@ from dataclasses import replace
 import gradio as gr
 import numpy as np
 import torch
-from PIL import Image, ImageChops, ImageOps
+from PIL import Image
 from torch import Tensor
 
-from argen.pipelines.base import TokenPipeline
+from argen.pipelines.base import TokenPipeline, masked_cells
 from argen.request import Request, rows_of
 from argen.ui.generate import Models
 from argen.ui.jobs import Desk, View, refusals
@@ -98,12 +98,10 @@ class Edit:
 
 def anew(pipe: TokenPipeline, wish: Request, canvas: dict | None, locked: bool, numbers: str) -> Tensor:
     """Without the cells that are painted on or named or, locked, without the others."""
-    picture = shown(canvas)
-    cells = Image.fromarray(255 * named(numbers, pipe.shape_of()).astype(np.uint8))
-    side = max(picture.size)  # of the square that the picture is padded to
-    square = cells.resize((side, side), Image.Resampling.NEAREST)
-    grid = pipe.without(picture, ImageChops.lighter(painted(canvas), ImageOps.fit(square, picture.size)))
-    return pipe.emptied(pipe.read_tokens(picture), grid >= 0) if locked else grid
+    picture, strokes, cells = shown(canvas), painted(canvas), named(numbers, pipe.shape_of())
+    if strokes.getbbox() or not cells.any():
+        cells |= masked_cells(picture, strokes, pipe.shape_of())  # says so if there is nothing
+    return pipe.emptied(pipe.read_tokens(picture), ~cells if locked else cells)
 
 
 def varied(pipe: TokenPipeline, wish: Request, canvas: dict | None, share: float) -> Tensor:
@@ -143,9 +141,9 @@ def painted(canvas: dict | None) -> Image.Image:
     return Image.fromarray((255 * mask).astype(np.uint8))
 
 
-def named(numbers: str, shape: tuple[int, int]) -> np.ndarray:
+def named(numbers: str, shape: tuple[int, int]) -> Tensor:
     """Cells by number -> [h, w] bool: "3-5 x 2" are those in rows 3 to 5 of column 2, counted from 1."""
-    cells = np.zeros(shape, bool)
+    cells = torch.zeros(shape, dtype=torch.bool)
     for part in filter(None, map(str.strip, numbers.split(","))):
         found = re.fullmatch(r"(\d+)(?:-(\d+))?\s*x\s*(\d+)(?:-(\d+))?", part)
         top, bottom, left, right = (int(found[i] or found[i - 1]) for i in (1, 2, 3, 4)) if found else (0, 0, 0, 0)

@@ -94,7 +94,7 @@ class Many:
             return (axes, ids), gr.Timer(active=True)
 
     def restore(self, request: gr.Request) -> tuple:
-        """Show the grid that was asked for last: the page was loaded anew."""
+        """Show the grid that was asked for last, whenever the tab is opened: the page may have been loaded anew."""
         last = self.studio.store.last_grid(self.desk.owner(request))
         if last is None:
             return None, gr.Timer(active=False)
