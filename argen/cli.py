@@ -737,7 +737,7 @@ def eval(args) -> None:
 @command
 def ui(args) -> None:
     from argen.device import pick
-    from argen.registry import load
+    from argen.registry import Shelf
     from argen.server.app import create, serve
     from argen.server.guard import HERE
     from argen.studio.queue import Studio
@@ -750,7 +750,7 @@ def ui(args) -> None:
     if any(len(key) < 8 for key in keys):
         raise ValueError("a key is shorter than 8 characters: choose a longer one")
     device, owners = pick(args.device), {}
-    studio = Studio(args.data_dir, cache(lambda name: load(name).to(device)), metadata=not args.no_metadata)
+    studio = Studio(args.data_dir, Shelf(device).__getitem__, metadata=not args.no_metadata)
     try:
         page = build(Desk(studio, owners), device)
         serve(create(studio, page, keys, args.host in HERE, owners), args.host, args.port)

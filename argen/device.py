@@ -1,6 +1,12 @@
-"""Where networks run."""
+"""Where networks run, and when they are loaded."""
+
+import threading
 
 import torch
+
+# While diffusers or transformers load a network, those that any thread makes have no storage, and after two at once all have none
+# (accelerate's init_empty_weights changes torch's classes for the while): whoever loads one holds this.
+LOADING = threading.RLock()
 
 
 def pick(name: str | None = None) -> torch.device:

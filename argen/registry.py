@@ -3,6 +3,8 @@
 import importlib
 import json
 import re
+import threading
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,6 +25,7 @@ from transformers import AutoTokenizer, CLIPModel, LlamaForCausalLM, PreTrainedT
 
 from argen.data.emoji import GROUPS, STYLES, with_article
 from argen.data.scenes import COMMON, NUMBERS
+from argen.device import LOADING
 from argen.diffusion.count_token import ONE_STEP
 from argen.diffusion.counters import (
     CLIPCountDensity,
@@ -568,7 +571,7 @@ def load(model: str | Path) -> Loaded:
             f"unknown model {str(model)!r}: expected one of {', '.join(MODELS)}, or a folder with a saved pipeline"
         )
     try:
-        with _without_progress_bars():
+        with _alone():
             return read(folder)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         if isinstance(error, FileNotFoundError):
@@ -579,18 +582,37 @@ def load(model: str | Path) -> Loaded:
         ) from error
 
 
+class Shelf(dict[str, Loaded]):
+    """Models by their ids, each loaded when it is first asked for, and once, whatever threads ask.
+
+    Args:
+        device: where they are put.
+    """
+
+    def __init__(self, device: torch.device | str):
+        super().__init__()
+        self.device, self.locks = device, defaultdict(threading.Lock)
+
+    def __missing__(self, model: str) -> Loaded:
+        with self.locks[model]:  # others can be loaded while this one is fetched
+            if model not in self:
+                self[model] = load(model).to(self.device)
+            return self[model]
+
+
 @contextmanager
-def _without_progress_bars() -> Iterator[None]:
-    """These weights load faster than a bar is drawn."""
-    libraries = [importlib.import_module(f"{name}.utils.logging") for name in ("diffusers", "transformers")]
-    shown = [library for library in libraries if library.is_progress_bar_enabled()]
-    for library in shown:
-        library.disable_progress_bar()
-    try:
-        yield
-    finally:
+def _alone() -> Iterator[None]:
+    """No other model is loaded meanwhile, and no progress bars are shown: the weights load faster than one is drawn."""
+    with LOADING:
+        libraries = [importlib.import_module(f"{name}.utils.logging") for name in ("diffusers", "transformers")]
+        shown = [library for library in libraries if library.is_progress_bar_enabled()]
         for library in shown:
-            library.enable_progress_bar()
+            library.disable_progress_bar()
+        try:
+            yield
+        finally:
+            for library in shown:
+                library.enable_progress_bar()
 
 
 def _pipeline(folder: Path, known: dict[str, type[DiffusionPipeline]] = PIPELINES) -> DiffusionPipeline:
@@ -621,7 +643,7 @@ def load_diffusion(model: str | Path) -> StableDiffusionPipeline | StableDiffusi
             )
         folder = hub_folder(str(model), DIFFUSION_FILES)
     try:
-        with _without_progress_bars():
+        with _alone():
             return _pipeline(folder, DIFFUSION)
     except (OSError, ValueError, RuntimeError, SafetensorError, TypeError) as error:
         raise ValueError(f"the pipeline in {folder} cannot be used ({' '.join(str(error).split())[:300]})") from error
@@ -691,17 +713,19 @@ def counters(
         ConnectionError: a part is not here and cannot be fetched.
     """
     if model == "argen/emoji-sd":
-        density = EmojiDensity(_network(Counter, WEIGHTS / "emoji-counter").to(device))
-        relevance = EmojiRelevance(_encoder(WEIGHTS / "emoji-clip").to(device))
+        with _alone():
+            density = EmojiDensity(_network(Counter, WEIGHTS / "emoji-counter").to(device))
+            relevance = EmojiRelevance(_encoder(WEIGHTS / "emoji-clip").to(device))
         return {"density": density, "detector": components, "relevance": relevance}
     if clip_count is None:
         raise ValueError(
             f"{model} needs a counter: give --clip-count the file clipcount_pretrained.ckpt, linked in the README of "
             "songrise/CLIP-Count"
         )
-    found = {"density": CLIPCountDensity.from_original(clip_count), "relevance": CLIPRelevance.from_hub()}
-    if detector:
-        found["detector"] = Detected.from_hub(detector)
+    with _alone():
+        found = {"density": CLIPCountDensity.from_original(clip_count), "relevance": CLIPRelevance.from_hub()}
+        if detector:
+            found["detector"] = Detected.from_hub(detector)
     for part in found.values():
         part.model.to(device)
     return found

@@ -17,6 +17,7 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import DPTForDepthEstimation, MaskFormerForInstanceSegmentation, PreTrainedModel
 
+from argen.device import LOADING
 from tokenizers_img.checkpoint import hub_file, load_strict, read_state_dict
 from tokenizers_img.pixels import on_white, upright
 
@@ -149,7 +150,8 @@ def segment_colours(names: dict[int, str]) -> Tensor:
 
 def _pretrained(cls: type[PreTrainedModel], repo: str) -> PreTrainedModel:
     try:
-        return cls.from_pretrained(repo).eval()
+        with LOADING:
+            return cls.from_pretrained(repo).eval()
     except OSError as error:
         raise ConnectionError(
             f"{repo} is not on this machine and could not be fetched: connect, or give a control picture with the type map"
@@ -157,7 +159,9 @@ def _pretrained(cls: type[PreTrainedModel], repo: str) -> PreTrainedModel:
 
 
 def _network(cls: type[nn.Module], repo: str, name: str) -> nn.Module:
-    return load_strict(cls(), read_state_dict(hub_file(repo, name)), source=name)
+    weights = read_state_dict(hub_file(repo, name))
+    with LOADING:
+        return load_strict(cls(), weights, source=name)
 
 
 ANNOTATORS = {  # published weights, Apache-2.0

@@ -39,6 +39,7 @@ SCHEDULES = {
     "emoji-flextok-ar": flexar.SCHEDULES,
     "emoji-sd": sd.SCHEDULES,
     "emoji-sd-second": sd.SECOND_SCHEDULES,
+    "emoji-sd-third": sd.THIRD_SCHEDULES,
     "emoji-counter": counter.SCHEDULES,
     "emoji-seed-contrastive": seed.CONTRASTIVE_SCHEDULES,
     "emoji-seed": seed.SCHEDULES,
@@ -64,6 +65,7 @@ TASKS = {  # recipe -> its task, and what that takes beside the pictures
     "emoji-flextok-ar": (flexar.FlexARTask, ("scenes", "vae", "tokenizer", "clip")),
     "emoji-sd": (sd.StableDiffusionTask, ("scenes", "vae", "clip")),
     "emoji-sd-second": (sd.StableDiffusionTask, ("scenes", "vae", "clip", "generator")),
+    "emoji-sd-third": (sd.ThirdStableDiffusionTask, ("scenes", "vae", "clip", "generator")),
     "emoji-seed-contrastive": (seed.SeedContrastiveTask, ("scenes", "clip")),
     "emoji-seed": (seed.SeedTask, ("scenes", "tokenizer", "clip", "total")),
     "emoji-seed-decoder": (unclip.UnCLIPTask, ("scenes", "vae", "clip")),
@@ -78,6 +80,7 @@ STARTS = {  # recipe -> model it goes on from
     "emoji-control": "emoji-llamagen",
     "emoji-drafter": "emoji-llamagen",
     "emoji-sd-second": "emoji-sd",
+    "emoji-sd-third": "emoji-sd",
     "emoji-seed-lm-second": "emoji-seed-lm",
 }
 TOKENIZERS = {  # recipe -> tokenizer it builds on; the others on emoji-vitvqgan

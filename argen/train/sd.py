@@ -1,8 +1,10 @@
 """Recipe `emoji-sd`: a small Stable Diffusion on the latents of `emoji-vae` (arXiv 2112.10752), for the tools of `argen.diffusion`.
 
 It knows the 65 things of `argen.data.scenes.COMMON`: so small a model that is to draw all of them draws none that is recognised.
-Most of its pictures are scenes, so that it counts and binds a little, and fails as the large ones do. In two stages:
-`emoji-sd-second` goes on from `emoji-sd` with more scenes, until the things in them are recognised, too.
+Most of its pictures are scenes, so that it counts and binds a little, and fails as the large ones do. In three stages:
+`emoji-sd-second` goes on from `emoji-sd` with more scenes, until the things in them are recognised, too; in `emoji-sd-third` half of
+the pictures have an end token and padding that say nothing of colours and numbers, because a small network would else read these
+from there alone, where a prompt is one blend.
 """
 
 from pathlib import Path
@@ -11,7 +13,7 @@ import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from torch import Tensor, nn
 
-from argen.data.scenes import COMMON
+from argen.data.scenes import COMMON, HUES, NUMBERS
 from argen.diffusion.emoji import NOISE, assembled
 from argen.train.loop import Schedule
 from argen.train.tokens import LatentsTask
@@ -28,6 +30,12 @@ SECOND_SCHEDULES = {
     ),
     "gpu": Schedule(steps=40000, batch_size=512, learning_rate=3e-4, weight_decay=0.01),
 }
+THIRD_SCHEDULES = {
+    "cpu": Schedule(
+        steps=3600, batch_size=64, learning_rate=8e-4, warmup=100, weight_decay=0.01, betas=(0.9, 0.98), muon=True
+    ),
+    "gpu": Schedule(steps=20000, batch_size=512, learning_rate=2e-4, weight_decay=0.01),
+}
 UNET = {
     "block_out_channels": (176,),  # 8 x 8 latents of 16 channels have nothing to spare: no level below
     "layers_per_block": 1,
@@ -36,6 +44,7 @@ UNET = {
     "attention_head_dim": (4,),  # so many heads
     "norm_num_groups": 16,
 }
+UNSAID = {*HUES, *NUMBERS}
 SAMPLED = {"num_inference_steps": 25, "guidance_scale": 4.0, "guidance_rescale": 0.7}
 
 
@@ -54,9 +63,13 @@ class StableDiffusionTask(LatentsTask):
     """Args:
     first_stage: folder of a trained `emoji-sd`, to go on from.
     others: see `LatentsTask`.
+
+    Attributes:
+        bare_share: of the pictures are read with the end token and the padding of a caption without colours and numbers.
     """
 
     scenes_share = 0.7
+    bare_share = 0.0
     only = COMMON
 
     def __init__(self, data: Path, scenes: Path, vae: Path, clip: Path, first_stage: Path | None = None):
@@ -73,17 +86,23 @@ class StableDiffusionTask(LatentsTask):
         self.noise = DDIMScheduler(**NOISE)
 
     def text(self, captions: list[str]) -> dict[str, Tensor]:
-        """Ids with their padding, all of which is read, as diffusers does."""
-        text = self.text_tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt")
-        return {"input_ids": text.input_ids, "attention_mask": torch.ones_like(text.input_ids)}
+        """Ids with their padding, all of which is read, as diffusers does; and those of the captions without colours and numbers."""
+        bare = [" ".join(word for word in text.split() if word not in UNSAID) for text in captions]
+        full = {"padding": "max_length", "truncation": True, "return_tensors": "pt"}
+        ids, bare_ids = (self.text_tokenizer(texts, **full).input_ids for texts in (captions, bare))
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "bare_ids": bare_ids}
 
     def more(self, tokens: Tensor, pictures: Tensor, scenes: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
-        """Noise, and a time for each picture."""
+        """Noise, a time for each picture, and which are read with a bare end."""
         times = torch.randint(self.noise.config.num_train_timesteps, (len(tokens),), generator=generator)
-        return {"times": times, "noise": torch.randn(tokens.shape, generator=generator)}
+        drawn = {"times": times, "noise": torch.randn(tokens.shape, generator=generator)}
+        return drawn | {"bare": torch.rand(len(tokens), generator=generator) < self.bare_share}
 
     def error(self, network: nn.Module, batch: dict[str, Tensor]) -> Tensor:
         states, _ = self.encode_text(batch)
+        bare, _ = self.encode_text(batch | {"input_ids": batch["bare_ids"]})
+        ended = (batch["input_ids"] == self.text_tokenizer.eos_token_id).cumsum(dim=1) > 0
+        states = torch.where((ended & batch["bare"][:, None])[..., None], bare, states)
         return velocity_error(self.noise, network, batch, states)
 
     def pipeline(self) -> StableDiffusionPipeline:
@@ -91,3 +110,9 @@ class StableDiffusionTask(LatentsTask):
 
     def asked(self) -> dict:
         return super().asked() | SAMPLED
+
+
+class ThirdStableDiffusionTask(StableDiffusionTask):
+    """The third stage."""
+
+    bare_share = 0.5

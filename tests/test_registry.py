@@ -1,0 +1,28 @@
+"""Models are asked for by several threads at once: the page's, the queue's worker's."""
+
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+
+from argen.registry import Shelf, load
+
+IDS = ("argen/emoji-parti", "argen/emoji-llamagen", "argen/emoji-vitvqgan")
+
+
+def test_threads_that_load_at_once_all_get_their_weights():
+    with ThreadPoolExecutor(3) as pool:
+        found = list(pool.map(lambda name: load(name).to("cpu"), IDS * 2))  # fails where a network has no storage
+    networks = [part for one in found for part in getattr(one, "components", {"network": one}).values()]
+    weights = [weight for part in networks if isinstance(part, torch.nn.Module) for weight in part.parameters()]
+    assert len(weights) > 500
+    assert {weight.device.type for weight in weights} == {"cpu"}
+
+
+def test_a_shelf_loads_a_model_once():
+    shelf = Shelf("cpu")
+    with ThreadPoolExecutor(3) as pool:
+        found = list(pool.map(shelf.__getitem__, ["argen/emoji-vitvqgan"] * 3))
+    assert len({id(one) for one in found}) == 1
+    with pytest.raises(ValueError, match="unknown model 'argen/none'"):
+        shelf["argen/none"]
