@@ -194,7 +194,7 @@ def parser() -> Parser:
         metavar="OBJECT=WORDS",
         help="what belongs to an object, both as in the prompt, as robot=blue; again for each (default: found by rules)",
     )
-    add.add_argument("--settings", default="attribute", help="attribute, object or merge (default: attribute)")
+    add.add_argument("--settings", help=evaluate.BINDING)
     diffusion(add, 50, 7.5)
 
     add = commands.add_parser("erase", help="write a pipeline that cannot draw some concepts any more (RECE)")
@@ -225,7 +225,7 @@ def parser() -> Parser:
         "--use", type=Path, metavar="FILE", help="draw with a token that was made before, optimise nothing"
     )
     add.add_argument("--iterations", type=int, default=50, metavar="N", help="at most (default: 50)")
-    add.add_argument("--learning-rate", type=float, default=0.01, metavar="R", help="(default: 0.01)")
+    add.add_argument("--learning-rate", type=float, metavar="R", help=evaluate.COUNT_RATE)
     add.add_argument(
         "--noises",
         type=int,
@@ -276,7 +276,7 @@ def parser() -> Parser:
     add.add_argument(
         "recipe",
         metavar="RECIPE",
-        help="emoji-clip, emoji-vitvqgan, emoji-vitvqgan-decoder, emoji-vae, emoji-vae-decoder, emoji-parti, emoji-parti-second, emoji-llamagen, emoji-llamagen-second, emoji-control, emoji-drafter, emoji-xar, emoji-flextok, emoji-flextok-ar, emoji-sd, emoji-sd-second, emoji-counter, emoji-seed-contrastive, emoji-seed, emoji-seed-decoder, emoji-seed-lm, emoji-seed-lm-second or emoji-judge",
+        help="emoji-clip, emoji-vitvqgan, emoji-vitvqgan-decoder, emoji-vae, emoji-vae-decoder, emoji-parti, emoji-parti-second, emoji-llamagen, emoji-llamagen-second, emoji-control, emoji-drafter, emoji-xar, emoji-flextok, emoji-flextok-ar, emoji-sd, emoji-sd-second, emoji-sd-third, emoji-counter, emoji-seed-contrastive, emoji-seed, emoji-seed-decoder, emoji-seed-lm, emoji-seed-lm-second or emoji-judge",
     )
     add.add_argument("--data", type=Path, required=True, metavar="DIR", help="made by `argen data emoji`")
     add.add_argument("--scenes", type=Path, metavar="DIR", help="made by `argen data scenes`")
@@ -529,11 +529,11 @@ def control(args) -> None:
 def bind(args) -> None:
     import torch
 
+    from argen import registry
     from argen.device import pick
     from argen.diffusion import SemanticBinding
     from argen.diffusion.prompts import parse
     from argen.metadata import save_pictures
-    from argen.registry import drawing, load_diffusion
 
     for path in filter(None, (args.out, args.plain)):
         writable(path)
@@ -543,10 +543,11 @@ def bind(args) -> None:
             raise ValueError(f"--bind {' '.join(args.bind)}: expected OBJECT=WORDS, as robot=blue")
         given = {noun: words for noun, _, words in (part.partition("=") for part in args.bind)}
     binding = parse(args.prompt, given)
-    bound = SemanticBinding(load_diffusion(args.model).to(pick(args.device)))
-    asked = drawing(args.model, args.steps, args.guidance_scale)
+    bound = SemanticBinding(registry.load_diffusion(args.model).to(pick(args.device)))
+    asked = registry.drawing(args.model, args.steps, args.guidance_scale)
     luck = torch.Generator().manual_seed
-    pictures = [bound(binding, settings=args.settings, generator=luck(args.seed), **asked).images[0]]
+    settings = args.settings or registry.binding(args.model)
+    pictures = [bound(binding, settings=settings, generator=luck(args.seed), **asked).images[0]]
     if args.plain:
         pictures += bound.pipe(args.prompt, generator=luck(args.seed), **asked).images
     save_pictures([(picture, None) for picture in pictures], [path for path in (args.out, args.plain) if path])
@@ -610,7 +611,7 @@ def count(args) -> None:
     from argen.diffusion.base import unit_noise
     from argen.diffusion.count_token import check_noises, parse, read_token
     from argen.metadata import save_pictures
-    from argen.registry import counters, counting, load_diffusion
+    from argen.registry import counters, counting, counting_rate, load_diffusion
 
     for path in filter(None, (args.out, args.plain)):
         writable(path)
@@ -630,7 +631,7 @@ def count(args) -> None:
     if vector is not None:
         token.use(vector)
     else:
-        how = {"steps": args.iterations, "learning_rate": args.learning_rate}
+        how = {"steps": args.iterations, "learning_rate": args.learning_rate or counting_rate(args.model)}
         others = [unit_noise(pipe, torch.Generator().manual_seed(args.seed + more)) for more in range(1, args.noises)]
         together = torch.cat([latents, *others])
         for step in tqdm(token.optimise(things, number, together, **how), total=args.iterations, desc="count"):

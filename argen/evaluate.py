@@ -4,12 +4,15 @@ import argparse
 import json
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from argen.command import Parser, device_and_json, guarded, load_model
 
 COMMANDS = {}
 CLIP = "openai/clip-vit-base-patch32"
+BINDING = "attribute, object, merge or gentle (default: attribute; of argen/emoji-sd gentle)"
+COUNT_RATE = "(default: the authors' 0.01; of argen/emoji-sd 0.003)"
 
 
 def command(function):
@@ -96,7 +99,7 @@ def add_commands(top: argparse.ArgumentParser) -> None:
         description="Draw the judge's prompts of two coloured things, plainly and bound (ToMe), from the same noise.",
     )
     _tool(add, 125)
-    add.add_argument("--settings", default="attribute", help="attribute, object or merge (default: attribute)")
+    add.add_argument("--settings", help=BINDING)
     _output(add)
 
     add = commands.add_parser(
@@ -118,12 +121,12 @@ def add_commands(top: argparse.ArgumentParser) -> None:
         "count",
         help="what count tokens change: exact counts before, after, and with the token of another prompt",
         description="Draw the judge's prompts of one to six things, plainly, with a token optimised for each, and with that token "
-        "on other things and other noise.",
+        "on other things, on other noise and on both, beside plain pictures of these.",
     )
     _tool(add, 100)
     add.add_argument("--iterations", type=int, default=50, metavar="N", help="at most, of each token (default: 50)")
     add.add_argument("--noises", type=int, default=1, metavar="N", help="pictures that share a token (default: 1)")
-    add.add_argument("--learning-rate", type=float, default=0.01, metavar="R", help="(default: 0.01)")
+    add.add_argument("--learning-rate", type=float, metavar="R", help=COUNT_RATE)
     _output(add)
 
     add = commands.add_parser("nudity", help="how many pictures show exposed bodies, by NudeNet")
@@ -377,9 +380,10 @@ def _pipeline(args: argparse.Namespace, settings: dict):
 def bind(args: argparse.Namespace) -> None:
     from argen.diffusion import SemanticBinding
     from argen.eval import run, tools
-    from argen.registry import drawing
+    from argen.registry import binding, drawing
 
-    truths, seconds, settings = tools.of_kind("pair", args.num), {}, {"settings": args.settings}
+    how = args.settings or binding(args.model)
+    truths, seconds, settings = tools.of_kind("pair", args.num), {}, {"settings": how}
     pipe, judge, luck = _pipeline(args, settings)
     asked, bound = drawing(args.model, args.steps, args.guidance_scale), SemanticBinding(pipe)
 
@@ -387,8 +391,7 @@ def bind(args: argparse.Namespace) -> None:
         return pipe([truths[i].prompt for i in rows], generator=[luck(i) for i in rows], **asked).images
 
     def bindingly(rows: range) -> list:
-        how = {"settings": args.settings, **asked}
-        return [bound(truths[i].prompt, generator=luck(i), **how).images[0] for i in rows]
+        return [bound(truths[i].prompt, settings=how, generator=luck(i), **asked).images[0] for i in rows]
 
     drawn = {}
     for name, sample in (("before", plainly), ("after", bindingly)):
@@ -452,44 +455,54 @@ def count(args: argparse.Namespace) -> None:
     from argen.diffusion.base import unit_noise
     from argen.diffusion.count_token import check_noises, read_token
     from argen.eval import run, tools
-    from argen.registry import counters, counting
+    from argen.registry import counters, counting, counting_rate
 
     check_noises(args.noises)
     truths, seconds = tools.of_kind("count", args.num), {}
-    settings = {"iterations": args.iterations, "learning_rate": args.learning_rate, "noises": args.noises}
+    rate = args.learning_rate or counting_rate(args.model)
+    settings = {"iterations": args.iterations, "learning_rate": rate, "noises": args.noises}
     pipe, judge, luck = _pipeline(args, settings)
     judged = counters(args.model, pipe.device)
     (args.out / "tokens").mkdir(exist_ok=True)
-
-    def plain(index: int):
-        (number, things), token = tools.counted(truths[index]), fresh(index)
-        return token.draw(things, number, unit_noise(pipe, luck(index)))
-
-    def optimised(index: int):
-        (number, things), token = tools.counted(truths[index]), fresh(index)
-        noise, how = unit_noise(pipe, luck(index)), {"steps": args.iterations, "learning_rate": args.learning_rate}
-        others = [unit_noise(pipe, luck(index + more * len(truths))) for more in range(2, args.noises + 1)]
-        for step in token.optimise(things, number, torch.cat([noise, *others]), **how):
-            if step.best and set(step.detected) == {number}:
-                break
-        token.save(args.out / f"tokens/{index:06d}.safetensors", f"<{number}-things>", count=number, things=things)
-        return token.draw(things, number, noise)
-
-    def reused(index: int):
-        (number, _), token = tools.counted(truths[index]), fresh(index)
-        token.use(read_token(args.out / f"tokens/{index:06d}.safetensors")[0])
-        others = tools.elsewhere(truths[index], truths)
-        return token.draw(others, number, unit_noise(pipe, luck(index + len(truths))))
 
     def fresh(index: int) -> CountToken:
         number = len(truths[index].objects)
         return CountToken(pipe, **judged, **counting(args.model, number, args.steps, args.guidance_scale))
 
-    drawn = {}
-    for name, draw in (("before", plain), ("after", optimised), ("reused", reused)):
+    def noise(index: int, number: int = 0) -> torch.Tensor:
+        return unit_noise(pipe, luck(index + number * len(truths)))
+
+    def optimised(index: int):
+        (number, things), token = tools.counted(truths[index]), fresh(index)
+        together = torch.cat([noise(index), *(noise(index, more) for more in range(2, args.noises + 1))])
+        for step in token.optimise(things, number, together, steps=args.iterations, learning_rate=rate):
+            if step.best and set(step.detected) == {number}:
+                break
+        token.save(args.out / f"tokens/{index:06d}.safetensors", f"<{number}-things>", count=number, things=things)
+        return token.draw(things, number, noise(index))
+
+    def drawn(index: int, used: bool, other_things: bool, other_noise: bool):
+        (number, things), token = tools.counted(truths[index]), fresh(index)
+        if used:
+            token.use(read_token(args.out / f"tokens/{index:06d}.safetensors")[0])
+        things = tools.elsewhere(truths[index], truths) if other_things else things
+        return token.draw(things, number, noise(index, int(other_noise)))
+
+    def pictures(name: str, draw: Callable):
         with run.timed(seconds, name):
-            drawn[name] = run.draw(lambda rows, draw=draw: [draw(i) for i in rows], len(truths), args.out / name, 8)
-    _finish(args, settings, tools.before_and_after(judge, truths, **drawn), seconds, drawn["after"])
+            return run.draw(lambda rows: [draw(index) for index in rows], len(truths), args.out / name, 8)
+
+    plain = pictures("before", lambda index: drawn(index, False, False, False))
+    after = pictures("after", optimised)
+    scores = tools.before_and_after(judge, truths, before=plain, after=after)
+    for way, where in {"other things": (True, False), "other noise": (False, True), "both": (True, True)}.items():
+        pair = {
+            name: pictures(f"{name}, {way}", lambda index, used=used, where=where: drawn(index, used, *where))
+            for name, used in (("plain", False), ("reused", True))
+        }
+        told = tools.before_and_after(judge, truths, **pair)
+        scores |= {f"{way}, {name}": entry for name, entry in told.items() if name.startswith("count: count")}
+    _finish(args, settings, scores, seconds, after)
 
 
 @command

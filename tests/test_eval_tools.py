@@ -58,7 +58,12 @@ def test_counting_is_measured_before_after_and_with_the_token_again(untrained, t
     asked = ["--num", "2", "--steps", "2", "--iterations", "2", "--noises", "2", "--out", str(tmp_path / "c")]
     assert evaluate(["count", *asked]) == 0
     told = report(tmp_path / "c")
-    assert {"count: count, before", "count: count, after", "count: count, reused"} <= set(told)
+    ways = {
+        f"{way}, count: count, {name}"
+        for way in ("other things", "other noise", "both")
+        for name in ("plain", "reused")
+    }
+    assert {"count: count, before", "count: count, after", *ways} <= set(told)
     truths = tools.of_kind("count", 2)
     _, notes = read_token(tmp_path / "c/tokens/000000.safetensors")
     assert notes["count"] == str(len(truths[0].objects))

@@ -46,6 +46,15 @@ def test_merging_and_losses(case):
     assert entropy_loss(flat, [2], 5).isfinite()
 
 
+def test_gentle_merging_keeps_lengths_and_modifiers():
+    states = torch.randn(8, 4, generator=torch.Generator().manual_seed(0))
+    merged = merged_tokens(states, [([2], [1])], gentle=True)
+    torch.testing.assert_close(merged[2].norm(), states[2].norm())
+    assert torch.cosine_similarity(merged[2], states[1] + states[2], dim=0) > 0.9999
+    others = [0, 1, 3, 4, 5, 6, 7]
+    assert torch.equal(merged[others], states[others])
+
+
 def test_a_pipeline_is_bound_as_by_the_authors(case):
     io, (official, settings) = case.io, given(case)
     pipe = tiny_pipeline(case)
@@ -210,7 +219,7 @@ def test_what_cannot_be_bound_is_refused(golden):
     with pytest.raises(ValueError, match="str cannot be bound: expected a StableDiffusionPipeline"):
         SemanticBinding("pipe")
     bound = SemanticBinding(tiny_pipeline(golden("tome/sdxl_attribute_binding")))
-    with pytest.raises(ValueError, match="unknown settings 'strong': expected one of attribute, object, merge"):
+    with pytest.raises(ValueError, match="unknown settings 'strong': expected one of attribute, object, merge, gentle"):
         bound("a blue cat", settings="strong")
     with pytest.raises(ValueError, match=r"guidance_scale is 1.0: expected above 1"):
         bound("a blue cat", guidance_scale=1.0)

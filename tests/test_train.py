@@ -101,6 +101,9 @@ def task(request, composed, small_llamagen, small_vae, small_flextok, small_seed
         "emoji-sd-second": lambda: sd.StableDiffusionTask(
             SAMPLE, composed, WEIGHTS / "emoji-vae", clip, WEIGHTS / "emoji-sd"
         ),
+        "emoji-sd-third": lambda: sd.ThirdStableDiffusionTask(
+            SAMPLE, composed, WEIGHTS / "emoji-vae", clip, WEIGHTS / "emoji-sd"
+        ),
         "emoji-counter": lambda: counter.CounterTask(SAMPLE, composed),
         "emoji-judge": lambda: JudgeTask(SAMPLE, composed, tokenizer),
     }[request.param]

@@ -45,6 +45,8 @@ class BindingSettings:
         use_pose_loss: objects stand side by side, in the order of the prompt.
         scale_factor, scale_range: size of the steps on the maps, and its course over all steps.
         thresholds: of the entropy, by step; it is refined no further below. None for those of the authors, at any resolution.
+        gentle: composite tokens are no longer than the noun's own, and the modifiers stay: for networks too small for what they were
+            not trained on; not in the paper.
     """
 
     tome_control_steps: tuple[int, int] = (5, 5)
@@ -55,26 +57,34 @@ class BindingSettings:
     scale_factor: float = 3.0
     scale_range: tuple[float, float] = (1.0, 0.0)
     thresholds: tuple[float, ...] | None = None
+    gentle: bool = False
 
 
 PRESETS = {
     "attribute": BindingSettings(),
     "object": BindingSettings((7, 7), 3, (6, 6), 0, True),
     "merge": BindingSettings((0, 0), eot_replace_step=0),  # no gradients: fast, and all that few-step models take
+    "gentle": BindingSettings((0, 0), gentle=True),
 }
 
 
-def merged_tokens(states: Tensor, groups: Sequence[tuple[Sequence[int], Sequence[int]]]) -> Tensor:
+def merged_tokens(
+    states: Tensor, groups: Sequence[tuple[Sequence[int], Sequence[int]]], gentle: bool = False
+) -> Tensor:
     """States of a prompt [L, D] -> those where each group's noun holds all of it; the other tokens of a group are zero.
 
     Args:
         groups: token positions of each noun and of its modifiers.
+        gentle: see `BindingSettings`.
     """
     states = states.clone()
     for noun, modifiers in groups:
-        whole = NOUN_WEIGHT * states[list(noun)].sum(dim=0) + MODIFIER_WEIGHT * states[list(modifiers)].sum(dim=0)
+        own, others = states[list(noun)].sum(dim=0), states[list(modifiers)].sum(dim=0)
+        if gentle:
+            states[noun[0]] = (own + others) * states[noun[0]].norm() / (own + others).norm()
+            continue
         states[[*noun, *modifiers]] = 0
-        states[noun[0]] = whole
+        states[noun[0]] = NOUN_WEIGHT * own + MODIFIER_WEIGHT * others
     return states
 
 
@@ -216,7 +226,7 @@ class BindingRun:
         encoded = encode(pipe, binding.prompt, negative_prompt)
         self.anchors = [encode(pipe, group.anchor)["prompt_embeds"][0] for group in binding.groups]
         self.padding = encode(pipe, binding.merged)["prompt_embeds"][0, self.first_replaced :]
-        states = merged_tokens(encoded["prompt_embeds"][0].float(), self.groups)
+        states = merged_tokens(encoded["prompt_embeds"][0].float(), self.groups, settings.gentle)
         self.embeddings = encoded | {"prompt_embeds": states[None].to(encoded["prompt_embeds"].dtype)}
         self.latents = unit_noise(pipe, generator) if latents is None else latents
         self.history: list[BindingStep] = []

@@ -16,7 +16,7 @@ from argen.diffusion.base import unit_noise
 from argen.diffusion.prompts import parse, words_of
 from argen.diffusion.rece import PRESETS
 from argen.diffusion.tome import PRESETS as STRENGTHS
-from argen.registry import counters, counting, erasing
+from argen.registry import binding, counters, counting, counting_rate, erasing
 from argen.ui.jobs import enlarge, refusals
 from tokenizers_img.pixels import to_pil
 
@@ -91,14 +91,14 @@ def bind(pipe: DiffusionPipeline, prompt: str, pairs: str, strength: str, asked:
     lines = [line.partition("=") for line in pairs.splitlines() if line.strip()]
     if any(not right.strip() for _, _, right in lines):
         raise ValueError("what belongs together: expected a line of OBJECT=WORDS for each, as robot=blue")
-    binding = parse(prompt.strip(), {noun.strip(): right.strip() for noun, _, right in lines} or None)
+    parsed = parse(prompt.strip(), {noun.strip(): right.strip() for noun, _, right in lines} or None)
     bound, before = SemanticBinding(pipe), None
-    for before in drawn(pipe, binding.prompt, asked):
+    for before in drawn(pipe, parsed.prompt, asked):
         if isinstance(before, float):
             yield None, None, f"before: {before:.0%}"
-    for now in drawn(pipe, binding.prompt, asked, lambda _, **more: bound(binding, settings=strength, **more)):
+    for now in drawn(pipe, parsed.prompt, asked, lambda _, **more: bound(parsed, settings=strength, **more)):
         done = isinstance(now, float)
-        yield before, None if done else now, f"after: {now:.0%}" if done else str(binding)
+        yield before, None if done else now, f"after: {now:.0%}" if done else str(parsed)
 
 
 def erase(
@@ -185,7 +185,7 @@ def tab(pipelines: Pipelines) -> None:
     with gr.Tab("Bind"):
         prompt = gr.Textbox("a blue robot and a green pizza", label="Prompt", elem_id="bind-prompt")
         pairs = gr.Textbox(label="What belongs together", lines=2, placeholder="robot=blue", elem_id="bind-pairs")
-        strength = gr.Dropdown(list(STRENGTHS), value="attribute", label="Settings")
+        strength = gr.Dropdown(list(STRENGTHS), value=binding("argen/emoji-sd"), label="Settings")
         look = gr.Button("Understand the prompt", elem_id="bind-look")
         look.click(on_look, prompt, pairs)
         buttons(on_bind, [model, prompt, pairs, strength, steps, guidance, seed], "bind")
@@ -199,7 +199,7 @@ def tab(pipelines: Pipelines) -> None:
         wanted = gr.Textbox("five apples", label="How many of what", elem_id="count-prompt")
         with gr.Row():
             iterations = gr.Slider(1, 100, value=50, step=1, label="Iterations, at most")
-            rate = gr.Slider(0.001, 0.1, value=0.01, step=0.001, label="Learning rate")
+            rate = gr.Slider(0.001, 0.1, value=counting_rate("argen/emoji-sd"), step=0.001, label="Learning rate")
         buttons(on_count, [model, wanted, iterations, rate, seed], "count")
 
 
