@@ -631,7 +631,7 @@ def count(args) -> None:
     if vector is not None:
         token.use(vector)
     else:
-        how = {"steps": args.iterations, "learning_rate": args.learning_rate or counting_rate(args.model)}
+        how = {"steps": args.iterations, "learning_rate": counting_rate(args.model, args.learning_rate)}
         others = [unit_noise(pipe, torch.Generator().manual_seed(args.seed + more)) for more in range(1, args.noises)]
         together = torch.cat([latents, *others])
         for step in tqdm(token.optimise(things, number, together, **how), total=args.iterations, desc="count"):

@@ -459,7 +459,7 @@ def count(args: argparse.Namespace) -> None:
 
     check_noises(args.noises)
     truths, seconds = tools.of_kind("count", args.num), {}
-    rate = args.learning_rate or counting_rate(args.model)
+    rate = counting_rate(args.model, args.learning_rate)
     settings = {"iterations": args.iterations, "learning_rate": rate, "noises": args.noises}
     pipe, judge, luck = _pipeline(args, settings)
     judged = counters(args.model, pipe.device)

@@ -670,10 +670,11 @@ def counting(model: str, count: int, steps: int | None = None, guidance_scale: f
     return {"placeholder": word, "template": "{placeholder} {things}", "settings": COUNTED | given}
 
 
-def counting_rate(model: str) -> float:
-    """Learning rate of a count token where none is asked for: the authors'; of argen/emoji-sd, whose words lie nearer to each other,
+def counting_rate(model: str, rate: float | None = None) -> float:
+    """Learning rate of a count token: what is asked for, else the authors'; of argen/emoji-sd, whose words lie nearer to each other,
     less."""
-    return 0.003 if model == "argen/emoji-sd" else 0.01
+    own = 0.003 if model == "argen/emoji-sd" else 0.01
+    return own if rate is None else rate
 
 
 def erasing(

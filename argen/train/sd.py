@@ -44,7 +44,7 @@ UNET = {
     "attention_head_dim": (4,),  # so many heads
     "norm_num_groups": 16,
 }
-UNSAID = {*HUES, *NUMBERS}
+BARE_SHARE, UNSAID = 0.5, {*HUES, *NUMBERS}  # of the third stage; what a bare caption leaves out
 SAMPLED = {"num_inference_steps": 25, "guidance_scale": 4.0, "guidance_rescale": 0.7}
 
 
@@ -63,13 +63,9 @@ class StableDiffusionTask(LatentsTask):
     """Args:
     first_stage: folder of a trained `emoji-sd`, to go on from.
     others: see `LatentsTask`.
-
-    Attributes:
-        bare_share: of the pictures are read with the end token and the padding of a caption without colours and numbers.
     """
 
     scenes_share = 0.7
-    bare_share = 0.0
     only = COMMON
 
     def __init__(self, data: Path, scenes: Path, vae: Path, clip: Path, first_stage: Path | None = None):
@@ -86,23 +82,17 @@ class StableDiffusionTask(LatentsTask):
         self.noise = DDIMScheduler(**NOISE)
 
     def text(self, captions: list[str]) -> dict[str, Tensor]:
-        """Ids with their padding, all of which is read, as diffusers does; and those of the captions without colours and numbers."""
-        bare = [" ".join(word for word in text.split() if word not in UNSAID) for text in captions]
-        full = {"padding": "max_length", "truncation": True, "return_tensors": "pt"}
-        ids, bare_ids = (self.text_tokenizer(texts, **full).input_ids for texts in (captions, bare))
-        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "bare_ids": bare_ids}
+        """Ids with their padding, all of which is read, as diffusers does."""
+        text = self.text_tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt")
+        return {"input_ids": text.input_ids, "attention_mask": torch.ones_like(text.input_ids)}
 
     def more(self, tokens: Tensor, pictures: Tensor, scenes: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
-        """Noise, a time for each picture, and which are read with a bare end."""
+        """Noise, and a time for each picture."""
         times = torch.randint(self.noise.config.num_train_timesteps, (len(tokens),), generator=generator)
-        drawn = {"times": times, "noise": torch.randn(tokens.shape, generator=generator)}
-        return drawn | {"bare": torch.rand(len(tokens), generator=generator) < self.bare_share}
+        return {"times": times, "noise": torch.randn(tokens.shape, generator=generator)}
 
     def error(self, network: nn.Module, batch: dict[str, Tensor]) -> Tensor:
         states, _ = self.encode_text(batch)
-        bare, _ = self.encode_text(batch | {"input_ids": batch["bare_ids"]})
-        ended = (batch["input_ids"] == self.text_tokenizer.eos_token_id).cumsum(dim=1) > 0
-        states = torch.where((ended & batch["bare"][:, None])[..., None], bare, states)
         return velocity_error(self.noise, network, batch, states)
 
     def pipeline(self) -> StableDiffusionPipeline:
@@ -113,6 +103,21 @@ class StableDiffusionTask(LatentsTask):
 
 
 class ThirdStableDiffusionTask(StableDiffusionTask):
-    """The third stage."""
+    """The third stage: `BARE_SHARE` of the pictures are read with the end token and the padding of a caption without colours and
+    numbers."""
 
-    bare_share = 0.5
+    def text(self, captions: list[str]) -> dict[str, Tensor]:
+        """Also the ids of the captions without colours and numbers."""
+        bare = [" ".join(word for word in caption.split() if word not in UNSAID) for caption in captions]
+        return super().text(captions) | {"bare_ids": super().text(bare)["input_ids"]}
+
+    def more(self, tokens: Tensor, pictures: Tensor, scenes: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+        """Also which are read with a bare end."""
+        drawn = super().more(tokens, pictures, scenes, generator)
+        return drawn | {"bare": torch.rand(len(tokens), generator=generator) < BARE_SHARE}
+
+    def encode_text(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        states, mask = super().encode_text(batch)
+        bare, _ = super().encode_text(batch | {"input_ids": batch["bare_ids"]})
+        ended = (batch["input_ids"] == self.text_tokenizer.eos_token_id).cumsum(dim=1) > 0
+        return torch.where((ended & batch["bare"][:, None])[..., None], bare, states), mask
