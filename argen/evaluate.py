@@ -5,6 +5,7 @@ import json
 import os
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from argen.command import Parser, device_and_json, guarded, load_model
@@ -226,7 +227,6 @@ def _draw(args: argparse.Namespace, prompts: list[str], num: int, settings: dict
     Args:
         more: numbers of pictures -> what else the call for them is given.
     """
-    import torch
 
     from argen.eval import run
 
@@ -239,7 +239,7 @@ def _draw(args: argparse.Namespace, prompts: list[str], num: int, settings: dict
     pipe.set_progress_bar_config(disable=True)
 
     def sample(rows: range):
-        luck = [torch.Generator().manual_seed((args.seed << 32) + index) for index in rows]
+        luck = [run.luck(args.seed, index) for index in rows]
         texts = [prompts[index % len(prompts)] for index in rows]
         return pipe(texts, guidance_scale=args.guidance_scale, generator=luck, **more(rows)).images
 
@@ -362,7 +362,6 @@ def control(args: argparse.Namespace) -> None:
 
 def _pipeline(args: argparse.Namespace, settings: dict):
     """A pipeline of diffusers, the judge, and the luck of a picture; the folder is claimed for `settings`."""
-    import torch
 
     from argen.device import pick
     from argen.eval import run
@@ -372,8 +371,7 @@ def _pipeline(args: argparse.Namespace, settings: dict):
     run.claim(args.out, settings | {name: getattr(args, name) for name in names})
     pipe = load_diffusion(args.model).to(pick(args.device))
     pipe.set_progress_bar_config(disable=True)
-    luck = lambda index: torch.Generator().manual_seed((args.seed << 32) + index)  # noqa: E731
-    return pipe, load_model("argen/emoji-judge", args.device), luck
+    return pipe, load_model("argen/emoji-judge", args.device), partial(run.luck, args.seed)
 
 
 @command

@@ -35,7 +35,7 @@ from argen.diffusion.counters import (
     EmojiRelevance,
     components,
 )
-from argen.diffusion.emoji import assembled, unclip
+from argen.diffusion.emoji import DRAWN, EMOJI_SEED, assembled, unclip
 from argen.eval.reconstruction import Tokenizer
 from argen.models.clip import TextImageEncoder
 from argen.models.controlar import ControlAR
@@ -57,6 +57,7 @@ from argen.pipelines.seed_llama import SeedLlamaPipeline
 from argen.pipelines.xar import XARPipeline
 from tokenizers_img import seed
 from tokenizers_img.checkpoint import hub_file, hub_folder
+from tokenizers_img.conv_encoder import ConvEncoder, TwoEncoders
 from tokenizers_img.flextok import FlexTok, FlexTokenizer
 from tokenizers_img.kl_vae import KLVAE
 from tokenizers_img.llamagen_vq import LlamaGenVQ
@@ -64,9 +65,7 @@ from tokenizers_img.seed import Seed, SeedTokenizer, UnCLIP
 from tokenizers_img.vit_vqgan import ViTVQGAN
 
 WEIGHTS = Path(__file__).parent / "weights"
-DRAWN = {"num_inference_steps": 25, "guidance_scale": 4.0, "guidance_rescale": 0.7}  # pictures of emoji-sd
-COUNTED = DRAWN | {"num_inference_steps": 4}  # the same in a moment
-EMOJI_SEED = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5), "squashed": False, "guidance_scale": 3.0}
+COUNTED = DRAWN | {"num_inference_steps": 4}  # pictures of emoji-sd in a moment
 EMOJI_FLOW = {"steps": 12, "guidance_scale": 3.0}  # of emoji-flextok, from tokens to a picture
 PIPELINES = {
     cls.__name__: cls
@@ -159,7 +158,8 @@ def _emoji_seed(folder: Path) -> SeedTokenizer:
         encoder.clip,
         encoder.tokenizer,
     )
-    return SeedTokenizer(_network(Seed, folder), encoder.clip.vision_model, decoder, **EMOJI_SEED)
+    vision = TwoEncoders(encoder.clip.vision_model, _network(ConvEncoder, folder / "vision"))
+    return SeedTokenizer(_network(Seed, folder), vision, decoder, **EMOJI_SEED)
 
 
 def _emoji_seed_lm(folder: Path) -> SeedLlamaPipeline:
@@ -475,7 +475,7 @@ MODELS = {
         "tokenizer",
         "SEED, 128 x 128 <-> 1 to 16 causal ids of 1024; what comes back shows the same",
         "Apache-2.0",
-        8.5,
+        9.6,
         _emoji_seed,
     ),
     "argen/emoji-clip": Model("encoder", "CLIP of emoji and their captions", "Apache-2.0", 3.7, _encoder),

@@ -12,13 +12,28 @@ from argen.data import emoji, scenes
 from argen.models.llamagen import LlamaGen
 from argen.models.parti import Parti
 from argen.registry import WEIGHTS
-from argen.train import controlar, counter, draft, flexar, flextok, kl_vae, llamagen, sd, seed, seed_lm, unclip, xar
+from argen.train import (
+    controlar,
+    counter,
+    draft,
+    flexar,
+    flextok,
+    kl_vae,
+    llamagen,
+    sd,
+    seed,
+    seed_encoder,
+    seed_lm,
+    unclip,
+    xar,
+)
 from argen.train.clip import CLIPTask, positives
 from argen.train.judge import JudgeTask
 from argen.train.loop import Schedule, optimizers_of, train
 from argen.train.parti import PartiTask
 from argen.train.recipes import SCHEDULES
 from argen.train.vit_vqgan import DecoderTask, ViTVQGANTask, refit_codes
+from tokenizers_img.conv_encoder import ConvEncoder
 from tokenizers_img.flextok import FlexTok
 from tokenizers_img.seed import Seed
 from tokenizers_img.vit_vqgan import ViTVQGAN
@@ -63,10 +78,11 @@ def small_flextok(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def small_seed(tmp_path_factory):
-    """A folder with an untrained one of the shipped size."""
+    """A folder with an untrained one of the shipped size, and its encoder."""
     folder = tmp_path_factory.mktemp("seed")
     torch.manual_seed(0)
     Seed(**seed.SIZES).save_pretrained(folder)
+    ConvEncoder(names=5).save_pretrained(folder / "vision")
     return folder
 
 
@@ -90,12 +106,13 @@ def task(request, composed, small_llamagen, small_vae, small_flextok, small_seed
         "emoji-xar": lambda: xar.XARTask(SAMPLE, composed, small_vae, clip),
         "emoji-flextok": lambda: flextok.FlexTokTask(SAMPLE, composed, small_vae, clip),
         "emoji-flextok-ar": lambda: flexar.FlexARTask(SAMPLE, composed, small_vae, small_flextok, clip),
-        "emoji-seed-contrastive": lambda: seed.SeedContrastiveTask(SAMPLE, composed, clip),
+        "emoji-seed-encoder": lambda: seed_encoder.EncoderTask(SAMPLE),
+        "emoji-seed-contrastive": lambda: seed.SeedContrastiveTask(SAMPLE, composed, small_seed / "vision", clip),
         "emoji-seed": lambda: seed.SeedTask(SAMPLE, composed, small_seed, clip, SCHEDULE.steps),
-        "emoji-seed-decoder": lambda: unclip.UnCLIPTask(SAMPLE, composed, small_vae, clip),
+        "emoji-seed-decoder": lambda: unclip.UnCLIPTask(SAMPLE, composed, small_seed, small_vae, clip),
         "emoji-seed-lm": lambda: seed_lm.SeedLMTask(SAMPLE, composed, small_seed, clip),
         "emoji-seed-lm-second": lambda: seed_lm.SeedLMTask(
-            SAMPLE, composed, WEIGHTS / "emoji-seed", clip, WEIGHTS / "emoji-seed-lm"
+            SAMPLE, composed, small_seed, clip, WEIGHTS / "emoji-seed-lm"
         ),
         "emoji-sd": lambda: sd.StableDiffusionTask(SAMPLE, composed, small_vae, clip),
         "emoji-sd-second": lambda: sd.StableDiffusionTask(

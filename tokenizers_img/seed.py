@@ -27,10 +27,10 @@ from transformers import (
     Blip2QFormerModel,
     Blip2VisionConfig,
     Blip2VisionModel,
-    CLIPVisionModel,
 )
 
 from tokenizers_img.checkpoint import download, load_strict, read_state_dict
+from tokenizers_img.conv_encoder import TwoEncoders
 from tokenizers_img.pixels import CLIP_MEAN, CLIP_STD, from_pil, on_white, upright
 from tokenizers_img.quantize import check_ids
 
@@ -381,7 +381,7 @@ class SeedTokenizer(nn.Module):
 
     Args:
         network: of the tokens.
-        vision: the picture encoder, of BLIP-2 or of a CLIP.
+        vision: the picture encoder, of BLIP-2 or of `argen/emoji-seed`.
         decoder: draws generation embeddings, or gives what does when it is first needed; None where pictures are only read.
         steps, guidance_scale: of the decoder; as published.
         seed: of the noise that every picture starts from, so that decoding repeats.
@@ -392,7 +392,7 @@ class SeedTokenizer(nn.Module):
     def __init__(
         self,
         network: Seed,
-        vision: Blip2VisionModel | CLIPVisionModel,
+        vision: Blip2VisionModel | TwoEncoders,
         decoder: UnCLIP | Callable[[], UnCLIP] | None = None,
         steps: int = 20,
         guidance_scale: float = 10.0,

@@ -17,6 +17,8 @@ NOISE = {  # reaches zero signal (arXiv 2305.08891), because the pictures have a
     "clip_sample": False,
     "steps_offset": 1,
 }
+DRAWN = {"num_inference_steps": 25, "guidance_scale": 4.0, "guidance_rescale": 0.7}  # pictures of emoji-sd
+EMOJI_SEED = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5), "squashed": False, "guidance_scale": 3.0}
 
 
 def assembled(

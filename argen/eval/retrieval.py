@@ -46,7 +46,7 @@ def of_tokens(
     tokenizer: SeedTokenizer, embed: Callable[[list[str], list[Image.Image]], tuple[Tensor, Tensor]], data: Path
 ) -> dict[str, float]:
     """`evaluate`, of the embeddings that some of a picture's tokens give: the first ones, as many at random places, and those of
-    another picture.
+    another picture; and how often all of them find their own picture.
 
     Args:
         tokenizer: one that was trained with nested dropout.
@@ -54,15 +54,15 @@ def of_tokens(
     """
     table = read_split(data, "test")
     rows = table.select(held_out_sample(len(table)))
-    text, _ = embed(list(rows["caption"]), list(rows["image"])[:1])
+    text, pictures = embed(list(rows["caption"]), list(rows["image"]))
     parts = [torch.stack([tokenizer.prepare(picture) for picture in part]) for part in _parts(list(rows["image"]), 64)]
     ids = torch.cat([tokenizer.encode(part.to(tokenizer.device)) for part in parts])
     codes, luck, scores = tokenizer.network.quantize.embedding(ids), torch.Generator().manual_seed(0), {}
     most = ids.shape[1]
 
-    def found(codes: Tensor, kept: Tensor) -> float:
+    def found(codes: Tensor, kept: Tensor, asked: Tensor = text) -> float:
         made = tokenizer.network.embed(codes * kept.to(codes)[..., None]).float()
-        return recall((text.to(made) @ F.normalize(made, dim=-1).T).cpu())[f"recall@1 of {AMONG}"]
+        return recall((asked.to(made) @ F.normalize(made, dim=-1).T).cpu())[f"recall@1 of {AMONG}"]
 
     for count in sorted({2**power for power in range(most.bit_length()) if 2**power <= most} | {most}):
         scores[f"first {count} tokens: recall@1 of {AMONG}"] = found(
@@ -70,9 +70,9 @@ def of_tokens(
         )
         anywhere = torch.rand(len(ids), most, generator=luck).argsort(dim=1) < count
         scores[f"{count} tokens at random places: recall@1 of {AMONG}"] = found(codes, anywhere)
-    scores[f"{most} tokens of another picture: recall@1 of {AMONG}"] = found(
-        codes.roll(1, dims=0), torch.ones(len(ids), most)
-    )
+    whole = torch.ones(len(ids), most)
+    scores[f"{most} tokens of another picture: recall@1 of {AMONG}"] = found(codes.roll(1, dims=0), whole)
+    scores[f"{most} tokens: own picture among {AMONG}"] = found(codes, whole, pictures)
     return scores | {"codes used": ids.unique().numel() / tokenizer.config.n_embed}
 
 

@@ -54,6 +54,11 @@ class Statistics:
     captions: list[str] | None = None
 
 
+def luck(seed: int, index: int) -> torch.Generator:
+    """What picture `index` of a run is drawn with, in whatever batch and process."""
+    return torch.Generator().manual_seed((seed << 32) + index)
+
+
 def processes() -> PartialState:
     """Which of how many processes this is."""
     return PartialState(cpu=not torch.accelerator.is_available())

@@ -9,20 +9,10 @@ from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
+from tokenizers_img.conv_encoder import ResidualBlock
+
 SIZE = 64
 NAMES_WEIGHT = 10.0
-
-
-class ResidualBlock(nn.Module):
-    def __init__(self, inputs: int, outputs: int):
-        super().__init__()
-        self.norm1, self.conv1 = nn.BatchNorm2d(inputs), nn.Conv2d(inputs, outputs, 3, 2, 1, bias=False)
-        self.norm2, self.conv2 = nn.BatchNorm2d(outputs), nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
-        self.skip = nn.Conv2d(inputs, outputs, 1, 2, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        active = F.relu(self.norm1(x))
-        return self.skip(active) + self.conv2(F.relu(self.norm2(self.conv1(active))))
 
 
 class Judge(ModelMixin, ConfigMixin):

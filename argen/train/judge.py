@@ -2,7 +2,7 @@
 
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -119,23 +119,10 @@ class JudgeTask(Task):
     def _model(self) -> Judge:
         return getattr(self.networks["model"], "module", self.networks["model"])
 
-    @torch.no_grad()
-    def settle(self) -> None:
-        """Measure the statistics of the norms anew, for the averaged weights."""
-        norms = [module for module in self._model().modules() if isinstance(module, nn.BatchNorm2d)]
-        for norm in norms:
-            norm.reset_running_stats()
-            norm.momentum, kept = None, norm.momentum  # a plain mean
-            norm.train()
-        for number in range(SETTLING):
-            self._model()(self.batch(64, torch.Generator().manual_seed(number))["pixels"].to(self._model().device))
-        self._model().eval()
-        for norm in norms:
-            norm.momentum = kept
-
     def evaluate(self) -> dict[str, float]:
         """Shares of right answers on real held-out scenes and pictures: what a perfect generator would get."""
-        self.settle()
+        batches = (self.batch(64, torch.Generator().manual_seed(number))["pixels"] for number in range(SETTLING))
+        settle(self._model(), batches)
         scores = scoring.evaluate(self._model(), self.scenes, self.truths)
         self.accuracy = {name: round(entry["value"], 4) for name, entry in scores.items()}
         return self.accuracy
@@ -151,6 +138,27 @@ class JudgeTask(Task):
         model.register_to_config(accuracy=self.accuracy)
         fit_groups(model.cpu(), self.icons)
         model.to(torch.bfloat16).save_pretrained(folder)
+
+
+@torch.no_grad()
+def settle(model: nn.Module, batches: Iterable[Tensor]) -> None:
+    """Measure the statistics of the norms anew, for averaged weights, and set the network to evaluation.
+
+    Args:
+        batches: what it reads in training.
+    """
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # a plain mean
+        norm.train()
+    device = next(model.parameters()).device
+    for batch in batches:
+        model(batch.to(device))
+    model.eval()
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
 
 
 def fit_groups(judge: Judge, icons) -> None:

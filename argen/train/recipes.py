@@ -15,6 +15,7 @@ from argen.train import (
     parti,
     sd,
     seed,
+    seed_encoder,
     seed_lm,
     unclip,
     vit_vqgan,
@@ -41,6 +42,7 @@ SCHEDULES = {
     "emoji-sd-second": sd.SECOND_SCHEDULES,
     "emoji-sd-third": sd.THIRD_SCHEDULES,
     "emoji-counter": counter.SCHEDULES,
+    "emoji-seed-encoder": seed_encoder.SCHEDULES,
     "emoji-seed-contrastive": seed.CONTRASTIVE_SCHEDULES,
     "emoji-seed": seed.SCHEDULES,
     "emoji-seed-decoder": unclip.SCHEDULES,
@@ -66,9 +68,10 @@ TASKS = {  # recipe -> its task, and what that takes beside the pictures
     "emoji-sd": (sd.StableDiffusionTask, ("scenes", "vae", "clip")),
     "emoji-sd-second": (sd.StableDiffusionTask, ("scenes", "vae", "clip", "generator")),
     "emoji-sd-third": (sd.ThirdStableDiffusionTask, ("scenes", "vae", "clip", "generator")),
-    "emoji-seed-contrastive": (seed.SeedContrastiveTask, ("scenes", "clip")),
+    "emoji-seed-encoder": (seed_encoder.EncoderTask, ()),
+    "emoji-seed-contrastive": (seed.SeedContrastiveTask, ("scenes", "tokenizer", "clip")),
     "emoji-seed": (seed.SeedTask, ("scenes", "tokenizer", "clip", "total")),
-    "emoji-seed-decoder": (unclip.UnCLIPTask, ("scenes", "vae", "clip")),
+    "emoji-seed-decoder": (unclip.UnCLIPTask, ("scenes", "tokenizer", "vae", "clip")),
     "emoji-seed-lm": (seed_lm.SeedLMTask, ("scenes", "tokenizer", "clip")),
     "emoji-seed-lm-second": (seed_lm.SeedLMTask, ("scenes", "tokenizer", "clip", "generator")),
     "emoji-counter": (counter.CounterTask, ("scenes",)),
@@ -85,7 +88,9 @@ STARTS = {  # recipe -> model it goes on from
 }
 TOKENIZERS = {  # recipe -> tokenizer it builds on; the others on emoji-vitvqgan
     "emoji-flextok-ar": "emoji-flextok",
+    "emoji-seed-contrastive": "emoji-seed-encoder",
     "emoji-seed": "emoji-seed-contrastive",
+    "emoji-seed-decoder": "emoji-seed",
     "emoji-seed-lm": "emoji-seed",
     "emoji-seed-lm-second": "emoji-seed",
 }

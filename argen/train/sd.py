@@ -14,7 +14,7 @@ from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionMod
 from torch import Tensor, nn
 
 from argen.data.scenes import COMMON, HUES, NUMBERS
-from argen.diffusion.emoji import NOISE, assembled
+from argen.diffusion.emoji import DRAWN, NOISE, assembled
 from argen.train.loop import Schedule
 from argen.train.tokens import LatentsTask
 
@@ -45,7 +45,6 @@ UNET = {
     "norm_num_groups": 16,
 }
 BARE_SHARE, UNSAID = 0.5, {*HUES, *NUMBERS}  # of the third stage; what a bare caption leaves out
-SAMPLED = {"num_inference_steps": 25, "guidance_scale": 4.0, "guidance_rescale": 0.7}
 
 
 def velocity_error(
@@ -99,7 +98,7 @@ class StableDiffusionTask(LatentsTask):
         return assembled(self._model(), self.vae.vae, self.clip, self.text_tokenizer)
 
     def asked(self) -> dict:
-        return super().asked() | SAMPLED
+        return super().asked() | DRAWN
 
 
 class ThirdStableDiffusionTask(StableDiffusionTask):

@@ -1,9 +1,12 @@
-"""Recipes `emoji-seed-contrastive` and `emoji-seed`: the two stages of SEED's tokenizer (arXiv 2307.08041) on what `emoji-clip` sees.
+"""Recipes `emoji-seed-contrastive` and `emoji-seed`: the two stages of SEED's tokenizer (arXiv 2307.08041) on what `emoji-clip` and the
+encoder of `argen.train.seed_encoder` see.
 
-The first trains the causal queries so that the last of them knows the caption; the second, with them frozen, the codebook and
-the way back to the picture's embedding. The codebook starts from outputs of the encoder, and codes that nothing uses are
-replaced: with the official start most stay unused at this scale. Both stages also train the first tokens alone (nested dropout,
-arXiv 1402.0915), without which the order of the tokens says little.
+The first trains the causal queries so that the last of them knows the caption, the second the codebook and the way back to the picture's
+embedding by `emoji-clip`. What is not published: the first also learns to name what a picture shows. In the second the queries go on
+learning, and the codes shall tell what the encoder sees of the picture as it was varied, not what the queries found: of the few
+pictures there are, what they find would be learnt by heart. The embedding of the codes shall find the caption, too. The codebook starts
+from outputs of the queries, and codes that nothing uses are replaced, since with the official start most stay unused at this scale; the
+first tokens alone are trained, too (nested dropout, arXiv 1402.0915), without which the order of the tokens says little.
 """
 
 from collections.abc import Iterator, Sequence
@@ -13,21 +16,24 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
+from torch.utils.data import ConcatDataset
 from transformers import Blip2QFormerModel
 
 from argen.eval.retrieval import held_out_sample, recall
 from argen.train.loop import Schedule
+from argen.train.seed_encoder import halved, varied
 from argen.train.tokens import CaptionsTask, paired
 from argen.train.vit_vqgan import CodeUsage
+from tokenizers_img.conv_encoder import ConvEncoder
 from tokenizers_img.pixels import from_uint8
 from tokenizers_img.seed import Seed, causal_mask, qformer
 
 CONTRASTIVE_SCHEDULES = {
-    "cpu": Schedule(steps=2500, batch_size=128, learning_rate=1e-3, warmup=100, weight_decay=0.05),
+    "cpu": Schedule(steps=1600, batch_size=128, learning_rate=1e-3, warmup=100, weight_decay=0.05),
     "gpu": Schedule(steps=20000, batch_size=1024, learning_rate=5e-4, weight_decay=0.05),
 }
 SCHEDULES = {
-    "cpu": Schedule(steps=4000, batch_size=128, learning_rate=1e-3, warmup=100, weight_decay=0.05),
+    "cpu": Schedule(steps=1800, batch_size=128, learning_rate=1e-3, warmup=100, weight_decay=0.05),
     "gpu": Schedule(steps=20000, batch_size=512, learning_rate=5e-4, weight_decay=0.05),
 }
 SIZES = {
@@ -46,7 +52,8 @@ SIZES = {
 }
 SMOOTHING = 0.1  # of the contrastive loss's labels
 EMBED, COMMIT, RECONSTRUCT, DISTIL = 5.0, 0.25, 2.0, 0.5  # weights of the second stage, as published
-SCENES_SHARE = 0.25
+FINDING, TEMPERATURE = 0.5, 0.07  # and of what is not: the caption found
+UNNAMED = -1  # label of a scene
 SHORTENED = (
     0.5  # of the pictures are decoded from their first codes alone, so that these hold the most (nested dropout)
 )
@@ -61,22 +68,35 @@ class Contrastive(nn.Module):
         query_tokens: [1, N, D], the queries.
         vocab, positions: sizes of the word and position tables.
         width: of the common space.
+        names: so many concepts are named, too.
     """
 
-    def __init__(self, qformer: Blip2QFormerModel, query_tokens: nn.Parameter, vocab: int, positions: int, width: int):
+    def __init__(
+        self,
+        qformer: Blip2QFormerModel,
+        query_tokens: nn.Parameter,
+        vocab: int,
+        positions: int,
+        width: int,
+        names: int | None = None,
+    ):
         super().__init__()
         dim = query_tokens.shape[-1]
         self.Qformer, self.query_tokens = qformer, query_tokens
         self.word_embeddings, self.position_embeddings = nn.Embedding(vocab, dim), nn.Embedding(positions, dim)
         self.vision_proj, self.text_proj = nn.Linear(dim, width), nn.Linear(dim, width)
         self.temp = nn.Parameter(torch.tensor(0.07))
+        self.names = nn.Linear(dim, names) if names else None
+
+    def found(self, features: Tensor) -> Tensor:
+        """Features [B, P, V] -> what each query found [B, N, D]."""
+        asked = self.query_tokens.expand(len(features), -1, -1)
+        mask = causal_mask(asked)
+        return self.Qformer(query_embeds=asked, attention_mask=mask, encoder_hidden_states=features).last_hidden_state
 
     def picture(self, features: Tensor) -> Tensor:
         """Features [B, P, V] -> a unit vector of each query [B, N, E]; the last of them stands for the picture."""
-        asked = self.query_tokens.expand(len(features), -1, -1)
-        mask = causal_mask(asked)
-        found = self.Qformer(query_embeds=asked, attention_mask=mask, encoder_hidden_states=features).last_hidden_state
-        return F.normalize(self.vision_proj(found), dim=-1)
+        return F.normalize(self.vision_proj(self.found(features)), dim=-1)
 
     def text(self, ids: Tensor, mask: Tensor) -> Tensor:
         """Ids [B, T], mask [B, T] (1: a token) -> unit vectors [B, E], of the first token."""
@@ -84,22 +104,40 @@ class Contrastive(nn.Module):
         found = self.Qformer(query_embeds=embedded, query_length=0, attention_mask=mask).last_hidden_state
         return F.normalize(self.text_proj(found[:, 0]), dim=-1)
 
-    def forward(self, features: Tensor, ids: Tensor, mask: Tensor, queries: Sequence[int] = (-1,)) -> Tensor:
-        """The mean of both cross-entropies, row i of the pictures belonging to row i of the texts; of the last query, as published,
-        or of those named."""
-        seen, words, losses = self.picture(features).float(), self.text(ids, mask).float(), []
+    def forward(
+        self,
+        features: Tensor,
+        ids: Tensor,
+        mask: Tensor,
+        queries: Sequence[int] = (-1,),
+        labels: Tensor | None = None,
+    ) -> Tensor:
+        """The mean of both cross-entropies, row i of the pictures belonging to row i of the texts, and, with the numbers of the
+        concepts [B], of that of naming them; of the last query, as published, or of the queries given."""
+        found, words, losses = self.found(features), self.text(ids, mask).float(), []
+        seen = F.normalize(self.vision_proj(found), dim=-1).float()
         for query in queries:
             logits = seen[:, query] @ words.T / self.temp
             right = torch.arange(len(logits), device=logits.device)
             losses += [F.cross_entropy(part, right, label_smoothing=SMOOTHING) for part in (logits, logits.T)]
+            if labels is not None:
+                losses.append(naming(self.names(found[:, query]), labels))
         return torch.stack(losses).mean()
 
 
-def quantised(network: Seed, found: Tensor, target: Tensor, kept: Tensor | None = None) -> dict[str, Tensor]:
-    """The weighted losses of the second stage.
+def naming(logits: Tensor, labels: Tensor) -> Tensor:
+    """The cross-entropy of concepts [B, K], where they are known."""
+    return F.cross_entropy(logits.float(), labels, label_smoothing=SMOOTHING, ignore_index=UNNAMED)
+
+
+def quantised(
+    network: Seed, found: Tensor, target: Tensor, kept: Tensor | None = None
+) -> tuple[dict[str, Tensor], Tensor, Tensor, Tensor]:
+    """The weighted losses of the second stage, as published; what becomes codes [B, N, C], what is told by them [B, N, D] and the
+    embedding they give [B, E].
 
     Args:
-        found: what the queries found [B, N, D], without gradients: they are not trained.
+        found: what the queries found [B, N, D].
         target: embedding of each picture [B, E], not normalised.
         kept: the embedding is made of so many first codes of each picture alone [B]; None of all, as published.
     """
@@ -107,29 +145,109 @@ def quantised(network: Seed, found: Tensor, target: Tensor, kept: Tensor | None 
     codes = network.quantize.embedding(network.quantize.nearest(z))
     embed = (codes.detach() - z).square().mean() + COMMIT * (codes - z.detach()).square().mean()
     through = z + (codes - z).detach()
-    apart = 1 - F.cosine_similarity(network.reconstruct(through).float(), found.float(), dim=-1).mean()
+    back = network.reconstruct(through).float()
+    apart = 1 - F.cosine_similarity(back, found.float(), dim=-1).mean()
     if kept is not None:
         through = through * (torch.arange(z.shape[1], device=z.device) < kept[:, None])[..., None]
-    distil = F.mse_loss(network.embed(through).float(), target.float())
-    return {"embed": EMBED * embed, "reconstruct": RECONSTRUCT * apart, "distil": DISTIL * distil}
+    made = network.embed(through).float()
+    distil = F.mse_loss(made, target.float())
+    return {"embed": EMBED * embed, "reconstruct": RECONSTRUCT * apart, "distil": DISTIL * distil}, z, back, made
+
+
+class Quantised(nn.Module):
+    """The second stage, as it is trained here: a tokenizer, and what tells by its codes what the encoder sees.
+
+    Args:
+        seed: the tokenizer, with what reconstructs.
+        names: of the encoder, what names concepts by the mean of its features [V].
+        mean, std: of these means [V].
+    """
+
+    def __init__(self, seed: Seed, names: nn.Linear, mean: Tensor, std: Tensor):
+        super().__init__()
+        self.seed, self.tell, self.names = seed, nn.Linear(seed.config.dim, len(mean)), names.requires_grad_(False)
+        self.register_buffer("mean", mean)
+        self.register_buffer("std", std)
+
+    def forward(
+        self, features: Tensor, seen: Tensor, target: Tensor, kept: Tensor, words: Tensor
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """The losses, and what becomes codes [B, N, C], without gradients.
+
+        Args:
+            features: what the queries read of each picture [B, P, V].
+            seen: mean of what the encoder sees of it [B, V].
+            target: embedding of each picture [B, E], not normalised.
+            kept: of so many first codes of each picture its embedding is made [B].
+            words: embedding of each picture's caption [B, E], which that of the codes shall find among all.
+        """
+        losses, z, back, made = quantised(self.seed, self.seed.queries(features), target, kept)
+        del losses["reconstruct"]
+        told = self.tell(back.mean(dim=1)).float()
+        losses["features"] = F.mse_loss(told, (seen - self.mean) / self.std)
+        guessed = self.names(told * self.std + self.mean).log_softmax(dim=-1)
+        losses["names"] = F.kl_div(guessed, self.names(seen).softmax(dim=-1), reduction="batchmean")
+        logits = F.normalize(made, dim=-1) @ F.normalize(words.float(), dim=-1).T / TEMPERATURE
+        right = torch.arange(len(logits), device=logits.device)
+        both = [F.cross_entropy(part, right, label_smoothing=SMOOTHING) for part in (logits, logits.T)]
+        losses["caption"] = FINDING * torch.stack(both).mean()
+        return losses, z.detach()
 
 
 class PicturesTask(CaptionsTask):
-    """What both stages share: captions, and pictures as `emoji-clip` sees them."""
+    """What the stages share: captions, pictures as the encoder sees them, and their embeddings by `emoji-clip`.
+
+    Args:
+        encoder: folder of the picture encoder.
+        others: see `CaptionsTask`.
+
+    Attributes:
+        strength: of what pictures are varied by, see `argen.train.seed_encoder.varied`.
+    """
 
     null_caption = None
-    scenes_share = SCENES_SHARE
+    scenes_share = 0.25
+    strength = 0.7  # less than all, or their colours would not be those of the captions
+
+    def __init__(self, data: Path, scenes: Path, encoder: Path, clip: Path):
+        self.encoder = ConvEncoder.from_pretrained(encoder, torch_dtype=torch.float32).eval().requires_grad_(False)
+        self.count = 0
+        super().__init__(data, scenes, clip)
+        self.all = ConcatDataset([self.pictures, self.scene_pictures, self.held_out_pictures])
+        self.names = sorted({row["concept"] for row in self.rows})
+        numbers = {name: number for number, name in enumerate(self.names)}
+        self.labels = torch.full((len(self.all),), UNNAMED)
+        self.labels[: len(self.rows)] = torch.tensor([numbers[row["concept"]] for row in self.rows])
 
     def tokens(self, pictures: Tensor) -> Tensor:
-        """[B, H, W, 3] uint8, as they are: what is seen of them is computed anew in each step."""
-        return pictures
+        """[B, H, W, 3] uint8 -> their places in `all`: what is seen of them is computed anew in each step."""
+        start, self.count = self.count, self.count + len(pictures)
+        return torch.arange(start, self.count)
+
+    def at(self, places: Tensor) -> Tensor:
+        """Places [B] -> pictures [B, H, W, 3] uint8, on the device of the places."""
+        return torch.stack([self.all[place] for place in places.tolist()]).to(places.device)
 
     @torch.no_grad()
-    def seen(self, pictures: Tensor) -> tuple[Tensor, Tensor]:
-        """[B, H, W, 3] uint8 -> features [B, P, V] and embeddings [B, E], which are not normalised."""
+    def seen(self, pictures: Tensor, seed: int | None = None) -> Tensor:
+        """[B, H, W, 3] uint8 -> features [B, P, V] by `emoji-clip` and, of the pictures as they are or `varied` by chance, by the
+        encoder."""
+        pixels = halved(pictures)
+        if seed is not None:
+            pixels = varied(pixels, torch.Generator().manual_seed(seed), self.strength)
+        vision = self.clip.vision_model.to(pixels.device)
+        both = (
+            vision(pixel_values=2 * from_uint8(pictures) - 1).last_hidden_state,
+            self.encoder.to(pixels.device).look(2 * pixels - 1),
+        )
+        return torch.cat(both, dim=1)
+
+    @torch.no_grad()
+    def wanted(self, pictures: Tensor) -> Tensor:
+        """[B, H, W, 3] uint8 -> embeddings [B, E] by `emoji-clip`, which are not normalised."""
         vision = self.clip.vision_model.to(pictures.device)
-        found = vision(pixel_values=2 * from_uint8(pictures) - 1)
-        return found.last_hidden_state, self.clip.visual_projection.to(pictures.device)(found.pooler_output)
+        found = vision(pixel_values=2 * from_uint8(pictures) - 1).pooler_output
+        return self.clip.visual_projection.to(pictures.device)(found)
 
     def shown(self, asked: Tensor, found: Tensor) -> Image.Image:
         """Held-out pictures by their numbers [n], and under each what was found for it."""
@@ -139,27 +257,33 @@ class PicturesTask(CaptionsTask):
 class SeedContrastiveTask(PicturesTask):
     """The first stage.
 
-    Args: see `CaptionsTask`.
+    Args: see `PicturesTask`.
     """
 
-    def __init__(self, data: Path, scenes: Path, clip: Path):
-        super().__init__(data, scenes, clip)
+    strength = 0.4
+
+    def __init__(self, data: Path, scenes: Path, encoder: Path, clip: Path):
+        super().__init__(data, scenes, encoder, clip)
         words = self.clip.text_model.embeddings.token_embedding.weight
         own = {name: SIZES[name] for name in ("dim", "layers", "heads", "hidden", "features")}
         queries = nn.Parameter(0.02 * torch.randn(1, SIZES["tokens"], SIZES["dim"]))
         positions = self.clip.config.text_config.max_position_embeddings
-        model = Contrastive(qformer(**own, text=True, dropout=0.0), queries, len(words), positions, SIZES["embedding"])
+        model = Contrastive(
+            qformer(**own, text=True, dropout=0.0), queries, len(words), positions, SIZES["embedding"], len(self.names)
+        )
         model.word_embeddings.weight.data.copy_(words)
         nn.init.normal_(model.position_embeddings.weight, std=0.02)
         self.networks: dict[str, nn.Module] = {"model": model}
 
     def more(self, tokens: Tensor, pictures: Tensor, scenes: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
-        """Which query beside the last shall know the caption, too."""
-        return {"query": torch.randint(SIZES["tokens"] - 1, (1,), generator=generator)}
+        """Which query beside the last shall know the caption, too, and what the pictures are varied by."""
+        query = torch.randint(SIZES["tokens"] - 1, (1,), generator=generator)
+        return {"query": query, "varied": torch.randint(2**31, (1,), generator=generator)}
 
     def error(self, network: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-        features, _ = self.seen(batch["tokens"])
-        return network(features, batch["input_ids"], batch["attention_mask"], (-1, int(batch["query"])))
+        places, queries = batch["tokens"], (-1, int(batch["query"]))
+        features, labels = self.seen(self.at(places), int(batch["varied"])), self.labels.to(places.device)[places]
+        return network(features, batch["input_ids"], batch["attention_mask"], queries, labels)
 
     @torch.no_grad()
     def similarity(self) -> Tensor:
@@ -168,7 +292,7 @@ class SeedContrastiveTask(PicturesTask):
         text = self.text([self.held_out_captions[row] for row in rows])
         words = model.text(text["input_ids"].to(model.temp.device), text["attention_mask"].to(model.temp.device))
         parts = self.held_out_pictures[rows].to(model.temp.device).split(64)
-        return words @ torch.cat([model.picture(self.seen(part)[0])[:, -1] for part in parts]).T
+        return words @ torch.cat([model.picture(self.seen(part))[:, -1] for part in parts]).T
 
     def evaluate(self) -> dict[str, float]:
         """How often the picture of a held-out caption comes first."""
@@ -187,59 +311,71 @@ class SeedContrastiveTask(PicturesTask):
         seed.Qformer.load_state_dict(own)
         seed.query_tokens.data.copy_(model.query_tokens)
         seed.to(torch.bfloat16).save_pretrained(folder)
+        self.encoder.to(torch.bfloat16).save_pretrained(folder / "vision")
 
 
 class SeedTask(PicturesTask):
     """The second stage.
 
     Args:
-        tokenizer: folder of the first.
+        tokenizer: folder of the first, with its encoder.
         others: see `CaptionsTask`.
     """
 
     def __init__(self, data: Path, scenes: Path, tokenizer: Path, clip: Path, total: int):
-        super().__init__(data, scenes, clip)
+        super().__init__(data, scenes, tokenizer / "vision", clip)
+        if self.encoder.head is None:
+            raise ValueError(
+                f"the encoder in {tokenizer} cannot name anything: give what emoji-seed-contrastive has saved"
+            )
         model = Seed.from_pretrained(tokenizer, torch_dtype=torch.float32)
-        for part in (model.Qformer, model.query_tokens):
-            part.requires_grad_(False)
         self.total, self.usage = total, CodeUsage(SIZES["n_embed"])
         self.kept = (self.usage,)
-        self.networks: dict[str, nn.Module] = {"model": model}
-        self.begin(torch.Generator().manual_seed(0))
+        luck = torch.Generator().manual_seed(0)
+        features = self.seen(self.pictures[torch.randint(len(self.pictures), (256,), generator=luck)], 0)
+        self.begin(model, features, luck)
+        seen = self.own(features)
+        told = Quantised(model, self.encoder.head, seen.mean(dim=0), seen.std(dim=0).clamp(min=1e-3))
+        self.networks: dict[str, nn.Module] = {"model": told}
 
     @torch.no_grad()
-    def begin(self, generator: torch.Generator) -> None:
-        """Start the codebook from outputs of the encoder."""
-        model = self._model().eval()
-        chosen = torch.randint(len(self.pictures), (256,), generator=generator)
-        found = model.queries(self.seen(self.pictures[chosen])[0])
-        z = model.encode_task_layer(found).float().flatten(0, 1)
+    def begin(self, model: Seed, features: Tensor, generator: torch.Generator) -> None:
+        """Start the codebook from outputs of the queries."""
+        z = model.eval().encode_task_layer(model.queries(features)).flatten(0, 1)
         chosen = torch.randperm(len(z), generator=generator)[: SIZES["n_embed"]]
         model.quantize.embedding.weight.copy_(z[chosen])
         model.train()
 
+    def own(self, features: Tensor) -> Tensor:
+        """Features [B, P, V] -> the mean of those that are the encoder's [B, V]."""
+        return features[:, -((self.encoder.config.image_size // 32) ** 2) :].mean(dim=1)
+
     def more(self, tokens: Tensor, pictures: Tensor, scenes: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
-        """Of how many codes each picture is decoded."""
+        """Of how many codes each picture is decoded, and what the pictures are varied by."""
         few = torch.randint(1, SIZES["tokens"], (len(tokens),), generator=generator)
         shortened = torch.rand(len(tokens), generator=generator) < SHORTENED
-        return {"kept": torch.where(shortened, few, SIZES["tokens"])}
+        kept = torch.where(shortened, few, SIZES["tokens"])
+        return {"kept": kept, "varied": torch.randint(2**31, (1,), generator=generator)}
 
     def losses(self, batch: dict[str, Tensor], step: int, log: dict[str, float]) -> Iterator[tuple[str, Tensor]]:
-        network = self.networks["model"]
-        self._model().Qformer.eval()  # without dropout, so that targets repeat
-        features, target = self.seen(batch["tokens"])
-        with torch.no_grad():
-            found = network.queries(features)
-        losses = quantised(network, found, target, batch["kept"])
+        pictures, model = self.at(batch["tokens"]), self._model()
+        model.Qformer.eval()  # without dropout
+        states, mask = self.encode_text(batch)
+        words = self.clip.text_projection(states[torch.arange(len(states)), mask.sum(dim=1) - 1])
+        features = self.seen(pictures, int(batch["varied"]))
+        seen, wanted = self.own(features), self.wanted(pictures)
+        losses, z = self.networks["model"](features, seen, wanted, batch["kept"], words)
         log |= {name: value.item() for name, value in losses.items()}
         yield "model", sum(losses.values())
-        self._revive(found, step)
+        self._revive(z.flatten(0, 1), step)
+
+    def _model(self) -> Seed:
+        return super()._model().seed
 
     @torch.no_grad()
-    def _revive(self, found: Tensor, step: int) -> None:
-        """Count which codes are used, and replace those that are not; `found` as in `quantised`."""
+    def _revive(self, z: Tensor, step: int) -> None:
+        """Count which codes are nearest to z [n, C], and replace those that are to none."""
         model = self._model()
-        z = model.encode_task_layer(found).float().flatten(0, 1)
         self.usage.count += torch.bincount(model.quantize.nearest(z).cpu(), minlength=len(self.usage.count))
         if (step + 1) % REVIVE_EVERY == 0:
             dead = (self.usage.count == 0).nonzero().flatten()
@@ -253,10 +389,9 @@ class SeedTask(PicturesTask):
         """Of held-out pictures: their embeddings, those decoded from their ids, both [n, E] of length 1, and the ids."""
         model, wanted, made, ids = self._model(), [], [], []
         for part in self.held_out_pictures.split(64):
-            features, target = self.seen(part.to(model.device))
-            ids.append(model.ids(features))
+            ids.append(model.ids(self.seen(part.to(model.device))))
             made.append(F.normalize(model.decode(ids[-1]).float(), dim=-1))
-            wanted.append(F.normalize(target.float(), dim=-1))
+            wanted.append(F.normalize(self.wanted(part.to(model.device)).float(), dim=-1))
         return torch.cat(wanted).cpu(), torch.cat(made).cpu(), torch.cat(ids).cpu()
 
     def evaluate(self) -> dict[str, float]:
@@ -273,10 +408,13 @@ class SeedTask(PicturesTask):
         return self.shown(asked, (made[asked] @ wanted.T).argmax(dim=1))
 
     def save(self, folder: Path) -> None:
-        model = self._model()
-        own = {name: value for name, value in model.config.items() if not name.startswith("_")}
-        shipped = Seed(**own | {"reconstruct": False})
-        shipped.load_state_dict(
-            {key: value for key, value in model.state_dict().items() if key in shipped.state_dict()}
-        )
-        shipped.to(torch.bfloat16).save_pretrained(folder)
+        without(self._model(), reconstruct=False).to(torch.bfloat16).save_pretrained(folder)
+        without(self.encoder, names=None).to(torch.bfloat16).save_pretrained(folder / "vision")
+
+
+def without(model: Seed | ConvEncoder, **changes) -> Seed | ConvEncoder:
+    """The same network without what only training needs, by its configuration."""
+    own = {name: value for name, value in model.config.items() if not name.startswith("_")}
+    smaller = type(model)(**own | changes)
+    smaller.load_state_dict({key: value for key, value in model.state_dict().items() if key in smaller.state_dict()})
+    return smaller

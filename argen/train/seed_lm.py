@@ -20,7 +20,7 @@ from tokenizers_img.seed import Seed
 
 SCHEDULES = {
     "cpu": Schedule(
-        steps=2200, batch_size=64, learning_rate=2e-3, warmup=100, weight_decay=0.05, betas=(0.9, 0.98), muon=True
+        steps=2000, batch_size=64, learning_rate=2e-3, warmup=100, weight_decay=0.05, betas=(0.9, 0.98), muon=True
     ),
     "gpu": Schedule(steps=40000, batch_size=512, learning_rate=1e-3, weight_decay=0.05, betas=(0.9, 0.98)),
 }
@@ -31,7 +31,6 @@ SECOND_SCHEDULES = {
     "gpu": Schedule(steps=20000, batch_size=512, learning_rate=5e-4, weight_decay=0.05, betas=(0.9, 0.98)),
 }
 SIZES = {"hidden_size": 256, "intermediate_size": 640, "num_hidden_layers": 6, "num_attention_heads": 4}
-NOISE = 0.1  # of the features, in their standard deviation: a picture has many readings
 IGNORED = -100  # label of padding
 SHOWN = 8  # captions of the sample
 
@@ -46,7 +45,7 @@ class SeedLMTask(PicturesTask):
     scenes_share, group_share = 0.25, 0.1
 
     def __init__(self, data: Path, scenes: Path, tokenizer: Path, clip: Path, first_stage: Path | None = None):
-        super().__init__(data, scenes, clip)
+        super().__init__(data, scenes, tokenizer / "vision", clip)
         self.seed = Seed.from_pretrained(tokenizer, torch_dtype=torch.float32).eval().requires_grad_(False)
         self.both = AutoTokenizer.from_pretrained(clip)
         add_words(self.both, self.seed.config.n_embed)
@@ -58,6 +57,10 @@ class SeedLMTask(PicturesTask):
             longest = self.both.model_max_length + self.seed.config.tokens + 4
             fixed = {"max_position_embeddings": longest, "tie_word_embeddings": True, **SIZES, **ends}
             model = LlamaForCausalLM(LlamaConfig(vocab_size=len(self.both), **fixed))
+            codes = F.normalize(self.seed.quantize.embedding.weight, dim=-1)
+            near = torch.randn(codes.shape[1], SIZES["hidden_size"], generator=torch.Generator().manual_seed(0))
+            table = model.get_input_embeddings().weight.data  # near codes begin near to each other
+            table[self.words.shift : self.words.shift + len(codes)] = 0.02 * codes @ near
         self.networks: dict[str, nn.Module] = {"model": model}
 
     def text(self, captions: list[str]) -> dict[str, Tensor]:
@@ -67,23 +70,20 @@ class SeedLMTask(PicturesTask):
         return {"input_ids": torch.tensor([row + [-1] * (width - len(row)) for row in rows])}
 
     def more(self, tokens: Tensor, pictures: Tensor, scenes: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
-        """What every picture's features are disturbed by, and which of the two comes first."""
+        """What the pictures are varied by, and which of the two comes first."""
         return {
-            "seeds": torch.randint(2**31, (1,), generator=generator),
+            "varied": torch.randint(2**31, (1,), generator=generator),
             "first": torch.rand(len(tokens), generator=generator) < 0.5,
         }
 
     def held_out(self, rows: slice) -> dict[str, Tensor]:
         batch = super().held_out(rows)
-        return batch | {"seeds": torch.tensor([-1]), "first": torch.zeros(len(batch["tokens"]), dtype=torch.bool)}
+        return batch | {"varied": torch.tensor([-1]), "first": torch.zeros(len(batch["tokens"]), dtype=torch.bool)}
 
-    @torch.no_grad()
     def codes(self, batch: dict[str, Tensor]) -> Tensor:
         """Ids of a batch's pictures [B, N]."""
-        features, _ = self.seen(batch["tokens"])
-        if (seed := int(batch["seeds"])) >= 0:
-            noise = torch.randn(features.shape, generator=torch.Generator().manual_seed(seed)).to(features)
-            features = features + NOISE * features.std() * noise
+        seed = int(batch["varied"])
+        features = self.seen(self.at(batch["tokens"]), None if seed < 0 else seed)
         return self.seed.to(features.device).ids(features)
 
     def sequences(self, batch: dict[str, Tensor]) -> Tensor:
@@ -118,7 +118,7 @@ class SeedLMTask(PicturesTask):
         rows = held_out_sample(len(self.held_out_captions))[:100]
         model = self._model()
         codes = self.codes(
-            {"tokens": self.held_out_pictures[rows].to(model.device), "seeds": torch.tensor([-1])}
+            {"tokens": self.held_out_tokens[rows].to(model.device), "varied": torch.tensor([-1])}
         ).tolist()
         told = likelihoods(model, self.both, self.words, codes, [self.held_out_captions[row] for row in rows])
         right = (told.argmax(dim=1) == torch.arange(len(rows))).float().mean().item()
@@ -129,7 +129,7 @@ class SeedLMTask(PicturesTask):
         """What stands nearest to the pictures written for held-out captions: their embeddings find real ones."""
         model, wanted = self._model(), []
         for part in self.pictures[::8].split(64):
-            wanted.append(F.normalize(self.seen(part.to(model.device))[1].float(), dim=-1))
+            wanted.append(F.normalize(self.wanted(part.to(model.device)).float(), dim=-1))
         found, base = torch.cat(wanted), self.pictures[::8]
         captions = self.held_out_captions[:: max(1, len(self.held_out_captions) // SHOWN)][:SHOWN]
         made = []

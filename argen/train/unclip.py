@@ -1,6 +1,6 @@
-"""Recipe `emoji-seed-decoder`: the picture embeddings of `emoji-clip` back to latents of `emoji-vae` (unCLIP, arXiv 2204.06125).
+"""Recipe `emoji-seed-decoder`: picture embeddings back to latents of `emoji-vae` (unCLIP, arXiv 2204.06125).
 
-As `emoji-sd` it knows the 65 things of `argen.data.scenes.COMMON`, and shows of another picture what is nearest to it among these.
+Half of them are those of `emoji-clip`, half what `emoji-seed` makes of a picture's tokens. As `emoji-sd` it knows the 65 things of `argen.data.scenes.COMMON`, and shows of another picture what is nearest to it among these.
 """
 
 from pathlib import Path
@@ -13,13 +13,14 @@ from PIL import Image
 from torch import Tensor, nn
 
 from argen.data.scenes import COMMON
-from argen.diffusion.emoji import NOISE, unclip
+from argen.diffusion.emoji import EMOJI_SEED, NOISE, unclip
 from argen.models.clip import TextImageEncoder
 from argen.train.loop import Schedule
 from argen.train.sd import velocity_error
 from argen.train.tokens import LatentsTask, paired
+from tokenizers_img.conv_encoder import ConvEncoder, TwoEncoders
 from tokenizers_img.pixels import from_uint8
-from tokenizers_img.seed import UnCLIP
+from tokenizers_img.seed import Seed, SeedTokenizer, UnCLIP
 
 SCHEDULES = {
     "cpu": Schedule(
@@ -38,18 +39,25 @@ UNET = {
     "class_embed_type": "projection",
 }
 DROPPED = 0.1  # of the embeddings, so that guidance has something to go away from
-DISTURBED = 300  # steps of the noising schedule: embeddings that were decoded from tokens are never quite right
+DISTURBED = 300  # steps of the noising schedule: embeddings of tokens that were written are never quite right
 SAMPLED = {"num_inference_steps": 20, "guidance_scale": 3.0}
 
 
 class UnCLIPTask(LatentsTask):
-    """Args: see `LatentsTask`."""
+    """Args:
+    tokenizer: folder of the trained `emoji-seed`.
+    others: see `LatentsTask`.
+    """
 
     scenes_share = 0.5
     only = COMMON
 
-    def __init__(self, data: Path, scenes: Path, vae: Path, clip: Path):
+    def __init__(self, data: Path, scenes: Path, tokenizer: Path, vae: Path, clip: Path):
         super().__init__(data, scenes, vae, clip)
+        seed = Seed.from_pretrained(tokenizer, torch_dtype=torch.float32)
+        conv = ConvEncoder.from_pretrained(tokenizer / "vision", torch_dtype=torch.float32)
+        self.seed = SeedTokenizer(seed, TwoEncoders(self.clip.vision_model, conv), **EMOJI_SEED).eval()
+        self.seed.requires_grad_(False)
         channels, side = self.picture_tokens.shape[1:3]
         width = self.clip.config.projection_dim
         model = UNet2DConditionModel(
@@ -70,19 +78,28 @@ class UnCLIPTask(LatentsTask):
 
     @torch.no_grad()
     def seen(self, pictures: Tensor) -> Tensor:
-        """[B, H, W, 3] uint8 -> embeddings [B, E], not normalised."""
+        """[B, H, W, 3] uint8 -> embeddings by `emoji-clip` [B, E], not normalised."""
         encoder = TextImageEncoder(self.clip, self.text_tokenizer)
         parts = (from_uint8(part) for part in pictures.split(64))
         return torch.cat([encoder.embed_pixels(part, normalise=False) for part in parts])
 
+    @torch.no_grad()
+    def told(self, pictures: Tensor) -> Tensor:
+        """[B, H, W, 3] uint8 -> embeddings that their tokens give [B, E]."""
+        parts = (self.seed.encode(from_uint8(part)) for part in pictures.split(64))
+        return torch.cat([self.seed.network.decode(part) for part in parts])
+
     def more(
         self, tokens: Tensor, pictures: Tensor | None, scenes: Tensor | None, generator: torch.Generator
     ) -> dict[str, Tensor]:
-        """Noise, a time for each picture, and its embedding with noise of its own; held-out pictures come in order."""
+        """Noise, a time for each picture, and its embedding, of the odd ones by their tokens, with noise of its own; held-out
+        pictures come in order."""
         shown = torch.cat([pictures, self.scene_pictures[scenes]]) if pictures is not None else self.held_out_rows
         times = torch.randint(self.noise.config.num_train_timesteps, (len(tokens),), generator=generator)
         levels = torch.randint(DISTURBED, (len(tokens),), generator=generator)
-        wanted = self.normalizer.scale(self.seen(shown))
+        wanted = torch.empty(len(shown), self.clip.config.projection_dim)
+        wanted[::2], wanted[1::2] = self.seen(shown[::2]), self.told(shown[1::2])
+        wanted = self.normalizer.scale(wanted)
         wanted = self.disturbing.add_noise(wanted, torch.randn(wanted.shape, generator=generator), levels)
         wanted = self.normalizer.unscale(wanted)
         level = get_timestep_embedding(levels, wanted.shape[1], flip_sin_to_cos=True, downscale_freq_shift=0)
@@ -101,13 +118,13 @@ class UnCLIPTask(LatentsTask):
         return unclip(self._model(), self.normalizer, self.vae.vae, self.clip, self.text_tokenizer)
 
     def sample(self) -> Image.Image:
-        """Held-out pictures, and under each what their embeddings give."""
+        """Held-out pictures, and under each what their tokens give."""
         pipe, shown = self.pipeline(), self.held_out_pictures[:: max(1, len(self.held_out_pictures) // 16)][:16]
         pipe.set_progress_bar_config(disable=True)
         luck = torch.Generator().manual_seed(0)
         device = self._model().device
         noise = torch.randn(len(shown), *self.picture_tokens.shape[1:], generator=luck).to(device)
-        asked = {"image_embeds": self.seen(shown).to(device), "prompt": [""] * len(shown), "latents": noise}
+        asked = {"image_embeds": self.told(shown).to(device), "prompt": [""] * len(shown), "latents": noise}
         made = pipe.to(device)(**asked, **SAMPLED, generator=luck, output_type="pt").images.cpu()
         return paired(shown, (255 * made).round().byte().permute(0, 2, 3, 1))
 

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import gradio as gr
 import numpy as np
-import torch
 from PIL import Image
 
 from argen.eval import judge, run
@@ -73,7 +72,7 @@ def measured(studio: Studio, what: str, model: str, num: int, seed: int) -> Iter
     pictures: list[Image.Image] = []
     while len(pictures) < num:
         rows = range(len(pictures), min(num, len(pictures) + A_BATCH))
-        luck = [torch.Generator().manual_seed((seed << 32) + index) for index in rows]
+        luck = [run.luck(seed, index) for index in rows]
         with studio.device:
             pictures += pipe([asked[chosen[index]] for index in rows], generator=luck).images
         left = (time.time() - started) / len(pictures) * (num - len(pictures))
