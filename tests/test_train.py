@@ -222,6 +222,13 @@ def test_the_straight_through_gradient_reaches_the_encoder():
 
 
 @torch.no_grad()
+def test_codes_are_learnt_from_an_encoder_that_names(composed, tmp_path):
+    Seed(**seed.SIZES).save_pretrained(tmp_path)
+    ConvEncoder().save_pretrained(tmp_path / "vision")
+    with pytest.raises(ValueError, match="cannot name anything: give what emoji-seed-contrastive has saved"):
+        seed.SeedTask(SAMPLE, composed, tmp_path, WEIGHTS / "emoji-clip", SCHEDULE.steps)
+
+
 def test_parti_does_not_look_ahead():
     model = Parti(text_dim=16, n_embed=32, grid=4, dim=32, decoder_depth=2, heads=2, mlp_dim=32).eval()
     states, mask = torch.randn(1, 5, 16), torch.ones(1, 5, dtype=torch.bool)
