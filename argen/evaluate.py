@@ -227,7 +227,6 @@ def _draw(args: argparse.Namespace, prompts: list[str], num: int, settings: dict
     Args:
         more: numbers of pictures -> what else the call for them is given.
     """
-
     from argen.eval import run
 
     if num < 2:
@@ -362,7 +361,6 @@ def control(args: argparse.Namespace) -> None:
 
 def _pipeline(args: argparse.Namespace, settings: dict):
     """A pipeline of diffusers, the judge, and the luck of a picture; the folder is claimed for `settings`."""
-
     from argen.device import pick
     from argen.eval import run
     from argen.registry import load_diffusion

@@ -180,7 +180,7 @@ def test_the_use_of_codes_is_kept_with_the_checkpoint(tmp_path):
 
 def test_dead_codes_are_revived():
     task = ViTVQGANTask(SAMPLE, total=1000)
-    model = task.model()
+    model = task.networks["model"]
     pictures = task.batch(8, torch.Generator().manual_seed(0))["pixels"]
     codes = model.quantizer.embedding.weight
     before = codes.detach().clone()
@@ -194,10 +194,12 @@ def test_dead_codes_are_revived():
 
 def test_codes_move_to_the_vectors_they_serve():
     task = ViTVQGANTask(SAMPLE, total=1000)
-    before = refit_codes(task.model(), task.train, rounds=0)
-    after = refit_codes(task.model(), task.train, rounds=5)
+    before = refit_codes(task.networks["model"], task.train, rounds=0)
+    after = refit_codes(task.networks["model"], task.train, rounds=5)
     assert after > before + 0.01
-    assert refit_codes(task.model(), task.train, rounds=0) == pytest.approx(after)  # what was measured is in place
+    assert refit_codes(task.networks["model"], task.train, rounds=0) == pytest.approx(
+        after
+    )  # what was measured is in place
 
 
 def test_a_caption_describes_every_picture_it_fits():

@@ -127,7 +127,7 @@ class CLIPTask(Task):
 
     def _held_out(self) -> tuple[list[int], Tensor]:
         """Pictures of held-out concepts: their places [n], and cosines [n, n], by caption."""
-        model = getattr(self.networks["model"], "module", self.networks["model"])
+        model = self._model()
         picked = held_out_sample(len(self.singles["test"]))
         rows = self.singles["test"].select(picked)
         text, pictures = TextImageEncoder(model, self.tokenizer).embed(list(rows["caption"]), list(rows["image"]))
@@ -145,7 +145,7 @@ class CLIPTask(Task):
         return Image.fromarray(rearrange(rows, "r c h w d -> (r h) (c w) d").numpy())
 
     def save(self, folder: Path) -> None:
-        model = getattr(self.networks["model"], "module", self.networks["model"])
+        model = self._model()
         model.to(torch.bfloat16).save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
 

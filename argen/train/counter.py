@@ -82,9 +82,6 @@ class CounterTask(Task):
         log |= {"cells": cells.item(), "count": total.item()}
         yield "model", cells + COUNT_WEIGHT * total
 
-    def _model(self) -> Counter:
-        return getattr(self.networks["model"], "module", self.networks["model"])
-
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
         """The mean error of the count on held-out scenes, and the share of exact ones after rounding."""

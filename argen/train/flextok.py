@@ -131,7 +131,7 @@ class FlexTokTask(Task):
         yield "model", flow + ALIGNMENT * apart
 
     def tokenizer(self) -> FlexTokenizer:
-        model = getattr(self.networks["model"], "module", self.networks["model"])
+        model = self._model()
         return FlexTokenizer(model.flextok, self.vae.vae, STEPS, GUIDANCE)
 
     @torch.no_grad()

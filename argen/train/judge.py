@@ -116,9 +116,6 @@ class JudgeTask(Task):
         log |= {"name": by_name.item(), "colour": by_colour.item()}
         yield "model", by_name + by_colour
 
-    def _model(self) -> Judge:
-        return getattr(self.networks["model"], "module", self.networks["model"])
-
     def evaluate(self) -> dict[str, float]:
         """Shares of right answers on real held-out scenes and pictures: what a perfect generator would get."""
         batches = (self.batch(64, torch.Generator().manual_seed(number))["pixels"] for number in range(SETTLING))

@@ -52,7 +52,7 @@ class KLVAETask(Reconstruction):
         chosen = torch.randint(len(self.train), (size,), generator=generator)
         pictures = augment(self.train[chosen], generator)
         pictures = pictures if whole else cut_out(pictures, CUT, generator)
-        latents = size, LATENT_CHANNELS, *(side // self.model().stride for side in pictures.shape[1:3])
+        latents = size, LATENT_CHANNELS, *(side // self._model().stride for side in pictures.shape[1:3])
         return {"pixels": from_uint8(pictures), "noise": torch.randn(latents, generator=generator)}
 
     def losses(self, batch: dict[str, Tensor], step: int, log: dict[str, float]) -> Iterator[tuple[str, Tensor]]:
@@ -63,7 +63,7 @@ class KLVAETask(Reconstruction):
         yield "model", L2 * error.square().mean() + L1 * error.abs().mean() + ramp * KL * kl
 
     def save(self, folder: Path) -> None:
-        model = self.model()
+        model = self._model()
         model.vae.register_to_config(scaling_factor=1 / spread(model, self.train[:: max(1, len(self.train) // 2000)]))
         super().save(folder)
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from argen.models.llamagen import LlamaGen
 from argen.pipelines.llamagen import LlamaGenPipeline, left_padded
 from argen.train.loop import Schedule
-from argen.train.tokens import TokensTask, begun_from
+from argen.train.tokens import TokensTask, begun_from, near_codes
 
 SCHEDULES = {
     "cpu": Schedule(
@@ -45,7 +45,7 @@ class LlamaGenTask(TokensTask):
         else:
             text_dim = self.clip.config.text_config.hidden_size
             model = LlamaGen(self.vq.config.n_embed, self.vq.grid, caption_dim=text_dim, **SIZES)
-            model.tok_embeddings.weight.data = self.codes(model.config.dim)
+            model.tok_embeddings.weight.data = near_codes(self.vq.quantizer.embedding.weight, model.config.dim)
         self.networks: dict[str, nn.Module] = {"model": model}
 
     def generator(self) -> LlamaGen:

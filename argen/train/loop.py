@@ -63,6 +63,10 @@ class Task(Protocol):
     def save(self, folder: Path) -> None:
         """Write what ships."""
 
+    def _model(self) -> nn.Module:
+        """The network itself, also where training has wrapped it."""
+        return getattr(self.networks["model"], "module", self.networks["model"])
+
 
 def step_generator(seed: int, step: int) -> torch.Generator:
     return torch.Generator().manual_seed((seed << 32) + step)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from argen.models.parti import Parti
 from argen.pipelines.parti import PartiPipeline
 from argen.train.loop import Schedule
-from argen.train.tokens import TokensTask, begun_from
+from argen.train.tokens import TokensTask, begun_from, near_codes
 
 SCHEDULES = {
     "cpu": Schedule(
@@ -39,7 +39,7 @@ class PartiTask(TokensTask):
         else:
             text_dim = self.clip.config.text_config.hidden_size
             model = Parti(text_dim, self.vq.config.n_embed, self.vq.grid)
-            model.embed_tokens.weight.data[:-1] = self.codes(model.config.dim)
+            model.embed_tokens.weight.data[:-1] = near_codes(self.vq.quantizer.embedding.weight, model.config.dim)
         self.networks: dict[str, nn.Module] = {"model": model}
 
     def logits(self, network: nn.Module, batch: dict[str, Tensor]) -> Tensor:

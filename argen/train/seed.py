@@ -117,17 +117,17 @@ class Contrastive(nn.Module):
         found, words, losses = self.found(features), self.text(ids, mask).float(), []
         seen = F.normalize(self.vision_proj(found), dim=-1).float()
         for query in queries:
-            logits = seen[:, query] @ words.T / self.temp
-            right = torch.arange(len(logits), device=logits.device)
-            losses += [F.cross_entropy(part, right, label_smoothing=SMOOTHING) for part in (logits, logits.T)]
+            losses += both_ways(seen[:, query] @ words.T / self.temp)
             if labels is not None:
-                losses.append(naming(self.names(found[:, query]), labels))
+                told = self.names(found[:, query]).float()
+                losses.append(F.cross_entropy(told, labels, label_smoothing=SMOOTHING, ignore_index=UNNAMED))
         return torch.stack(losses).mean()
 
 
-def naming(logits: Tensor, labels: Tensor) -> Tensor:
-    """The cross-entropy of concepts [B, K], where they are known."""
-    return F.cross_entropy(logits.float(), labels, label_smoothing=SMOOTHING, ignore_index=UNNAMED)
+def both_ways(logits: Tensor) -> list[Tensor]:
+    """The cross-entropies of pictures against captions [B, B], equal places belonging together, and of captions against pictures."""
+    right = torch.arange(len(logits), device=logits.device)
+    return [F.cross_entropy(part, right, label_smoothing=SMOOTHING) for part in (logits, logits.T)]
 
 
 def quantised(
@@ -188,9 +188,7 @@ class Quantised(nn.Module):
         guessed = self.names(told * self.std + self.mean).log_softmax(dim=-1)
         losses["names"] = F.kl_div(guessed, self.names(seen).softmax(dim=-1), reduction="batchmean")
         logits = F.normalize(made, dim=-1) @ F.normalize(words.float(), dim=-1).T / TEMPERATURE
-        right = torch.arange(len(logits), device=logits.device)
-        both = [F.cross_entropy(part, right, label_smoothing=SMOOTHING) for part in (logits, logits.T)]
-        losses["caption"] = FINDING * torch.stack(both).mean()
+        losses["caption"] = FINDING * torch.stack(both_ways(logits)).mean()
         return losses, z.detach()
 
 
@@ -214,10 +212,6 @@ class PicturesTask(CaptionsTask):
         self.count = 0
         super().__init__(data, scenes, clip)
         self.all = ConcatDataset([self.pictures, self.scene_pictures, self.held_out_pictures])
-        self.names = sorted({row["concept"] for row in self.rows})
-        numbers = {name: number for number, name in enumerate(self.names)}
-        self.labels = torch.full((len(self.all),), UNNAMED)
-        self.labels[: len(self.rows)] = torch.tensor([numbers[row["concept"]] for row in self.rows])
 
     def tokens(self, pictures: Tensor) -> Tensor:
         """[B, H, W, 3] uint8 -> their places in `all`: what is seen of them is computed anew in each step."""
@@ -243,11 +237,10 @@ class PicturesTask(CaptionsTask):
         return torch.cat(both, dim=1)
 
     @torch.no_grad()
-    def wanted(self, pictures: Tensor) -> Tensor:
-        """[B, H, W, 3] uint8 -> embeddings [B, E] by `emoji-clip`, which are not normalised."""
-        vision = self.clip.vision_model.to(pictures.device)
-        found = vision(pixel_values=2 * from_uint8(pictures) - 1).pooler_output
-        return self.clip.visual_projection.to(pictures.device)(found)
+    def wanted(self, features: Tensor) -> Tensor:
+        """Features [B, P, V], of which the first stands for the picture -> embeddings [B, E] by `emoji-clip`, not normalised."""
+        clip = self.clip.to(features.device)
+        return clip.visual_projection(clip.vision_model.post_layernorm(features[:, 0]))
 
     def shown(self, asked: Tensor, found: Tensor) -> Image.Image:
         """Held-out pictures by their numbers [n], and under each what was found for it."""
@@ -264,12 +257,16 @@ class SeedContrastiveTask(PicturesTask):
 
     def __init__(self, data: Path, scenes: Path, encoder: Path, clip: Path):
         super().__init__(data, scenes, encoder, clip)
+        names = sorted({row["concept"] for row in self.rows})
+        numbers = {name: number for number, name in enumerate(names)}
+        self.labels = torch.full((len(self.all),), UNNAMED)
+        self.labels[: len(self.rows)] = torch.tensor([numbers[row["concept"]] for row in self.rows])
         words = self.clip.text_model.embeddings.token_embedding.weight
         own = {name: SIZES[name] for name in ("dim", "layers", "heads", "hidden", "features")}
         queries = nn.Parameter(0.02 * torch.randn(1, SIZES["tokens"], SIZES["dim"]))
         positions = self.clip.config.text_config.max_position_embeddings
         model = Contrastive(
-            qformer(**own, text=True, dropout=0.0), queries, len(words), positions, SIZES["embedding"], len(self.names)
+            qformer(**own, text=True, dropout=0.0), queries, len(words), positions, SIZES["embedding"], len(names)
         )
         model.word_embeddings.weight.data.copy_(words)
         nn.init.normal_(model.position_embeddings.weight, std=0.02)
@@ -358,12 +355,12 @@ class SeedTask(PicturesTask):
         return {"kept": kept, "varied": torch.randint(2**31, (1,), generator=generator)}
 
     def losses(self, batch: dict[str, Tensor], step: int, log: dict[str, float]) -> Iterator[tuple[str, Tensor]]:
-        pictures, model = self.at(batch["tokens"]), self._model()
+        model = self._model()
         model.Qformer.eval()  # without dropout
         states, mask = self.encode_text(batch)
         words = self.clip.text_projection(states[torch.arange(len(states)), mask.sum(dim=1) - 1])
-        features = self.seen(pictures, int(batch["varied"]))
-        seen, wanted = self.own(features), self.wanted(pictures)
+        features = self.seen(self.at(batch["tokens"]), int(batch["varied"]))
+        seen, wanted = self.own(features), self.wanted(features)
         losses, z = self.networks["model"](features, seen, wanted, batch["kept"], words)
         log |= {name: value.item() for name, value in losses.items()}
         yield "model", sum(losses.values())
@@ -389,9 +386,10 @@ class SeedTask(PicturesTask):
         """Of held-out pictures: their embeddings, those decoded from their ids, both [n, E] of length 1, and the ids."""
         model, wanted, made, ids = self._model(), [], [], []
         for part in self.held_out_pictures.split(64):
-            ids.append(model.ids(self.seen(part.to(model.device))))
+            features = self.seen(part.to(model.device))
+            ids.append(model.ids(features))
             made.append(F.normalize(model.decode(ids[-1]).float(), dim=-1))
-            wanted.append(F.normalize(self.wanted(part.to(model.device)).float(), dim=-1))
+            wanted.append(F.normalize(self.wanted(features).float(), dim=-1))
         return torch.cat(wanted).cpu(), torch.cat(made).cpu(), torch.cat(ids).cpu()
 
     def evaluate(self) -> dict[str, float]:

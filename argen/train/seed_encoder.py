@@ -1,6 +1,5 @@
 """Recipe `emoji-seed-encoder`: the picture encoder of `argen/emoji-seed`, which learns to name single pictures."""
 
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from argen.data.tables import pixels, read_split
 from argen.eval.retrieval import AMONG
 from argen.train.judge import settle
 from argen.train.loop import Schedule, Task
+from argen.train.tokens import shares
 from tokenizers_img.conv_encoder import ConvEncoder
 from tokenizers_img.pixels import from_uint8
 
@@ -82,17 +82,14 @@ class EncoderTask(Task):
     def __init__(self, data: Path):
         table, held_out = read_split(data, "train"), read_split(data, "validation")
         concepts, styles = list(table["concept"]), list(table["style"])
-        self.names = sorted(set(concepts))
-        self.labels = torch.tensor([self.names.index(concept) for concept in concepts])
+        numbers = {concept: number for number, concept in enumerate(sorted(set(concepts)))}
+        self.labels = torch.tensor([numbers[concept] for concept in concepts])
         self.pictures = halved(torch.from_numpy(pixels(table)))
-        tones = Counter(zip(concepts, styles, strict=True))  # these share one picture's weight
-        self.weights = torch.tensor([1 / tones[pair] for pair in zip(concepts, styles, strict=True)])
-        known = [row for row, concept in enumerate(held_out["concept"]) if concept in set(concepts)]
+        self.weights = shares(list(zip(concepts, styles, strict=True)))
+        known = [row for row, concept in enumerate(held_out["concept"]) if concept in numbers]
         self.held_out = halved(torch.from_numpy(pixels(held_out)))[known]
-        self.held_out_labels = torch.tensor(
-            [self.names.index(held_out["concept"][row]) for row in known], dtype=torch.long
-        )
-        model = Namer(ConvEncoder(names=len(self.names))).to(memory_format=torch.channels_last)
+        self.held_out_labels = torch.tensor([numbers[held_out["concept"][row]] for row in known], dtype=torch.long)
+        model = Namer(ConvEncoder(names=len(numbers))).to(memory_format=torch.channels_last)
         self.networks: dict[str, nn.Module] = {"model": model}
 
     def batch(self, size: int, generator: torch.Generator) -> dict[str, Tensor]:
@@ -104,9 +101,6 @@ class EncoderTask(Task):
         loss = F.cross_entropy(logits.float(), batch["names"], label_smoothing=SMOOTHING)
         log["loss"] = loss.item()
         yield "model", loss
-
-    def _model(self) -> Namer:
-        return getattr(self.networks["model"], "module", self.networks["model"])
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:

@@ -16,6 +16,7 @@ from argen.eval.retrieval import held_out_sample
 from argen.models.seed_llama import Vocabulary, add_words, likelihoods
 from argen.train.loop import Schedule
 from argen.train.seed import PicturesTask
+from argen.train.tokens import near_codes
 from tokenizers_img.seed import Seed
 
 SCHEDULES = {
@@ -57,10 +58,8 @@ class SeedLMTask(PicturesTask):
             longest = self.both.model_max_length + self.seed.config.tokens + 4
             fixed = {"max_position_embeddings": longest, "tie_word_embeddings": True, **SIZES, **ends}
             model = LlamaForCausalLM(LlamaConfig(vocab_size=len(self.both), **fixed))
-            codes = F.normalize(self.seed.quantize.embedding.weight, dim=-1)
-            near = torch.randn(codes.shape[1], SIZES["hidden_size"], generator=torch.Generator().manual_seed(0))
-            table = model.get_input_embeddings().weight.data  # near codes begin near to each other
-            table[self.words.shift : self.words.shift + len(codes)] = 0.02 * codes @ near
+            codes = near_codes(self.seed.quantize.embedding.weight, SIZES["hidden_size"])
+            model.get_input_embeddings().weight.data[self.words.shift : self.words.shift + len(codes)] = codes
         self.networks: dict[str, nn.Module] = {"model": model}
 
     def text(self, captions: list[str]) -> dict[str, Tensor]:
@@ -129,7 +128,7 @@ class SeedLMTask(PicturesTask):
         """What stands nearest to the pictures written for held-out captions: their embeddings find real ones."""
         model, wanted = self._model(), []
         for part in self.pictures[::8].split(64):
-            wanted.append(F.normalize(self.wanted(part.to(model.device)).float(), dim=-1))
+            wanted.append(F.normalize(self.wanted(self.seen(part.to(model.device))).float(), dim=-1))
         found, base = torch.cat(wanted), self.pictures[::8]
         captions = self.held_out_captions[:: max(1, len(self.held_out_captions) // SHOWN)][:SHOWN]
         made = []

@@ -2,7 +2,7 @@
 
 import random
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -51,6 +51,18 @@ def slipped(tokens: Tensor, generator: torch.Generator) -> Tensor:
     return torch.where(wrong, tokens[torch.randperm(len(tokens), generator=generator)], tokens)
 
 
+def shares(combinations: Sequence[tuple[str, str]]) -> Tensor:
+    """Weights of pictures by their concept and style: those of one combination, as skin tones are, share one picture's weight."""
+    tones = Counter(combinations)
+    return torch.tensor([1 / tones[combination] for combination in combinations])
+
+
+def near_codes(codes: Tensor, dim: int) -> Tensor:
+    """A table [K, dim] to start the embeddings of codes [K, C] with: near codes are near."""
+    codes = F.normalize(codes.detach(), dim=-1)
+    return 0.02 * (codes @ torch.randn(codes.shape[1], dim, generator=torch.Generator().manual_seed(0)))
+
+
 class CaptionsTask(Task):
     """A generator of pictures after a caption; a subclass has the picture tokenizer and the network.
 
@@ -85,8 +97,7 @@ class CaptionsTask(Task):
         self.held_out_captions, self.held_out_pictures = list(table["caption"]), torch.from_numpy(pixels(table))
         self.held_out_tokens = self.tokens(self.held_out_pictures)
 
-        tones = Counter((row["concept"], row["style"]) for row in self.rows)  # these share one picture's weight
-        self.weights = torch.tensor([1 / tones[row["concept"], row["style"]] for row in self.rows])
+        self.weights = shares([(row["concept"], row["style"]) for row in self.rows])
 
     def read(self, data: Path, split: str):
         """A split of the single pictures.
@@ -183,9 +194,6 @@ class CaptionsTask(Task):
         sheet = rearrange(torch.cat([pictures, missing]), "(r c) d h w -> (r h) (c w) d", c=8)
         return Image.fromarray((sheet * 255).round().to(torch.uint8).numpy())
 
-    def _model(self) -> nn.Module:
-        return getattr(self.networks["model"], "module", self.networks["model"])
-
     def save(self, folder: Path) -> None:
         self._model().to(torch.bfloat16).save_pretrained(folder)
 
@@ -228,11 +236,6 @@ class TokensTask(CaptionsTask):
     def tokens(self, pictures: Tensor) -> Tensor:
         """[B, H, W, 3] uint8 -> ids [B, N]; in fp32, because bf16 changes every fifth id."""
         return torch.cat([self.vq.encode(from_uint8(part)) for part in pictures.split(128)])
-
-    def codes(self, dim: int) -> Tensor:
-        """A table [K, dim] to start the embeddings of tokens with: near codes are near."""
-        codes = F.normalize(self.vq.quantizer.embedding.weight.detach(), dim=-1)
-        return 0.02 * (codes @ torch.randn(codes.shape[1], dim, generator=torch.Generator().manual_seed(0)))
 
     def more(self, tokens: Tensor, pictures: Tensor, scenes: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
         """The tokens that are read."""

@@ -1,6 +1,7 @@
 """Recipe `emoji-seed-decoder`: picture embeddings back to latents of `emoji-vae` (unCLIP, arXiv 2204.06125).
 
-Half of them are those of `emoji-clip`, half what `emoji-seed` makes of a picture's tokens. As `emoji-sd` it knows the 65 things of `argen.data.scenes.COMMON`, and shows of another picture what is nearest to it among these.
+Half of them are those of `emoji-clip`, half what `emoji-seed` makes of a picture's tokens. As `emoji-sd` it knows the 65 things of
+`argen.data.scenes.COMMON`, and shows of another picture what is nearest to it among these.
 """
 
 from pathlib import Path

@@ -113,23 +113,20 @@ class Reconstruction(Task):
         self.networks: dict[str, nn.Module] = {"model": model}
         model.to(memory_format=torch.channels_last)
 
-    def model(self) -> ViTVQGAN | KLVAE:
-        return getattr(self.networks["model"], "module", self.networks["model"])
-
     def evaluate(self) -> dict[str, float]:
         """Scores on held-out concepts."""
-        return reconstruction.evaluate(self.model(), self.test)
+        return reconstruction.evaluate(self._model(), self.test)
 
     def sample(self) -> Image.Image:
         """32 held-out pictures, each above its reconstruction."""
         pictures = self.test[:: max(1, len(self.test) // 32)][:32]
-        made, _ = reconstruction.reconstruct(self.model(), pictures)
+        made, _ = reconstruction.reconstruct(self._model(), pictures)
         pairs = torch.stack([from_uint8(pictures), made], dim=1)
         grid = rearrange(pairs, "(r c) two d h w -> (r two h) (c w) d", c=8)
         return Image.fromarray((grid * 255).round().to(torch.uint8).numpy())
 
     def save(self, folder: Path) -> None:
-        self.model().to(torch.bfloat16).save_pretrained(folder)
+        self._model().to(torch.bfloat16).save_pretrained(folder)
 
 
 class CodeUsage(nn.Module):
@@ -150,18 +147,18 @@ class ViTVQGANTask(Reconstruction):
     def __init__(self, data: Path, total: int):
         super().__init__(network(), data)
         self.total = total
-        self.usage = CodeUsage(self.model().config.n_embed)
+        self.usage = CodeUsage(self._model().config.n_embed)
         self.kept = (self.usage,)
 
     def batch(self, size: int, generator: torch.Generator) -> dict[str, Tensor]:
-        config = self.model().config
+        config = self._model().config
         chosen = torch.randint(len(self.train), (size,), generator=generator)
-        noise = NOISE * torch.randn(size, self.model().grid ** 2, config.embed_dim, generator=generator)
+        noise = NOISE * torch.randn(size, self._model().grid ** 2, config.embed_dim, generator=generator)
         pictures = from_uint8(augment(self.train[chosen], generator))
         return {"pixels": pictures, "noise": noise, "luck": torch.rand(size, 1, 1, generator=generator)}
 
     def save(self, folder: Path) -> None:
-        refit_codes(self.model(), self.train)
+        refit_codes(self._model(), self.train)
         super().save(folder)
 
     def losses(self, batch: dict[str, Tensor], step: int, log: dict[str, float]) -> Iterator[tuple[str, Tensor]]:
@@ -180,7 +177,7 @@ class ViTVQGANTask(Reconstruction):
         count += torch.bincount(ids.flatten().cpu(), minlength=len(count))
         if step % REVIVE_EVERY or step > REVIVE_UNTIL * self.total:
             return
-        model = self.model()
+        model = self._model()
         z = model.pre_quant(model.encoder(real)).flatten(0, 1)
         model.quantizer.revive((count < 2).to(z.device), z)
         count.zero_()
