@@ -73,6 +73,8 @@ def test_pictures_are_seen_as_the_encoders_see_them(tokenizer, clip):
     assert by_conv.shape == (1, 16, 192)
     torch.testing.assert_close(tokenizer.features(pixels), torch.cat([by_clip, by_conv], dim=1))
     assert tokenizer.encode(pixels).shape == (1, 16)
+    with pytest.raises(ValueError, match="the picture is 4 x 90: SEED expects at least 8 pixels a side"):
+        tokenizer.prepare(Image.new("RGB", (4, 90)))
 
 
 def test_the_likeliest_caption_names_a_picture(pipe):

@@ -39,6 +39,7 @@ DOWN = (256, 128, 32)  # widths of the "mlp" head, token by token
 HEADS = {"mlp": "image", "reverse": "image", "text": "text"}  # how the embedding is made -> what it stands for
 EVA = "https://storage.googleapis.com/sfr-vision-language-research/LAVIS/models/BLIP2/eva_vit_g.pth"
 UNCLIP = os.environ.get("ARGEN_UNCLIP", "stabilityai/stable-diffusion-2-1-unclip")  # withdrawn in 2025: a copy will do
+SMALLEST = 8  # pixels a side: in fewer there is nothing to recognise
 NORM_EPS = 1e-5  # of the norm after the vision transformer, whose own are 1e-6
 
 
@@ -417,7 +418,15 @@ class SeedTokenizer(nn.Module):
         return self.network.dtype
 
     def prepare(self, picture: Image.Image, resample: Image.Resampling = Image.Resampling.BICUBIC) -> Tensor:
-        """A picture -> pixels [3, S, S] in [0, 1], as in training; the authors' scripts have it bilinear."""
+        """A picture -> pixels [3, S, S] in [0, 1], as in training; the authors' scripts have it bilinear.
+
+        Raises:
+            ValueError: it is too small to show anything.
+        """
+        if min(picture.size) < SMALLEST:
+            raise ValueError(
+                f"the picture is {picture.width} x {picture.height}: SEED expects at least {SMALLEST} pixels a side"
+            )
         size = self.config.image_size
         if not self.squashed:
             return from_pil(picture, size)
