@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import signal
 import sys
 import time
 from dataclasses import asdict, replace
@@ -10,6 +11,7 @@ from functools import cache
 from pathlib import Path
 
 from argen import __version__, evaluate
+from argen.bounds import check_all, check_size
 from argen.command import Parser, device_and_json, guarded, load_model, writable
 
 COMMANDS = {}
@@ -28,8 +30,11 @@ def size(text: str) -> tuple[int, int]:
     """ "128x64" -> width and height."""
     width, _, height = text.lower().partition("x")
     if not (width.isdigit() and height.isdigit() and int(width) and int(height)):
-        raise argparse.ArgumentTypeError(f"{text!r} is no size: expected WIDTHxHEIGHT in pixels, as 128x128")
-    return int(width), int(height)
+        raise argparse.ArgumentTypeError(f"{text!r} is not a valid size: expected WIDTHxHEIGHT in pixels, e.g. 128x128")
+    try:
+        return check_size((int(width), int(height)))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def steps(text: str) -> int | tuple[int, int]:
@@ -343,13 +348,27 @@ def parser() -> Parser:
         "--key", action="append", default=[], help="which clients must show; again for each user, or ARGEN_KEYS"
     )
     add.add_argument("--no-metadata", action="store_true", help="write no settings into the pictures' files")
+    add.add_argument(
+        "--model-dir",
+        type=Path,
+        action="append",
+        metavar="DIR",
+        help="where the page may load saved pipelines from; again for each (default: the current folder, none with a --key)",
+    )
+    add.add_argument(
+        "--model-memory",
+        type=float,
+        metavar="GB",
+        help="of models that stay loaded; the least recently used ones are released (default: half of the memory)",
+    )
     add.add_argument("--device", metavar="NAME", help="cpu, cuda, mps (default: the best one here)")
     return top
 
 
 @command
 def generate(args) -> None:
-    from argen.metadata import open_picture, read_request, save_pictures
+    from argen.images import open_image
+    from argen.metadata import read_request, save_pictures
     from argen.request import Control, Request
 
     writable(args.out)
@@ -362,7 +381,7 @@ def generate(args) -> None:
     control = {"kind": args.control_type, "strength": args.control_strength, "size": args.size}
     control = {name: value for name, value in control.items() if value is not None}
     if args.control:
-        given["control"] = Control(open_picture(args.control), **control)
+        given["control"] = Control(open_image(args.control), **control)
     elif control and "control" not in given:
         raise ValueError("--control-type, --control-strength and --size need --control, the picture to follow")
     elif control:
@@ -404,10 +423,11 @@ def described(tokens) -> str:
 @command
 def tokenize(args) -> None:
     from argen.eval.reconstruction import encoded
-    from argen.metadata import open_picture, save_tokens
+    from argen.images import open_image
+    from argen.metadata import save_tokens
 
     out = writable(args.out or args.image.with_suffix(".npz"), ".npz")
-    picture = open_picture(args.image)
+    picture = open_image(args.image)
     tokenizer = load_model(args.tokenizer, args.device, "tokenizer")
     tokens = encoded(tokenizer, picture)[1][0].cpu().numpy()
     save_tokens(out, args.tokenizer, tokens)
@@ -443,11 +463,12 @@ def detokenize(args) -> None:
 @command
 def reconstruct(args) -> None:
     from argen.eval.reconstruction import decoded, encoded
-    from argen.metadata import open_picture, save_pictures
+    from argen.images import open_image
+    from argen.metadata import save_pictures
     from tokenizers_img.pixels import to_pil
 
     out = writable(args.out or args.image.with_name(f"{args.image.stem}-reconstructed.png"))
-    picture = open_picture(args.image)
+    picture = open_image(args.image)
     tokenizer = load_model(args.tokenizer, args.device, "tokenizer")
     pixels, tokens = encoded(tokenizer, picture)
     made = decoded(tokenizer, tokens, pixels)
@@ -501,11 +522,9 @@ def grid(args) -> None:
 
 @command
 def describe(args) -> None:
-    from argen.metadata import open_picture
+    from argen.images import open_image
 
-    if args.temperature < 0:
-        raise ValueError(f"--temperature is {args.temperature}: expected 0 or more")
-    picture = open_picture(args.image)
+    picture = open_image(args.image)
     pipe = load_model(args.model, args.device, "generator")
     if not hasattr(pipe, "describe"):
         raise ValueError(f"{args.model} only draws: choose a model that reads pictures, as AILab-CVC/seed-llama-8b-sft")
@@ -515,11 +534,12 @@ def describe(args) -> None:
 
 @command
 def control(args) -> None:
-    from argen.metadata import open_picture, save_pictures
+    from argen.images import open_image
+    from argen.metadata import save_pictures
     from argen.models.annotators import annotate, as_picture, resized
 
     writable(args.out)
-    picture = open_picture(args.image)
+    picture = open_image(args.image)
     flat = resized(picture, args.type, args.size or picture.size)
     save_pictures([(as_picture(annotate(flat, args.type)), None)], [args.out])
     print(f"{args.out} ({args.type}, {flat.width} x {flat.height})")
@@ -570,8 +590,6 @@ def erase(args) -> None:
 
     if args.out.exists():
         raise ValueError(f"{args.out} is there already: choose another --out")
-    if args.verify is not None and args.verify < 1:
-        raise ValueError(f"--verify is {args.verify}: expected at least 1 picture")
     pipe, stages, told = load_diffusion(args.model).to(pick(args.device)), [], {}
     erasure, asked = ConceptErasure(pipe), drawing(args.model, args.steps, args.guidance_scale)
 
@@ -738,9 +756,9 @@ def eval(args) -> None:
 @command
 def ui(args) -> None:
     from argen.device import pick
-    from argen.registry import Shelf
+    from argen.registry import ModelCache
     from argen.server.app import create, serve
-    from argen.server.guard import HERE
+    from argen.server.guard import HERE, owner_of
     from argen.studio.queue import Studio
     from argen.ui.build import build
     from argen.ui.jobs import Desk
@@ -750,10 +768,19 @@ def ui(args) -> None:
         raise ValueError(f"--host {args.host} lets other machines in: give --key KEY too, which they must show")
     if any(len(key) < 8 for key in keys):
         raise ValueError("a key is shorter than 8 characters: choose a longer one")
+    if args.model_memory is not None and not 0 < args.model_memory < 1e6:
+        raise ValueError(f"--model-memory is {args.model_memory}: expected a number of gigabytes above 0")
+    limit = None if args.model_memory is None else int(args.model_memory * 1e9)
+    folders = args.model_dir or ([] if keys else [Path()])
+    for folder in folders:
+        if not folder.is_dir():
+            raise ValueError(f"--model-dir {folder} is not a folder: expected one that exists")
+    os.umask(0o077)  # what is kept is for its owner's eyes alone
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # so that the queue is closed, as at Ctrl-C
     device, owners = pick(args.device), {}
-    studio = Studio(args.data_dir, Shelf(device).__getitem__, metadata=not args.no_metadata)
+    studio = Studio(args.data_dir, ModelCache(device, limit=limit), metadata=not args.no_metadata)
     try:
-        page = build(Desk(studio, owners), device)
+        page = build(Desk(studio, owners, owner_of(keys[0]) if keys else None, folders), device, limit)
         serve(create(studio, page, keys, args.host in HERE, owners), args.host, args.port)
     finally:
         studio.close()
@@ -762,7 +789,13 @@ def ui(args) -> None:
 def main(argv: list[str] | None = None) -> int:
     """Run a command; bad input is one line on stderr and the exit code 2."""
     args = parser().parse_args(argv)
-    return guarded(f"argen {args.command}", COMMANDS[args.command], args)
+
+    def run(args) -> None:
+        if args.command != "train":  # its steps are those of a schedule
+            check_all(vars(args).items())
+        COMMANDS[args.command](args)
+
+    return guarded(f"argen {args.command}", run, args)
 
 
 if __name__ == "__main__":

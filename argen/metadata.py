@@ -1,38 +1,23 @@
 """What is kept inside files: a picture's own settings in its PNG, so that it can be made again; the tokens of a picture."""
 
+import base64
 import json
 import os
 import zipfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from io import BytesIO
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from argen.images import fitted, open_image
 from argen.request import Grid, Request, check_grid
 
 KEY, TOKENS = "argen", "argen tokens"  # the PNG text chunks that hold the request, and the token grid, as JSON
-
-
-def open_picture(path: str | Path) -> Image.Image:
-    """A picture file, read whole.
-
-    Raises:
-        FileNotFoundError, ValueError: there is no such file; it is no picture, cut off, or too large to be one.
-    """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"no picture at {path}")
-    try:
-        picture = Image.open(path)
-        picture.load()
-    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(
-            f"{path} could not be read as a picture ({error}): expected a PNG, JPEG or WebP file"
-        ) from error
-    return picture
 
 
 @contextmanager
@@ -54,13 +39,39 @@ def save_pictures(
     the tokens that it was made of: all of them, or none."""
     with ExitStack() as stack:
         for (picture, request), path, grid in zip(pictures, paths, grids or [None] * len(paths), strict=True):
-            info = PngInfo()
-            if request:
-                info.add_text(KEY, json.dumps(request.to_dict()))
-                info.add_itxt("parameters", infotext(request, picture.size))
-            if grid:
-                info.add_text(TOKENS, json.dumps(grid))
-            picture.save(stack.enter_context(replacing(path)), "PNG", pnginfo=info)
+            picture.save(stack.enter_context(replacing(path)), "PNG", pnginfo=_info(request, picture.size, grid))
+
+
+def encoded(
+    image: Image.Image,
+    request: Request | None = None,
+    size: tuple[int, int] | None = None,
+    form: str = "png",
+    quality: int = 100,
+) -> str:
+    """An image as a file, in base64.
+
+    Args:
+        request: makes the image again; it goes into a PNG file.
+        size: it is scaled to, see `argen.images.fitted`; None for its own.
+        form: "png", "jpeg" or "webp".
+        quality: of the last two, 0 to 100.
+    """
+    buffer = BytesIO()
+    image = fitted(image, size)
+    how = {"pnginfo": _info(request, image.size)} if form == "png" else {"quality": quality}
+    image.save(buffer, form.upper(), **how)
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
+def _info(request: Request | None, size: tuple[int, int], grid: Grid | None = None) -> PngInfo:
+    info = PngInfo()
+    if request:
+        info.add_text(KEY, json.dumps(request.to_dict()))
+        info.add_itxt("parameters", infotext(request, size))
+    if grid:
+        info.add_text(TOKENS, json.dumps(grid))
+    return info
 
 
 def infotext(request: Request, size: tuple[int, int]) -> str:
@@ -124,7 +135,7 @@ def read_request(path: str | Path) -> Request:
     Raises:
         ValueError: the picture holds none, or one that cannot be read.
     """
-    text = open_picture(path).info.get(KEY)
+    text = open_image(path).info.get(KEY)
     if text is None:
         raise ValueError(
             f"{path} holds no settings of argen: expected a PNG file made by `argen generate` or the web page"

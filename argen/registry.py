@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import torch
 from diffusers import (
     AutoencoderKL,
@@ -582,22 +583,50 @@ def load(model: str | Path) -> Loaded:
         ) from error
 
 
-class Shelf(dict[str, Loaded]):
-    """Models by their ids, each loaded when it is first asked for, and once, whatever threads ask.
+class ModelCache:
+    """Models by their ids, each loaded when it is first asked for, and once, whatever threads ask; the least recently used ones are
+    released when all together are too large.
 
     Args:
         device: where they are put.
+        load: id -> the model, on the CPU.
+        limit: bytes that they may take together; one alone may be larger. None for half of the memory of the device.
     """
 
-    def __init__(self, device: torch.device | str):
-        super().__init__()
-        self.device, self.locks = device, defaultdict(threading.Lock)
+    def __init__(self, device: torch.device | str, load: Callable[[str], Loaded] = load, limit: int | None = None):
+        self.device, self.load = torch.device(device), load
+        self.limit = memory(self.device) // 2 if limit is None else limit
+        self.loaded: dict[str, Loaded] = {}  # the least recently used first
+        self.lock, self.locks = threading.Lock(), defaultdict(threading.Lock)
 
-    def __missing__(self, model: str) -> Loaded:
+    def __call__(self, model: str) -> Loaded:
         with self.locks[model]:  # others can be loaded while this one is fetched
-            if model not in self:
-                self[model] = load(model).to(self.device)
-            return self[model]
+            with self.lock:
+                found = self.loaded.pop(model, None)
+            if found is None:
+                found = self.load(model).to(self.device)
+            with self.lock:
+                self.loaded[model] = found
+                for old in list(self.loaded)[:-1]:
+                    if sum(map(size_of, self.loaded.values())) <= self.limit:
+                        break
+                    del self.loaded[old]
+            return found
+
+
+def size_of(model: Loaded) -> int:
+    """Bytes of the weights of a network or of a pipeline."""
+    parts = model.components.values() if isinstance(model, DiffusionPipeline) else [model]
+    networks = [part for part in parts if isinstance(part, torch.nn.Module)]
+    held = {id(tensor): tensor for network in networks for tensor in (*network.parameters(), *network.buffers())}
+    return sum(tensor.numel() * tensor.element_size() for tensor in held.values())
+
+
+def memory(device: torch.device) -> int:
+    """Bytes of memory of a device."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return psutil.virtual_memory().total
 
 
 @contextmanager

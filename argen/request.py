@@ -1,30 +1,19 @@
 """What is asked of a generator, and what has become of it: one object behind command line, Python, web page and APIs."""
 
 import base64
-import math
 from dataclasses import dataclass, field, fields, replace
 from io import BytesIO
 
 import torch
 from PIL import Image
 
+from argen.bounds import BOUNDS, MAX_CANDIDATES, MAX_CELLS, check, check_all, check_size
 from samplers import SOLVERS, by_name
 from samplers.logits import Sampling
 
-MAX_PROMPT, MAX_IMAGES, MAX_CANDIDATES = 1000, 64, 64
+MAX_PROMPT = 1000  # characters
 CANDIDATES_A_BEAM = 4
 Grid = tuple[tuple[int, ...], ...]  # rows of ids
-WHOLE = (
-    "num_images",
-    "seed",
-    "top_k",
-    "lantern_k",
-    "num_tokens",
-    "num_candidates",
-    "num_beams",
-)  # settings that are so
-REAL = ("guidance_scale", "temperature", "top_p", "lantern_delta", "lantern_lambda")
-MAX_CELLS = 16384  # of a token grid
 MIN_CONTROL = 16  # pixels on a side of a control picture
 
 
@@ -48,15 +37,13 @@ class Control:
     size: tuple[int, int] | None = None
 
     def __post_init__(self):
-        if not 0 <= self.strength <= 10:
-            raise ValueError(f"control strength is {self.strength}: expected 0 to 10 (0 is no control)")
+        check("control_strength", self.strength)
         if min(self.picture.size) < MIN_CONTROL:
             width, height = self.picture.size
             raise ValueError(
                 f"the control picture is {width} x {height}: expected at least {MIN_CONTROL} x {MIN_CONTROL} pixels"
             )
-        if self.size is not None and min(self.size) < 1:
-            raise ValueError(f"size is {self.size[0]} x {self.size[1]}: expected positive numbers of pixels")
+        check_size(self.size)
 
     def to_dict(self) -> dict:
         """For JSON: the picture as base64 of a PNG file."""
@@ -118,14 +105,14 @@ class Request:
 
     def __post_init__(self):
         check_prompt(self.prompt)
-        for name in WHOLE + REAL:
-            check_number(name, getattr(self, name), whole=name in WHOLE)
-        if not 1 <= self.num_images <= MAX_IMAGES:
-            raise ValueError(f"the number of pictures is {self.num_images}: expected 1 to {MAX_IMAGES}")
-        if not 0 <= self.seed < 2**63 - MAX_CANDIDATES:
-            raise ValueError(f"seed is {self.seed}: expected 0 or more, and less than 2^63 - {MAX_CANDIDATES}")
-        if self.guidance_scale is not None and not 0 <= self.guidance_scale <= 100:
-            raise ValueError(f"guidance_scale is {self.guidance_scale}: expected 0 to 100 (1 is no guidance)")
+        for name in ("model", "sampler"):
+            if not isinstance(getattr(self, name), str):
+                raise ValueError(f"{name} is {getattr(self, name)!r}: expected a name")
+        if isinstance(self.steps, tuple) and len(self.steps) != 2:
+            raise ValueError(f"steps are {self.steps}: expected one number, or two")
+        if self.num_images is None or self.seed is None:
+            raise ValueError("num_images or seed is None: expected a number, or leave it out")
+        check_all((name, getattr(self, name)) for name in BOUNDS if hasattr(self, name))
         by_name("sde" if self.steps is not None and self.sampler == "auto" else self.sampler, **self.sampler_settings())
         if self.num_candidates is not None and not self.num_images <= self.num_candidates <= MAX_CANDIDATES:
             raise ValueError(
@@ -212,16 +199,6 @@ def rows_of(grid: torch.Tensor) -> Grid:
     if grid.is_floating_point():
         raise ValueError("this model writes numbers, not tokens: edit its pictures in Python, or choose another model")
     return tuple(map(tuple, grid.reshape(grid.shape[-2:]).tolist()))
-
-
-def check_number(name: str, value: float | None, whole: bool) -> None:
-    """Raises:
-    ValueError: neither None nor a finite number, of the kind expected.
-    """
-    if value is None:
-        return
-    if isinstance(value, bool) or not isinstance(value, int if whole else int | float) or not math.isfinite(value):
-        raise ValueError(f"{name} is {value!r}: expected a {'whole ' if whole else ''}number")
 
 
 def check_grid(rows: Grid) -> None:

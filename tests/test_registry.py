@@ -5,7 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from argen.registry import Shelf, load
+from argen.registry import ModelCache, load, size_of
 
 IDS = ("argen/emoji-parti", "argen/emoji-llamagen", "argen/emoji-vitvqgan")
 
@@ -19,10 +19,20 @@ def test_threads_that_load_at_once_all_get_their_weights():
     assert {weight.device.type for weight in weights} == {"cpu"}
 
 
-def test_a_shelf_loads_a_model_once():
-    shelf = Shelf("cpu")
+def test_a_cache_loads_a_model_once():
+    shelf = ModelCache("cpu")
     with ThreadPoolExecutor(3) as pool:
-        found = list(pool.map(shelf.__getitem__, ["argen/emoji-vitvqgan"] * 3))
+        found = list(pool.map(shelf, ["argen/emoji-vitvqgan"] * 3))
     assert len({id(one) for one in found}) == 1
     with pytest.raises(ValueError, match="unknown model 'argen/none'"):
-        shelf["argen/none"]
+        shelf("argen/none")
+
+
+def test_the_least_recently_used_models_are_released():
+    size = size_of(load("argen/emoji-vitvqgan"))
+    cache = ModelCache("cpu", limit=2 * size)
+    for name in ("argen/emoji-judge", "argen/emoji-vitvqgan", "argen/emoji-judge", "argen/emoji-vae"):
+        cache(name)
+    assert list(cache.loaded) == ["argen/emoji-judge", "argen/emoji-vae"]
+    cache = ModelCache("cpu", limit=1)
+    assert cache("argen/emoji-judge") is cache("argen/emoji-judge")  # one alone stays, however large

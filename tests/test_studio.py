@@ -13,7 +13,7 @@ from PIL import Image
 
 from argen.metadata import read_grid, read_request
 from argen.request import MAX_PROMPT, Request
-from argen.studio.queue import MOST_WAITING, NotYours, QueueFull, Studio
+from argen.studio.queue import MOST_WAITING, Forbidden, QueueFull, Studio
 from argen.studio.store import CANCELLED, DONE, FAILED, WAITING, Store
 
 PLAIN = Request("a pizza", sampler="plain", seed=3)
@@ -162,7 +162,7 @@ def test_everybody_has_a_line_of_their_own(studio, monkeypatch):
     studio.submit(PLAIN, "b")
     assert [one.id for one in studio.line("a")] == mine
     for act in (studio.cancel, studio.resume, studio.again, lambda id, owner: studio.move(id, 1, owner)):
-        with pytest.raises(NotYours):
+        with pytest.raises(Forbidden):
             act(mine[0], "b")
 
 

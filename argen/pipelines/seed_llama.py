@@ -10,6 +10,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import LlamaForCausalLM, PreTrainedTokenizerBase, TextIteratorStreamer
 
+from argen.bounds import check_all
 from argen.models.seed_llama import CLOSE, OPEN, SeedLlamaSession, Vocabulary, likelihoods, picture_text
 from argen.pipelines.base import Defaults, TokenPipeline
 from argen.request import Control
@@ -162,6 +163,7 @@ class SeedLlamaPipeline(TokenPipeline):
             turns: what was said, the user first and then in turn, each a list of texts and pictures.
             max_new_tokens, temperature, top_p: of the answer; 0 takes the likeliest word each time.
         """
+        check_all({"temperature": temperature, "top_p": top_p, "seed": seed}.items())
         text = ""
         for index, turn in enumerate(turns):
             said = "".join(part if isinstance(part, str) else picture_text(self.read(part)) for part in turn)
@@ -177,12 +179,21 @@ class SeedLlamaPipeline(TokenPipeline):
         }
         streamer = TextIteratorStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=False)
         asked = {"inputs": ids, "attention_mask": torch.ones_like(ids), "streamer": streamer, **drawn, **ends}
-        thread = Thread(
-            target=self.transformer.generate, kwargs=asked | {"max_new_tokens": max_new_tokens}, daemon=True
-        )
+        failure: list[Exception] = []
+
+        def write() -> None:
+            try:
+                self.transformer.generate(**asked, max_new_tokens=max_new_tokens)
+            except Exception as error:
+                failure.append(error)
+                streamer.end()  # or who reads it waits for ever
+
+        thread = Thread(target=write, daemon=True)
         thread.start()
         yield from self._parts(streamer)
         thread.join()
+        if failure:
+            raise failure[0]
 
     def _parts(self, pieces: Iterator[str]) -> Iterator[str | Image.Image]:
         """Texts as they come -> texts without the words of pictures, and the pictures."""

@@ -1,7 +1,8 @@
 """The API of AUTOMATIC1111's web UI (``/sdapi/v1``), on the queue, for the clients that speak it.
 
 They send a value for everything, so some mean "nobody chose": the seed -1, a guidance of 7, a sampler that is not one of ours.
-Width and height enlarge, they do not change what is drawn; steps are read by the models that have some.
+Width and height scale the image, they do not change what is drawn; steps are read by the models that have some. What cannot be done
+is said in the `comments` of an answer's `info`.
 """
 
 import json
@@ -9,32 +10,49 @@ import random
 from dataclasses import replace
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Body, Depends, Request
-from PIL import ImageOps
-from pydantic import BaseModel, Field
+import psutil
+import torch
+from anyio.to_thread import run_sync
+from fastapi import APIRouter, Depends, Request
+from fastapi import Body as Given
+from PIL import Image, ImageOps
+from pydantic import Field
+from starlette.exceptions import HTTPException
 
-from argen.metadata import infotext
+from argen.bounds import check_size
+from argen.images import from_base64
+from argen.metadata import encoded, infotext
 from argen.registry import ids
 from argen.request import Request as Asked
-from argen.request import rows_of, to_base64
-from argen.server.guard import Here, Owner, check_size, enlarged, from_base64
-from argen.server.jobs import check_model, finished
+from argen.request import rows_of
+from argen.server.guard import Here, Owner
+from argen.server.jobs import check_model, finished, shown
+from argen.server.openai import Body
+from argen.server.waiting import prepare, result
 from argen.studio.queue import Progress, Studio
-from argen.studio.store import RUNNING
+from argen.studio.store import CANCELLED, RUNNING
 from samplers import SAMPLERS, SOLVERS
+from tokenizers_img.pixels import to_mask
 
 router = APIRouter(prefix="/sdapi/v1", tags=["A1111"])
 UNCHOSEN_GUIDANCE = 7.0
-NONE_OF_THOSE = (
+EMPTY = (  # lists of what argen has none of
     "schedulers",
-    "upscalers",
     "latent-upscale-modes",
     "sd-vae",
+    "sd-modules",
     "loras",
     "hypernetworks",
     "face-restorers",
+    "realesrgan-models",
+    "prompt-styles",
+    "artists",
+    "artist-categories",
+    "extensions",
+    "script-info",
 )
-NONE_OF_THOSE += ("realesrgan-models", "prompt-styles")
+UPSCALER = "Lanczos"
+DESCRIBER = "argen/emoji-seed-lm"  # says what an image shows
 
 
 def _chosen(request: Request) -> dict[str, str]:
@@ -44,10 +62,11 @@ def _chosen(request: Request) -> dict[str, str]:
 Chosen = Annotated[dict[str, str], Depends(_chosen)]  # owner -> model
 
 
-class Text(BaseModel):
+class Text(Body):
     """The body of ``txt2img``; what else a client sends is not read."""
 
     prompt: str = ""
+    negative_prompt: str = ""
     seed: int = Field(-1, ge=-1)
     width: int = 512
     height: int = 512
@@ -55,8 +74,13 @@ class Text(BaseModel):
     batch_size: int = Field(1, ge=1)
     n_iter: int = Field(1, ge=1)
     sampler_name: str | None = None
+    sampler_index: str | None = None  # its older name
     steps: int | None = Field(None, ge=1, le=1000)
     override_settings: dict[str, Any] = {}
+    send_images: bool = True
+    enable_hr: bool = False
+    restore_faces: bool = False
+    tiling: bool = False
 
 
 class Picture(Text):
@@ -68,74 +92,161 @@ class Picture(Text):
     denoising_strength: float = Field(0.75, ge=0, le=1)
 
 
+class Upscaled(Body):
+    """The body of ``extra-single-image``: an image is scaled."""
+
+    image: str
+    resize_mode: int = 0
+    upscaling_resize: float = Field(2, gt=0, le=32)
+    upscaling_resize_w: int = 512
+    upscaling_resize_h: int = 512
+
+
+class Batch(Body):
+    """The body of ``extra-batch-images``."""
+
+    imageList: list[dict[str, str]] = Field(max_length=64)  # noqa: N815, their name
+    resize_mode: int = 0
+    upscaling_resize: float = Field(2, gt=0, le=32)
+    upscaling_resize_w: int = 512
+    upscaling_resize_h: int = 512
+
+
 @router.post("/txt2img")
-def txt2img(studio: Here, owner: Owner, chosen: Chosen, body: Text):
-    return carried_out(studio, owner, body, wish(studio, chosen.get(owner, Asked.model), body))
+async def txt2img(request: Request, studio: Here, owner: Owner, chosen: Chosen, body: Text):
+    wanted = await prepare(request, asked_of, studio, chosen.get(owner, Asked.model), body)
+    return await answer(request, studio, owner, body, wanted)
 
 
 @router.post("/img2img")
-def img2img(studio: Here, owner: Owner, chosen: Chosen, body: Picture):
-    """With a mask its white part is written anew, else as many of the least certain cells as the strength says."""
-    picture, asked = from_base64(body.init_images[0]), wish(studio, chosen.get(owner, Asked.model), body)
-    with studio.model(asked.model) as pipe:
-        if body.mask is None:
-            grid = pipe.loosened(asked, pipe.read_tokens(picture), body.denoising_strength)
+async def img2img(request: Request, studio: Here, owner: Owner, chosen: Chosen, body: Picture):
+    """With a mask its white part is drawn anew, else as many of the least probable cells as the strength says."""
+    wanted = await prepare(request, edited, studio, chosen.get(owner, Asked.model), body)
+    return await answer(request, studio, owner, body, wanted)
+
+
+def edited(studio: Studio, model: str, body: Picture) -> Asked:
+    image, wanted = from_base64(body.init_images[0]), asked_of(studio, model, body)
+    mask = None if body.mask is None else to_mask(from_base64(body.mask, "the mask"))
+    with studio.model(wanted.model) as pipe:
+        if mask is None:
+            grid = pipe.loosened(wanted, pipe.read_tokens(image), body.denoising_strength)
         else:
-            mask = from_base64(body.mask, "the mask").convert("L")
-            grid = pipe.without(picture, ImageOps.invert(mask) if body.inpainting_mask_invert else mask)
-    return carried_out(studio, owner, body, replace(asked, tokens=rows_of(grid)))
+            grid = pipe.without(image, ImageOps.invert(mask) if body.inpainting_mask_invert else mask)
+    return replace(wanted, tokens=rows_of(grid))
 
 
-def wish(studio: Studio, model: str, body: Text) -> Asked:
-    """What is asked for, less what nobody chose; of `model`, if the body names no other."""
+def asked_of(studio: Studio, model: str, body: Text) -> Asked:
+    """The generation request, less what nobody chose; of `model`, if the body names no other."""
     model = str(body.override_settings.get("sd_model_checkpoint") or model)
     check_model(model)
-    with studio.model(model) as pipe:
-        flows, samplers = pipe.defaults.steps is not None, pipe.samplers
+    check_size((body.width, body.height))
+    pipe, sampler = studio.models(model), body.sampler_name or body.sampler_index
     return Asked(
         body.prompt,
         model,
         num_images=body.batch_size * body.n_iter,
         seed=random.randrange(2**32) if body.seed < 0 else body.seed,
         guidance_scale=None if body.cfg_scale == UNCHOSEN_GUIDANCE else body.cfg_scale,
-        sampler=body.sampler_name if body.sampler_name in samplers else Asked.sampler,
-        steps=body.steps if flows else None,
+        sampler=sampler if sampler in pipe.samplers else Asked.sampler,
+        steps=body.steps if pipe.defaults.steps is not None else None,
     )
 
 
-def carried_out(studio: Studio, owner: str, body: Text, asked: Asked) -> dict:
-    size = check_size((body.width, body.height))
-    done = finished(studio.result(studio.submit(asked, owner)))
-    pictures = [studio.store.opened(saved.id) for saved in done.pictures]
-    own = [saved.request for saved in done.pictures]
+def comments(body: Text, wanted: Asked) -> list[str]:
+    """What was asked for and is not done, a line each."""
+    sampler = body.sampler_name or body.sampler_index
+    unread = {
+        "negative_prompt": body.negative_prompt.strip(),
+        "enable_hr": body.enable_hr,
+        "restore_faces": body.restore_faces,
+        "tiling": body.tiling,
+    }
+    lines = [f"{name} is not used: argen's models do not read it" for name, value in unread.items() if value]
+    if sampler and wanted.sampler != sampler:
+        lines.append(f"there is no sampler {sampler[:60]!r}: {wanted.sampler} was used")
+    return lines
+
+
+async def answer(request: Request, studio: Studio, owner: str, body: Text, wanted: Asked) -> dict:
+    """The images of a request; of one that was interrupted, as far as they are written."""
+    done = await result(request, studio, owner, wanted)
+    if done.state != CANCELLED:
+        finished(done)
+    return await run_sync(told, studio, body, wanted, done)
+
+
+def told(studio: Studio, body: Text, wanted: Asked, done: Progress) -> dict:
+    size, own, said = (body.width, body.height), [saved.request for saved in done.pictures], comments(body, wanted)
+    images = [studio.store.opened(saved.id) for saved in done.pictures]
+    requests: list[Asked | None] = [shown(studio, saved) for saved in done.pictures]
+    if done.state == CANCELLED:
+        images = list(done.preview or [])[: wanted.num_images]
+        own = [wanted.of_picture(index) for index in range(len(images))]
+        requests = [None] * len(images)
+        said.append(f"interrupted at {done.share:.0%}")
     info = {
-        "prompt": asked.prompt,
+        "prompt": wanted.prompt,
         "all_prompts": [one.prompt for one in own],
         "negative_prompt": "",
-        "seed": asked.seed,
+        "all_negative_prompts": [""] * len(own),
+        "seed": wanted.seed,
         "all_seeds": [one.seed for one in own],
         "width": size[0],
         "height": size[1],
-        "sampler_name": asked.sampler,
-        "cfg_scale": own[0].guidance_scale,
-        "steps": own[0].steps,
+        "sampler_name": wanted.sampler,
+        "cfg_scale": own[0].guidance_scale if own else wanted.guidance_scale,
+        "steps": own[0].steps if own else wanted.steps,
         "batch_size": body.batch_size,
-        "sd_model_name": asked.model,
-        "infotexts": [infotext(one, picture.size) for one, picture in zip(own, pictures, strict=True)],
+        "sd_model_name": wanted.model,
+        "infotexts": [infotext(one, size) for one in own],
+        "comments": said,
     }
-    shown = [to_base64(enlarged(picture, size)) for picture in pictures]
-    return {"images": shown, "parameters": body.model_dump(exclude={"init_images", "mask"}), "info": json.dumps(info)}
+    files = [encoded(image, one, size) for image, one in zip(images, requests, strict=True)]
+    parameters = body.model_dump(exclude={"init_images", "mask"})
+    return {"images": files if body.send_images else [], "parameters": parameters, "info": json.dumps(info)}
+
+
+@router.post("/extra-single-image")
+async def extra_single_image(request: Request, body: Upscaled):
+    return {"html_info": f"scaled with {UPSCALER}", "image": await prepare(request, upscaled, body.image, body)}
+
+
+@router.post("/extra-batch-images")
+async def extra_batch_images(request: Request, body: Batch):
+    images = [await prepare(request, upscaled, one.get("data", ""), body) for one in body.imageList]
+    return {"html_info": f"scaled with {UPSCALER}", "images": images}
+
+
+def upscaled(text: str, body: Upscaled | Batch) -> str:
+    """An image in base64, scaled by a factor (resize_mode 0) or to a size (1)."""
+    image = from_base64(text)
+    size = (body.upscaling_resize_w, body.upscaling_resize_h)
+    if body.resize_mode == 0:
+        size = tuple(round(side * body.upscaling_resize) for side in image.size)
+    return encoded(image.resize(check_size(size), Image.Resampling.LANCZOS))
+
+
+@router.post("/interrogate")
+async def interrogate(request: Request, studio: Here, image: Annotated[str, Given(embed=True)]):
+    return {"caption": await prepare(request, described, studio, image)}
+
+
+def described(studio: Studio, text: str) -> str:
+    image = from_base64(text)
+    with studio.model(DESCRIBER) as pipe:
+        return pipe.describe(image, temperature=0.0)
 
 
 @router.get("/progress")
 def progress(studio: Here, owner: Owner):
-    line = studio.line(owner)
-    now = next((studio.progress(one.id, preview=True) for one in line if one.state == RUNNING), None)
+    jobs = studio.line(owner)
+    now = next((studio.progress(one.id, preview=True) for one in jobs if one.state == RUNNING), None)
     return {
         "progress": now.share if now else 0.0,
         "eta_relative": (now.eta or 0.0) if now else 0.0,
-        "state": state(now, len(line)),
-        "current_image": to_base64(now.preview[0]) if now and now.preview else None,
+        "state": state(now, len(jobs)),
+        "current_image": encoded(now.preview[0]) if now and now.preview else None,
         "textinfo": now.stage if now else None,
     }
 
@@ -155,8 +266,8 @@ def options(owner: Owner, chosen: Chosen):
 
 
 @router.post("/options")
-def choose(owner: Owner, chosen: Chosen, given: Annotated[dict[str, Any], Body()]):
-    if "sd_model_checkpoint" in given:
+def choose(owner: Owner, chosen: Chosen, given: Annotated[dict[str, Any], Given()]):
+    if given.get("sd_model_checkpoint") is not None:
         check_model(str(given["sd_model_checkpoint"]))
         chosen[owner] = str(given["sd_model_checkpoint"])
     return {}
@@ -168,14 +279,46 @@ def models():
     return [{"title": name, "model_name": name, **own} for name in ids("generator")]
 
 
+@router.post("/refresh-checkpoints")
+@router.post("/refresh-vae")
+@router.post("/refresh-loras")
+@router.post("/unload-checkpoint")
+@router.post("/reload-checkpoint")
+def nothing_to_do():
+    """The list of models does not change while the server runs, and models are loaded when they are asked for."""
+    return {}
+
+
 @router.get("/samplers")
 def samplers():
     return [{"name": name, "aliases": [], "options": {}} for name in (*SAMPLERS, *SOLVERS)]
 
 
+@router.get("/upscalers")
+def upscalers():
+    none = {"model_name": None, "model_path": None, "model_url": None}
+    return [{"name": UPSCALER, "scale": 4.0, **none}]
+
+
 @router.get("/scripts")
 def scripts():
     return {"txt2img": [], "img2img": []}
+
+
+@router.get("/embeddings")
+def embeddings():
+    return {"loaded": {}, "skipped": {}}
+
+
+@router.get("/memory")
+def memory():
+    """In bytes."""
+    ram = psutil.virtual_memory()
+    cuda: dict[str, Any] = {"error": "no CUDA device"}
+    if torch.cuda.is_available():
+        free, total = torch.cuda.mem_get_info()
+        cuda = {"system": {"free": free, "used": total - free, "total": total}}
+    return {"ram": {"free": ram.available, "used": ram.total - ram.available, "total": ram.total}, "cuda": cuda}
 
 
 @router.get("/cmd-flags")
@@ -184,13 +327,22 @@ def flags():
 
 
 @router.post("/png-info")
-def png_info(image: Annotated[str, Body(embed=True)]):
+def png_info(image: Annotated[str, Given(embed=True)]):
     items = {name: value for name, value in from_base64(image).info.items() if isinstance(value, str)}
     return {"info": items.get("parameters", ""), "items": items, "parameters": {}}
 
 
-for name in NONE_OF_THOSE:
-    router.add_api_route(f"/{name}", list, methods=["GET"], name=name, response_model=None)
+def none_of_these() -> list:
+    return []
+
+
+for name in EMPTY:
+    router.add_api_route(f"/{name}", none_of_these, methods=["GET"], name=name)
+
+
+@router.api_route("/{path:path}", methods=["GET", "POST", "PUT", "DELETE", "PATCH"], include_in_schema=False)
+def unknown(path: str):
+    raise HTTPException(404, f"argen has no /sdapi/v1/{path[:100]}")
 
 
 def state(now: Progress | None, jobs: int) -> dict:

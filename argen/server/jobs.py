@@ -1,16 +1,21 @@
 """The queue over HTTP: what argen's own programs use. ``POST /api/jobs`` takes the fields of `argen.request.Request`."""
 
+import base64
+import re
 from dataclasses import fields
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Body, HTTPException
-from fastapi.responses import FileResponse
+from fastapi.responses import JSONResponse, Response
 
+from argen.bounds import check_size
+from argen.images import from_base64
+from argen.metadata import encoded
 from argen.registry import ids
 from argen.request import Request as Asked
-from argen.server.guard import Here, Owner, from_base64
-from argen.studio.queue import NotYours, Progress
-from argen.studio.store import DONE
+from argen.server.guard import Here, Owner
+from argen.studio.queue import Forbidden, Progress, Studio
+from argen.studio.store import DONE, WAITING, Saved
 
 router = APIRouter(tags=["queue"])
 NAMES = tuple(item.name for item in fields(Asked))
@@ -66,6 +71,22 @@ def finished(now: Progress) -> Progress:
     return now
 
 
+def shown(studio: Studio, saved: Saved) -> Asked | None:
+    """The settings of an image, where they may stand in its file."""
+    return saved.request if studio.store.metadata else None
+
+
+@router.get("/health")
+def health(studio: Here):
+    """Whether jobs are run; 503 where they are not. Needs no key."""
+    told = {
+        "status": "ok" if studio.alive else "failed",
+        "paused": studio.paused,
+        "waiting": studio.store.count(WAITING),
+    }
+    return JSONResponse(told, 200 if studio.alive else 503)
+
+
 @router.post("/api/jobs", status_code=201)
 def submit(studio: Here, owner: Owner, given: Annotated[dict[str, Any], Body()]):
     return {"id": studio.submit(asked(given), owner)}
@@ -98,9 +119,27 @@ def again(studio: Here, owner: Owner, id: str):
     return {"id": studio.again(id, owner)}
 
 
-@router.get("/pictures/{id}.png")
-def picture(studio: Here, owner: Owner, id: str) -> FileResponse:
+@router.get("/pictures/{id}.{form}")
+def image(studio: Here, owner: Owner, id: str, form: Literal["png", "jpeg", "webp"], size: str | None = None):
+    """An image of the owner; as PNG in its own size it is the very file.
+
+    Args:
+        size: as 512x512, to scale it.
+    """
     saved = studio.store.picture(id)  # only what is in the database has a file
     if saved.owner != owner:
-        raise NotYours("that picture belongs to somebody else")
-    return FileResponse(studio.store.file(saved.id), media_type="image/png")
+        raise Forbidden("that image belongs to somebody else")
+    matched = None if size is None else re.fullmatch(r"(\d{1,5})x(\d{1,5})", size)
+    if size is not None and not matched:
+        raise ValueError(f"size is {size[:40]!r}: expected e.g. 512x512")
+    picture = studio.store.opened(saved.id)
+    if form == "png" and not matched:
+        return Response(studio.store.file(saved.id).read_bytes(), media_type="image/png")
+    pixels = check_size((int(matched[1]), int(matched[2]))) if matched else None
+    data = base64.b64decode(encoded(picture, shown(studio, saved), pixels, form))
+    return Response(data, media_type=f"image/{form}")
+
+
+@router.api_route("/api/{path:path}", methods=["GET", "POST", "PUT", "DELETE", "PATCH"], include_in_schema=False)
+def unknown(path: str):
+    raise HTTPException(404, f"there is no /api/{path[:100]}: see /openapi.json")

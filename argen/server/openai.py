@@ -1,102 +1,144 @@
 """OpenAI's images API (``/v1/images/generations``, ``/v1/images/edits``, ``/v1/models``), on the queue.
 
-What has no meaning here (quality, style, background ...) is taken and not read; ``size`` enlarges, it does not change what is drawn.
-``seed`` and the sampling settings of `argen.request.Request` are extensions.
+What has no meaning here (quality, style, background ...) is taken and not read; ``size`` scales the image, it does not change what is
+drawn. ``seed`` and the sampling settings of `argen.request.Request` are extensions. An answer without ``response_format`` holds
+both the image and its address.
 """
 
 import json
+import random
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack
+from dataclasses import replace
 from typing import Annotated, Literal
 
-from fastapi import APIRouter, Form, Request, UploadFile
+from anyio.to_thread import run_sync
+from fastapi import APIRouter, Request
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import StreamingResponse
 from PIL import Image, ImageOps
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, ValidationError, model_validator
+from starlette.datastructures import UploadFile
+from starlette.exceptions import HTTPException
 
+from argen.bounds import check_size
+from argen.images import read_image
+from argen.metadata import encoded
 from argen.registry import ids
 from argen.request import Request as Asked
-from argen.request import rows_of, to_base64
-from argen.server.guard import Here, Owner, check_size, enlarged, read_picture
-from argen.server.jobs import asked, check_model, finished
+from argen.request import rows_of
+from argen.server.guard import Here, Owner
+from argen.server.jobs import asked, check_model, finished, shown
+from argen.server.waiting import prepare, queued
+from argen.studio.following import last
 from argen.studio.queue import Progress, Studio
-from argen.studio.store import DONE, Saved
+from argen.studio.store import DONE
+from tokenizers_img.pixels import to_mask
 
 router = APIRouter(tags=["OpenAI"])
-MOST = 10  # pictures of a request
+MAX_NUM = 10  # images of a request
+EDITED = 0.75  # share of the cells that are drawn anew where no mask says which, the least probable ones
 EXTENSIONS = ("guidance_scale", "temperature", "top_k", "top_p", "sampler", "num_candidates", "num_tokens")
+Number = Annotated[float, Field(strict=True)]
+Whole = Annotated[int, Field(strict=True)]
 
 
-class Generation(BaseModel):
+class Body(BaseModel):
+    """A body in which null means what leaving a field out means."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def without_nulls(cls, given):
+        return {name: value for name, value in given.items() if value is not None} if isinstance(given, dict) else given
+
+
+class Generation(Body):
     """The body of ``/v1/images/generations``."""
 
     prompt: str
     model: str = Asked.model
-    n: int = Field(1, ge=1, le=MOST, strict=True)
+    n: Annotated[int, Field(ge=1, le=MAX_NUM, strict=True)] = 1
     size: str = "auto"
-    response_format: Literal["b64_json", "url"] = "b64_json"
+    response_format: Literal["b64_json", "url"] | None = None
+    output_format: Literal["png", "jpeg", "webp"] = "png"
+    output_compression: Annotated[int, Field(ge=0, le=100, strict=True)] = 100
     stream: bool = False
-    partial_images: int = Field(0, ge=0, le=3)
-    seed: int = Field(0, ge=0, strict=True)
-    guidance_scale: float | None = None
-    temperature: float | None = None
-    top_k: int | None = None
-    top_p: float | None = None
+    partial_images: Annotated[int, Field(ge=0, le=3, strict=True)] = 0
+    seed: Annotated[int, Field(ge=0, strict=True)] = Field(default_factory=lambda: random.randrange(2**31))
+    guidance_scale: Number | None = None
+    temperature: Number | None = None
+    top_k: Whole | None = None
+    top_p: Number | None = None
     sampler: str = Asked.sampler
-    num_candidates: int | None = None
-    num_tokens: int | None = None
+    num_candidates: Whole | None = None
+    num_tokens: Whole | None = None
 
+    @property
+    def pixels(self) -> tuple[int, int] | None:
+        """ "512x512" -> its numbers; "auto" -> None, the model's own.
 
-def wanted_size(text: str | None) -> tuple[int, int] | None:
-    """ "512x512" -> its numbers; "auto" -> None, the model's own.
+        Raises:
+            ValueError: something else.
+        """
+        if self.size in ("", "auto"):
+            return None
+        matched = re.fullmatch(r"(\d{1,5})x(\d{1,5})", self.size)
+        if not matched:
+            raise ValueError(f"size is {self.size[:40]!r}: expected auto, or e.g. 512x512")
+        return check_size((int(matched[1]), int(matched[2])))
 
-    Raises:
-        ValueError: something else.
-    """
-    if text in (None, "", "auto"):
-        return None
-    found = re.fullmatch(r"(\d{1,5})x(\d{1,5})", text)
-    if not found:
-        raise ValueError(f"size is {text!r}: expected auto, or as 512x512")
-    return check_size([int(side) for side in found.groups()])
+    def asked(self) -> Asked:
+        """The generation request. Raises as `argen.server.jobs.asked` does."""
+        given = {name: getattr(self, name) for name in EXTENSIONS if getattr(self, name) is not None}
+        return asked({"prompt": self.prompt, "model": self.model, "num_images": self.n, "seed": self.seed, **given})
+
+    def encode(self, image: Image.Image, request: Asked | None = None) -> str:
+        """An image in the size and the format that are asked for, in base64."""
+        return encoded(image, request, self.pixels, self.output_format, self.output_compression)
 
 
 @router.post("/v1/images/generations")
-def generations(request: Request, studio: Here, owner: Owner, body: Generation):
-    wanted_size(body.size)
-    given = {name: getattr(body, name) for name in EXTENSIONS if getattr(body, name) is not None}
-    wish = asked({"prompt": body.prompt, "model": body.model, "num_images": body.n, "seed": body.seed, **given})
-    return answer(studio, studio.submit(wish, owner), body, "image_generation", str(request.base_url))
+async def generations(request: Request, studio: Here, owner: Owner, body: Generation):
+    body.pixels  # noqa: B018, says so if there is no such size
+    return await answer(request, studio, owner, body.asked(), body, "image_generation")
 
 
 @router.post("/v1/images/edits")
-def edits(
-    request: Request,
-    studio: Here,
-    owner: Owner,
-    prompt: Annotated[str, Form()],
-    image: UploadFile,
-    mask: UploadFile | None = None,
-    model: Annotated[str, Form()] = Asked.model,
-    n: Annotated[int, Form(ge=1, le=MOST)] = 1,
-    size: Annotated[str, Form()] = "auto",
-    response_format: Annotated[Literal["b64_json", "url"], Form()] = "b64_json",
-    stream: Annotated[bool, Form()] = False,
-    partial_images: Annotated[int, Form(ge=0, le=3)] = 0,
-    seed: Annotated[int, Form(ge=0)] = 0,
-):
-    """The cells under what is transparent in the mask (without one, in the picture) are written anew."""
-    wanted_size(size)
-    check_model(model)
-    picture = read_picture(image.file.read())
-    over = transparent(read_picture(mask.file.read(), "the mask")) if mask is not None else None
-    with studio.model(model) as pipe:
-        grid = rows_of(pipe.without(picture, over))
-    wish = Asked(prompt, model, num_images=n, seed=seed, tokens=grid)
-    how = {"size": size, "response_format": response_format, "stream": stream, "partial_images": partial_images}
-    body = Generation(prompt=prompt, model=model, n=n, **how)
-    return answer(studio, studio.submit(wish, owner), body, "image_edit", str(request.base_url))
+async def edits(request: Request, studio: Here, owner: Owner):
+    """A multipart form with the fields of a generation, ``image`` (or ``image[]``) and ``mask``: what is transparent in the mask, or
+    without one in the image, is drawn anew; where nothing is transparent, the least probable cells."""
+    async with request.form(max_files=20) as form:
+        files = {name: form.getlist(name) for name in ("image", "image[]", "mask")}
+        images = [file for file in files["image"] + files["image[]"] if isinstance(file, UploadFile)]
+        masks = [file for file in files["mask"] if isinstance(file, UploadFile)]
+        given = {name: value for name, value in form.items() if isinstance(value, str) and name not in files and value}
+        if len(images) != 1:
+            raise InvalidParameter(f"image: got {len(images)} images, expected one to edit", "image")
+        picture = await images[0].read()
+        over = await masks[0].read() if masks else None
+    try:
+        body = Generation.model_validate_strings(given)
+    except ValidationError as error:
+        raise RequestValidationError(error.errors()) from error
+    body.pixels  # noqa: B018
+    return await answer(
+        request, studio, owner, await prepare(request, _edited, studio, body, picture, over), body, "image_edit"
+    )
+
+
+def _edited(studio: Studio, body: Generation, data: bytes, over: bytes | None) -> Asked:
+    """The request for an edit of an image."""
+    wanted = body.asked()
+    image = read_image(data, "image")
+    mask = None if over is None else transparent(read_image(over, "mask"))
+    with studio.model(wanted.model) as pipe:
+        if mask is None and image.convert("RGBA").getchannel("A").getextrema()[0] == 255:
+            grid = pipe.loosened(wanted, pipe.read_tokens(image), EDITED)
+        else:
+            grid = pipe.without(image, mask)
+    return replace(wanted, tokens=rows_of(grid))
 
 
 @router.get("/v1/models")
@@ -110,49 +152,71 @@ def model(name: str):
     return named(name)
 
 
-def answer(studio: Studio, job: str, how: Generation, kind: str, here: str):
-    """What comes back for a job: all at once, or as it is written.
+@router.api_route("/v1/{path:path}", methods=["GET", "POST", "PUT", "DELETE", "PATCH"], include_in_schema=False)
+def unknown(request: Request, path: str):
+    raise HTTPException(
+        404,
+        f"unknown request URL: {request.method} /v1/{path[:100]}. There are /v1/images/generations, "
+        "/v1/images/edits and /v1/models",
+    )
+
+
+async def answer(request: Request, studio: Studio, owner: str, wanted: Asked, how: Generation, kind: str):
+    """What comes back for a request: all at once, or as it is written.
 
     Args:
         kind: of the events.
-        here: address of this server.
     """
-    if how.stream:
-        return StreamingResponse(events(studio, job, how, kind), media_type="text/event-stream")
-    done = finished(studio.result(job))
+    async with AsyncExitStack() as stack:
+        partials = how.partial_images if how.stream else 0
+        progress = await stack.enter_async_context(queued(request, studio, owner, wanted, partials))
+        if how.stream:
+            return StreamingResponse(
+                events(studio, progress, how, kind, stack.pop_all()), media_type="text/event-stream"
+            )
+        now = finished(await last(progress))
+    data = [await run_sync(datum, studio, saved, how, str(request.base_url)) for saved in now.pictures]
+    return {"created": int(now.created), "data": data, "usage": usage(now), **told(how)}
+
+
+def datum(studio: Studio, saved, how: Generation, here: str) -> dict:
+    """An image of an answer; `here` is the address of this server."""
+    address = f"{here}pictures/{saved.id}.{how.output_format}" + (f"?size={how.size}" if how.pixels else "")
     if how.response_format == "url":
-        data = [{"url": f"{here}pictures/{saved.id}.png"} for saved in done.pictures]
-    else:
-        data = [{"b64_json": shown(studio, saved, how)} for saved in done.pictures]
-    return {"created": int(done.created), "data": data, "usage": usage(done)}
+        return {"url": address}
+    image = {"b64_json": how.encode(studio.store.opened(saved.id), shown(studio, saved))}
+    return image if how.response_format else image | {"url": address}
 
 
-def shown(studio: Studio, saved: Saved, how: Generation) -> str:
-    return to_base64(enlarged(studio.store.opened(saved.id), wanted_size(how.size)))
-
-
-def events(studio: Studio, job: str, how: Generation, kind: str) -> Iterator[str]:
-    """Server-sent events of a job; a client that goes away cancels it."""
-    sent, now = 0, None
-    try:
-        for now in studio.watch(job, preview=how.partial_images > 0, patience=0.2):
-            due = sent < how.partial_images and now.share >= (sent + 1) / (how.partial_images + 1)
-            if due and not now.over and now.preview:
-                picture = to_base64(enlarged(now.preview[0], wanted_size(how.size)))
+async def events(
+    studio: Studio, progress: AsyncIterator[Progress], how: Generation, kind: str, stack: AsyncExitStack
+) -> AsyncIterator[str]:
+    """Server-sent events of a job; `stack` is left at their end, which cancels a job that is not over."""
+    async with stack:
+        sent = 0
+        async for now in progress:
+            for image in now.partials[sent:]:
+                picture = await run_sync(how.encode, image)
                 yield event(f"{kind}.partial_image", how, {"b64_json": picture, "partial_image_index": sent})
                 sent += 1
         if now.state != DONE:
             yield event("error", how, {"error": {"message": now.error or f"the job was {now.state}", "code": None}})
         for saved in now.pictures:
-            yield event(f"{kind}.completed", how, {"b64_json": shown(studio, saved, how), "usage": usage(now)})
-    finally:
-        if now is None or not now.over:
-            studio.cancel(job)
+            picture = await run_sync(how.encode, studio.store.opened(saved.id), shown(studio, saved))
+            yield event(f"{kind}.completed", how, {"b64_json": picture, "usage": usage(now)})
+
+
+class InvalidParameter(ValueError):
+    """A field of a request, `param`, does not fit."""
+
+    def __init__(self, message: str, param: str):
+        super().__init__(message)
+        self.param = param
 
 
 def transparent(mask: Image.Image) -> Image.Image:
-    """A mask of OpenAI (transparent: anew; one without transparency: black) -> one of ours (white: anew)."""
-    return ImageOps.invert(mask.getchannel("A") if "A" in mask.getbands() else mask.convert("L"))
+    """A mask of OpenAI (transparent: drawn anew; one without transparency: black) -> one of ours (white: drawn anew)."""
+    return ImageOps.invert(mask.getchannel("A") if "A" in mask.getbands() else to_mask(mask))
 
 
 def named(name: str) -> dict:
@@ -162,10 +226,15 @@ def named(name: str) -> dict:
 def usage(done: Progress) -> dict:
     """Tokens of the prompt are not counted."""
     written = done.cells * len(done.pictures)
-    return {"input_tokens": 0, "output_tokens": written, "total_tokens": written}
+    none = {"image_tokens": 0, "text_tokens": 0}
+    return {"input_tokens": 0, "input_tokens_details": none, "output_tokens": written, "total_tokens": written}
+
+
+def told(how: Generation) -> dict:
+    """What every answer says of its images."""
+    return {"size": how.size, "output_format": how.output_format, "quality": "auto", "background": "opaque"}
 
 
 def event(kind: str, how: Generation, more: dict) -> str:
-    own = {"type": kind, "created_at": int(time.time()), "size": how.size, "output_format": "png"}
-    own |= {"quality": "auto", "background": "opaque"}
+    own = {"type": kind, "created_at": int(time.time()), **told(how)}
     return f"event: {kind}\ndata: {json.dumps(own | more)}\n\n"

@@ -10,9 +10,10 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
+from argen.bounds import BOUNDS
 from argen.metadata import read_request, save_pictures
 from argen.pipelines.base import TokenPipeline
-from argen.request import REAL, WHOLE, Request
+from argen.request import Request
 
 SETTINGS = tuple(item.name for item in fields(Request) if item.name not in ("control", "tokens"))
 TABLES = (".csv", ".jsonl")
@@ -51,7 +52,7 @@ def value_of(name: str, text: str):
     """
     if name not in SETTINGS:
         raise ValueError(f"unknown setting {name!r}: expected one of {', '.join(SETTINGS)}")
-    kind = int if name in WHOLE or name == "steps" else float if name in REAL else str
+    kind = str if name not in BOUNDS else int if BOUNDS[name].whole else float
     try:
         return kind(text)
     except ValueError:

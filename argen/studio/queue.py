@@ -8,10 +8,13 @@ import json
 import logging
 import math
 import secrets
+import sqlite3
 import threading
 import time
+import zipfile
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -19,6 +22,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from argen.metadata import replacing
 from argen.pipelines.base import TokenPipeline
 from argen.request import Job, Request, rows_of
 from argen.studio.store import CANCELLED, DONE, FAILED, OVER, RUNNING, WAITING, Saved, Store
@@ -28,14 +32,16 @@ LOCAL = "local"  # owner of what no key asked for
 MOST_WAITING = 1000  # jobs of one owner
 PREVIEW_EVERY, WATCHED_FOR = 0.4, 5.0  # seconds between previews, and how long one is wanted after it was looked at
 PREVIEWED = 9  # pictures of a preview at most
+RETRY_AFTER = 2.0  # seconds until the database is written to again, after it could not be
+KEPT_PREVIEWS = 32  # of jobs that were stopped
 
 
 class QueueFull(ValueError):
     """Too much waits already."""
 
 
-class NotYours(PermissionError):
-    """The job belongs to somebody else."""
+class Forbidden(PermissionError):
+    """It belongs to somebody else, or is the administrator's to do."""
 
 
 @dataclass
@@ -47,7 +53,8 @@ class Progress:
         decided, cells: of each picture, so far and in all.
         passes: of the network.
         seconds: of work so far.
-        preview: pictures as far as they are written; None where nobody looked.
+        preview: images as far as they are written; None where nobody looked.
+        partials: the first image at each of the shares asked for in `Studio.submit`.
         pictures: what was made, once it is done.
         place: in the line, from 1; 0 when it is not waiting.
         eta: seconds to the end; None while unknown.
@@ -65,6 +72,7 @@ class Progress:
     seconds: float = 0.0
     error: str = ""
     preview: list[Image.Image] | None = None
+    partials: tuple[Image.Image, ...] = ()
     pictures: list[Saved] = field(default_factory=list)
     place: int = 0
     eta: float | None = None
@@ -102,6 +110,9 @@ class Studio:
         self.changed = threading.Condition()
         self.live: Progress | None = None
         self.watched, self.cancelled, self.closing = 0.0, False, False
+        self.listeners: dict[str, set[Callable[[], object]]] = defaultdict(set)  # id of a job -> who wants to know
+        self.partials: dict[str, int] = {}  # id of a job -> images wanted while it is written
+        self.stopped: dict[str, list[Image.Image]] = {}  # id of a job that was stopped -> its last preview
         self.rates: dict[str, float] = {}  # model -> seconds a picture
         for row in self.store.jobs(RUNNING, limit=-1):  # the program ended in the middle
             self.store.update_job(row["id"], state=WAITING)
@@ -116,24 +127,33 @@ class Studio:
         self.worker.join(timeout=60)
         self.store.close()
 
+    @property
+    def alive(self) -> bool:
+        """Whether jobs are being run, or will be."""
+        return self.worker.is_alive() and not self.closing
+
     # what is asked
 
-    def submit(self, request: Request, owner: str = LOCAL) -> str:
-        """Put a request at the end of the line -> the id of its job.
+    def submit(self, request: Request, owner: str = LOCAL, partials: int = 0) -> str:
+        """Put a request at the end of the queue -> the id of its job.
+
+        Args:
+            partials: how often the first image is wanted while it is written: at 1 / (partials + 1) of its tokens, and so on.
 
         Raises:
             QueueFull: too many jobs of this owner wait.
         """
-        return self.submit_all([request], owner)[0]
+        return self.submit_all([request], owner, partials)[0]
 
-    def submit_all(self, requests: Sequence[Request], owner: str = LOCAL) -> list[str]:
+    def submit_all(self, requests: Sequence[Request], owner: str = LOCAL, partials: int = 0) -> list[str]:
         """`submit` of all of them, or of none."""
         with self.changed:
             if (waiting := self.store.count(WAITING, owner)) + len(requests) > MOST_WAITING:
                 raise QueueFull(f"{waiting:,} jobs are waiting: expected at most {MOST_WAITING:,}, try again later")
             ids = [secrets.token_hex(6) for _ in requests]
-            for id, request in zip(ids, requests, strict=True):
-                self.store.add_job(id, owner, request)
+            self.store.add_jobs(list(zip(ids, requests, strict=True)), owner)
+            if partials:
+                self.partials |= dict.fromkeys(ids, partials)
             self.changed.notify_all()
         return ids
 
@@ -144,7 +164,7 @@ class Studio:
             owner: who asks; None may do anything.
 
         Raises:
-            KeyError, NotYours: there is no such job; it is somebody else's.
+            KeyError, Forbidden: there is no such job; it is somebody else's.
         """
         with self.changed:
             row = self._own(id, owner)
@@ -152,7 +172,7 @@ class Studio:
                 self.cancelled = True
             elif row["state"] == WAITING:
                 self.store.update_job(id, state=CANCELLED, finished=time.time())
-            self.changed.notify_all()
+            self._tell(id)
 
     def resume(self, id: str, owner: str | None = None) -> None:
         """Put a cancelled or failed job back into the line; it goes on from its tokens. Raises as `cancel` does.
@@ -179,6 +199,19 @@ class Studio:
             self._own(id, owner)
             self.store.move(id, places)
             self.changed.notify_all()
+
+    @contextmanager
+    def listening(self, id: str, tell: Callable[[], object]) -> Iterator[None]:
+        """Meanwhile `tell` is called whenever a job changes, by the thread that changes it."""
+        with self.changed:
+            self.listeners[id].add(tell)
+        try:
+            yield
+        finally:
+            with self.changed:
+                self.listeners[id].discard(tell)
+                if not self.listeners[id]:
+                    del self.listeners[id]
 
     def pause(self, paused: bool = True) -> None:
         """Rest, or go on."""
@@ -248,27 +281,33 @@ class Studio:
 
     # the worker
 
+    def _tell(self, id: str) -> None:
+        """A job has changed; called with `changed` held."""
+        self.changed.notify_all()
+        for tell in list(self.listeners.get(id, ())):
+            with suppress(RuntimeError):  # its event loop is closed
+                tell()
+
     def _own(self, id: str, owner: str | None):
         row = self.store.job(id)
         if row is None:
             raise KeyError(f"there is no job {id!r}")
         if owner is not None and row["owner"] != owner:
-            raise NotYours("that job belongs to somebody else")
+            raise Forbidden("that job belongs to somebody else")
         return row
 
     def _told(self, row, places: dict[str, int] | None = None) -> Progress:
         """A row of the store, or what is newer of the job that runs; `places` of those that wait, where they are known."""
         if self.live is not None and self.live.id == row["id"]:
             return replace(self.live)
-        own = {
-            name: row[name]
-            for name in ("id", "owner", "state", "created", "decided", "cells", "passes", "seconds", "error")
-        }
-        told = Progress(**own, request=_request(row))
+        names = "id", "owner", "state", "created", "decided", "cells", "passes", "seconds", "error"
+        told = Progress(**{name: row[name] for name in names}, request=_request(row))
         if told.state == DONE:
             told.pictures = self.store.pictures(job=told.id, limit=-1)
         elif told.state == WAITING:
             told.place = (self.store.places() if places is None else places)[told.id]
+        elif told.state == CANCELLED:
+            told.preview = self.stopped.get(told.id)
         return told
 
     def _expected(self, request: Request) -> float | None:
@@ -279,67 +318,108 @@ class Studio:
         """Wait for a job and take it; None when the studio closes."""
         with self.changed:
             while not self.closing:
-                waiting = [] if self.paused else self.store.jobs(WAITING, limit=1)
-                if waiting:
-                    id = waiting[0]["id"]
-                    self.store.update_job(id, state=RUNNING)
-                    self.live, self.cancelled = self._told(self.store.job(id)), False
-                    self.live.stage, self.live.decided = "loading the model", 0
-                    return self.live
-                self.changed.wait()
+                try:
+                    waiting = [] if self.paused else self.store.jobs(WAITING, limit=1)
+                    if waiting and (live := self._begun(waiting[0]["id"])) is not None:
+                        return live
+                    if waiting:
+                        continue
+                except sqlite3.Error as error:
+                    logger.warning("the database cannot be written (%s): the next job waits", error)
+                    self.changed.wait(RETRY_AFTER)
+                else:
+                    self.changed.wait()
         return None
+
+    def _begun(self, id: str) -> Progress | None:
+        """Take a waiting job; None if it cannot be read (another version of argen wrote it), and so has failed."""
+        try:
+            live = self._told(self.store.job(id))
+        except (ValueError, TypeError, KeyError) as error:
+            self.store.update_job(
+                id, state=FAILED, error=f"its settings cannot be read ({error})", finished=time.time()
+            )
+            self._tell(id)
+            return None
+        self.store.update_job(id, state=RUNNING)
+        live.state, live.place, live.stage, live.decided = RUNNING, 0, "loading the model", 0
+        self.live, self.cancelled = live, False
+        self._tell(id)
+        return live
 
     def _work(self) -> None:
         while (live := self._next()) is not None:
-            ended = {"state": DONE}
+            ended, error = DONE, ""
             try:
                 with self.device:
                     if not self._draw(live):
-                        ended = {"state": WAITING if self.closing and not self.cancelled else CANCELLED}
-            except Exception as error:  # whatever it is, the next job must have its turn
-                known = isinstance(error, ValueError | OSError | ModuleNotFoundError)
+                        ended = WAITING if self.closing and not self.cancelled else CANCELLED
+            except Exception as failure:  # whatever it is, the next job must have its turn
+                known = isinstance(failure, ValueError | OSError | ModuleNotFoundError | sqlite3.Error)
                 if not known:
                     logger.exception("job %s failed", live.id)
-                ended = {"state": FAILED, "error": str(error) if known else f"{type(error).__name__}: {error}"[:500]}
-            counts = {name: getattr(live, name) for name in ("decided", "cells", "passes", "seconds")}
-            finished = None if ended["state"] == WAITING else time.time()
-            with self.changed:
-                self.store.update_job(live.id, **ended, **counts, finished=finished)
-                self.live = None
-                self.changed.notify_all()
+                ended, error = FAILED, str(failure) if known else f"{type(failure).__name__}: {failure}"[:500]
+            self._end(live, ended, error)
+
+    def _end(self, live: Progress, ended: str, error: str) -> None:
+        """Write down how a job ended; tried again until the database can be written, or the studio closes (then the job is run again
+        when the program is started again)."""
+        counts = {name: getattr(live, name) for name in ("decided", "cells", "passes", "seconds")}
+        finished = None if ended == WAITING else time.time()
+        with self.changed:
+            self.partials.pop(live.id, None)
+            if ended == CANCELLED and live.preview:
+                self.stopped[live.id] = live.preview
+                for old in list(self.stopped)[:-KEPT_PREVIEWS]:
+                    del self.stopped[old]
+            while True:
+                try:
+                    self.store.update_job(live.id, state=ended, error=error, **counts, finished=finished)
+                    break
+                except sqlite3.Error as failure:
+                    logger.warning("the end of job %s cannot be written (%s)", live.id, failure)
+                    ended, error = FAILED, error or f"the database cannot be written ({failure}): is the disk full?"
+                    live.state, live.error = ended, error  # who waits for it is told at once
+                    self._tell(live.id)
+                    self.changed.wait(RETRY_AFTER)
+                    if self.closing:
+                        break
+            self.live = None
+            self._tell(live.id)
 
     def _draw(self, live: Progress) -> bool:
-        """Carry a job out; whether it came to its end."""
+        """Run a job; whether it came to its end."""
         request, left = live.request, self.store.left(live.id)
         pipe = self.models(request.model)
-        begun = torch.from_numpy(np.load(left, allow_pickle=False)["tokens"]) if left.is_file() else None
         before, started, shown = live.seconds, time.monotonic(), 0.0
+        partials, reached = self.partials.get(live.id, 0), 0  # images wanted meanwhile, and the share that is reached
+        kept = sum(cell >= 0 for row in request.tokens or () for cell in row)
         job: Job | None = None
-        for job in pipe.run(request, tokens=begun):
-            now = time.monotonic()
-            preview = None
-            wanted = now - self.watched < WATCHED_FOR and now - shown > PREVIEW_EVERY
-            if wanted and not job.pictures:
-                preview, shown = pipe.pictures(job.tokens[:PREVIEWED]), now
+        for job in pipe.run(request, tokens=_read_left(left)):
+            now, preview, partial = time.monotonic(), None, []
+            cells = job.tokens[0].shape[-2:].numel()
+            share = (job.decided - kept) * (partials + 1) // max(1, cells - kept)
+            if not job.pictures:
+                if now - self.watched < WATCHED_FOR and now - shown > PREVIEW_EVERY:
+                    preview, shown = pipe.pictures(job.tokens[:PREVIEWED]), now
+                if reached < share <= partials:
+                    reached, partial = share, pipe.pictures(job.tokens[:1])
             with self.changed:
                 live.stage, live.decided, live.passes = "writing tokens", job.decided, job.passes
-                live.cells, live.seconds = job.tokens[0].shape[-2:].numel(), before + time.monotonic() - started
+                live.cells, live.seconds = cells, before + time.monotonic() - started
                 live.eta = live.seconds / live.decided * (live.cells - live.decided) if live.decided else None
                 live.preview = preview or live.preview
+                live.partials += tuple(partial)
                 live.version += 1
-                self.changed.notify_all()
-                rested = time.monotonic()
-                while self.paused and not self.cancelled and not self.closing:
-                    if live.stage != "paused":
-                        live.stage, live.version = "paused", live.version + 1
-                        self.changed.notify_all()
-                    self.changed.wait()
-                started += time.monotonic() - rested
+                self._tell(live.id)
+                started += self._rest(live)
                 if (self.cancelled or self.closing) and not job.pictures:
                     break
         if job is None or not job.pictures:
             if job is not None and job.kept is not None:
-                np.savez(left, tokens=job.kept.cpu().numpy())
+                live.preview = pipe.pictures(job.tokens[:PREVIEWED])
+                with replacing(left) as file:
+                    np.savez(file, tokens=job.kept.cpu().numpy())
             return False
         with self.changed:
             live.stage = "saving"
@@ -351,6 +431,28 @@ class Studio:
         left.unlink(missing_ok=True)
         self.rates[request.model] = live.seconds / request.drawn
         return True
+
+    def _rest(self, live: Progress) -> float:
+        """Wait while the queue is paused -> so many seconds; called with `changed` held."""
+        started = time.monotonic()
+        while self.paused and not self.cancelled and not self.closing:
+            if live.stage != "paused":
+                live.stage, live.version = "paused", live.version + 1
+                self._tell(live.id)
+            self.changed.wait()
+        return time.monotonic() - started
+
+
+def _read_left(path: Path) -> torch.Tensor | None:
+    """The tokens of a job that was left; None where there are none, or their file is broken (then it begins again)."""
+    if not path.is_file():
+        return None
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return torch.from_numpy(file["tokens"])
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        logger.warning("%s cannot be read (%s): the job begins again", path.name, error)
+        return None
 
 
 def _request(row) -> Request:

@@ -4,22 +4,27 @@ Pictures and jobs are named by ids that the store gives; a path never comes from
 """
 
 import json
+import secrets
+import shutil
 import sqlite3
 import threading
 import time
 import zipfile
-from collections.abc import Iterable, Sequence
-from contextlib import closing
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
-from io import BytesIO
 from pathlib import Path
 
+import filelock
 from PIL import Image
 
-from argen.metadata import open_picture, save_pictures
+from argen.images import open_image
+from argen.metadata import replacing, save_pictures
 from argen.request import Grid, Request
 
 THUMBNAIL = 256  # side in pixels, at most
+MISSING = (160, 160, 160)  # colour that stands for an image whose file is not there any more
+EXPORTED_FOR = 86400.0  # seconds
 WAITING, RUNNING, DONE, CANCELLED, FAILED = "waiting", "running", "done", "cancelled", "failed"
 OVER = {DONE, CANCELLED, FAILED}
 SCHEMA = """
@@ -70,23 +75,68 @@ class Store:
         metadata: whether a picture's settings go into its file, too.
 
     Attributes:
-        own: folder inside it of the database, the thumbnails, and the tokens of jobs that were left.
+        own: folder inside it of the database, the thumbnails, and the tokens of jobs that were left; for its owner's eyes alone, and
+            held by one program at a time.
+        exports: folder of what the page takes and gives: uploads, files made for one download. It is emptied at start.
+
+    Raises:
+        ValueError: the folder cannot be written, another program uses it, or its database is broken.
     """
 
     def __init__(self, folder: Path, metadata: bool = True):
         self.folder, self.own, self.metadata = folder, folder / ".studio", metadata
-        for place in (self.own / "thumbnails", self.own / "jobs"):
-            place.mkdir(parents=True, exist_ok=True)
-        self.lock = threading.RLock()
-        self.database = sqlite3.connect(self.own / "studio.db", check_same_thread=False, isolation_level=None)
-        self.database.row_factory = sqlite3.Row
-        self.database.execute("pragma journal_mode = wal")
-        self.database.execute("pragma synchronous = normal")
-        self.database.executescript(SCHEMA)
+        self.exports, self.lock = self.own / "page", threading.RLock()
+        try:
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self.own.mkdir(mode=0o700, exist_ok=True)
+            self.own.chmod(0o700)
+            shutil.rmtree(self.exports, ignore_errors=True)
+            for place in (self.own / "thumbnails", self.own / "jobs", self.exports):
+                place.mkdir(exist_ok=True)
+            self.held = filelock.FileLock(self.own / "lock", timeout=0)
+            self.held.acquire()
+        except filelock.Timeout as error:
+            raise ValueError(f"{folder} is in use by another argen: stop it, or choose another --data-dir") from error
+        except OSError as error:
+            raise ValueError(
+                f"images cannot be kept in {folder} ({error.strerror or error}): choose a --data-dir that can be written"
+            ) from error
+        try:
+            self.database = self._opened()
+        except (sqlite3.Error, OSError) as error:
+            self.held.release()
+            raise ValueError(
+                f"{self.own / 'studio.db'} cannot be used as a database ({error}): move it away, or choose another --data-dir"
+            ) from error
+
+    def _opened(self) -> sqlite3.Connection:
+        path = self.own / "studio.db"
+        path.touch(mode=0o600)
+        path.chmod(0o600)
+        database = sqlite3.connect(path, check_same_thread=False, isolation_level=None)
+        database.row_factory = sqlite3.Row
+        database.execute("pragma journal_mode = wal")
+        database.execute("pragma synchronous = normal")
+        database.executescript(SCHEMA)
+        for table in (
+            "jobs",
+            "pictures",
+            "presets",
+            "grids",
+        ):  # whether they are ours, and whole as far as a look tells
+            database.execute(f"select * from {table} limit 1").fetchall()
+        return database
+
+    @property
+    def hidden(self) -> list[Path]:
+        """What is never served."""
+        names = "studio.db", "studio.db-wal", "studio.db-shm", "lock", "jobs", "thumbnails"
+        return [self.own / name for name in names]
 
     def close(self) -> None:
         with self.lock:
             self.database.close()
+            self.held.release()
 
     def ask(self, text: str, values: Sequence = ()) -> list[sqlite3.Row]:
         """Carry out one statement -> its rows."""
@@ -95,11 +145,27 @@ class Store:
 
     # jobs
 
-    def add_job(self, id: str, owner: str, request: Request) -> None:
+    @contextmanager
+    def written(self) -> Iterator[None]:
+        """All that is written meanwhile, or nothing of it."""
         with self.lock:
+            self.database.execute("begin immediate")
+            try:
+                yield
+            except BaseException:
+                if self.database.in_transaction:  # a full disk has ended it already
+                    self.database.execute("rollback")
+                raise
+            self.database.execute("commit")
+
+    def add_jobs(self, jobs: Sequence[tuple[str, Request]], owner: str) -> None:
+        """Put (id, request) at the end of the queue: all of them, or none."""
+        told = [(id, json.dumps(request.to_dict())) for id, request in jobs]
+        with self.written():
             (last,) = self.ask("select coalesce(max(place), 0) from jobs")[0]
-            values = id, owner, json.dumps(request.to_dict()), WAITING, last + 1, time.time()
-            self.ask("insert into jobs (id, owner, request, state, place, created) values (?, ?, ?, ?, ?, ?)", values)
+            rows = [(id, owner, text, WAITING, last + 1 + i, time.time()) for i, (id, text) in enumerate(told)]
+            insert = "insert into jobs (id, owner, request, state, place, created) values (?, ?, ?, ?, ?, ?)"
+            self.database.executemany(insert, rows)
 
     def job(self, id: str) -> sqlite3.Row | None:
         found = self.ask("select * from jobs where id = ?", (id,))
@@ -170,20 +236,20 @@ class Store:
         stamp = time.strftime("%Y%m%d-%H%M%S", time.localtime(asked))
         ids = [f"{stamp}-{job}-{number}" for number in range(1, len(pictures) + 1)]
         told = [(picture, request if self.metadata else None) for picture, request in pictures]
-        save_pictures(told, [self.file(id) for id in ids], grids if self.metadata else None)
-        for id, (picture, _) in zip(ids, pictures, strict=True):
-            small = picture.convert("RGB")
-            small.thumbnail((THUMBNAIL, THUMBNAIL))
-            small.save(self.thumbnail(id), "WEBP", quality=90)
         rows = []
         for number, (id, (_, request)) in enumerate(zip(ids, pictures, strict=True)):
             written = [json.dumps(each[number]) if each[number] else None for each in (grids, origins)]
             own = id, job, owner, number, json.dumps(request.to_dict()), request.prompt, request.model
             rows.append((*own, *written, scores[number], now, 0))
-        with self.lock:
-            self.database.execute("begin")
-            self.database.executemany(f"insert or replace into pictures values ({', '.join('?' * 12)})", rows)
-            self.database.execute("commit")
+        files = [self.file(id) for id in ids]
+        try:
+            save_pictures(told, files, grids if self.metadata else None)
+            with self.written():
+                self.database.executemany(f"insert or replace into pictures values ({', '.join('?' * 12)})", rows)
+        except BaseException:
+            for file in files:
+                file.unlink(missing_ok=True)
+            raise
         return ids
 
     def pictures(
@@ -227,11 +293,29 @@ class Store:
         return self.folder / f"{id}.png"
 
     def opened(self, id: str) -> Image.Image:
-        """The picture itself."""
-        return open_picture(self.file(id))
+        """The image itself.
 
-    def thumbnail(self, id: str) -> Path:
-        return self.own / "thumbnails" / f"{id}.webp"
+        Raises:
+            FileNotFoundError: its file was deleted, or moved away.
+        """
+        if not self.file(id).is_file():
+            raise FileNotFoundError(f"the file of the image {id} is not there any more")
+        return open_image(self.file(id))
+
+    def thumbnail(self, id: str) -> Image.Image:
+        """The image at most `THUMBNAIL` pixels wide and high, grey where its file is not there any more; made when it is first
+        looked at."""
+        path = self.own / "thumbnails" / f"{id}.webp"
+        with suppress(OSError, ValueError):
+            return open_image(path)
+        try:
+            small = self.opened(id).convert("RGB")
+        except (OSError, ValueError):
+            return Image.new("RGB", (THUMBNAIL, THUMBNAIL), MISSING)
+        small.thumbnail((THUMBNAIL, THUMBNAIL))
+        with suppress(OSError), replacing(path) as file:
+            small.save(file, "WEBP", quality=90)
+        return small
 
     def set_favourite(self, id: str, favourite: bool) -> None:
         self.ask("update pictures set favourite = ? where id = ?", (int(favourite), self.picture(id).id))
@@ -240,19 +324,41 @@ class Store:
         """Delete a picture and its files."""
         self.picture(id)
         self.ask("delete from pictures where id = ?", (id,))
-        for path in (self.file(id), self.thumbnail(id)):
+        for path in (self.file(id), self.own / "thumbnails" / f"{id}.webp"):
             path.unlink(missing_ok=True)
 
-    def zipped(self, ids: Iterable[str]) -> bytes:
-        """Pictures in a ZIP file, with their settings as JSON lines."""
-        buffer, lines = BytesIO(), []
-        with zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as archive:
+    def export(self, name: str) -> Path:
+        """Where a file with this name can be written for one download; those of over `EXPORTED_FOR` seconds ago are deleted."""
+        for old in self.exports.iterdir():
+            with suppress(OSError):
+                if time.time() - old.stat().st_mtime > EXPORTED_FOR:
+                    shutil.rmtree(old)
+        folder = self.exports / secrets.token_hex(8)
+        folder.mkdir(mode=0o700)
+        return folder / name
+
+    def zipped(self, ids: Iterable[str]) -> Path:
+        """Write a ZIP file of images with their settings as JSON lines, for one download; those whose file is not there any more are
+        named in missing.txt.
+
+        Raises:
+            FileNotFoundError: no file is there.
+        """
+        path, lines, missing = self.export("images.zip"), [], []
+        with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
             for id in ids:
-                saved = self.picture(id)
+                if not self.file(id).is_file():
+                    missing.append(f"{id}.png")
+                    continue
                 archive.write(self.file(id), f"{id}.png")
-                lines.append(json.dumps({"file": f"{id}.png", **saved.request.to_dict()}))
+                lines.append(json.dumps({"file": f"{id}.png", **self.picture(id).request.to_dict()}))
             archive.writestr("settings.jsonl", "\n".join(lines) + "\n")
-        return buffer.getvalue()
+            if missing:
+                archive.writestr("missing.txt", "\n".join(missing) + "\n")
+        if not lines:
+            path.unlink()
+            raise FileNotFoundError("the files of these images are not there any more")
+        return path
 
     # presets
 

@@ -1,13 +1,15 @@
 """The web page and its tabs."""
 
-from functools import cache
+import os
+from collections.abc import Iterator
 
 import gradio as gr
 import torch
 from diffusers import DiffusionPipeline
+from gradio.utils import get_upload_folder, is_in_or_equal
 
-from argen.registry import MODELS, ids, load_diffusion
-from argen.ui import control, evaluate, lab, tools
+from argen.registry import MODELS, ModelCache, ids, load_diffusion
+from argen.ui import control, endpoints, evaluate, lab, tools
 from argen.ui import models as manager
 from argen.ui.edit import Edit
 from argen.ui.gallery import Gallery
@@ -15,21 +17,57 @@ from argen.ui.generate import Create
 from argen.ui.jobs import Desk
 from argen.ui.many import Many
 
+CLEANED_EVERY, KEPT_FOR = 3600, 86400  # seconds: what was uploaded and shown
 
-def build(desk: Desk, device: torch.device) -> gr.Blocks:
-    """The page with every generator to choose from; each is loaded when it is first asked for."""
+
+class Page(gr.Blocks):
+    """Blocks whose events take no file but those that were uploaded to them: no path, and no address, that a client has made up."""
+
+    async def preprocess_data(self, block_fn, inputs, state, explicit_call=False):
+        for file in files_in(inputs):
+            check_uploaded(file)
+        return await super().preprocess_data(block_fn, inputs, state, explicit_call)
+
+
+def files_in(value) -> Iterator[dict]:
+    """Every description of a file inside the inputs of an event."""
+    if isinstance(value, dict):
+        if isinstance(value.get("path"), str) or isinstance(value.get("url"), str):
+            yield value
+        value = list(value.values())
+    if isinstance(value, list | tuple):
+        for part in value:
+            yield from files_in(part)
+
+
+def check_uploaded(file: dict) -> None:
+    """Raises:
+    gr.Error: the file does not lie among the uploaded ones.
+    """
+    path = file.get("path")
+    if not isinstance(path, str) or "://" in path or not is_in_or_equal(path, get_upload_folder()):
+        raise gr.Error("that file was not uploaded: send it to /gradio_api/upload first", title="Invalid request")
+
+
+def build(desk: Desk, device: torch.device, limit: int | None = None) -> gr.Blocks:
+    """The page with every generator to choose from; each is loaded when it is first asked for.
+
+    Args:
+        limit: bytes of the pipelines of the diffusion tools, see `argen.registry.ModelCache`.
+    """
     models = desk.studio.models
+    os.environ["GRADIO_TEMP_DIR"] = str(desk.studio.store.exports.resolve())  # uploads, and copies of what is shown
 
-    @cache
-    def pipelines(name: str) -> DiffusionPipeline:
-        pipe = load_diffusion(name).to(device)
+    def silent(name: str) -> DiffusionPipeline:
+        pipe = load_diffusion(name)
         pipe.set_progress_bar_config(disable=True)
         return pipe
 
+    pipelines = ModelCache(device, silent, limit)
     generators, tokenizers = ids("generator"), ids("tokenizer")
     free = [name for name in generators if "control" not in MODELS[name].takes]
     controlled = [name for name in generators if "control" in MODELS[name].takes]
-    with gr.Blocks(title="argen", analytics_enabled=False) as page:
+    with Page(title="argen", analytics_enabled=False, delete_cache=(CLEANED_EVERY, KEPT_FOR)) as page:
         gr.Markdown("# argen\nPictures written token by token, from words.")
         with gr.Tab("Generate"):
             create = Create(models, free, desk)
@@ -44,13 +82,17 @@ def build(desk: Desk, device: torch.device) -> gr.Blocks:
             gallery = Gallery(desk)
             tab.select(*gallery.first)
         with gr.Tab("Diffusion"):
-            tools.tab(pipelines)
+            tools.tab(lambda name: pipelines(desk.allowed(name)))
         with gr.Tab("Tokenizers"):
             lab.tab(models, tokenizers, [name for name in tokenizers if MODELS[name].repo is None])
         with gr.Tab("Evaluate"):
             evaluate.tab(desk.studio, free)
         with gr.Tab("Models") as tab:
-            tab.select(*manager.tab())
+            tab.select(*manager.tab(desk))
         page.load(create.view.restore, None, create.view.watched)
         page.load(create.presets, None, create.name)
+        endpoints.Endpoints(desk, free, controlled)
+    for event in page.fns.values():
+        if event.api_name not in endpoints.NAMES:
+            event.api_visibility = "private"
     return page

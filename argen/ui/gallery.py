@@ -1,12 +1,8 @@
 """The tab of everything that was made: found, looked at, compared, kept and thrown away."""
 
-import tempfile
-from pathlib import Path
-
 import gradio as gr
 import numpy as np
 import torch
-from PIL import Image
 
 from argen.registry import ids
 from argen.studio.store import Saved
@@ -74,7 +70,7 @@ class Gallery:
         place = (max(1, int(page or 1)) - 1) * ON_A_PAGE
         found = self.wanted(search, model, stars, request, limit=ON_A_PAGE, offset=place)
         shown = [saved.id for saved in found]
-        thumbnails = [(Image.open(self.studio.store.thumbnail(saved.id)), saved.request.prompt) for saved in found]
+        thumbnails = [(self.studio.store.thumbnail(saved.id), saved.request.prompt) for saved in found]
         many = f"{place + 1} to {place + len(shown)}" if shown else "nothing"
         return thumbnails, f"{many}, the latest first", shown
 
@@ -120,8 +116,7 @@ class Gallery:
             found = [saved.id for saved in self.wanted(search, model, stars, request, limit=MOST_ZIPPED)]
             if not found:
                 raise ValueError("nothing is found: look for something else")
-            file = Path(tempfile.mkdtemp()) / "pictures.zip"
-            file.write_bytes(self.studio.store.zipped(found))
+            file = self.studio.store.zipped(found)
         return gr.update(value=str(file), visible=True)
 
     def think(self, chosen: list[str], request: gr.Request) -> list[tuple]:

@@ -1,15 +1,18 @@
 """What the tabs share that ask the queue: pictures as they are written, what can be done with a job, and the line."""
 
 import math
-from collections.abc import Callable, Mapping
+import re
+import sqlite3
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import gradio as gr
 import numpy as np
 from PIL import Image
 
 from argen.request import Grid, Request
-from argen.studio.queue import LOCAL, Progress, Studio
+from argen.studio.queue import LOCAL, Forbidden, Progress, Studio
 from argen.studio.store import CANCELLED, DONE, FAILED, RUNNING, WAITING
 from samplers.steps import Origin
 
@@ -25,13 +28,41 @@ class Desk:
     Attributes:
         studio: the queue.
         owners: name of a login -> owner; empty where nobody logs in.
+        admin: owner who may do what concerns all; None where nobody logs in, so that everybody may.
+        folders: where pipelines on this machine may be taken from.
     """
 
     studio: Studio
     owners: Mapping[str, str]
+    admin: str | None = None
+    folders: Sequence[Path] = ()
 
     def owner(self, request: gr.Request) -> str:
         return self.owners.get(request.username, LOCAL) if request.username else LOCAL
+
+    def check_admin(self, request: gr.Request) -> None:
+        """Raises:
+        Forbidden: what concerns all is asked for by somebody else than the administrator.
+        """
+        if self.admin is not None and self.owner(request) != self.admin:
+            raise Forbidden("this concerns everybody here: only the holder of the server's first key may do it")
+
+    def allowed(self, model: str) -> str:
+        """A pipeline's name, if it is one of the hub or lies in one of `folders`.
+
+        Raises:
+            ValueError: it is another path of this machine.
+        """
+        name = model.strip()
+        if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name) and not Path(name).exists():
+            return name
+        path = Path(name).resolve()
+        if not any(path.is_relative_to(folder.resolve()) for folder in self.folders):
+            raise ValueError(
+                f"{name[:100]!r} is not a pipeline that this server may load: expected OWNER/NAME on the hub, or a folder under one "
+                "that --model-dir names at its start"
+            )
+        return str(path)
 
 
 class refusals:
@@ -40,8 +71,9 @@ class refusals:
     def __enter__(self) -> None: ...
 
     def __exit__(self, kind, error, trace) -> None:
-        if isinstance(error, ValueError | TypeError | OSError | ModuleNotFoundError | KeyError):
-            raise gr.Error(str(error.args[0] if error.args else error), title="That cannot be done") from error
+        if isinstance(error, ValueError | TypeError | OSError | ModuleNotFoundError | KeyError | sqlite3.Error):
+            known = error.args and not isinstance(error, OSError)
+            raise gr.Error(str(error.args[0] if known else error), title="That cannot be done") from error
 
 
 class View:
@@ -125,9 +157,10 @@ class View:
         store, pictures = self.studio.store, now.pictures
         if now.state != DONE:
             return gr.skip(), told(now), None, None, seen, gr.Timer(active=False)
-        files = [(str(store.file(saved.id)), saved.request.prompt) for saved in pictures]
         settings = [{"file": f"{saved.id}.png", **readable(saved.request)} for saved in pictures]
-        cells = [written(store.opened(saved.id), saved.origins) for saved in pictures if saved.origins]
+        here = [saved for saved in pictures if store.file(saved.id).is_file()]
+        files = [(str(store.file(saved.id)), saved.request.prompt) for saved in here]
+        cells = [written(store.opened(saved.id), saved.origins) for saved in here if saved.origins]
         text = f"{len(pictures)} picture{'s' if len(pictures) > 1 else ''} in {store.folder} ({how(now)})"
         return files, text, settings, cells or None, seen, gr.Timer(active=False)
 
@@ -140,6 +173,7 @@ def line(desk: Desk) -> None:
     def rows(request: gr.Request, seen: list | None) -> tuple:
         found = [row(one) for one in studio.line(desk.owner(request))]
         note = "The queue rests." if studio.paused else f"{len(found)} in the queue."
+        note = note if studio.alive else "**Nothing is drawn any more: start argen again.** What waits is kept."
         state = [note, *found]
         return (gr.skip(), gr.skip(), seen) if state == seen else (found, note, state)
 
@@ -168,7 +202,13 @@ def line(desk: Desk) -> None:
         for name, do in actions.items():
             gr.Button(name, elem_id=f"line-{name.replace(' ', '-').lower()}").click(act(do), chosen)
         rest = gr.Button("Pause or go on", elem_id="line-pause")
-    rest.click(lambda: studio.pause(not studio.paused), None, None)
+
+    def pause(request: gr.Request) -> None:
+        with refusals():
+            desk.check_admin(request)
+            studio.pause(not studio.paused)
+
+    rest.click(pause, None, None)
     table.select(choose, table, [chosen, which])
     gr.Timer(LINE_TICK).tick(rows, before, [table, note, before], show_progress="hidden", concurrency_limit=None)
 

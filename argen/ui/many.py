@@ -1,6 +1,5 @@
 """The tab that asks for many pictures at once: one prompt under several settings, and tables of requests."""
 
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -122,7 +121,7 @@ class Many:
             told = f"**{len(missing)} of {len(jobs)} pictures are missing:** {why}"
             return None, told, gr.update(visible=False), gr.Timer(active=False)
         saved = [job.pictures[0] for job in jobs]
-        csv = Path(tempfile.mkdtemp(prefix="argen-")) / "grid.csv"
+        csv = self.studio.store.export("grid.csv")
         csv.write_text(listed([one.request for one in saved], [f"{one.id}.png" for one in saved]), encoding="utf-8")
         made = sheet([self.studio.store.opened(one.id) for one in saved], axes)
         return (

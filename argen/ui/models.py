@@ -4,12 +4,12 @@ import gradio as gr
 
 from argen.registry import MODELS
 from argen.studio import holdings
-from argen.ui.jobs import refusals
+from argen.ui.jobs import Desk, refusals
 
 HEAD = ["id", "kind", "where", "MB here", "million parameters", "licence", "what"]
 
 
-def tab() -> tuple:
+def tab(desk: Desk) -> tuple:
     """Lay the tab out inside the current `gr.Blocks`; what fills its table when it is opened, as an event takes it."""
 
     def rows() -> list[list]:
@@ -22,7 +22,7 @@ def tab() -> tuple:
     def choose(found: list[list], event: gr.SelectData) -> tuple:
         id = found[event.index[0]][0]
         folder = next(one.folder for one in holdings.holdings() if one.id == id)
-        return id, f"Chosen: `{id}`" + (f", in {folder}" if folder else "")
+        return id, f"Chosen: `{id}`" + (f", in {folder}" if folder and desk.admin is None else "")
 
     def verify(id: str | None) -> str:
         with refusals():
@@ -30,10 +30,16 @@ def tab() -> tuple:
         broken = [name for name, whole in found.items() if not whole]
         return f"**Broken or missing: {', '.join(broken)}**" if broken else f"All {len(found)} files of {id} are whole."
 
-    def delete(id: str | None) -> tuple:
+    def delete(id: str | None, request: gr.Request) -> tuple:
         with refusals():
+            desk.check_admin(request)
             gone = holdings.delete(_chosen(id))
         return f"Deleted from the disk: {', '.join(gone)}.", rows()
+
+    def set_offline(offline: bool, request: gr.Request) -> None:
+        with refusals():
+            desk.check_admin(request)
+            holdings.set_offline(offline)
 
     chosen = gr.State(None)
     table = gr.Dataframe(headers=HEAD, type="array", interactive=False, show_label=False, wrap=True, elem_id="models")
@@ -48,7 +54,7 @@ def tab() -> tuple:
     check.click(verify, chosen, told)
     drop.click(delete, chosen, [told, table])
     look.click(rows, None, table)
-    offline.input(holdings.set_offline, offline, None)
+    offline.input(set_offline, offline, None)
     return rows, None, table
 
 

@@ -1,0 +1,93 @@
+"""The bounds of every number that a user can set: at the command line, in Python, on the page, over HTTP, in tables and in files.
+
+They are checked before anything is built or allocated by such a number.
+"""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+MAX_IMAGES, MAX_CANDIDATES = 64, 64
+MAX_CELLS = 16384  # of a token grid
+MAX_SIDE = 4096  # pixels
+
+
+@dataclass(frozen=True)
+class Bound:
+    """What a number may be.
+
+    Attributes:
+        low, high: both are allowed.
+        whole: whether it is an integer.
+        note: what an end means.
+    """
+
+    low: float
+    high: float
+    whole: bool = True
+    note: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.low:,} to {self.high:,}" + (f" ({self.note})" if self.note else "")
+
+
+BOUNDS = {
+    "num_images": Bound(1, MAX_IMAGES),
+    "num_candidates": Bound(1, MAX_CANDIDATES),
+    "num_beams": Bound(1, MAX_CANDIDATES),
+    "num_tokens": Bound(1, MAX_CELLS),
+    "seed": Bound(0, 2**63 - 1 - MAX_CANDIDATES),
+    "guidance_scale": Bound(0, 100, False, "1: no guidance"),
+    "temperature": Bound(0, 100, False, "0: the most probable token"),
+    "top_k": Bound(0, 2**20, note="0: all"),
+    "top_p": Bound(0, 1, False, "1: all"),
+    "lantern_k": Bound(0, 2**16),
+    "lantern_delta": Bound(0, 1, False),
+    "lantern_lambda": Bound(1, 10**6, False),
+    "steps": Bound(1, 1000),
+    "control_strength": Bound(0, 10, False, "0: no control"),
+    "denoising_strength": Bound(0, 1, False),
+    "iterations": Bound(1, 1000),
+    "noises": Bound(1, 64),
+    "learning_rate": Bound(0, 1, False),
+    "epochs": Bound(0, 1000),
+    "verify": Bound(1, 1000),
+    "port": Bound(0, 65535),
+}
+
+
+def check(name: str, value: float | None) -> None:
+    """Check a number that was set; None, which leaves it to the model, is allowed, and so is what has no bounds.
+
+    Raises:
+        ValueError: not a finite number, not a whole one where one is expected, or out of bounds.
+    """
+    bound = BOUNDS.get(name)
+    if bound is None or value is None:
+        return
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, int if bound.whole else int | float)
+        or not math.isfinite(value)
+    ):
+        raise ValueError(f"{name} is {value!r}: expected a {'whole ' if bound.whole else ''}number, {bound}")
+    if not bound.low <= value <= bound.high:
+        raise ValueError(f"{name} is {value}: expected {bound}")
+
+
+def check_all(settings: Iterable[tuple[str, object]]) -> None:
+    """`check` of every setting of which the name has bounds; of steps for two parts each."""
+    for name, value in settings:
+        for each in value if isinstance(value, tuple | list) and name in BOUNDS else (value,):
+            check(name, each)
+
+
+def check_size(size: tuple[int, int] | None, low: int = 1) -> tuple[int, int] | None:
+    """Width and height in pixels.
+
+    Raises:
+        ValueError: a side below `low` or above `MAX_SIDE`.
+    """
+    if size is not None and not all(low <= side <= MAX_SIDE for side in size):
+        raise ValueError(f"size is {size[0]}x{size[1]}: expected {low} to {MAX_SIDE:,} pixels on each side")
+    return size

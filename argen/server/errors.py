@@ -1,0 +1,104 @@
+"""Errors over HTTP: one clear line, in the form that clients of OpenAI and of A1111 read."""
+
+import logging
+import re
+import sqlite3
+from collections.abc import Mapping
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+from starlette.types import Receive, Scope, Send
+
+from argen.images import TooLarge
+from argen.studio.following import Gone, Stopping
+from argen.studio.queue import Forbidden, QueueFull
+
+logger = logging.getLogger(__name__)
+MAX_MESSAGE = 600  # characters of an error
+OPENAI = "/v1"
+CODES = {  # of pydantic -> of OpenAI
+    "missing": "missing_required_parameter",
+    "greater_than_equal": "integer_below_min_value",
+    "less_than_equal": "integer_above_max_value",
+    "literal_error": "invalid_value",
+}
+STATUSES = {  # what an exception means; the first that fits
+    QueueFull: 429,
+    Forbidden: 403,
+    KeyError: 404,
+    FileNotFoundError: 404,
+    TimeoutError: 504,
+    TooLarge: 413,
+    Stopping: 503,
+    Gone: 499,
+    ValueError: 400,
+    OSError: 400,
+    sqlite3.Error: 507,
+}
+
+
+def problem(message: str, param: str | None = None, code: str | None = None, status: int = 400) -> dict:
+    """The body of an error: OpenAI's `error` object, and A1111's `detail`."""
+    message = message if len(message) <= MAX_MESSAGE else f"{message[:MAX_MESSAGE]} ..."
+    message = message.encode("utf-8", "replace").decode()
+    kind = "invalid_request_error" if status < 500 else "server_error"
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}, "detail": message}
+
+
+async def refuse(
+    scope: Scope, receive: Receive, send: Send, status: int, message: str, headers: Mapping[str, str] | None = None
+) -> None:
+    """Answer a request, or a websocket before it is accepted, with an error."""
+    if scope["type"] == "websocket":
+        await send({"type": "websocket.close", "code": 1008, "reason": message})
+        return
+    await JSONResponse(problem(message, status=status), status, headers)(scope, receive, send)
+
+
+def install(app: FastAPI) -> None:
+    """Give the errors of an app one form."""
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(request: Request, error: RequestValidationError):
+        message, param, code = described(error)
+        status = 400 if request.url.path.startswith(OPENAI) else 422
+        return JSONResponse(problem(message, param, code), status)
+
+    @app.exception_handler(HTTPException)
+    async def answered(request: Request, error: HTTPException):
+        body = problem(str(error.detail), status=error.status_code)
+        return JSONResponse(body, error.status_code, error.headers)
+
+    @app.exception_handler(Exception)
+    async def failed(request: Request, error: Exception):
+        logger.error("%s %s failed", request.method, request.url.path, exc_info=error)
+        return JSONResponse(problem("the server failed at this request: its log says why", status=500), 500)
+
+    for kind in STATUSES:
+        app.add_exception_handler(kind, known)
+
+
+async def known(request: Request, error: Exception) -> JSONResponse:
+    """An exception of `STATUSES` as an answer."""
+    status = next(status for kind, status in STATUSES.items() if isinstance(error, kind))
+    message = str(error.args[0] if error.args and not isinstance(error, OSError) else error)
+    if isinstance(error, sqlite3.Error):
+        message = f"the server cannot write its database ({message}): is its disk full?"
+    body = problem(message, getattr(error, "param", None), "model_not_found" if status == 404 else None, status)
+    return JSONResponse(body, status, {"Retry-After": "10"} if status == 429 else None)
+
+
+def described(error: RequestValidationError) -> tuple[str, str | None, str | None]:
+    """(message, parameter, code of OpenAI) of a body that does not fit."""
+    first = error.errors()[0]
+    where = [str(part) for part in first["loc"] if part not in ("body", "query", "path")]
+    where = [part for part in where if re.fullmatch(r"[\w-]+(\[\])?", part)]
+    if first["type"] == "json_invalid":
+        return f"the body is not JSON: {first['msg']}", None, "invalid_json"
+    param = where[0] if where else None
+    code = CODES.get(
+        first["type"], "invalid_type" if first["type"].endswith(("_type", "_parsing")) else "invalid_value"
+    )
+    return f"{'.'.join(where)}: {first['msg']}" if where else first["msg"], param, code

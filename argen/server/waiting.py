@@ -1,0 +1,61 @@
+"""Clients that wait for a job: none costs a thread, and one that goes away ends its job."""
+
+from collections.abc import AsyncIterator, Callable
+from contextlib import aclosing, asynccontextmanager
+from typing import TypeVar
+
+import anyio
+from anyio.to_thread import run_sync
+from fastapi import Request
+
+from argen.request import Request as Asked
+from argen.studio.following import follow, last
+from argen.studio.queue import Progress, QueueFull, Studio
+
+MAX_WAITING = 1000  # clients
+Answer = TypeVar("Answer")
+
+
+async def prepare(request: Request, work: Callable[..., Answer], *given) -> Answer:
+    """What a thread finds out before a job is queued (a model is loaded, an image is encoded): few at a time, the others wait
+    without one."""
+    state = request.app.state
+    if not hasattr(state, "preparing"):
+        state.preparing = anyio.CapacityLimiter(4)
+    return await run_sync(work, *given, limiter=state.preparing)
+
+
+@asynccontextmanager
+async def queued(
+    request: Request, studio: Studio, owner: str, asked: Asked, partials: int = 0
+) -> AsyncIterator[AsyncIterator[Progress]]:
+    """Put a request into the queue -> its progress whenever it changes, until it is over. The job is cancelled when this is left
+    before, because the client went away.
+
+    Args:
+        partials: images wanted while it is written, see `Studio.submit`.
+
+    Raises:
+        QueueFull: too many clients wait.
+        Stopping, Gone: see `argen.studio.following`.
+    """
+    state = request.app.state
+    if state.waiting >= MAX_WAITING:
+        raise QueueFull(f"{state.waiting:,} clients are waiting: expected at most {MAX_WAITING:,}, try again later")
+    state.waiting += 1
+    id = None
+    try:
+        id = await run_sync(studio.submit, asked, owner, partials)
+        async with aclosing(follow(studio, id, request.is_disconnected)) as progress:
+            yield progress
+    finally:
+        state.waiting -= 1
+        if id is not None and not studio.closing:
+            with anyio.CancelScope(shield=True):
+                await run_sync(studio.cancel, id)  # does nothing to a job that is over
+
+
+async def result(request: Request, studio: Studio, owner: str, asked: Asked) -> Progress:
+    """A request carried out: how its job ended. Raises as `queued` does."""
+    async with queued(request, studio, owner, asked) as progress:
+        return await last(progress)

@@ -1,0 +1,166 @@
+"""What `gradio_client` may call of the page: a handful of named endpoints; the page's own events are private."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import gradio as gr
+from anyio.to_thread import run_sync
+from PIL import Image
+
+from argen.eval.reconstruction import decoded, encoded
+from argen.models.annotators import KINDS
+from argen.registry import MODELS, ids
+from argen.request import Control, Request, rows_of
+from argen.studio.following import follow, last
+from argen.studio.store import DONE
+from argen.ui.jobs import Desk, readable, refusals
+from samplers import SAMPLERS, SOLVERS
+from tokenizers_img.pixels import to_pil
+
+DESCRIBER, TOKENIZER = "argen/emoji-seed-lm", "argen/emoji-vitvqgan"
+NAMES = ("generate", "edit", "control", "describe", "reconstruct", "models")
+
+
+class Endpoints:
+    """Lay them out inside the current `gr.Blocks`, where nobody sees them.
+
+    Args:
+        free, controlled: ids of generators without and with a control image.
+    """
+
+    def __init__(self, desk: Desk, free: Sequence[str], controlled: Sequence[str]):
+        self.desk, self.studio = desk, desk.studio
+        grids = [name for name in free if MODELS[name].grid]
+        kinds = gr.Dropdown(list(KINDS), value="canny", label="Control")
+        tokenizers = gr.Dropdown(ids("tokenizer"), value=TOKENIZER, label="Tokenizer")
+        with gr.Column(visible=False):
+            sampling = _number("Guidance"), _number("Temperature"), _number("Top-k"), _sampler(), _number("Candidates")
+            _add(self.generate, [_prompt(), _model(free), *_numbers(), *sampling], _results())
+            mask = _image("Mask, white: drawn anew; none: what is transparent in the image")
+            sampling = _number("Guidance"), _number("Temperature"), _sampler()
+            _add(self.edit, [_image(), mask, _prompt(), _model(grids), *_numbers(), *sampling], _results())
+            strength = gr.Number(1, label="Strength")
+            _add(self.control, [_image(), _prompt(), _model(controlled), kinds, strength, *_numbers()], _results())
+            _add(self.describe, [_image(), gr.Textbox("", label="Question")], gr.Textbox(label="Text"))
+            _add(self.reconstruct, [_image(), tokenizers], gr.Image(label="Image", format="png"))
+            _add(self.models, [], gr.JSON(label="Models"))
+
+    async def run(self, wish: Request, request: gr.Request) -> tuple[list[tuple[str, str]], list[dict]]:
+        """The files of a request with their prompts, and the settings of each."""
+        id = await run_sync(self.studio.submit, wish, self.desk.owner(request))
+        try:
+            now = await last(follow(self.studio, id))
+        finally:
+            if not self.studio.closing:
+                self.studio.cancel(id)  # does nothing to a job that is over
+        if now.state != DONE:
+            raise ValueError(now.error or f"the job was {now.state}")
+        files = [(str(self.studio.store.file(saved.id)), saved.request.prompt) for saved in now.pictures]
+        return files, [readable(saved.request) for saved in now.pictures]
+
+    async def generate(
+        self,
+        request: gr.Request,
+        prompt,
+        model,
+        num_images,
+        seed,
+        guidance_scale,
+        temperature,
+        top_k,
+        sampler,
+        num_candidates,
+    ) -> tuple:
+        """Draw a prompt -> images, and the settings of each."""
+        with refusals():
+            sampling = {"guidance_scale": guidance_scale, "temperature": temperature, "sampler": sampler}
+            whole = {"top_k": _whole(top_k), "num_candidates": _whole(num_candidates)}
+            return await self.run(
+                Request(prompt.strip(), model, num_images=_whole(num_images), seed=_whole(seed), **sampling, **whole),
+                request,
+            )
+
+    async def edit(
+        self, request: gr.Request, image, mask, prompt, model, num_images, seed, guidance_scale, temperature, sampler
+    ) -> tuple:
+        """Draw a part of an image anew -> images, and the settings of each."""
+        with refusals():
+            sampling = {"guidance_scale": guidance_scale, "temperature": temperature, "sampler": sampler}
+            wish = Request(prompt.strip(), model, num_images=_whole(num_images), seed=_whole(seed), **sampling)
+            _check(image)
+
+            def begun() -> Request:
+                with self.studio.model(model) as pipe:
+                    return replace(wish, tokens=rows_of(pipe.without(image, mask)))
+
+            return await self.run(await run_sync(begun), request)
+
+    async def control(self, request: gr.Request, image, prompt, model, kind, strength, num_images, seed) -> tuple:
+        """Draw a prompt after the edges, the depth or the segments of an image -> images, and the settings of each."""
+        with refusals():
+            _check(image)
+            asked = Control(image, kind, strength)
+            ready = await run_sync(lambda: self.studio.models(model).prepare(asked))
+            wish = Request(prompt.strip(), model, num_images=_whole(num_images), seed=_whole(seed), control=ready)
+            return await self.run(wish, request)
+
+    def describe(self, image, question) -> str:
+        """Say what an image shows."""
+        with refusals(), self.studio.model(DESCRIBER) as pipe:
+            _check(image)
+            return pipe.describe(image, question or "", temperature=0.0)
+
+    def reconstruct(self, image, tokenizer) -> Image.Image:
+        """Turn an image into tokens and back."""
+        with refusals(), self.studio.model(tokenizer) as network:
+            _check(image)
+            pixels, tokens = encoded(network, image)
+            return to_pil(decoded(network, tokens, pixels)[0].cpu())
+
+    def models(self) -> list[dict]:
+        """List the models."""
+        return [{"id": name, "kind": model.kind, "about": model.about} for name, model in MODELS.items()]
+
+
+def _add(function: Callable, inputs: list, outputs) -> None:
+    gr.Button(visible=False).click(function, inputs, outputs, api_name=function.__name__, concurrency_limit=None)
+
+
+def _prompt() -> gr.Textbox:
+    return gr.Textbox(label="Prompt")
+
+
+def _model(names: Sequence[str]) -> gr.Dropdown:
+    return gr.Dropdown(list(names), value=names[0], label="Model")
+
+
+def _numbers() -> tuple[gr.Number, gr.Number]:
+    return gr.Number(1, label="Images", precision=0), gr.Number(0, label="Seed", precision=0)
+
+
+def _number(label: str) -> gr.Number:
+    return gr.Number(None, label=f"{label}; none: the model's own")
+
+
+def _sampler() -> gr.Dropdown:
+    return gr.Dropdown([*SAMPLERS, *SOLVERS], value=Request.sampler, label="Sampler")
+
+
+def _image(label: str = "Image") -> gr.Image:
+    return gr.Image(type="pil", image_mode=None, label=label)
+
+
+def _results() -> list:
+    return [gr.Gallery(label="Images", format="png"), gr.JSON(label="Settings of each")]
+
+
+def _whole(number: float | None) -> int | None:
+    return int(number) if isinstance(number, float) and number.is_integer() else number
+
+
+def _check(image: Image.Image | None) -> None:
+    """Raises:
+    ValueError: there is none.
+    """
+    if image is None:
+        raise ValueError("image is missing: expected an image file")
