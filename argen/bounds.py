@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 MAX_IMAGES, MAX_CANDIDATES = 64, 64
 MAX_CELLS = 16384  # of a token grid
-MAX_SIDE = 4096  # pixels
+MAX_SIDE, MAX_SCALED = 4096, 2048  # pixels of what is read or drawn, and of what is scaled for a client
 
 
 @dataclass(frozen=True)
@@ -82,12 +82,12 @@ def check_all(settings: Iterable[tuple[str, object]]) -> None:
             check(name, each)
 
 
-def check_size(size: tuple[int, int] | None, low: int = 1) -> tuple[int, int] | None:
+def check_size(size: tuple[int, int] | None, high: int = MAX_SIDE) -> tuple[int, int] | None:
     """Width and height in pixels.
 
     Raises:
-        ValueError: a side below `low` or above `MAX_SIDE`.
+        ValueError: a side below 1 or above `high`.
     """
-    if size is not None and not all(low <= side <= MAX_SIDE for side in size):
-        raise ValueError(f"size is {size[0]}x{size[1]}: expected {low} to {MAX_SIDE:,} pixels on each side")
+    if size is not None and not all(isinstance(side, int) and 1 <= side <= high for side in size):
+        raise ValueError(f"size is {size[0]}x{size[1]}: expected 1 to {high} pixels on each side")
     return size

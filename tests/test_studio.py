@@ -1,6 +1,5 @@
 """The queue and what it keeps: order, cancel and resume, restart, search."""
 
-import io
 import json
 import threading
 import time
@@ -14,7 +13,7 @@ from PIL import Image
 from argen.metadata import read_grid, read_request
 from argen.request import MAX_PROMPT, Request
 from argen.studio.queue import MOST_WAITING, Forbidden, QueueFull, Studio
-from argen.studio.store import CANCELLED, DONE, FAILED, WAITING, Store
+from argen.studio.store import CANCELLED, DONE, FAILED, MISSING, WAITING, Store
 
 PLAIN = Request("a pizza", sampler="plain", seed=3)
 
@@ -44,7 +43,7 @@ def test_a_job_becomes_pictures_that_make_themselves_again(studio, pipe):
     assert read_request(file) == done.pictures[1].request
     assert read_grid(Image.open(file)) == done.pictures[1].tokens
     assert "CFG scale: 1.5, Seed: 4" in Image.open(file).info["parameters"]
-    assert Image.open(studio.store.thumbnail(done.pictures[1].id)).size == (128, 128)
+    assert studio.store.thumbnail(done.pictures[1].id).size == (128, 128)
 
 
 def test_a_cancelled_job_keeps_its_tokens_and_goes_on(studio):
@@ -196,10 +195,18 @@ def test_pictures_are_found_kept_and_deleted(tmp_path):
     store.set_favourite(ids[0], True)
     assert found(favourites=True) == ["a red apple"]
     assert store.picture(ids[0]).tokens == ((1, 2), (3, 4))
-    assert Image.open(store.thumbnail(ids[0])).size == (256, 171)
-    with zipfile.ZipFile(io.BytesIO(store.zipped(ids[:2]))) as archive:
+    assert store.thumbnail(ids[0]).size == (256, 171)
+    with zipfile.ZipFile(store.zipped(ids[:2])) as archive:
         assert set(archive.namelist()) == {f"{ids[0]}.png", f"{ids[1]}.png", "settings.jsonl"}
         assert json.loads(archive.read("settings.jsonl").splitlines()[0])["prompt"] == "a red apple"
+    (store.own / "thumbnails" / f"{ids[1]}.webp").unlink(missing_ok=True)
+    store.file(ids[1]).unlink()  # by hand, behind the store's back
+    assert store.thumbnail(ids[1]).getpixel((0, 0)) == MISSING
+    with pytest.raises(FileNotFoundError, match="is not there any more"):
+        store.opened(ids[1])
+    with zipfile.ZipFile(store.zipped(ids[:2])) as archive:
+        assert archive.read("missing.txt").decode().split() == [f"{ids[1]}.png"]
+        assert f"{ids[0]}.png" in archive.namelist()
     store.delete(ids[0])
     assert not store.file(ids[0]).exists()
     assert len(store.pictures()) == 2

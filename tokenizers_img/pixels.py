@@ -54,11 +54,11 @@ def _by_range(values: np.ndarray, floats: bool) -> np.ndarray:
     finite = values[np.isfinite(values)]
     low, high = (finite.min(), finite.max()) if finite.size else (0.0, 0.0)
     values = np.nan_to_num(values, nan=low, neginf=low, posinf=high)
-    if floats and 0 <= low and high <= 1:
+    if floats and low >= 0 and high <= 1:
         return np.rint(255 * values)
-    if 0 <= low and high <= 255 and (values == np.rint(values)).all():
+    if low >= 0 and high <= 255 and (values == np.rint(values)).all():
         return values
-    if not floats and 0 <= low and high <= 65535:
+    if not floats and low >= 0 and high <= 65535:
         return (values + 127) // 257
     return np.rint((values - low) * (255 / max(high - low, np.finfo(float).tiny)))
 

@@ -19,7 +19,7 @@ from PIL import Image, ImageOps
 from pydantic import Field
 from starlette.exceptions import HTTPException
 
-from argen.bounds import check_size
+from argen.bounds import MAX_SCALED, check_size
 from argen.images import from_base64
 from argen.metadata import encoded, infotext
 from argen.registry import ids
@@ -140,7 +140,7 @@ def asked_of(studio: Studio, model: str, body: Text) -> Asked:
     """The generation request, less what nobody chose; of `model`, if the body names no other."""
     model = str(body.override_settings.get("sd_model_checkpoint") or model)
     check_model(model)
-    check_size((body.width, body.height))
+    check_size((body.width, body.height), MAX_SCALED)
     pipe, sampler = studio.models(model), body.sampler_name or body.sampler_index
     return Asked(
         body.prompt,

@@ -3,12 +3,12 @@
 import base64
 import re
 from dataclasses import fields
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Body, HTTPException
 from fastapi.responses import JSONResponse, Response
 
-from argen.bounds import check_size
+from argen.bounds import MAX_SCALED, check_size
 from argen.images import from_base64
 from argen.metadata import encoded
 from argen.registry import ids
@@ -120,13 +120,15 @@ def again(studio: Here, owner: Owner, id: str):
 
 
 @router.get("/pictures/{id}.{form}")
-def image(studio: Here, owner: Owner, id: str, form: Literal["png", "jpeg", "webp"], size: str | None = None):
+def image(studio: Here, owner: Owner, id: str, form: str, size: str | None = None):
     """An image of the owner; as PNG in its own size it is the very file.
 
     Args:
         size: as 512x512, to scale it.
     """
     saved = studio.store.picture(id)  # only what is in the database has a file
+    if form not in ("png", "jpeg", "webp"):
+        raise HTTPException(404, f"there is no {form[:20]} file of an image: expected png, jpeg or webp")
     if saved.owner != owner:
         raise Forbidden("that image belongs to somebody else")
     matched = None if size is None else re.fullmatch(r"(\d{1,5})x(\d{1,5})", size)
@@ -135,7 +137,7 @@ def image(studio: Here, owner: Owner, id: str, form: Literal["png", "jpeg", "web
     picture = studio.store.opened(saved.id)
     if form == "png" and not matched:
         return Response(studio.store.file(saved.id).read_bytes(), media_type="image/png")
-    pixels = check_size((int(matched[1]), int(matched[2]))) if matched else None
+    pixels = check_size((int(matched[1]), int(matched[2])), MAX_SCALED) if matched else None
     data = base64.b64decode(encoded(picture, shown(studio, saved), pixels, form))
     return Response(data, media_type=f"image/{form}")
 

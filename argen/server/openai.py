@@ -23,7 +23,7 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 
-from argen.bounds import check_size
+from argen.bounds import MAX_SCALED, check_size
 from argen.images import read_image
 from argen.metadata import encoded
 from argen.registry import ids
@@ -87,7 +87,7 @@ class Generation(Body):
         matched = re.fullmatch(r"(\d{1,5})x(\d{1,5})", self.size)
         if not matched:
             raise ValueError(f"size is {self.size[:40]!r}: expected auto, or e.g. 512x512")
-        return check_size((int(matched[1]), int(matched[2])))
+        return check_size((int(matched[1]), int(matched[2])), MAX_SCALED)
 
     def asked(self) -> Asked:
         """The generation request. Raises as `argen.server.jobs.asked` does."""
@@ -119,13 +119,24 @@ async def edits(request: Request, studio: Here, owner: Owner):
         picture = await images[0].read()
         over = await masks[0].read() if masks else None
     try:
-        body = Generation.model_validate_strings(given)
+        body = Generation.model_validate({name: typed(name, value) for name, value in given.items()})
     except ValidationError as error:
         raise RequestValidationError(error.errors()) from error
     body.pixels  # noqa: B018
     return await answer(
         request, studio, owner, await prepare(request, _edited, studio, body, picture, over), body, "image_edit"
     )
+
+
+def typed(name: str, text: str) -> str | float | bool:
+    """A field of a form as it would stand in JSON."""
+    field = Generation.model_fields.get(name)
+    if field is None or "str" in str(field.annotation) or "Literal" in str(field.annotation):
+        return text
+    try:
+        return json.loads(text.lower())
+    except ValueError:
+        return text
 
 
 def _edited(studio: Studio, body: Generation, data: bytes, over: bytes | None) -> Asked:

@@ -1,0 +1,180 @@
+"""Every route that is registered, and the bodies that real clients send: openai, litellm, LangChain, Open WebUI, webuiapi."""
+
+import base64
+import io
+import json
+
+import pytest
+from PIL import Image
+from test_server import Served, opened, png
+
+from argen.request import Request
+from argen.studio.queue import Studio
+
+BODIES = {  # of clients that send null for what they leave out
+    "/v1/images/generations": [
+        {"n": None},
+        {"size": None},
+        {"response_format": None},
+        {"stream": None},
+        {"model": None},
+        {"user": "me", "quality": "standard", "style": None, "background": None, "moderation": "auto"},
+    ],
+    "/sdapi/v1/txt2img": [
+        {"seed": None},
+        {"override_settings": None},
+        {"width": None, "height": None},
+        {"steps": None, "sampler_name": None, "cfg_scale": None, "styles": None},
+    ],
+}
+LISTS = ("schedulers", "upscalers", "latent-upscale-modes", "sd-vae", "loras", "hypernetworks", "face-restorers")
+LISTS += ("realesrgan-models", "prompt-styles")
+NEEDED = {  # what a route needs to be called with, path -> body
+    "/sdapi/v1/txt2img": {"prompt": "a pizza", "width": 128, "height": 128},
+    "/sdapi/v1/img2img": {"prompt": "a pizza", "init_images": [base64.b64encode(png()).decode()]},
+    "/sdapi/v1/extra-single-image": {"image": base64.b64encode(png()).decode(), "upscaling_resize": 2},
+    "/sdapi/v1/extra-batch-images": {"imageList": [{"data": base64.b64encode(png()).decode(), "name": "a"}]},
+    "/sdapi/v1/interrogate": {"image": base64.b64encode(png()).decode(), "model": "clip"},
+    "/sdapi/v1/png-info": {"image": base64.b64encode(png()).decode()},
+    "/sdapi/v1/options": {"samples_format": "png"},
+    "/v1/images/generations": {"prompt": "a pizza"},
+    "/api/jobs": {"prompt": "a pizza"},
+}
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory, pipe):
+    from argen.registry import ModelCache
+
+    cache = ModelCache("cpu")
+    studio = Studio(tmp_path_factory.mktemp("site"), lambda name: pipe if name == "argen/emoji-parti" else cache(name))
+    served = Served(studio)
+    yield served
+    served.close()
+
+
+@pytest.fixture(scope="module")
+def client(site):
+    openai = pytest.importorskip("openai")
+    return openai.OpenAI(base_url=f"{site.address}/v1", api_key="none", max_retries=0)
+
+
+def test_every_route_answers(site):
+    """No route fails, whatever else it says."""
+    done = site.studio.result(site.studio.submit(Request("a pizza")))
+    left = site.studio.submit(Request("a pizza"))
+    site.studio.cancel(left)
+    names = {"{id}": done.id, "{form}": "png", "{name}": "argen/emoji-parti"}
+    called = 0
+    for path, methods in site.ask("/openapi.json")[1]["paths"].items():
+        for method in methods:
+            address = path.replace("/pictures/{id}", f"/pictures/{done.pictures[0].id}")
+            for name, value in names.items():
+                address = address.replace(name, value)
+            address = address.replace(f"{done.id}/resume", f"{left}/resume")
+            if path == "/v1/images/edits":
+                continue  # a form, below
+            body = NEEDED.get(path, {}) if method == "post" else None
+            status, told = site.ask(address, body, method.upper())
+            assert status in (200, 201), (method, address, status, told)
+            called += 1
+    assert called > 35
+    for name in LISTS:
+        assert isinstance(site.ask(f"/sdapi/v1/{name}")[1], list)
+
+
+@pytest.mark.parametrize(("path", "more"), [(path, more) for path, rows in BODIES.items() for more in rows])
+def test_null_means_left_out(site, path, more):
+    assert site.ask(path, {"prompt": "a red apple", **more})[0] == 200
+
+
+def test_what_is_not_there_says_so(site):
+    for path in ("/v1/chat/completions", "/v1/none", "/sdapi/v1/none", "/api/none"):
+        status, told = site.ask(path, {})
+        assert (status, bool(told["error"]["message"])) == (404, True)
+
+
+@pytest.mark.parametrize(
+    ("given", "param", "code"),
+    [
+        ({"n": 0}, "n", "integer_below_min_value"),
+        ({"n": 11}, "n", "integer_above_max_value"),
+        ({"n": "two"}, "n", "invalid_type"),
+        ({"n": True}, "n", "invalid_type"),
+        ({"partial_images": 4}, "partial_images", "integer_above_max_value"),
+        ({"output_format": "gif"}, "output_format", "invalid_value"),
+        ({"prompt": None}, "prompt", "missing_required_parameter"),
+    ],
+)
+def test_openai_names_the_parameter(client, site, given, param, code):
+    openai = pytest.importorskip("openai")
+    status, told = site.ask("/v1/images/generations", {"prompt": "a", **given})
+    assert (status, told["error"]["param"], told["error"]["code"]) == (400, param, code)
+    if given.get("n") in (0, 11):
+        with pytest.raises(openai.BadRequestError) as caught:
+            client.images.generate(prompt="a", **given)
+        assert caught.value.param == param
+
+
+def test_without_a_seed_images_differ_and_have_an_address(client, site):
+    first, second = (client.images.generate(prompt="a pizza").data[0] for _ in range(2))
+    assert first.b64_json != second.b64_json
+    assert site.ask(first.url.removeprefix(site.address))[0] == 200  # LangChain's wrapper takes the address alone
+    alone = client.images.generate(prompt="a pizza", response_format="b64_json").data[0]
+    assert alone.url is None
+
+
+@pytest.mark.parametrize("form", ["jpeg", "webp", "png"])
+def test_output_formats_and_sizes(client, form):
+    found = client.images.generate(prompt="a pizza", output_format=form, size="192x128")
+    image = opened(found.data[0].b64_json)
+    assert (image.format, image.size) == (form.upper(), (192, 128))  # another shape is padded
+    assert found.output_format == form
+
+
+def test_partial_images_are_new_each_time(client):
+    asked = {"prompt": "a pizza", "extra_body": {"sampler": "plain", "seed": 1}}
+    events = list(client.images.generate(**asked, stream=True, partial_images=3))
+    assert [event.type.rpartition(".")[2] for event in events] == ["partial_image"] * 3 + ["completed"]
+    images = [opened(event.b64_json).convert("RGB") for event in events]
+    assert len({image.tobytes() for image in images}) == 4
+    undecided = [sum(pixel == (230, 230, 230) for pixel in image.getdata()) / (128 * 128) for image in images]
+    assert undecided[0] > undecided[1] > undecided[2] > undecided[3]
+    assert undecided[2] <= 0.3
+
+
+def test_wrapped_and_unpadded_base64_is_read(site):
+    text = base64.b64encode(png((64, 64), (250, 251, 255))).decode()
+    wrapped = "\n".join(text[at : at + 40] for at in range(0, len(text), 40))
+    for one in (wrapped, text.rstrip("="), text.replace("+", "-").replace("/", "_"), f"data:image/png;base64,{text}"):
+        assert site.ask("/sdapi/v1/png-info", {"image": one})[0] == 200
+
+
+def test_a1111_images_know_how_they_were_made(site):
+    status, told = site.ask("/sdapi/v1/txt2img", {"prompt": "a pizza", "seed": 3, "negative_prompt": "blurry"})
+    assert status == 200
+    image, info = opened(told["images"][0]), json.loads(told["info"])
+    assert image.info["parameters"] == info["infotexts"][0]
+    assert "Seed: 3" in image.info["parameters"]
+    assert "negative_prompt is not used" in info["comments"][0]
+    status, told = site.ask("/sdapi/v1/extra-single-image", {"image": told["images"][0], "upscaling_resize": 0.5})
+    assert opened(told["image"]).size == (256, 256)
+
+
+def test_edits_by_a_form_that_names_its_image_as_a_list(site):
+    border = "xyz"
+    mask = Image.new("RGBA", (128, 128), (0, 0, 0, 255))
+    mask.paste((0, 0, 0, 0), (0, 0, 64, 128))
+    buffer = io.BytesIO()
+    mask.save(buffer, "PNG")
+    parts = {"image[]": png(), "mask": buffer.getvalue(), "prompt": b"a pizza", "n": b"2", "size": b"128x128"}
+    body = b""
+    for name, data in parts.items():
+        more = b'; filename="a.png"' if name in ("image[]", "mask") else b""
+        body += b'--xyz\r\nContent-Disposition: form-data; name="%s"%s\r\n\r\n%s\r\n' % (name.encode(), more, data)
+    status, told = site.ask(
+        "/v1/images/edits", body + b"--xyz--\r\n", content_type=f"multipart/form-data; boundary={border}"
+    )
+    assert (status, len(told["data"])) == (200, 2)
+    status, told = site.ask("/v1/images/edits", b"--xyz--\r\n", content_type="multipart/form-data; boundary=xyz")
+    assert (status, told["error"]["param"]) == (400, "image")
