@@ -1,6 +1,8 @@
-"""Where networks run, and when they are loaded."""
+"""Where networks run, in which precision, and when they are loaded."""
 
 import threading
+import time
+from functools import cache
 
 import torch
 
@@ -24,3 +26,40 @@ def pick(name: str | None = None) -> torch.device:
         reason = str(error).splitlines()[0]
         raise ValueError(f"device {name!r} cannot be used here ({reason}): expected cpu, cuda or mps") from error
     return device
+
+
+def has_bf16(device: torch.device | str) -> bool:
+    """Whether a device can run bfloat16 layers at all; a CPU without units for them cannot, or emulates them slowly."""
+    kind = torch.device(device).type
+    if kind == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if kind == "cpu":
+        return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return kind == "mps"
+
+
+def fast_dtype(device: torch.device | str) -> torch.dtype:
+    """bfloat16 or float32, whichever a device multiplies matrices faster in."""
+    device = torch.device(device)
+    if not has_bf16(device):
+        return torch.float32
+    return torch.bfloat16 if device.type != "cpu" or _bf16_is_faster() else torch.float32
+
+
+@cache
+def _bf16_is_faster(size: int = 512, tries: int = 7) -> bool:
+    """Whether this CPU multiplies matrices faster in bfloat16, measured in turn: some have the instructions and no units."""
+    best = {}
+    for _ in range(tries):
+        for dtype in (torch.float32, torch.bfloat16):
+            matrix = torch.ones(size, size, dtype=dtype)
+            started = time.perf_counter()
+            matrix @ matrix
+            best[dtype] = min(best.get(dtype, float("inf")), time.perf_counter() - started)
+    return best[torch.bfloat16] < best[torch.float32]
+
+
+def autocast(device: torch.device | str) -> torch.autocast:
+    """Layers in `fast_dtype` meanwhile."""
+    device = torch.device(device)
+    return torch.autocast(device.type, torch.bfloat16, enabled=fast_dtype(device) == torch.bfloat16)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import argen
-from argen.models.layers import Linear
+from argen.models.layers import Linear, linear
 from samplers import auto, by_name
 from samplers.jacobi import Jacobi
 from samplers.logits import Gumbel, Sampling, guide, gumbel, inverse_transform, keep_top_k, keep_top_p, keys_of
@@ -347,3 +347,26 @@ def test_the_quick_linear_layer_is_the_same(shape):
         half = layer.bfloat16()
         exact = torch.nn.functional.linear(x.bfloat16(), half.weight, half.bias)
         torch.testing.assert_close(half(x.bfloat16()), exact, atol=0.02, rtol=0.02)
+
+
+def test_a_slice_of_a_weight_is_packed_once(monkeypatch):
+    weight, x = torch.nn.Parameter(torch.randn(24, 16)), torch.randn(2, 16)
+    calls, reorder = [], torch.ops.mkldnn._reorder_linear_weight
+    monkeypatch.setattr(torch.ops.mkldnn, "_reorder_linear_weight", lambda *given: calls.append(1) or reorder(*given))
+    with torch.no_grad():
+        for _ in range(3):
+            wanted = torch.nn.functional.linear(x, weight[:-1])
+            torch.testing.assert_close(linear(x, weight[:-1]), wanted)
+            torch.testing.assert_close(linear(x, weight[2:]), torch.nn.functional.linear(x, weight[2:]))
+        assert len(calls) == 2
+        weight.mul_(2)
+        torch.testing.assert_close(linear(x, weight[:-1]), 2 * wanted)
+    assert len(calls) == 3
+
+
+def test_bf16_layers_run_without_units_for_them(monkeypatch):
+    monkeypatch.setattr("argen.models.layers.has_bf16", lambda device: False)
+    monkeypatch.setattr(torch.ops.mkldnn, "_reorder_linear_weight", None)  # would fail there
+    layer, x = Linear(16, 24).bfloat16(), torch.randn(2, 16).bfloat16()
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x), torch.nn.functional.linear(x, layer.weight, layer.bias))

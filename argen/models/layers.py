@@ -8,7 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-PACKED = WeakTensorKeyDictionary()  # weight -> what it was packed from, and its form for oneDNN
+from argen.device import has_bf16
+
+PACKED = WeakTensorKeyDictionary()  # weight -> what it was packed from, and for each slice of it its form for oneDNN
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -24,14 +26,20 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 def _packs(weight: Tensor) -> bool:
     if torch.is_grad_enabled() or torch.compiler.is_compiling() or weight.is_inference():
         return False
-    return weight.dtype in (torch.float32, torch.bfloat16) and torch.backends.mkldnn.is_available()
+    if weight.dtype == torch.bfloat16:
+        return has_bf16(weight.device)
+    return weight.dtype == torch.float32 and torch.backends.mkldnn.is_available()
 
 
 def _packed(weight: Tensor) -> Tensor:
-    state = weight._version, weight.data_ptr(), weight.dtype  # a weight that was trained or moved is packed anew
-    if PACKED.get(weight, (None,))[0] != state:
-        PACKED[weight] = state, torch.ops.mkldnn._reorder_linear_weight(weight.detach(), 8)
-    return PACKED[weight][1]
+    whole = weight if weight._base is None else weight._base  # a slice is another tensor each time it is taken
+    state = whole._version, whole.data_ptr(), whole.dtype  # a weight that was trained or moved is packed again
+    if PACKED.get(whole, (None,))[0] != state:
+        PACKED[whole] = state, {}
+    place, packed = (weight.storage_offset(), weight.shape, weight.stride()), PACKED[whole][1]
+    if place not in packed:
+        packed[place] = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), 8)
+    return packed[place]
 
 
 class Linear(nn.Linear):

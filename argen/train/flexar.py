@@ -6,6 +6,7 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
+from argen.device import autocast
 from argen.models.flexar import FlexAR
 from argen.pipelines.flexar import FlexARPipeline
 from argen.train.flextok import GUIDANCE, STEPS
@@ -48,8 +49,8 @@ class FlexARTask(CaptionsTask):
 
     @torch.no_grad()
     def ids(self, latents: Tensor) -> Tensor:
-        """Latents [B, C, h, w] -> ids [B, N]; in bf16, which matters less than the noise."""
-        with torch.autocast(latents.device.type, torch.bfloat16):
+        """Latents [B, C, h, w] -> ids [B, N]; in the device's fast precision, which matters less than the noise."""
+        with autocast(latents.device):
             return self.flextok.fsq.ids(self.flextok.encode(latents))
 
     def more(self, tokens: Tensor, pictures: Tensor, scenes: Tensor, generator: torch.Generator) -> dict[str, Tensor]:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from argen.data.scenes import HUES, Composer, boxes
 from argen.data.tables import pixels, read_split
+from argen.device import autocast
 from argen.eval import judge as scoring
 from argen.eval.reconstruction import reconstruct
 from argen.models.judge import Judge
@@ -68,7 +69,7 @@ class JudgeTask(Task):
         icons = icons.select(rows)
         real = np.concatenate([pixels(icons), pixels(composed)])
         vq = ViTVQGAN.from_pretrained(tokenizer, torch_dtype=torch.float32).eval()
-        with torch.autocast("cpu", torch.bfloat16):
+        with autocast("cpu"):
             made, _ = reconstruct(vq, torch.from_numpy(real))
         self.pictures = (real, (made * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy())
 

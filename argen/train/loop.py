@@ -1,4 +1,4 @@
-"""The one training loop: accelerate, bf16, EMA, exact resume, sample grids.
+"""The one training loop: accelerate, the machine's fast precision, EMA, exact resume, sample grids.
 
 A *task* (`argen/train/<model>.py`) holds the networks, draws a batch for a step and says its losses; the loop does the
 rest. Batches are drawn from (seed, step) alone, so that a run that was stopped goes on exactly as if it had not been.
@@ -22,6 +22,8 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
+from argen.device import fast_dtype, pick
+
 
 @dataclass(frozen=True)
 class Schedule:
@@ -42,6 +44,9 @@ class Schedule:
         progress = min(1.0, step / self.steps)
         cosine = 0.5 * (1 + torch.cos(torch.tensor(progress * torch.pi)).item())
         return self.learning_rate * min(1.0, (step + 1) / self.warmup) * (0.02 + 0.98 * cosine)
+
+
+OLD_PRECISION = "bf16"  # of checkpoints that do not name theirs
 
 
 class Task(Protocol):
@@ -102,16 +107,21 @@ def train(
     steps: int | None = None,
     checkpoint_every: int = 500,
     evaluate_every: int = 1000,
-    mixed_precision: str = "bf16",
+    precision: str | None = None,
 ) -> dict[str, float]:
     """Train until ``schedule.steps`` (or `steps`), resuming from the last checkpoint in `out`; returns the last scores.
 
     Writes ``out/checkpoint`` (everything needed to go on), ``out/log.jsonl``, ``out/sample-<step>.png`` and, at the end,
     ``out/final`` with the averaged weights.
+
+    Args:
+        precision: "bf16" (mixed) or "fp32"; None for that of the checkpoint, or without one the faster one here.
     """
     out.mkdir(parents=True, exist_ok=True)
     set_seed(seed)
-    accelerator = Accelerator(mixed_precision=mixed_precision)
+    precision = precision or _precision(out)
+    accelerator = Accelerator(mixed_precision="bf16" if precision == "bf16" else "no")
+    accelerator.print(f"{out.name}: training in {precision} on {accelerator.device}")
     names = list(task.networks)
     optimizers = {name: optimizers_of(network, schedule) for name, network in task.networks.items()}
     task.networks = {name: accelerator.prepare(network) for name, network in task.networks.items()}
@@ -121,9 +131,16 @@ def train(
     ema.to(accelerator.device)
     progress = Progress()
     accelerator.register_for_checkpointing(ema, progress, *task.kept)
-    recipe = {"schedule": asdict(schedule), "seed": seed, "networks": names, "options": task.options}
+    recipe = {
+        "precision": precision,
+        "schedule": asdict(schedule),
+        "seed": seed,
+        "networks": names,
+        "options": task.options,
+    }
     if (out / "checkpoint").exists():
-        if json.loads((out / "checkpoint/recipe.json").read_text()) != json.loads(json.dumps(recipe)):
+        begun = {"precision": OLD_PRECISION} | json.loads((out / "checkpoint/recipe.json").read_text())
+        if begun != json.loads(json.dumps(recipe)):
             raise ValueError(
                 f"{out} holds a training with another recipe, setting, seed or option: choose another --out"
             )
@@ -169,6 +186,14 @@ def train(
         with _averaged(model, ema):
             task.save(out / "final")
     return scores
+
+
+def _precision(out: Path) -> str:
+    """That of the training in `out`, which goes on exactly as it began, also on another machine; else the faster one here."""
+    begun = out / "checkpoint" / "recipe.json"
+    if begun.is_file():
+        return json.loads(begun.read_text()).get("precision", OLD_PRECISION)
+    return "bf16" if fast_dtype(pick(None)) == torch.bfloat16 else "fp32"
 
 
 def _next(losses: Iterator[tuple[str, Tensor]], accelerator: Accelerator) -> tuple[str, Tensor] | None:

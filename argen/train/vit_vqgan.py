@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import CLIPVisionModel
 
 from argen.data.tables import pixels, read_split
+from argen.device import autocast
 from argen.eval import reconstruction
 from argen.train.loop import Schedule, Task
 from tokenizers_img.kl_vae import KLVAE
@@ -195,7 +196,7 @@ def refit_codes(model: ViTVQGAN, pictures: Tensor, rounds: int = 12) -> float:
     Returns:
         The mean cosine of the vectors to their codes.
     """
-    with torch.autocast(model.device.type, torch.bfloat16):
+    with autocast(model.device):
         parts = [model.pre_quant(model.encoder(from_uint8(p).to(model.device))).float() for p in pictures.split(64)]
     z = F.normalize(torch.cat(parts).flatten(0, 1), dim=-1)  # [M, C]
     codes = F.normalize(model.quantizer.embedding.weight.float(), dim=-1)
