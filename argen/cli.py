@@ -12,7 +12,7 @@ from pathlib import Path
 
 from argen import __version__, evaluate
 from argen.bounds import check_all, check_size
-from argen.command import Parser, device_and_json, guarded, load_model, writable
+from argen.command import Parser, device_and_json, guarded, load_model, writable, writable_folder
 
 COMMANDS = {}
 CONTROLS = (
@@ -368,7 +368,7 @@ def parser() -> Parser:
 @command
 def generate(args) -> None:
     from argen.images import open_image
-    from argen.metadata import read_request, save_pictures
+    from argen.metadata import differences, read_request, save_pictures
     from argen.request import Control, Request
 
     writable(args.out)
@@ -391,6 +391,8 @@ def generate(args) -> None:
     request = Request(**given)
 
     pipe = load_model(request.model, args.device, "generator")
+    if args.origin and (other := differences(args.origin, pipe)):
+        print(f"argen generate: {other}", file=sys.stderr)
     started = time.perf_counter()
     with pipe.progress_bar(total=100) as bar:
         for job in pipe.run(request):
@@ -588,8 +590,7 @@ def erase(args) -> None:
     from argen.eval import features, tools
     from argen.registry import drawing, erasing, load_diffusion
 
-    if args.out.exists():
-        raise ValueError(f"{args.out} is there already: choose another --out")
+    writable_folder(args.out)
     pipe, stages, told = load_diffusion(args.model).to(pick(args.device)), [], {}
     erasure, asked = ConceptErasure(pipe), drawing(args.model, args.steps, args.guidance_scale)
 

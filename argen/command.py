@@ -17,6 +17,9 @@ EXTRAS = {
 }  # module -> the extra that brings it; others are of "train"
 
 
+MAX_NAME = 250  # bytes of a file name: 255, less the number of one of several images
+
+
 class Parser(argparse.ArgumentParser):
     """An argument error is one line, without the usage."""
 
@@ -39,6 +42,24 @@ def writable(path: Path, suffix: str = ".png") -> Path:
         raise ValueError(f"cannot write {path}: expected a name that ends in {suffix}")
     if path.is_dir() or not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
         raise ValueError(f"cannot write {path}: expected a file name in a folder that exists and may be written")
+    if len(os.fsencode(path.name)) > MAX_NAME:
+        raise ValueError(
+            f"cannot write {path.name[:40]}...: its name is longer than {MAX_NAME} bytes, choose a shorter one"
+        )
+    return path
+
+
+def writable_folder(path: Path) -> Path:
+    """`path`, if a new folder can be made there.
+
+    Raises:
+        ValueError: there is something already, or the folder above it is missing or locked.
+    """
+    if path.exists():
+        raise ValueError(f"{path} is there already: choose another --out")
+    above = next(parent for parent in path.absolute().parents if parent.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK) or len(os.fsencode(path.name)) > MAX_NAME:
+        raise ValueError(f"cannot write {path}: expected the name of a new folder where one may be made")
     return path
 
 

@@ -12,7 +12,7 @@ from urllib.parse import unquote
 
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from tokenizers_img.pixels import normalized
+from tokenizers_img.pixels import normalized, on_white, upright
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "AVIF", "JPEG2000", "QOI", "DDS", "TGA", "ICO")
 SENT_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")  # from another machine
@@ -118,4 +118,4 @@ def fitted(image: Image.Image, size: tuple[int, int] | None) -> Image.Image:
     """An image scaled into a size that a client wants; one of another shape is padded with white. None keeps it."""
     if size is None or size == image.size:
         return image
-    return ImageOps.pad(image.convert("RGB"), size, Image.Resampling.LANCZOS, color="white")
+    return ImageOps.pad(on_white(upright(image)), size, Image.Resampling.LANCZOS, color="white")

@@ -1,8 +1,9 @@
 """What is kept inside files: a picture's own settings in its PNG, so that it can be made again; the tokens of a picture."""
 
 import base64
+import hashlib
 import json
-import os
+import secrets
 import zipfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -11,19 +12,26 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
+import torch
+from diffusers import DiffusionPipeline
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from argen import __version__
 from argen.images import fitted, open_image
 from argen.request import Grid, Request, check_grid
 
-KEY, TOKENS = "argen", "argen tokens"  # the PNG text chunks that hold the request, and the token grid, as JSON
+KEY, TOKENS, MADE_BY = (
+    "argen",
+    "argen tokens",
+    "argen version",
+)  # PNG texts, as JSON: the request, the grid, version and weights
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
     """A file to write into, beside `path`; it becomes `path` if all went well, and nothing stays behind if not."""
-    work = path.with_name(f".{path.name}.{os.getpid()}")
+    work = path.with_name(f".{secrets.token_hex(8)}.part")
     try:
         with work.open("wb") as file:
             yield file
@@ -39,7 +47,7 @@ def save_pictures(
     the tokens that it was made of: all of them, or none."""
     with ExitStack() as stack:
         for (picture, request), path, grid in zip(pictures, paths, grids or [None] * len(paths), strict=True):
-            picture.save(stack.enter_context(replacing(path)), "PNG", pnginfo=_info(request, picture.size, grid))
+            picture.save(stack.enter_context(replacing(path)), "PNG", pnginfo=_info(picture, request, grid))
 
 
 def encoded(
@@ -58,20 +66,48 @@ def encoded(
         quality: of the last two, 0 to 100.
     """
     buffer = BytesIO()
+    known = image.info
     image = fitted(image, size)
-    how = {"pnginfo": _info(request, image.size)} if form == "png" else {"quality": quality}
+    image.info |= {name: known[name] for name in (TOKENS, MADE_BY) if name in known}
+    how = {"pnginfo": _info(image, request)} if form == "png" else {"quality": quality}
     image.save(buffer, form.upper(), **how)
     return base64.b64encode(buffer.getvalue()).decode()
 
 
-def _info(request: Request | None, size: tuple[int, int], grid: Grid | None = None) -> PngInfo:
+def _info(image: Image.Image, request: Request | None, grid: Grid | None = None) -> PngInfo:
     info = PngInfo()
-    if request:
-        info.add_text(KEY, json.dumps(request.to_dict()))
-        info.add_itxt("parameters", infotext(request, size))
-    if grid:
-        info.add_text(TOKENS, json.dumps(grid))
+    if request is None:
+        return info
+    info.add_text(KEY, json.dumps(request.to_dict()))
+    info.add_itxt("parameters", infotext(request, image.size))
+    if known := json.dumps(grid) if grid else image.info.get(TOKENS):
+        info.add_text(TOKENS, known)
+    if MADE_BY in image.info:
+        info.add_text(MADE_BY, image.info[MADE_BY])
     return info
+
+
+def fingerprint(pipe: DiffusionPipeline) -> str:
+    """A digest of the weights of a pipeline: of names, shapes and some values of each tensor, so that it costs milliseconds."""
+    digest = hashlib.sha256()
+    for name, part in sorted(pipe.components.items()):
+        for key, tensor in part.state_dict().items() if isinstance(part, torch.nn.Module) else ():
+            flat = tensor.detach().flatten()
+            some = flat[torch.linspace(0, flat.numel() - 1, min(16, flat.numel()), device=flat.device).long()]
+            digest.update(f"{name}.{key} {list(tensor.shape)}".encode() + some.cpu().double().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def differences(path: str | Path, pipe: DiffusionPipeline) -> str | None:
+    """What was another when the image in a file was made, in words; None if nothing is known to be."""
+    try:
+        made_by = json.loads(open_image(path).info[MADE_BY])
+        version, weights = made_by["argen"], made_by["weights"]
+    except (KeyError, TypeError, ValueError):
+        return None
+    changes = [f"argen {version}, not {__version__}"] if version != __version__ else []
+    changes += ["other weights of the model"] if weights != fingerprint(pipe) else []
+    return f"{path} was made by {' and '.join(changes)}: the image may differ" if changes else None
 
 
 def infotext(request: Request, size: tuple[int, int]) -> str:

@@ -8,8 +8,10 @@ import torch
 from PIL import Image
 
 from argen.bounds import BOUNDS, MAX_CANDIDATES, MAX_CELLS, check, check_all, check_size
+from argen.images import from_base64
 from samplers import SOLVERS, by_name
 from samplers.logits import Sampling
+from tokenizers_img.pixels import normalized
 
 MAX_PROMPT = 1000  # characters
 CANDIDATES_A_BEAM = 4
@@ -22,7 +24,7 @@ class Control:
     """What a controlled generator follows.
 
     Attributes:
-        picture: of any mode; one that is as large as the picture asked for is taken as it is.
+        picture: of any mode, turned as its EXIF says; one that is as large as the picture asked for is taken as it is.
         kind: how the control picture is made of it, see `argen.models.annotators.KINDS`.
         strength: of the control, 0 for none.
         size: width and height of the picture that is asked for; None for the model's own.
@@ -37,6 +39,7 @@ class Control:
     size: tuple[int, int] | None = None
 
     def __post_init__(self):
+        object.__setattr__(self, "picture", normalized(self.picture))
         check("control_strength", self.strength)
         if min(self.picture.size) < MIN_CONTROL:
             width, height = self.picture.size
@@ -53,8 +56,7 @@ class Control:
     @classmethod
     def from_dict(cls, saved: dict) -> "Control":
         """What `to_dict` gave."""
-        picture = Image.open(BytesIO(base64.b64decode(saved["picture"], validate=True)))
-        picture.load()
+        picture = from_base64(saved["picture"], "the control image")
         return cls(**saved | {"picture": picture, "size": saved["size"] and tuple(saved["size"])})
 
 

@@ -1,11 +1,13 @@
 """Pictures written anew in part: by a mask, from a grid in the request, from where a job was left."""
 
+import io
 from dataclasses import replace
 
 import pytest
 import torch
 from PIL import Image, ImageDraw
 
+from argen.pipelines.base import masked_cells
 from argen.request import Request
 from argen.ui import edit
 
@@ -30,7 +32,7 @@ def test_only_the_cells_under_the_mask_are_written_anew(pipe, drawn):
     mask = half(128, (0, 64, 127, 127))
     luck = [torch.Generator().manual_seed(seed) for seed in range(2)]
     out = pipe.edit("a robot", picture, mask, num_images_per_prompt=2, generator=luck)
-    before = pipe.encode_pictures(torch.stack([from_picture(picture)]))[0]
+    before = drawn.tokens[0]  # the very tokens that it was made of, not what encoding makes of it
     grids = out.tokens.unflatten(1, (8, 8))
     assert torch.equal(grids[:, :4], before[:4].expand(2, -1, -1))
     assert not torch.equal(grids[0, 4:], before[4:])
@@ -149,7 +151,9 @@ def test_what_the_buttons_of_the_page_leave_to_write(pipe, drawn):
     layer = Image.new("RGBA", (256, 256), (0, 0, 0, 0))
     layer.paste((255, 0, 0, 255), (0, 0, 64, 32))
     canvas = {"background": drawn.pictures[0].resize((256, 256)).convert("RGBA"), "layers": [layer]}
-    wish, before = replace(drawn.request, seed=0), pipe.read_tokens(edit.shown(canvas))[0]
+    wish, before = replace(drawn.request, seed=0), drawn.tokens[0]
+    tokens = pipe.read_tokens(edit.shown(canvas), tuple(map(tuple, before.tolist())))
+    assert torch.equal(tokens[0], before)  # the stored grid, though the image was enlarged
     painted = torch.zeros(8, 8, dtype=torch.bool)
     painted[:1, :2] = True
     corner = torch.zeros(8, 8, dtype=torch.bool)
@@ -162,17 +166,49 @@ def test_what_the_buttons_of_the_page_leave_to_write(pipe, drawn):
         (edit.forked, (0.25,), ~first),
         (edit.extended, ("right", 3), torch.arange(8).expand(8, 8) >= 5),
     ):
-        grid = change(pipe, wish, canvas, *how)
+        grid = change(pipe, wish, tokens, canvas, *how)
         assert torch.equal(grid[0] < 0, empty)
-    assert torch.equal(edit.forked(pipe, wish, canvas, 0.25)[0][first], before[first])
-    assert int((edit.varied(pipe, wish, canvas, 0.25) < 0).sum()) == 16
+    assert torch.equal(edit.forked(pipe, wish, tokens, canvas, 0.25)[0][first], before[first])
+    assert int((edit.varied(pipe, wish, tokens, canvas, 0.25) < 0).sum()) == 16
     with pytest.raises(ValueError, match="there is no picture"):
-        edit.anew(pipe, wish, None, False, "")
+        edit.anew(pipe, wish, tokens, None, False, "")
     with pytest.raises(ValueError, match="nothing is to be written anew"):
-        edit.anew(pipe, wish, canvas | {"layers": []}, False, "")
+        edit.anew(pipe, wish, tokens, canvas | {"layers": []}, False, "")
     for wrong in ("9 x 1", "5-3 x 1", "all", "0 x 2"):
         with pytest.raises(ValueError, match=f"'{wrong}' names no cells: expected ROWS x COLUMNS of 8 x 8"):
-            edit.anew(pipe, wish, canvas, False, wrong)
+            edit.anew(pipe, wish, tokens, canvas, False, wrong)
     wide = {"background": drawn.pictures[0].resize((256, 128)).convert("RGBA"), "layers": []}
-    grid = edit.anew(pipe, wish, wide, False, "4-5 x 1")  # of the square that it is padded to
+    grid = edit.anew(pipe, wish, tokens, wide, False, "4-5 x 1")  # of the square that it is padded to
     assert (grid[0] < 0).nonzero().tolist() == [[3, 0], [4, 0]]
+
+
+def test_a_grid_is_the_source_only_of_the_image_that_it_shows(pipe, drawn):
+    """The stored tokens count for the image as it was, not for one that was painted on since, nor for another."""
+    image, grid = drawn.pictures[0], tuple(map(tuple, drawn.tokens[0].tolist()))
+    assert torch.equal(pipe.read_tokens(image), drawn.tokens)  # it carries its grid
+    changed = image.copy()
+    ImageDraw.Draw(changed).rectangle((48, 48, 63, 63), fill="blue")
+    assert not torch.equal(pipe.read_tokens(changed), drawn.tokens)
+    assert torch.equal(pipe.read_tokens(changed), pipe.encode_pictures(from_picture(changed)[None]))
+    other = Image.new("RGB", (128, 128), "green")
+    assert not torch.equal(pipe.read_tokens(other, grid), drawn.tokens)
+    assert not torch.equal(pipe.read_tokens(image, ((1, 2), (3, 4))), torch.tensor([[[1, 2], [3, 4]]]))
+
+
+def test_an_image_is_turned_before_its_mask_is_laid_on(pipe):
+    stored = Image.new("RGB", (96, 128), "white")
+    exif = stored.getexif()
+    exif[0x0112] = 6  # its camera was turned: seen as 128 x 96
+    file = io.BytesIO()
+    stored.save(file, "JPEG", exif=exif)
+    seen = Image.open(file)
+    mask = Image.new("L", (128, 96), 0)
+    mask.paste(255, (64, 0, 128, 96))
+    cells = masked_cells(seen, mask, (8, 8))
+    assert cells.sum() == 24
+    assert cells[1:7, 4:].all()
+    white = Image.new("RGBA", (128, 96), (255, 255, 255, 0))  # white, and seen only where it is opaque
+    white.paste((255, 255, 255, 255), (64, 0, 128, 96))
+    assert torch.equal(masked_cells(seen, white, (8, 8)), cells)
+    with pytest.raises(ValueError, match="the mask is 96 x 128 and the picture 128 x 96"):
+        masked_cells(seen, mask.transpose(Image.Transpose.ROTATE_90), (8, 8))

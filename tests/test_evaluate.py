@@ -227,7 +227,10 @@ def test_missing_weights_are_said_and_not_replaced(tmp_path, monkeypatch, capsys
 
 
 BAD = {
-    "a broken picture": (lambda d: (d / "set" / "7.png").write_bytes(b"\x89PNG"), "set/7.png is no readable picture"),
+    "a broken picture": (
+        lambda d: (d / "set" / "7.png").write_bytes(b"\x89PNG"),
+        "set/7.png could not be read as a picture",
+    ),
     "one picture": (
         lambda d: [f.unlink() for f in (d / "set").glob("[1-9].png")],
         "has 1 picture: expected at least 2",

@@ -9,7 +9,8 @@ ROOT = Path(__file__).parent.parent
 LAYERS = [
     ["samplers"],
     ["tokenizers_img"],
-    ["argen.request", "argen.device"],
+    ["argen.bounds", "argen.images", "argen.device"],
+    ["argen.request"],
     ["argen.metadata"],
     ["argen.models", "argen.data"],
     ["argen.pipelines", "argen.diffusion", "argen.eval"],

@@ -1,5 +1,7 @@
 """The pipelines as diffusers' users call them."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +9,10 @@ from conftest import GOLDEN
 from PIL import Image
 
 import argen
+from argen.images import open_image
+from argen.metadata import differences, fingerprint, save_pictures
 from argen.models.dalle_mini import DalleMiniDecoder, DalleMiniEncoder, text_tokenizer
+from argen.pipelines.base import distinct_first
 from argen.pipelines.dalle_mini import DalleMiniPipeline
 from argen.registry import MODELS, ids
 from argen.request import Request
@@ -159,3 +164,54 @@ def test_a_job_knows_what_its_sampler_did(pipe):
 def test_every_shipped_generator_tells_how_long_a_prompt_is(name):
     words, most = argen.load(name).text_tokens("a pizza")
     assert 2 <= words < most
+
+
+def test_one_generator_is_a_list_of_one(pipe):
+    one = pipe("a cat", generator=torch.Generator().manual_seed(3)).tokens
+    assert torch.equal(one, pipe("a cat", generator=[torch.Generator().manual_seed(3)]).tokens)
+    several = pipe("a cat", generator=torch.Generator().manual_seed(3), num_images_per_prompt=3).tokens
+    assert torch.equal(several[:1], one)
+    assert len({tuple(row) for row in several.tolist()}) == 3
+    *_, job = pipe.run(Request("a cat", seed=3))  # as its PNG says
+    assert torch.equal(job.tokens.flatten(1), one)
+
+
+def test_candidates_that_are_equal_are_kept_last():
+    tokens = torch.tensor([[1, 2], [1, 2], [3, 4], [1, 2], [5, 6]])
+    assert distinct_first([1, 0, 2, 3, 4], tokens) == [1, 2, 4, 0, 3]
+
+
+def test_what_a_callback_returns_is_gone_on_with(pipe):
+    seen = []
+
+    def fixed(pipe, step, decided, given):
+        seen.append(step)
+        if step == 4:
+            tokens = given["tokens"].clone()
+            tokens[:, 60:] = 7  # written before their turn
+            return {"tokens": tokens}
+        return None
+
+    generator = [torch.Generator().manual_seed(0)]
+    out = pipe("a pizza", generator=generator, sampler="plain", callback_on_step_end=fixed)
+    assert (out.tokens[0, 60:] == 7).all()
+    plain = pipe("a pizza", generator=[torch.Generator().manual_seed(0)], sampler="plain")
+    assert torch.equal(out.tokens[0, :60], plain.tokens[0, :60])  # the same noise in each cell
+    assert seen == list(range(len(seen)))
+    assert len(seen) < 64
+
+
+def test_an_image_knows_what_made_it(pipe, tmp_path):
+    *_, job = pipe.run(Request("a pizza", seed=3))
+    save_pictures(list(zip(job.pictures, job.requests, strict=True)), [tmp_path / "a.png"])
+    assert differences(tmp_path / "a.png", pipe) is None
+    before, made_by = fingerprint(pipe), json.loads(open_image(tmp_path / "a.png").info["argen version"])
+    assert made_by == {"argen": argen.__version__, "weights": before}
+    weight = pipe.transformer.embed_tokens.weight
+    with torch.no_grad():
+        weight.mul_(2)
+        try:
+            assert "other weights" in differences(tmp_path / "a.png", pipe)
+        finally:
+            weight.div_(2)
+    assert fingerprint(pipe) == before

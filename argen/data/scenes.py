@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from argen.data.emoji import SPLITS, STYLES, THINGS, with_article
 from argen.data.tables import check_new, read_split, write_splits
+from tokenizers_img.pixels import opaque
 
 HUES = {"red": 0, "orange": 20, "yellow": 42, "green": 88, "blue": 155, "purple": 195, "pink": 230}  # of 256
 NUMBERS = ("zero", "one", "two", "three", "four", "five", "six")
@@ -136,7 +137,7 @@ class Composer:
                 name = ""
             if not name:
                 continue
-            picture = np.asarray(row["image"].convert("RGB"))
+            picture = np.asarray(opaque(row["image"]))
             self.icons[row["style"]].append((name, picture))
             if not any(word in HUES for word in name.split()) and _colourful(picture):
                 self.colourful[row["style"]].append((name, picture))

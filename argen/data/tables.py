@@ -6,6 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
+from tokenizers_img.pixels import opaque
+
 
 def check_new(out: Path) -> None:
     """Raises:
@@ -63,5 +65,5 @@ def read_split(folder: str | Path, split: str):
 
 def pixels(table) -> np.ndarray:
     """All pictures of a table as one array [N, H, W, 3] uint8 (a set of this size fits in memory)."""
-    pictures = [np.asarray(picture.convert("RGB")) for picture in table["image"]]
+    pictures = [np.asarray(opaque(picture)) for picture in table["image"]]
     return np.stack(pictures)

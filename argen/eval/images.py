@@ -1,11 +1,12 @@
 """Pictures on disk, one at a time: folders, zips, npz batches and parquet tables; crops; and the ways to a network's size."""
 
 import hashlib
+import logging
+import os
 import re
 import zipfile
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
-from io import BytesIO
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,10 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from argen.images import decode_image
+from tokenizers_img.pixels import opaque
+
+logger = logging.getLogger(__name__)
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".ppm", ".tif", ".tiff", ".gif"}
 Picture = np.ndarray  # [H, W, 3] uint8
 
@@ -24,28 +29,37 @@ class Pictures(Sequence):
     Attributes:
         captions: of each picture, where the set has some.
         identity: a digest that changes when the set does.
+        transparent: names of the images read so far that have transparency; the colour under it is taken, as published tools do.
     """
 
     captions: list[str] | None = None
     identity: str
+    transparent: Collection[str] = ()
 
     @abstractmethod
     def __getitem__(self, index: int) -> Picture: ...
 
 
 class FileList(Pictures):
-    """Pictures in files under a folder, or in a zip, in natural order ("2.png" before "10.png")."""
+    """Images in files under a folder and the folders that are linked there, or in a zip, in natural order ("2.png" before "10.png").
+
+    What macOS leaves beside images (``._*``, ``__MACOSX``) is skipped.
+    """
 
     def __init__(self, path: Path):
         self.path, self.zip = path, None
+        self.transparent: set[str] = set()
         if path.is_dir():
-            files = {str(f.relative_to(path)): f.stat() for f in path.rglob("*") if f.suffix.lower() in SUFFIXES}
+            files = {str(file.relative_to(path)): file.stat() for file in _files_under(path)}
             facts = {name: (stat.st_size, stat.st_mtime_ns) for name, stat in files.items()}
         else:
             self.zip = zipfile.ZipFile(path)
-            members = [m for m in self.zip.infolist() if Path(m.filename).suffix.lower() in SUFFIXES]
-            facts = {m.filename: (m.file_size, m.CRC) for m in members}
-        self.names = sorted(facts, key=lambda name: [int(p) if p.isdigit() else p for p in re.split(r"(\d+)", name)])
+            facts = {m.filename: (m.file_size, m.CRC) for m in self.zip.infolist() if not m.is_dir()}
+        facts = {name: fact for name, fact in facts.items() if Path(name).suffix.lower() in SUFFIXES}
+        skipped = {name for name in facts if _left_by_macos(name)}
+        if skipped:
+            logger.warning("%s: %d files that macOS left beside the images are skipped", path, len(skipped))
+        self.names = sorted(facts.keys() - skipped, key=_natural)
         self.identity = digest([path.name, *((name, facts[name]) for name in self.names)])
 
     def __len__(self) -> int:
@@ -54,7 +68,31 @@ class FileList(Pictures):
     def __getitem__(self, index: int) -> Picture:
         name = self.names[index]
         data = self.zip.read(name) if self.zip else (self.path / name).read_bytes()
-        return decode(data, f"{self.path / name}")
+        image = decode_image(data, f"{self.path / name}")
+        if image.mode == "RGBA" and image.getchannel("A").getextrema()[0] < 255:
+            self.transparent.add(name)
+        return np.asarray(opaque(image))
+
+
+def _files_under(folder: Path) -> Iterator[Path]:
+    """The files in a folder, its subfolders and those that are linked there, each folder once."""
+    seen = set()
+    for place, folders, names in os.walk(folder, followlinks=True):
+        if (real := os.path.realpath(place)) in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        yield from (file for name in names if (file := Path(place, name)).is_file())
+
+
+def _left_by_macos(name: str) -> bool:
+    path = Path(name)
+    return path.name.startswith("._") or "__MACOSX" in path.parts
+
+
+def _natural(name: str) -> list[str | int]:
+    """Texts and numbers in turn, to sort by."""
+    return [int(part) if index % 2 else part for index, part in enumerate(re.split(r"(\d+)", name))]
 
 
 class Batch(Pictures):
@@ -94,7 +132,7 @@ class Table(Pictures):
         return len(self.table)
 
     def __getitem__(self, index: int) -> Picture:
-        return np.asarray(self.table[index]["image"].convert("RGB"))
+        return np.asarray(opaque(self.table[index]["image"]))
 
 
 def open_pictures(path: str | Path) -> Pictures:
@@ -118,18 +156,6 @@ def open_pictures(path: str | Path) -> Pictures:
         hint = ": for a set made by `argen data`, give the .parquet file of a split" if path.is_dir() else ""
         raise ValueError(f"no pictures in {path}{hint}")
     return found
-
-
-def decode(data: bytes, name: str) -> Picture:
-    """The bytes of a picture file -> [H, W, 3] uint8.
-
-    Raises:
-        ValueError: the file is broken; says which.
-    """
-    try:
-        return np.asarray(Image.open(BytesIO(data)).convert("RGB"))
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{name} is no readable picture ({error}): mend it or take it out") from error
 
 
 def _map_array(path: Path, name: str) -> np.ndarray:

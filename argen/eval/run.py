@@ -5,6 +5,7 @@ where it stopped when it is called again with the same settings and the same fol
 """
 
 import json
+import logging
 import os
 import platform
 import time
@@ -29,6 +30,7 @@ from argen.eval.features import Extractor
 from argen.eval.images import Picture, Pictures, cropped, digest, open_pictures
 from argen.metadata import replacing
 
+logger = logging.getLogger(__name__)
 CHUNK = 256  # pictures; a killed run loses at most the chunk it was at
 KID_SUBSETS, KID_SIZE, IS_SPLITS, NEIGHBOURS = 100, 1000, 10, 3
 EMOJI = Path(__file__).parents[1] / "data/emoji_reference.npz"  # of the 12,853 training pictures, by argen/emoji-clip
@@ -97,6 +99,13 @@ def features(
                 save_array(file, found[name].numpy())
         bar.update(len(rows))
     bar.close()
+    if pictures.transparent:
+        logger.warning(
+            "%d of %d images have transparency: the colour under it is compared, as published tools do; lay them on a background "
+            "first if that is not meant",
+            len(pictures.transparent),
+            len(pictures),
+        )
     state.wait_for_everyone()
     if state.is_main_process:
         for name in wanted:

@@ -14,6 +14,7 @@ from argen.eval.features import PublishedCLIP
 from argen.eval.images import Pictures
 from argen.eval.judge import COMMON_PROMPTS, Truth, evaluate, read_prompts, verdict
 from argen.models.judge import Judge
+from tokenizers_img.pixels import opaque
 
 
 def phrases(concept: str) -> list[str]:
@@ -67,7 +68,7 @@ def by_judge(judge: Judge) -> Recognise:
 
     def recognise(pictures: list[Image.Image], concept: str) -> float:
         truth = Truth(concept, "single", ((concept, ""),))
-        seen = [verdict(judge, np.asarray(picture.convert("RGB")), truth)["identity"] for picture in pictures]
+        seen = [verdict(judge, np.asarray(opaque(picture)), truth)["identity"] for picture in pictures]
         return sum(seen) / len(seen)
 
     return recognise
@@ -77,9 +78,7 @@ def by_clip(clip: PublishedCLIP) -> Recognise:
     """The mean cosine of pictures to the concept."""
 
     def recognise(pictures: list[Image.Image], concept: str) -> float:
-        seen = clip.embed_pixels(
-            torch.stack([clip.prepare(np.asarray(picture.convert("RGB"))) for picture in pictures])
-        )
+        seen = clip.embed_pixels(torch.stack([clip.prepare(np.asarray(opaque(picture))) for picture in pictures]))
         words = clip.embed_text([f"a photo of {with_article(concept)}"])
         return F.cosine_similarity(seen, words).mean().item()
 

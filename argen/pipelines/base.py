@@ -3,6 +3,7 @@
 Letters in shape comments: B pictures, h w token grid, N = h*w cells of a picture (row-major), H W pixels.
 """
 
+import json
 import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
@@ -18,16 +19,19 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from transformers import CLIPModel
 
+from argen import __version__
 from argen.data.imagenet import class_id
+from argen.metadata import MADE_BY, TOKENS, fingerprint, read_grid
 from argen.models.clip import TextImageEncoder
 from argen.request import Control, Grid, Job, Request, check_prompt
 from samplers import SAMPLERS, by_name
 from samplers.logits import Gumbel, Sampling, keys_of
 from samplers.next_x import NextX
 from samplers.steps import START, GuidanceScale, Sampler, Session, Step, guided
-from tokenizers_img.pixels import from_pil, upright
+from tokenizers_img.pixels import from_pil, normalized, to_mask, upright
 
 SAMPLING = ("guidance_scale", "temperature", "top_k", "top_p")  # what a request may leave to the model
+SAME = 0.06  # mean difference of a cell, 0 to 1, up to which an image is what its tokens show: sizes and file formats change it
 UNDECIDED = 230 / 255  # brightness of the cells that are not written yet
 
 
@@ -286,8 +290,8 @@ class TokenPipeline(DiffusionPipeline):
             temperature, top_k, top_p: see `samplers.logits.Sampling`.
             sampler: a name in `samplers.SAMPLERS`, or a sampler.
             num_candidates: pictures drawn for each prompt; the best by `rank` are given back, best first.
-            generator: one, from which every picture gets luck of its own in turn, or a list with one for each
-                picture drawn. None draws a new one.
+            generator: one, which draws the first image and gives seeds for the others, or a list with one for each
+                image drawn. None draws a new one.
             tokens: [drawn, N] int64 to go on from, -1 in the cells to fill.
             num_tokens: of each picture, where they may be of any length; None is the model's own.
             control_image: what the pictures follow, one for all or one for each prompt, for a model that takes it.
@@ -296,7 +300,8 @@ class TokenPipeline(DiffusionPipeline):
             size: width and height of the pictures, under a control; None is the model's own.
             output_type: "pil", "np" ([B, H, W, 3] in [0, 1]), "pt" ([B, 3, H, W] in [0, 1]) or "latent" (ids [B, N]).
             callback_on_step_end: called as ``callback(pipe, step, cells decided, {"tokens": [drawn, N]})`` after each
-                step; set ``pipe._interrupt = True`` in it to stop there and keep what is written.
+                step; tokens in what it returns take the place of those, with -1 in cells to draw anew. Set
+                ``pipe._interrupt = True`` in it to stop there and keep what is written.
         """
         if output_type not in ("pil", "np", "pt", "latent"):
             raise ValueError(f"unknown output_type {output_type!r}: expected pil, np, pt or latent")
@@ -317,17 +322,30 @@ class TokenPipeline(DiffusionPipeline):
             controls = [control for control in ready for _ in range(each)]
         shape = self.shape_of(controls[0] if controls else None, num_tokens)
         generators = generator if isinstance(generator, list) else own_generators(generator, len(prompts))
+        states = [one.get_state() for one in generators]
         settings = {"guidance_scale": guidance_scale, "temperature": temperature, "top_k": top_k, "top_p": top_p}
         self._interrupt = False
         with self.progress_bar(total=math.prod(shape)) as bar:
             given = {"sampler": sampler, "tokens": tokens, "controls": controls, "shape": shape}
-            steps = self.stream(prompts, generators, **settings, **given)
-            for index, step in enumerate(steps):
+            steps, index, passes = self.stream(prompts, generators, **settings, **given), 0, 0
+            while (step := next(steps, None)) is not None:
+                last = step
                 bar.update(step.decided - bar.n)
-                if callback_on_step_end:
-                    callback_on_step_end(self, index, step.decided, {"tokens": step.tokens})
+                told = callback_on_step_end and callback_on_step_end(self, index, step.decided, {"tokens": step.tokens})
+                changed = (told or {}).get("tokens", step.tokens)
+                index += 1
                 if self._interrupt:
+                    last = replace(step, tokens=changed)
                     break
+                if changed is not step.tokens and not torch.equal(
+                    changed, step.tokens
+                ):  # gone on with, with the same noise
+                    steps.close()
+                    passes, last = passes + step.passes, replace(step, tokens=changed)
+                    for one, state in zip(generators, states, strict=True):
+                        one.set_state(state)
+                    steps = self.stream(prompts, generators, **settings, **given | {"tokens": self.kept(last)})
+            step = replace(last, passes=passes + last.passes)
         grid, origins, scores = self.kept(step), step.origins, None
         if num_candidates is not None:
             kept, scores = self._best(asked, self.arranged(grid, shape), each, num_images_per_prompt)
@@ -358,9 +376,26 @@ class TokenPipeline(DiffusionPipeline):
         """The tokens of a picture, undecided where it is to be written anew: ids [1, h, w]. See `edit`."""
         return self.emptied(self.read_tokens(image), masked_cells(image, mask, self.shape_of()))
 
-    def read_tokens(self, image: Image.Image) -> Tensor:
-        """The tokens of a picture of any size, padded to a square: ids [1, h, w]. Raises as `encode_pictures` does."""
-        return self.encode_pictures(from_pil(image, self.image_size)[None])
+    def read_tokens(self, image: Image.Image, grid: Grid | None = None) -> Tensor:
+        """The tokens of an image of any size, padded to a square: ids [1, h, w]. Raises as `encode_pictures` does.
+
+        Args:
+            grid: that the image was made of, where it is known (images of argen carry theirs): it is taken if it shows this image,
+                so that nothing is lost by encoding.
+        """
+        pixels, grid = from_pil(image, self.image_size)[None], grid or read_grid(image)
+        if grid is not None and (stored := self._stored(grid, pixels)) is not None:
+            return stored
+        return self.encode_pictures(pixels)
+
+    def _stored(self, grid: Grid, pixels: Tensor) -> Tensor | None:
+        """A grid as ids [1, h, w], if it is one of this model's and each of its cells shows what `pixels` [1, 3, S, S] do."""
+        shape, tokens = self.shape_of(), torch.tensor(grid)[None]
+        known = getattr(self.image_tokenizer.config, "n_embed", 0) if hasattr(self, "image_tokenizer") else 0
+        if tuple(tokens.shape[1:]) != tuple(shape) or not 0 <= tokens.min() <= tokens.max() < known:
+            return None
+        difference = (self.pictures(tokens.to(self.device), "pt").cpu() - pixels).abs().mean(dim=1, keepdim=True)
+        return tokens.to(self.device) if F.adaptive_avg_pool2d(difference, shape).max() <= SAME else None
 
     def loosened(self, request: Request, tokens: Tensor, share: float) -> Tensor:
         """The tokens of a picture with a share of its cells undecided, one at least: those that the network finds least likely.
@@ -463,7 +498,8 @@ class TokenPipeline(DiffusionPipeline):
         images, kept, scores = self.pictures(tokens), [], []
         for first, prompt in zip(range(0, len(images), each), prompts, strict=True):
             ranked = self.rank(prompt, images[first : first + each])
-            order = sorted(range(each), key=lambda index: -ranked[index])[:keep]
+            order = sorted(range(each), key=lambda index: -ranked[index])
+            order = distinct_first(order, tokens[first : first + each])[:keep]
             kept += [first + index for index in order]
             scores += [ranked[index] for index in order]
         return kept, scores
@@ -485,26 +521,46 @@ class TokenPipeline(DiffusionPipeline):
         if output_type == "pt":
             return pixels
         array = rearrange(pixels.float().cpu(), "b d h w -> b h w d").numpy()
-        return numpy_to_pil(array) if output_type == "pil" else array
+        if output_type == "np":
+            return array
+        images = numpy_to_pil(array)
+        if decided.all():
+            made_by = json.dumps({"argen": __version__, "weights": fingerprint(self)})
+            for image, rows in zip(images, tokens, strict=True):
+                image.info[MADE_BY] = made_by
+                if not tokens.is_floating_point():
+                    image.info[TOKENS] = json.dumps(rows.tolist())
+        return images
 
 
 def masked_cells(image: Image.Image, mask: Image.Image | None, shape: tuple[int, int]) -> Tensor:
     """Which cells of a token grid a mask touches, [h, w] bool; the arguments are those of `TokenPipeline.edit`."""
     if shape[0] == 1:
         raise ValueError("the tokens of this model have no place in the picture: choose another model to edit with")
+    image = normalized(image)
     if mask is None:
         mask = ImageOps.invert(upright(image).getchannel("A"))
-    elif mask.size != image.size:
+    elif (mask := to_mask(mask)).size != image.size:
         raise ValueError(
             f"the mask is {mask.width} x {mask.height} and the picture {image.width} x {image.height}: expected the same"
         )
     side = max(mask.size)
-    square = ImageOps.pad(mask.convert("L"), (side, side), color=0)  # as the picture is padded
+    square = ImageOps.pad(mask, (side, side), color=0)  # as the picture is padded
     painted = torch.from_numpy(np.array(square)).float()[None, None] / 255
     cells = F.adaptive_max_pool2d(painted, shape)[0, 0] > 0.5
     if not cells.any():
         raise ValueError("nothing is to be written anew: expected white in the mask, or something transparent")
     return cells
+
+
+def distinct_first(order: list[int], tokens: Tensor) -> list[int]:
+    """Candidates in an order -> those that an earlier one equals at the end, taken only where there are not enough others."""
+    seen, first, again = set(), [], []
+    for index in order:
+        key = tokens[index].cpu().numpy().tobytes()
+        (again if key in seen else first).append(index)
+        seen.add(key)
+    return first + again
 
 
 def check_asked(prompts: list[str], generators: list[torch.Generator]) -> None:
@@ -526,12 +582,17 @@ def distinct(prompts: list[str], guided: bool) -> tuple[list[str], list[int]]:
 
 
 def own_generators(generator: torch.Generator | None, count: int) -> list[torch.Generator]:
-    """A generator for each picture, drawn from `generator` in turn: the first n do not depend on how many follow."""
+    """A generator for each image: `generator` for the first one, as a list of it alone would give, and seeds from it for the
+    others; the first n do not depend on how many follow."""
     if generator is None:
         generator = torch.Generator()
         generator.seed()
-    seeds = [int(torch.randint(2**62, (1,), generator=generator, device=generator.device)) for _ in range(count)]
-    return [torch.Generator().manual_seed(seed) for seed in seeds]
+    if count == 1:
+        return [generator]
+    first = torch.Generator(generator.device)
+    first.set_state(generator.get_state())
+    seeds = [int(torch.randint(2**62, (1,), generator=generator, device=generator.device)) for _ in range(count - 1)]
+    return [first, *(torch.Generator().manual_seed(seed) for seed in seeds)]
 
 
 def group_caption(prompt: str, groups: list[str] | None) -> str:

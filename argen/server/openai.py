@@ -35,7 +35,7 @@ from argen.server.waiting import prepare, queued
 from argen.studio.following import last
 from argen.studio.queue import Progress, Studio
 from argen.studio.store import DONE
-from tokenizers_img.pixels import to_mask
+from tokenizers_img.pixels import to_mask, upright
 
 router = APIRouter(tags=["OpenAI"])
 MAX_NUM = 10  # images of a request
@@ -145,7 +145,7 @@ def _edited(studio: Studio, body: Generation, data: bytes, over: bytes | None) -
     image = read_image(data, "image")
     mask = None if over is None else transparent(read_image(over, "mask"))
     with studio.model(wanted.model) as pipe:
-        if mask is None and image.convert("RGBA").getchannel("A").getextrema()[0] == 255:
+        if mask is None and upright(image).getchannel("A").getextrema()[0] == 255:
             grid = pipe.loosened(wanted, pipe.read_tokens(image), EDITED)
         else:
             grid = pipe.without(image, mask)

@@ -14,6 +14,7 @@ from argen.bounds import BOUNDS
 from argen.metadata import read_request, save_pictures
 from argen.pipelines.base import TokenPipeline
 from argen.request import Request
+from tokenizers_img.pixels import opaque
 
 SETTINGS = tuple(item.name for item in fields(Request) if item.name not in ("control", "tokens"))
 TABLES = (".csv", ".jsonl")
@@ -186,7 +187,7 @@ def sheet(pictures: Sequence[Image.Image], axes: Sequence[Axis]) -> Image.Image:
             pen.text((GAP, y + height // 2), _label(down, value), fill="black", font=font)
             for column in range(len(across.values)):
                 index = (number * len(down.values) + row) * len(across.values) + column
-                page.paste(pictures[index].convert("RGB"), (side + column * width, y))
+                page.paste(opaque(pictures[index]), (side + column * width, y))
     return page
 
 

@@ -21,6 +21,7 @@ from PIL import Image
 from argen.images import open_image
 from argen.metadata import replacing, save_pictures
 from argen.request import Grid, Request
+from tokenizers_img.pixels import opaque
 
 THUMBNAIL = 256  # side in pixels, at most
 MISSING = (160, 160, 160)  # colour that stands for an image whose file is not there any more
@@ -309,7 +310,7 @@ class Store:
         with suppress(OSError, ValueError):
             return open_image(path)
         try:
-            small = self.opened(id).convert("RGB")
+            small = opaque(self.opened(id))
         except (OSError, ValueError):
             return Image.new("RGB", (THUMBNAIL, THUMBNAIL), MISSING)
         small.thumbnail((THUMBNAIL, THUMBNAIL))

@@ -18,6 +18,7 @@ from argen.eval import judge as scoring
 from argen.eval.reconstruction import reconstruct
 from argen.models.judge import Judge
 from argen.train.loop import Schedule, Task
+from tokenizers_img.pixels import opaque
 from tokenizers_img.vit_vqgan import ViTVQGAN
 
 SCHEDULES = {
@@ -90,7 +91,7 @@ class JudgeTask(Task):
         for row in read_split(data, "validation").select_columns(["concept", "image"]):
             if row["concept"] in known:
                 self.truths.append(scoring.Truth(row["concept"], "single", ((row["concept"], ""),)))
-                self.scenes = np.concatenate([self.scenes, np.asarray(row["image"].convert("RGB"))[None]])
+                self.scenes = np.concatenate([self.scenes, np.asarray(opaque(row["image"]))[None]])
         model = Judge(self.names, self.colours).to(memory_format=torch.channels_last)  # a third faster on a CPU
         self.networks: dict[str, nn.Module] = {"model": model}
 

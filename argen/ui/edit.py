@@ -11,9 +11,11 @@ from PIL import Image
 from torch import Tensor
 
 from argen.pipelines.base import TokenPipeline, masked_cells
-from argen.request import Request, rows_of
+from argen.request import Grid, Request, rows_of
 from argen.ui.generate import Models
 from argen.ui.jobs import Desk, View, refusals
+from samplers import SAMPLERS
+from tokenizers_img.pixels import on_white, upright
 
 CANVAS = 512  # pixels
 SIDES = {"right": (0, 1), "left": (0, -1), "bottom": (1, 0), "top": (-1, 0)}  # where new cells come: rows, columns
@@ -34,7 +36,7 @@ class Edit:
             with gr.Column(scale=2):
                 model = gr.Dropdown(list(ids), value=ids[0], label="Model")
                 prompt = gr.Textbox(label="Prompt", placeholder="a red apple", elem_id="edit-prompt")
-                last = gr.Button("Take the latest picture", elem_id="edit-latest")
+                last, source = gr.Button("Take the latest picture", elem_id="edit-latest"), gr.State(None)
                 picture = gr.ImageEditor(
                     type="pil",
                     image_mode="RGBA",
@@ -45,6 +47,11 @@ class Edit:
                 with gr.Row():
                     num = gr.Slider(1, 9, value=4, step=1, label="Pictures")
                     seed = gr.Number(0, precision=0, minimum=0, label="Seed")
+                with gr.Accordion("More", open=False):
+                    own = models(ids[0]).defaults
+                    guidance = gr.Slider(0, 10, value=own.guidance_scale, step=0.5, label="Guidance", info="1: none")
+                    temperature = gr.Slider(0, 2, value=own.temperature, step=0.05, label="Temperature")
+                    sampler = gr.Dropdown([*SAMPLERS], value=Request.sampler, label="Sampler")
                 locked = gr.Checkbox(False, label="These cells stay, the rest is written anew", elem_id="edit-locked")
                 numbers = gr.Textbox(
                     label="Cells by number, beside those that are painted on",
@@ -61,64 +68,84 @@ class Edit:
                     cells = gr.Slider(1, 7, value=2, step=1, label="Cells")
                 extend = gr.Button("Move it, and draw more on that side", elem_id="edit-extend")
             self.view = View(desk, "-edit")
-        how = [model, prompt, picture, num, seed]
-        last.click(self.latest, None, [picture, prompt])
+        how = [model, prompt, picture, num, seed, source, guidance, temperature, sampler]
+        model.input(
+            lambda name: [models(name).defaults.guidance_scale, models(name).defaults.temperature],
+            model,
+            [guidance, temperature],
+        )
+        last.click(self.latest, None, [picture, prompt, source])
         paint.click(self.asking(anew), [*how, locked, numbers], self.view.watched)
         vary.click(self.asking(varied), [*how, share], self.view.watched)
         fork.click(self.asking(forked), [*how, first], self.view.watched)
         extend.click(self.asking(extended), [*how, side, cells], self.view.watched)
 
     def latest(self, request: gr.Request) -> tuple:
-        """(the picture that was finished last, its prompt)."""
+        """(the picture that was finished last, its prompt, its id)."""
         with refusals():
             found = self.desk.studio.store.pictures(owner=self.desk.owner(request), limit=1)
             if not found:
                 raise ValueError("there is no picture yet: draw one, or drop a file on the canvas")
-            side = self.desk.studio.store.opened(found[0].id).convert("RGBA")
+            side = upright(self.desk.studio.store.opened(found[0].id))
         factor = max(1, CANVAS // max(side.size))
-        return side.resize((side.width * factor, side.height * factor)), found[0].request.prompt
+        return side.resize((side.width * factor, side.height * factor)), found[0].request.prompt, found[0].id
+
+    def tokens_of(self, source: str | None, request: gr.Request) -> Grid | None:
+        """The tokens of the picture that was taken from the store; None where it was another's, or is gone."""
+        if source is None:
+            return None
+        try:
+            saved = self.desk.studio.store.picture(source)
+        except KeyError:
+            return None
+        return saved.tokens if saved.owner == self.desk.owner(request) else None
 
     def asking(self, change: Callable[..., Tensor]) -> Callable:
         """The handler of a button.
 
         Args:
-            change: the pipeline, the request so far, the canvas and what else the button reads -> a grid [1, h, w], of which a part
-                is undecided.
+            change: the pipeline, the request so far, the image and its tokens, the canvas and what else the button reads -> a grid
+                [1, h, w], of which a part is undecided.
         """
 
-        def handler(request: gr.Request, model, prompt, canvas, num, seed, *how) -> tuple:
+        def handler(
+            request: gr.Request, model, prompt, canvas, num, seed, source, guidance, temperature, sampler, *how
+        ) -> tuple:
             with refusals():
-                wish = Request(prompt.strip(), model, int(num), int(seed))
+                sampling = {"guidance_scale": guidance, "temperature": temperature, "sampler": sampler}
+                wish = Request(prompt.strip(), model, int(num), int(seed), **sampling)
                 with self.desk.studio.model(model) as pipe:
-                    grid = change(pipe, wish, canvas, *how)
+                    tokens = pipe.read_tokens(shown(canvas), self.tokens_of(source, request))
+                    grid = change(pipe, wish, tokens, canvas, *how)
                 return self.view.ask(replace(wish, tokens=rows_of(grid)), request)
 
         return handler
 
 
-def anew(pipe: TokenPipeline, wish: Request, canvas: dict | None, locked: bool, numbers: str) -> Tensor:
+def anew(pipe: TokenPipeline, wish: Request, tokens: Tensor, canvas: dict | None, locked: bool, numbers: str) -> Tensor:
     """Without the cells that are painted on or named or, locked, without the others."""
     picture, strokes, cells = shown(canvas), painted(canvas), named(numbers, pipe.shape_of())
     if strokes.getbbox() or not cells.any():
         cells |= masked_cells(picture, strokes, pipe.shape_of())  # says so if there is nothing
-    return pipe.emptied(pipe.read_tokens(picture), ~cells if locked else cells)
+    return pipe.emptied(tokens, ~cells if locked else cells)
 
 
-def varied(pipe: TokenPipeline, wish: Request, canvas: dict | None, share: float) -> Tensor:
+def varied(pipe: TokenPipeline, wish: Request, tokens: Tensor, canvas: dict | None, share: float) -> Tensor:
     """Without a share of the cells, the least certain ones."""
-    return pipe.loosened(wish, pipe.read_tokens(shown(canvas)), share)
+    return pipe.loosened(wish, tokens, share)
 
 
-def forked(pipe: TokenPipeline, wish: Request, canvas: dict | None, share: float) -> Tensor:
+def forked(pipe: TokenPipeline, wish: Request, tokens: Tensor, canvas: dict | None, share: float) -> Tensor:
     """A share of the tokens, from the first."""
-    grid = pipe.read_tokens(shown(canvas))
-    cells = torch.arange(grid[0].numel(), device=grid.device).view_as(grid)
-    return pipe.emptied(grid, cells >= round(share * cells.numel()))
+    cells = torch.arange(tokens[0].numel(), device=tokens.device).view_as(tokens)
+    return pipe.emptied(tokens, cells >= round(share * cells.numel()))
 
 
-def extended(pipe: TokenPipeline, wish: Request, canvas: dict | None, side: str, cells: float) -> Tensor:
+def extended(
+    pipe: TokenPipeline, wish: Request, tokens: Tensor, canvas: dict | None, side: str, cells: float
+) -> Tensor:
     """Moved, with room at a side."""
-    return moved(pipe.read_tokens(shown(canvas)), side, int(cells))
+    return moved(tokens, side, int(cells))
 
 
 def shown(canvas: dict | None) -> Image.Image:
@@ -130,13 +157,13 @@ def shown(canvas: dict | None) -> Image.Image:
     found = (canvas or {}).get("background")
     if found is None:
         raise ValueError("there is no picture: take the latest, or drop a file on the canvas")
-    return found.convert("RGB")
+    return on_white(upright(found))
 
 
 def painted(canvas: dict | None) -> Image.Image:
     """Where there are strokes: white on black."""
     size = shown(canvas).size
-    strokes = [np.array(layer.convert("RGBA").resize(size).getchannel("A")) > 0 for layer in canvas.get("layers") or []]
+    strokes = [np.array(upright(layer).resize(size).getchannel("A")) > 0 for layer in canvas.get("layers") or []]
     mask = np.any(strokes, axis=0) if strokes else np.zeros(size[::-1], bool)
     return Image.fromarray((255 * mask).astype(np.uint8))
 

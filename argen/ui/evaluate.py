@@ -16,6 +16,7 @@ from argen.metadata import save_pictures
 from argen.registry import load
 from argen.studio.queue import Studio
 from argen.ui.jobs import refusals
+from tokenizers_img.pixels import opaque
 
 FID, JUDGE = "FID-emoji, against the 12,853 pictures of training", "the judge, on its 500 prompts"
 A_BATCH = 4  # pictures, after which the queue has its turn
@@ -81,7 +82,7 @@ def measured(studio: Studio, what: str, model: str, num: int, seed: int) -> Iter
     yield "looking at them", gr.skip(), sheet
     if what == JUDGE:
         network = load("argen/emoji-judge")
-        seen = [np.asarray(picture.convert("RGB")) for picture in pictures]
+        seen = [np.asarray(opaque(picture)) for picture in pictures]
         scores = judge.evaluate(network, seen, [truths[index] for index in chosen])
     else:
         with tempfile.TemporaryDirectory() as folder:

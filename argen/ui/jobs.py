@@ -15,6 +15,7 @@ from argen.request import Grid, Request
 from argen.studio.queue import LOCAL, Forbidden, Progress, Studio
 from argen.studio.store import CANCELLED, DONE, FAILED, RUNNING, WAITING
 from samplers.steps import Origin
+from tokenizers_img.pixels import opaque, upright
 
 TINTS = {Origin.ACCEPTED: (0, 160, 60, 110), Origin.RELAXED: (240, 130, 0, 130)}  # RGBA
 PREVIEW_SIDE = 256  # of the shown pictures, in pixels; the files keep the model's size
@@ -253,9 +254,9 @@ def written(picture: Image.Image, origins: Grid) -> Image.Image:
 
 def tinted(picture: Image.Image, tint: np.ndarray) -> Image.Image:
     """A picture under the colours of its cells, [h, w, 4] RGBA uint8."""
-    large = enlarge(picture).convert("RGBA")
+    large = upright(enlarge(picture))
     over = Image.fromarray(tint, "RGBA").resize(large.size, Image.Resampling.NEAREST)
-    return Image.alpha_composite(large, over).convert("RGB")
+    return opaque(Image.alpha_composite(large, over))
 
 
 def enlarge(picture: Image.Image) -> Image.Image:
