@@ -1,12 +1,15 @@
-"""Many clients at once: ``python -m argen.stress`` starts a server, kills it in the middle, and counts what is lost.
+"""Many clients at once, and faults: ``python -m argen.stress`` starts a server, kills it in the middle, and counts what is lost.
 
 Each of the clients submits its jobs over HTTP and waits for them; meanwhile the page is loaded again and again. In the middle the
-server is killed and started anew. At the end each job must have the picture of its own seed, and no other.
+server is killed and started again. At the end each job must have the image of its own seed, and no other. Then the server meets what
+servers meet: made-up paths and hosts, boundless numbers, 300 clients that wait and leave, a disk that takes nothing more, files that
+were deleted by hand, a second server on its folder, SIGTERM.
 """
 
 import argparse
 import json
 import os
+import resource
 import signal
 import socket
 import subprocess
@@ -14,7 +17,9 @@ import sys
 import tempfile
 import threading
 import time
+import urllib.error
 import urllib.request
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -81,8 +86,10 @@ def main() -> int:
     top.add_argument("--jobs", type=int, default=200, help="of all clients together (default: 200)")
     args = top.parse_args()
     with tempfile.TemporaryDirectory() as work:
-        print(json.dumps(run(Server(Path(work) / "pictures"), args.clients, args.jobs // args.clients), indent=1))
-    return 0
+        figures = run(Server(Path(work) / "pictures"), args.clients, args.jobs // args.clients)
+        survived = faults(Server(Path(work) / "faults"))
+    print(json.dumps(figures | {"faults survived": survived}, indent=1))
+    return 0 if not figures["lost"] and not figures["mixed"] and all(survived.values()) else 1
 
 
 def run(server: Server, clients: int, each: int) -> dict:
@@ -140,6 +147,140 @@ def run(server: Server, clients: int, each: int) -> dict:
         "memory after a tenth, MB": round(memory[tenth]),
         "memory at the end, MB": round(memory[-1]),
     }
+
+
+def faults(server: Server) -> dict[str, bool]:
+    """Which faults the server survives."""
+    found = {name: bool(check(server)) for name, check in FAULTS.items()}
+    server.kill()
+    return found
+
+
+def status(server: Server, path: str, body: dict | None = None, **headers: str) -> int:
+    """The status of an answer."""
+    data = None if body is None else json.dumps(body).encode()
+    asked = urllib.request.Request(server.address + path, data, {"content-type": "application/json", **headers})
+    try:
+        with urllib.request.urlopen(asked, timeout=30) as answer:
+            return answer.status
+    except urllib.error.HTTPError as error:
+        return error.code
+
+
+def until(true: Callable[[], object], seconds: float = 60.0) -> bool:
+    """Whether something becomes true within that time."""
+    end = time.monotonic() + seconds
+    while not (now := true()) and time.monotonic() < end:
+        time.sleep(0.2)
+    return bool(now)
+
+
+def drawn(server: Server) -> dict:
+    """A finished job."""
+    id = server.ask("/api/jobs", {"prompt": "a pizza"})["id"]
+    until(lambda: server.ask(f"/api/jobs/{id}")["state"] not in ("waiting", "running"))
+    return server.ask(f"/api/jobs/{id}")
+
+
+def paths(server: Server) -> bool:
+    """No event of the page takes a file that was not uploaded."""
+    config = server.ask("/config")
+    kinds = {one["id"]: one["type"] for one in config["components"]}
+    secret = {"path": "/etc/hostname", "meta": {"_type": "gradio.FileData"}}
+    for event in config["dependencies"]:
+        inputs = [kinds[one] for one in event["inputs"]]
+        if event["backend_fn"] and {"file", "image"} & set(inputs):
+            session = f"s{event['id']}"
+            body = {"fn_index": event["id"], "session_hash": session}
+            server.ask(
+                "/gradio_api/queue/join",
+                body | {"data": [secret if kind in ("file", "image") else "" for kind in inputs]},
+            )
+            with urllib.request.urlopen(f"{server.address}/gradio_api/queue/data?session_hash={session}") as answer:
+                if any(b'"success":true' in line for line in answer):
+                    return False
+    return not any(b"hostname" in file.name.encode() for file in server.folder.rglob("*"))
+
+
+def hosts(server: Server) -> bool:
+    """No path answers another host, or another site."""
+    given = ({"host": "evil.example"}, {"origin": "https://evil.example"})
+    tried = ("/", "/config", "/gradio_api/info", "/openapi.json", "/api/jobs", "/health")
+    return all(status(server, path, **headers) == 403 for path in tried for headers in given)
+
+
+def numbers(server: Server) -> bool:
+    """A boundless number is refused before anything is built by it."""
+    before = server.memory()
+    many = (
+        {"steps": 10**9, "model": "argen/emoji-xar"},
+        {"lantern_k": 10**12, "sampler": "lantern"},
+        {"num_tokens": 10**12},
+    )
+    refused = all(status(server, "/api/jobs", {"prompt": "a", **more}) == 400 for more in many)
+    return refused and server.memory() < before + 100
+
+
+def crowd(server: Server, clients: int = 300) -> bool:
+    """Many clients wait; the queue is answered within half a second, and what they asked for ends when they leave."""
+    body = json.dumps({"prompt": "a pizza", "n": 10}).encode()
+    head = f"POST /v1/images/generations HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
+    waiting = [socket.create_connection(("127.0.0.1", server.port)) for _ in range(clients)]
+    for one in waiting:
+        one.sendall(f"{head}\r\n\r\n".encode() + body)
+    all_wait = until(lambda: server.ask("/health")["waiting"] >= clients - 5)
+    started = time.monotonic()
+    server.ask("/api/jobs")
+    quick = time.monotonic() - started < 0.5
+    for one in waiting:
+        one.close()
+    return all_wait and quick and until(lambda: server.ask("/health")["waiting"] == 0)
+
+
+def full_disk(server: Server) -> bool:
+    """While nothing can be written jobs fail, and afterwards they do not."""
+    before = resource.prlimit(server.process.pid, resource.RLIMIT_FSIZE)
+    resource.prlimit(server.process.pid, resource.RLIMIT_FSIZE, (0, before[1]))
+    refused = status(server, "/api/jobs", {"prompt": "a pizza"}) in (400, 507)
+    resource.prlimit(server.process.pid, resource.RLIMIT_FSIZE, before)
+    return refused and drawn(server)["state"] == "done"
+
+
+def deleted_files(server: Server) -> bool:
+    """An image that was deleted by hand is not found, and nothing else is lost with it."""
+    id = drawn(server)["pictures"][0]
+    (server.folder / f"{id}.png").unlink()
+    return status(server, f"/pictures/{id}.png") == 404 and drawn(server)["state"] == "done"
+
+
+def second_server(server: Server) -> bool:
+    """A second server on the same folder says so."""
+    command = [sys.executable, "-m", "argen.cli", "ui", "--port", "0", "--data-dir", str(server.folder)]
+    other = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
+    return other.returncode == 2 and "in use by another argen" in other.stderr
+
+
+def terminated(server: Server) -> bool:
+    """SIGTERM keeps the job that runs; started again, the server goes on with it."""
+    id = server.ask("/api/jobs", {"prompt": "a pizza", "num_images": 64, "sampler": "plain"})["id"]
+    until(lambda: server.ask(f"/api/jobs/{id}")["decided"] > 2)
+    server.process.send_signal(signal.SIGTERM)
+    server.process.wait(timeout=60)
+    kept = (server.folder / ".studio" / "jobs" / f"{id}.npz").is_file()
+    server.start()
+    return kept and until(lambda: server.ask(f"/api/jobs/{id}")["state"] == "done", 300)
+
+
+FAULTS = {
+    "paths": paths,
+    "hosts": hosts,
+    "numbers": numbers,
+    "a crowd": crowd,
+    "a full disk": full_disk,
+    "deleted files": deleted_files,
+    "a second server": second_server,
+    "SIGTERM": terminated,
+}
 
 
 if __name__ == "__main__":

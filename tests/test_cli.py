@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import argen
 from argen.cli import main
 from argen.data import emoji
-from argen.metadata import read_request, save_tokens
+from argen.metadata import read_request, replacing, save_tokens
 from argen.registry import MODELS, WEIGHTS
 
 
@@ -26,7 +27,7 @@ def apple(tmp_path_factory):
 def refused(capsys, *argv: str) -> str:
     """Run a command that must fail; its one line on stderr."""
     try:
-        code = main(list(argv))
+        code = main([str(part) for part in argv])
     except SystemExit as stop:
         code = stop.code
     out, err = capsys.readouterr()
@@ -220,3 +221,58 @@ def test_import_is_light_and_the_command_is_there():
     assert done.stdout.strip() == "False"
     done = subprocess.run([sys.executable, "-m", "argen.cli", "--help"], capture_output=True, text=True)
     assert "generate" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        (["bind", "a dog", "--steps", "-5"], "steps is -5: expected 1 to 1,000"),
+        (["count", "five apples", "--iterations", "-1"], "iterations is -1: expected 1 to 1,000"),
+        (["count", "five apples", "--noises", "1000000"], "noises is 1000000: expected 1 to 64"),
+        (["count", "five apples", "--learning-rate", "nan"], "learning_rate is nan: expected a number"),
+        (["generate", "a", "--steps", "1000000000", "--model", "argen/emoji-xar"], "steps is 1000000000"),
+        (["generate", "a", "--steps", "10,1000000000", "--model", "argen/emoji-xar"], "steps is 1000000000"),
+        (["generate", "a", "--lantern-k", "1000000000000", "--sampler", "lantern"], "lantern_k is 1000000000000"),
+        (["generate", "a", "--top-k", "1000000000000"], "top_k is 1000000000000"),
+        (["generate", "a", "--temperature", "inf"], "temperature is inf: expected a number"),
+        (["generate", "a", "--size", "99999x99999"], "size is 99999x99999: expected 1 to 4096 pixels"),
+        (["erase", "pizza", "--verify", "0"], "verify is 0: expected 1 to 1,000"),
+        (["erase", "pizza", "--epochs", "-1"], "epochs is -1: expected 0 to 1,000"),
+    ],
+)
+def test_numbers_have_bounds(capsys, tmp_path, command, said):
+    out = tmp_path / ("out" if command[0] == "erase" else "a.png")
+    assert said in refused(capsys, *command, "-o", out)
+    assert not list(tmp_path.iterdir())
+
+
+def test_describe_ends_with_an_error(capsys, tmp_path):
+    Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
+    for temperature in ("nan", "-1", "inf"):
+        assert "temperature is" in refused(capsys, "describe", tmp_path / "a.png", "--temperature", temperature)
+
+
+def test_an_error_while_a_model_writes_words_reaches_who_reads(monkeypatch):
+    pipe = argen.load("argen/emoji-seed-lm")
+    monkeypatch.setattr(pipe.transformer, "generate", lambda **given: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        pipe.describe(Image.new("RGB", (64, 64)))
+
+
+@pytest.mark.parametrize("length", [241, 251, 255, 300])
+def test_long_names_are_refused_before_the_work(capsys, tmp_path, monkeypatch, length):
+    monkeypatch.setattr("argen.cli.load_model", None)  # which would fail
+    out = tmp_path / f"{'x' * (length - 4)}.png"
+    if length > 250:
+        assert "its name is longer than 250 bytes" in refused(capsys, "generate", "a", "-o", out)
+    else:
+        with replacing(out) as file:
+            file.write(b"x")
+        assert out.read_bytes() == b"x"
+
+
+def test_where_a_pipeline_goes_is_checked_before_the_work(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr("argen.registry.load_diffusion", None)
+    (tmp_path / "file").write_text("x")
+    assert "there already" in refused(capsys, "erase", "pizza", "-o", tmp_path)
+    assert "expected the name of a new folder" in refused(capsys, "erase", "pizza", "-o", tmp_path / "file" / "out")

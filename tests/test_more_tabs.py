@@ -5,7 +5,7 @@ import re
 
 import pytest
 from PIL import Image
-from test_ui import page, site  # noqa: F401, fixtures
+from test_ui import chromium, page, site  # noqa: F401, fixtures
 from test_ui import pytestmark as marks
 
 from argen.eval import run

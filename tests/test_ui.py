@@ -61,16 +61,23 @@ def site(tmp_path_factory):
         server.wait(timeout=30)
 
 
-@pytest.fixture
-def page(site):
+@pytest.fixture(scope="module")
+def chromium():
+    """One browser for a module."""
     sync_api = pytest.importorskip("playwright.sync_api")
     with sync_api.sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=str(CHROMIUM), args=FLAGS)
-        page = browser.new_page(viewport={"width": 1280, "height": 1000})
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def page(site, chromium):
+    with chromium.new_context(viewport={"width": 1280, "height": 1000}) as context:
+        page = context.new_page()
         page.goto(site[0])
         page.get_by_placeholder("a red apple").wait_for(timeout=60_000)
         yield page
-        browser.close()
 
 
 def test_a_prompt_becomes_pictures_that_keep_their_settings(page, site):
@@ -187,7 +194,7 @@ def test_the_gallery_finds_compares_and_deletes(page, site):
     page.locator("#found-state", has_text="1 to 3").wait_for(timeout=30_000)
     assert len(list(site[1].glob("*.png"))) == before - 1
     page.locator("#pack").click()
-    page.locator("#packed a[href*='pictures.zip']").first.wait_for(timeout=30_000)
+    page.locator("#packed a[href*='images.zip']").first.wait_for(timeout=30_000)
     page.get_by_label("Favourites only").check()
     page.locator("#found-state", has_text="1 to 1").wait_for(timeout=30_000)
     if folder := os.environ.get("ARGEN_SCREENSHOTS"):
