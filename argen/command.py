@@ -32,20 +32,27 @@ def device_and_json(add: argparse.ArgumentParser) -> None:
     add.add_argument("--json", action="store_true", help="print JSON")
 
 
+def check_name(path: Path) -> None:
+    """Raises:
+    ValueError: the name of a file or a folder is longer than file systems take.
+    """
+    if len(os.fsencode(path.name)) > MAX_NAME:
+        raise ValueError(
+            f"cannot write {path.name[:40]}...: its name is longer than {MAX_NAME} bytes, choose a shorter one"
+        )
+
+
 def writable(path: Path, suffix: str = ".png") -> Path:
     """`path`, if a file with that ending can be written there.
 
     Raises:
         ValueError: it has another ending, or its folder is missing or locked.
     """
+    check_name(path)
     if path.suffix.lower() != suffix:
         raise ValueError(f"cannot write {path}: expected a name that ends in {suffix}")
     if path.is_dir() or not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
         raise ValueError(f"cannot write {path}: expected a file name in a folder that exists and may be written")
-    if len(os.fsencode(path.name)) > MAX_NAME:
-        raise ValueError(
-            f"cannot write {path.name[:40]}...: its name is longer than {MAX_NAME} bytes, choose a shorter one"
-        )
     return path
 
 
@@ -55,10 +62,11 @@ def writable_folder(path: Path) -> Path:
     Raises:
         ValueError: there is something already, or the folder above it is missing or locked.
     """
+    check_name(path)
     if path.exists():
         raise ValueError(f"{path} is there already: choose another --out")
     above = next(parent for parent in path.absolute().parents if parent.exists())
-    if not above.is_dir() or not os.access(above, os.W_OK) or len(os.fsencode(path.name)) > MAX_NAME:
+    if not above.is_dir() or not os.access(above, os.W_OK):
         raise ValueError(f"cannot write {path}: expected the name of a new folder where one may be made")
     return path
 
