@@ -1,5 +1,10 @@
 """argen: a studio for autoregressive image generation."""
 
+import logging
+
+# transformers says at each start that without torchvision it uses Pillow, which is what argen wants: torchvision is no dependency.
+logging.getLogger("transformers.utils.import_utils").addFilter(lambda one: "torchvision" not in one.getMessage())
+
 __version__ = "0.1.0"
 __all__ = ["MODELS", "load"]
 

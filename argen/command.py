@@ -9,7 +9,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 EXTRAS = {
-    "cv2": "control",
     "scipy": "control",
     "matplotlib": "bench",
     "nudenet": "nudity",

@@ -2,7 +2,7 @@
 
 HED: ``ControlNetHED.pth`` of lllyasviel/Annotators (Apache-2.0), arXiv 1504.06375. Line art: the generator of
 informative-drawings (MIT), ``sk_model.pth`` there, arXiv 2203.12691. Depth: DPT, segments: MaskFormer, through transformers.
-The two networks have the published names; canny needs OpenCV and nothing else, segments scipy (``pip install "argen[control]"``).
+The two networks have the published names; canny needs nothing else, segments scipy (``pip install "argen[control]"``).
 
 Letters in shape comments: B pictures, H W pixels.
 """
@@ -87,14 +87,57 @@ class LineArt(nn.Module):
 
 
 def canny(picture: np.ndarray, low: int = 100, high: int = 200) -> np.ndarray:
-    """Picture [H, W, 3] uint8 -> edges [H, W] uint8, 255 on 0, by OpenCV with these thresholds.
+    """[H, W, 3] uint8 -> edges [H, W] uint8, 0 or 255, as OpenCV's ``Canny`` finds them (bit-equal).
 
-    Raises:
-        ModuleNotFoundError: OpenCV is not installed.
+    Sobel gradients of each channel, of which the steepest counts at each pixel; their L1 norm, thinned along the gradient; what is
+    above `high`, and what is above `low` and connected to it.
     """
-    import cv2
+    padded = np.pad(picture.astype(np.int32), ((1, 1), (1, 1), (0, 0)), mode="edge")
+    smooth, slope = np.array([1, 2, 1]), np.array([-1, 0, 1])
+    dx, dy = (_filtered(padded, *kernels) for kernels in ((smooth, slope), (slope, smooth)))
+    norms = np.abs(dx) + np.abs(dy)
+    steepest = norms.argmax(axis=2)[..., None]
+    dx, dy, norm = (np.take_along_axis(each, steepest, 2)[..., 0] for each in (dx, dy, norms))
+    kept = _thinned(dx, dy, norm) & (norm > low)
+    edges, grown = np.zeros_like(kept), kept & (norm > high)
+    while (grown != edges).any():  # weak pixels join what they touch
+        edges = grown
+        around = np.pad(edges, 1)
+        grown = kept & np.any([around[i : i + len(edges), j : j + edges.shape[1]] for i, j in np.ndindex(3, 3)], axis=0)
+    return (255 * edges).astype(np.uint8)
 
-    return cv2.Canny(np.ascontiguousarray(picture), low, high)
+
+def _filtered(padded: np.ndarray, down: np.ndarray, across: np.ndarray) -> np.ndarray:
+    """[H + 2, W + 2, C] -> [H, W, C] under a separable 3 x 3 kernel."""
+    rows = sum(weight * padded[i : len(padded) - 2 + i] for i, weight in enumerate(down))
+    return sum(weight * rows[:, j : rows.shape[1] - 2 + j] for j, weight in enumerate(across))
+
+
+def _thinned(dx: np.ndarray, dy: np.ndarray, norm: np.ndarray) -> np.ndarray:
+    """Where the norm [H, W] is a maximum along the gradient, whose angle is rounded to 45 degrees in OpenCV's fixed-point numbers."""
+    height, width = norm.shape
+    around = np.pad(norm, 1)
+
+    def beside(down: int, across: int) -> np.ndarray:
+        return around[1 + down : 1 + down + height, 1 + across : 1 + across + width]
+
+    x, y = np.abs(dx).astype(np.int64), np.abs(dy).astype(np.int64) << 15
+    flat = x * round(TANGENT * (1 << 15))
+    across, down = y < flat, y > flat + (x << 16)
+    falling = (dx ^ dy) < 0
+    return np.where(
+        across,
+        (norm > beside(0, -1)) & (norm >= beside(0, 1)),
+        np.where(
+            down,
+            (norm > beside(-1, 0)) & (norm >= beside(1, 0)),
+            np.where(
+                falling,
+                (norm > beside(-1, 1)) & (norm > beside(1, -1)),
+                (norm > beside(-1, -1)) & (norm > beside(1, 1)),
+            ),
+        ),
+    )
 
 
 def depth_picture(depth: Tensor, recipe: str = "dpt") -> Tensor:
@@ -168,6 +211,7 @@ ANNOTATORS = {  # published weights, Apache-2.0
     "hed": ("lllyasviel/Annotators", "ControlNetHED.pth"),
     "lineart": ("lllyasviel/Annotators", "sk_model.pth"),
 }
+TANGENT = 0.4142135623730950488016887242097  # of 22.5 degrees
 DEPTH = {"dpt": "Intel/dpt-large", "midas": "Intel/dpt-hybrid-midas"}
 SEGMENTER, SHORT_SIDE = "facebook/maskformer-resnet101-coco-stuff", 640  # pixels of the shorter side, as it was tested
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # mean and deviation of its colours
