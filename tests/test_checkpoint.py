@@ -83,7 +83,7 @@ def test_settings_are_passed_over_and_objects_refused(tmp_path, zipped):
     torch.save({"model": STATE, **settings}, path, _use_new_zipfile_serialization=zipped)
     assert same(read_state_dict(path))
     torch.save({"model": STATE, "network": nn.Linear(2, 2)}, path, _use_new_zipfile_serialization=zipped)
-    with pytest.raises(ValueError, match=r"holds a torch.nn.modules.linear.Linear, which could run code") as refused:
+    with pytest.raises(ValueError, match=r"it holds a torch.nn.modules.linear.Linear, which could run") as refused:
         read_state_dict(path)
     assert "\n" not in str(refused.value)
     assert "\x1b" not in str(refused.value)

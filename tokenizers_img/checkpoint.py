@@ -179,7 +179,7 @@ def read_file(path: Path) -> Any:
         held = re.search(r"GLOBAL (\S+)", str(error))
         if held:
             raise ValueError(
-                f"{path} holds a {held[1]}, which could run code when read: save its tensors alone"
+                f"{path} could not be read as a checkpoint (it holds a {held[1]}, which could run code): save its tensors alone"
             ) from error
         lines = re.sub(r"\x1b\[[0-9;]*m", "", str(error)).split()
         reason = " ".join(lines)[:120] or type(error).__name__

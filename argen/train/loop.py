@@ -22,6 +22,8 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
+from argen.train import checkpoints
+
 
 @dataclass(frozen=True)
 class Schedule:
@@ -106,8 +108,8 @@ def train(
 ) -> dict[str, float]:
     """Train until ``schedule.steps`` (or `steps`), resuming from the last checkpoint in `out`; returns the last scores.
 
-    Writes ``out/checkpoint`` (everything needed to go on), ``out/log.jsonl``, ``out/sample-<step>.png`` and, at the end,
-    ``out/final`` with the averaged weights.
+    Writes ``out/checkpoint`` (everything needed to go on, see `checkpoints`), ``out/log.jsonl``, ``out/sample-<step>.png`` and,
+    at the end, ``out/final`` with the averaged weights.
     """
     out.mkdir(parents=True, exist_ok=True)
     set_seed(seed)
@@ -122,12 +124,10 @@ def train(
     progress = Progress()
     accelerator.register_for_checkpointing(ema, progress, *task.kept)
     recipe = {"schedule": asdict(schedule), "seed": seed, "networks": names, "options": task.options}
-    if (out / "checkpoint").exists():
-        if json.loads((out / "checkpoint/recipe.json").read_text()) != json.loads(json.dumps(recipe)):
-            raise ValueError(
-                f"{out} holds a training with another recipe, setting, seed or option: choose another --out"
-            )
-        accelerator.load_state(out / "checkpoint")
+    if folder := checkpoints.find(accelerator, out):
+        checkpoints.load(accelerator, folder, recipe)
+    if accelerator.is_main_process:
+        checkpoints.trim_log(out / "log.jsonl", progress.step)
 
     scores: dict[str, float] = {}
     end = min(steps or schedule.steps, schedule.steps)
@@ -163,11 +163,14 @@ def train(
                         file.write(json.dumps(entry) + "\n")
                     tqdm.write(json.dumps({key: round(value, 4) for key, value in entry.items()}))
         if progress.step % checkpoint_every == 0 or progress.step == end:
-            _checkpoint(accelerator, out, recipe)
+            checkpoints.write(accelerator, out, recipe)
     bar.close()
-    if scores:  # else there was nothing left to do, or this is not the main process
+    if accelerator.is_main_process:
         with _averaged(model, ema):
-            task.save(out / "final")
+            scores = scores or task.evaluate()  # where there was nothing left to do
+            shutil.rmtree(out / "final.new", ignore_errors=True)
+            task.save(out / "final.new")
+            checkpoints.replace_folder(out / "final.new", out / "final")
     return scores
 
 
@@ -196,13 +199,3 @@ class Progress:
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         self.step = state["step"]
-
-
-def _checkpoint(accelerator: Accelerator, out: Path, recipe: dict) -> None:
-    new, old = out / "checkpoint.new", out / "checkpoint"
-    accelerator.save_state(new)
-    if accelerator.is_main_process:
-        (new / "recipe.json").write_text(json.dumps(recipe, indent=2))
-        shutil.rmtree(old, ignore_errors=True)
-        new.rename(old)
-    accelerator.wait_for_everyone()
