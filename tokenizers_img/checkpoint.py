@@ -1,11 +1,14 @@
 """Published checkpoint files: fetched from the hub, opened safely, their names changed into a library's, and loaded strictly."""
 
+import json
+import logging
 import re
 from argparse import Namespace
 from collections.abc import Sequence
-from pathlib import Path
-from typing import TypeVar
+from pathlib import Path, PosixPath, WindowsPath
+from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
@@ -14,7 +17,28 @@ from torch import Tensor, nn
 
 Network = TypeVar("Network", bound=nn.Module)
 
-WRAPPERS = ("model_ema", "state_dict", "model", "module")
+logger = logging.getLogger(__name__)
+AVERAGES = (
+    "model_ema",
+    "ema",
+    "ema_state_dict",
+    "state_dict_ema",
+)  # where training scripts put averages of the weights
+WRAPPERS = ("state_dict", "model", "module", "model_state_dict")  # and the weights
+PREFIXES = ("module.", "model.")
+INNER = re.compile(r"(?:(?<=\.)|^)(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|_forward_module)\.")
+SUFFIXES = (".safetensors", ".pt", ".pth", ".ckpt", ".bin")
+SHARD = re.compile(r"-\d{5}-of-(\d{5})\.")
+NUMPY_PARTS = (np._core.multiarray.scalar, np._core.multiarray._reconstruct)
+SETTINGS = [  # what else training scripts leave in their files: arguments, paths, numbers of numpy
+    Namespace,
+    PosixPath,
+    WindowsPath,
+    np.dtype,
+    np.ndarray,
+    *{type(np.dtype(code)) for code in np.typecodes["All"] if code not in "OV"},
+    *((part, f"numpy.{core}.multiarray.{part.__name__}") for core in ("core", "_core") for part in NUMPY_PARTS),
+]
 CONVOLUTIONAL = [  # names of taming-transformers and latent diffusion, and of LlamaGen -> of diffusers
     (r"\bdown\.(\d+)\.", r"down_blocks.\1."),
     (r"\bup\.(\d+)\.", r"up_blocks.\1."),
@@ -74,38 +98,167 @@ def download(url: str, path: Path, refusal: str, sha256: str | None = None) -> P
     return path
 
 
-def read_state_dict(path: str | Path) -> dict[str, Tensor]:
-    """The tensors of a ``.safetensors`` file or of a torch file, out of a wrapper: the first there is of `WRAPPERS`.
+def read_state_dict(path: str | Path, averaged: bool = True) -> dict[str, Tensor]:
+    """Read the tensors of a checkpoint, out of the wrappers and without the prefixes that training puts around them.
+
+    Args:
+        path: a torch file of any age or a ``.safetensors`` file, whatever its name; the ``.index.json`` of one in shards; or the
+            folder that holds either.
+        averaged: an exponential moving average of the weights is preferred to the weights, where the file has both.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: the file is no checkpoint, is cut off, or holds more than plain tensors and containers.
+        FileNotFoundError: there is no such file, or a shard is missing.
+        ValueError: the file is no checkpoint, is cut off, or holds more than plain tensors, containers and settings.
     """
-    path = Path(path)
+    state: dict[str, Tensor] = {}
+    for file in weight_files(Path(path)):
+        state |= _tensors(read_file(file), file, averaged)
+    return without_prefixes(state)
+
+
+def weight_files(path: Path) -> list[Path]:
+    """The files that make up the checkpoint at `path`, see `read_state_dict`."""
+    if path.is_dir():
+        indices = sorted(path.glob("*.index.json"))
+        whole = [file for file in sorted(path.iterdir()) if file.suffix in SUFFIXES and not SHARD.search(file.name)]
+        shards = sorted(file for file in path.glob("*.safetensors") if SHARD.search(file.name))
+        safe = [file for file in whole if file.suffix == ".safetensors"]  # beside the same weights as a torch file
+        if len(indices) == 1 and not safe:
+            path = indices[0]
+        elif len(safe or whole) == 1:
+            return safe or whole
+        elif shards and not whole:
+            return _all_shards(shards)
+        else:
+            found = ", ".join(file.name for file in whole[:5]) or "none"
+            raise ValueError(f"{path} is a folder: expected a checkpoint file, or a folder with one; it holds {found}")
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint file at {path}")
+    if not path.name.endswith(".index.json"):
+        return [path]
     try:
-        if path.suffix == ".safetensors":
+        names = sorted(set(json.loads(path.read_text())["weight_map"].values()))
+        files = [path.with_name(Path(name).name) for name in names]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is no index of a checkpoint in shards: fetch it again") from error
+    _refuse_missing(files)
+    return files
+
+
+def _all_shards(shards: list[Path]) -> list[Path]:
+    """Those of one checkpoint, ``NAME-00001-of-00003.safetensors`` and so on."""
+    start, count = SHARD.split(shards[0].name)[0], SHARD.search(shards[0].name)[1]
+    files = [shards[0].with_name(f"{start}-{number:05}-of-{count}.safetensors") for number in range(1, int(count) + 1)]
+    _refuse_missing(files)
+    return files
+
+
+def _refuse_missing(files: list[Path]) -> None:
+    missing = [file.name for file in files if not file.is_file()]
+    if missing:
+        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        raise FileNotFoundError(f"{files[0].parent} lacks the shards {', '.join(missing[:3])}{more}: fetch them")
+
+
+def read_file(path: Path) -> Any:
+    """What one file holds, be it a torch file or of safetensors.
+
+    Raises:
+        ValueError: neither; it is cut off, or holds objects.
+    """
+    refuse_placeholder(path)
+    with path.open("rb") as file:
+        start = file.read(9)
+    try:
+        if _is_safetensors(start) or (path.suffix == ".safetensors" and start[:1] not in b"P\x80"):
             return load_file(path)
-        with torch.serialization.safe_globals([Namespace]):  # the settings that training scripts leave in their files
-            state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        mapped = start.startswith(b"PK") and path.suffix != ".safetensors"  # those of before torch 1.6 cannot be
+        with torch.serialization.safe_globals(SETTINGS), path.open("rb") as file:
+            return torch.load(path if mapped else file, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:
-        raise ValueError(f"{path} could not be read as a checkpoint ({error}): fetch it again") from error
-    for wrapper in WRAPPERS:
-        if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
-            state = state[wrapper]
-    if not isinstance(state, dict) or not any(isinstance(value, Tensor) for value in state.values()):
-        raise ValueError(f"{path} holds no state dict")
-    return {key: value for key, value in state.items() if isinstance(value, Tensor)}
+        held = re.search(r"GLOBAL (\S+)", str(error))
+        if held:
+            raise ValueError(
+                f"{path} could not be read as a checkpoint (it holds a {held[1]}, which could run code): save its tensors alone"
+            ) from error
+        lines = re.sub(r"\x1b\[[0-9;]*m", "", str(error)).split()
+        reason = " ".join(lines)[:120] or type(error).__name__
+        raise ValueError(f"{path} could not be read as a checkpoint ({reason}): fetch it again") from error
+
+
+def _is_safetensors(start: bytes) -> bool:
+    """Whether a file begins with the length of a header, and with the header."""
+    return start[5:9] == b"\0\0\0{"
+
+
+def refuse_placeholder(path: Path) -> None:
+    """Refuse what downloads leave in place of a checkpoint, known by its first bytes.
+
+    Raises:
+        ValueError: the file is empty, a pointer of Git LFS, a page of a web server or another text.
+    """
+    with path.open("rb") as file:
+        start = file.read(512)
+    if not start:
+        raise ValueError(f"{path} is empty: fetch it again")
+    text = start.decode("utf-8", "replace").strip("\ufeff \t\r\n")
+    if text.startswith("version https://git-lfs"):
+        raise ValueError(
+            f"{path} is a pointer of Git LFS, not the checkpoint: run `git lfs pull`, or fetch the file itself from the hub"
+        )
+    if text.lower().startswith(("<!doctype", "<html", "<head", "<body", "<?xml", "<!--")):
+        raise ValueError(f"{path} is a web page (HTML), not a checkpoint: fetch the file itself")
+    if not _is_safetensors(start) and all(letter.isprintable() or letter in "\t\r\n" for letter in text[:-1]):
+        begun = " ".join(text.split())[:40]
+        raise ValueError(f"{path} is a text that begins with {begun!r}, not a checkpoint: fetch the file itself")
+
+
+def _tensors(held: Any, path: Path, averaged: bool) -> dict[str, Tensor]:
+    """The tensors of the innermost wrapper; which one is logged where the file holds averaged weights, too."""
+    wrappers = (*AVERAGES, *WRAPPERS) if averaged else (*WRAPPERS, *AVERAGES)
+    names = []
+    while isinstance(held, dict) and (inside := [name for name in wrappers if _holds_tensors(held.get(name))]):
+        names += inside[:1]
+        if len(inside) > 1 and set(inside) & set(AVERAGES):
+            logger.warning("%s: the weights under %r are taken, not those under %r", path, inside[0], inside[1])
+        held = held[inside[0]]
+    if not isinstance(held, dict):
+        raise ValueError(f"{path} holds no state dict, but a {type(held).__name__}")
+    tensors = {key: value for key, value in held.items() if isinstance(value, Tensor) and isinstance(key, str)}
+    if not tensors:
+        keys = ", ".join(map(str, list(held)[:5])) or "nothing"
+        raise ValueError(f"{path} holds no state dict: expected tensors by their names, found {keys}")
+    return tensors
+
+
+def _holds_tensors(held: Any) -> bool:
+    return isinstance(held, dict) and any(isinstance(v, Tensor) or _holds_tensors(v) for v in held.values())
+
+
+def without_prefixes(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Take away what wrappers of training put before the names: ``module.``, ``_orig_mod.`` and their like wherever all names
+    begin so, and ``model.``; what stands in the middle of a name, too, where it can be nothing else."""
+    state = {INNER.sub("", key): value for key, value in state.items()}
+    names = [key for key in state if not key.startswith("loss.")]
+    while prefix := next((p for p in PREFIXES if names and all(name.startswith(p) for name in names)), None):
+        state = {key.removeprefix(prefix): value for key, value in state.items()}
+        names = [name.removeprefix(prefix) for name in names]
+    return state
 
 
 def load_strict(model: Network, state: dict[str, Tensor], source: str | Path) -> Network:
-    """Load every tensor of `state` into `model`, all names and shapes equal, and return it in eval mode.
+    """Load every tensor of `state` into `model`, all names and shapes equal, in the precision of `model`; return it in eval mode.
+
+    Where nothing is missing of what stands under a prefix of `PREFIXES`, that is taken, and what stands beside it is left out.
 
     Raises:
         ValueError: names what is missing, left over or of another shape.
     """
     expected = model.state_dict()
+    for prefix in PREFIXES:
+        under = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+        if under.keys() == expected.keys() != state.keys():
+            state = under
     problems = [f"missing {key}" for key in expected if key not in state]
     problems += [f"unexpected {key}" for key in state if key not in expected]
     problems += [
@@ -116,7 +269,7 @@ def load_strict(model: Network, state: dict[str, Tensor], source: str | Path) ->
     if problems:
         more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
         raise ValueError(f"{source} does not fit {type(model).__name__}: {'; '.join(problems[:5])}{more}")
-    model.load_state_dict(state, assign=True)
+    model.load_state_dict({key: value.to(expected[key].dtype) for key, value in state.items()}, assign=True)
     return model.eval()
 
 

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from samplers.flow import NormalisedGuidance, euler, even_times
 from samplers.logits import guide
-from tokenizers_img.checkpoint import load_strict, read_state_dict
+from tokenizers_img.checkpoint import load_strict, read_state_dict, weight_files
 from tokenizers_img.quantize import FSQ, check_ids
 
 logger = logging.getLogger(__name__)
@@ -381,8 +381,8 @@ class FlexTokenizer(nn.Module):
             ValueError: the file does not fit its configuration, which names something that argen does not know.
         """
         path = Path(path)
-        config = read_config(path)
         state = {key: value for key, value in read_state_dict(path).items() if not key.startswith(ALIGNMENT)}
+        config = read_config(path)
         inner = {key.removeprefix(VAE): value for key, value in state.items() if key.startswith(VAE)}
         rest = {key: value for key, value in state.items() if not key.startswith(VAE)}
         network = load_strict(FlexTok(**sizes_of(config)), rest, source=path)
@@ -522,11 +522,11 @@ ENTRIES = {  # entry of a published configuration -> its class, and the settings
 
 def read_config(path: Path) -> dict:
     """The configuration of a published file: from ``config.json`` beside it, else from inside it."""
-    beside = path.with_name("config.json")
+    beside = (path if path.is_dir() else path.parent) / "config.json"
     if beside.is_file():
         return json.loads(beside.read_text())
     try:
-        with safe_open(path, "pt") as file:
+        with safe_open(weight_files(path)[0], "pt") as file:
             inside = file.metadata() or {}
         return {key: value if key == "_target_" else ast.literal_eval(value) for key, value in inside.items()}
     except (OSError, ValueError, SyntaxError) as error:

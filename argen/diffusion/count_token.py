@@ -21,6 +21,7 @@ from torch import Tensor
 
 from argen.data.scenes import NUMBERS as SMALL_NUMBERS
 from argen.diffusion.base import StableDiffusion, check_pipeline, frozen
+from tokenizers_img.checkpoint import read_file
 
 logger = logging.getLogger(__name__)
 MOST = 25  # things, the authors' range
@@ -117,15 +118,17 @@ def read_token(path: str | Path) -> tuple[Tensor, dict[str, str]]:
     if not path.is_file():
         raise FileNotFoundError(f"no token at {path}")
     try:
+        held = read_file(path)
+        found = list(held.values()) if isinstance(held, dict) else [held]
         if path.suffix == ".safetensors":
             with safe_open(path, "pt") as file:
-                notes, found = file.metadata() or {}, [file.get_tensor(name) for name in file.keys()]  # noqa: SIM118
-        else:
-            found = [torch.load(path, map_location="cpu", weights_only=True)]
+                notes = file.metadata() or {}
         (vector,) = found
         return vector.detach().float().reshape(-1), notes
     except Exception as error:
-        raise ValueError(f"{path} holds no token: expected one that `argen count --token` has written") from error
+        raise ValueError(
+            f"{path} holds no token: expected one that `argen count --token` has written ({error})"
+        ) from error
 
 
 def looked_at(image: Tensor) -> Tensor:

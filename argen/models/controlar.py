@@ -151,7 +151,7 @@ class ControlAR(LlamaGen):
         kind = encoder.partition("-")[0]
         sizes = ENCODERS[encoder]
         model = cls(kind, sizes, resize, grid=grid, classes=classes, **SIZES[size])
-        return load_strict(model, converted(read_state_dict(path), kind), source=path)
+        return load_strict(model, converted(read_state_dict(path, averaged=False), kind), source=path)
 
     def control(self, pictures: Tensor, strength: float = 1.0) -> Tensor:
         """What control pictures [B, 3, H, W] in [-1, 1] add to the stream: [3, B, N, D].

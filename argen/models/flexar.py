@@ -182,7 +182,7 @@ class FlexAR(ModelMixin, ConfigMixin):
             ValueError: the configuration names something that argen does not know, or the file does not fit it.
         """
         path = Path(path)
-        config = read_config(path.with_name("config.yaml"))
+        config = read_config((path if path.is_dir() else path.parent) / "config.yaml")
         state = {key: value for key, value in read_state_dict(path).items() if not key.startswith(IGNORED)}
         return load_strict(cls(**sizes_of(config)), state, source=path)
 

@@ -202,7 +202,7 @@ class LlamaGen(ModelMixin, ConfigMixin):
         if size not in SIZES:
             raise ValueError(f"unknown LlamaGen size {size!r}: expected one of {', '.join(SIZES)}")
         model = cls(grid=grid, classes=classes, **SIZES[size])
-        return load_strict(model, converted(read_state_dict(path)), source=path)
+        return load_strict(model, converted(read_state_dict(path, averaged=False)), source=path)
 
     def controlled(self, x: Tensor, layer: int, control: Tensor | None) -> Tensor:
         """x [R, n, D] before a layer, with what `control` [J, R, n, D] adds there: one part before each J-th of the layers."""

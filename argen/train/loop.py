@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.utils import set_seed
 from diffusers.training_utils import EMAModel
 from PIL import Image
@@ -23,6 +23,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 from argen.device import fast_dtype, pick
+from argen.train import checkpoints
 
 
 @dataclass(frozen=True)
@@ -44,9 +45,6 @@ class Schedule:
         progress = min(1.0, step / self.steps)
         cosine = 0.5 * (1 + torch.cos(torch.tensor(progress * torch.pi)).item())
         return self.learning_rate * min(1.0, (step + 1) / self.warmup) * (0.02 + 0.98 * cosine)
-
-
-OLD_PRECISION = "bf16"  # of checkpoints that do not name theirs
 
 
 class Task(Protocol):
@@ -111,15 +109,16 @@ def train(
 ) -> dict[str, float]:
     """Train until ``schedule.steps`` (or `steps`), resuming from the last checkpoint in `out`; returns the last scores.
 
-    Writes ``out/checkpoint`` (everything needed to go on), ``out/log.jsonl``, ``out/sample-<step>.png`` and, at the end,
-    ``out/final`` with the averaged weights.
+    Writes ``out/checkpoint`` (everything needed to go on, see `checkpoints`), ``out/log.jsonl``, ``out/sample-<step>.png`` and,
+    at the end, ``out/final`` with the averaged weights.
 
     Args:
         precision: "bf16" (mixed) or "fp32"; None for that of the checkpoint, or without one the faster one here.
     """
     out.mkdir(parents=True, exist_ok=True)
     set_seed(seed)
-    precision = precision or _precision(out)
+    begun = checkpoints.find(PartialState(), out)
+    precision = precision or _precision(begun)
     accelerator = Accelerator(mixed_precision="bf16" if precision == "bf16" else "no")
     accelerator.print(f"{out.name}: training in {precision} on {accelerator.device}")
     names = list(task.networks)
@@ -131,20 +130,12 @@ def train(
     ema.to(accelerator.device)
     progress = Progress()
     accelerator.register_for_checkpointing(ema, progress, *task.kept)
-    recipe = {
-        "precision": precision,
-        "schedule": asdict(schedule),
-        "seed": seed,
-        "networks": names,
-        "options": task.options,
-    }
-    if (out / "checkpoint").exists():
-        begun = {"precision": OLD_PRECISION} | json.loads((out / "checkpoint/recipe.json").read_text())
-        if begun != json.loads(json.dumps(recipe)):
-            raise ValueError(
-                f"{out} holds a training with another recipe, setting, seed or option: choose another --out"
-            )
-        accelerator.load_state(out / "checkpoint")
+    own = {"schedule": asdict(schedule), "seed": seed, "networks": names, "options": task.options}
+    recipe = {"precision": precision, **own}
+    if begun:
+        checkpoints.load(accelerator, begun, recipe)
+    if accelerator.is_main_process:
+        checkpoints.trim_log(out / "log.jsonl", progress.step)
 
     scores: dict[str, float] = {}
     end = min(steps or schedule.steps, schedule.steps)
@@ -180,19 +171,21 @@ def train(
                         file.write(json.dumps(entry) + "\n")
                     tqdm.write(json.dumps({key: round(value, 4) for key, value in entry.items()}))
         if progress.step % checkpoint_every == 0 or progress.step == end:
-            _checkpoint(accelerator, out, recipe)
+            checkpoints.write(accelerator, out, recipe)
     bar.close()
-    if scores:  # else there was nothing left to do, or this is not the main process
+    if accelerator.is_main_process:
         with _averaged(model, ema):
-            task.save(out / "final")
+            scores = scores or task.evaluate()  # where there was nothing left to do
+            shutil.rmtree(out / "final.new", ignore_errors=True)
+            task.save(out / "final.new")
+            checkpoints.replace_folder(out / "final.new", out / "final")
     return scores
 
 
-def _precision(out: Path) -> str:
-    """That of the training in `out`, which goes on exactly as it began, also on another machine; else the faster one here."""
-    begun = out / "checkpoint" / "recipe.json"
-    if begun.is_file():
-        return json.loads(begun.read_text()).get("precision", OLD_PRECISION)
+def _precision(begun: Path | None) -> str:
+    """That of a checkpoint, which goes on exactly as it began, also on another machine; without one the faster one here."""
+    if begun:
+        return checkpoints.recipe_of(begun)["precision"]
     return "bf16" if fast_dtype(pick(None)) == torch.bfloat16 else "fp32"
 
 
@@ -221,13 +214,3 @@ class Progress:
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         self.step = state["step"]
-
-
-def _checkpoint(accelerator: Accelerator, out: Path, recipe: dict) -> None:
-    new, old = out / "checkpoint.new", out / "checkpoint"
-    accelerator.save_state(new)
-    if accelerator.is_main_process:
-        (new / "recipe.json").write_text(json.dumps(recipe, indent=2))
-        shutil.rmtree(old, ignore_errors=True)
-        new.rename(old)
-    accelerator.wait_for_everyone()

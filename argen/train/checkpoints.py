@@ -1,0 +1,147 @@
+"""The checkpoint of a training: written whole, swapped in, and read back after a kill at any moment.
+
+Beside ``checkpoint`` lie, at most, ``checkpoint.new``, which is being written or waits to be renamed, and ``checkpoint.old``, the one
+before, which is read where a file of the newer one is damaged. What is whole has a list of its files, written last.
+"""
+
+import json
+import logging
+import os
+import shutil
+import zlib
+from pathlib import Path
+
+from accelerate import Accelerator, PartialState
+
+logger = logging.getLogger(__name__)
+NEW, CURRENT, OLD, DAMAGED = "checkpoint.new", "checkpoint", "checkpoint.old", "checkpoint.damaged"
+RECIPE, FILES = "recipe.json", "files.json"  # FILES: name -> size and CRC-32
+
+
+def write(accelerator: Accelerator, out: Path, recipe: dict) -> None:
+    """Save all that the accelerator holds as ``out/checkpoint``; the one before is kept as ``checkpoint.old``."""
+    new, current, old = out / NEW, out / CURRENT, out / OLD
+    if accelerator.is_main_process:
+        shutil.rmtree(new, ignore_errors=True)
+    accelerator.wait_for_everyone()
+    accelerator.save_state(new)
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        (new / RECIPE).write_text(json.dumps(recipe, indent=2))
+        held = sorted(path for path in new.rglob("*") if path.is_file())
+        listed = {path.relative_to(new).as_posix(): _facts(path, flush=True) for path in held}
+        (new / "files.part").write_text(json.dumps(listed))
+        (new / "files.part").rename(new / FILES)
+        shutil.rmtree(old, ignore_errors=True)
+        _swap(new, current, old)
+    accelerator.wait_for_everyone()
+
+
+def find(accelerator: Accelerator | PartialState, out: Path) -> Path | None:
+    """``out/checkpoint`` after every swap that a kill cut short is finished, and with what is damaged put aside; None where no
+    checkpoint was ever whole.
+
+    Raises:
+        ValueError: there are checkpoints, but all are damaged.
+    """
+    if accelerator.is_main_process:
+        _recover(out)
+    accelerator.wait_for_everyone()
+    current = out / CURRENT
+    if (out / DAMAGED).exists() and not current.exists():
+        raise ValueError(f"{out / DAMAGED} cannot be read and there is no other checkpoint: remove it to start anew")
+    return current if current.exists() else None
+
+
+def recipe_of(folder: Path) -> dict:
+    """What a checkpoint was trained by; those that do not name their precision were trained in bf16."""
+    return {"precision": "bf16"} | json.loads((folder / RECIPE).read_text())
+
+
+def load(accelerator: Accelerator, folder: Path, recipe: dict) -> None:
+    """Give the accelerator what `write` has saved.
+
+    Raises:
+        ValueError: it is of another training, or cannot be read.
+    """
+    if recipe_of(folder) != json.loads(json.dumps(recipe)):
+        raise ValueError(
+            f"{folder.parent} holds a training with another recipe, setting, seed or option: choose another --out"
+        )
+    try:
+        accelerator.load_state(folder)
+    except Exception as error:
+        reason = " ".join(str(error).split())[:160]
+        raise ValueError(f"{folder} cannot be read ({reason}): remove it to start anew") from error
+
+
+def replace_folder(new: Path, folder: Path) -> None:
+    """Put the folder `new`, which is whole, in the place of another."""
+    old = folder.with_name(f"{folder.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    _swap(new, folder, old)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def trim_log(path: Path, step: int) -> None:
+    """Drop the entries of steps after `step`, which will be done again, and a line that was cut."""
+    if not path.is_file():
+        return
+    kept = []
+    for line in path.read_text().splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(f"{line}\n")
+        except (ValueError, KeyError, TypeError):
+            continue
+    part = path.with_suffix(".part")
+    part.write_text("".join(kept))
+    part.replace(path)
+
+
+def _swap(new: Path, current: Path, old: Path) -> None:
+    if current.exists():
+        current.rename(old)
+    new.rename(current)
+
+
+def _recover(out: Path) -> None:
+    new, current, old = out / NEW, out / CURRENT, out / OLD
+    if new.exists() and damage(new) is None:
+        shutil.rmtree(old, ignore_errors=True)
+        _swap(new, current, old)
+    if current.exists() and (reason := damage(current)):
+        shutil.rmtree(out / DAMAGED, ignore_errors=True)
+        current.rename(out / DAMAGED)
+        whole = old.exists() and damage(old) is None
+        then = "; the training goes on from the checkpoint before" if whole else ""
+        logger.warning("%s is damaged (%s) and put aside as %s%s", current, reason, DAMAGED, then)
+    if not current.exists() and old.exists() and damage(old) is None:
+        old.rename(current)
+
+
+def damage(folder: Path) -> str | None:
+    """What is wrong with a checkpoint; None where it is whole. One without a list of its files is whole with its recipe, which was
+    written last."""
+    name = FILES if (folder / FILES).is_file() else RECIPE
+    try:
+        held = json.loads((folder / name).read_text())
+    except (OSError, ValueError):
+        return f"{name} is missing or cut"
+    for file, facts in held.items() if name == FILES else ():
+        if not (folder / file).is_file():
+            return f"{file} is missing"
+        if _facts(folder / file) != facts:
+            return f"{file} is cut or changed"
+    return None
+
+
+def _facts(path: Path, flush: bool = False) -> list[int]:
+    """Size and CRC-32 of a file."""
+    crc, size = 0, 0
+    with path.open("rb") as file:
+        while part := file.read(1 << 20):
+            crc, size = zlib.crc32(part, crc), size + len(part)
+        if flush:
+            os.fsync(file.fileno())
+    return [size, crc]
