@@ -5,6 +5,7 @@ import hashlib
 import json
 import secrets
 import zipfile
+import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from io import BytesIO
@@ -147,8 +148,17 @@ def read_tokens(path: str | Path) -> tuple[str, np.ndarray]:
             tokenizer, tokens = file["tokenizer"], file["tokens"]
         if tokenizer.shape or tokenizer.dtype.kind != "U" or tokens.dtype.kind not in "if":
             raise ValueError("it holds something else")
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
-        reason = str(error).splitlines()[0]
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        EOFError,
+        NotImplementedError,
+        RuntimeError,
+        zipfile.BadZipFile,
+        zlib.error,
+    ) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:120]
         raise ValueError(
             f"{path} holds no tokens ({reason}): expected an .npz file made by `argen tokenize`"
         ) from error
@@ -178,5 +188,6 @@ def read_request(path: str | Path) -> Request:
         )
     try:
         return Request.from_dict(json.loads(text))
-    except (TypeError, ValueError, KeyError, OSError) as error:
-        raise ValueError(f"the settings in {path} cannot be used: {error}") from error
+    except (TypeError, ValueError, KeyError, OSError, RecursionError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(f"the settings in {path} cannot be used: {reason}") from error

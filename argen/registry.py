@@ -65,6 +65,15 @@ from tokenizers_img.llamagen_vq import LlamaGenVQ
 from tokenizers_img.seed import Seed, SeedTokenizer, UnCLIP
 from tokenizers_img.vit_vqgan import ViTVQGAN
 
+UNUSABLE = (
+    OSError,
+    ValueError,
+    RuntimeError,
+    SafetensorError,
+    TypeError,
+    AttributeError,
+    LookupError,
+)  # by files that do not fit
 WEIGHTS = Path(__file__).parent / "weights"
 COUNTED = DRAWN | {"num_inference_steps": 4}  # pictures of emoji-sd in a moment
 EMOJI_FLOW = {"steps": 12, "guidance_scale": 3.0}  # of emoji-flextok, from tokens to a picture
@@ -574,7 +583,7 @@ def load(model: str | Path) -> Loaded:
     try:
         with _alone():
             return read(folder)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+    except UNUSABLE as error:
         if isinstance(error, FileNotFoundError):
             raise
         reason = " ".join(str(error).split())[:300]
@@ -645,11 +654,15 @@ def _alone() -> Iterator[None]:
 
 
 def _pipeline(folder: Path, known: dict[str, type[DiffusionPipeline]] = PIPELINES) -> DiffusionPipeline:
-    name = json.loads((folder / "model_index.json").read_text()).get("_class_name")
-    if name not in known:
-        raise ValueError(f"it holds a {name}, expected one of {', '.join(known)}")
+    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+    name = index.get("_class_name") if isinstance(index, dict) else None
+    if not isinstance(name, str) or name not in known:
+        raise ValueError(f"it holds a {str(name)[:60]}, expected one of {', '.join(known)}")
     unchecked = {"safety_checker": None, "requires_safety_checker": False} if name == "StableDiffusionPipeline" else {}
-    return known[name].from_pretrained(folder, **unchecked)
+    try:
+        return known[name].from_pretrained(folder, **unchecked)
+    except ImportError as error:  # a part of a library that is not here, or does not exist
+        raise ValueError(f"it names a part that cannot be imported: {error}") from error
 
 
 def load_diffusion(model: str | Path) -> StableDiffusionPipeline | StableDiffusionXLPipeline:
@@ -674,7 +687,7 @@ def load_diffusion(model: str | Path) -> StableDiffusionPipeline | StableDiffusi
     try:
         with _alone():
             return _pipeline(folder, DIFFUSION)
-    except (OSError, ValueError, RuntimeError, SafetensorError, TypeError) as error:
+    except UNUSABLE as error:
         raise ValueError(f"the pipeline in {folder} cannot be used ({' '.join(str(error).split())[:300]})") from error
 
 

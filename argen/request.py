@@ -40,6 +40,8 @@ class Control:
 
     def __post_init__(self):
         object.__setattr__(self, "picture", normalized(self.picture))
+        if not isinstance(self.kind, str):
+            raise ValueError(f"the control's kind is {str(self.kind)[:60]}: expected a name, e.g. canny")
         check("control_strength", self.strength)
         if min(self.picture.size) < MIN_CONTROL:
             width, height = self.picture.size
@@ -55,9 +57,22 @@ class Control:
 
     @classmethod
     def from_dict(cls, saved: dict) -> "Control":
-        """What `to_dict` gave."""
-        picture = from_base64(saved["picture"], "the control image")
-        return cls(**saved | {"picture": picture, "size": saved["size"] and tuple(saved["size"])})
+        """What `to_dict` gave.
+
+        Raises:
+            ValueError: something else; says what.
+        """
+        if not isinstance(saved, dict) or not isinstance(saved.get("picture"), str):
+            raise ValueError("control has no picture: expected the base64 of one, and its kind, strength and size")
+        if unknown := [name for name in saved if name not in ("picture", "kind", "strength", "size")]:
+            raise ValueError(f"unknown setting {unknown[0][:60]!r} of control: expected kind, strength or size")
+        size = saved.get("size")
+        if size is not None and not (isinstance(size, list | tuple) and len(size) == 2):
+            raise ValueError(f"size is {str(size)[:60]}: expected width and height in pixels")
+        given = {name: value for name, value in saved.items() if value is not None}
+        return cls(
+            **given | {"picture": from_base64(saved["picture"], "the control image"), "size": size and tuple(size)}
+        )
 
 
 @dataclass(frozen=True)
@@ -176,11 +191,24 @@ class Request:
 
     @classmethod
     def from_dict(cls, saved: dict) -> "Request":
-        """What `to_dict` gave."""
-        parts = {"control": Control.from_dict(saved["control"])} if "control" in saved else {}
+        """What `to_dict` gave.
+
+        Raises:
+            ValueError: something else; says what.
+        """
+        if not isinstance(saved, dict):
+            raise ValueError(f"settings are a {type(saved).__name__}: expected an object with names of settings")
+        known = {item.name for item in fields(cls)}
+        if unknown := [name for name in saved if name not in known]:
+            raise ValueError(f"unknown setting {unknown[0][:60]!r}: expected some of {', '.join(sorted(known))}")
+        parts = {"control": Control.from_dict(saved["control"])} if saved.get("control") is not None else {}
         if isinstance(saved.get("steps"), list):
             parts["steps"] = tuple(saved["steps"])
         if saved.get("tokens") is not None:
+            if not isinstance(saved["tokens"], list | tuple) or not all(
+                isinstance(row, list | tuple) for row in saved["tokens"]
+            ):
+                raise ValueError("tokens are not a grid: expected rows of whole numbers")
             parts["tokens"] = tuple(map(tuple, saved["tokens"]))
         return cls(**saved | parts)
 
@@ -207,6 +235,8 @@ def check_grid(rows: Grid) -> None:
     """Raises:
     ValueError: no grid of ids and -1.
     """
+    if any(not isinstance(row, list | tuple) for row in rows):
+        raise ValueError("tokens are not a grid: expected rows of whole numbers")
     if not rows or not rows[0] or len({len(row) for row in rows}) > 1 or len(rows) * len(rows[0]) > MAX_CELLS:
         raise ValueError(f"tokens are no grid: expected rows of equal length, and at most {MAX_CELLS:,} cells")
     cells = [cell for row in rows for cell in row]

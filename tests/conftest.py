@@ -2,7 +2,12 @@
 
 import gzip
 import json
+import os
 from pathlib import Path
+
+os.environ.setdefault(
+    "OMP_NUM_THREADS", "1"
+)  # two test processes on two cores: threads of both would wait for each other
 
 import diffusers
 import pytest
