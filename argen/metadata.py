@@ -146,7 +146,7 @@ def read_tokens(path: str | Path) -> tuple[str, np.ndarray]:
     try:
         with np.load(path, allow_pickle=False) as file:
             tokenizer, tokens = file["tokenizer"], file["tokens"]
-        if tokenizer.shape or tokenizer.dtype.kind != "U" or tokens.dtype.kind not in "if":
+        if tokenizer.shape or tokenizer.dtype.kind != "U" or tokens.dtype.kind not in "if" or not 1 <= tokens.ndim <= 3:
             raise ValueError("it holds something else")
     except (
         OSError,

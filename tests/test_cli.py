@@ -276,3 +276,24 @@ def test_where_a_pipeline_goes_is_checked_before_the_work(capsys, tmp_path, monk
     (tmp_path / "file").write_text("x")
     assert "there already" in refused(capsys, "erase", "pizza", "-o", tmp_path)
     assert "expected the name of a new folder" in refused(capsys, "erase", "pizza", "-o", tmp_path / "file" / "out")
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "tokens", "said"),
+    [
+        ("argen/emoji-vitvqgan", np.full(64, 0.5), "expected a row of whole numbers"),
+        ("argen/emoji-vitvqgan", np.zeros((8, 8), int), "expected a row of whole numbers"),
+        ("argen/emoji-vitvqgan", np.zeros((16, 8, 8)), "expected a row of whole numbers"),
+        ("argen/emoji-vitvqgan", np.array(3), "holds no tokens"),
+        ("argen/emoji-vitvqgan", np.full(64, 99999), "token 99999 does not exist"),
+        ("argen/emoji-vae", np.zeros((3, 8, 8)), "expected finite latents of 16 channels"),
+        ("argen/emoji-vae", np.arange(64), "expected finite latents of 16 channels"),
+        ("argen/emoji-vae", np.full((16, 8, 8), np.nan), "expected finite latents of 16 channels"),
+        ("argen/emoji-vae", np.zeros((16, 0, 8)), "expected finite latents of 16 channels"),
+        ("argen/emoji-vae", np.zeros((16, 2000, 2000), np.float16), "expected finite latents of 16 channels"),
+    ],
+)
+def test_tokens_of_another_kind_are_refused(capsys, tmp_path, tokenizer, tokens, said):
+    save_tokens(tmp_path / "a.npz", tokenizer, tokens)
+    assert said in refused(capsys, "detokenize", tmp_path / "a.npz", "-o", tmp_path / "a.png")
+    assert not (tmp_path / "a.png").exists()

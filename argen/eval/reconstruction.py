@@ -17,6 +17,7 @@ from tokenizers_img.pixels import from_pil, from_uint8
 from tokenizers_img.seed import SeedTokenizer
 from tokenizers_img.vit_vqgan import ViTVQGAN
 
+MAX_LATENTS = 512  # rows or columns
 Tokenizer = ViTVQGAN | LlamaGenVQ | KLVAE | FlexTokenizer | SeedTokenizer
 
 
@@ -66,11 +67,37 @@ def encoded(tokenizer: Tokenizer, picture: Image.Image) -> tuple[Tensor, Tensor]
 
 @torch.no_grad()
 def decoded(tokenizer: Tokenizer, tokens: Tensor, like: Tensor | None = None) -> Tensor:
-    """What comes back of ids or latents, [B, 3, H, W] in [0, 1]; in the size of the pixels `like`, if given."""
+    """What comes back of ids or latents, [B, 3, H, W] in [0, 1]; in the size of the pixels `like`, if given.
+
+    Raises:
+        ValueError: tokens of another kind or shape than the tokenizer makes.
+    """
+    tokens = _checked(tokenizer, tokens)
     made = tokenizer.decode(tokens).float().clamp(0, 1)
     if like is None or made.shape == like.shape:
         return made
     return F.interpolate(made, like.shape[2:], mode="bilinear", antialias=True, align_corners=False)
+
+
+def _checked(tokenizer: Tokenizer, tokens: Tensor) -> Tensor:
+    """Ids [B, N] as int64, latents [B, C, h, w] in the tokenizer's own precision."""
+    shape = list(tokens.shape[1:])
+    if "n_embed" in tokenizer.config:
+        if tokens.ndim != 2 or tokens.is_floating_point():
+            raise ValueError(f"the tokens are {tokens.dtype} of the shape {shape}: expected a row of whole numbers")
+        return tokens.long()
+    channels = tokenizer.config.latent_channels
+    if (
+        tokens.ndim != 4
+        or shape[0] != channels
+        or min(shape) < 1
+        or max(shape) > MAX_LATENTS
+        or not tokens.isfinite().all()
+    ):
+        raise ValueError(
+            f"the tokens are of the shape {shape}: expected finite latents of {channels} channels, rows and columns"
+        )
+    return tokens.to(tokenizer.dtype)
 
 
 class Fitted(Pictures):
