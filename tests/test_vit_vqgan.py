@@ -76,3 +76,15 @@ def test_checkpoints_are_never_unpickled_freely(tmp_path):
     with pytest.raises(ValueError, match="could not be read as a checkpoint"):
         ViTVQGAN.from_original(tmp_path / "bad.ckpt")
     assert not (tmp_path / "broken-in").exists()
+
+
+@pytest.mark.parametrize("shape", [(3, 64, 64), (3, 50, 48), (3, 35, 32), (1, 32, 32)])
+def test_images_of_another_size_are_refused(shape):
+    model = ViTVQGAN(
+        32, 8, *[{"dim": 32, "depth": 1, "heads": 1, "dim_head": 32, "mlp_dim": 32}] * 2, embed_dim=8, n_embed=16
+    )
+    for call in (model.encode, model):
+        with pytest.raises(
+            ValueError, match=rf"images are \[{shape[0]}, {shape[1]}, {shape[2]}\]: expected \[3, 32, 32\]"
+        ):
+            call(torch.zeros(2, *shape))

@@ -430,8 +430,7 @@ class SeedTokenizer(nn.Module):
         size = self.config.image_size
         if not self.squashed:
             return from_pil(picture, size)
-        small = on_white(upright(picture))
-        small = small.resize((small.width, size), resample).resize((size, size), resample)  # Pillow's order has changed
+        small = on_white(upright(picture)).resize((size, size), resample)
         return torch.from_numpy(np.array(small)).permute(2, 0, 1).float() / 255
 
     def encode(self, pixels: Tensor) -> Tensor:
@@ -439,7 +438,14 @@ class SeedTokenizer(nn.Module):
         return self.network.ids(self.features(pixels))
 
     def features(self, pixels: Tensor) -> Tensor:
-        """Pixels [B, 3, S, S] in [0, 1] -> features [B, P, V]."""
+        """Pixels [B, 3, S, S] in [0, 1] -> features [B, P, V].
+
+        Raises:
+            ValueError: they are of another size.
+        """
+        size = self.config.image_size
+        if tuple(pixels.shape[1:]) != (3, size, size):
+            raise ValueError(f"images are {list(pixels.shape[1:])}: expected [3, {size}, {size}]")
         return self.vision(self.normalised(pixels).to(self.vision.dtype)).last_hidden_state.to(self.dtype)
 
     def normalised(self, pixels: Tensor) -> Tensor:

@@ -217,8 +217,19 @@ class ViTVQGAN(ModelMixin, ConfigMixin):
         return F.normalize(self.quantizer.embedding.weight, dim=-1)
 
     def encode(self, pixels: Tensor) -> Tensor:
-        """Pixels [B, 3, H, W] in [0, 1] -> ids [B, N] int64."""
-        return self.quantizer(self.pre_quant(self.encoder(pixels)))[2]
+        """Pixels [B, 3, H, W] in [0, 1] -> ids [B, N] int64.
+
+        Raises:
+            ValueError: they are of another size than the network's.
+        """
+        return self.quantizer(self.pre_quant(self.encoder(self.sized(pixels))))[2]
+
+    def sized(self, pixels: Tensor) -> Tensor:
+        """Pixels [B, 3, H, W] as they are, where they are of the network's size."""
+        side = self.config.image_size
+        if tuple(pixels.shape[1:]) != (3, side, side):
+            raise ValueError(f"images are {list(pixels.shape[1:])}: expected [3, {side}, {side}]")
+        return pixels
 
     def decode(self, ids: Tensor) -> Tensor:
         """Ids [B, N] -> pixels [B, 3, H, W], about [0, 1] and not clipped.
@@ -242,7 +253,7 @@ class ViTVQGAN(ModelMixin, ConfigMixin):
                 quantizer and is decoded from its unit vectors with this noise added. Noise of the size of the
                 quantization error makes the encoder spread over the sphere before the codebook settles.
         """
-        z = self.pre_quant(self.encoder(pixels))
+        z = self.pre_quant(self.encoder(self.sized(pixels)))
         codes, loss, ids = self.quantizer(z)
         if noise is not None:
             skips = (noise != 0).flatten(1).any(dim=1)[:, None, None]
