@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import logging
 import re
 import threading
 from collections import defaultdict
@@ -82,7 +83,12 @@ PIPELINES = {
     for cls in (PartiPipeline, DalleMiniPipeline, LlamaGenPipeline, ControlARPipeline, XARPipeline, FlexARPipeline)
 }
 
+IN_BFLOAT16 = (T5EncoderModel, LlamaForCausalLM)  # where published: as trained; in float16 T5 overflows
 DIFFUSION = {cls.__name__: cls for cls in (StableDiffusionPipeline, StableDiffusionXLPipeline)}
+# diffusers warns whenever a network is cast, even of one in which nothing must stay float32
+logging.getLogger("diffusers.models.modeling_utils").addFilter(
+    lambda record: "should be kept in float32: []" not in record.getMessage()
+)
 DIFFUSION_FILES = ("*.json", "*/*.json", "*/*.txt", "*/model.safetensors", "*/diffusion_pytorch_model.safetensors")
 
 
@@ -320,7 +326,11 @@ def _seed(folder: Path) -> SeedTokenizer:
     """The vision transformer may lie beside the file."""
     own = folder / "eva_vit_g.pth"
     network, vision = seed.from_original(folder / SEED_FILE, own if own.is_file() else seed.eva_file())
-    return SeedTokenizer(network, vision, lambda: UnCLIP.from_pretrained(hub_folder(seed.UNCLIP, UNCLIP_FILES)))
+    return SeedTokenizer(network, vision, _unclip)
+
+
+def _unclip() -> UnCLIP:
+    return _in_float32(UnCLIP.from_pretrained(hub_folder(seed.UNCLIP, UNCLIP_FILES)))
 
 
 def _seed_llama(name: str, parameters: float) -> Model:
@@ -558,7 +568,8 @@ def ids(kind: str) -> list[str]:
 
 
 def load(model: str | Path) -> Loaded:
-    """The pipeline of a generator, the network of a tokenizer, or a text/picture encoder, on the CPU in float32.
+    """The pipeline of a generator, the network of a tokenizer, or a text/picture encoder, on the CPU in float32, whatever precision its
+    files have; T5 and SEED-LLaMA are in bfloat16.
 
     Args:
         model: an id of `MODELS`, a folder written by a pipeline's ``save_pretrained``, or the released file of a
@@ -582,7 +593,7 @@ def load(model: str | Path) -> Loaded:
         )
     try:
         with _alone():
-            return read(folder)
+            return _in_float32(read(folder))
     except UNUSABLE as error:
         if isinstance(error, FileNotFoundError):
             raise
@@ -625,10 +636,26 @@ class ModelCache:
 
 def size_of(model: Loaded) -> int:
     """Bytes of the weights of a network or of a pipeline."""
-    parts = model.components.values() if isinstance(model, DiffusionPipeline) else [model]
-    networks = [part for part in parts if isinstance(part, torch.nn.Module)]
-    held = {id(tensor): tensor for network in networks for tensor in (*network.parameters(), *network.buffers())}
+    held = {
+        id(tensor): tensor for network in networks_of(model) for tensor in (*network.parameters(), *network.buffers())
+    }
     return sum(tensor.numel() * tensor.element_size() for tensor in held.values())
+
+
+def networks_of(model: Loaded) -> list[torch.nn.Module]:
+    """Those of a pipeline, or the one network that a model is."""
+    parts = model.components.values() if isinstance(model, DiffusionPipeline) else [model]
+    return [part for part in parts if isinstance(part, torch.nn.Module)]
+
+
+def _in_float32(model: Loaded) -> Loaded:
+    """The same in float32, except for the networks of `IN_BFLOAT16`, which stay as they are or, out of float16, are made bfloat16."""
+    for network in networks_of(model):
+        if not isinstance(network, IN_BFLOAT16):
+            network.float()
+        elif network.dtype == torch.float16:
+            network.to(torch.bfloat16)
+    return model
 
 
 def memory(device: torch.device) -> int:
@@ -686,7 +713,7 @@ def load_diffusion(model: str | Path) -> StableDiffusionPipeline | StableDiffusi
         folder = hub_folder(str(model), DIFFUSION_FILES)
     try:
         with _alone():
-            return _pipeline(folder, DIFFUSION)
+            return _in_float32(_pipeline(folder, DIFFUSION))
     except UNUSABLE as error:
         raise ValueError(f"the pipeline in {folder} cannot be used ({' '.join(str(error).split())[:300]})") from error
 

@@ -5,7 +5,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from argen.registry import ModelCache, load, size_of
+import argen
+from argen.registry import ModelCache, load, load_diffusion, networks_of, size_of
 
 IDS = ("argen/emoji-parti", "argen/emoji-llamagen", "argen/emoji-vitvqgan")
 
@@ -36,3 +37,16 @@ def test_the_least_recently_used_models_are_released():
     assert list(cache.loaded) == ["argen/emoji-judge", "argen/emoji-vae"]
     cache = ModelCache("cpu", limit=1)
     assert cache("argen/emoji-judge") is cache("argen/emoji-judge")  # one alone stays, however large
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_every_part_is_loaded_in_float32_and_cast_in_silence(tmp_path, caplog, dtype):
+    for model in ("argen/emoji-llamagen", "argen/emoji-sd"):
+        pipe = argen.load(model).to(dtype)
+        pipe.save_pretrained(tmp_path / model)
+        read = load_diffusion if model == "argen/emoji-sd" else argen.load
+        for loaded in (argen.load(model), read(tmp_path / model)):
+            for network in networks_of(loaded):
+                held = (*network.parameters(), *network.buffers())
+                assert {tensor.dtype for tensor in held if tensor.is_floating_point()} == {torch.float32}
+    assert not [record for record in caplog.records if "float32" in record.getMessage()]

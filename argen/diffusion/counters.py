@@ -133,7 +133,7 @@ class Detected:
         """
         folder = repo if Path(repo).is_dir() else hub_folder(repo, ("*.json", "*.safetensors"))
         processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
-        return cls(AutoModelForObjectDetection.from_pretrained(folder), processor, threshold)
+        return cls(AutoModelForObjectDetection.from_pretrained(folder, dtype=torch.float32), processor, threshold)
 
     def label(self, things: str) -> int | None:
         """The number of the detector's own name of the things, whose last words may be its plural; None if it has none."""

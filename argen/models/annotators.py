@@ -194,7 +194,7 @@ def segment_colours(names: dict[int, str]) -> Tensor:
 def _pretrained(cls: type[PreTrainedModel], repo: str) -> PreTrainedModel:
     try:
         with LOADING:
-            return cls.from_pretrained(repo).eval()
+            return cls.from_pretrained(repo, dtype=torch.float32).eval()
     except OSError as error:
         raise ConnectionError(
             f"{repo} is not on this machine and could not be fetched: connect, or give a control picture with the type map"
