@@ -203,7 +203,7 @@ def parser() -> Parser:
     diffusion(add, 50, 7.5)
 
     add = commands.add_parser("erase", help="write a pipeline that cannot draw some concepts any more (RECE)")
-    add.add_argument("concepts", nargs="+", metavar="CONCEPT", help='for example "pizza"')
+    add.add_argument("concepts", nargs="+", metavar="CONCEPT", help='for example "pizza", or "pizza, taxi"')
     add.add_argument("-o", "--out", type=Path, required=True, metavar="DIR", help="folder of the new pipeline")
     add.add_argument(
         "--preset", help="object, object-hard (of argen/emoji-sd), art, nudity or unsafe (default: object)"
@@ -222,7 +222,9 @@ def parser() -> Parser:
     diffusion(add, 50, 7.5)
 
     add = commands.add_parser("count", help="draw so many things, by optimising the token of their number")
-    add.add_argument("prompt", help='a number from 1 to 25 and what is counted, for example "five apples"')
+    add.add_argument(
+        "prompt", help='a number from 1 to 25 and what is counted, for example "five apples" or "two dozen eggs"'
+    )
     add.add_argument("-o", "--out", type=Path, required=True, metavar="FILE", help="PNG file")
     add.add_argument("--plain", type=Path, metavar="FILE", help="also the picture before, from the same noise")
     add.add_argument("--token", type=Path, metavar="FILE", help="also the token, a textual inversion in .safetensors")
@@ -588,14 +590,15 @@ def erase(args) -> None:
     from argen.device import pick
     from argen.diffusion import ConceptErasure
     from argen.eval import features, tools
-    from argen.registry import drawing, erasing, load_diffusion
+    from argen.registry import concepts_of, drawing, erasing, load_diffusion
 
     writable_folder(args.out)
+    concepts = concepts_of(args.model, args.concepts)
     pipe, stages, told = load_diffusion(args.model).to(pick(args.device)), [], {}
     erasure, asked = ConceptErasure(pipe), drawing(args.model, args.steps, args.guidance_scale)
 
     def run() -> None:
-        how = erasing(args.model, args.concepts, args.preset, args.retain, args.target)
+        how = erasing(args.model, concepts, args.preset, args.retain, args.target)
         stages.extend(erasure.erase(**how, epochs=args.epochs))
 
     def draw(**given) -> list:
@@ -603,11 +606,13 @@ def erase(args) -> None:
         return pipe(**given, **asked, generator=luck).images
 
     if args.verify:
+        known = None
         if args.model == "argen/emoji-sd":
-            look = tools.by_judge(load_model("argen/emoji-judge", args.device))
+            judge = load_model("argen/emoji-judge", args.device)
+            look, known = tools.by_judge(judge), judge.config.names
         else:
             look = tools.by_clip(features.PublishedCLIP(args.clip, pipe.device))
-        told = tools.verified(draw, run, erasure.attack, args.concepts, args.verify, look)
+        told = tools.verified(draw, run, erasure.attack, concepts, args.verify, look, known)
     else:
         run()
     erasure.save(args.out)
@@ -615,9 +620,10 @@ def erase(args) -> None:
         found = {"folder": str(args.out), **erasure.record, "stages": [asdict(stage) for stage in stages]}
         print(json.dumps(found | {"shown": told}))
         return
-    print(f"{args.out} (without {', '.join(args.concepts)}; {stages[-1].change:.1%} of its text matrices changed)")
+    print(f"{args.out} (without {', '.join(concepts)}; {stages[-1].change:.1%} of its text matrices changed)")
     for concept, shown in told.items():
-        print(f"  {concept}: " + ", ".join(f"{when} {value:.2f}" for when, value in shown.items()))
+        scores = ", ".join(f"{when} {value:.2f}" for when, value in shown.items())
+        print(f"  {concept}: {scores or 'not verified, the judge does not know it'}")
 
 
 @command
@@ -628,15 +634,16 @@ def count(args) -> None:
     from argen.device import pick
     from argen.diffusion import CountToken
     from argen.diffusion.base import unit_noise
-    from argen.diffusion.count_token import check_noises, parse, read_token
+    from argen.diffusion.count_token import check_noises, read_token
     from argen.metadata import save_pictures
     from argen.registry import counters, counting, counting_rate, load_diffusion
+    from argen.words import parse_count
 
     for path in filter(None, (args.out, args.plain)):
         writable(path)
     if args.token:
         writable(args.token, ".safetensors")
-    number, things = parse(args.prompt)
+    number, things = parse_count(args.prompt)
     check_noises(args.noises)
     vector, notes = read_token(args.use) if args.use else (None, {})
     if notes.get("count", str(number)) != str(number):

@@ -8,6 +8,8 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 
+from argen.words import check_text
+
 EXTRAS = {
     "scipy": "control",
     "matplotlib": "bench",
@@ -23,7 +25,12 @@ class Parser(argparse.ArgumentParser):
     """An argument error is one line, without the usage."""
 
     def error(self, message: str):
-        self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+        self.exit(2, f"{self.prog}: error: {printable(message)} (see {self.prog} --help)\n")
+
+
+def printable(text: str) -> str:
+    """A text in one line that any stream takes, with escapes for bytes that are no UTF-8."""
+    return " ".join(text.encode("utf-8", "backslashreplace").decode().split())
 
 
 def device_and_json(add: argparse.ArgumentParser) -> None:
@@ -91,9 +98,13 @@ def guarded(name: str, function: Callable[[argparse.Namespace], None], args: arg
     for library in ("transformers", "diffusers", "huggingface_hub"):
         logging.getLogger(library).setLevel(logging.ERROR)
     try:
+        for option, value in vars(args).items():
+            for text in value if isinstance(value, list) else [value]:
+                if isinstance(text, str):  # paths may have any bytes
+                    check_text(text, option)
         function(args)
     except (ValueError, OSError) as error:
-        print(f"{name}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"{name}: error: {printable(str(error))}", file=sys.stderr)
         return 2
     except ModuleNotFoundError as error:
         extra = EXTRAS.get(error.name, "train")

@@ -211,16 +211,6 @@ def cache_folder() -> Path:
     return Path(os.environ.get("ARGEN_CACHE", Path.home() / ".cache" / "argen")) / "eval"
 
 
-def _lines(path: Path) -> list[str]:
-    try:
-        found = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is no text file: expected one prompt a line") from error
-    if not found:
-        raise ValueError(f"{path} holds no prompts: expected one a line")
-    return found
-
-
 def _draw(args: argparse.Namespace, prompts: list[str], num: int, settings: dict, folder="samples", more=lambda _: {}):
     """The pictures of ``--model`` for `prompts` in turn, kept in `folder`.
 
@@ -257,6 +247,7 @@ def _finish(args: argparse.Namespace, settings: dict, scores: dict, seconds: dic
 def fid(args: argparse.Namespace) -> None:
     from argen.eval import run
     from argen.eval.images import open_pictures
+    from argen.words import read_prompts
 
     extractor, seconds = _extractor(args), {}
     wanted = [name.strip() for name in args.metrics.split(",")]
@@ -265,7 +256,7 @@ def fid(args: argparse.Namespace) -> None:
     reference = run.read_reference(path, extractor, args.crop, args.force)
     run.check(wanted, extractor, reference)
     if args.model:
-        prompts = _lines(args.prompts) if args.prompts else getattr(reference, "captions", None)
+        prompts = read_prompts(args.prompts) if args.prompts else getattr(reference, "captions", None)
         if not prompts:
             raise ValueError(f"{args.ref} has no captions to draw: give --prompts FILE, one prompt a line")
         with run.timed(seconds, "draw"):
@@ -312,8 +303,9 @@ def clip(args: argparse.Namespace) -> None:
     from argen.device import pick
     from argen.eval import clip_score, run
     from argen.eval.features import PublishedCLIP
+    from argen.words import read_prompts
 
-    prompts, seconds = _lines(args.prompts), {}
+    prompts, seconds = read_prompts(args.prompts), {}
     judge = load_model("argen/emoji-clip", args.device) if args.clip == "emoji" else None
     judge = judge or PublishedCLIP(args.clip, pick(args.device))
     settings = {"clip": args.clip, "prefix": args.prefix}
@@ -400,15 +392,17 @@ def bind(args: argparse.Namespace) -> None:
 def erase(args: argparse.Namespace) -> None:
     from argen.diffusion import ConceptErasure
     from argen.eval import run, tools
-    from argen.registry import drawing, erasing
+    from argen.registry import concepts_of, drawing, erasing
 
     seconds, scores = {}, {}
-    settings = {"concepts": args.concepts, "others": args.others, "preset": args.preset, "retain": args.retain}
+    names = load_model("argen/emoji-judge", args.device).config.names
+    concepts = [tools.judged_name(names, concept) for concept in concepts_of(args.model, args.concepts)]
+    settings = {"concepts": concepts, "others": args.others, "preset": args.preset, "retain": args.retain}
     pipe, judge, luck = _pipeline(args, settings)
     asked, erasure = drawing(args.model, args.steps, args.guidance_scale), ConceptErasure(pipe)
     sets = {
-        "erased": tools.of_concepts(args.concepts, args.num),
-        "others": tools.others_than(args.concepts, args.others),
+        "erased": tools.of_concepts(concepts, args.num),
+        "others": tools.others_than(concepts, args.others),
     }
 
     def draw(truths: list, folder: str, **embeddings):
@@ -422,7 +416,7 @@ def erase(args: argparse.Namespace) -> None:
     with run.timed(seconds, "before"):
         before = {name: draw(truths, f"before/{name}") for name, truths in sets.items()}
     after: dict[str, list] = {"erased": [], "derived": [], "others": []}
-    for number, concept in enumerate(args.concepts):
+    for number, concept in enumerate(concepts):
         own, folder = sets["erased"][number * args.num : (number + 1) * args.num], f"after/{concept.replace(' ', '-')}"
         with run.timed(seconds, f"erase {concept}"):
             erasure.erase(**erasing(args.model, [concept], args.preset, args.retain))
@@ -433,7 +427,7 @@ def erase(args: argparse.Namespace) -> None:
             for name, pictures in told.items():
                 after[name] += [pictures[index] for index in range(len(pictures))]
         erasure.restore()
-    many = sets["others"] * len(args.concepts)
+    many = sets["others"] * len(concepts)
     for name, truths in (("erased", sets["erased"]), ("others", many)):
         first = [before[name][index % len(before[name])] for index in range(len(truths))]
         drawn = {"before": first, "after": after[name]}

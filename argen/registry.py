@@ -57,6 +57,7 @@ from argen.pipelines.llamagen import LlamaGenPipeline
 from argen.pipelines.parti import PartiPipeline
 from argen.pipelines.seed_llama import SeedLlamaPipeline
 from argen.pipelines.xar import XARPipeline
+from argen.words import caption_names, mentions, split_names
 from tokenizers_img import seed
 from tokenizers_img.checkpoint import hub_file, hub_folder
 from tokenizers_img.conv_encoder import ConvEncoder, TwoEncoders
@@ -746,6 +747,16 @@ def counting_rate(model: str, rate: float | None = None) -> float:
     return own if rate is None else rate
 
 
+def concepts_of(model: str, texts: Sequence[str]) -> list[str]:
+    """The concepts that texts name, each once; several may stand in one text with commas between. For argen/emoji-sd they are named as
+    its captions name them ("The Pizzas!" is "pizza")."""
+    names = split_names(texts)
+    if model == "argen/emoji-sd":
+        judged = json.loads((WEIGHTS / "emoji-judge/config.json").read_text(encoding="utf-8"))["names"]
+        names = [found for name in names for found in caption_names(name, [*COMMON, *judged])]
+    return list(dict.fromkeys(names))
+
+
 def erasing(
     model: str,
     concepts: Sequence[str],
@@ -764,12 +775,11 @@ def erasing(
         return asked | {"preset": preset or "object", "retained": list(retained)}
     if targets and len(targets) != len(concepts):
         raise ValueError(f"{len(targets)} targets for {len(concepts)} concepts: give one for each, or none")
-    names = [concept.removeprefix("an ").removeprefix("a ") for concept in concepts]
+    names = concepts_of(model, concepts)
     asked = {"concepts": [words for name in names for words in (name, with_article(name))]}
     asked["targets"] = [target for target in targets for _ in range(2)] if targets else None
     styles = ["", *(f", {style.prompt}" for style in STYLES.values())]
-    erased = [set(name.split()) for name in names]
-    others = [name for name in COMMON if not any(set(name.split()) <= words for words in erased)]
+    others = [name for name in COMMON if not any(mentions(text, name) for text in names)]
     kept = [f"{words}{style}" for name in others for words in (name, with_article(name)) for style in styles]
     return asked | {"preset": preset or "object-hard", "retained": [*kept, *retained]}
 

@@ -9,6 +9,7 @@ from PIL import Image
 
 from argen.bounds import BOUNDS, MAX_CANDIDATES, MAX_CELLS, check, check_all, check_size
 from argen.images import from_base64
+from argen.words import check_text, visible
 from samplers import SOLVERS, by_name
 from samplers.logits import Sampling
 from tokenizers_img.pixels import normalized
@@ -256,12 +257,13 @@ def check_beams(num_beams: int, num_candidates: int) -> None:
 
 def check_prompt(prompt: str) -> None:
     """Raises:
-    ValueError: the prompt is empty, or longer than `MAX_PROMPT` characters.
+    ValueError: the prompt is empty, longer than `MAX_PROMPT` characters, or no text that UTF-8 can hold.
     """
-    if not isinstance(prompt, str) or not prompt.strip():
+    if not isinstance(prompt, str) or not visible(prompt):
         raise ValueError('the prompt is empty: say what to draw, for example "a red apple"')
     if len(prompt) > MAX_PROMPT:
         raise ValueError(f"the prompt has {len(prompt):,} characters: expected at most {MAX_PROMPT:,}")
+    check_text(prompt, "the prompt")
 
 
 @dataclass

@@ -4,10 +4,11 @@ import pytest
 import torch
 from transformers import CLIPConfig, CLIPModel, YolosConfig, YolosForObjectDetection, YolosImageProcessorPil
 
-from argen.diffusion.count_token import parse, read_token
+from argen.diffusion.count_token import read_token
 from argen.diffusion.counters import Detected, components
 from argen.models.clip_count import CLIPCount, from_transformers
 from argen.models.counter import Counter
+from argen.words import parse_count
 
 
 def test_a_clip_of_transformers_becomes_one_of_openai():
@@ -76,15 +77,15 @@ def test_a_counter_has_gradients():
 
 
 def test_prompts_say_how_many():
-    assert parse("five apples") == (5, "apples")
-    assert parse("12 red apples") == (12, "red apples")
-    assert parse("Twenty-five cats") == (25, "cats")
+    assert parse_count("five apples") == (5, "apples")
+    assert parse_count("12 red apples") == (12, "red apples")
+    assert parse_count("Twenty-five cats") == (25, "cats")
     for prompt in ("apples", "five", "some apples"):
         with pytest.raises(ValueError, match="does not say how many of what"):
-            parse(prompt)
+            parse_count(prompt)
     for prompt in ("zero apples", "26 apples"):
         with pytest.raises(ValueError, match="expected a whole number from 1 to 25"):
-            parse(prompt)
+            parse_count(prompt)
 
 
 def test_the_tokens_of_the_authors_are_read(tmp_path):

@@ -9,7 +9,7 @@ ROOT = Path(__file__).parent.parent
 LAYERS = [
     ["samplers"],
     ["tokenizers_img"],
-    ["argen.bounds", "argen.images", "argen.device"],
+    ["argen.bounds", "argen.images", "argen.device", "argen.words"],
     ["argen.request"],
     ["argen.metadata"],
     ["argen.models", "argen.data"],

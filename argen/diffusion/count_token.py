@@ -19,19 +19,12 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from argen.data.scenes import NUMBERS as SMALL_NUMBERS
 from argen.diffusion.base import StableDiffusion, check_pipeline, frozen
+from argen.words import check_count
 from tokenizers_img.checkpoint import read_file
 
 logger = logging.getLogger(__name__)
-MOST = 25  # things, the authors' range
 MOST_NOISES = 64  # pictures that share a token
-NUMBERS = (
-    *SMALL_NUMBERS,
-    *("seven", "eight", "nine", "ten", "eleven", "twelve", "thirteen", "fourteen", "fifteen", "sixteen"),
-    *("seventeen", "eighteen", "nineteen", "twenty"),
-    *(f"twenty-{one}" for one in SMALL_NUMBERS[1:6]),
-)
 ONE_STEP = {"num_inference_steps": 1, "guidance_scale": 0.0}  # of a pipeline's call, as published
 LOOKED_AT = 224  # side of what counters see
 STATIC_SCALE = 60.0
@@ -75,28 +68,6 @@ class _Look:
     count_loss: Tensor
     cosine: Tensor | None
     loss: Tensor
-
-
-def parse(prompt: str) -> tuple[int, str]:
-    """ "five apples", or "5 apples" -> 5 and "apples".
-
-    Raises:
-        ValueError: no number at the beginning, from 1 to 25; nothing that is counted.
-    """
-    word, _, things = prompt.strip().partition(" ")
-    number = NUMBERS.index(word.lower()) if word.lower() in NUMBERS else int(word) if word.isdigit() else None
-    if number is None or not things.strip():
-        raise ValueError(f"{prompt!r} does not say how many of what: begin with a number, as in 'five apples'")
-    return check_count(number), things.strip()
-
-
-def check_count(count: int) -> int:
-    """Raises:
-    ValueError: a count that is no whole number from 1 to 25.
-    """
-    if not isinstance(count, int) or not 1 <= count <= MOST:
-        raise ValueError(f"count is {count}: expected a whole number from 1 to {MOST}")
-    return count
 
 
 def check_noises(noises: int) -> None:

@@ -1,6 +1,6 @@
 """Prompts on which the tools of `argen.diffusion` are measured, and what is found in the pictures before and after."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import numpy as np
 import torch
@@ -9,11 +9,11 @@ from PIL import Image
 from torch import Tensor
 
 from argen.data.emoji import STYLES, with_article
-from argen.data.scenes import NUMBERS
 from argen.eval.features import PublishedCLIP
 from argen.eval.images import Pictures
 from argen.eval.judge import COMMON_PROMPTS, Truth, evaluate, read_prompts, verdict
 from argen.models.judge import Judge
+from argen.words import known_name, parse_count
 from tokenizers_img.pixels import opaque
 
 
@@ -48,8 +48,7 @@ def of_kind(kind: str, num: int) -> list[Truth]:
 
 def counted(truth: Truth) -> tuple[int, str]:
     """How many of what a prompt of the kind "count" asks for, in its own words."""
-    word, _, things = truth.prompt.partition(" ")
-    return NUMBERS.index(word), things
+    return parse_count(truth.prompt)
 
 
 def elsewhere(truth: Truth, truths: Sequence[Truth]) -> str:
@@ -63,11 +62,24 @@ Draw = Callable[..., list[Image.Image]]  # what a pipeline's call takes, without
 Recognise = Callable[[list[Image.Image], str], float]  # pictures, a concept -> how far they show it
 
 
+def judged_name(names: Collection[str], concept: str) -> str:
+    """The one of the judge's names that means a concept.
+
+    Raises:
+        ValueError: it knows none, so that it could not see it.
+    """
+    name = known_name(concept, names)
+    if name is None:
+        raise ValueError(f"the judge does not know {concept!r}: expected the name of an emoji that it was trained on")
+    return name
+
+
 def by_judge(judge: Judge) -> Recognise:
-    """The share of pictures in which the judge sees the concept; for names that it knows."""
+    """The share of pictures in which the judge sees the concept, one that it knows."""
 
     def recognise(pictures: list[Image.Image], concept: str) -> float:
-        truth = Truth(concept, "single", ((concept, ""),))
+        name = judged_name(judge.config.names, concept)
+        truth = Truth(name, "single", ((name, ""),))
         seen = [verdict(judge, np.asarray(opaque(picture)), truth)["identity"] for picture in pictures]
         return sum(seen) / len(seen)
 
@@ -92,15 +104,20 @@ def verified(
     concepts: Sequence[str],
     num: int,
     recognise: Recognise,
+    known: Collection[str] | None = None,
 ) -> dict[str, dict[str, float]]:
     """How far `num` pictures of each concept show it before it is erased, after, and when its derived embedding is asked for.
 
     Args:
         erase: erases all of them.
         attack: a concept -> what the call takes to bring it back.
+        known: names that `recognise` can tell; other concepts are erased, and nothing is said of them. None is all.
     """
-    asked = {concept: [truth.prompt for truth in of_concepts([concept], num)] for concept in concepts}
-    told = {concept: {"before": recognise(draw(prompt=said), concept)} for concept, said in asked.items()}
+    seen = [concept for concept in concepts if known is None or known_name(concept, known)]
+    asked = {concept: [truth.prompt for truth in of_concepts([concept], num)] for concept in seen}
+    told: dict[str, dict[str, float]] = {concept: {} for concept in concepts}
+    for concept, said in asked.items():
+        told[concept]["before"] = recognise(draw(prompt=said), concept)
     erase()
     for concept, said in asked.items():
         derived = {name: value.expand(num, *value.shape[1:]) for name, value in attack(concept).items()}

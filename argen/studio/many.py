@@ -3,8 +3,10 @@
 import csv
 import io
 import json
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from itertools import product
 from pathlib import Path
 
@@ -14,10 +16,12 @@ from argen.bounds import BOUNDS
 from argen.metadata import read_request, save_pictures
 from argen.pipelines.base import TokenPipeline
 from argen.request import Request
+from argen.words import read_lines, read_text
 from tokenizers_img.pixels import opaque
 
 SETTINGS = tuple(item.name for item in fields(Request) if item.name not in ("control", "tokens"))
 TABLES = (".csv", ".jsonl")
+OTHERS = ("file",)  # columns of the tables that are written here, which say nothing of how to draw
 MOST_ROWS, MOST_BYTES, MOST_CELLS = 1000, 1_000_000, 100
 BETWEEN = {"prompt": "|"}  # values of an axis; the others have commas
 LABEL, GAP = 22, 4  # pixels
@@ -53,11 +57,18 @@ def value_of(name: str, text: str):
     """
     if name not in SETTINGS:
         raise ValueError(f"unknown setting {name!r}: expected one of {', '.join(SETTINGS)}")
-    kind = str if name not in BOUNDS else int if BOUNDS[name].whole else float
+    text, whole = text.strip(), name in BOUNDS and BOUNDS[name].whole
+    if name == "steps" and (pair := re.fullmatch(r"[(\[]?\s*(\d+)\s*,\s*(\d+)\s*[)\]]?", text)):
+        return int(pair[1]), int(pair[2])
+    if name not in BOUNDS:
+        return text
     try:
-        return kind(text)
-    except ValueError:
-        raise ValueError(f"{name} is {text!r}: expected a {'whole ' if kind is int else ''}number") from None
+        number = float(re.sub(r"^([+-]?\d+),(\d+)$", r"\1.\2", text))  # as many countries write 1.5
+        if not whole:
+            return number
+        return int(text) if re.fullmatch(r"[+-]?\d+", text) else int(re.fullmatch(r"([+-]?\d+)\.0*", text)[1])
+    except (ValueError, TypeError):
+        raise ValueError(f"{name} is {text!r}: expected a {'whole ' if whole else ''}number") from None
 
 
 def read_table(path: Path, **given) -> list[Request]:
@@ -74,21 +85,18 @@ def read_table(path: Path, **given) -> list[Request]:
         raise ValueError(f"{path.name} is no table: expected a file that ends in {' or '.join(TABLES)}")
     if path.stat().st_size > MOST_BYTES:
         raise ValueError(f"{path.name} has {path.stat().st_size:,} bytes: expected at most {MOST_BYTES:,}")
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path.name} is no text in UTF-8: save it as such") from error
-    if path.suffix.lower() == ".csv":
-        rows, read = _csv_rows(text), _typed
-    else:
-        rows = [(number, line) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
-        read = json.loads
+    data = path.read_bytes()
+    rows = (
+        _csv_rows(read_text(data, path.name), path.name)
+        if path.suffix.lower() == ".csv"
+        else _json_rows(data, path.name)
+    )
     requests = []
     for number, row in rows:
         try:
-            requests.append(Request.from_dict(given | _checked(read(row))))
-        except (ValueError, TypeError) as error:
-            raise ValueError(f"line {number} of {path.name}: {error}") from error
+            requests.append(Request.from_dict(given | _checked(row())))
+        except (ValueError, TypeError, KeyError, AttributeError, ArithmeticError, RecursionError) as error:
+            raise ValueError(f"line {number} of {path.name}: {' '.join(str(error).split())}") from error
         if len(requests) > MOST_ROWS:
             raise ValueError(f"{path.name} has more than {MOST_ROWS:,} rows: split it")
     if not requests:
@@ -96,27 +104,63 @@ def read_table(path: Path, **given) -> list[Request]:
     return requests
 
 
-def _csv_rows(text: str) -> Iterator[tuple[int, dict]]:
-    """(number of the line, its values as they are typed)."""
-    table = csv.DictReader(io.StringIO(text), restkey="more", skipinitialspace=True)
-    if "prompt" not in (table.fieldnames or []):
-        raise ValueError("the first line of the table names no column prompt: expected names of settings there")
-    for row in table:
-        yield table.line_num, row
+def _json_rows(data: bytes, name: str) -> Iterator[tuple[int, Callable[[], object]]]:
+    """(number of a line that is not empty, what reads it)."""
+    for number, line in read_lines(data, name):
+        yield number, partial(json.loads, line)
 
 
-def _typed(row: dict) -> dict:
-    if "more" in row:
+def _csv_rows(text: str, file: str) -> Iterator[tuple[int, Callable[[], dict]]]:
+    """(number of the line, what reads its values) of every row that is not empty."""
+    first, _, rest = text.partition("\n")
+    if re.fullmatch(r"sep=.\s*", first):  # for Excel
+        text = rest
+    head = text.lstrip("\r\n").splitlines()[:1]
+    table = None
+    try:
+        mark = next((mark for mark in ",;\t" if "prompt" in _names(next(csv.reader(head, delimiter=mark), []))), None)
+        if mark is None:
+            raise ValueError(
+                f"{file}: the first line of the table names no column prompt: expected names of settings there"
+            )
+        table = csv.reader(io.StringIO(text, newline=""), delimiter=mark, skipinitialspace=True)
+        names: list[str] = []
+        for row in table:
+            if names and any(map(str.strip, row)):
+                yield table.line_num, partial(_typed, names, row)
+            elif any(map(str.strip, row)):
+                names = _names(row)
+    except csv.Error as error:
+        number = table.line_num if table else 1
+        raise ValueError(f"line {number} of {file} is no row of a table ({error}): save it as CSV again") from None
+
+
+def _names(row: list[str]) -> list[str]:
+    return [name.strip().lower() for name in row]
+
+
+def _typed(names: list[str], row: list[str]) -> dict:
+    """The settings of a row; empty cells and columns without a name (the numbers that pandas writes) say nothing."""
+    if any(map(str.strip, row[len(names) :])):
         raise ValueError("it has more values than the first line has names")
-    return {name: value_of(name, value) for name, value in row.items() if value}
+    if twice := [name for name in names if name and names.count(name) > 1]:
+        raise ValueError(f"the first line names the column {twice[0]} twice: expected each once")
+    cells = {name: cell for name, cell in zip(names, row, strict=False) if name and cell.strip()}
+    return {name: cell if name in OTHERS else value_of(name, cell) for name, cell in cells.items()}
 
 
-def _checked(row) -> dict:
+def _checked(row: object) -> dict:
     if not isinstance(row, dict):
         raise ValueError("expected an object with names of settings")
-    if unknown := [name for name in row if name not in SETTINGS]:
+    if unknown := [name for name in row if name not in SETTINGS + OTHERS]:
         raise ValueError(f"unknown setting {unknown[0]!r}: expected one of {', '.join(SETTINGS)}")
-    return {name: value for name, value in row.items() if value is not None}
+    given = {name: value for name, value in row.items() if value is not None and name not in OTHERS}
+    whole = [
+        name
+        for name, bound in BOUNDS.items()
+        if bound.whole and isinstance(given.get(name), float) and given[name].is_integer()
+    ]
+    return given | {name: int(given[name]) for name in whole}
 
 
 def draw_table(

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from PIL import Image
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPModel, PreTrainedTokenizerFast
 
@@ -17,6 +17,7 @@ from argen.data.tables import pixels, read_split
 from argen.eval.retrieval import held_out_sample, recall
 from argen.models.clip import TextImageEncoder
 from argen.train.loop import Schedule, Task
+from argen.words import text_normalizer
 from tokenizers_img.pixels import from_uint8
 
 SCHEDULES = {
@@ -31,7 +32,7 @@ SCENES_SHARE = 0.25
 def text_tokenizer(captions: list[str]) -> PreTrainedTokenizerFast:
     """A lower-case byte-level BPE of `VOCABULARY` pieces, trained on `captions`."""
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
-    tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
+    tokenizer.normalizer = text_normalizer()
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
     tokenizer.decoder = decoders.ByteLevel()
     special = ["<pad>", "<s>", "<unk>", "</s>"]  # not </s> at 2: transformers pools elsewhere then

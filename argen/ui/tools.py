@@ -11,13 +11,13 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 
 from argen.diffusion import ConceptErasure, CountToken, SemanticBinding
-from argen.diffusion import count_token as counts
 from argen.diffusion.base import unit_noise
 from argen.diffusion.prompts import parse, words_of
 from argen.diffusion.rece import PRESETS
 from argen.diffusion.tome import PRESETS as STRENGTHS
-from argen.registry import binding, counters, counting, counting_rate, erasing
+from argen.registry import binding, concepts_of, counters, counting, counting_rate, erasing
 from argen.ui.jobs import enlarge, refusals
+from argen.words import parse_count, split_names
 from tokenizers_img.pixels import to_pil
 
 Pipelines = Callable[[str], DiffusionPipeline]  # folder, hub id or argen/emoji-sd -> the pipeline
@@ -111,7 +111,7 @@ def erase(
         model, preset: see `erasing`.
         asked: see `drawn`.
     """
-    named, kept = ([part.strip() for part in text.split(",") if part.strip()] for text in (concepts, retained))
+    named, kept = concepts_of(model, [concepts]), split_names([retained])
     erasure, before, told = ConceptErasure(pipe), None, []
     stages = erasure.stages(**erasing(model, named, preset, kept))
     for before in drawn(pipe, prompt.strip(), asked):
@@ -135,7 +135,7 @@ def count(pipe: DiffusionPipeline, model: str, prompt: str, iterations: int, rat
         model: what the pipeline was loaded as, see `argen.registry.counters`.
         prompt: as "five apples".
     """
-    number, things = counts.parse(prompt)
+    number, things = parse_count(prompt)
     token = CountToken(pipe, **counters(model, pipe.device), **counting(model, number))
     before, best = None, None
     for step in token.optimise(

@@ -1,0 +1,204 @@
+"""What people type, read in one way: text files, the normal form of a prompt, numbers in words, and names of concepts."""
+
+import math
+import re
+import unicodedata
+from collections.abc import Collection, Iterable
+from pathlib import Path
+
+from tokenizers import Regex, normalizers
+
+MOST_COUNTED = 25  # things, the range of the count tokens' authors
+ONES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve")
+ONES += ("thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen")
+TENS = ("twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety")
+VALUES = dict(zip(ONES, range(20), strict=True)) | dict(zip(TENS, range(20, 100, 10), strict=True))
+UNITS = {"dozen": 12, "dozens": 12, "hundred": 100, "thousand": 1000, "million": 10**6, "billion": 10**9}
+AMOUNT = re.compile(
+    rf"""(?:(?:exactly|just|only)\ )?
+    (?P<sign>[-−]|minus\ |negative\ )?
+    (?:(?P<digits>\d+)
+      |(?P<tens>{"|".join(TENS)})(?:[ -](?P<ones>{"|".join(ONES[1:10])}))?
+      |(?P<small>{"|".join(ONES)}|no)
+      |(?P<half>half\ an?|an?\ half|half)(?=[ -]dozen)
+      |(?P<one>(?:an?\ )?single|an?)
+      |(?=dozen))
+    (?P<units>(?:[ -]?(?:{"|".join(UNITS)})(?:\ of)?(?!\w))*)
+    (?P<pairs>\ (?:pair|couple)s?\ of)?
+    (?!\S)""",
+    re.VERBOSE | re.IGNORECASE,
+)
+VAGUE = re.compile(r"\ ?(few|lots?|number|handful|couple|pair|half|third|quarter)(?!\w)", re.IGNORECASE)
+FRACTION = re.compile(r"(and\ a\ half|hal(f|ves)|thirds|quarters|percent|%|[-–—/.])(?!\w)", re.IGNORECASE)
+ANOTHER = re.compile(r"(?:to|or|and|x|point)\ +", re.IGNORECASE)  # and a number: a range, or a fraction
+ARTICLES = ("a", "an", "the", "one", "some")
+IRREGULAR = {"mice": "mouse", "geese": "goose", "men": "man", "women": "woman", "children": "child", "people": "person"}
+IRREGULAR |= {"teeth": "tooth", "feet": "foot", "oxen": "ox", "leaves": "leaf", "loaves": "loaf", "dice": "die"}
+
+
+def check_text(text: str, what: str) -> str:
+    """Raises:
+    ValueError: the text cannot be written as UTF-8: it came from bytes that are none, or holds half of a character.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"{what} holds bytes that are no UTF-8 text: type it again, or save it as UTF-8") from None
+    return text
+
+
+def visible(text: str) -> bool:
+    """Whether a text holds anything but white space and invisible characters."""
+    return any(not char.isspace() and unicodedata.category(char) not in ("Cc", "Cf") for char in text)
+
+
+def text_normalizer() -> normalizers.Normalizer:
+    """What the shipped text encoder's tokenizer does to a prompt first: NFKC, plain quotes and hyphens, no invisible characters,
+    single spaces, lower case."""
+    parts = [
+        normalizers.NFKC(),
+        normalizers.Replace(Regex(r"[\u00ad\u180e\u200b-\u200f\u202a-\u202e\u2060-\u2064\ufe00-\ufe0f\ufeff]"), ""),
+        normalizers.Replace(Regex(r"[\u2018-\u201b\u2032\u02bc]"), "'"),
+        normalizers.Replace(Regex(r"[\u201c-\u201f\u2033]"), '"'),
+        normalizers.Replace(Regex(r"[\u2010-\u2015\u2212]"), "-"),
+        normalizers.Replace(Regex(r"[\s\u0000-\u001f\u007f-\u009f]+"), " "),
+        normalizers.Strip(),
+        normalizers.Lowercase(),
+    ]
+    return normalizers.Sequence(parts)
+
+
+def read_text(data: bytes, name: str) -> str:
+    """The text of a file: UTF-8, with or without a byte order mark, or UTF-16 with one, as Excel writes it.
+
+    Raises:
+        ValueError: it is neither; says which file.
+    """
+    encoding = "utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
+    try:
+        text = data.decode(encoding)
+    except UnicodeDecodeError:
+        raise ValueError(f"{name} is no text in UTF-8: save it as such") from None
+    if "\0" in text:
+        raise ValueError(f"{name} is no text file: it holds zero bytes")
+    return text
+
+
+def read_lines(data: bytes, name: str) -> list[tuple[int, str]]:
+    """(number, text) of the lines of a text file that are not empty; a line ends at a line feed and nowhere else.
+
+    Raises:
+        ValueError: see `read_text`.
+    """
+    lines = enumerate(read_text(data, name).split("\n"), 1)
+    return [(number, line.strip()) for number, line in lines if line.strip()]
+
+
+def read_prompts(path: Path) -> list[str]:
+    """The prompts of a file, one a line.
+
+    Raises:
+        ValueError: it is no text, or holds none.
+    """
+    found = [line for _, line in read_lines(path.read_bytes(), str(path))]
+    if not found:
+        raise ValueError(f"{path} holds no prompts: expected one a line")
+    return found
+
+
+def check_count(count: int) -> int:
+    """Raises:
+    ValueError: a count that is no whole number from 1 to 25.
+    """
+    if not isinstance(count, int) or not 1 <= count <= MOST_COUNTED:
+        raise ValueError(f"count is {count}: expected a whole number from 1 to {MOST_COUNTED}")
+    return count
+
+
+def parse_count(prompt: str) -> tuple[int, str]:
+    """ "five apples", "5 apples", "twenty-five apples", "two dozen apples" or "an apple" -> how many, and "apples".
+
+    Raises:
+        ValueError: no number at the beginning, a range, a fraction, or one that is not from 1 to 25; nothing that is counted.
+    """
+    check_text(prompt, "the prompt")
+    text = " ".join(unicodedata.normalize("NFKC", prompt).split())
+    found = AMOUNT.match(text)
+    rest = text[found.end() :].strip() if found else ""
+    if not rest or (found["one"] and VAGUE.match(rest)):
+        raise ValueError(
+            f"{prompt!r} does not say how many of what: begin with a number from 1 to {MOST_COUNTED}, as in 'five apples'"
+        )
+    after = ANOTHER.match(rest)
+    second = AMOUNT.match(rest[after.end() if after else 0 :])
+    if FRACTION.match(rest) or (second and not second["one"]):
+        raise ValueError(f"{prompt!r} does not name one number: expected one whole number, as in 'five apples'")
+    return check_count(_amount(found)), rest
+
+
+def _amount(found: re.Match) -> int:
+    parts = {name: (value or "").lower() for name, value in found.groupdict().items()}
+    number = int(parts["digits"]) if parts["digits"] else 1
+    for name in ("tens", "small"):
+        if parts[name]:
+            number = VALUES.get(parts[name], 0) + VALUES.get(parts["ones"], 0)
+    units = [UNITS[word] for word in re.findall("|".join(UNITS), parts["units"])]
+    number = math.prod([number, *units]) // (2 if parts["half"] else 1)
+    return (-1 if parts["sign"] else 1) * number * (2 if parts["pairs"] else 1)
+
+
+def split_names(texts: Iterable[str]) -> list[str]:
+    """Names that were given each alone, or several with commas, semicolons or line breaks between."""
+    return [part.strip() for text in texts for part in re.split(r"[,;\n、，]", text) if part.strip()]
+
+
+def bare_name(text: str) -> str:
+    """A name as captions have it: lower case, no article, no punctuation around words; "The Palm-Tree!" -> "palm tree"."""
+    text = unicodedata.normalize("NFKC", text).lower().replace("’", "'")
+    words = [word.strip("'") for word in re.findall(r"[\w']+", re.sub(r"[\u200b-\u200f\u2060\ufeff\u00ad]", "", text))]
+    words = [word.removesuffix("'s") for word in words if word.removesuffix("'s")]
+    while len(words) > 1 and words[0] in ARTICLES:
+        words = words[1:]
+    return " ".join(words)
+
+
+def _keys(text: str) -> set[str]:
+    """What a name may be in the singular."""
+    *others, last = bare_name(text).split() or [""]
+    found = {last, IRREGULAR.get(last, last)}
+    if last.endswith("s") and not last.endswith("ss") and len(last) > 2:
+        found.add(last[:-1])
+        for ending, single in (("ies", "y"), ("ves", "f"), ("ves", "fe"), ("es", "")):
+            if last.endswith(ending) and len(last) > len(ending) + 1:
+                found.add(last.removesuffix(ending) + single)
+    return {" ".join([*others, word]) for word in found}
+
+
+def same_concept(first: str, second: str) -> bool:
+    """Whether two names mean the same but for case, article, number and punctuation."""
+    keys = _keys(first) & _keys(second)
+    return bool(keys - {""})
+
+
+def mentions(text: str, name: str) -> bool:
+    """Whether all words of a name stand in a text, in the singular or the plural."""
+    words = {key for word in bare_name(text).split() for key in _keys(word)}
+    return set(name.split()) <= words
+
+
+def caption_names(text: str, known: Collection[str]) -> list[str]:
+    """What a text names: one of the known names, several of them between "and", or what it says without article."""
+    if name := known_name(text, known):
+        return [name]
+    parts = [known_name(part, known) for part in re.split(r"\s+(?:and|or)\s+|\s*[&+/]\s*", text) if part]
+    if len(parts) > 1 and all(parts):
+        return parts
+    return [bare] if (bare := bare_name(text)) else []
+
+
+def known_name(text: str, known: Collection[str]) -> str | None:
+    """The one of some names that a text means, None for none; the very same one first."""
+    bare = bare_name(text)
+    if bare in known:
+        return bare
+    return next((name for name in known if same_concept(name, text)), None)
