@@ -70,9 +70,9 @@ def check(name: str, value: float | None) -> None:
         or not isinstance(value, int if bound.whole else int | float)
         or not math.isfinite(value)
     ):
-        raise ValueError(f"{name} is {str(value)[:60]!r}: expected a {'whole ' if bound.whole else ''}number, {bound}")
+        raise ValueError(f"{name} is {repr(value)[:60]}: expected a {'whole ' if bound.whole else ''}number, {bound}")
     if not bound.low <= value <= bound.high:
-        raise ValueError(f"{name} is {str(value)[:60]}: expected {bound}")
+        raise ValueError(f"{name} is {repr(value)[:60]}: expected {bound}")
 
 
 def check_all(settings: Iterable[tuple[str, object]]) -> None:

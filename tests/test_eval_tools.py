@@ -99,7 +99,7 @@ def test_an_erasure_is_verified(untrained, tmp_path, capsys):
     assert "pizza: before 0." in told
     assert "derived embedding 0." in told
     assert argen([*asked[:-1], str(tmp_path / "again"), "--verify", "0"]) == 2
-    assert "expected at least 1 picture" in capsys.readouterr().err
+    assert "verify is 0: expected 1 to 1,000" in capsys.readouterr().err
 
 
 def test_the_page_shows_how_a_token_gets_better(untrained):
