@@ -42,6 +42,18 @@ SAMPLE = Path(emoji.__file__).parent / "sample"
 SCHEDULE = Schedule(steps=4, batch_size=4, learning_rate=1e-3, warmup=2, muon=True)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def small():
+    """A smaller FlexTok than the one that ships: what is tested is the training, not the model."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(flextok.SIZES, "encoder_depth", 2)  # one layer is aligned, one is behind it
+        patch.setitem(flextok.SIZES, "decoder_depth", 2)
+        patch.setitem(flextok.SIZES, "encoder_dim", 64)
+        patch.setitem(flextok.SIZES, "decoder_dim", 64)
+        patch.setattr(flextok, "STEPS", 2)
+        yield
+
+
 @pytest.fixture(scope="module")
 def composed(tmp_path_factory):
     out = tmp_path_factory.mktemp("data") / "scenes"

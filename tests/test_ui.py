@@ -45,6 +45,7 @@ def site(tmp_path_factory):
     folder, port = tmp_path_factory.mktemp("ui") / "pictures", free_port()
     log = (folder.parent / "log").open("w")
     command = [sys.executable, "-m", "argen.cli", "ui", "--port", str(port), "--data-dir", str(folder)]
+    command += ["--model-dir", str(tmp_path_factory.getbasetemp())]
     server = subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, "HF_HUB_OFFLINE": "1"})
     address = f"http://127.0.0.1:{port}"
     try:

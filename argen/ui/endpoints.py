@@ -65,11 +65,11 @@ class Endpoints:
         model,
         num_images,
         seed,
-        guidance_scale,
-        temperature,
-        top_k,
-        sampler,
-        num_candidates,
+        guidance_scale=None,
+        temperature=None,
+        top_k=None,
+        sampler=Request.sampler,
+        num_candidates=None,
     ) -> tuple:
         """Draw a prompt -> images, and the settings of each."""
         with refusals():
@@ -81,7 +81,17 @@ class Endpoints:
             )
 
     async def edit(
-        self, request: gr.Request, image, mask, prompt, model, num_images, seed, guidance_scale, temperature, sampler
+        self,
+        request: gr.Request,
+        image,
+        mask,
+        prompt,
+        model,
+        num_images,
+        seed,
+        guidance_scale=None,
+        temperature=None,
+        sampler=Request.sampler,
     ) -> tuple:
         """Draw a part of an image anew -> images, and the settings of each."""
         with refusals():
