@@ -240,3 +240,35 @@ def test_a_cancelled_run_leaves_the_pipeline_as_it_was(golden):
     assert not pipe.unet._forward_pre_hooks
     assert all(parameter.requires_grad for parameter in pipe.unet.parameters())
     assert BindingRun.__name__ not in repr(pipe.unet.attn_processors)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "said"),
+    [
+        ("a red, shiny apple on a blue table", "apple <- red shiny; table <- blue; merged: an apple on a table"),
+        ("a blue robot & a green pizza", "robot <- blue; pizza <- green; merged: a robot & a pizza"),
+        ("a blue robot + a green pizza", "robot <- blue; pizza <- green; merged: a robot + a pizza"),
+        ("a blue robot; a green pizza", "robot <- blue; pizza <- green; merged: a robot; a pizza"),
+        ("a blue robot / a green pizza", "robot <- blue; pizza <- green; merged: a robot / a pizza"),
+        ("a red robot with a green hat", "robot <- red; hat <- green; merged: a robot with a hat"),
+        (
+            "a cat with sunglasses and a dog with a hat",
+            "cat <- with sunglasses; dog <- with a hat; merged: a cat and a dog",
+        ),
+        ("a red and white ball next to a blue box", "ball <- red white; box <- blue; merged: a ball next to a box"),
+        ("a red, round and shiny apple", "apple <- red round shiny; merged: an apple"),
+        ("a white dog, a black cat", "dog <- white; cat <- black; merged: a dog, a cat"),
+        ("a big brown bear, wearing a hat", "bear <- big brown wearing a hat; merged: a bear,"),
+    ],
+)
+def test_separators_and_rows_of_attributes(prompt, said, monkeypatch):
+    monkeypatch.setattr(prompts, "spacy_pipeline", lambda: None)
+    assert str(prompts.parse(prompt)) == said
+
+
+@pytest.mark.parametrize(
+    "prompt", ["a RED (apple:1.2) and a blue robot", "((red)) apple", "[red] apple", "a red apple:1.3"]
+)
+def test_weights_are_refused(prompt):
+    with pytest.raises(ValueError, match="is a weight or a group, which is not read"):
+        prompts.parse(prompt)

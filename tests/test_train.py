@@ -175,6 +175,37 @@ def test_muon_trains_the_hidden_matrices_and_nothing_else():
     assert len(adamw.param_groups[0]["params"]) == 4  # the embedding, a bias, the convolution and its bias
 
 
+@pytest.mark.parametrize("shape", [(24, 16), (16, 24)])
+def test_muon_in_float32_is_torchs_but_for_rounding(shape):
+    torch.manual_seed(0)
+    start = torch.randn(shape)
+    schedule = Schedule(steps=4, batch_size=4, learning_rate=0.1, weight_decay=0.1, muon=True)
+    found = []
+    for precision in ("bf16", "fp32"):
+        network = nn.Linear(*shape[::-1], bias=False)
+        network.weight.data.copy_(start)
+        muon = optimizers_of(nn.Sequential(network, nn.LayerNorm(2)), schedule, precision)[1]
+        for number in range(3):
+            network.weight.grad = torch.randn(shape, generator=torch.Generator().manual_seed(number))
+            muon.step()
+        found.append(network.weight.detach())
+    torch.testing.assert_close(found[0], found[1], atol=0.01, rtol=0.01)
+    assert (found[0] - start).abs().mean() > 0.05
+
+
+@pytest.mark.parametrize(("dtype", "precision"), [(torch.float32, "fp32"), (torch.bfloat16, "bf16")])
+def test_a_training_takes_the_fast_precision_and_keeps_it(tmp_path, monkeypatch, capsys, dtype, precision):
+    monkeypatch.setattr("argen.train.loop.fast_dtype", lambda device: dtype)
+    train(ViTVQGANTask(SAMPLE, SCHEDULE.steps), SCHEDULE, tmp_path / "out", steps=1)
+    assert f"out: training in {precision} on cpu" in capsys.readouterr().out
+    recipe = json.loads((tmp_path / "out/checkpoint/recipe.json").read_text())
+    assert recipe["precision"] == precision
+    other = torch.float32 if dtype == torch.bfloat16 else torch.bfloat16
+    monkeypatch.setattr("argen.train.loop.fast_dtype", lambda device: other)  # it goes on on another machine
+    train(ViTVQGANTask(SAMPLE, SCHEDULE.steps), SCHEDULE, tmp_path / "out", steps=2)
+    assert f"out: training in {precision} on cpu" in capsys.readouterr().out
+
+
 def test_a_folder_of_another_training_is_left_alone(tmp_path):
     train(ViTVQGANTask(SAMPLE, SCHEDULE.steps), SCHEDULE, tmp_path / "out", steps=1)
     with pytest.raises(ValueError, match="holds a training with another recipe, setting, seed or option"):

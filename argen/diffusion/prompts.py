@@ -7,7 +7,83 @@ from functools import cache
 
 DETERMINERS = {"a", "an", "the", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "some"}
 BETWEEN = ["to the left of", "to the right of", "in front of", "on top of", "next to", "left of", "right of"]
-BETWEEN += ["and", "on", "in", "under", "above", "below", "over", "beside", "behind", "near", "at", ","]
+BETWEEN += ["and", "plus", "on", "in", "under", "above", "below", "over", "beside", "behind", "near", "at"]
+BETWEEN += [",", ";", "&", "+", "/", "|"]
+JOINING = {"and", "&", ","}  # which stand between the attributes of one object, too: "a red, shiny apple"
+ATTRIBUTES = set(
+    [
+        "red",
+        "orange",
+        "yellow",
+        "green",
+        "blue",
+        "purple",
+        "violet",
+        "pink",
+        "brown",
+        "black",
+        "white",
+        "grey",
+        "gray",
+        "cyan",
+        "teal",
+        "turquoise",
+        "magenta",
+        "beige",
+        "maroon",
+        "navy",
+        "gold",
+        "golden",
+        "silver",
+        "dark",
+        "light",
+        "bright",
+        "pale",
+        "big",
+        "small",
+        "large",
+        "little",
+        "tiny",
+        "huge",
+        "tall",
+        "short",
+        "long",
+        "old",
+        "young",
+        "new",
+        "round",
+        "square",
+        "flat",
+        "hot",
+        "cold",
+        "wet",
+        "dry",
+        "soft",
+        "hard",
+        "clean",
+        "fresh",
+        "sweet",
+        "cute",
+        "happy",
+        "sad",
+        "angry",
+        "very",
+    ]
+)
+ATTRIBUTE_ENDINGS = (
+    "y",
+    "ed",
+    "ish",
+    "en",
+    "ful",
+    "less",
+    "ous",
+    "able",
+    "ic",
+    "ing",
+    "ive",
+)  # of most other adjectives
+WEIGHTED = re.compile(r"[(\[{<].*[)\]}>]|:\s*\d")
 LINKS = [
     "that is",
     "that are",
@@ -98,12 +174,37 @@ def _segments(words: Sequence[str]) -> Iterator[list[int]]:
     low, segment, index = [word.lower() for word in words], [], 0
     while index < len(low):
         rest = next((phrase for phrase in BETWEEN if low[index : index + len(phrase.split())] == phrase.split()), None)
-        if rest is None:
+        if rest is None and not (low[index] == "with" and _own_attributes(low, index + 1)):
             segment, index = [*segment, index], index + 1
             continue
+        after = index + len((rest or "with").split())
+        worn = segment and any(low[after : after + len(link.split())] == link.split() for link in LINKS)
+        if rest == "," and worn:  # "a bear, wearing a hat"
+            index = after
+            continue
+        if (
+            rest in JOINING
+            and _only_attributes(low, segment)
+            and low[after : after + 1]
+            and low[after] not in DETERMINERS
+        ):
+            index = after  # the object of these attributes is still to come
+            continue
         yield segment
-        segment, index = [], index + len(rest.split())
+        segment, index = [], after
     yield segment
+
+
+def _only_attributes(low: Sequence[str], segment: Sequence[int]) -> bool:
+    """Whether a part of a prompt has attributes so far, and no object."""
+    said = [low[index] for index in segment if low[index] not in DETERMINERS]
+    return bool(said) and all(word in ATTRIBUTES or word.endswith(ATTRIBUTE_ENDINGS) for word in said)
+
+
+def _own_attributes(low: Sequence[str], start: int) -> bool:
+    """Whether what stands behind a "with" is an object with attributes of its own: "with a green hat", but not "with glasses"."""
+    stop = next((index for index in range(start, len(low)) if low[index] in BETWEEN), len(low))
+    return len([word for word in low[start:stop] if word not in DETERMINERS]) > 1
 
 
 def _group_of(words: Sequence[str], segment: list[int]) -> tuple[list[int], list[int]]:
@@ -182,12 +283,20 @@ def by_grammar(prompt: str, tokens: Sequence) -> list[tuple[list[int], list[int]
 def merged_prompt(prompt: str, groups: Sequence[Group]) -> str:
     """The prompt without the modifiers of its groups; "an orange cat" becomes "a cat"."""
     words, gone = words_of(prompt), {index for group in groups for index in group.modifiers}
+    between: set[int] = set()  # what stands between two modifiers of one object goes with them
+    for index, word in enumerate(words):
+        following = next(
+            (after for after in range(index, len(words)) if words[after].lower() not in JOINING), len(words)
+        )
+        if word.lower() in JOINING and any({index - 1, following} <= {*group.modifiers, *between} for group in groups):
+            between.add(index)
+    gone |= between
     kept, text = [index for index in range(len(words)) if index not in gone], ""
     for place, index in enumerate(kept):
         word = words[index]
         if word.lower() in ("a", "an") and index + 1 in gone and place + 1 < len(kept):
             word = "an" if words[kept[place + 1]][0].lower() in "aeiou" else "a"
-        text += word if not re.match(r"\w", word) or not text else f" {word}"
+        text += word if not text or word in ",.;:!?" else f" {word}"
     return text
 
 
@@ -205,12 +314,17 @@ def parse(prompt: str, bind: Mapping[str, str | Sequence[str]] | None = None) ->
     Args:
         bind: object -> its modifiers, as they stand in the prompt: {"robot": "blue", "cat": ["wearing sunglasses"]}. None
             finds them: by the grammar of spaCy where an English pipeline of it is installed, else by simple rules: objects stand
-            between "and", commas and prepositions, modifiers before the last word or after "with", "wearing", "is".
+            between "and", commas, "&", "+", "/", ";" and prepositions, modifiers before the last word or after "with", "wearing",
+            "is"; attributes in a row may have commas or "and" between.
 
     Raises:
         ValueError: there is nothing to bind, or a word is not in the prompt.
     """
     words = words_of(prompt)
+    if weight := WEIGHTED.search(prompt):
+        raise ValueError(
+            f"{weight[0][:40]!r} is a weight or a group, which is not read: write the words alone, as in 'a red apple'"
+        )
     if bind is None:
         analyse = spacy_pipeline()
         found = by_rules(words) if analyse is None else by_grammar(prompt, analyse(prompt))

@@ -15,6 +15,7 @@ from typing import Protocol
 
 import torch
 from accelerate import Accelerator, PartialState
+from accelerate.state import AcceleratorState
 from accelerate.utils import set_seed
 from diffusers.training_utils import EMAModel
 from PIL import Image
@@ -24,6 +25,7 @@ from tqdm import tqdm
 
 from argen.device import fast_dtype, pick
 from argen.train import checkpoints
+from argen.train.muon import FloatMuon
 
 
 @dataclass(frozen=True)
@@ -75,10 +77,11 @@ def step_generator(seed: int, step: int) -> torch.Generator:
     return torch.Generator().manual_seed((seed << 32) + step)
 
 
-def optimizers_of(network: nn.Module, schedule: Schedule) -> list[torch.optim.Optimizer]:
+def optimizers_of(network: nn.Module, schedule: Schedule, precision: str = "bf16") -> list[torch.optim.Optimizer]:
     """AdamW; with `schedule.muon`, Muon (arXiv 2502.16982) for the matrices that are no embedding, AdamW for the rest.
 
-    Muon's steps are scaled to the size of AdamW's, so that one learning rate serves both.
+    Muon's steps are scaled to the size of AdamW's, so that one learning rate serves both; torch computes them in bfloat16, and
+    they are computed in float32 where training is.
     """
     rate, decay = schedule.learning_rate, schedule.weight_decay
     embeddings = {id(m.weight) for m in network.modules() if isinstance(m, nn.Embedding)}
@@ -88,7 +91,8 @@ def optimizers_of(network: nn.Module, schedule: Schedule) -> list[torch.optim.Op
     rest = [p for p in trained if id(p) not in chosen]
     found: list[torch.optim.Optimizer] = [torch.optim.AdamW(rest, lr=rate, betas=schedule.betas, weight_decay=decay)]
     if matrices:
-        found.append(torch.optim.Muon(matrices, lr=rate, weight_decay=decay, adjust_lr_fn="match_rms_adamw"))
+        muon = torch.optim.Muon if precision == "bf16" else FloatMuon
+        found.append(muon(matrices, lr=rate, weight_decay=decay, adjust_lr_fn="match_rms_adamw"))
     return found
 
 
@@ -119,10 +123,11 @@ def train(
     set_seed(seed)
     begun = checkpoints.find(PartialState(), out)
     precision = precision or _precision(begun)
+    AcceleratorState._reset_state()  # an earlier training of this process may have had another precision
     accelerator = Accelerator(mixed_precision="bf16" if precision == "bf16" else "no")
     accelerator.print(f"{out.name}: training in {precision} on {accelerator.device}")
     names = list(task.networks)
-    optimizers = {name: optimizers_of(network, schedule) for name, network in task.networks.items()}
+    optimizers = {name: optimizers_of(network, schedule, precision) for name, network in task.networks.items()}
     task.networks = {name: accelerator.prepare(network) for name, network in task.networks.items()}
     optimizers = {name: [accelerator.prepare(one) for one in found] for name, found in optimizers.items()}
     model = accelerator.unwrap_model(task.networks["model"])
