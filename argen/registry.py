@@ -58,9 +58,9 @@ from argen.pipelines.parti import PartiPipeline
 from argen.pipelines.seed_llama import SeedLlamaPipeline
 from argen.pipelines.xar import XARPipeline
 from tokenizers_img import seed
-from tokenizers_img.checkpoint import hub_file, hub_folder
 from tokenizers_img.conv_encoder import ConvEncoder, TwoEncoders
 from tokenizers_img.flextok import FlexTok, FlexTokenizer
+from tokenizers_img.hub import hub_file, hub_folder
 from tokenizers_img.kl_vae import KLVAE
 from tokenizers_img.llamagen_vq import LlamaGenVQ
 from tokenizers_img.seed import Seed, SeedTokenizer, UnCLIP
