@@ -143,6 +143,16 @@ def read_file(path: Path) -> Any:
         raise ValueError(f"{path} could not be read as a checkpoint ({reason}): fetch it again") from error
 
 
+def read_settings(path: Path) -> dict[str, Any]:
+    """The arguments of the training script that a torch file holds beside its tensors; none in other files."""
+    if not path.is_file() or path.name.endswith(".json"):
+        return {}
+    held = read_file(path)
+    settings = held.get("args", held.get("config")) if isinstance(held, dict) else None
+    settings = vars(settings) if isinstance(settings, Namespace) else settings
+    return settings if isinstance(settings, dict) else {}
+
+
 def _is_safetensors(start: bytes) -> bool:
     """Whether a file begins with the length of a header, and with the header."""
     return start[5:9] == b"\0\0\0{"
