@@ -126,7 +126,13 @@ def parser() -> Parser:
     add.add_argument("--control", type=Path, metavar="PNG", help="picture to follow, for a model that takes one")
     add.add_argument("--control-type", metavar="TYPE", help=f"how it is read: {CONTROLS} (default: canny)")
     add.add_argument("--control-strength", type=float, metavar="X", help="0: not at all (default: 1)")
-    add.add_argument("--size", type=size, metavar="WxH", help="of the picture, under a control (default: the model's)")
+    add.add_argument(
+        "--size",
+        type=size,
+        metavar="WxH",
+        help="of the picture, under a control or of a checkpoint that does not say it (default: the model's)",
+    )
+    add.add_argument("--tokenizer", metavar="FILE", help="image tokenizer of a LlamaGen that --model FILE names")
     add.add_argument(
         "--from",
         type=Path,
@@ -382,6 +388,14 @@ def generate(args) -> None:
         given = read_request(args.origin).given() | given
     control = {"kind": args.control_type, "strength": args.control_strength, "size": args.size}
     control = {name: value for name, value in control.items() if value is not None}
+    path = Path(args.model or "")  # of a checkpoint, which --size may concern
+    own_file = args.model is not None and path.exists() and not (path / "model_index.json").is_file()
+    if args.tokenizer and not own_file:
+        raise ValueError("--tokenizer goes with --model FILE, the checkpoint of a LlamaGen")
+    if own_file and args.size and not args.control:
+        if args.size[0] != args.size[1]:
+            raise ValueError(f"--size is {args.size[0]}x{args.size[1]}: expected a square, e.g. 256x256")
+        control.pop("size")
     if args.control:
         given["control"] = Control(open_image(args.control), **control)
     elif control and "control" not in given:
@@ -392,7 +406,8 @@ def generate(args) -> None:
         raise ValueError('no prompt: say what to draw, for example argen generate "a red apple" -o apple.png')
     request = Request(**given)
 
-    pipe = load_model(request.model, args.device, "generator")
+    own = {"tokenizer": args.tokenizer, "image_size": args.size[0] if args.size and own_file else None}
+    pipe = load_model(request.model, args.device, "generator", **own)
     if args.origin and (other := differences(args.origin, pipe)):
         print(f"argen generate: {other}", file=sys.stderr)
     started = time.perf_counter()

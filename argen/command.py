@@ -77,7 +77,8 @@ def writable_folder(path: Path) -> Path:
     return path
 
 
-def load_model(model: str, device: str | None, kind: str | None = None):
+def load_model(model: str, device: str | None, kind: str | None = None, **files):
+    """The model called `model` on a device; `files` as in `argen.registry.load`."""
     from argen.device import pick
     from argen.registry import MODELS, ids, load
 
@@ -85,7 +86,7 @@ def load_model(model: str, device: str | None, kind: str | None = None):
     if kind and found != kind:
         raise ValueError(f"{model} is of the kind {found}, expected a {kind}: {', '.join(ids(kind))}")
     where = pick(device)
-    loaded = load(model)
+    loaded = load(model, **files)
     if hasattr(loaded, "set_progress_bar_config"):
         loaded.set_progress_bar_config(disable=None, bar_format="{desc}{percentage:3.0f}%|{bar:30}| {elapsed}")
     return loaded.to(where)

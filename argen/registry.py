@@ -1,5 +1,6 @@
 """What exists: the weights that ship with argen and the published ones that it loads; `load` gives any of them."""
 
+import difflib
 import importlib
 import json
 import logging
@@ -46,6 +47,7 @@ from argen.models.draft import Drafter
 from argen.models.flexar import FlexAR
 from argen.models.judge import Judge
 from argen.models.llamagen import LlamaGen
+from argen.models.llamagen_files import read_generator
 from argen.models.parti import Parti
 from argen.models.seed_llama import read_tokenizer
 from argen.models.xar import XAR
@@ -59,9 +61,10 @@ from argen.pipelines.seed_llama import SeedLlamaPipeline
 from argen.pipelines.xar import XARPipeline
 from argen.words import caption_names, mentions, split_names
 from tokenizers_img import seed
-from tokenizers_img.checkpoint import hub_file, hub_folder
+from tokenizers_img.checkpoint import read_state_dict, refuse_placeholder
 from tokenizers_img.conv_encoder import ConvEncoder, TwoEncoders
 from tokenizers_img.flextok import FlexTok, FlexTokenizer
+from tokenizers_img.hub import hub_file, hub_folder
 from tokenizers_img.kl_vae import KLVAE
 from tokenizers_img.llamagen_vq import LlamaGenVQ
 from tokenizers_img.seed import Seed, SeedTokenizer, UnCLIP
@@ -241,6 +244,27 @@ def _llamagen(name: str, parameters: float) -> Model:
     about = f"LlamaGen {size}, {asked} -> {(int(pixels) // 16) ** 2} tokens -> {pixels} x {pixels}"
     files = f"{name}.pt", f"vq_ds16_{kind}.pt"
     return Model("generator", about, "MIT", parameters, read, repo, files, takes=(asked,), grid=True)
+
+
+def _llamagen_files(
+    path: Path, tokenizer: str | Path | None = None, image_size: int | None = None
+) -> LlamaGenPipeline | LlamaGenVQ:
+    """A LlamaGen with its tokenizer, or a tokenizer alone, out of checkpoints of any size and name."""
+    names = read_state_dict(path, averaged=False).keys()
+    if "encoder.conv_in.weight" in names:
+        return LlamaGenVQ.from_checkpoint(path)
+    kind = "t2i" if any("cap_proj" in name for name in names) else "c2i"
+    beside = (path if path.is_dir() else path.parent) / f"vq_ds16_{kind}.pt"
+    if tokenizer is None and not beside.is_file():
+        raise ValueError(f"no {beside.name} lies beside {path}: give its image tokenizer, --tokenizer FILE")
+    images = LlamaGenVQ.from_checkpoint(tokenizer or beside)
+    generator = read_generator(path, images.stride, image_size)
+    if images.config.n_embed != generator.config.n_embed:
+        raise ValueError(
+            f"the tokenizer {tokenizer or beside} has {images.config.n_embed} codes, {path} writes "
+            f"{generator.config.n_embed}: give --tokenizer the one it was trained with"
+        )
+    return LlamaGenPipeline(generator, images.vq, *(_t5() if kind == "t2i" else ()))
 
 
 def _t5() -> tuple[T5EncoderModel, PreTrainedTokenizerFast]:
@@ -568,13 +592,16 @@ def ids(kind: str) -> list[str]:
     return [name for name, model in MODELS.items() if model.kind == kind]
 
 
-def load(model: str | Path) -> Loaded:
+def load(model: str | Path, tokenizer: str | Path | None = None, image_size: int | None = None) -> Loaded:
     """The pipeline of a generator, the network of a tokenizer, or a text/picture encoder, on the CPU in float32, whatever precision its
     files have; T5 and SEED-LLaMA are in bfloat16.
 
     Args:
         model: an id of `MODELS`, a folder written by a pipeline's ``save_pretrained``, or the released file of a
-            LlamaGen, ControlAR or xAR beside its tokenizer's. Published weights are taken from the hub's cache, or fetched into it.
+            ControlAR or xAR beside its tokenizer's, or a checkpoint of a LlamaGen, released or of one's own training. Published
+            weights are taken from the hub's cache, or fetched into it.
+        tokenizer: of a LlamaGen's checkpoint: the file of its image tokenizer; None where a released one lies beside it.
+        image_size: of a LlamaGen's checkpoint: side of its images in pixels; None where the file or its name says it.
 
     Raises:
         ValueError: no such model; weights that cannot be read or do not fit.
@@ -586,11 +613,17 @@ def load(model: str | Path) -> Loaded:
         read = entry.read
     elif (Path(model) / "model_index.json").is_file():
         folder, read = Path(model), _pipeline
-    elif Path(model).is_file() and Path(model).stem in RELEASED:
+    elif Path(model).is_file() and Path(model).stem in RELEASED.keys() - LLAMAGEN.keys():
         folder, read = Path(model).parent, RELEASED[Path(model).stem].read
+    elif Path(model).exists():
+        with _alone():
+            return _in_float32(_llamagen_files(Path(model), tokenizer, image_size))
     else:
+        near = difflib.get_close_matches(str(model), MODELS, n=2)
+        hint = f"; did you mean {' or '.join(near)}?" if near else ""
         raise ValueError(
-            f"unknown model {str(model)!r}: expected one of {', '.join(MODELS)}, or a folder with a saved pipeline"
+            f"unknown model {str(model)!r}: expected an id that `argen models` lists, the folder of a saved pipeline or a "
+            f"checkpoint file{hint}"
         )
     try:
         with _alone():
@@ -598,6 +631,8 @@ def load(model: str | Path) -> Loaded:
     except UNUSABLE as error:
         if isinstance(error, FileNotFoundError):
             raise
+        for file in folder.rglob("*.safetensors"):
+            refuse_placeholder(file)
         reason = " ".join(str(error).split())[:300]
         raise ValueError(
             f"the weights in {folder} cannot be used ({reason}): install argen or fetch them again"

@@ -1,17 +1,14 @@
-"""Published checkpoint files: fetched from the hub, opened safely, their names changed into a library's, and loaded strictly."""
+"""Published checkpoint files: opened safely, their names changed into a library's, and loaded strictly."""
 
 import json
 import logging
 import re
 from argparse import Namespace
-from collections.abc import Sequence
 from pathlib import Path, PosixPath, WindowsPath
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -56,46 +53,6 @@ CONVOLUTIONAL = [  # names of taming-transformers and latent diffusion, and of L
     (r"(attentions\.\d+)\.([qkv])\.", r"\1.to_\2."),
     (r"(attentions\.\d+)\.proj_out\.", r"\1.to_out.0."),
 ]
-
-
-def hub_folder(repo: str, files: Sequence[str]) -> Path:
-    """The folder of a hub repository with `files` (names or glob patterns), out of the hub's cache or fetched into it.
-
-    Raises:
-        ConnectionError: they are not here and cannot be fetched.
-    """
-    try:
-        return Path(snapshot_download(repo, allow_patterns=list(files)))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise ConnectionError(
-            f"{', '.join(files)} of {repo} is not on this machine and could not be fetched from the hub: connect to the "
-            "network, or put it into the hub's cache"
-        ) from error
-
-
-def hub_file(repo: str, name: str) -> Path:
-    """One file of a hub repository, see `hub_folder`."""
-    path = hub_folder(repo, [name]) / name
-    if not path.is_file():  # the cache has the repository, without it
-        raise ConnectionError(f"{name} of {repo} is not in the hub's cache: connect to the network to fetch it")
-    return path
-
-
-def download(url: str, path: Path, refusal: str, sha256: str | None = None) -> Path:
-    """Fetch one file that lies outside the hub to `path`: all of it, or nothing.
-
-    Args:
-        sha256: how its digest begins.
-
-    Raises:
-        ConnectionError: `refusal`, where it cannot be fetched.
-    """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        torch.hub.download_url_to_file(url, str(path), hash_prefix=sha256)
-    except (OSError, RuntimeError) as error:
-        raise ConnectionError(refusal) from error
-    return path
 
 
 def read_state_dict(path: str | Path, averaged: bool = True) -> dict[str, Tensor]:
@@ -184,6 +141,16 @@ def read_file(path: Path) -> Any:
         lines = re.sub(r"\x1b\[[0-9;]*m", "", str(error)).split()
         reason = " ".join(lines)[:120] or type(error).__name__
         raise ValueError(f"{path} could not be read as a checkpoint ({reason}): fetch it again") from error
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """The arguments of the training script that a torch file holds beside its tensors; none in other files."""
+    if not path.is_file() or path.name.endswith(".json"):
+        return {}
+    held = read_file(path)
+    settings = held.get("args", held.get("config")) if isinstance(held, dict) else None
+    settings = vars(settings) if isinstance(settings, Namespace) else settings
+    return settings if isinstance(settings, dict) else {}
 
 
 def _is_safetensors(start: bytes) -> bool:

@@ -25,7 +25,7 @@ UNUSED, CODES = "quantize.codebook_used", "quantize.embedding.weight"
 def converted(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Tensors under their published names -> under those of `diffusers.VQModel`, the codebook normalised."""
     own = to_diffusers({key: value for key, value in state.items() if key != UNUSED}, levels=0)
-    return own | {CODES: F.normalize(own[CODES], dim=-1)}
+    return own | ({CODES: F.normalize(own[CODES].float(), dim=-1)} if CODES in own else {})
 
 
 def network(
@@ -65,6 +65,25 @@ class LlamaGenVQ(nn.Module):
         if stride not in MULTIPLIERS:
             raise ValueError(f"unknown stride {stride}: expected {' or '.join(map(str, MULTIPLIERS))}")
         return cls(load_strict(network(MULTIPLIERS[stride]), converted(read_state_dict(path)), source=path))
+
+    @classmethod
+    def from_checkpoint(cls, path: str | Path) -> "LlamaGenVQ":
+        """Load a file of any size and name, also of one's own training; all sizes are read from its tensors.
+
+        Raises:
+            ValueError: it is no VQ tokenizer of LlamaGen.
+        """
+        state = read_state_dict(path)
+        if CODES not in state or "encoder.conv_in.weight" not in state:
+            raise ValueError(f"{path} holds no VQ tokenizer of LlamaGen: expected encoder, decoder and quantize")
+        widths, level = [], 0
+        while (found := state.get(f"encoder.conv_blocks.{level}.res.0.conv1.weight")) is not None:
+            widths.append(found.shape[0])
+            level += 1
+        base, (codes, code_width) = state["encoder.conv_in.weight"].shape[0], state[CODES].shape
+        latent = state["quant_conv.weight"].shape[1] if "quant_conv.weight" in state else code_width
+        vq = network(tuple(width // base for width in widths), base, latent, codes, code_width)
+        return cls(load_strict(vq, converted(state), source=path))
 
     @property
     def device(self) -> torch.device:

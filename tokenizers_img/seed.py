@@ -29,8 +29,9 @@ from transformers import (
     Blip2VisionModel,
 )
 
-from tokenizers_img.checkpoint import download, load_strict, read_state_dict
+from tokenizers_img.checkpoint import load_strict, read_state_dict
 from tokenizers_img.conv_encoder import TwoEncoders
+from tokenizers_img.hub import download
 from tokenizers_img.pixels import CLIP_MEAN, CLIP_STD, from_pil, on_white, upright
 from tokenizers_img.quantize import check_ids
 
@@ -332,7 +333,7 @@ def eva_file() -> Path:
     """
     path = Path(torch.hub.get_dir()) / "checkpoints" / EVA.rpartition("/")[2]
     refusal = f"the picture encoder of SEED is not on this machine and could not be fetched: get {EVA} and put it into {path.parent}"
-    return path if path.is_file() else download(EVA, path, refusal)
+    return download(EVA, path, refusal)
 
 
 def sizes_of(state: dict[str, Tensor]) -> dict:

@@ -20,7 +20,7 @@ from argen.data.scenes import boxes, plural
 from argen.models.clip import TextImageEncoder
 from argen.models.clip_count import CLIPCount
 from argen.models.counter import Counter
-from tokenizers_img.checkpoint import hub_folder
+from tokenizers_img.hub import hub_folder
 from tokenizers_img.pixels import to_pil
 
 CLIP, RELEVANCE = "openai/clip-vit-base-patch16", "openai/clip-vit-base-patch32"

@@ -16,7 +16,8 @@ from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
-from tokenizers_img.checkpoint import download, load_strict, read_state_dict
+from tokenizers_img.checkpoint import load_strict, read_state_dict
+from tokenizers_img.hub import download
 
 FILES = ("pt_inception-2015-12-05-6726825d.pth", "weights-inception-2015-12-05-6726825d.pth")  # one file, two names
 URL = f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{FILES[0]}"

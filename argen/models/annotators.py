@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from transformers import DPTForDepthEstimation, MaskFormerForInstanceSegmentation, PreTrainedModel
 
 from argen.device import LOADING
-from tokenizers_img.checkpoint import hub_file, load_strict, read_state_dict
+from tokenizers_img.checkpoint import load_strict, read_state_dict
+from tokenizers_img.hub import hub_file
 from tokenizers_img.pixels import on_white, upright
 
 

@@ -91,7 +91,9 @@ class LlamaGenPipeline(TokenPipeline):
             ValueError: there is no such class.
         """
         if self.transformer.config.classes is not None:
-            condition = torch.tensor([class_id(prompt) for prompt in prompts], device=self.device)
+            count = self.transformer.config.classes
+            names = None if count == 1000 else [str(number) for number in range(count)]
+            condition = torch.tensor([class_id(prompt, names) for prompt in prompts], device=self.device)
             mask = torch.ones(len(prompts), 1, dtype=torch.bool, device=self.device)
         else:
             condition, mask = self.encode_text(prompts)
