@@ -135,7 +135,7 @@ def add_commands(top: argparse.ArgumentParser) -> None:
     add.add_argument("--threshold", type=float, default=0.6, metavar="X", help="of the detector's score (default: 0.6)")
     _output(add)
 
-    add = commands.add_parser("stats", help="mean and covariance of a set, for pytorch-fid, guided-diffusion and argen")
+    add = commands.add_parser("stats", help="mean and covariance of a set, for pytorch-fid and argen")
     add.add_argument("data", type=Path, metavar="PATH", help=pictures)
     add.add_argument("-o", "--out", type=Path, required=True, metavar="FILE.npz")
     _looking(add)

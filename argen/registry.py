@@ -342,7 +342,7 @@ def _flexar(name: str, parameters: float) -> Model:
         return FlexARPipeline.from_original(folder / file, pictures / file, *(_t5() if text else ()))
 
     asked = "text" if text else "class"
-    about = f"FlexAR {name}, {asked} -> 1 to 256 ordered tokens -> 256 x 256"
+    about = f"FlexAR {name}, {asked} -> 1 to 256 ordered tokens -> 256 x 256; unproven: its key list is not public"
     licence = f"Apache-2.0; its picture tokenizer: {APPLE}"
     return Model("generator", about, licence, parameters, read, repo, (file, "config.yaml"), takes=(asked,))
 

@@ -21,6 +21,7 @@ from tokenizers_img.checkpoint import load_strict
 from tokenizers_img.flextok import FlexTok, vae_network
 
 CLOSE = {"atol": 1e-4, "rtol": 1e-4}
+ATTENTIONS = ("self_attn", "cross_attn")
 
 
 @pytest.fixture(params=["ar_c2i", "ar_t2i"])
@@ -237,3 +238,50 @@ def test_a_search_says_what_is_wrong(pipe):
         list(pipe.run(Request("class:1", num_beams=2)))
     with pytest.raises(ValueError, match="only pictures of ordered tokens can be searched for"):
         next(argen.load("argen/emoji-parti").run(Request("a red apple", num_beams=2)))
+
+
+@pytest.mark.parametrize(("target", "eps"), [("LayerNormFP32", 1e-5), ("LayerNormFP32", 1e-3), ("RMSNorm", None)])
+@torch.no_grad()
+def test_norms_of_queries_and_keys_are_read_and_equal(golden, tmp_path, target, eps):
+    """Those of self- and of cross-attention, against the formulas of the authors' code."""
+    case = golden("flextok/ar_t2i")
+    config = json.loads(json.dumps({key: value for key, value in case.config.items() if key != "_fixture"}))
+    trunk = config["model"]["meta_model"]["models"]["ar_image_model"]["trunk"]
+    norm = {"_target_": f"l3m.model.layers.normalization.{target}", "_partial_": True} | ({"eps": eps} if eps else {})
+    trunk["self_attn_target"]["qk_norm"] = trunk["cross_attn_target"]["qk_norm"] = norm
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    heads = trunk["self_attn_target"]["num_heads"]
+    dim, generator = trunk["embed_dim"] // heads, torch.Generator().manual_seed(0)
+    names = [
+        f"models.ar_image_model.trunk.blocks.{i}.{part}" for i in range(trunk["num_blocks"]) for part in ATTENTIONS
+    ]
+    state = {key: value for key, value in case.weights.items() if ".q_norm." not in key and ".k_norm." not in key}
+    for name in names:
+        for kind in ("weight", "bias") if target == "LayerNormFP32" else ("weight",):
+            for side in ("q_norm", "k_norm"):
+                state[f"{name}.{side}.{kind}"] = torch.randn(dim, generator=generator)
+    save_file(state, tmp_path / "model.safetensors")
+    model = FlexAR.from_original(tmp_path / "model.safetensors")
+    assert model.config.cross_qk_norm == (eps or 1e-6)
+
+    def normed(x: torch.Tensor, name: str) -> torch.Tensor:
+        if target == "RMSNorm":
+            return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6) * state[f"{name}.weight"]
+        return torch.nn.functional.layer_norm(x, (dim,), state[f"{name}.weight"], state[f"{name}.bias"], eps)
+
+    own, cross = (model.get_submodule(name) for name in names[:2])
+    x, text = torch.randn(2, 5, heads * dim, generator=generator), torch.randn(2, 7, heads * dim, generator=generator)
+    rows = [part.unflatten(-1, (heads, dim)).transpose(1, 2) for part in own.qkv(x).chunk(3, dim=-1)]
+    out = F.scaled_dot_product_attention(
+        normed(rows[0], f"{names[0]}.q_norm"), normed(rows[1], f"{names[0]}.k_norm"), rows[2], is_causal=True
+    )
+    expected = own.proj(out.transpose(1, 2).flatten(2))
+    torch.testing.assert_close(own(x, causal_mask(5, 5, x.device), None, 0), expected, **CLOSE)
+    parts = (cross.Wq(x), cross.Wk(text), cross.Wv(text))
+    rows = [part.unflatten(-1, (heads, dim)).transpose(1, 2) for part in parts]
+    out = F.scaled_dot_product_attention(
+        normed(rows[0], f"{names[1]}.q_norm"), normed(rows[1], f"{names[1]}.k_norm"), rows[2]
+    )
+    expected = cross.proj(out.transpose(1, 2).flatten(2))
+    everything = torch.ones(2, 1, 1, 7, dtype=torch.bool)
+    torch.testing.assert_close(cross(x, *cross.keys_values(text), everything), expected, **CLOSE)

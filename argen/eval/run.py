@@ -184,7 +184,8 @@ def writable_npz(path: Path) -> None:
 def save_statistics(
     path: Path, pictures: Pictures, extractor: Extractor, crop: str | None, cache: Path, batch_size: int = 32
 ) -> int:
-    """Write ``mu``, ``sigma`` (and ``mu_s``, ``sigma_s``) as pytorch-fid and guided-diffusion read them, ``meta``, and the captions
+    """Write ``mu``, ``sigma`` (and ``mu_s``, ``sigma_s``) as pytorch-fid reads them (and guided-diffusion's `read_statistics`,
+    but not its main program, which wants ``arr_0``, the images), ``meta``, and the captions
     where there are some.
 
     Returns:

@@ -32,13 +32,22 @@ class LayerNorm(nn.LayerNorm):
         return F.layer_norm(x.float(), self.normalized_shape, self.weight.float(), bias, self.eps).to(x.dtype)
 
 
+def norm_of(kind: str, dim: int, eps: float) -> nn.Module:
+    """A norm of the kind "layer" or "rms"."""
+    return RMSNorm(dim, eps) if kind == "rms" else LayerNorm(dim, eps)
+
+
 class SelfAttention(nn.Module):
-    def __init__(self, dim: int, heads: int, qkv_bias: bool, bias: bool, qk_norm: float | None):
+    """Args:
+    qk_norm: kind and eps of the norm of queries and keys, see `norm_of`; None for none.
+    """
+
+    def __init__(self, dim: int, heads: int, qkv_bias: bool, bias: bool, qk_norm: tuple[str, float] | None):
         super().__init__()
         self.heads = heads
         self.qkv, self.proj = Linear(dim, 3 * dim, bias=qkv_bias), Linear(dim, dim, bias=bias)
         if qk_norm is not None:
-            self.q_norm, self.k_norm = (RMSNorm(dim // heads, eps=qk_norm) for _ in range(2))
+            self.q_norm, self.k_norm = (norm_of(qk_norm[0], dim // heads, qk_norm[1]) for _ in range(2))
 
     def forward(self, x: Tensor, mask: Tensor, cache: KeyValueCache | None, layer: int) -> Tensor:
         query, key, value = (split_heads(part, self.heads) for part in self.qkv(x).chunk(3, dim=-1))
@@ -50,17 +59,24 @@ class SelfAttention(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    def __init__(self, dim: int, heads: int, qkv_bias: bool, bias: bool):
+    """See `SelfAttention`."""
+
+    def __init__(self, dim: int, heads: int, qkv_bias: bool, bias: bool, qk_norm: tuple[str, float] | None):
         super().__init__()
         self.heads = heads
         self.Wq, self.Wk, self.Wv = (Linear(dim, dim, bias=qkv_bias) for _ in range(3))
         self.proj = Linear(dim, dim, bias=bias)
+        if qk_norm is not None:
+            self.q_norm, self.k_norm = (norm_of(qk_norm[0], dim // heads, qk_norm[1]) for _ in range(2))
 
     def keys_values(self, text: Tensor) -> tuple[Tensor, Tensor]:
-        return split_heads(self.Wk(text), self.heads), split_heads(self.Wv(text), self.heads)
+        key, value = split_heads(self.Wk(text), self.heads), split_heads(self.Wv(text), self.heads)
+        return (self.k_norm(key) if hasattr(self, "k_norm") else key), value
 
     def forward(self, x: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
         query = split_heads(self.Wq(x), self.heads)
+        if hasattr(self, "q_norm"):
+            query = self.q_norm(query)
         return self.proj(dispatch_attention_fn(query, key, value, attn_mask=mask).flatten(2))
 
 
@@ -115,7 +131,8 @@ class FlexAR(ModelMixin, ConfigMixin):
         classes: how many there are, for a model of classes; else None.
         text_dim: width of the text encoder's hidden states, for a model of texts; else None.
         norm, eps: "layer" or "rms".
-        qk_norm: eps of an RMSNorm of queries and keys; None for none.
+        qk_norm, cross_qk_norm: eps of the norm of queries and keys, of self- and of cross-attention; None for none.
+        qk_norm_kind, cross_qk_norm_kind: "layer" or "rms".
         gated, hidden: whether the feed-forward layer is gated, and its width.
         bias, qkv_bias, head_bias: which matrices and norms have one.
         final_norm: there is one after the last layer.
@@ -144,20 +161,25 @@ class FlexAR(ModelMixin, ConfigMixin):
         final_norm: bool = True,
         text_gelu: str = "tanh",
         dropout: float = 0.0,
+        qk_norm_kind: str = "rms",
+        cross_qk_norm: float | None = None,
+        cross_qk_norm_kind: str = "rms",
     ):
         super().__init__()
         self.length, self.depth = length, depth
         self.drop = nn.Dropout(dropout)
 
         def normed() -> nn.Module:
-            return RMSNorm(dim, eps) if norm == "rms" else LayerNorm(dim, eps)
+            return norm_of(norm, dim, eps)
 
         def block() -> nn.ModuleDict:
-            attention = SelfAttention(dim, heads, qkv_bias, bias, qk_norm)
+            own = None if qk_norm is None else (qk_norm_kind, qk_norm)
+            attention = SelfAttention(dim, heads, qkv_bias, bias, own)
             mlp = MLP(dim, hidden, bias, gated)
             if text_dim is None:
                 return nn.ModuleDict({"norm_1": normed(), "attn": attention, "norm_2": normed(), "mlp": mlp})
-            cross = CrossAttention(dim, heads, qkv_bias, bias)
+            of_cross = None if cross_qk_norm is None else (cross_qk_norm_kind, cross_qk_norm)
+            cross = CrossAttention(dim, heads, qkv_bias, bias, of_cross)
             parts = {"norm_1": normed(), "self_attn": attention, "norm_2": normed(), "cross_attn": cross}
             return nn.ModuleDict(parts | {"norm_3": normed(), "mlp": mlp})
 
@@ -286,7 +308,8 @@ class FlexARSession(DecoderSession):
         return super().forward(tokens, positions, mask, seen)
 
 
-NORMS = {"LayerNormFP32": "layer", "RMSNorm": "rms"}
+NORMS = {"LayerNormFP32": "layer", "LayerNorm": "layer", "RMSNorm": "rms"}
+EPS = {"layer": 1e-5, "rms": 1e-6}  # where the configuration names none
 FEED_FORWARDS = {"MLP": False, "SwiGLUFFN": True}
 
 
@@ -315,6 +338,14 @@ def _known(part: dict, names: dict, what: str):
     return names[name]
 
 
+def _norm(part: dict | None, what: str) -> tuple[float | None, str]:
+    """Eps and kind of a norm of a published configuration; None where there is none."""
+    if part is None:
+        return None, "rms"
+    kind = _known(part, NORMS, what)
+    return part.get("eps", EPS[kind]), kind
+
+
 def sizes_of(config: dict) -> dict:
     """What `FlexAR` takes, of a published configuration.
 
@@ -334,9 +365,9 @@ def sizes_of(config: dict) -> dict:
         if gated:
             multiple = trunk["ffn_target"].get("multiple_of", 256)
             hidden = multiple * -(-int(2 * hidden / 3) // multiple)
-        qk_norm, gelu = attention.get("qk_norm"), {}
-        if qk_norm is not None:
-            _known(qk_norm, {"RMSNorm": 1}, "the norm of queries")
+        own, gelu = _norm(attention.get("qk_norm"), "the norm of queries"), {}
+        cross = _norm(trunk["cross_attn_target"].get("qk_norm"), "the norm of queries") if text else (None, "rms")
+        norm, eps = _norm(trunk["norm_layer"], "the norm")[::-1]
         if text:
             gelu = models["text_encoder"]["mlp"].get("act_layer") or {"approximate": "tanh"}
         return {
@@ -347,9 +378,12 @@ def sizes_of(config: dict) -> dict:
             "heads": attention["num_heads"],
             "classes": None if text else before["num_classes"],
             "text_dim": models["text_encoder"]["mlp"]["text_dim"] if text else None,
-            "norm": _known(trunk["norm_layer"], NORMS, "the norm"),
-            "eps": trunk["norm_layer"].get("eps", 1e-5),
-            "qk_norm": None if qk_norm is None else qk_norm.get("eps", 1e-5),
+            "norm": norm,
+            "eps": eps,
+            "qk_norm": own[0],
+            "qk_norm_kind": own[1],
+            "cross_qk_norm": cross[0],
+            "cross_qk_norm_kind": cross[1],
             "gated": gated,
             "hidden": hidden,
             "bias": trunk.get("use_bias", True),
