@@ -373,11 +373,30 @@ def parser() -> Parser:
     return top
 
 
+def controlled(args, given: dict, own_file: bool) -> dict:
+    """What the options say of a control image, beside those of `given`; with the checkpoint of one's own --size is the model's."""
+    control = {"kind": args.control_type, "strength": args.control_strength, "size": args.size}
+    control = {name: value for name, value in control.items() if value is not None}
+    if args.tokenizer and not own_file:
+        raise ValueError("--tokenizer goes with --model FILE, the checkpoint of a LlamaGen")
+    if own_file and args.size and not args.control:
+        if args.size[0] != args.size[1]:
+            raise ValueError(f"--size is {args.size[0]}x{args.size[1]}: expected a square, e.g. 256x256")
+        control.pop("size")
+    if args.control:
+        from argen.images import open_image
+        from argen.request import Control
+
+        return {"control": Control(open_image(args.control), **control)}
+    if control and "control" not in given:
+        raise ValueError("--control-type, --control-strength and --size need --control, the picture to follow")
+    return {"control": replace(given["control"], **control)} if control else {}
+
+
 @command
 def generate(args) -> None:
-    from argen.images import open_image
     from argen.metadata import differences, read_request, save_pictures
-    from argen.request import Control, Request
+    from argen.request import Request
 
     writable(args.out)
     names = ("prompt", "num_images", "seed", "model", "guidance_scale", "temperature", "top_k", "top_p", "sampler")
@@ -386,22 +405,9 @@ def generate(args) -> None:
     given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     if args.origin:
         given = read_request(args.origin).given() | given
-    control = {"kind": args.control_type, "strength": args.control_strength, "size": args.size}
-    control = {name: value for name, value in control.items() if value is not None}
     path = Path(args.model or "")  # of a checkpoint, which --size may concern
     own_file = args.model is not None and path.exists() and not (path / "model_index.json").is_file()
-    if args.tokenizer and not own_file:
-        raise ValueError("--tokenizer goes with --model FILE, the checkpoint of a LlamaGen")
-    if own_file and args.size and not args.control:
-        if args.size[0] != args.size[1]:
-            raise ValueError(f"--size is {args.size[0]}x{args.size[1]}: expected a square, e.g. 256x256")
-        control.pop("size")
-    if args.control:
-        given["control"] = Control(open_image(args.control), **control)
-    elif control and "control" not in given:
-        raise ValueError("--control-type, --control-strength and --size need --control, the picture to follow")
-    elif control:
-        given["control"] = replace(given["control"], **control)
+    given |= controlled(args, given, own_file)
     if "prompt" not in given:
         raise ValueError('no prompt: say what to draw, for example argen generate "a red apple" -o apple.png')
     request = Request(**given)

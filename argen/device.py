@@ -35,7 +35,7 @@ def has_bf16(device: torch.device | str) -> bool:
         return torch.cuda.is_bf16_supported(including_emulation=False)
     if kind == "cpu":
         return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return kind == "mps"
+    return kind == "mps" and torch.backends.mps.is_macos_or_newer(14, 0)
 
 
 def fast_dtype(device: torch.device | str) -> torch.dtype:

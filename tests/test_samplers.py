@@ -365,8 +365,14 @@ def test_a_slice_of_a_weight_is_packed_once(monkeypatch):
 
 
 def test_bf16_layers_run_without_units_for_them(monkeypatch):
-    monkeypatch.setattr("argen.models.layers.has_bf16", lambda device: False)
-    monkeypatch.setattr(torch.ops.mkldnn, "_reorder_linear_weight", None)  # would fail there
+    monkeypatch.setattr("argen.models.layers.fast_dtype", lambda device: torch.float32)
+    seen, reorder = [], torch.ops.mkldnn._reorder_linear_weight
+    monkeypatch.setattr(
+        torch.ops.mkldnn, "_reorder_linear_weight", lambda weight, n: seen.append(weight.dtype) or reorder(weight, n)
+    )
     layer, x = Linear(16, 24).bfloat16(), torch.randn(2, 16).bfloat16()
     with torch.no_grad():
-        torch.testing.assert_close(layer(x), torch.nn.functional.linear(x, layer.weight, layer.bias))
+        made = layer(x)
+        torch.testing.assert_close(made, torch.nn.functional.linear(x, layer.weight, layer.bias), atol=0.02, rtol=0.02)
+    assert made.dtype == torch.bfloat16
+    assert seen == [torch.float32]  # packed as what the machine can compute

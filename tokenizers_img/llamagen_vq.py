@@ -82,7 +82,8 @@ class LlamaGenVQ(nn.Module):
             level += 1
         base, (codes, code_width) = state["encoder.conv_in.weight"].shape[0], state[CODES].shape
         latent = state["quant_conv.weight"].shape[1] if "quant_conv.weight" in state else code_width
-        vq = network(tuple(width // base for width in widths), base, latent, codes, code_width)
+        sizes = {"width": base, "latent_channels": latent, "codes": codes, "code_width": code_width}
+        vq = network(tuple(width // base for width in widths), **sizes)
         return cls(load_strict(vq, converted(state), source=path))
 
     @property

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from argen.device import has_bf16
+from argen.device import fast_dtype
 
 PACKED = WeakTensorKeyDictionary()  # weight -> what it was packed from, and for each slice of it its form for oneDNN
 
@@ -20,25 +20,27 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """
     if x.device.type != "cpu" or x.dtype != weight.dtype or not _packs(weight):
         return F.linear(x, weight, bias)
-    return torch.ops.mkldnn._linear_pointwise(x, _packed(weight), bias, "none", [], "")
+    dtype = (
+        weight.dtype if weight.dtype == torch.float32 else fast_dtype("cpu")
+    )  # bfloat16 without units for it is emulated
+    bias = None if bias is None else bias.to(dtype)
+    return torch.ops.mkldnn._linear_pointwise(x.to(dtype), _packed(weight, dtype), bias, "none", [], "").to(x.dtype)
 
 
 def _packs(weight: Tensor) -> bool:
     if torch.is_grad_enabled() or torch.compiler.is_compiling() or weight.is_inference():
         return False
-    if weight.dtype == torch.bfloat16:
-        return has_bf16(weight.device)
-    return weight.dtype == torch.float32 and torch.backends.mkldnn.is_available()
+    return weight.dtype in (torch.float32, torch.bfloat16) and torch.backends.mkldnn.is_available()
 
 
-def _packed(weight: Tensor) -> Tensor:
+def _packed(weight: Tensor, dtype: torch.dtype) -> Tensor:
     whole = weight if weight._base is None else weight._base  # a slice is another tensor each time it is taken
-    state = whole._version, whole.data_ptr(), whole.dtype  # a weight that was trained or moved is packed again
+    state = whole._version, whole.data_ptr(), whole.dtype, dtype  # a weight that was trained or moved is packed again
     if PACKED.get(whole, (None,))[0] != state:
         PACKED[whole] = state, {}
     place, packed = (weight.storage_offset(), weight.shape, weight.stride()), PACKED[whole][1]
     if place not in packed:
-        packed[place] = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), 8)
+        packed[place] = torch.ops.mkldnn._reorder_linear_weight(weight.detach().to(dtype), 8)
     return packed[place]
 
 

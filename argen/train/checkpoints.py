@@ -66,7 +66,7 @@ def load(accelerator: Accelerator, folder: Path, recipe: dict) -> None:
     """
     if recipe_of(folder) != json.loads(json.dumps(recipe)):
         raise ValueError(
-            f"{folder.parent} holds a training with another recipe, setting, seed or option: choose another --out"
+            f"{folder.parent} holds a training with another recipe, setting, seed, option or precision: choose another --out"
         )
     try:
         accelerator.load_state(folder)
