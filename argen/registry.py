@@ -259,9 +259,9 @@ def _llamagen_files(
         raise ValueError(f"no {beside.name} lies beside {path}: give its image tokenizer, --tokenizer FILE")
     images = LlamaGenVQ.from_checkpoint(tokenizer or beside)
     generator = read_generator(path, images.stride, image_size)
-    if images.config.n_embed != generator.config.n_embed:
+    if tokenizer is not None and images.config.n_embed != generator.config.n_embed:
         raise ValueError(
-            f"the tokenizer {tokenizer or beside} has {images.config.n_embed} codes, {path} writes "
+            f"the tokenizer {tokenizer} has {images.config.n_embed} codes, {path} writes "
             f"{generator.config.n_embed}: give --tokenizer the one it was trained with"
         )
     return LlamaGenPipeline(generator, images.vq, *(_t5() if kind == "t2i" else ()))

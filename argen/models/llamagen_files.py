@@ -24,6 +24,7 @@ def read_generator(path: Path, stride: int, image_size: int | None = None) -> Ll
     """
     state = read_state_dict(path, averaged=False)
     turns = state.get("freqs_cis")  # [T + N, D / 2H, 2], in files of some scripts
+    turns = turns if turns is not None and turns.ndim == 3 else None
     state, settings = converted(state), read_settings(path)
     sizes = sizes_of(state, path, turns)
     length = None if turns is None else len(turns) - sizes.get("caption_length", 1)
