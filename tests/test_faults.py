@@ -138,6 +138,23 @@ def test_no_scripts_come_from_elsewhere(page):
     assert status == 404 or b"cdn" not in (told if isinstance(told, bytes) else json.dumps(told).encode())
 
 
+def test_the_endpoints_are_not_on_the_page(page):
+    """Their components lie in a column that nobody sees."""
+    config = page.ask("/config", **log_in(page))[1]
+    hidden = {one["id"] for one in config["components"] if one["props"].get("visible") is False}
+
+    def below(node: dict, seen: bool) -> dict[int, bool]:
+        seen = seen and node["id"] not in hidden
+        return {node["id"]: seen} | {
+            id: shown for child in node.get("children", []) for id, shown in below(child, seen).items()
+        }
+
+    shown = {id: seen for child in config["layout"]["children"] for id, seen in below(child, True).items()}
+    named = [event for event in config["dependencies"] if event["api_visibility"] == "public"]
+    assert len(named) == 6
+    assert not any(shown.get(one, False) for event in named for one in (*event["inputs"], *event["outputs"]))
+
+
 def test_gradio_client_finds_a_handful_of_endpoints(page, tmp_path):
     gradio_client = pytest.importorskip("gradio_client")
     login = {"auth": ("somebody", KEYS[1])} if page.keys else {}

@@ -31,9 +31,9 @@ class Endpoints:
     def __init__(self, desk: Desk, free: Sequence[str], controlled: Sequence[str]):
         self.desk, self.studio = desk, desk.studio
         grids = [name for name in free if MODELS[name].grid]
-        kinds = gr.Dropdown(list(KINDS), value="canny", label="Control")
-        tokenizers = gr.Dropdown(ids("tokenizer"), value=TOKENIZER, label="Tokenizer")
         with gr.Column(visible=False):
+            kinds = gr.Dropdown(list(KINDS), value="canny", label="Control")
+            tokenizers = gr.Dropdown(ids("tokenizer"), value=TOKENIZER, label="Tokenizer")
             sampling = _number("Guidance"), _number("Temperature"), _number("Top-k"), _sampler(), _number("Candidates")
             _add(self.generate, [_prompt(), _model(free), *_numbers(), *sampling], _results())
             mask = _image("Mask, white: drawn anew; none: what is transparent in the image")
