@@ -110,7 +110,7 @@ def from_base64(text: str, name: str = "the picture") -> Image.Image:
         if not data:
             raise ValueError("it is empty")
     except (AttributeError, binascii.Error, ValueError) as error:
-        raise ValueError(f"{name} is no base64: expected that of a PNG, JPEG or WebP file") from error
+        raise ValueError(f"{name} is not base64: expected that of a PNG, JPEG or WebP file") from error
     return read_image(data, name)
 
 

@@ -150,7 +150,7 @@ def test_pixels_are_counted_before_they_are_decoded():
     with pytest.raises(ValueError, match="too many pixels"):
         read_image(png, "the picture")
     for text in ("%%%", "", "data:image/png;base64,"):
-        with pytest.raises(ValueError, match="is no base64"):
+        with pytest.raises(ValueError, match="is not base64"):
             from_base64(text)
 
 

@@ -170,7 +170,7 @@ def test_without_another_checkpoint_a_damaged_one_is_refused_in_one_line(tmp_pat
         (out / "checkpoint/files.json").unlink()
     damage(out / "checkpoint/optimizer.bin", "cut")
     for _ in range(2):
-        with pytest.raises(ValueError, match="cannot be read.*remove it to start anew") as refused:
+        with pytest.raises(ValueError, match="cannot be read.*remove it to start over") as refused:
             run(out)
         assert "\n" not in str(refused.value)
 

@@ -265,7 +265,7 @@ HOSTILE = {
     "tokens of nobody": ("/api/jobs", {"prompt": "a", "tokens": [["a"]]}, 400, "something else than ids"),
     "a control of nothing": ("/api/jobs", {"prompt": "a", "control": {"picture": "x"}}, 400, "expected"),
     "no picture": ("/sdapi/v1/img2img", {"prompt": "a", "init_images": []}, 422, "init_images"),
-    "no base64": ("/sdapi/v1/img2img", {"prompt": "a", "init_images": ["%%%"]}, 400, "is no base64"),
+    "no base64": ("/sdapi/v1/img2img", {"prompt": "a", "init_images": ["%%%"]}, 400, "is not base64"),
     "text as a picture": (
         "/sdapi/v1/png-info",
         {"image": base64.b64encode(b"hello").decode()},

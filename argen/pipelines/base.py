@@ -300,7 +300,7 @@ class TokenPipeline(DiffusionPipeline):
             size: width and height of the pictures, under a control; None is the model's own.
             output_type: "pil", "np" ([B, H, W, 3] in [0, 1]), "pt" ([B, 3, H, W] in [0, 1]) or "latent" (ids [B, N]).
             callback_on_step_end: called as ``callback(pipe, step, cells decided, {"tokens": [drawn, N]})`` after each
-                step; tokens in what it returns take the place of those, with -1 in cells to draw anew. Set
+                step; tokens in what it returns take the place of those, with -1 in cells to redraw. Set
                 ``pipe._interrupt = True`` in it to stop there and keep what is written.
         """
         if output_type not in ("pil", "np", "pt", "latent"):

@@ -120,7 +120,7 @@ async def txt2img(request: Request, studio: Here, owner: Owner, chosen: Chosen, 
 
 @router.post("/img2img")
 async def img2img(request: Request, studio: Here, owner: Owner, chosen: Chosen, body: Picture):
-    """With a mask its white part is drawn anew, else as many of the least probable cells as the strength says."""
+    """With a mask its white part is redrawn, else as many of the least probable cells as the strength says."""
     wanted = await prepare(request, edited, studio, chosen.get(owner, Asked.model), body)
     return await answer(request, studio, owner, body, wanted)
 

@@ -39,7 +39,7 @@ from tokenizers_img.pixels import to_mask, upright
 
 router = APIRouter(tags=["OpenAI"])
 MAX_NUM = 10  # images of a request
-EDITED = 0.75  # share of the cells that are drawn anew where no mask says which, the least probable ones
+EDITED = 0.75  # share of the cells that are redrawn where no mask says which, the least probable ones
 EXTENSIONS = ("guidance_scale", "temperature", "top_k", "top_p", "sampler", "num_candidates", "num_tokens")
 Number = Annotated[float, Field(strict=True)]
 Whole = Annotated[int, Field(strict=True)]
@@ -108,7 +108,7 @@ async def generations(request: Request, studio: Here, owner: Owner, body: Genera
 @router.post("/v1/images/edits")
 async def edits(request: Request, studio: Here, owner: Owner):
     """A multipart form with the fields of a generation, ``image`` (or ``image[]``) and ``mask``: what is transparent in the mask, or
-    without one in the image, is drawn anew; where nothing is transparent, the least probable cells."""
+    without one in the image, is redrawn; where nothing is transparent, the least probable cells."""
     async with request.form(max_files=20) as form:
         files = {name: form.getlist(name) for name in ("image", "image[]", "mask")}
         images = [file for file in files["image"] + files["image[]"] if isinstance(file, UploadFile)]
@@ -226,7 +226,7 @@ class InvalidParameter(ValueError):
 
 
 def transparent(mask: Image.Image) -> Image.Image:
-    """A mask of OpenAI (transparent: drawn anew; one without transparency: black) -> one of ours (white: drawn anew)."""
+    """A mask of OpenAI (transparent: redrawn; one without transparency: black) -> one of ours (white: redrawn)."""
     return ImageOps.invert(mask.getchannel("A") if "A" in mask.getbands() else to_mask(mask))
 
 

@@ -49,7 +49,7 @@ def find(accelerator: Accelerator | PartialState, out: Path) -> Path | None:
     accelerator.wait_for_everyone()
     current = out / CURRENT
     if (out / DAMAGED).exists() and not current.exists():
-        raise ValueError(f"{out / DAMAGED} cannot be read and there is no other checkpoint: remove it to start anew")
+        raise ValueError(f"{out / DAMAGED} cannot be read and there is no other checkpoint: remove it to start over")
     return current if current.exists() else None
 
 
@@ -72,7 +72,7 @@ def load(accelerator: Accelerator, folder: Path, recipe: dict) -> None:
         accelerator.load_state(folder)
     except Exception as error:
         reason = " ".join(str(error).split())[:160]
-        raise ValueError(f"{folder} cannot be read ({reason}): remove it to start anew") from error
+        raise ValueError(f"{folder} cannot be read ({reason}): remove it to start over") from error
 
 
 def replace_folder(new: Path, folder: Path) -> None:

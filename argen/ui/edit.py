@@ -113,16 +113,18 @@ class Edit:
         ) -> tuple:
             with refusals():
                 sampling = {"guidance_scale": guidance, "temperature": temperature, "sampler": sampler}
-                wish = Request(prompt.strip(), model, int(num), int(seed), **sampling)
+                wanted = Request(prompt.strip(), model, int(num), int(seed), **sampling)
                 with self.desk.studio.model(model) as pipe:
                     tokens = pipe.read_tokens(shown(canvas), self.tokens_of(source, request))
-                    grid = change(pipe, wish, tokens, canvas, *how)
-                return self.view.ask(replace(wish, tokens=rows_of(grid)), request)
+                    grid = change(pipe, wanted, tokens, canvas, *how)
+                return self.view.ask(replace(wanted, tokens=rows_of(grid)), request)
 
         return handler
 
 
-def anew(pipe: TokenPipeline, wish: Request, tokens: Tensor, canvas: dict | None, locked: bool, numbers: str) -> Tensor:
+def anew(
+    pipe: TokenPipeline, wanted: Request, tokens: Tensor, canvas: dict | None, locked: bool, numbers: str
+) -> Tensor:
     """Without the cells that are painted on or named or, locked, without the others."""
     picture, strokes, cells = shown(canvas), painted(canvas), named(numbers, pipe.shape_of())
     if strokes.getbbox() or not cells.any():
@@ -130,19 +132,19 @@ def anew(pipe: TokenPipeline, wish: Request, tokens: Tensor, canvas: dict | None
     return pipe.emptied(tokens, ~cells if locked else cells)
 
 
-def varied(pipe: TokenPipeline, wish: Request, tokens: Tensor, canvas: dict | None, share: float) -> Tensor:
+def varied(pipe: TokenPipeline, wanted: Request, tokens: Tensor, canvas: dict | None, share: float) -> Tensor:
     """Without a share of the cells, the least certain ones."""
-    return pipe.loosened(wish, tokens, share)
+    return pipe.loosened(wanted, tokens, share)
 
 
-def forked(pipe: TokenPipeline, wish: Request, tokens: Tensor, canvas: dict | None, share: float) -> Tensor:
+def forked(pipe: TokenPipeline, wanted: Request, tokens: Tensor, canvas: dict | None, share: float) -> Tensor:
     """A share of the tokens, from the first."""
     cells = torch.arange(tokens[0].numel(), device=tokens.device).view_as(tokens)
     return pipe.emptied(tokens, cells >= round(share * cells.numel()))
 
 
 def extended(
-    pipe: TokenPipeline, wish: Request, tokens: Tensor, canvas: dict | None, side: str, cells: float
+    pipe: TokenPipeline, wanted: Request, tokens: Tensor, canvas: dict | None, side: str, cells: float
 ) -> Tensor:
     """Moved, with room at a side."""
     return moved(tokens, side, int(cells))

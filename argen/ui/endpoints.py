@@ -36,7 +36,7 @@ class Endpoints:
             tokenizers = gr.Dropdown(ids("tokenizer"), value=TOKENIZER, label="Tokenizer")
             sampling = _number("Guidance"), _number("Temperature"), _number("Top-k"), _sampler(), _number("Candidates")
             _add(self.generate, [_prompt(), _model(free), *_numbers(), *sampling], _results())
-            mask = _image("Mask, white: drawn anew; none: what is transparent in the image")
+            mask = _image("Mask, white: redrawn; none: what is transparent in the image")
             sampling = _number("Guidance"), _number("Temperature"), _sampler()
             _add(self.edit, [_image(), mask, _prompt(), _model(grids), *_numbers(), *sampling], _results())
             strength = gr.Number(1, label="Strength")
@@ -45,9 +45,9 @@ class Endpoints:
             _add(self.reconstruct, [_image(), tokenizers], gr.Image(label="Image", format="png"))
             _add(self.models, [], gr.JSON(label="Models"))
 
-    async def run(self, wish: Request, request: gr.Request) -> tuple[list[tuple[str, str]], list[dict]]:
+    async def run(self, wanted: Request, request: gr.Request) -> tuple[list[tuple[str, str]], list[dict]]:
         """The files of a request with their prompts, and the settings of each."""
-        id = await run_sync(self.studio.submit, wish, self.desk.owner(request))
+        id = await run_sync(self.studio.submit, wanted, self.desk.owner(request))
         try:
             now = await last(follow(self.studio, id))
         finally:
@@ -96,12 +96,12 @@ class Endpoints:
         """Draw a part of an image anew -> images, and the settings of each."""
         with refusals():
             sampling = {"guidance_scale": guidance_scale, "temperature": temperature, "sampler": sampler}
-            wish = Request(prompt.strip(), model, num_images=_whole(num_images), seed=_whole(seed), **sampling)
+            wanted = Request(prompt.strip(), model, num_images=_whole(num_images), seed=_whole(seed), **sampling)
             _check(image)
 
             def begun() -> Request:
                 with self.studio.model(model) as pipe:
-                    return replace(wish, tokens=rows_of(pipe.without(image, mask)))
+                    return replace(wanted, tokens=rows_of(pipe.without(image, mask)))
 
             return await self.run(await run_sync(begun), request)
 
@@ -111,8 +111,8 @@ class Endpoints:
             _check(image)
             asked = Control(image, kind, strength)
             ready = await run_sync(lambda: self.studio.models(model).prepare(asked))
-            wish = Request(prompt.strip(), model, num_images=_whole(num_images), seed=_whole(seed), control=ready)
-            return await self.run(wish, request)
+            wanted = Request(prompt.strip(), model, num_images=_whole(num_images), seed=_whole(seed), control=ready)
+            return await self.run(wanted, request)
 
     def describe(self, image, question) -> str:
         """Say what an image shows."""
