@@ -20,16 +20,21 @@ MODULES = {  # of the extras, where a package and its module have different name
     "pytest-xdist": "xdist",
 }
 CHILD = """
-import importlib.abc, io, json, sys
+import importlib.abc, importlib.util, io, json, sys
 from contextlib import redirect_stderr, redirect_stdout
+
+def blocked(name):
+    return any(name == one or name.startswith(one + ".") for one in BLOCKED)
 
 class Blocked(importlib.abc.MetaPathFinder):
     def find_spec(self, name, path=None, target=None):
-        if any(name == one or name.startswith(one + ".") for one in BLOCKED):
+        if blocked(name):
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
 BLOCKED = json.loads(sys.argv[1])
 sys.meta_path.insert(0, Blocked())
+find_spec = importlib.util.find_spec  # by which libraries ask what is installed
+importlib.util.find_spec = lambda name, package=None: None if blocked(name) else find_spec(name, package)
 from argen.cli import main
 
 for line in json.loads(sys.argv[2]):
