@@ -65,11 +65,9 @@ def check(name: str, value: float | None) -> None:
     bound = BOUNDS.get(name)
     if bound is None or value is None:
         return
-    if (
-        isinstance(value, bool)
-        or not isinstance(value, int if bound.whole else int | float)
-        or not math.isfinite(value)
-    ):
+    kinds = int if bound.whole else int | float
+    unbounded = isinstance(value, float) and not math.isfinite(value)  # an int of any length is compared as it is
+    if isinstance(value, bool) or not isinstance(value, kinds) or unbounded:
         raise ValueError(f"{name} is {repr(value)[:60]}: expected a {'whole ' if bound.whole else ''}number, {bound}")
     if not bound.low <= value <= bound.high:
         raise ValueError(f"{name} is {repr(value)[:60]}: expected {bound}")
@@ -78,7 +76,7 @@ def check(name: str, value: float | None) -> None:
 def check_all(settings: Iterable[tuple[str, object]]) -> None:
     """`check` of every setting of which the name has bounds; of steps for two parts each."""
     for name, value in settings:
-        for each in value if isinstance(value, tuple | list) and name in BOUNDS else (value,):
+        for each in value if isinstance(value, tuple) and name == "steps" else (value,):
             check(name, each)
 
 

@@ -222,6 +222,11 @@ BOUNDLESS = {
     "num_beams": ("/api/jobs", {"num_beams": 10**12}),
     "lantern_lambda": ("/api/jobs", {"lantern_lambda": 1e300, "sampler": "lantern"}),
     "temperature": ("/api/jobs", {"temperature": 1e300}),
+    "a number of 400 digits": ("/api/jobs", {"top_k": 10**400}),
+    "a real one of 400 digits": ("/api/jobs", {"temperature": 10**400}),
+    "a list for a seed": ("/api/jobs", {"seed": [5]}),
+    "a list for top_k": ("/api/jobs", {"top_k": [5]}),
+    "a list for num_images": ("/api/jobs", {"num_images": [2]}),
     "size": ("/sdapi/v1/txt2img", {"width": 10**9, "height": 10**9}),
 }
 
