@@ -46,7 +46,6 @@ BOUNDS = {
     "lantern_lambda": Bound(1, 10**6, False),
     "steps": Bound(1, 1000),
     "control_strength": Bound(0, 10, False, "0: no control"),
-    "denoising_strength": Bound(0, 1, False),
     "iterations": Bound(1, 1000),
     "noises": Bound(1, 64),
     "learning_rate": Bound(0, 1, False),
@@ -78,6 +77,15 @@ def check_all(settings: Iterable[tuple[str, object]]) -> None:
     for name, value in settings:
         for each in value if isinstance(value, tuple) and name == "steps" else (value,):
             check(name, each)
+
+
+def with_integers(settings: dict) -> dict:
+    """The same settings with integers in place of floats such as 4.0 where whole numbers are expected, as pages and tables have them."""
+
+    def whole(name: str, value) -> bool:
+        return name in BOUNDS and BOUNDS[name].whole and isinstance(value, float) and value.is_integer()
+
+    return {name: int(value) if whole(name, value) else value for name, value in settings.items()}
 
 
 def check_size(size: tuple[int, int] | None, high: int = MAX_SIDE) -> tuple[int, int] | None:

@@ -68,15 +68,15 @@ def decode_image(
 
 
 def _opened(data: bytes, name: str, formats: tuple[str, ...], max_pixels: int | None) -> Image.Image:
+    most = max_pixels or 2 * (Image.MAX_IMAGE_PIXELS or 2**31)
+    refusal = f"{name} has too many pixels: expected at most {most // 10**6} million"
     try:
         image = Image.open(BytesIO(data), formats=formats)
-        most = max_pixels or 2 * (Image.MAX_IMAGE_PIXELS or 2**31)
         if image.width * image.height > most:
-            raise TooLarge(f"{name} has too many pixels: expected at most {most // 10**6} million")
+            raise TooLarge(refusal)
         image.load()
     except Image.DecompressionBombError as error:
-        most = (max_pixels or 2 * Image.MAX_IMAGE_PIXELS) // 10**6
-        raise TooLarge(f"{name} has too many pixels: expected at most {most} million") from error
+        raise TooLarge(refusal) from error
     return image
 
 

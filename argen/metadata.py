@@ -22,11 +22,8 @@ from argen import __version__
 from argen.images import fitted, open_image
 from argen.request import Grid, Request, check_grid
 
-KEY, TOKENS, MADE_BY = (
-    "argen",
-    "argen tokens",
-    "argen version",
-)  # PNG texts, as JSON: the request, the grid, version and weights
+# PNG texts, as JSON: the request, the grid, the version of argen and a digest of the weights
+KEY, TOKENS, MADE_BY = "argen", "argen tokens", "argen version"
 
 
 @contextmanager

@@ -70,15 +70,8 @@ from tokenizers_img.llamagen_vq import LlamaGenVQ
 from tokenizers_img.seed import Seed, SeedTokenizer, UnCLIP
 from tokenizers_img.vit_vqgan import ViTVQGAN
 
-UNUSABLE = (
-    OSError,
-    ValueError,
-    RuntimeError,
-    SafetensorError,
-    TypeError,
-    AttributeError,
-    LookupError,
-)  # by files that do not fit
+NOT_READ = OSError, ValueError, RuntimeError, SafetensorError  # by files that do not fit
+UNUSABLE = (*NOT_READ, TypeError, AttributeError, LookupError)  # by settings beside them that do not
 WEIGHTS = Path(__file__).parent / "weights"
 COUNTED = DRAWN | {"num_inference_steps": 4}  # pictures of emoji-sd in a moment
 EMOJI_FLOW = {"steps": 12, "guidance_scale": 3.0}  # of emoji-flextok, from tokens to a picture

@@ -160,9 +160,9 @@ def test_what_the_buttons_of_the_page_leave_to_write(pipe, drawn):
     corner[7, 6:] = True
     first = torch.arange(64).view(8, 8) < 16
     for change, how, empty in (
-        (edit.anew, (False, ""), painted),
-        (edit.anew, (True, ""), ~painted),
-        (edit.anew, (False, "1 x 2, 8 x 7-8"), painted | corner),
+        (edit.inpaint, (False, ""), painted),
+        (edit.inpaint, (True, ""), ~painted),
+        (edit.inpaint, (False, "1 x 2, 8 x 7-8"), painted | corner),
         (edit.forked, (0.25,), ~first),
         (edit.extended, ("right", 3), torch.arange(8).expand(8, 8) >= 5),
     ):
@@ -171,14 +171,14 @@ def test_what_the_buttons_of_the_page_leave_to_write(pipe, drawn):
     assert torch.equal(edit.forked(pipe, wish, tokens, canvas, 0.25)[0][first], before[first])
     assert int((edit.varied(pipe, wish, tokens, canvas, 0.25) < 0).sum()) == 16
     with pytest.raises(ValueError, match="there is no picture"):
-        edit.anew(pipe, wish, tokens, None, False, "")
+        edit.inpaint(pipe, wish, tokens, None, False, "")
     with pytest.raises(ValueError, match="nothing is to be written anew"):
-        edit.anew(pipe, wish, tokens, canvas | {"layers": []}, False, "")
+        edit.inpaint(pipe, wish, tokens, canvas | {"layers": []}, False, "")
     for wrong in ("9 x 1", "5-3 x 1", "all", "0 x 2"):
         with pytest.raises(ValueError, match=f"'{wrong}' names no cells: expected ROWS x COLUMNS of 8 x 8"):
-            edit.anew(pipe, wish, tokens, canvas, False, wrong)
+            edit.inpaint(pipe, wish, tokens, canvas, False, wrong)
     wide = {"background": drawn.pictures[0].resize((256, 128)).convert("RGBA"), "layers": []}
-    grid = edit.anew(pipe, wish, tokens, wide, False, "4-5 x 1")  # of the square that it is padded to
+    grid = edit.inpaint(pipe, wish, tokens, wide, False, "4-5 x 1")  # of the square that it is padded to
     assert (grid[0] < 0).nonzero().tolist() == [[3, 0], [4, 0]]
 
 

@@ -10,79 +10,15 @@ BETWEEN = ["to the left of", "to the right of", "in front of", "on top of", "nex
 BETWEEN += ["and", "plus", "on", "in", "under", "above", "below", "over", "beside", "behind", "near", "at"]
 BETWEEN += [",", ";", "&", "+", "/", "|"]
 JOINING = {"and", "&", ","}  # which stand between the attributes of one object, too: "a red, shiny apple"
-ATTRIBUTES = set(
-    [
-        "red",
-        "orange",
-        "yellow",
-        "green",
-        "blue",
-        "purple",
-        "violet",
-        "pink",
-        "brown",
-        "black",
-        "white",
-        "grey",
-        "gray",
-        "cyan",
-        "teal",
-        "turquoise",
-        "magenta",
-        "beige",
-        "maroon",
-        "navy",
-        "gold",
-        "golden",
-        "silver",
-        "dark",
-        "light",
-        "bright",
-        "pale",
-        "big",
-        "small",
-        "large",
-        "little",
-        "tiny",
-        "huge",
-        "tall",
-        "short",
-        "long",
-        "old",
-        "young",
-        "new",
-        "round",
-        "square",
-        "flat",
-        "hot",
-        "cold",
-        "wet",
-        "dry",
-        "soft",
-        "hard",
-        "clean",
-        "fresh",
-        "sweet",
-        "cute",
-        "happy",
-        "sad",
-        "angry",
-        "very",
-    ]
-)
-ATTRIBUTE_ENDINGS = (
-    "y",
-    "ed",
-    "ish",
-    "en",
-    "ful",
-    "less",
-    "ous",
-    "able",
-    "ic",
-    "ing",
-    "ive",
-)  # of most other adjectives
+# fmt: off
+ATTRIBUTES = {
+    "red", "orange", "yellow", "green", "blue", "purple", "violet", "pink", "brown", "black", "white", "grey", "gray", "cyan", "teal",
+    "turquoise", "magenta", "beige", "maroon", "navy", "gold", "golden", "silver", "dark", "light", "bright", "pale", "big", "small",
+    "large", "little", "tiny", "huge", "tall", "short", "long", "old", "young", "new", "round", "square", "flat", "hot", "cold", "wet",
+    "dry", "soft", "hard", "clean", "fresh", "sweet", "cute", "happy", "sad", "angry", "very",
+}
+ATTRIBUTE_ENDINGS = ("y", "ed", "ish", "en", "ful", "less", "ous", "able", "ic", "ing", "ive")  # of most other adjectives
+# fmt: on
 WEIGHTED = re.compile(r"[(\[{<].*[)\]}>]|:\s*\d")
 LINKS = [
     "that is",

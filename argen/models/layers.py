@@ -20,9 +20,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """
     if x.device.type != "cpu" or x.dtype != weight.dtype or not _packs(weight):
         return F.linear(x, weight, bias)
-    dtype = (
-        weight.dtype if weight.dtype == torch.float32 else fast_dtype("cpu")
-    )  # bfloat16 without units for it is emulated
+    # where there are no units for bfloat16 it is computed as float32
+    dtype = weight.dtype if weight.dtype == torch.float32 else fast_dtype("cpu")
     bias = None if bias is None else bias.to(dtype)
     return torch.ops.mkldnn._linear_pointwise(x.to(dtype), _packed(weight, dtype), bias, "none", [], "").to(x.dtype)
 

@@ -92,24 +92,25 @@ class Picture(Text):
     denoising_strength: float = Field(0.75, ge=0, le=1)
 
 
-class Upscaled(Body):
-    """The body of ``extra-single-image``: an image is scaled."""
+class Scaling(Body):
+    """How images are scaled: by a factor (resize_mode 0) or to a size (1)."""
 
-    image: str
     resize_mode: int = 0
     upscaling_resize: float = Field(2, gt=0, le=32)
     upscaling_resize_w: int = 512
     upscaling_resize_h: int = 512
 
 
-class Batch(Body):
+class Upscaled(Scaling):
+    """The body of ``extra-single-image``."""
+
+    image: str
+
+
+class Batch(Scaling):
     """The body of ``extra-batch-images``."""
 
     imageList: list[dict[str, str]] = Field(max_length=64)  # noqa: N815, their name
-    resize_mode: int = 0
-    upscaling_resize: float = Field(2, gt=0, le=32)
-    upscaling_resize_w: int = 512
-    upscaling_resize_h: int = 512
 
 
 @router.post("/txt2img")
@@ -218,8 +219,8 @@ async def extra_batch_images(request: Request, body: Batch):
     return {"html_info": f"scaled with {UPSCALER}", "images": images}
 
 
-def upscaled(text: str, body: Upscaled | Batch) -> str:
-    """An image in base64, scaled by a factor (resize_mode 0) or to a size (1)."""
+def upscaled(text: str, body: Scaling) -> str:
+    """An image in base64, scaled."""
     image = from_base64(text)
     size = (body.upscaling_resize_w, body.upscaling_resize_h)
     if body.resize_mode == 0:

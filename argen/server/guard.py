@@ -16,19 +16,17 @@ from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from argen.images import MOST_BYTES
 from argen.server.errors import refuse
 from argen.studio.queue import LOCAL, Studio
 
-MAX_BYTES = 32 * 2**20  # of a request
+MAX_BYTES = MOST_BYTES  # of a request, of which an image is the largest part
 BODY_TIMEOUT = 30.0  # seconds without a byte of a body that was announced
 KEYED = ("/v1", "/sdapi", "/api", "/pictures", "/openapi.json")  # what needs a key; the page has a login of its own
 LOGIN = "/login"
 HERE = {"127.0.0.1", "localhost", "::1"}
-FREE_TRIES, FIRST_DELAY, MAX_DELAY = (
-    3,
-    0.25,
-    8.0,
-)  # wrong keys that are answered at once; seconds, doubled with each more
+FREE_TRIES = 3  # wrong keys of an address that are answered at once
+FIRST_DELAY, MAX_DELAY = 0.25, 8.0  # seconds, doubled with each wrong key more
 MAX_DELAYED = 8  # answers of one address that may be held back at once
 FORGET_AFTER = 600.0  # seconds without a wrong key
 

@@ -9,7 +9,6 @@ from fastapi import APIRouter, Body, HTTPException
 from fastapi.responses import JSONResponse, Response
 
 from argen.bounds import MAX_SCALED, check_size
-from argen.images import from_base64
 from argen.metadata import encoded
 from argen.registry import ids
 from argen.request import Request as Asked
@@ -30,10 +29,6 @@ def asked(given: dict[str, Any]) -> Asked:
     unknown = [name for name in given if name not in NAMES]
     if unknown:
         raise ValueError(f"unknown field {unknown[0]!r}: expected some of {', '.join(NAMES)}")
-    if (control := given.get("control")) is not None:
-        if not isinstance(control, dict) or not isinstance(control.get("picture"), str):
-            raise ValueError("control has no picture: expected the base64 of one, and its kind, strength and size")
-        from_base64(control["picture"], "the control picture")
     try:
         request = Asked.from_dict(given)
     except (TypeError, AttributeError, KeyError) as error:
@@ -69,6 +64,20 @@ def finished(now: Progress) -> Progress:
     if now.state != DONE:
         raise HTTPException(400 if now.error else 409, now.error or f"the job was {now.state}")
     return now
+
+
+def pixels_of(size: str) -> tuple[int, int] | None:
+    """ "512x512" -> its numbers; "auto" or "" -> None, the image's own.
+
+    Raises:
+        ValueError: something else, or more than is scaled to.
+    """
+    if size in ("", "auto"):
+        return None
+    matched = re.fullmatch(r"(\d{1,5})x(\d{1,5})", size)
+    if not matched:
+        raise ValueError(f"size is {size[:40]!r}: expected auto, or e.g. 512x512")
+    return check_size((int(matched[1]), int(matched[2])), MAX_SCALED)
 
 
 def shown(studio: Studio, saved: Saved) -> Asked | None:
@@ -131,13 +140,9 @@ def image(studio: Here, owner: Owner, id: str, form: str, size: str | None = Non
         raise HTTPException(404, f"there is no {form[:20]} file of an image: expected png, jpeg or webp")
     if saved.owner != owner:
         raise Forbidden("that image belongs to somebody else")
-    matched = None if size is None else re.fullmatch(r"(\d{1,5})x(\d{1,5})", size)
-    if size is not None and not matched:
-        raise ValueError(f"size is {size[:40]!r}: expected e.g. 512x512")
-    picture = studio.store.opened(saved.id)
-    if form == "png" and not matched:
+    pixels, picture = pixels_of(size or ""), studio.store.opened(saved.id)
+    if form == "png" and pixels is None:
         return Response(studio.store.file(saved.id).read_bytes(), media_type="image/png")
-    pixels = check_size((int(matched[1]), int(matched[2])), MAX_SCALED) if matched else None
     data = base64.b64decode(encoded(picture, shown(studio, saved), pixels, form))
     return Response(data, media_type=f"image/{form}")
 

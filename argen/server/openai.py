@@ -7,7 +7,6 @@ both the image and its address.
 
 import json
 import random
-import re
 import time
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
@@ -23,14 +22,13 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 
-from argen.bounds import MAX_SCALED, check_size
 from argen.images import read_image
 from argen.metadata import encoded
 from argen.registry import ids
 from argen.request import Request as Asked
 from argen.request import rows_of
 from argen.server.guard import Here, Owner
-from argen.server.jobs import asked, check_model, finished, shown
+from argen.server.jobs import asked, check_model, finished, pixels_of, shown
 from argen.server.waiting import prepare, queued
 from argen.studio.following import last
 from argen.studio.queue import Progress, Studio
@@ -77,17 +75,8 @@ class Generation(Body):
 
     @property
     def pixels(self) -> tuple[int, int] | None:
-        """ "512x512" -> its numbers; "auto" -> None, the model's own.
-
-        Raises:
-            ValueError: something else.
-        """
-        if self.size in ("", "auto"):
-            return None
-        matched = re.fullmatch(r"(\d{1,5})x(\d{1,5})", self.size)
-        if not matched:
-            raise ValueError(f"size is {self.size[:40]!r}: expected auto, or e.g. 512x512")
-        return check_size((int(matched[1]), int(matched[2])), MAX_SCALED)
+        """See `argen.server.jobs.pixels_of`."""
+        return pixels_of(self.size)
 
     def asked(self) -> Asked:
         """The generation request. Raises as `argen.server.jobs.asked` does."""

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from argen.bounds import BOUNDS
+from argen.bounds import BOUNDS, with_integers
 from argen.metadata import read_request, save_pictures
 from argen.pipelines.base import TokenPipeline
 from argen.request import Request
@@ -155,12 +155,7 @@ def _checked(row: object) -> dict:
     if unknown := [name for name in row if name not in SETTINGS + OTHERS]:
         raise ValueError(f"unknown setting {unknown[0]!r}: expected one of {', '.join(SETTINGS)}")
     given = {name: value for name, value in row.items() if value is not None and name not in OTHERS}
-    whole = [
-        name
-        for name, bound in BOUNDS.items()
-        if bound.whole and isinstance(given.get(name), float) and given[name].is_integer()
-    ]
-    return given | {name: int(given[name]) for name in whole}
+    return with_integers(given)
 
 
 def draw_table(

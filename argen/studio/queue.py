@@ -172,6 +172,7 @@ class Studio:
                 self.cancelled = True
             elif row["state"] == WAITING:
                 self.store.update_job(id, state=CANCELLED, finished=time.time())
+                self.partials.pop(id, None)
             self._tell(id)
 
     def resume(self, id: str, owner: str | None = None) -> None:

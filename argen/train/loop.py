@@ -125,7 +125,9 @@ def train(
     precision = precision or _precision(begun)
     AcceleratorState._reset_state()  # an earlier training of this process may have had another precision
     accelerator = Accelerator(mixed_precision="bf16" if precision == "bf16" else "no")
-    slow = " (as it began; this machine is faster in fp32)" if precision == "bf16" and not _fast("bf16") else ""
+    slow = (
+        " (as it began; this machine is faster in fp32)" if precision == "bf16" and _fast_precision() == "fp32" else ""
+    )
     accelerator.print(f"{out.name}: training in {precision} on {accelerator.device}{slow}")
     names = list(task.networks)
     optimizers = {name: optimizers_of(network, schedule, precision) for name, network in task.networks.items()}
@@ -192,11 +194,11 @@ def _precision(begun: Path | None) -> str:
     """That of a checkpoint, which goes on exactly as it began, also on another machine; without one the faster one here."""
     if begun:
         return checkpoints.recipe_of(begun)["precision"]
-    return "bf16" if _fast("bf16") else "fp32"
+    return _fast_precision()
 
 
-def _fast(precision: str) -> bool:
-    return fast_dtype(pick(None)) == {"bf16": torch.bfloat16, "fp32": torch.float32}[precision]
+def _fast_precision() -> str:
+    return "bf16" if fast_dtype(pick(None)) == torch.bfloat16 else "fp32"
 
 
 def _next(losses: Iterator[tuple[str, Tensor]], accelerator: Accelerator) -> tuple[str, Tensor] | None:

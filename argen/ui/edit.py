@@ -75,7 +75,7 @@ class Edit:
             [guidance, temperature],
         )
         last.click(self.latest, None, [picture, prompt, source])
-        paint.click(self.asking(anew), [*how, locked, numbers], self.view.watched)
+        paint.click(self.asking(inpaint), [*how, locked, numbers], self.view.watched)
         vary.click(self.asking(varied), [*how, share], self.view.watched)
         fork.click(self.asking(forked), [*how, first], self.view.watched)
         extend.click(self.asking(extended), [*how, side, cells], self.view.watched)
@@ -122,7 +122,7 @@ class Edit:
         return handler
 
 
-def anew(
+def inpaint(
     pipe: TokenPipeline, wanted: Request, tokens: Tensor, canvas: dict | None, locked: bool, numbers: str
 ) -> Tensor:
     """Without the cells that are painted on or named or, locked, without the others."""

@@ -7,6 +7,7 @@ import gradio as gr
 from anyio.to_thread import run_sync
 from PIL import Image
 
+from argen.bounds import with_integers
 from argen.eval.reconstruction import decoded, encoded
 from argen.models.annotators import KINDS
 from argen.registry import MODELS, ids
@@ -74,11 +75,8 @@ class Endpoints:
         """Draw a prompt -> images, and the settings of each."""
         with refusals():
             sampling = {"guidance_scale": guidance_scale, "temperature": temperature, "sampler": sampler}
-            whole = {"top_k": _whole(top_k), "num_candidates": _whole(num_candidates)}
-            return await self.run(
-                Request(prompt.strip(), model, num_images=_whole(num_images), seed=_whole(seed), **sampling, **whole),
-                request,
-            )
+            sampling |= {"top_k": top_k, "num_candidates": num_candidates}
+            return await self.run(_wanted(prompt, model, num_images, seed, **sampling), request)
 
     async def edit(
         self,
@@ -93,10 +91,10 @@ class Endpoints:
         temperature=None,
         sampler=Request.sampler,
     ) -> tuple:
-        """Draw a part of an image anew -> images, and the settings of each."""
+        """Redraw a part of an image -> images, and the settings of each."""
         with refusals():
             sampling = {"guidance_scale": guidance_scale, "temperature": temperature, "sampler": sampler}
-            wanted = Request(prompt.strip(), model, num_images=_whole(num_images), seed=_whole(seed), **sampling)
+            wanted = _wanted(prompt, model, num_images, seed, **sampling)
             _check(image)
 
             def begun() -> Request:
@@ -111,8 +109,7 @@ class Endpoints:
             _check(image)
             asked = Control(image, kind, strength)
             ready = await run_sync(lambda: self.studio.models(model).prepare(asked))
-            wanted = Request(prompt.strip(), model, num_images=_whole(num_images), seed=_whole(seed), control=ready)
-            return await self.run(wanted, request)
+            return await self.run(_wanted(prompt, model, num_images, seed, control=ready), request)
 
     def describe(self, image, question) -> str:
         """Say what an image shows."""
@@ -164,8 +161,9 @@ def _results() -> list:
     return [gr.Gallery(label="Images", format="png"), gr.JSON(label="Settings of each")]
 
 
-def _whole(number: float | None) -> int | None:
-    return int(number) if isinstance(number, float) and number.is_integer() else number
+def _wanted(prompt: str, model: str, num_images: float, seed: float, **settings) -> Request:
+    settings |= {"num_images": num_images, "seed": seed}
+    return Request(prompt.strip(), model, **with_integers(settings))
 
 
 def _check(image: Image.Image | None) -> None:
