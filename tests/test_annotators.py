@@ -75,7 +75,7 @@ def test_depth(io):
 def test_every_kind_makes_a_control_picture(io, monkeypatch):
     picture = Image.fromarray(io["image_rgb_uint8"].numpy())
     monkeypatch.setattr(annotators, "_network", lambda cls, *where: filled(cls()))
-    monkeypatch.setattr(annotators.DPTForDepthEstimation, "from_pretrained", lambda repo, **how: Depth())
+    monkeypatch.setattr(annotators, "_pretrained", lambda cls, repo: Depth())
     monkeypatch.setitem(KINDS, "segments", KINDS["map"])  # has a test of its own
     torch.testing.assert_close(annotate(picture, "hed"), io["hed_0_255"], atol=2e-3, rtol=1e-5)
     torch.testing.assert_close(annotate(picture, "lineart") / 255, io["lineart_0_1"][0], atol=1e-4, rtol=0)

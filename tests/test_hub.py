@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from huggingface_hub import constants
+from huggingface_hub.utils import filter_repo_objects
 
 from tokenizers_img import hub
 
@@ -70,6 +71,26 @@ def test_a_record_that_is_cut_is_said(repository, tmp_path):
     (tmp_path / "models--a--b/argen.json").write_text('{"revi')
     with pytest.raises(ValueError, match="argen.json cannot be read: delete it"):
         hub.hub_folder("a/b", ["*"])
+
+
+def test_a_network_of_transformers_is_fetched_with_one_form_of_its_weights(tmp_path, monkeypatch):
+    held = {
+        "a/new": ["config.json", "model.safetensors", "pytorch_model.bin"],
+        "a/old": ["config.json", "pytorch_model.bin"],
+    }
+
+    def fetched(repo, revision, allow_patterns):
+        folder = tmp_path / f"models--{repo.replace('/', '--')}/snapshots/{'a' * 40}"
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in filter_repo_objects(held[repo], allow_patterns=allow_patterns):
+            (folder / name).write_bytes(b"x")
+        return str(folder)
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(hub, "snapshot_download", fetched)
+    names = {repo: sorted(path.name for path in hub.model_folder(repo).iterdir()) for repo in held}
+    assert names == {"a/new": ["config.json", "model.safetensors"], "a/old": ["config.json", "pytorch_model.bin"]}
+    assert hub.model_folder(str(tmp_path)) == tmp_path
 
 
 def test_a_file_outside_the_hub_keeps_its_first_digest(tmp_path, monkeypatch):

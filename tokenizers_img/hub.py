@@ -43,6 +43,21 @@ def hub_folder(repo: str, files: Sequence[str]) -> Path:
     return folder
 
 
+def model_folder(name: str) -> Path:
+    """The folder of a network in transformers' layout: `name` itself, or that of a hub repository with its settings, its words and its
+    weights, as safetensors where it has them.
+
+    Raises:
+        ConnectionError, ValueError: as `hub_folder`.
+    """
+    if Path(name).is_dir():
+        return Path(name)
+    folder = hub_folder(name, ("*.json", "*.txt", "*.model", "model*.safetensors"))
+    if not any(folder.glob("model*.safetensors")):
+        hub_folder(name, ("pytorch_model*.bin",))
+    return folder
+
+
 def hub_file(repo: str, name: str) -> Path:
     """One file of a hub repository, see `hub_folder`."""
     path = hub_folder(repo, [name]) / name

@@ -20,7 +20,7 @@ from argen.data.scenes import boxes, plural
 from argen.models.clip import TextImageEncoder
 from argen.models.clip_count import CLIPCount
 from argen.models.counter import Counter
-from tokenizers_img.hub import hub_folder
+from tokenizers_img.hub import hub_folder, model_folder
 from tokenizers_img.pixels import to_pil
 
 CLIP, RELEVANCE = "openai/clip-vit-base-patch16", "openai/clip-vit-base-patch32"
@@ -131,7 +131,7 @@ class Detected:
         Raises:
             ConnectionError: it is not here and cannot be fetched.
         """
-        folder = repo if Path(repo).is_dir() else hub_folder(repo, ("*.json", "*.safetensors"))
+        folder = model_folder(repo)
         processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
         return cls(AutoModelForObjectDetection.from_pretrained(folder, dtype=torch.float32), processor, threshold)
 

@@ -15,6 +15,7 @@ from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 from argen.eval import inception
 from argen.eval.images import RESIZES, Picture, prepared
 from argen.models.clip import TextImageEncoder
+from tokenizers_img.hub import model_folder
 from tokenizers_img.pixels import from_pil
 
 
@@ -94,9 +95,10 @@ class PublishedCLIP:
 
     def __init__(self, name: str, device: torch.device):
         try:
-            self.model = CLIPModel.from_pretrained(name, dtype=torch.float32).to(device).eval()
+            folder = model_folder(name)
+            self.model = CLIPModel.from_pretrained(folder, dtype=torch.float32).to(device).eval()
             self.processor, self.tokenizer = (
-                part.from_pretrained(name) for part in (CLIPImageProcessorPil, CLIPTokenizer)
+                part.from_pretrained(folder) for part in (CLIPImageProcessorPil, CLIPTokenizer)
             )
         except OSError as error:
             raise ConnectionError(

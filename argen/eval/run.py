@@ -31,6 +31,7 @@ from argen.eval.images import Picture, Pictures, cropped, digest, open_pictures
 from argen.metadata import replacing
 
 logger = logging.getLogger(__name__)
+READING = 2  # raised whenever images are read otherwise than before, so that features of old readings are not taken
 CHUNK = 256  # pictures; a killed run loses at most the chunk it was at
 KID_SUBSETS, KID_SIZE, IS_SPLITS, NEIGHBOURS = 100, 1000, 10, 3
 EMOJI = Path(__file__).parents[1] / "data/emoji_reference.npz"  # of the 12,853 training pictures, by argen/emoji-clip
@@ -172,7 +173,7 @@ def settings_of(extractor: Extractor, crop: str | None) -> dict[str, str | None]
 
 def cached(cache: Path, pictures: Pictures, extractor: Extractor, crop: str | None) -> Path:
     """Where the features of a reference set are kept from one run to the next."""
-    return cache / digest([pictures.identity, len(pictures), settings_of(extractor, crop), CHUNK])
+    return cache / digest([READING, pictures.identity, len(pictures), settings_of(extractor, crop), CHUNK])
 
 
 def writable_npz(path: Path) -> None:

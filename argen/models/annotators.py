@@ -19,7 +19,7 @@ from transformers import DPTForDepthEstimation, MaskFormerForInstanceSegmentatio
 
 from argen.device import LOADING
 from tokenizers_img.checkpoint import load_strict, read_state_dict
-from tokenizers_img.hub import hub_file
+from tokenizers_img.hub import hub_file, model_folder
 from tokenizers_img.pixels import on_white, upright
 
 
@@ -194,8 +194,9 @@ def segment_colours(names: dict[int, str]) -> Tensor:
 
 def _pretrained(cls: type[PreTrainedModel], repo: str) -> PreTrainedModel:
     try:
+        folder = model_folder(repo)
         with LOADING:
-            return cls.from_pretrained(repo, dtype=torch.float32).eval()
+            return cls.from_pretrained(folder, dtype=torch.float32).eval()
     except OSError as error:
         raise ConnectionError(
             f"{repo} is not on this machine and could not be fetched: connect, or give a control picture with the type map"

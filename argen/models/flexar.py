@@ -389,7 +389,7 @@ def sizes_of(config: dict) -> dict:
             "bias": trunk.get("use_bias", True),
             "qkv_bias": attention.get("qkv_bias", False),
             "head_bias": head.get("use_bias", True),
-            "final_norm": trunk.get("post_trunk_norm", True),
+            "final_norm": trunk.get("post_trunk_norm", False),
             "text_gelu": gelu.get("approximate", "none"),
         }
     except (KeyError, TypeError) as error:

@@ -86,7 +86,8 @@ async def known(request: Request, error: Exception) -> JSONResponse:
     message = str(error.args[0] if error.args and not isinstance(error, OSError) else error)
     if isinstance(error, sqlite3.Error):
         message = f"the server cannot write its database ({message}): is its disk full?"
-    body = problem(message, getattr(error, "param", None), "model_not_found" if status == 404 else None, status)
+    code = "model_not_found" if isinstance(error, KeyError) and request.url.path.startswith(OPENAI) else None
+    body = problem(message, getattr(error, "param", None), code, status)
     return JSONResponse(body, status, {"Retry-After": "10"} if status == 429 else None)
 
 
