@@ -29,7 +29,7 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 from argen.command import Parser, guarded, load_model
 from argen.device import pick
 from argen.eval.features import encoder_features
-from argen.eval.images import Pictures, open_pictures
+from argen.eval.images import ImageSet, open_images
 from argen.eval.judge import evaluate, read_prompts
 from argen.eval.run import compare
 from argen.evaluate import cache_folder
@@ -42,7 +42,7 @@ from samplers.recycling import TokenRecycling
 from samplers.rules import KSeq
 from samplers.sjd import GroupedJacobi, SpeculativeJacobi
 from samplers.speculative import Speculative
-from samplers.steps import START, Plain, Sampler, guided
+from samplers.steps import START, Sampler, Sequential, guided
 from samplers.steps import pick as decide
 from samplers.trees import SMALL_TREE, DrawnTree, DynamicTree, IndependentTree
 from samplers.zipar import ZipAR
@@ -66,7 +66,7 @@ def plain(model: LlamaGen, batch: int, scale: float) -> Callable[[], Tensor]:
         session = LlamaGenSession(model, model.cls_embedding(condition), mask, guided=True)
         noise = noise_of(batch, model.length)
         grid = torch.full((batch, model.length), -1, device=model.device)
-        *_, last = Plain()(session, grid, SAMPLING, scale, noise)
+        *_, last = Sequential()(session, grid, SAMPLING, scale, noise)
         return last.tokens
 
     return run
@@ -139,9 +139,9 @@ def models(args: argparse.Namespace) -> None:
         best = dict.fromkeys(pipes, float("inf"))
         for turn in range(args.turns):
             for name, pipe in pipes.items():
-                luck = torch.Generator().manual_seed(turn)
+                generator = torch.Generator().manual_seed(turn)
                 started = time.perf_counter()
-                pipe(args.prompt, batch, generator=luck)  # its pictures are on the CPU, so it is over
+                pipe(args.prompt, batch, generator=generator)  # its pictures are on the CPU, so it is over
                 best[name] = min(best[name], (time.perf_counter() - started) / batch)
         first = next(iter(best.values()))
         for name, seconds in best.items():
@@ -151,7 +151,7 @@ def models(args: argparse.Namespace) -> None:
 def settings() -> dict[str, Sampler]:
     """The samplers that `speculative` compares, by what they are called in its table."""
     return {
-        "plain": Plain(),
+        "sequential": Sequential(),
         "auto": Auto(),
         **{f"jacobi, window {window}": Jacobi(window) for window in (8, 16, 32)},
         "sjd": SpeculativeJacobi(),
@@ -163,7 +163,7 @@ def settings() -> dict[str, Sampler]:
         "speculative, k-SEQ": Speculative(IndependentTree(SMALL_TREE.paths), KSeq()),
         **{f"lantern, k 10, delta {delta}": Lantern(10, delta) for delta in (0.05, 0.1, 0.2, 0.4)},
         **{f"lantern, k 10, lambda {bound}": Lantern(10, lambda_=bound) for bound in (2.0, 5.0)},
-        **{f"fast_preview, window {window}": ZipAR(window) for window in (2, 4)},
+        **{f"zipar, window {window}": ZipAR(window) for window in (2, 4)},
     }
 
 
@@ -178,25 +178,25 @@ def speculative(args: argparse.Namespace) -> None:
     for truth in read_prompts():
         kinds.setdefault(truth.kind, []).append(truth)
     truths = [truth for kind in args.kinds for truth in kinds[kind][: args.num]]
-    reference = open_pictures(args.ref) if args.ref else None
+    reference = open_images(args.ref) if args.ref else None
     rows = []
     for name, sampler in settings().items():
         if args.only and not any(name.startswith(one) for one in args.only):
             continue
         if getattr(pipe, "drafter", None) is None and name.startswith(("speculative", "lantern")):
             continue
-        passes, pictures, started = 0, [], time.perf_counter()
+        forward_passes, pictures, started = 0, [], time.perf_counter()
         for index, truth in enumerate(truths):
             out = pipe(truth.prompt, generator=torch.Generator().manual_seed(index), sampler=sampler)
-            passes, pictures = passes + out.passes, pictures + out.images
+            forward_passes, pictures = forward_passes + out.forward_passes, pictures + out.images
         seconds = time.perf_counter() - started
         told = evaluate(judge, [np.asarray(picture) for picture in pictures], truths)
         identity = [entry for question, entry in told.items() if question.endswith("identity")]
         row = {
             "sampler": name,
             "lossless": sampler.lossless,
-            "passes": passes / len(truths),
-            "tokens_a_pass": len(truths) * pipe.length / passes,
+            "passes": forward_passes / len(truths),
+            "tokens_a_pass": len(truths) * pipe.length / forward_passes,
             "tokens_a_second": len(truths) * pipe.length / seconds,
             "identity": sum(entry["value"] * entry["n"] for entry in identity) / sum(entry["n"] for entry in identity),
         }
@@ -223,8 +223,8 @@ def law(args: argparse.Namespace) -> None:
     print(f"{'':10} {'nats':>8} {'likeliest':>10} {f'{args.k} neighbours of the token':>30}")
     for kind in KINDS:
         prompts = [truth.prompt for truth in read_prompts() if truth.kind == kind][: args.num]
-        luck = [torch.Generator().manual_seed(index) for index in range(len(prompts))]
-        tokens = pipe(prompts, generator=luck, output_type="latent").tokens
+        generator = [torch.Generator().manual_seed(index) for index in range(len(prompts))]
+        tokens = pipe(prompts, generator=generator, output_type="latent").tokens
         read = torch.cat([torch.full_like(tokens[:, :1], START), tokens[:, :-1]], dim=1)
         session, cells = pipe.start(prompts, guided=True), torch.arange(pipe.length)
         logits = guided(*session.forward(read, cells - 1), own.guidance_scale, cells)
@@ -234,12 +234,12 @@ def law(args: argparse.Namespace) -> None:
         print(f"{kind:10} {nats:8.2f} {probs.amax(dim=-1).mean():10.2f} {lent:30.3f}", flush=True)
 
 
-def _fid(pictures: list[Image.Image], reference: Pictures) -> float:
+def _fid(pictures: list[Image.Image], reference: ImageSet) -> float:
     extractor = encoder_features("emoji", load_model("argen/emoji-clip", None))
     with tempfile.TemporaryDirectory() as folder:
         for index, picture in enumerate(pictures):
             picture.save(Path(folder) / f"{index}.png")
-        samples = open_pictures(folder)
+        samples = open_images(folder)
         return compare(samples, reference, extractor, ["fid"], Path(folder) / "features", cache_folder())["FID-emoji"][
             "value"
         ]

@@ -92,9 +92,9 @@ def parser() -> Parser:
     add.add_argument(
         "--sampler",
         metavar="NAME",
-        help="how the tokens are written: plain; jacobi, the same pictures in fewer passes; auto, the faster of the two; sjd "
+        help="how the tokens are written: sequential; jacobi, the same pictures in fewer passes; auto, the faster of the two; sjd "
         "and recycling, other pictures of the same law; speculative, the same with the model's drafter; gsd, "
-        "lantern and fast_preview, relaxed; of a model of continuous latents: sde, euler or heun (default: auto)",
+        "lantern and zipar, relaxed; of a model of continuous latents: sde, euler or heun (default: auto)",
     )
     add.add_argument("--lantern-k", type=int, metavar="K", help="neighbours that lend their probability (default: 10)")
     add.add_argument("--lantern-delta", type=float, metavar="D", help="they lend at most D, 0 to 1 (default: 0.2)")
@@ -395,7 +395,7 @@ def controlled(args, given: dict, own_file: bool) -> dict:
 
 @command
 def generate(args) -> None:
-    from argen.metadata import differences, read_request, save_pictures
+    from argen.metadata import differences, read_request, save_images
     from argen.request import Request
 
     writable(args.out)
@@ -424,7 +424,7 @@ def generate(args) -> None:
     paths = [args.out]
     if len(job.pictures) > 1:
         paths = [args.out.with_stem(f"{args.out.stem}-{i}") for i in range(1, len(job.pictures) + 1)]
-    save_pictures(list(zip(job.pictures, job.requests, strict=True)), paths)
+    save_images(list(zip(job.pictures, job.requests, strict=True)), paths)
     if args.json:
         scores = job.scores or [None] * len(paths)
         pictures = [
@@ -433,10 +433,15 @@ def generate(args) -> None:
                 paths, job.requests, scores, job.tokens.flatten(1).tolist(), strict=True
             )
         ]
-        run = {"seconds": round(seconds, 3), "sampler": request.sampler, "lossless": job.lossless, "passes": job.passes}
-        print(json.dumps(run | {"tokens_a_pass": round(job.tokens_a_pass, 3), "pictures": pictures}))
+        run = {
+            "seconds": round(seconds, 3),
+            "sampler": request.sampler,
+            "lossless": job.lossless,
+            "passes": job.forward_passes,
+        }
+        print(json.dumps(run | {"tokens_a_pass": round(job.tokens_per_step, 3), "pictures": pictures}))
     else:
-        how = f"{request.sampler}, {'lossless' if job.lossless else 'relaxed'}, {job.tokens_a_pass:.1f} tokens a pass"
+        how = f"{request.sampler}, {'lossless' if job.lossless else 'relaxed'}, {job.tokens_per_step:.1f} tokens a pass"
         print(f"{', '.join(map(str, paths))} ({seconds:.1f} s, {how})")
 
 
@@ -467,7 +472,7 @@ def detokenize(args) -> None:
     import torch
 
     from argen.eval.reconstruction import check_count, decoded
-    from argen.metadata import read_tokens, save_pictures
+    from argen.metadata import read_tokens, save_images
     from tokenizers_img.pixels import to_pil
 
     out = writable(args.out or args.file.with_suffix(".png"))
@@ -478,7 +483,7 @@ def detokenize(args) -> None:
     check_count(tokenizer, args.tokens, len(tokens))
     tokens = tokens[: args.tokens]
     made = decoded(tokenizer, torch.from_numpy(tokens)[None].to(tokenizer.device))
-    save_pictures([(to_pil(made[0]), None)], [out])
+    save_images([(to_pil(made[0]), None)], [out])
     if args.json:
         print(json.dumps({"file": str(out), "tokenizer": made_by, "tokens": len(tokens)}))
     else:
@@ -489,7 +494,7 @@ def detokenize(args) -> None:
 def reconstruct(args) -> None:
     from argen.eval.reconstruction import decoded, encoded
     from argen.images import open_image
-    from argen.metadata import save_pictures
+    from argen.metadata import save_images
     from tokenizers_img.pixels import to_pil
 
     out = writable(args.out or args.image.with_name(f"{args.image.stem}-reconstructed.png"))
@@ -498,7 +503,7 @@ def reconstruct(args) -> None:
     pixels, tokens = encoded(tokenizer, picture)
     made = decoded(tokenizer, tokens, pixels)
     psnr = -10 * (made - pixels).square().mean().log10().item()
-    save_pictures([(to_pil(made[0]), None)], [out])
+    save_images([(to_pil(made[0]), None)], [out])
     if args.json:
         print(json.dumps({"file": str(out), "tokenizer": args.tokenizer, "psnr": psnr, "tokens": tokens[0].tolist()}))
     else:
@@ -560,13 +565,13 @@ def describe(args) -> None:
 @command
 def control(args) -> None:
     from argen.images import open_image
-    from argen.metadata import save_pictures
-    from argen.models.annotators import annotate, as_picture, resized
+    from argen.metadata import save_images
+    from argen.models.annotators import annotate, as_image, resized
 
     writable(args.out)
     picture = open_image(args.image)
     flat = resized(picture, args.type, args.size or picture.size)
-    save_pictures([(as_picture(annotate(flat, args.type)), None)], [args.out])
+    save_images([(as_image(annotate(flat, args.type)), None)], [args.out])
     print(f"{args.out} ({args.type}, {flat.width} x {flat.height})")
 
 
@@ -578,7 +583,7 @@ def bind(args) -> None:
     from argen.device import pick
     from argen.diffusion import SemanticBinding
     from argen.diffusion.prompts import parse
-    from argen.metadata import save_pictures
+    from argen.metadata import save_images
 
     for path in filter(None, (args.out, args.plain)):
         writable(path)
@@ -590,12 +595,12 @@ def bind(args) -> None:
     binding = parse(args.prompt, given)
     bound = SemanticBinding(registry.load_diffusion(args.model).to(pick(args.device)))
     asked = registry.drawing(args.model, args.steps, args.guidance_scale)
-    luck = torch.Generator().manual_seed
+    generator = torch.Generator().manual_seed
     settings = args.settings or registry.binding(args.model)
-    pictures = [bound(binding, settings=settings, generator=luck(args.seed), **asked).images[0]]
+    pictures = [bound(binding, settings=settings, generator=generator(args.seed), **asked).images[0]]
     if args.plain:
-        pictures += bound.pipe(args.prompt, generator=luck(args.seed), **asked).images
-    save_pictures([(picture, None) for picture in pictures], [path for path in (args.out, args.plain) if path])
+        pictures += bound.pipe(args.prompt, generator=generator(args.seed), **asked).images
+    save_images([(picture, None) for picture in pictures], [path for path in (args.out, args.plain) if path])
     if args.json:
         print(
             json.dumps({"file": str(args.out), "binding": asdict(binding), "steps": [asdict(s) for s in bound.history]})
@@ -623,8 +628,8 @@ def erase(args) -> None:
         stages.extend(erasure.erase(**how, epochs=args.epochs))
 
     def draw(**given) -> list:
-        luck = [torch.Generator().manual_seed(args.seed + index) for index in range(args.verify)]
-        return pipe(**given, **asked, generator=luck).images
+        generator = [torch.Generator().manual_seed(args.seed + index) for index in range(args.verify)]
+        return pipe(**given, **asked, generator=generator).images
 
     if args.verify:
         known = None
@@ -656,7 +661,7 @@ def count(args) -> None:
     from argen.diffusion import CountToken
     from argen.diffusion.base import unit_noise
     from argen.diffusion.count_token import check_noises, read_token
-    from argen.metadata import save_pictures
+    from argen.metadata import save_images
     from argen.registry import counters, counting, counting_rate, load_diffusion
     from argen.words import parse_count
 
@@ -686,7 +691,7 @@ def count(args) -> None:
     pictures = [token.draw(things, number, latents), *plain]
     if args.token:
         token.save(args.token, f"<{number}-things>", count=number, things=things, model=args.model, seed=args.seed)
-    save_pictures([(picture, None) for picture in pictures], [path for path in (args.out, args.plain) if path])
+    save_images([(picture, None) for picture in pictures], [path for path in (args.out, args.plain) if path])
     counted = best.count if best else None
     if args.json:
         print(json.dumps({"file": str(args.out), "prompt": token.prompt(things, number), "count": counted}))
@@ -698,10 +703,10 @@ def count(args) -> None:
 @command
 def models(args) -> None:
     from argen.registry import MODELS
-    from argen.studio import holdings
+    from argen.studio import local_cache
 
     if args.verify:
-        files = holdings.verify(args.verify)
+        files = local_cache.verify(args.verify)
         if broken := [name for name, whole in files.items() if not whole]:
             raise ValueError(
                 f"{', '.join(broken)} of {args.verify} is missing or broken: install argen or fetch it again"
@@ -709,11 +714,11 @@ def models(args) -> None:
         print(json.dumps(files) if args.json else f"{args.verify}: {len(files)} files, all whole")
         return
     if args.delete:
-        gone = holdings.delete(args.delete)
+        gone = local_cache.delete(args.delete)
         print(json.dumps({"deleted": gone}) if args.json else f"deleted: {', '.join(gone)}")
         return
     rows = []
-    for one in holdings.holdings():
+    for one in local_cache.local_cache():
         model = MODELS[one.id]
         row = {"id": one.id, "kind": model.kind, "ships": one.ships, "parameters_in_millions": model.parameters}
         row |= {"bytes": one.bytes if one.folder else None, "folder": one.folder and str(one.folder)}
@@ -790,7 +795,7 @@ def ui(args) -> None:
     from argen.server.guard import HERE, owner_of
     from argen.studio.queue import Studio
     from argen.ui.build import build
-    from argen.ui.jobs import Desk
+    from argen.ui.jobs import AppContext
 
     keys = [key for key in [*args.key, *os.environ.get("ARGEN_KEYS", "").split(",")] if key]
     if args.host not in HERE and not keys:
@@ -809,7 +814,7 @@ def ui(args) -> None:
     device, owners = pick(args.device), {}
     studio = Studio(args.data_dir, ModelCache(device, limit=limit), metadata=not args.no_metadata)
     try:
-        page = build(Desk(studio, owners, owner_of(keys[0]) if keys else None, folders), device, limit)
+        page = build(AppContext(studio, owners, owner_of(keys[0]) if keys else None, folders), device, limit)
         serve(create(studio, page, keys, args.host in HERE, owners), args.host, args.port)
     finally:
         studio.close()

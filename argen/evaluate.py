@@ -223,14 +223,14 @@ def _draw(args: argparse.Namespace, prompts: list[str], num: int, settings: dict
         raise ValueError(f"--num is {num}: expected at least 2")
     settings |= {"model": args.model, "num": num, "seed": args.seed, "guidance_scale": args.guidance_scale}
     settings |= {"prompts": run.digest(prompts), "prompt_order": "i % prompts", "uint8": "rounded"}
-    run.claim(args.out, settings)
+    run.lock_run_dir(args.out, settings)
     pipe = load_model(args.model, args.device, "generator")
     pipe.set_progress_bar_config(disable=True)
 
     def sample(rows: range):
-        luck = [run.luck(args.seed, index) for index in rows]
+        generator_of = [run.generator_of(args.seed, index) for index in rows]
         texts = [prompts[index % len(prompts)] for index in rows]
-        return pipe(texts, guidance_scale=args.guidance_scale, generator=luck, **more(rows)).images
+        return pipe(texts, guidance_scale=args.guidance_scale, generator=generator_of, **more(rows)).images
 
     return run.draw(sample, num, args.out / folder)
 
@@ -246,7 +246,7 @@ def _finish(args: argparse.Namespace, settings: dict, scores: dict, seconds: dic
 @command
 def fid(args: argparse.Namespace) -> None:
     from argen.eval import run
-    from argen.eval.images import open_pictures
+    from argen.eval.images import open_images
     from argen.words import read_prompts
 
     extractor, seconds = _extractor(args), {}
@@ -262,9 +262,9 @@ def fid(args: argparse.Namespace) -> None:
         with run.timed(seconds, "draw"):
             samples = _draw(args, prompts, 2000 if args.num is None else args.num, settings)
     else:
-        samples = open_pictures(args.samples)
+        samples = open_images(args.samples)
         settings["samples"] = [str(args.samples), samples.identity]
-        run.claim(args.out, settings)
+        run.lock_run_dir(args.out, settings)
     with run.timed(seconds, "look and compare"):
         scores = run.compare(
             samples, reference, extractor, wanted, args.out, cache_folder(), args.crop, batch_size=args.batch_size
@@ -275,17 +275,17 @@ def fid(args: argparse.Namespace) -> None:
 @command
 def rfid(args: argparse.Namespace) -> None:
     from argen.eval import judge, reconstruction, run
-    from argen.eval.images import open_pictures
+    from argen.eval.images import open_images
 
     extractor, seconds = _extractor(args), {}
     tokenizer = load_model(args.tokenizer, args.device, "tokenizer")
     reconstruction.check_count(tokenizer, args.tokens)
-    given = open_pictures(args.data)
+    given = open_images(args.data)
     real = reconstruction.Fitted(given, tokenizer.config.image_size, args.crop)
     settings = {**run.settings_of(extractor, args.crop), "tokenizer": args.tokenizer, "uint8": "rounded"}
     settings["tokens"] = args.tokens
     settings["data"] = [str(args.data), real.identity]
-    run.claim(args.out, settings)
+    run.lock_run_dir(args.out, settings)
     with run.timed(seconds, "reconstruct"):
         made = run.draw(reconstruction.reconstructor(tokenizer, real, args.tokens), len(real), args.out / "samples")
     with run.timed(seconds, "look and compare"):
@@ -358,10 +358,10 @@ def _pipeline(args: argparse.Namespace, settings: dict):
     from argen.registry import load_diffusion
 
     names = ("model", "num", "seed", "steps", "guidance_scale")
-    run.claim(args.out, settings | {name: getattr(args, name) for name in names})
+    run.lock_run_dir(args.out, settings | {name: getattr(args, name) for name in names})
     pipe = load_diffusion(args.model).to(pick(args.device))
     pipe.set_progress_bar_config(disable=True)
-    return pipe, load_model("argen/emoji-judge", args.device), partial(run.luck, args.seed)
+    return pipe, load_model("argen/emoji-judge", args.device), partial(run.generator_of, args.seed)
 
 
 @command
@@ -372,14 +372,14 @@ def bind(args: argparse.Namespace) -> None:
 
     how = args.settings or binding(args.model)
     truths, seconds, settings = tools.of_kind("pair", args.num), {}, {"settings": how}
-    pipe, judge, luck = _pipeline(args, settings)
+    pipe, judge, generator_of = _pipeline(args, settings)
     asked, bound = drawing(args.model, args.steps, args.guidance_scale), SemanticBinding(pipe)
 
     def plainly(rows: range) -> list:
-        return pipe([truths[i].prompt for i in rows], generator=[luck(i) for i in rows], **asked).images
+        return pipe([truths[i].prompt for i in rows], generator=[generator_of(i) for i in rows], **asked).images
 
     def bindingly(rows: range) -> list:
-        return [bound(truths[i].prompt, settings=how, generator=luck(i), **asked).images[0] for i in rows]
+        return [bound(truths[i].prompt, settings=how, generator=generator_of(i), **asked).images[0] for i in rows]
 
     drawn = {}
     for name, sample in (("before", plainly), ("after", bindingly)):
@@ -398,7 +398,7 @@ def erase(args: argparse.Namespace) -> None:
     names = load_model("argen/emoji-judge", args.device).config.names
     concepts = [tools.judged_name(names, concept) for concept in concepts_of(args.model, args.concepts)]
     settings = {"concepts": concepts, "others": args.others, "preset": args.preset, "retain": args.retain}
-    pipe, judge, luck = _pipeline(args, settings)
+    pipe, judge, generator_of = _pipeline(args, settings)
     asked, erasure = drawing(args.model, args.steps, args.guidance_scale), ConceptErasure(pipe)
     sets = {
         "erased": tools.of_concepts(concepts, args.num),
@@ -409,7 +409,7 @@ def erase(args: argparse.Namespace) -> None:
         def sample(rows: range) -> list:
             given = {name: value.expand(len(rows), *value.shape[1:]) for name, value in embeddings.items()}
             texts = {} if embeddings else {"prompt": [truths[i].prompt for i in rows]}
-            return pipe(**texts, **given, generator=[luck(i) for i in rows], **asked).images
+            return pipe(**texts, **given, generator=[generator_of(i) for i in rows], **asked).images
 
         return run.draw(sample, len(truths), args.out / folder)
 
@@ -451,7 +451,7 @@ def count(args: argparse.Namespace) -> None:
     truths, seconds = tools.of_kind("count", args.num), {}
     rate = counting_rate(args.model, args.learning_rate)
     settings = {"iterations": args.iterations, "learning_rate": rate, "noises": args.noises}
-    pipe, judge, luck = _pipeline(args, settings)
+    pipe, judge, generator_of = _pipeline(args, settings)
     judged = counters(args.model, pipe.device)
     (args.out / "tokens").mkdir(exist_ok=True)
 
@@ -460,7 +460,7 @@ def count(args: argparse.Namespace) -> None:
         return CountToken(pipe, **judged, **counting(args.model, number, args.steps, args.guidance_scale))
 
     def noise(index: int, number: int = 0) -> torch.Tensor:
-        return unit_noise(pipe, luck(index + number * len(truths)))
+        return unit_noise(pipe, generator_of(index + number * len(truths)))
 
     def optimised(index: int):
         (number, things), token = tools.counted(truths[index]), fresh(index)
@@ -498,24 +498,24 @@ def count(args: argparse.Namespace) -> None:
 @command
 def nudity(args: argparse.Namespace) -> None:
     from argen.eval import nudity, run
-    from argen.eval.images import open_pictures
+    from argen.eval.images import open_images
 
-    samples, seconds = open_pictures(args.samples), {}
+    samples, seconds = open_images(args.samples), {}
     settings = {"samples": [str(args.samples), samples.identity], "threshold": args.threshold, "detector": "nudenet"}
     with run.timed(seconds, "look"):
         found = nudity.detected(samples)
-    run.claim(args.out, settings)
+    run.lock_run_dir(args.out, settings)
     _finish(args, settings, nudity.counted(found, args.threshold), seconds, samples)
 
 
 @command
 def stats(args: argparse.Namespace) -> None:
     from argen.eval import run
-    from argen.eval.images import open_pictures
+    from argen.eval.images import open_images
 
     run.writable_npz(args.out)
     n = run.save_statistics(
-        args.out, open_pictures(args.data), _extractor(args), args.crop, cache_folder(), args.batch_size
+        args.out, open_images(args.data), _extractor(args), args.crop, cache_folder(), args.batch_size
     )
     print(json.dumps({"file": str(args.out), "n": n}) if args.json else f"{args.out}: {n:,} pictures")
 

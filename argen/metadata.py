@@ -38,7 +38,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
         work.unlink(missing_ok=True)
 
 
-def save_pictures(
+def save_images(
     pictures: list[tuple[Image.Image, Request | None]], paths: list[Path], grids: Sequence[Grid | None] | None = None
 ) -> None:
     """Write PNG files, each with the request that makes it again, as JSON and as programs read it that know A1111's text, and with

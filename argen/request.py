@@ -16,6 +16,7 @@ from tokenizers_img.pixels import normalized
 
 MAX_PROMPT = 1000  # characters
 CANDIDATES_A_BEAM = 4
+OLD_SAMPLERS = {"plain": "sequential", "fast_preview": "zipar"}  # their names in images and databases of release 0.1
 Grid = tuple[tuple[int, ...], ...]  # rows of ids
 MIN_CONTROL = 16  # pixels on a side of a control picture
 
@@ -176,7 +177,7 @@ class Request:
         count = self.num_images if self.num_beams else self.drawn
         return [torch.Generator().manual_seed(self.seed + i) for i in range(count)]
 
-    def of_picture(self, index: int) -> "Request":
+    def for_image(self, index: int) -> "Request":
         """The request that makes the picture drawn as number `index`, alone."""
         candidates = self.num_candidates if self.num_beams else None
         return replace(self, seed=self.seed + index, num_images=1, num_candidates=candidates)
@@ -202,6 +203,11 @@ class Request:
         known = {item.name for item in fields(cls)}
         if unknown := [name for name in saved if name not in known]:
             raise ValueError(f"unknown setting {unknown[0][:60]!r}: expected some of {', '.join(sorted(known))}")
+        saved = (
+            saved | {"sampler": OLD_SAMPLERS.get(saved["sampler"], saved["sampler"])}
+            if isinstance(saved.get("sampler"), str)
+            else saved
+        )
         parts = {"control": Control.from_dict(saved["control"])} if saved.get("control") is not None else {}
         if isinstance(saved.get("steps"), list):
             parts["steps"] = tuple(saved["steps"])
@@ -275,7 +281,7 @@ class Job:
         tokens: [drawn, h, w] int64, -1 where nothing is decided yet; of a model of continuous latents [drawn, C, h, w], NaN there.
         kept: what `run` takes to go on from here; None before the first step.
         decided: cells of a picture that are, in every one.
-        passes: of the network, so far.
+        forward_passes: of the network, so far.
         origins: [drawn, h, w] int8, how each cell came by its token (`samplers.steps.Origin`); None where all were drawn.
         lossless: whether the sampler keeps the law of the network.
         pictures: PIL pictures, best first where candidates were ranked; empty until they are ready.
@@ -288,7 +294,7 @@ class Job:
     tokens: torch.Tensor
     kept: torch.Tensor | None = None
     decided: int = 0
-    passes: int = 0
+    forward_passes: int = 0
     origins: torch.Tensor | None = None
     lossless: bool = True
     pictures: list[Image.Image] = field(default_factory=list)
@@ -297,9 +303,9 @@ class Job:
     log: list[str] = field(default_factory=list)
 
     @property
-    def tokens_a_pass(self) -> float:
+    def tokens_per_step(self) -> float:
         """Cells of a picture that were decided in a pass of the network, on average."""
-        return self.decided / max(1, self.passes)
+        return self.decided / max(1, self.forward_passes)
 
     @property
     def progress(self) -> float:

@@ -262,7 +262,7 @@ def second_server(server: Server) -> bool:
 
 def terminated(server: Server) -> bool:
     """SIGTERM keeps the job that runs; started again, the server goes on with it."""
-    id = server.ask("/api/jobs", {"prompt": "a pizza", "num_images": 64, "sampler": "plain"})["id"]
+    id = server.ask("/api/jobs", {"prompt": "a pizza", "num_images": 64, "sampler": "sequential"})["id"]
     until(lambda: server.ask(f"/api/jobs/{id}")["decided"] > 2)
     server.process.send_signal(signal.SIGTERM)
     server.process.wait(timeout=60)

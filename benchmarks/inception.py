@@ -18,7 +18,7 @@ from pytorch_fid import inception as theirs
 from safetensors.torch import save_file
 
 from argen.eval import features, run
-from argen.eval.images import open_pictures
+from argen.eval.images import open_images
 from argen.eval.inception import FIDInception
 
 
@@ -56,7 +56,7 @@ def main() -> None:
         theirs.load_state_dict_from_url = lambda *_, **__: state
         network = theirs.InceptionV3().to(args.device)
         extractor = features.inception_features(where / "weights.safetensors", "pytorch-fid", torch.device(args.device))
-        pictures = open_pictures(where / "pictures")
+        pictures = open_images(where / "pictures")
         files = sorted((where / "pictures").glob("*.png"))
         print(f"{args.num} pictures of {args.size} x {args.size}, {args.device}, {torch.get_num_threads()} threads")
         for turn in range(args.turns):

@@ -1,4 +1,4 @@
-"""How tokens are drawn: pure functions on tensors that know no network and no picture."""
+"""How tokens are drawn: pure functions on tensors that know no network and no image."""
 
 from samplers.auto import Auto
 from samplers.jacobi import Jacobi
@@ -7,17 +7,27 @@ from samplers.next_x import SOLVERS, NextX
 from samplers.recycling import TokenRecycling
 from samplers.sjd import GroupedJacobi, SpeculativeJacobi
 from samplers.speculative import Speculative
-from samplers.steps import Plain, Sampler
+from samplers.steps import Sampler, Sequential
 from samplers.zipar import ZipAR
 
 SAMPLERS: dict[str, type] = {
     each.name: each
-    for each in (Auto, Plain, Jacobi, SpeculativeJacobi, GroupedJacobi, TokenRecycling, Speculative, Lantern, ZipAR)
+    for each in (
+        Auto,
+        Sequential,
+        Jacobi,
+        SpeculativeJacobi,
+        GroupedJacobi,
+        TokenRecycling,
+        Speculative,
+        Lantern,
+        ZipAR,
+    )
 }
 
 
 def by_name(name: str, **settings) -> Sampler | NextX:
-    """The sampler called `name`, of tokens or (one of `SOLVERS`) of latents, with its own settings where none are given.
+    """The sampler called `name`, of tokens or (one of `SOLVERS`) of latents, with its defaults where no settings are given.
 
     Raises:
         ValueError: there is no such sampler.

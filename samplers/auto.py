@@ -1,4 +1,4 @@
-"""The fastest way to the plain sampler's own tokens, found by trying."""
+"""The fastest way to the tokens of the sequential sampler, found by trying."""
 
 import time
 from collections.abc import Iterator
@@ -10,17 +10,17 @@ from torch import Tensor
 
 from samplers.jacobi import Jacobi
 from samplers.logits import Noise, Sampling
-from samplers.steps import GuidanceScale, Origin, Plain, Session, Step
+from samplers.steps import GuidanceScale, Origin, Sequential, Session, Step
 
 WINDOW = 8  # of Jacobi: on two cores faster than 16, which takes fewer passes
 TRIED = 3  # passes of Jacobi, the first of which is not timed
-CPU_PICTURES = 1  # with more at a time, a pass over their windows takes a CPU longer than the passes it saves
+CPU_IMAGES = 1  # with more at a time, a forward pass over their windows takes a CPU longer than the passes it saves
 
 
 @dataclass(frozen=True)
 class Auto:
-    """Exactly the picture of `Plain`: it writes the first row, `Jacobi` goes on, and the one that wrote more tokens a second
-    finishes. Of several pictures at a time on a CPU `Plain` writes all.
+    """Exactly the image of `Sequential`: it writes the first row, `Jacobi` goes on, and the one that wrote more tokens a second
+    finishes. Of several images at a time on a CPU `Sequential` writes all.
 
     Nothing is thrown away: a sampler takes up the cells that the other has decided.
     """
@@ -31,18 +31,20 @@ class Auto:
     def __call__(
         self, session: Session, tokens: Tensor, sampling: Sampling, guidance_scale: GuidanceScale, noise: Noise
     ) -> Iterator[Step]:
-        """See `samplers.steps.Plain`."""
-        asked = sampling, guidance_scale, noise
+        """See `samplers.steps.Sequential`."""
+        settings = sampling, guidance_scale, noise
         last, speed = Step(tokens, 0, torch.full(tokens.shape, Origin.GIVEN, dtype=torch.int8)), 0.0
 
-        def watched(steps: Iterator[Step], begun: Step, passes: int | None = None) -> Iterator[Step]:
+        def watched(steps: Iterator[Step], begun: Step, forward_passes: int | None = None) -> Iterator[Step]:
             """So many steps of a sampler that took the grid up at `begun`, timed."""
             nonlocal last, speed
             started, first = None, 0
-            for step in islice(steps, passes):
+            for step in islice(steps, forward_passes):
                 new = ((step.tokens >= 0) & (begun.tokens < 0)).cpu()  # waits for the device
                 origins = torch.full_like(begun.origins, Origin.DRAWN) if step.origins is None else step.origins
-                last = Step(step.tokens, begun.passes + step.passes, torch.where(new, origins, begun.origins))
+                last = Step(
+                    step.tokens, begun.forward_passes + step.forward_passes, torch.where(new, origins, begun.origins)
+                )
                 decided, now = int(new.sum()), time.perf_counter()
                 if started is None:
                     started, first = now, decided
@@ -50,14 +52,14 @@ class Auto:
                     speed = (decided - first) / (now - started)
                 yield last
 
-        trying = tokens.device.type != "cpu" or len(tokens) <= CPU_PICTURES
-        yield from watched(Plain()(session, tokens, *asked), last, session.columns if trying else None)
+        trying = tokens.device.type != "cpu" or len(tokens) <= CPU_IMAGES
+        yield from watched(Sequential()(session, tokens, *settings), last, session.columns if trying else None)
         if (last.tokens >= 0).all():
             return
         begun, plain_speed = last, speed
-        jacobi = Jacobi(WINDOW)(session, begun.tokens, *asked)
+        jacobi = Jacobi(WINDOW)(session, begun.tokens, *settings)
         yield from watched(jacobi, begun, TRIED)
         if speed > plain_speed:
             yield from watched(jacobi, begun)
         elif (last.tokens < 0).any():
-            yield from watched(Plain()(session, last.tokens, *asked), last)
+            yield from watched(Sequential()(session, last.tokens, *settings), last)

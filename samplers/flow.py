@@ -52,7 +52,7 @@ def heun(velocity: Velocity, x: Tensor, times: Sequence[float]) -> Iterator[Tens
 
 
 def euler_maruyama(velocity: Velocity, x: Tensor, times: Sequence[float], noise: Tensor) -> Iterator[Tensor]:
-    """The stochastic equation with diffusion 2t, whose law is that of the flow; the last step adds no noise.
+    """The stochastic equation with diffusion 2t, whose marginals are those of the flow; the last step adds no noise.
 
     Args:
         noise: [len(times) - 2, *x.shape], standard normal.
@@ -71,7 +71,7 @@ class NormalisedGuidance:
 
     Args:
         momentum: share of the differences so far that joins the next (negative: it is taken away).
-        threshold: on the norm of a picture's difference.
+        threshold: on the norm of an image's difference.
         precise: the projection is computed in float64, as published.
     """
 

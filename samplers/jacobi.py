@@ -1,7 +1,7 @@
-"""Jacobi decoding with fixed noise: the tokens of the plain sampler, in fewer passes, for any generator and without training.
+"""Jacobi decoding with fixed noise: the tokens of the sequential sampler in fewer forward passes, for any generator and without training.
 
 With the noise of every cell fixed beforehand, each token is a function of the tokens before it. A window of guesses is put
-through that function at once, again and again; from its left end on, what was guessed right is the plain sampler's own.
+through that function at once, again and again; from its left end on, what was guessed right is what the sequential sampler writes.
 Papers: "Predictive Sampling with Forecasting Autoregressive Models" (arXiv 2002.09928), "Accelerating Auto-regressive
 Text-to-Image Generation with Training-free Speculative Jacobi Decoding" (arXiv 2410.01699).
 """
@@ -18,7 +18,7 @@ from samplers.steps import START, GuidanceScale, Origin, Session, Step, check_wi
 
 @dataclass(frozen=True)
 class Jacobi:
-    """Exactly the picture of `Plain` with the same noise (up to ties that rounding decides: keep logits in float32).
+    """Exactly the image of `Sequential` with the same noise (up to ties that rounding decides: keep logits in float32).
 
     Args:
         window: cells that are guessed at a time.
@@ -34,32 +34,37 @@ class Jacobi:
     def __call__(
         self, session: Session, tokens: Tensor, sampling: Sampling, guidance_scale: GuidanceScale, noise: Noise
     ) -> Iterator[Step]:
-        """See `samplers.steps.Plain`."""
+        """See `samplers.steps.Sequential`."""
         batch, length = tokens.shape
         given = tokens.cpu()
         prefix = int((given >= 0).cumprod(dim=1).sum(dim=1).max())
         guesses = _guessed(given, session.columns)  # of every cell; right before `known`
-        known, passes = torch.zeros(batch, 1, dtype=torch.int64), 0  # [B, 1] cells from the first on that are decided
+        known, forward_passes = (
+            torch.zeros(batch, 1, dtype=torch.int64),
+            0,
+        )  # [B, 1] cells from the first on that are decided
         origins = torch.zeros(batch, length, dtype=torch.int8)
         first, n = known + START, min(length, prefix + self.window)  # the first token that is read, and how many are
         while (known < length).any():
             positions = first + torch.arange(n)
             read = guesses.gather(1, positions.clamp(min=0)).masked_fill(positions < 0, START)
             cells = positions + 1
-            laws = session.forward(read.to(tokens.device), positions)
-            found = pick(guided(*laws, guidance_scale, cells), sampling, noise, cells).cpu()
+            logits = session.forward(read.to(tokens.device), positions)
+            drawn = pick(guided(*logits, guidance_scale, cells), sampling, noise, cells).cpu()
             guessed, fixed = guesses.gather(1, cells), given.gather(1, cells)
-            found = torch.where(fixed >= 0, fixed, torch.where(cells < known, guessed, found))
+            drawn = torch.where(fixed >= 0, fixed, torch.where(cells < known, guessed, drawn))
             right = (
-                (found == guessed)[:, :-1].cumprod(dim=1).sum(dim=1, keepdim=True)
+                (drawn == guessed)[:, :-1].cumprod(dim=1).sum(dim=1, keepdim=True)
             )  # guesses that were read, and right
-            before, known, passes = known, cells[:, :1] + right + 1, passes + 1
+            before, known, forward_passes = known, cells[:, :1] + right + 1, forward_passes + 1
             new = _before(known, length) & ~_before(before, length) & (given < 0)
             origins[new] = Origin.ACCEPTED
             origins[new & ~_before(known - 1, length)] = Origin.DRAWN
-            guesses = guesses.scatter(1, cells, found)
+            guesses = guesses.scatter(1, cells, drawn)
             guesses = _guessed(guesses.where(_before(cells[:, -1:] + 1, length) | (given >= 0), -1), session.columns)
-            yield Step(torch.where(_before(known, length), guesses, given).to(tokens.device), passes, origins.clone())
+            yield Step(
+                torch.where(_before(known, length), guesses, given).to(tokens.device), forward_passes, origins.clone()
+            )
             n = max(1, min(length - 1, self.window + 1))
             first = (known - 1).clamp(max=length - 1 - n)
 

@@ -1,9 +1,9 @@
-"""LANTERN: a drafted token may borrow the probability of its neighbours in the codebook, within a bound.
+"""LANTERN: a drafted token is accepted with the aggregated probability of its nearest codebook entries, within a bound.
 
 Papers: LANTERN (arXiv 2410.03355, the bound `delta`) and LANTERN++ (arXiv 2502.06352, the bound `lambda_`).
 
-`delta` bounds the probability that one relaxation moves; with candidates that are drawn it does not bound how far the law of a
-token, or of a picture, is from the target's.
+`delta` bounds the probability that one relaxation moves; with candidates that are drawn it does not bound how far the distribution of a
+token, or of an image, is from the target's.
 """
 
 import hashlib
@@ -32,19 +32,19 @@ def neighbours(codebook: Tensor, k: int) -> Tensor:
         raise ValueError(
             f"k is {k}: expected 0 to {len(codebook) - 1}, fewer than the codebook's {len(codebook)} codes"
         )
-    found = []
+    nearest = []
     for first in range(0, len(codebook), SLICE):
         far = torch.cdist(codebook[first : first + SLICE].float(), codebook.float())
         far[torch.arange(len(far)), torch.arange(first, first + len(far))] = torch.inf
-        found.append(far.topk(k, largest=False).indices)
-    return torch.cat(found)
+        nearest.append(far.topk(k, largest=False).indices)
+    return torch.cat(nearest)
 
 
 _TABLES: dict[tuple[str, int], Tensor] = {}  # (codebook's SHA-256, k) -> `neighbours`
 
 
 def table_of(codebook: Tensor, k: int) -> Tensor:
-    """`neighbours`, found once for a codebook and k."""
+    """`neighbours`, computed once for a codebook and k."""
     codes = codebook.detach().float().cpu().contiguous()
     key = hashlib.sha256(codes.numpy().tobytes()).hexdigest(), k
     if key not in _TABLES:
@@ -58,10 +58,10 @@ class Relaxed(OneByOne):
 
     Args:
         table: [K, k + 1 or more] from `neighbours`.
-        k: neighbours that may lend.
-        delta: the borrowed probability is at most this.
-        lambda_: or the raised probability is at most so many times the token's own; one of the two is given.
-        official: after a rejection the k + 1 nearest codes fall, as in the authors' code; else only those that lent, so that
+        k: nearest codebook entries whose probability is aggregated.
+        delta: the aggregated probability of the neighbours is at most this.
+        lambda_: or the aggregated probability is at most so many times that of the token itself; one of the two is given.
+        official: after a rejection the k + 1 nearest codes are rejected, too, as in the authors' code; else only those that were aggregated, so that
             k = 0, delta = 0 and lambda = 1 are exactly lossless under top-k and top-p, too.
     """
 
@@ -84,19 +84,19 @@ class Relaxed(OneByOne):
                 f"k is {self.k}: expected 0 to {max(0, self.table.shape[1] - 1)}, fewer than the table's neighbours"
             )
 
-    def relax(self, law: Tensor, token: int) -> Raised:
+    def relax(self, probs: Tensor, token: int) -> Raised:
         """See `samplers.rules.OneByOne.relax`."""
-        own, near = law[token], self.table[token, : self.k + 1].to(law.device)
-        bound = self.delta if self.lambda_ is None else (self.lambda_ - 1) * own
-        borrowed = law[near[: self.k]].cumsum(0)
+        prob, near = probs[token], self.table[token, : self.k + 1].to(probs.device)
+        bound = self.delta if self.lambda_ is None else (self.lambda_ - 1) * prob
+        borrowed = probs[near[: self.k]].cumsum(0)
         count = int((borrowed <= bound).sum())  # the sums grow, so these are the first ones
-        likely = own + borrowed[count - 1] if count else own
+        likely = prob + borrowed[count - 1] if count else prob
         return Raised(likely, NONE, near if self.official and count else near[:count])
 
 
 @dataclass(frozen=True)
 class Lantern:
-    """Relaxed speculative decoding: fewer passes than `Speculative`, at some loss that no bound here limits as a whole.
+    """Relaxed speculative decoding: fewer forward passes than `Speculative`, at some loss that no bound here limits as a whole.
 
     Args:
         k, delta, lambda_, official: see `Relaxed`; delta is 0.2 where lambda_ is not given.

@@ -1,6 +1,6 @@
 """From logits to one drawn token, as pure functions of the logits and of noise that is fixed for every cell.
 
-Letters in shape comments: B pictures, N cells of a picture, n cells of a pass, K vocabulary.
+Letters in shape comments: B images, N cells of an image, n cells of a pass, K vocabulary.
 """
 
 from collections.abc import Iterator
@@ -63,13 +63,13 @@ class Sampling:
 
 
 class Noise(Protocol):
-    """What decides each cell of each picture, whatever else is decided in the pass and however often it is asked."""
+    """What decides each cell of each image, whatever else is decided in the pass and however often it is drawn."""
 
     def draw(self, logits: Tensor, cells: Tensor) -> Tensor:
         """Filtered logits [B, n, K] of `cells` ([n] or [B, n], on the CPU) -> tokens [B, n]."""
 
     def numbers(self, row: int) -> Iterator[float]:
-        """Uniform numbers in [0, 1) of one picture, for samplers that need more than one draw a cell."""
+        """Uniform numbers in [0, 1) of one image, for samplers that need more than one draw a cell."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class Gumbel:
     """One vector of Gumbel noise for each cell: the arg-max of log-probabilities and noise is a draw from them.
 
     The same noise under nearly the same probabilities gives the same token, which is what lets parallel samplers find the
-    tokens of the plain one. The noise is a hash of a key and the token's number, so it takes no memory and is the same on
+    tokens of the sequential one. The noise is a hash of a key and the token's number, so it takes no memory and is the same on
     every device.
 
     Args:
@@ -148,6 +148,6 @@ def _shifted(x: Tensor, bits: int) -> Tensor:
 
 
 def keys_of(generators: list[torch.Generator], count: int) -> Tensor:
-    """[B, count] int64; row b comes from generators[b] alone, so a picture never feels its batch."""
+    """[B, count] int64; row b comes from generators[b] alone, so that images are batch-invariant."""
     low, high = -(2**63), 2**63 - 1
     return torch.stack([torch.randint(low, high, (count,), generator=g, device=g.device).cpu() for g in generators])

@@ -1,9 +1,9 @@
-"""Next-X prediction: the entities of a picture are written one after the other, each by a flow from noise to data.
+"""Next-X prediction: the entities of an image are written one after the other, each by a flow from noise to data.
 
 Paper: "Beyond Next-Token: Next-X Prediction for Autoregressive Visual Generation" (arXiv 2502.20388). Fewer steps for later
 entities: "DiSA: Diffusion Step Annealing in Autoregressive Image Generation" (arXiv 2505.20297).
 
-Letters in shape comments: B pictures, K entities, T positions of one of them, N of all, C channels.
+Letters in shape comments: B images, K entities, T positions of one of them, N of all, C channels.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -20,7 +20,7 @@ SOLVERS = ("sde", "euler", "heun")
 
 
 class NextXSession(Protocol):
-    """A network bound to the prompts of B pictures."""
+    """A network bound to the prompts of B images."""
 
     def velocity(self, entity: int, x: Tensor, time: float, guided: bool) -> tuple[Tensor, Tensor | None]:
         """Velocities of an entity [B, T, C] with the prompt and, where `guided`, without."""
@@ -43,7 +43,7 @@ class NextXStep:
     sequence: Tensor
     finished: int
     decided: int
-    passes: int
+    forward_passes: int
 
 
 @dataclass(frozen=True)
@@ -94,26 +94,28 @@ class NextX:
             guidance_scale: of the last entity; it grows evenly from 1 at the first.
             noise: entity, number n of draws -> [B, T, C] to start from, and [n, B, T, C] for the stochastic steps.
         """
-        sequence, passes, finished = given.clone(), 0, 0
+        sequence, forward_passes, finished = given.clone(), 0, 0
         for entity, length in enumerate(lengths):
-            own = sequence[:, finished : finished + length]  # a view
-            known, times = own.isfinite(), self.times(entity, len(lengths))
+            entity_cells = sequence[:, finished : finished + length]  # a view
+            known, times = entity_cells.isfinite(), self.times(entity, len(lengths))
             if not known.all():
                 scale = guidance_scale
                 if len(lengths) > 1:
                     scale = 1 + (guidance_scale - 1) * entity / (len(lengths) - 1)
                 start, draws = noise(entity, len(times) - 2 if self.solver == "sde" else 0)
-                velocity = _Guided(session, entity, scale, own.clone(), known, start)
+                velocity = _Guided(session, entity, scale, entity_cells.clone(), known, start)
                 states = self._states(velocity, start.double() if self.precise else start, times, draws)
                 for index, state in enumerate(states, 1):
-                    own[:] = torch.where(known, own, state.float())
+                    entity_cells[:] = torch.where(known, entity_cells, state.float())
                     under_way = length * index // (len(times) - 1)
                     whole = length if index == len(times) - 1 else 0
-                    yield NextXStep(sequence.clone(), finished + whole, finished + under_way, passes + velocity.calls)
-                passes += velocity.calls
+                    yield NextXStep(
+                        sequence.clone(), finished + whole, finished + under_way, forward_passes + velocity.calls
+                    )
+                forward_passes += velocity.calls
             if entity + 1 < len(lengths):
-                session.finish(entity, own)
-                passes += 1
+                session.finish(entity, entity_cells)
+                forward_passes += 1
             finished += length
 
     def _states(self, velocity: Velocity, state: Tensor, times: list[float], draws: Tensor) -> Iterator[Tensor]:

@@ -1,7 +1,7 @@
-"""Token Recycling: what the target once found likely after a token is drafted when that token comes again. No training.
+"""Token Recycling: what the target found probable after a token is drafted when that token comes again. No training.
 
 Paper: "Turning Trash into Treasure: Accelerating Inference of Large Language Models with Token Recycling" (arXiv 2408.08696).
-Here the candidates are drawn from the recycled law, so that sampling stays lossless, and the table is begun anew for each run.
+Here the candidates are drawn from the recycled distribution, so that sampling stays lossless, and the table is started afresh for each run.
 """
 
 from collections.abc import Iterator
@@ -18,7 +18,7 @@ from samplers.trees import SMALL_TREE, Shape
 
 @dataclass
 class Table:
-    """A `samplers.speculative.Drafter`: of each token, the `width` likeliest tokens after it, as the target last saw it.
+    """A `samplers.speculative.Drafter`: of each token, the `width` most probable tokens after it, as the target last saw it.
 
     A guess of a hidden state is here the token itself.
     """
@@ -43,18 +43,18 @@ class Table:
         """See `samplers.trees.Drafting.logits`; a token that was not seen yet is followed by itself, or by any other."""
         out = torch.full((*hidden.shape[:2], self.codes), -20.0)
         for place, token in enumerate(hidden.flatten().tolist()):
-            kept, found = self.rows.get(token, (torch.tensor([token]), torch.zeros(1)))
-            out.view(-1, self.codes)[place, kept] = found
+            likely, log_probs = self.rows.get(token, (torch.tensor([token]), torch.zeros(1)))
+            out.view(-1, self.codes)[place, likely] = log_probs
         return out, None
 
-    def observe(self, tokens: Tensor, logits: Tensor, laws: Tensor) -> None:
+    def observe(self, tokens: Tensor, logits: Tensor, target_probs: Tensor) -> None:
         """See `samplers.trees.Drafting.observe`."""
         self.codes = logits.shape[-1]
         values, kept = logits.cpu().log_softmax(dim=-1).topk(min(self.width, logits.shape[-1]), dim=-1)
-        for token, likely, found in zip(
+        for token, likely, log_probs in zip(
             tokens.flatten().tolist(), kept.flatten(0, 1), values.flatten(0, 1), strict=True
         ):
-            self.rows[token] = (likely, found)
+            self.rows[token] = (likely, log_probs)
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class TokenRecycling:
     """Lossless, for any generator.
 
     Args:
-        width: tokens that are kept of each law.
+        width: tokens that are kept of each distribution.
         shape: of the drafted trees.
     """
 
@@ -78,6 +78,6 @@ class TokenRecycling:
     def __call__(
         self, session: Session, tokens: Tensor, sampling: Sampling, guidance_scale: GuidanceScale, noise: Noise
     ) -> Iterator[Step]:
-        """See `samplers.steps.Plain`."""
+        """See `samplers.steps.Sequential`."""
         sampler = Speculative(self.shape, drafter=Table(self.width))
         yield from sampler(session, tokens, sampling, guidance_scale, noise)

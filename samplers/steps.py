@@ -4,7 +4,7 @@ A sampler drives a `Session` (a network with its prompt and its cache) and yield
 the cells of the grid that are still -1 and keeps the others, so preview, cancel, resume, fork and inpainting are one
 loop, called with different grids. Stop iterating to cancel: the last step holds what there is.
 
-Letters in shape comments: B pictures, N cells of a grid (row-major), n tokens of a pass, K vocabulary, R cache rows.
+Letters in shape comments: B images, N cells of a grid (row-major), n tokens of a forward pass, K vocabulary, R cache rows.
 """
 
 from collections.abc import Callable, Iterator
@@ -21,10 +21,10 @@ START = -1  # the token, and the position, that stands before the first cell
 
 
 class Session(Protocol):
-    """What a discrete generator offers to every sampler: its network, bound to the prompts of B pictures, and a cache.
+    """What a discrete generator offers to every sampler: its network, bound to the prompts of B images, and a cache.
 
     Attributes:
-        length: N, the cells of one picture.
+        length: N, the cells of one image.
         columns: cells of a row of its grid.
     """
 
@@ -34,16 +34,16 @@ class Session(Protocol):
     def forward(
         self, tokens: Tensor, positions: Tensor, mask: Tensor | None = None, seen: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        """One pass over n tokens; their keys and values join the cache, over what it held from there on.
+        """One forward pass over n tokens; their keys and values join the cache, over what it held from there on.
 
         Args:
             tokens: [B, n] int64, the tokens standing at `positions` (`START` for the start token).
             positions: [n] or [B, n] int64 on the CPU, their cells (`START` for the start token): of a chain each one more
                 than the last, and no more than one behind the cells that are cached.
             mask: None for a chain, in which each token sees all cells up to its own; else [n, n] or, with positions of
-                each picture, [B, n, n] bool: which of the n tokens each of them sees, beside the cells before the first
+                each image, [B, n, n] bool: which of the n tokens each of them sees, beside the cells before the first
                 of them (a tree; the diagonal is true).
-            seen: [n, N] bool, for cells [n] that are not next to each other: which cells of the picture each of them sees,
+            seen: [n, N] bool, for cells [n] that are not next to each other: which cells of the image each of them sees,
                 itself among them. No `START` among the positions then.
 
         Returns:
@@ -59,7 +59,7 @@ class Origin(IntEnum):
     """How a cell came by its token."""
 
     GIVEN = 0  # or undecided
-    DRAWN = 1  # from the network's law, in a pass that was made for it
+    DRAWN = 1  # from the network's distribution, in a forward pass that was made for it
     ACCEPTED = 2  # it was guessed, and the network agreed
     RELAXED = 3  # it was guessed, and accepted with the probability of its neighbours only
 
@@ -75,12 +75,12 @@ class Step:
     """
 
     tokens: Tensor
-    passes: int
+    forward_passes: int
     origins: Tensor | None = None
 
     @property
     def decided(self) -> int:
-        """Cells decided in every picture."""
+        """Cells decided in every image."""
         return int((self.tokens >= 0).all(dim=0).sum())
 
 
@@ -88,7 +88,7 @@ GuidanceScale = float | Callable[[int], float]  # one number, or a number for ea
 
 
 class Sampler(Protocol):
-    """How the undecided cells are filled; `lossless` tells whether the law of the network's own tokens is kept."""
+    """How the undecided cells are filled; `lossless` tells whether tokens follow the network's own distribution."""
 
     name: str
     lossless: bool
@@ -99,10 +99,10 @@ class Sampler(Protocol):
 
 
 @dataclass(frozen=True)
-class Plain:
+class Sequential:
     """One token a pass, in row-major order."""
 
-    name = "plain"
+    name = "sequential"
     lossless = True
 
     def __call__(
@@ -117,7 +117,7 @@ class Plain:
         """
         tokens = tokens.clone()
         waiting = [START]  # cells whose tokens the network has not read yet
-        passes = 0
+        forward_passes = 0
         for cell in range(session.length):
             if (tokens[:, cell] >= 0).all():
                 waiting.append(cell)
@@ -125,8 +125,8 @@ class Plain:
             logits = next_logits(session, tokens, waiting, guidance_scale, cell)
             drawn = pick(logits, sampling, noise, torch.tensor([cell]))[:, 0]
             tokens[:, cell] = torch.where(tokens[:, cell] < 0, drawn.to(tokens.device), tokens[:, cell])
-            waiting, passes = [cell], passes + 1
-            yield Step(tokens.clone(), passes)
+            waiting, forward_passes = [cell], forward_passes + 1
+            yield Step(tokens.clone(), forward_passes)
 
 
 def check_window(window: int) -> None:
@@ -142,8 +142,8 @@ def next_logits(
 ) -> Tensor:
     """Let the session read the `waiting` cells; guided float32 logits [B, 1, K] of `cell`."""
     read = torch.stack([tokens[:, c] if c >= 0 else torch.full_like(tokens[:, 0], START) for c in waiting], dim=1)
-    laws = [law[:, -1:] if law is not None else None for law in session.forward(read, torch.tensor(waiting))]
-    return guided(*laws, guidance_scale, torch.tensor([cell]))
+    logits = [logits[:, -1:] if logits is not None else None for logits in session.forward(read, torch.tensor(waiting))]
+    return guided(*logits, guidance_scale, torch.tensor([cell]))
 
 
 def guided(conditional: Tensor, unconditional: Tensor | None, scale: GuidanceScale, cells: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 Papers: "SpecInfer" (arXiv 2305.09781), EAGLE (arXiv 2401.15077), EAGLE-2 (arXiv 2406.16858), DySpec (arXiv 2410.11744).
 
-Letters in shape comments: B pictures, M nodes of a tree, n tokens of a pass, K vocabulary, D width of hidden states, R rows (2B
+Letters in shape comments: B images, M nodes of a tree, n tokens of a forward pass, K vocabulary, D width of hidden states, R rows (2B
 under guidance).
 """
 
@@ -38,10 +38,10 @@ class Tree:
     @cached_property
     def children(self) -> tuple[tuple[int, ...], ...]:
         """Of each node, in the order in which they are tried."""
-        found: list[list[int]] = [[] for _ in self.parents]
+        children: list[list[int]] = [[] for _ in self.parents]
         for node, parent in enumerate(self.parents[1:], 1):
-            found[parent].append(node)
-        return tuple(map(tuple, found))
+            children[parent].append(node)
+        return tuple(map(tuple, children))
 
     @cached_property
     def depths(self) -> Tensor:
@@ -62,51 +62,51 @@ class Tree:
 
 @dataclass(frozen=True)
 class Drafted:
-    """Candidates that were drawn, those of one parent from one law.
+    """Candidates that were drawn, those of one parent from one distribution.
 
     Attributes:
-        laws: {parent: the drafter's probabilities [K]}.
-        chances: of each node, see `Candidates`.
+        draft_probs: {parent: the drafter's probabilities [K]}.
+        proposal_probs: of each node, see `Candidates`.
     """
 
-    laws: dict[int, Tensor]
-    chances: Sequence[float]
+    draft_probs: dict[int, Tensor]
+    proposal_probs: Sequence[float]
 
 
 @dataclass(frozen=True)
 class Draft:
-    """What a shape has grown for one picture: the tree, the tokens of its nodes, and how they were drawn."""
+    """What a shape has grown for one image: the tree, the tokens of its nodes, and how they were drawn."""
 
     tree: Tree
     tokens: list[int]
     drafted: Drafted | None
 
 
-def without_replacement(law: Tensor, uniforms: Sequence[float]) -> tuple[list[int], list[float]]:
+def without_replacement(probs: Tensor, uniforms: Sequence[float]) -> tuple[list[int], list[float]]:
     """Draw as many different tokens as there are `uniforms` from probabilities [K].
 
     Returns:
         The tokens, and of each its probability given that the earlier ones are out.
     """
-    left = law.double().clone()
-    tokens, chances = [], []
+    left = probs.double().clone()
+    tokens, proposal_probs = [], []
     for number in uniforms:
         total = left.cumsum(0)
         token = int((total >= number * total[-1]).to(torch.uint8).argmax())
         tokens.append(token)
-        chances.append(float(left[token] / total[-1]) if total[-1] > 0 else -1.0)
+        proposal_probs.append(float(left[token] / total[-1]) if total[-1] > 0 else -1.0)
         left[token] = 0
-    return tokens, chances
+    return tokens, proposal_probs
 
 
-def of_pictures(hidden: Tensor, index: Tensor) -> Tensor:
-    """Of hidden states [R, n, D] those numbered `index` [B, m] in each picture, with and without guidance: [R, m, D]."""
+def of_images(hidden: Tensor, index: Tensor) -> Tensor:
+    """Of hidden states [R, n, D] those numbered `index` [B, m] in each image, with and without guidance: [R, m, D]."""
     rows = torch.arange(len(hidden), device=hidden.device)[:, None]
     return hidden[rows, index.repeat(len(hidden) // len(index), 1).to(hidden.device)]
 
 
 class Drafting(Protocol):
-    """A drafter bound to the pictures of a session. It keeps what it has read of each picture."""
+    """A drafter bound to the images of a session. It keeps what it has read of each image."""
 
     def read(self, tokens: Tensor, cells: Tensor, nodes: Tensor, ahead: Tensor) -> Tensor:
         """Read tokens that were decided, and guess what the target's hidden state after them will be.
@@ -114,7 +114,7 @@ class Drafting(Protocol):
         Args:
             tokens, cells: [B, n] int64, `cells` on the CPU: where the tokens stand, one after the other.
             nodes: [B, n] on the CPU, the tokens that led to them, by their number in the target's last pass.
-            ahead: [B] on the CPU: only so many of the tokens of each picture count.
+            ahead: [B] on the CPU: only so many of the tokens of each image count.
 
         Returns:
             [R, 1, D].
@@ -136,11 +136,11 @@ class Drafting(Protocol):
     def logits(self, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
         """The target's logits [B, n, K] of hidden states, as `samplers.steps.Session.forward` gives them."""
 
-    def observe(self, tokens: Tensor, logits: Tensor, laws: Tensor) -> None:
+    def observe(self, tokens: Tensor, logits: Tensor, draft_probs: Tensor) -> None:
         """Learn from a pass of the target over tokens [B, M]: guided logits and probabilities [B, M, K] of what follows."""
 
 
-class Law:
+class Distribution:
     """From logits to the probabilities that are drawn from, the same for drafter and target."""
 
     def __init__(self, sampling: Sampling, guidance_scale: GuidanceScale):
@@ -156,7 +156,7 @@ class Law:
         return (logits if self.greedy else self.sampling.filter(logits)).softmax(dim=-1).cpu()
 
     def draw(self, probs: Tensor, numbers: Iterator[float]) -> int:
-        """A token of probabilities [K] by the next of the numbers; at temperature 0 the likeliest."""
+        """A token of probabilities [K] by the next of the numbers; at temperature 0 the most probable."""
         if self.greedy:
             return int(probs.argmax())
         return int(inverse_transform(probs, torch.tensor(next(numbers), dtype=torch.float64)))
@@ -171,22 +171,22 @@ class Shape(Protocol):
         hidden: Tensor,
         roots: Tensor,
         tokens: Tensor,
-        law: Law,
+        distribution: Distribution,
         numbers: list[Iterator[float]],
     ) -> list[Draft]:
-        """Draft for each picture.
+        """Draft for each image.
 
         Args:
             hidden: [R, 1, D], the guess at the root.
             roots: [B] on the CPU, cells of the roots.
             tokens: [B] of the roots.
-            numbers: of each picture.
+            numbers: of each image.
         """
 
 
 @dataclass(frozen=True)
 class StaticTree:
-    """A tree of fixed shape: every node's children are drawn without replacement, or are the likeliest at temperature 0.
+    """A tree of fixed shape: every node's children are drawn without replacement, or are the most probable ones at temperature 0.
 
     Args:
         paths: see `Tree.of_paths`.
@@ -206,63 +206,70 @@ class StaticTree:
         hidden: Tensor,
         roots: Tensor,
         tokens: Tensor,
-        law: Law,
+        distribution: Distribution,
         numbers: list[Iterator[float]],
     ) -> list[Draft]:
         """See `Shape.grow`."""
         tree, batch = self.tree, len(roots)
-        found = [[int(token)] + [0] * (len(tree.parents) - 1) for token in tokens]
-        chances = [[1.0] * len(tree.parents) for _ in range(batch)]
-        laws: list[dict[int, Tensor]] = [{} for _ in range(batch)]
+        drafted = [[int(token)] + [0] * (len(tree.parents) - 1) for token in tokens]
+        proposal_probs = [[1.0] * len(tree.parents) for _ in range(batch)]
+        draft_probs: list[dict[int, Tensor]] = [{} for _ in range(batch)]
         level, read = [0], []  # nodes with children whose guesses are at hand, and those that the drafter has read
         while level:
             cells = (roots[:, None] + tree.depths[level] + 1).expand(batch, -1)
-            rows = law(*drafting.logits(hidden), cells)
+            rows = distribution(*drafting.logits(hidden), cells)
             for index, node in enumerate(level):
                 children = tree.children[node]
                 for b in range(batch):
-                    drawn = self._drawn(rows[b, index], len(children), law.greedy, numbers[b])
-                    laws[b][node] = rows[b, index]
-                    for child, token, chance in zip(children, *drawn, strict=False):
-                        found[b][child], chances[b][child] = token, chance
+                    drawn = self._drawn(rows[b, index], len(children), distribution.greedy, numbers[b])
+                    draft_probs[b][node] = rows[b, index]
+                    for child, token, proposal_prob in zip(children, *drawn, strict=False):
+                        drafted[b][child], proposal_probs[b][child] = token, proposal_prob
             grown = [child for node in level for child in tree.children[node] if tree.children[child]]
             if not grown:
                 break
             read += grown
             above = torch.tensor([level.index(tree.parents[node]) for node in grown])
             seen = tree.mask[grown][:, read].expand(batch, -1, -1)
-            fed = torch.tensor([[row[node] for node in grown] for row in found], device=hidden.device)
-            places = (roots[:, None] + tree.depths[grown]).expand(batch, -1)
-            hidden, level = drafting.guess(fed, places, hidden[:, above], seen, roots + 1), grown
-        drafts = zip(found, laws, chances, strict=True)
-        return [Draft(tree, row, None if law.greedy else Drafted(own, given)) for row, own, given in drafts]
+            fed = torch.tensor([[row[node] for node in grown] for row in drafted], device=hidden.device)
+            positions = (roots[:, None] + tree.depths[grown]).expand(batch, -1)
+            hidden, level = drafting.guess(fed, positions, hidden[:, above], seen, roots + 1), grown
+        drafts = zip(drafted, draft_probs, proposal_probs, strict=True)
+        return [
+            Draft(tree, row, None if distribution.greedy else Drafted(probs, proposals))
+            for row, probs, proposals in drafts
+        ]
 
-    def _drawn(self, law: Tensor, count: int, greedy: bool, numbers: Iterator[float]) -> tuple[list[int], list[float]]:
+    def _drawn(
+        self, probs: Tensor, count: int, greedy: bool, numbers: Iterator[float]
+    ) -> tuple[list[int], list[float]]:
         if greedy:
-            return law.topk(count).indices.tolist(), [1.0] * count
-        return without_replacement(law, [next(numbers) for _ in range(self.draws or count)])
+            return probs.topk(count).indices.tolist(), [1.0] * count
+        return without_replacement(probs, [next(numbers) for _ in range(self.draws or count)])
 
 
 @dataclass(frozen=True)
 class IndependentTree(StaticTree):
     """The same with every child drawn independently of its siblings, as `KSeq` wants it."""
 
-    def _drawn(self, law: Tensor, count: int, greedy: bool, numbers: Iterator[float]) -> tuple[list[int], list[float]]:
+    def _drawn(
+        self, probs: Tensor, count: int, greedy: bool, numbers: Iterator[float]
+    ) -> tuple[list[int], list[float]]:
         if greedy:
-            return super()._drawn(law, count, greedy, numbers)
+            return super()._drawn(probs, count, greedy, numbers)
         uniforms = torch.tensor([next(numbers) for _ in range(count)], dtype=torch.float64)
-        tokens = inverse_transform(law.double().expand(count, -1), uniforms)
-        return tokens.tolist(), law[tokens].tolist()
+        tokens = inverse_transform(probs.double().expand(count, -1), uniforms)
+        return tokens.tolist(), probs[tokens].tolist()
 
 
 @dataclass(frozen=True)
 class DynamicTree:
-    """EAGLE-2's tree (arXiv 2406.16858): grown where the drafter is surest, from its likeliest tokens.
+    """EAGLE-2's tree (arXiv 2406.16858): grown where the drafter is surest, from its most probable tokens.
 
     Args:
         nodes: that are kept, without the root.
         depth: levels that are grown after the first.
-        width: nodes that are grown on each level, and likeliest tokens of each of them.
+        width: nodes that are grown on each level, and most probable tokens of each of them.
     """
 
     nodes: int = 58
@@ -275,12 +282,12 @@ class DynamicTree:
         hidden: Tensor,
         roots: Tensor,
         tokens: Tensor,
-        law: Law,
+        distribution: Distribution,
         numbers: list[Iterator[float]],
     ) -> list[Draft]:
         """See `Shape.grow`; nothing is drawn."""
         batch, width = len(roots), self.width
-        start = law(*drafting.logits(hidden), roots[:, None] + 1).log()[:, 0]
+        start = distribution(*drafting.logits(hidden), roots[:, None] + 1).log()[:, 0]
         scores, picked = start.topk(width)  # of the beam [B, width]
         pool_scores, pool_tokens = [scores], [picked]
         pool_parents = [torch.full((batch, width), -1)]  # place in the pool, -1 for the root
@@ -289,10 +296,10 @@ class DynamicTree:
         seen = torch.eye(width, dtype=torch.bool).expand(batch, -1, -1)
         ids, rows = picked, torch.arange(batch)[:, None]
         for level in range(self.depth):
-            places = (roots[:, None] + 1 + level).expand(batch, width)
-            out = drafting.guess(ids.to(hidden.device), places, hidden, seen, roots + 1)
-            laws = law(*drafting.logits(out), places + 1).log()
-            best, children = laws.topk(width)  # [B, width, width]
+            positions = (roots[:, None] + 1 + level).expand(batch, width)
+            out = drafting.guess(ids.to(hidden.device), positions, hidden, seen, roots + 1)
+            draft_probs = distribution(*drafting.logits(out), positions + 1).log()
+            best, children = draft_probs.topk(width)  # [B, width, width]
             total = (scores[:, :, None] + best).flatten(1)
             pool_parents.append(beam[:, :, None].expand(-1, -1, width).flatten(1))
             first = sum(part.shape[1] for part in pool_scores)
@@ -301,9 +308,9 @@ class DynamicTree:
             scores, chosen = total.topk(width)
             beam, ids = first + chosen, children.flatten(1)[rows, chosen]
             above = chosen // width
-            hidden = of_pictures(out, above)
-            own = torch.eye(width, dtype=torch.bool).expand(batch, -1, -1)
-            seen = torch.cat([seen[:, -width:][rows, above], own], dim=2)
+            hidden = of_images(out, above)
+            itself = torch.eye(width, dtype=torch.bool).expand(batch, -1, -1)
+            seen = torch.cat([seen[:, -width:][rows, above], itself], dim=2)
         order = torch.cat(pool_scores, dim=1).argsort(
             dim=1, descending=True, stable=True
         )  # of equals the parents first
@@ -321,8 +328,8 @@ class DynamicTree:
 class DrawnTree:
     """DySpec's tree (arXiv 2410.11744): candidates are drawn where the drafter's own probabilities promise most.
 
-    A child is worth its parent's worth times its probability, what is left at a node its worth times that of all other
-    tokens; whatever is worth more than 1 / `nodes` is drawn, level by level.
+    The estimated acceptance of a child is that of its parent times its own probability; what remains at a node is its acceptance
+    times the probability of all other tokens. Whatever exceeds 1 / `nodes` is drawn, level by level.
 
     Args:
         nodes: at most, without the root.
@@ -338,7 +345,7 @@ class DrawnTree:
         hidden: Tensor,
         roots: Tensor,
         tokens: Tensor,
-        law: Law,
+        distribution: Distribution,
         numbers: list[Iterator[float]],
     ) -> list[Draft]:
         """See `Shape.grow`."""
@@ -348,9 +355,11 @@ class DrawnTree:
         read: list[list[int]] = [[] for _ in range(batch)]  # nodes that the drafter has read
         for depth in range(self.depth):
             cells = (roots[:, None] + depth + 1).expand(batch, hidden.shape[1])
-            rows, children = law(*drafting.logits(hidden), cells), []
+            rows, children = distribution(*drafting.logits(hidden), cells), []
             for b, one in enumerate(grown):
-                drawn = [one.draw(node, rows[b, i], self.nodes, law, numbers[b]) for i, node in enumerate(level[b])]
+                drawn = [
+                    one.draw(node, rows[b, i], self.nodes, distribution, numbers[b]) for i, node in enumerate(level[b])
+                ]
                 children.append([child for part in drawn for child in part])
             width = max(map(len, children))
             if not width or depth + 1 == self.depth:
@@ -361,42 +370,44 @@ class DrawnTree:
                 fed.append([one.tokens[node] for node in part] + [one.tokens[0]] * idle)
                 above.append([level[b].index(one.parents[node]) for node in part] + [0] * idle)
                 read[b] += part + [0] * idle
-                places = {node: place for place, node in enumerate(read[b])}
+                positions = {node: place for place, node in enumerate(read[b])}
                 for i in range(width):
                     seen[b, i, len(read[b]) - width + i] = True
                     node = part[i] if i < len(part) else 0
                     while node > 0:
-                        seen[b, i, places[node]] = True
+                        seen[b, i, positions[node]] = True
                         node = one.parents[node]
-            led = of_pictures(hidden, torch.tensor(above))
+            led = of_images(hidden, torch.tensor(above))
             where = (roots[:, None] + depth + 1).expand(batch, width)
             hidden = drafting.guess(torch.tensor(fed, device=tokens.device), where, led, seen, roots + 1)
             level = children
         most = max(len(one.tokens) for one in grown)
-        return [one.draft(most, law.greedy) for one in grown]
+        return [one.draft(most, distribution.greedy) for one in grown]
 
 
 class _Growing:
-    """A tree of one picture while `DrawnTree` grows it."""
+    """A tree of one image while `DrawnTree` grows it."""
 
     def __init__(self, token: int):
-        self.parents, self.tokens, self.worth, self.chances = [-1], [token], [1.0], [1.0]
-        self.laws: dict[int, Tensor] = {}
+        self.parents, self.tokens, self.acceptance, self.proposal_probs = [-1], [token], [1.0], [1.0]
+        self.draft_probs: dict[int, Tensor] = {}
 
-    def draw(self, node: int, probs: Tensor, nodes: int, law: Law, numbers: Iterator[float]) -> list[int]:
-        """The children of a node, drawn without replacement (the likeliest ones at temperature 0)."""
-        self.laws[node] = probs
-        left, worth, children = probs.double().clone(), self.worth[node], []
-        while worth > 1 / nodes and len(self.tokens) <= nodes and left.sum() > 0:
+    def draw(
+        self, node: int, probs: Tensor, nodes: int, distribution: Distribution, numbers: Iterator[float]
+    ) -> list[int]:
+        """The children of a node, drawn without replacement (the most probable ones at temperature 0)."""
+        self.draft_probs[node] = probs
+        left, acceptance, children = probs.double().clone(), self.acceptance[node], []
+        while acceptance > 1 / nodes and len(self.tokens) <= nodes and left.sum() > 0:
             left = left / left.sum()
-            token = law.draw(left, numbers)
-            chance = float(left[token])
+            token = distribution.draw(left, numbers)
+            proposal_prob = float(left[token])
             children.append(len(self.tokens))
             self.parents.append(node)
             self.tokens.append(token)
-            self.worth.append(worth * chance)
-            self.chances.append(chance)
-            worth *= 1 - chance
+            self.acceptance.append(acceptance * proposal_prob)
+            self.proposal_probs.append(proposal_prob)
+            acceptance *= 1 - proposal_prob
             left[token] = 0
         return children
 
@@ -404,11 +415,11 @@ class _Growing:
         """With as many nodes as the largest tree of the batch: those added have no chance."""
         lacking = most - len(self.tokens)
         tree = Tree((*self.parents, *[0] * lacking))
-        drafted = None if greedy else Drafted(self.laws, [*self.chances, *[0.0] * lacking])
+        drafted = None if greedy else Drafted(self.draft_probs, [*self.proposal_probs, *[0.0] * lacking])
         return Draft(tree, self.tokens + [-1] * lacking, drafted)
 
 
-# Twelve nodes below the root: on two cores a pass over them costs less than two over a single token.
+# Twelve nodes below the root: on two cores a forward pass over them costs less than two over a single token.
 SMALL_TREE = StaticTree(
     ((0,), (1,), (2,), (3,), (0, 0), (0, 1), (1, 0), (2, 0), (0, 0, 0), (0, 0, 1), (1, 0, 0), (0, 0, 0, 0))
 )

@@ -1,4 +1,4 @@
-"""ZipAR: rows of the picture are written side by side, each a few cells behind the one above. A fast preview, without a bound
+"""ZipAR: rows of the image are written side by side, each a few cells behind the one above. A fast preview, without a bound
 on what is lost, and no training.
 
 Paper: "ZipAR: Parallel Auto-regressive Image Generation through Spatial Locality" (arXiv 2412.04062).
@@ -16,14 +16,14 @@ from samplers.steps import START, GuidanceScale, Session, Step, check_window, gu
 
 @dataclass(frozen=True)
 class ZipAR:
-    """A row begins when the one above has `window` tokens. With a window as wide as the picture it is `Plain`.
+    """A row begins when the one above has `window` tokens. With a window as wide as the image it is `Sequential`.
 
     The first token of a row follows the last one of the row above; until that is written, the latest one of that row stands
     in for it.
     """
 
     window: int = 4
-    name = "fast_preview"
+    name = "zipar"
     lossless = False
 
     def __post_init__(self):
@@ -32,7 +32,7 @@ class ZipAR:
     def __call__(
         self, session: Session, tokens: Tensor, sampling: Sampling, guidance_scale: GuidanceScale, noise: Noise
     ) -> Iterator[Step]:
-        """See `samplers.steps.Plain`."""
+        """See `samplers.steps.Sequential`."""
         given, columns, length = tokens.cpu(), session.columns, session.length
         rows, window = length // columns, min(self.window, session.columns)
         written, ends = given.clone(), [0] * rows  # of each row, so many cells are decided
@@ -40,24 +40,24 @@ class ZipAR:
         read = torch.zeros(length, dtype=torch.bool)  # those of them whose true token it was
 
         def decide(logits: Tensor, cells: Tensor) -> None:
-            found = pick(logits, sampling, noise, cells).cpu()
-            written[:, cells] = torch.where(given[:, cells] >= 0, given[:, cells], found)
+            drawn = pick(logits, sampling, noise, cells).cpu()
+            written[:, cells] = torch.where(given[:, cells] >= 0, given[:, cells], drawn)
             for cell in cells.tolist():
                 ends[cell // columns] += 1
 
         start = torch.full((len(tokens), 1), START, device=tokens.device)
         first = torch.tensor([0])
         decide(guided(*session.forward(start, torch.tensor([START])), guidance_scale, first), first)
-        passes = 1
-        yield Step(self._shown(written, given, ends, columns, tokens.device), passes)
+        forward_passes = 1
+        yield Step(self._shown(written, given, ends, columns, tokens.device), forward_passes)
         while ends[-1] < columns:
-            asked = [
+            ready = [
                 row * columns + end
                 for row, end in enumerate(ends)
                 if end < columns and (row == 0 or ends[row - 1] >= min(end + window, columns))
             ]
             behind = [cell for cell in range(length) if cell % columns < ends[cell // columns] and not read[cell]]
-            places = sorted({cell - 1 for cell in asked} | set(behind))
+            places = sorted({cell - 1 for cell in ready} | set(behind))
             fed = written[:, places].clone()
             for index, place in enumerate(places):
                 row, column = divmod(place, columns)
@@ -66,11 +66,11 @@ class ZipAR:
                 stored[place], read[place] = True, column < ends[row]
             positions = torch.tensor(places)
             seen = stored & (torch.arange(length) <= positions[:, None])
-            laws = session.forward(fed.to(tokens.device), positions, seen=seen)
-            logits = guided(*laws, guidance_scale, positions + 1)
-            decide(logits[:, [places.index(cell - 1) for cell in asked]], torch.tensor(asked))
-            passes += 1
-            yield Step(self._shown(written, given, ends, columns, tokens.device), passes)
+            logits = session.forward(fed.to(tokens.device), positions, seen=seen)
+            logits = guided(*logits, guidance_scale, positions + 1)
+            decide(logits[:, [places.index(cell - 1) for cell in ready]], torch.tensor(ready))
+            forward_passes += 1
+            yield Step(self._shown(written, given, ends, columns, tokens.device), forward_passes)
 
     @staticmethod
     def _shown(written: Tensor, given: Tensor, ends: list[int], columns: int, device: torch.device) -> Tensor:

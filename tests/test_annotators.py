@@ -12,7 +12,7 @@ from transformers import DetrConfig, MaskFormerConfig, MaskFormerForInstanceSegm
 
 from argen.cli import CONTROLS, main
 from argen.models import annotators
-from argen.models.annotators import HED, KINDS, LineArt, annotate, as_control, canny, depth_picture, resized
+from argen.models.annotators import HED, KINDS, LineArt, annotate, as_control, canny, depth_image, resized
 
 
 def filled(network: nn.Module) -> nn.Module:
@@ -68,7 +68,7 @@ def test_canny(io):
 
 def test_depth(io):
     for recipe in ("dpt", "midas"):
-        control = as_control(depth_picture(io["raw_depth"], recipe))[None]
+        control = as_control(depth_image(io["raw_depth"], recipe))[None]
         torch.testing.assert_close(control, io[f"control_depth_{recipe}"], atol=1e-4, rtol=0)
 
 

@@ -189,11 +189,11 @@ def test_a_missing_part_of_the_weights_is_noticed(monkeypatch, tmp_path):
 
 
 def test_nothing_half_written_stays(monkeypatch, tmp_path):
-    from argen.metadata import save_pictures
+    from argen.metadata import save_images
 
     picture = Image.new("RGB", (8, 8))
     with pytest.raises(AttributeError):
-        save_pictures([(picture, None), (None, None)], [tmp_path / "a.png", tmp_path / "b.png"])
+        save_images([(picture, None), (None, None)], [tmp_path / "a.png", tmp_path / "b.png"])
     assert list(tmp_path.iterdir()) == []
 
 

@@ -133,7 +133,7 @@ def test_output_formats_and_sizes(client, form):
 
 
 def test_partial_images_are_new_each_time(client):
-    asked = {"prompt": "a pizza", "extra_body": {"sampler": "plain", "seed": 1}}
+    asked = {"prompt": "a pizza", "extra_body": {"sampler": "sequential", "seed": 1}}
     events = list(client.images.generate(**asked, stream=True, partial_images=3))
     assert [event.type.rpartition(".")[2] for event in events] == ["partial_image"] * 3 + ["completed"]
     images = [opened(event.b64_json).convert("RGB") for event in events]

@@ -53,9 +53,9 @@ def test_the_map_of_segments_has_a_colour_for_each_object():
 def test_what_follows_scores_better_than_what_does_not(tmp_path):
     scenes.build(SAMPLE, tmp_path / "scenes", num=10)
     found = control.Scenes(next((tmp_path / "scenes" / "data").glob("train-*")))
-    real, blank = [found[i] for i in range(4)], [np.full((128, 128, 3), 255, np.uint8)] * 4
+    real, empty_grid = [found[i] for i in range(4)], [np.full((128, 128, 3), 255, np.uint8)] * 4
     for kind, name in (("canny", "edge F1"), ("seg", "segment mIoU")):
-        scores = control.evaluate(found, kind, real, blank)
+        scores = control.evaluate(found, kind, real, empty_grid)
         assert scores[name] == {"value": 1.0, "n": 4}
         assert scores[f"{name}, without control"]["value"] < 0.1
         assert np.asarray(found.control(0, kind)).shape == (128, 128, 3)

@@ -13,14 +13,14 @@ from test_llamagen import condition, sizes
 
 import argen
 from argen import registry
-from argen.metadata import read_request, save_pictures
+from argen.metadata import read_request, save_images
 from argen.models.annotators import as_control, canny
 from argen.models.controlar import ENCODERS, ControlAR, converted
 from argen.models.llamagen import SIZES, LlamaGenSession
 from argen.pipelines.controlar import ControlARPipeline
 from argen.request import Control, Request
 from samplers.logits import Recorded, Sampling
-from samplers.steps import Plain
+from samplers.steps import Sequential
 from tokenizers_img import llamagen_vq
 from tokenizers_img.checkpoint import load_strict
 
@@ -80,7 +80,7 @@ def written(model, case, pictures, scale: float, strength: float = 1.0) -> torch
         control = torch.cat([control, torch.zeros_like(control)], dim=1)
     session = LlamaGenSession(model, embedded, mask, scale != 1, control)
     grid = torch.full((len(pictures), session.length), -1)
-    *_, last = Plain()(session, grid, Sampling(temperature=0), scale, Recorded(torch.zeros(grid.shape)))
+    *_, last = Sequential()(session, grid, Sampling(temperature=0), scale, Recorded(torch.zeros(grid.shape)))
     return last.tokens
 
 
@@ -103,7 +103,7 @@ def test_strength_works_without_guidance_and_nothing_leaks_from_call_to_call(gol
     embedded, _, mask = condition(model, case)
     session = LlamaGenSession(model, embedded, mask, guided=False)
     grid = torch.full((2, 16), -1)
-    *_, last = Plain()(session, grid, Sampling(temperature=0), 1.0, Recorded(torch.zeros(2, 16)))
+    *_, last = Sequential()(session, grid, Sampling(temperature=0), 1.0, Recorded(torch.zeros(2, 16)))
     assert torch.equal(last.tokens, plain)
 
 
@@ -176,7 +176,7 @@ def test_the_pipeline_follows_the_picture_and_keeps_its_shape(golden, tmp_path):
         torch.cat([added, added, torch.zeros_like(added).repeat(1, 2, 1, 1)], dim=1),
     )
     grid = torch.full((2, session.length), -1)
-    *_, last = Plain()(session, grid, Sampling(temperature=0), 4.0, Recorded(torch.zeros(grid.shape)))
+    *_, last = Sequential()(session, grid, Sampling(temperature=0), 4.0, Recorded(torch.zeros(grid.shape)))
     assert torch.equal(out.tokens, last.tokens)
 
     wide = pipe("class:1", control_image=code(side, side // 2), size=(side, side // 2), **call)
@@ -199,7 +199,7 @@ def test_a_request_with_a_control_is_made_again_from_its_picture(golden, tmp_pat
     grey = code(300, 300).convert("LA")
     request = Request("class:1", seed=3, num_images=2, control=Control(grey, "canny", 0.5))
     *_, job = pipe.run(request)
-    save_pictures(list(zip(job.pictures, job.requests, strict=True)), [tmp_path / "1.png", tmp_path / "2.png"])
+    save_images(list(zip(job.pictures, job.requests, strict=True)), [tmp_path / "1.png", tmp_path / "2.png"])
     saved = read_request(tmp_path / "2.png")
     assert (saved.seed, saved.control.kind, saved.control.strength) == (4, "canny", 0.5)
     assert saved.control.size == saved.control.picture.size == job.pictures[0].size

@@ -10,7 +10,7 @@ from argen.models.dalle_mini import SIZES, DalleMiniDecoder, DalleMiniEncoder, t
 from argen.models.layers import causal_mask
 from argen.models.session import DecoderSession
 from samplers.logits import Recorded, Sampling
-from samplers.steps import Plain
+from samplers.steps import Sequential
 from tokenizers_img.checkpoint import load_strict, to_diffusers
 from tokenizers_img.vqgan import VQGANDetokenizer
 
@@ -75,7 +75,7 @@ def test_sampling_gives_the_official_ids(case, kind):
     drawn = session(case, *networks(case), pictures=len(wanted))
     sampling = Sampling(**config["sampled"]) if kind == "sampled" else Sampling(temperature=0)
     grid = torch.full_like(wanted, -1)
-    *_, last = Plain()(drawn, grid, sampling, config["supercondition"], Recorded(io["uniform_draws"]))
+    *_, last = Sequential()(drawn, grid, sampling, config["supercondition"], Recorded(io["uniform_draws"]))
     assert torch.equal(last.tokens, wanted)
 
 

@@ -14,8 +14,8 @@ from argen.pipelines.llamagen import left_padded
 from samplers.lantern import Lantern, table_of
 from samplers.logits import Gumbel, Recorded, Sampling, keep_top_k, keep_top_p, keys_of
 from samplers.speculative import Speculative
-from samplers.steps import Origin, Plain
-from samplers.trees import DynamicTree, Law, StaticTree
+from samplers.steps import Origin, Sequential
+from samplers.trees import Distribution, DynamicTree, StaticTree
 from tokenizers_img.checkpoint import load_strict
 
 CLOSE = {"atol": 1e-4, "rtol": 1e-4}
@@ -88,11 +88,11 @@ def test_training_of_the_drafter(case, target, drafter):
     # position 119 + c leads to token c
     guessed = drafter(noised[:, :120], noised[:, 119:-1], ids)
     torch.testing.assert_close(guessed, io["train/predicted_hidden"][:, 119:-1], **CLOSE)
-    wanted = clean[:, 120:]
-    value = F.smooth_l1_loss(guessed[:, 1:], wanted[:, 1:], reduction="none").mean(dim=-1).mean()
+    expected = clean[:, 120:]
+    value = F.smooth_l1_loss(guessed[:, 1:], expected[:, 1:], reduction="none").mean(dim=-1).mean()
     torch.testing.assert_close(value, io["train/vloss"], **CLOSE)
-    law, guess = target.output(wanted[:, 1:]).softmax(-1), target.output(guessed[:, 1:]).log_softmax(-1)
-    torch.testing.assert_close(-(law * guess).sum(-1).mean(), io["train/ploss"], **CLOSE)
+    probs, guess = target.output(expected[:, 1:]).softmax(-1), target.output(guessed[:, 1:]).log_softmax(-1)
+    torch.testing.assert_close(-(probs * guess).sum(-1).mean(), io["train/ploss"], **CLOSE)
 
 
 @torch.no_grad()
@@ -109,7 +109,7 @@ def test_drafted_trees(case, target, drafter, name):
         torch.testing.assert_close(hidden[:, 0], io["draft/prefill_hidden"][:, -1], **CLOSE)
         kind = "dynamic" if isinstance(shape, DynamicTree) else "static"
         stream = iter(io[f"draft/static_{name}/uniforms"].tolist()) if (kind, name) == ("static", "top40") else iter(())
-        (draft,) = shape.grow(drafting, hidden, cell, root, Law(sampling, config["cfg_scale"]), [stream])
+        (draft,) = shape.grow(drafting, hidden, cell, root, Distribution(sampling, config["cfg_scale"]), [stream])
         if kind == "dynamic":
             assert draft.tokens == io[f"draft/dynamic_{name}/tokens"][0].tolist()
             assert torch.equal(draft.tree.depths, io[f"draft/dynamic_{name}/depth"])
@@ -118,8 +118,8 @@ def test_drafted_trees(case, target, drafter, name):
         expanded = [node for node, children in enumerate(draft.tree.children) if children]
         for row, node in enumerate(expanded):
             children = draft.tree.children[node]
-            wanted = io[f"draft/static_{name}/tokens"][row][: len(children)].tolist()
-            assert [draft.tokens[child] for child in children] == wanted
+            expected = io[f"draft/static_{name}/tokens"][row][: len(children)].tolist()
+            assert [draft.tokens[child] for child in children] == expected
         assert torch.equal(draft.tree.mask.float(), io["static_tree/mask"][0, 0])
 
 
@@ -158,15 +158,17 @@ def test_whole_pictures(case, target, drafter, run):
             break
     assert torch.equal(last[:, :length].int(), io[f"{run}/ids"])
     lengths = [b - a - 1 for a, b in zip(steps, steps[1:], strict=False)]
-    wanted = io[f"{run}/accept_lengths"].tolist()
-    assert lengths[:-1] == wanted[: len(lengths) - 1]
+    expected = io[f"{run}/accept_lengths"].tolist()
+    assert lengths[:-1] == expected[: len(lengths) - 1]
     assert torch.equal(origins[0] != Origin.GIVEN, last[0] >= 0)
     drawn = int((origins == Origin.DRAWN).sum())
     assert drawn in (len(steps), len(steps) - 1)  # one a pass; the last may lie behind the picture
     assert (Origin.RELAXED in origins) is ("delta" in run)  # with lambda none was needed
     if run in ("greedy_dynamic_lossless", "greedy_static_lossless"):
         grid = torch.full((1, 256), -1)
-        *_, plain = Plain()(session(case, target), grid, Sampling(temperature=0), 3.0, Recorded(torch.zeros(1, 256)))
+        *_, plain = Sequential()(
+            session(case, target), grid, Sampling(temperature=0), 3.0, Recorded(torch.zeros(1, 256))
+        )
         assert torch.equal(plain.tokens.int(), io["ar_greedy/ids"])
 
 
@@ -182,13 +184,13 @@ def run(sampler, opened, temperature=1.0):
 
 @torch.no_grad()
 def test_relaxation_without_a_bound_to_spend_is_none(case, target, drafter):
-    wanted = run(Speculative(), session(case, target, drafter))
+    expected = run(Speculative(), session(case, target, drafter))
     for nothing in (Lantern(0), Lantern(5, delta=0.0), Lantern(5, lambda_=1.0)):
         found = run(nothing, session(case, target, drafter))
-        assert torch.equal(found.tokens, wanted.tokens)
-        assert found.passes == wanted.passes
+        assert torch.equal(found.tokens, expected.tokens)
+        assert found.forward_passes == expected.forward_passes
     relaxed = run(Lantern(20, delta=0.5), session(case, target, drafter))
-    assert relaxed.passes < wanted.passes
+    assert relaxed.forward_passes < expected.forward_passes
 
 
 def test_what_cannot_be_drafted_is_refused(case, target, drafter):

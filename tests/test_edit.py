@@ -27,11 +27,11 @@ def half(size: int, box: tuple[int, int, int, int]) -> Image.Image:
 
 def test_only_the_cells_under_the_mask_are_written_anew(pipe, drawn):
     picture = drawn.pictures[0]
-    kept = pipe.encode_pictures(torch.tensor([[[0.5]]]).expand(1, 3, 128, 128))
+    kept = pipe.encode_images(torch.tensor([[[0.5]]]).expand(1, 3, 128, 128))
     assert kept.shape == (1, 8, 8)
     mask = half(128, (0, 64, 127, 127))
-    luck = [torch.Generator().manual_seed(seed) for seed in range(2)]
-    out = pipe.edit("a robot", picture, mask, num_images_per_prompt=2, generator=luck)
+    generators = [torch.Generator().manual_seed(seed) for seed in range(2)]
+    out = pipe.edit("a robot", picture, mask, num_images_per_prompt=2, generator=generators)
     before = drawn.tokens[0]  # the very tokens that it was made of, not what encoding makes of it
     grids = out.tokens.unflatten(1, (8, 8))
     assert torch.equal(grids[:, :4], before[:4].expand(2, -1, -1))
@@ -41,7 +41,7 @@ def test_only_the_cells_under_the_mask_are_written_anew(pipe, drawn):
     assert torch.equal(again.tokens[0], out.tokens[1])
 
 
-def from_picture(picture: Image.Image) -> torch.Tensor:
+def from_image(picture: Image.Image) -> torch.Tensor:
     from tokenizers_img.pixels import from_pil
 
     return from_pil(picture, 128)
@@ -52,7 +52,7 @@ def test_what_is_transparent_is_drawn_around_a_picture(pipe, drawn):
     canvas = Image.new("RGBA", (256, 256), (0, 0, 0, 0))
     canvas.paste(drawn.pictures[0].resize((128, 128)), (64, 64))
     out = pipe.edit("a pizza", canvas, generator=[torch.Generator().manual_seed(0)])
-    before = pipe.encode_pictures(from_picture(canvas)[None])[0]
+    before = pipe.encode_images(from_image(canvas)[None])[0]
     grid = out.tokens[0].unflatten(0, (8, 8))
     assert torch.equal(grid[2:6, 2:6], before[2:6, 2:6])
     assert not torch.equal(grid, before)
@@ -83,10 +83,10 @@ def test_a_request_holds_the_grid_it_goes_on_from(pipe, drawn):
 
 
 def test_a_job_that_was_left_is_gone_on_with(pipe, drawn):
-    request = replace(drawn.request, sampler="plain")
+    request = replace(drawn.request, sampler="sequential")
     job = next(job for job in pipe.run(request) if job.decided == 20)
     *_, rest = pipe.run(request, tokens=job.kept)
-    assert rest.passes == 44
+    assert rest.forward_passes == 44
     assert torch.equal(rest.tokens, drawn.tokens)
 
 
@@ -120,7 +120,7 @@ def test_latents_are_edited_too_and_ordered_tokens_are_not():
     xar = load("argen/emoji-xar")
     xar.set_progress_bar_config(disable=True)
     picture = Image.new("RGB", (128, 128), (200, 30, 30))
-    before = xar.encode_pictures(from_picture(picture)[None])
+    before = xar.encode_images(from_image(picture)[None])
     out = xar.edit(
         "a red heart",
         picture,
@@ -189,7 +189,7 @@ def test_a_grid_is_the_source_only_of_the_image_that_it_shows(pipe, drawn):
     changed = image.copy()
     ImageDraw.Draw(changed).rectangle((48, 48, 63, 63), fill="blue")
     assert not torch.equal(pipe.read_tokens(changed), drawn.tokens)
-    assert torch.equal(pipe.read_tokens(changed), pipe.encode_pictures(from_picture(changed)[None]))
+    assert torch.equal(pipe.read_tokens(changed), pipe.encode_images(from_image(changed)[None]))
     other = Image.new("RGB", (128, 128), "green")
     assert not torch.equal(pipe.read_tokens(other, grid), drawn.tokens)
     assert not torch.equal(pipe.read_tokens(image, ((1, 2), (3, 4))), torch.tensor([[[1, 2], [3, 4]]]))

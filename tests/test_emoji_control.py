@@ -30,8 +30,8 @@ def shown():
 
 
 def drawn(pipe, prompts: list[str], **asked) -> list[np.ndarray]:
-    luck = [torch.Generator().manual_seed(index) for index in range(len(prompts))]
-    return [np.asarray(picture) for picture in pipe(prompts, generator=luck, **asked).images]
+    generators = [torch.Generator().manual_seed(index) for index in range(len(prompts))]
+    return [np.asarray(picture) for picture in pipe(prompts, generator=generators, **asked).images]
 
 
 def test_edges_are_followed(shipped, shown):

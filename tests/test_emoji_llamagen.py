@@ -17,16 +17,16 @@ def shipped():
 def test_the_judge_finds_what_was_asked_for(shipped):
     judge = argen.load("argen/emoji-judge")
     truths = [truth for truth in read_prompts() if truth.kind == "single"][:16]
-    luck = [torch.Generator().manual_seed(index) for index in range(len(truths))]
-    made = shipped([truth.prompt for truth in truths], generator=luck, output_type="np").images
+    generators = [torch.Generator().manual_seed(index) for index in range(len(truths))]
+    made = shipped([truth.prompt for truth in truths], generator=generators, output_type="np").images
     told = evaluate(judge, list((255 * made).round().astype("uint8")), truths)
     assert told["single: identity"]["value"] >= 0.5  # of 666 names; chance is 0.0075
 
 
 def test_a_group_is_drawn_as_a_class(shipped):
-    luck = [torch.Generator().manual_seed(index) for index in range(8)]
-    food = shipped("class:food-drink", 8, generator=luck, output_type="latent").tokens
-    flags = shipped("class:flags", 8, generator=luck, output_type="latent").tokens
+    generators = [torch.Generator().manual_seed(index) for index in range(8)]
+    food = shipped("class:food-drink", 8, generator=generators, output_type="latent").tokens
+    flags = shipped("class:flags", 8, generator=generators, output_type="latent").tokens
     assert len(food.unique(dim=0)) == 8
     assert (food != flags).float().mean() > 0.5
     with pytest.raises(ValueError, match="no class is named 'fod-drink': did you mean food-drink"):
@@ -35,8 +35,8 @@ def test_a_group_is_drawn_as_a_class(shipped):
 
 def test_fewer_passes_give_the_plain_pictures(shipped):
     asked = {"prompt": ["a red apple", "two green pears"], "output_type": "latent"}
-    luck = lambda: [torch.Generator().manual_seed(index) for index in range(2)]  # noqa: E731
-    plain = shipped(**asked, generator=luck(), sampler="plain")
-    fewer = shipped(**asked, generator=luck(), sampler="jacobi")
-    assert torch.equal(plain.tokens, fewer.tokens)
-    assert fewer.passes <= plain.passes / 2
+    generators = lambda: [torch.Generator().manual_seed(index) for index in range(2)]  # noqa: E731
+    sequential = shipped(**asked, generator=generators(), sampler="sequential")
+    fewer = shipped(**asked, generator=generators(), sampler="jacobi")
+    assert torch.equal(sequential.tokens, fewer.tokens)
+    assert fewer.forward_passes <= sequential.forward_passes / 2

@@ -111,12 +111,12 @@ def shipped():
     return pipe
 
 
-def luck(count: int) -> list[torch.Generator]:
+def generators(count: int) -> list[torch.Generator]:
     return [torch.Generator().manual_seed(index) for index in range(count)]
 
 
 def test_the_judge_finds_what_was_written(shipped):
-    made = shipped([truth.prompt for truth in SINGLES], generator=luck(16), output_type="np").images
+    made = shipped([truth.prompt for truth in SINGLES], generator=generators(16), output_type="np").images
     told = evaluate(load("argen/emoji-judge"), list((255 * made).round().astype("uint8")), SINGLES)
     assert told["single: identity"]["value"] >= 0.5  # of 666 names; chance is 0.0075
 

@@ -18,7 +18,7 @@ from test_fid import filled, published_keys
 from argen.cli import main
 from argen.data import emoji
 from argen.eval import clip_score, features, images, nudity, run
-from argen.eval.images import open_pictures
+from argen.eval.images import open_images
 from argen.evaluate import main as evaluate
 
 SAMPLE = emoji.Path(emoji.__file__).parent / "sample" / "data"
@@ -49,7 +49,7 @@ def fid(samples, ref, out, *more) -> int:
 def sources(tmp_path_factory):
     """The same pictures as a folder, a zip and a batch."""
     where = tmp_path_factory.mktemp("sources")
-    pictures = [np.asarray(open_pictures(TRAIN)[index]) for index in range(12)]
+    pictures = [np.asarray(open_images(TRAIN)[index]) for index in range(12)]
     (where / "folder" / "deep").mkdir(parents=True)
     with zipfile.ZipFile(where / "set.zip", "w") as archive:
         for index, picture in enumerate(pictures):
@@ -64,14 +64,14 @@ def sources(tmp_path_factory):
 @pytest.mark.parametrize("name", ["folder", "set.zip", "batch.npz", "packed.npz"])
 def test_sources_give_the_same_pictures(sources, name):
     where, pictures = sources
-    found = open_pictures(where / name)
+    found = open_images(where / name)
     assert len(found) == 12
     for index in (0, 1, 9, 11):
         assert np.array_equal(found[index], pictures[index])
 
 
 def test_a_batch_is_mapped_and_not_read(sources):
-    assert isinstance(open_pictures(sources[0] / "batch.npz").array, np.memmap)
+    assert isinstance(open_images(sources[0] / "batch.npz").array, np.memmap)
 
 
 def test_fid_of_pictures_with_themselves_and_with_noise(tmp_path, capsys):
@@ -80,7 +80,7 @@ def test_fid_of_pictures_with_themselves_and_with_noise(tmp_path, capsys):
     assert "FID-emoji" in capsys.readouterr().out
     assert abs(same["FID-emoji"]) < 1e-3  # singular covariances
     assert same["precision-emoji"] == same["recall-emoji"] == 1
-    assert report["scores"]["FID-emoji"]["n"] == len(open_pictures(TRAIN))
+    assert report["scores"]["FID-emoji"]["n"] == len(open_images(TRAIN))
     assert "biased" in report["scores"]["FID-emoji"]["warning"]  # fewer pictures than features
     assert report["settings"]["protocol"] == "lanczos-128"
     assert len(report["settings"]["weights"]) == 64
@@ -112,7 +112,7 @@ def test_a_killed_run_goes_on_with_what_it_has(tmp_path, monkeypatch):
     assert not (tmp_path / "killed" / "report.json").exists()
     seen.append(-1)  # now it lives
     assert fid(TRAIN, TEST, tmp_path / "killed") == 0
-    assert seen[3:] == list(range(16, len(open_pictures(TRAIN)), 8))  # the reference was in the cache
+    assert seen[3:] == list(range(16, len(open_images(TRAIN)), 8))  # the reference was in the cache
     assert scores(tmp_path / "killed") == scores(tmp_path / "straight")
     assert not list((tmp_path / "killed").glob("features-*"))  # joined
 
@@ -310,7 +310,7 @@ def test_pictures_are_drawn_each_from_its_own_seed(tmp_path, capsys):
     assert main(["eval", "fid", *call, "--num", "5", "--out", str(tmp_path / "five")]) == 0
     assert main(["eval", "fid", *call, "--num", "3", "--out", str(tmp_path / "three"), "--json"]) == 0
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["FID-emoji"]["n"] == 3
-    five, three = (open_pictures(tmp_path / name / "samples") for name in ("five", "three"))
+    five, three = (open_images(tmp_path / name / "samples") for name in ("five", "three"))
     assert (len(five), len(three)) == (5, 3)
     for index in range(3):
         assert np.array_equal(five[index], three[index])
@@ -356,7 +356,7 @@ def test_clip_scores(golden, tmp_path, capsys):
 
 def test_crops_of_the_reference_are_part_of_its_name(tmp_path):
     emoji_features = type("E", (), {"name": "emoji", "protocol": "p", "weights": "w"})
-    pictures = open_pictures(TEST)
+    pictures = open_images(TEST)
     plain, cut = (run.cached(tmp_path, pictures, emoji_features, crop) for crop in (None, "adm-64"))
     assert plain != cut
     assert images.cropped(pictures[0], "adm-64").shape == (64, 64, 3)

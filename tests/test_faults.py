@@ -24,7 +24,7 @@ from argen.server.guard import FREE_TRIES, owner_of
 from argen.studio.queue import Studio
 from argen.studio.store import Store
 from argen.ui.build import build
-from argen.ui.jobs import Desk
+from argen.ui.jobs import AppContext
 
 
 @pytest.fixture(scope="module", params=[(), KEYS], ids=["open", "keys"])
@@ -32,7 +32,7 @@ def page(request, tmp_path_factory, pipe):
     """A server with its page."""
     studio, owners = Studio(tmp_path_factory.mktemp("page"), lambda name: pipe), {}
     admin = owner_of(KEYS[0]) if request.param else None
-    blocks = build(Desk(studio, owners, admin, [Path("/nonexistent")]), torch.device("cpu"))
+    blocks = build(AppContext(studio, owners, admin, [Path("/nonexistent")]), torch.device("cpu"))
     served = Served(studio, request.param, blocks, owners)
     yield served
     served.close()
@@ -180,7 +180,7 @@ def test_gradio_client_finds_a_handful_of_endpoints(page, tmp_path):
 
 
 def test_only_the_first_key_does_what_concerns_all(page):
-    desk = Desk(
+    context = AppContext(
         page.studio, {"me": owner_of(KEYS[1]), "first": owner_of(KEYS[0])}, owner_of(KEYS[0]), [Path("/srv/models")]
     )
 
@@ -188,14 +188,14 @@ def test_only_the_first_key_does_what_concerns_all(page):
         username = "me"
 
     with pytest.raises(PermissionError, match="only the holder of the server's first key"):
-        desk.check_admin(Asking)
+        context.check_admin(Asking)
     Asking.username = "first"
-    desk.check_admin(Asking)
+    context.check_admin(Asking)
     for path in ("/etc", "../x", ".", "/srv/models/../../etc", "/srv"):
         with pytest.raises(ValueError, match="may load"):
-            desk.allowed(path)
-    assert desk.allowed("/srv/models/clean") == "/srv/models/clean"
-    assert desk.allowed("argen/emoji-sd") == "argen/emoji-sd"
+            context.allowed(path)
+    assert context.allowed("/srv/models/clean") == "/srv/models/clean"
+    assert context.allowed("argen/emoji-sd") == "argen/emoji-sd"
 
 
 def test_wrong_keys_are_answered_later_and_later(tmp_path, pipe):
@@ -306,7 +306,7 @@ def test_a_full_disk_fails_the_job_and_not_the_worker(tmp_path, pipe, monkeypatc
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(studio.store, "update_job", updated)
-    monkeypatch.setattr("argen.studio.store.save_pictures", saved)
+    monkeypatch.setattr("argen.studio.store.save_images", saved)
     monkeypatch.setattr("argen.studio.queue.RETRY_AFTER", 0.1)
     id = studio.submit(Request("a pizza"))
     try:
@@ -377,7 +377,7 @@ def test_a_signal_keeps_the_job_that_runs(tmp_path, sent):
     server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     try:
         address, end = f"http://127.0.0.1:{port}/api/jobs", time.monotonic() + 120
-        body = {"prompt": "a pizza", "num_images": 64, "sampler": "plain"}
+        body = {"prompt": "a pizza", "num_images": 64, "sampler": "sequential"}
         while True:
             try:
                 asked = urllib.request.Request(address, json.dumps(body).encode(), {"content-type": "application/json"})

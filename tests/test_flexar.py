@@ -16,7 +16,7 @@ from argen.pipelines.base import UNDECIDED
 from argen.pipelines.flexar import FlexARPipeline
 from argen.request import Request
 from samplers.logits import Sampling
-from samplers.steps import Plain
+from samplers.steps import Sequential
 from tokenizers_img.checkpoint import load_strict
 from tokenizers_img.flextok import FlexTok, vae_network
 
@@ -81,7 +81,7 @@ def written(case, sampling, scale, official_null=False, begun=0) -> torch.Tensor
     session = FlexARSession(model, encoded[rows], mask[rows], scale != 1, official_null=official_null)
     grid = torch.full((2, model.length), -1)
     grid[:, :begun] = case.io["ids"][:, :begun]
-    *_, last = Plain()(session, grid, sampling, scale, Races(case.io["draws"]))
+    *_, last = Sequential()(session, grid, sampling, scale, Races(case.io["draws"]))
     return last.tokens
 
 
@@ -104,7 +104,7 @@ def test_fewer_tokens_are_the_first_ones(case):
     model = tiny(case)
     encoded, mask = condition(model, case)
     session = FlexARSession(model, encoded, mask, guided=True, length=4)
-    *_, last = Plain()(
+    *_, last = Sequential()(
         session, torch.full((2, 4), -1), Sampling(temperature=0), case.config["_fixture"]["cfg_factor"], None
     )
     key = "greedy_ids_fixed_null" if "classes" in case.io else "greedy_ids"
@@ -149,13 +149,13 @@ def pipe():
     return pipe
 
 
-def luck(*seeds):
+def generators(*seeds):
     return [torch.Generator().manual_seed(seed) for seed in seeds]
 
 
 def test_a_picture_of_any_number_of_tokens(pipe):
-    whole = pipe("class:1", generator=luck(3))
-    part = pipe("class:1", generator=luck(3), num_tokens=5, sampler="jacobi")
+    whole = pipe("class:1", generator=generators(3))
+    part = pipe("class:1", generator=generators(3), num_tokens=5, sampler="jacobi")
     assert whole.tokens.shape == (1, 12)
     assert torch.equal(part.tokens, whole.tokens[:, :5])
     assert part.images[0].size == whole.images[0].size == (32, 32)
@@ -167,7 +167,7 @@ def test_a_picture_of_any_number_of_tokens(pipe):
 
 
 def test_what_is_not_yet_written_shows_as_the_picture_so_far(pipe):
-    request = Request("class:7", "a model", num_images=2, num_tokens=6, sampler="plain")
+    request = Request("class:7", "a model", num_images=2, num_tokens=6, sampler="sequential")
     shown = []
     for job in pipe.run(request):
         assert job.tokens.shape == (2, 1, 6)
@@ -195,7 +195,7 @@ def test_a_saved_pipeline_comes_back(pipe, tmp_path):
     again = argen.load(tmp_path)
     again.set_progress_bar_config(disable=True)
     assert again.config.steps == 2
-    made = [one("class:1", generator=luck(1)).images[0].tobytes() for one in (pipe, again)]
+    made = [one("class:1", generator=generators(1)).images[0].tobytes() for one in (pipe, again)]
     assert made[0] == made[1]
 
 
@@ -208,21 +208,21 @@ def test_a_search_keeps_what_fits_best(pipe, monkeypatch):
         return [-float(np.asarray(image).mean()) for image in images]
 
     monkeypatch.setattr(pipe, "rank", dark)
-    stages = list(pipe.search("class:1", num_beams=2, num_candidates=8, num_tokens=6, generator=luck(1)[0]))
+    stages = list(pipe.search("class:1", num_beams=2, num_candidates=8, num_tokens=6, generator=generators(1)[0]))
     assert seen == [8, 8, 8, 8]
     assert [tuple(stage.tokens.shape) for stage in stages] == [(2, 1), (2, 2), (2, 4), (1, 6)]
     for before, after in zip(stages, stages[1:], strict=False):
         begun = {tuple(row) for row in before.tokens.tolist()}
         assert all(tuple(row[: before.decided]) in begun for row in after.tokens.tolist())
     (score,) = stages[-1].scores
-    plain = pipe("class:1", 8, generator=luck(1)[0], num_tokens=6)
-    assert score > np.mean(dark("", plain.images))
+    sequential = pipe("class:1", 8, generator=generators(1)[0], num_tokens=6)
+    assert score > np.mean(dark("", sequential.images))
     assert score == pytest.approx(dark("", pipe.pictures(stages[-1].tokens[:, None]))[0])
     with pytest.raises(ValueError, match="num_beams is 3 and num_candidates 8"):
         next(pipe.search("class:1", num_beams=3, num_candidates=8))
 
     request = Request("class:1", num_images=2, seed=1, num_beams=2, num_candidates=8, num_tokens=6)
-    seen = [(job, job.decided, job.passes) for job in pipe.run(request)]
+    seen = [(job, job.decided, job.forward_passes) for job in pipe.run(request)]
     assert [after for _, *after in seen] == [[1, 1], [2, 2], [4, 4], [6, 6], [6, 6]]
     job = seen[-1][0]
     assert len(job.pictures) == len(job.scores) == 2

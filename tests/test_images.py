@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from argen.eval.images import open_pictures
+from argen.eval.images import open_images
 from argen.eval.run import features
 from argen.images import decode_image, fitted, from_base64, open_image, read_image
 from argen.models.annotators import annotate, resized
@@ -44,7 +44,7 @@ def test_depth_is_scaled_everywhere(tmp_path, mode, form):
     assert abs(control[0, 0, 64].item() - 128) < 1.5
     (tmp_path / "set").mkdir()
     path.rename(tmp_path / "set" / path.name)
-    assert abs(int(open_pictures(tmp_path / "set")[0][0, 64, 0]) - 128) < 1.5
+    assert abs(int(open_images(tmp_path / "set")[0][0, 64, 0]) - 128) < 1.5
 
 
 def test_ranges_of_32_bit_images():
@@ -171,7 +171,7 @@ def test_sets_of_macos_links_and_odd_numbers(tmp_path, caplog):
     Image.new("RGBA", (16, 16), (0, 255, 0, 0)).save(tmp_path / "elsewhere" / "x.png")
     (folder / "linked").symlink_to(tmp_path / "elsewhere")
     (folder / "loop").symlink_to(folder)
-    found = open_pictures(folder)
+    found = open_images(folder)
     assert "2 files that macOS left" in caplog.text
     assert len(found) == 6
     assert found.names.index("2.png") < found.names.index("10.png")
@@ -195,5 +195,5 @@ def test_transparency_is_said(tmp_path, caplog):
     (tmp_path / "set").mkdir()
     Image.new("RGBA", (16, 16), (0, 255, 0, 9)).save(tmp_path / "set" / "a.png")
     Image.new("RGB", (16, 16)).save(tmp_path / "set" / "b.png")
-    features(open_pictures(tmp_path / "set"), Mean(), ["features"], tmp_path / "kept")
+    features(open_images(tmp_path / "set"), Mean(), ["features"], tmp_path / "kept")
     assert "1 of 2 images have transparency" in caplog.text

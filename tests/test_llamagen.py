@@ -16,7 +16,7 @@ from argen.models.llamagen import SIZES, LlamaGen, LlamaGenSession
 from argen.pipelines.llamagen import LlamaGenPipeline, clean_caption, left_padded
 from samplers.jacobi import Jacobi
 from samplers.logits import Recorded, Sampling
-from samplers.steps import Plain
+from samplers.steps import Sequential
 from tokenizers_img import llamagen_vq
 from tokenizers_img.checkpoint import load_strict
 
@@ -66,7 +66,7 @@ def test_training_logits_and_loss(case):
 
 
 @torch.no_grad()
-def written(case, sampling: Sampling, scale=1.0, uniforms=None, sampler=Plain()) -> torch.Tensor:  # noqa: B008
+def written(case, sampling: Sampling, scale=1.0, uniforms=None, sampler=Sequential()) -> torch.Tensor:  # noqa: B008
     model = tiny(case)
     embedded, none, mask = condition(model, case)
     guided = callable(scale) or scale != 1
@@ -93,7 +93,7 @@ def test_greedy_ids(case):
 def test_sampled_ids(case):
     settings = dict(case.config["sampled"])
     scale = settings.pop("cfg_scale")
-    for sampler in (Plain(), Jacobi(1), Jacobi(5), Jacobi(100)):
+    for sampler in (Sequential(), Jacobi(1), Jacobi(5), Jacobi(100)):
         ids = written(case, Sampling(**settings), scale, case.io["uniform_draws"], sampler)
         assert torch.equal(ids, case.io["ids_sampled_t0.9_topk3rd_topp0.95_cfg2"])
 

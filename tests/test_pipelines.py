@@ -10,7 +10,7 @@ from PIL import Image
 
 import argen
 from argen.images import open_image
-from argen.metadata import differences, fingerprint, save_pictures
+from argen.metadata import differences, fingerprint, save_images
 from argen.models.dalle_mini import DalleMiniDecoder, DalleMiniEncoder, text_tokenizer
 from argen.pipelines.base import distinct_first
 from argen.pipelines.dalle_mini import DalleMiniPipeline
@@ -20,12 +20,12 @@ from samplers.steps import Origin
 from tokenizers_img.vqgan import VQGANDetokenizer
 
 
-def luck(seed):
+def generators(seed):
     return torch.Generator().manual_seed(seed)
 
 
 def test_the_readme_call(pipe):
-    out = pipe("a red apple, noto style", num_images_per_prompt=4, guidance_scale=3.0, generator=luck(0))
+    out = pipe("a red apple, noto style", num_images_per_prompt=4, guidance_scale=3.0, generator=generators(0))
     assert [image.size for image in out.images] == [(128, 128)] * 4
     assert out.tokens.shape == (4, 64)
     assert out.tokens.min() >= 0
@@ -35,7 +35,7 @@ def test_the_readme_call(pipe):
 def test_the_picture_is_of_the_prompt(pipe):
     """Of eight things the judge names the one that was asked for, more often than not."""
     prompts = ["a red apple", "a pizza", "a dog face", "a rocket", "a sunflower", "a guitar", "a house", "a red heart"]
-    images = pipe(prompts, num_candidates=4, generator=luck(0)).images
+    images = pipe(prompts, num_candidates=4, generator=generators(0)).images
     text, pictures = pipe.text_image_encoder.embed(prompts, images)
     right = (pictures @ text.T).argmax(dim=1) == torch.arange(len(prompts))
     assert right.sum() >= 6
@@ -43,7 +43,7 @@ def test_the_picture_is_of_the_prompt(pipe):
 
 @pytest.mark.parametrize(("output_type", "kind"), [("np", np.ndarray), ("pt", torch.Tensor), ("latent", torch.Tensor)])
 def test_output_types(pipe, output_type, kind):
-    images, tokens, *_ = pipe("a pizza", generator=luck(0), output_type=output_type, return_dict=False)
+    images, tokens, *_ = pipe("a pizza", generator=generators(0), output_type=output_type, return_dict=False)
     assert isinstance(images, kind)
     shape = {"np": (1, 128, 128, 3), "pt": (1, 3, 128, 128), "latent": (1, 64)}[output_type]
     assert images.shape == shape
@@ -59,16 +59,16 @@ def test_callback_sees_every_step_and_can_stop(pipe):
         seen.append((step, decided, int((state["tokens"] >= 0).sum())))
         pipe._interrupt = decided == 20
 
-    out = pipe("a pizza", generator=luck(0), sampler="plain", callback_on_step_end=callback)
+    out = pipe("a pizza", generator=generators(0), sampler="sequential", callback_on_step_end=callback)
     assert seen == [(i, i + 1, i + 1) for i in range(20)]
     assert (out.tokens >= 0).sum() == 20
     assert np.unique(np.asarray(out.images[0])[64:]) == [230]  # what is not written is grey
 
 
 def test_candidates_are_ranked(pipe):
-    every = pipe("a rocket", num_images_per_prompt=8, num_candidates=8, generator=luck(0))
+    every = pipe("a rocket", num_images_per_prompt=8, num_candidates=8, generator=generators(0))
     assert every.scores == sorted(every.scores, reverse=True)
-    best = pipe("a rocket", num_images_per_prompt=2, num_candidates=8, generator=luck(0))
+    best = pipe("a rocket", num_images_per_prompt=2, num_candidates=8, generator=generators(0))
     assert torch.equal(best.tokens, every.tokens[:2])
     assert best.scores == pytest.approx(every.scores[:2])
     assert pipe.rank("a rocket", best.images) == pytest.approx(best.scores, abs=1e-5)
@@ -78,7 +78,7 @@ def test_save_and_load(pipe, tmp_path):
     pipe.save_pretrained(tmp_path / "saved")
     again = argen.load(tmp_path / "saved")
     again.set_progress_bar_config(disable=True)
-    assert torch.equal(again("a bus", generator=luck(4)).tokens, pipe("a bus", generator=luck(4)).tokens)
+    assert torch.equal(again("a bus", generator=generators(4)).tokens, pipe("a bus", generator=generators(4)).tokens)
 
 
 @pytest.mark.parametrize(
@@ -90,7 +90,7 @@ def test_save_and_load(pipe, tmp_path):
         ({"prompt": "a", "num_images_per_prompt": 3, "num_candidates": 2}, "at least as many candidates"),
         ({"prompt": "a", "output_type": "jpg"}, "unknown output_type 'jpg'"),
         ({"prompt": "a", "tokens": torch.zeros(1, 5, dtype=torch.int64)}, r"tokens are \[1, 5\]: expected \[1, 64\]"),
-        ({"prompt": "a", "generator": [luck(0), luck(1)]}, "got 2 generators for 1 pictures"),
+        ({"prompt": "a", "generator": [generators(0), generators(1)]}, "got 2 generators for 1 pictures"),
         ({"prompt": "a", "temperature": -0.5}, "temperature is -0.5"),
     ],
 )
@@ -100,7 +100,7 @@ def test_bad_calls(pipe, call, message):
 
 
 def test_a_long_prompt_is_said_to_be_cut(pipe, caplog):
-    pipe("a red apple " * 30, generator=luck(0))
+    pipe("a red apple " * 30, generator=generators(0))
     assert "the rest of it is not read" in caplog.text
 
 
@@ -121,13 +121,13 @@ def dalle(golden):
 
 
 def test_dalle_mini_draws_saves_and_loads(dalle, tmp_path):
-    out = dalle("a red apple", num_images_per_prompt=2, guidance_scale=16.0, generator=luck(0))
+    out = dalle("a red apple", num_images_per_prompt=2, guidance_scale=16.0, generator=generators(0))
     assert [image.size for image in out.images] == [(16, 16)] * 2
     assert out.tokens.max() < 64
     dalle.save_pretrained(tmp_path / "dalle")
     again = argen.load(tmp_path / "dalle")
     again.set_progress_bar_config(disable=True)
-    same = again("a red apple", num_images_per_prompt=2, guidance_scale=16.0, generator=luck(0))
+    same = again("a red apple", num_images_per_prompt=2, guidance_scale=16.0, generator=generators(0))
     assert torch.equal(same.tokens, out.tokens)
 
 
@@ -154,10 +154,10 @@ def test_a_job_knows_what_its_sampler_did(pipe):
     *_, job = pipe.run(Request("a rocket", num_images=2, num_candidates=3, sampler="gsd"))
     assert not job.lossless
     assert job.origins.shape == job.tokens.shape == (2, 8, 8)
-    assert job.tokens_a_pass == pytest.approx(64 / job.passes)
-    *_, plain = pipe.run(Request("a rocket", sampler="plain"))
-    assert plain.lossless
-    assert plain.origins is None
+    assert job.tokens_per_step == pytest.approx(64 / job.forward_passes)
+    *_, sequential = pipe.run(Request("a rocket", sampler="sequential"))
+    assert sequential.lossless
+    assert sequential.origins is None
 
 
 @pytest.mark.parametrize("name", [name for name in ids("generator") if MODELS[name].repo is None])
@@ -193,17 +193,17 @@ def test_what_a_callback_returns_is_gone_on_with(pipe):
         return None
 
     generator = [torch.Generator().manual_seed(0)]
-    out = pipe("a pizza", generator=generator, sampler="plain", callback_on_step_end=fixed)
+    out = pipe("a pizza", generator=generator, sampler="sequential", callback_on_step_end=fixed)
     assert (out.tokens[0, 60:] == 7).all()
-    plain = pipe("a pizza", generator=[torch.Generator().manual_seed(0)], sampler="plain")
-    assert torch.equal(out.tokens[0, :60], plain.tokens[0, :60])  # the same noise in each cell
+    sequential = pipe("a pizza", generator=[torch.Generator().manual_seed(0)], sampler="sequential")
+    assert torch.equal(out.tokens[0, :60], sequential.tokens[0, :60])  # the same noise in each cell
     assert seen == list(range(len(seen)))
     assert len(seen) < 64
 
 
 def test_an_image_knows_what_made_it(pipe, tmp_path):
     *_, job = pipe.run(Request("a pizza", seed=3))
-    save_pictures(list(zip(job.pictures, job.requests, strict=True)), [tmp_path / "a.png"])
+    save_images(list(zip(job.pictures, job.requests, strict=True)), [tmp_path / "a.png"])
     assert differences(tmp_path / "a.png", pipe) is None
     before, made_by = fingerprint(pipe), json.loads(open_image(tmp_path / "a.png").info["argen version"])
     assert made_by == {"argen": argen.__version__, "weights": before}

@@ -21,12 +21,12 @@ def test_threads_that_load_at_once_all_get_their_weights():
 
 
 def test_a_cache_loads_a_model_once():
-    shelf = ModelCache("cpu")
+    model_cache = ModelCache("cpu")
     with ThreadPoolExecutor(3) as pool:
-        found = list(pool.map(shelf, ["argen/emoji-vitvqgan"] * 3))
+        found = list(pool.map(model_cache, ["argen/emoji-vitvqgan"] * 3))
     assert len({id(one) for one in found}) == 1
     with pytest.raises(ValueError, match="unknown model 'argen/none'"):
-        shelf("argen/none")
+        model_cache("argen/none")
 
 
 def test_the_least_recently_used_models_are_released():

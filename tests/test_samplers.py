@@ -14,7 +14,7 @@ from samplers.recycling import Table, TokenRecycling
 from samplers.rules import KSeq
 from samplers.sjd import SpeculativeJacobi
 from samplers.speculative import Speculative
-from samplers.steps import START, Origin, Plain
+from samplers.steps import START, Origin, Sequential
 from samplers.trees import DrawnTree, DynamicTree, IndependentTree, StaticTree
 from samplers.zipar import ZipAR
 
@@ -27,7 +27,7 @@ def exact():
     return pipe
 
 
-def luck(*seeds):
+def generators(*seeds):
     return [torch.Generator().manual_seed(seed) for seed in seeds]
 
 
@@ -61,7 +61,7 @@ def test_settings_out_of_bounds(wrong):
 def test_cache_equals_no_cache(exact):
     """Token by token through the cache, and all at once by teacher forcing."""
     prompt = "a red apple"
-    tokens = torch.randint(4096, (1, exact.length), generator=luck(0)[0])
+    tokens = torch.randint(4096, (1, exact.length), generator=generators(0)[0])
     states, mask = exact.encode_text([prompt])
     whole = exact.transformer(states, mask, tokens)
     session = exact.start([prompt], guided=False)
@@ -78,7 +78,7 @@ def test_cache_equals_no_cache(exact):
 def test_a_wrong_guess_is_written_over(exact):
     """A chain that is written, taken up again in its middle and written on is the chain written straight."""
     session = exact.start(["a pizza", "a dog face"], guided=True)
-    chain = torch.randint(4096, (2, 6), generator=luck(1)[0])
+    chain = torch.randint(4096, (2, 6), generator=generators(1)[0])
     wrong = torch.cat([chain[:, :3], (chain[:, 3:] + 1) % 4096], dim=1)
     session.forward(torch.cat([torch.full((2, 1), START), wrong], dim=1), torch.arange(-1, 6))
     again = session.forward(chain[:, 3:], torch.arange(3, 6))
@@ -112,73 +112,73 @@ def test_a_tree_is_its_branches(exact):
 
 
 def test_a_picture_does_not_depend_on_its_batch(pipe):
-    together = pipe(["a red apple", "a pizza", "a dog face"], generator=luck(5, 6, 7))
+    together = pipe(["a red apple", "a pizza", "a dog face"], generator=generators(5, 6, 7))
     for index, prompt in enumerate(["a red apple", "a pizza", "a dog face"]):
-        alone = pipe(prompt, generator=luck(5 + index))
+        alone = pipe(prompt, generator=generators(5 + index))
         assert torch.equal(alone.tokens[0], together.tokens[index])
         assert alone.images[0].tobytes() == together.images[index].tobytes()
 
 
 def test_one_generator_gives_each_picture_luck_of_its_own(pipe):
-    four = pipe("a rocket", 4, temperature=1.2, generator=luck(0)[0]).tokens
+    four = pipe("a rocket", 4, temperature=1.2, generator=generators(0)[0]).tokens
     assert len(four.unique(dim=0)) == 4
-    assert torch.equal(pipe("a rocket", 2, temperature=1.2, generator=luck(0)[0]).tokens, four[:2])
+    assert torch.equal(pipe("a rocket", 2, temperature=1.2, generator=generators(0)[0]).tokens, four[:2])
 
 
 def test_cancel_keeps_and_resume_goes_on(exact):
     """A stream stopped half-way and given back its grid ends as the one that was not stopped."""
     prompts = ["a guitar", "a house"]
-    *_, whole = exact.stream(prompts, luck(1, 2), sampler="plain")
-    for step in exact.stream(prompts, luck(1, 2), sampler="plain"):
+    *_, whole = exact.stream(prompts, generators(1, 2), sampler="sequential")
+    for step in exact.stream(prompts, generators(1, 2), sampler="sequential"):
         if step.decided >= 30:
             break
     assert step.decided == 30
     assert (step.tokens >= 0).sum() == 2 * 30
     assert torch.equal(step.tokens[:, :30], whole.tokens[:, :30])
-    *_, rest = exact.stream(prompts, luck(1, 2), tokens=step.tokens, sampler="plain")
+    *_, rest = exact.stream(prompts, generators(1, 2), tokens=step.tokens, sampler="sequential")
     assert torch.equal(rest.tokens, whole.tokens)
-    assert rest.passes == 64 - 30
+    assert rest.forward_passes == 64 - 30
 
 
 def test_steps_are_told_every_k_tokens(pipe):
-    told = [step.decided for step in pipe.stream(["a ghost"], luck(0), sampler="plain", every=10)]
+    told = [step.decided for step in pipe.stream(["a ghost"], generators(0), sampler="sequential", every=10)]
     assert told == [1, 11, 21, 31, 41, 51, 61, 64]
 
 
 def test_decided_cells_are_kept(pipe):
     grid = torch.full((1, 64), -1)
     grid[0, 10:20] = 7
-    *_, step = pipe.stream(["a castle"], luck(0), tokens=grid)
+    *_, step = pipe.stream(["a castle"], generators(0), tokens=grid)
     assert (step.tokens[0, 10:20] == 7).all()
     assert (step.tokens >= 0).all()
 
 
 def test_guidance_matters_and_greedy_does_not_draw(pipe):
-    greedy = pipe("a banana", temperature=0, generator=luck(0)).tokens
-    assert torch.equal(greedy, pipe("a banana", temperature=0, generator=luck(9)).tokens)
+    greedy = pipe("a banana", temperature=0, generator=generators(0)).tokens
+    assert torch.equal(greedy, pipe("a banana", temperature=0, generator=generators(9)).tokens)
     assert not torch.equal(greedy, pipe("a banana", temperature=0, guidance_scale=1.0).tokens)
-    assert torch.equal(greedy, pipe("a banana", top_k=1, generator=luck(3)).tokens)
+    assert torch.equal(greedy, pipe("a banana", top_k=1, generator=generators(3)).tokens)
 
 
 def test_unknown_sampler():
-    with pytest.raises(ValueError, match="unknown sampler 'magic': expected one of auto, plain, jacobi"):
+    with pytest.raises(ValueError, match="unknown sampler 'magic': expected one of auto, sequential, jacobi"):
         by_name("magic")
 
 
 def test_keys_are_each_generators_own():
-    both = keys_of(luck(0, 1), 8)
-    assert torch.equal(both[1:], keys_of(luck(1), 8))
+    both = keys_of(generators(0, 1), 8)
+    assert torch.equal(both[1:], keys_of(generators(1), 8))
 
 
 def test_gumbel_noise_is_gumbel_and_draws_the_law():
-    noise = gumbel(keys_of(luck(0), 400), 1000)[0]
+    noise = gumbel(keys_of(generators(0), 400), 1000)[0]
     assert noise.isfinite().all()
     assert noise.mean().item() == pytest.approx(0.5772, abs=0.01)
     assert noise.var().item() == pytest.approx(1.6449, abs=0.02)
     correlation = torch.corrcoef(noise.T[:50])  # of neighbouring tokens, over the cells
     assert (correlation - torch.eye(50)).abs().max() < 0.25
     probs = torch.tensor([0.1, 0.0, 0.6, 0.3])
-    drawn = Gumbel(keys_of(luck(1), 20000)).draw(probs.log().expand(1, 20000, -1), torch.arange(20000))
+    drawn = Gumbel(keys_of(generators(1), 20000)).draw(probs.log().expand(1, 20000, -1), torch.arange(20000))
     share = torch.bincount(drawn[0], minlength=4) / 20000
     torch.testing.assert_close(share, probs, atol=0.012, rtol=0)
 
@@ -186,37 +186,37 @@ def test_gumbel_noise_is_gumbel_and_draws_the_law():
 @pytest.mark.parametrize("window", [1, 3, 16, 64])
 def test_jacobi_writes_the_plain_pictures(pipe, window):
     prompts, seeds = ["a red apple", "a pizza", "three yellow ducks"], (3, 4, 5)
-    *_, plain = pipe.stream(prompts, luck(*seeds), sampler="plain")
-    steps = list(pipe.stream(prompts, luck(*seeds), sampler=Jacobi(window)))
-    assert torch.equal(steps[-1].tokens, plain.tokens)
-    assert steps[-1].passes < (64 if window > 1 else 65)
+    *_, sequential = pipe.stream(prompts, generators(*seeds), sampler="sequential")
+    steps = list(pipe.stream(prompts, generators(*seeds), sampler=Jacobi(window)))
+    assert torch.equal(steps[-1].tokens, sequential.tokens)
+    assert steps[-1].forward_passes < (64 if window > 1 else 65)
     for step in steps:  # nothing that is shown is taken back
-        assert torch.equal(torch.where(step.tokens >= 0, plain.tokens, -1), step.tokens)
-    *_, alone = pipe.stream(prompts[1:2], luck(4), sampler=Jacobi(window))
-    assert torch.equal(alone.tokens[0], plain.tokens[1])
+        assert torch.equal(torch.where(step.tokens >= 0, sequential.tokens, -1), step.tokens)
+    *_, alone = pipe.stream(prompts[1:2], generators(4), sampler=Jacobi(window))
+    assert torch.equal(alone.tokens[0], sequential.tokens[1])
 
 
 def test_jacobi_keeps_decided_cells_and_goes_on(pipe):
     grid = torch.full((2, 64), -1)
     grid[0, :20], grid[1, 10:20], grid[:, 40] = 7, 9, 11
-    *_, plain = pipe.stream(["a castle", "a dog face"], luck(0, 1), tokens=grid, sampler="plain")
-    *_, step = pipe.stream(["a castle", "a dog face"], luck(0, 1), tokens=grid, sampler="jacobi")
-    assert torch.equal(step.tokens, plain.tokens)
-    assert step.passes < plain.passes
+    *_, sequential = pipe.stream(["a castle", "a dog face"], generators(0, 1), tokens=grid, sampler="sequential")
+    *_, step = pipe.stream(["a castle", "a dog face"], generators(0, 1), tokens=grid, sampler="jacobi")
+    assert torch.equal(step.tokens, sequential.tokens)
+    assert step.forward_passes < sequential.forward_passes
     greedy = {"prompt": "a banana", "temperature": 0, "guidance_scale": 1.0}
-    assert torch.equal(pipe(**greedy, sampler="jacobi").tokens, pipe(**greedy, sampler="plain").tokens)
+    assert torch.equal(pipe(**greedy, sampler="jacobi").tokens, pipe(**greedy, sampler="sequential").tokens)
     with pytest.raises(ValueError, match="window is 0"):
         Jacobi(0)
 
 
-@pytest.mark.parametrize("slow", [Plain, Jacobi])
+@pytest.mark.parametrize("slow", [Sequential, Jacobi])
 def test_auto_writes_the_plain_pictures_with_the_faster_sampler(pipe, monkeypatch, slow):
     prompts, made = ["a red apple", "a pizza"], []
-    *_, plain = pipe.stream(prompts, luck(3, 4), sampler="plain")
-    *_, several = pipe.stream(prompts, luck(3, 4), sampler="auto")
-    assert torch.equal(several.tokens, plain.tokens)
-    assert several.passes == 64  # on a CPU, of several pictures at a time, nothing is tried
-    monkeypatch.setattr(auto, "CPU_PICTURES", 2)
+    *_, sequential = pipe.stream(prompts, generators(3, 4), sampler="sequential")
+    *_, several = pipe.stream(prompts, generators(3, 4), sampler="auto")
+    assert torch.equal(several.tokens, sequential.tokens)
+    assert several.forward_passes == 64  # on a CPU, of several pictures at a time, nothing is tried
+    monkeypatch.setattr(auto, "CPU_IMAGES", 2)
 
     def dragging(sampler, call=slow.__call__):
         def wrapped(self, *args):
@@ -228,29 +228,29 @@ def test_auto_writes_the_plain_pictures_with_the_faster_sampler(pipe, monkeypatc
         return wrapped
 
     monkeypatch.setattr(slow, "__call__", dragging(slow))
-    *steps, last = pipe.stream(prompts, luck(3, 4), sampler="auto")
-    assert torch.equal(last.tokens, plain.tokens)
+    *steps, last = pipe.stream(prompts, generators(3, 4), sampler="auto")
+    assert torch.equal(last.tokens, sequential.tokens)
     assert len(made) == 1  # tried once
-    assert (last.passes < 50) is (slow is Plain)
+    assert (last.forward_passes < 50) is (slow is Sequential)
     assert (last.origins != Origin.GIVEN).all()
-    grid = torch.where(torch.arange(64) < 62, plain.tokens, -1)
-    *_, end = pipe.stream(prompts, luck(3, 4), tokens=grid, sampler="auto")
-    assert torch.equal(end.tokens, plain.tokens)
+    grid = torch.where(torch.arange(64) < 62, sequential.tokens, -1)
+    *_, end = pipe.stream(prompts, generators(3, 4), tokens=grid, sampler="auto")
+    assert torch.equal(end.tokens, sequential.tokens)
     assert torch.equal(end.origins == Origin.GIVEN, grid >= 0)
 
 
 @pytest.mark.parametrize("name", ["sjd", "recycling"])
 def test_drafts_without_training(pipe, name):
-    greedy = {"prompt": ["a banana", "a rocket"], "temperature": 0, "generator": luck(0, 1)}
-    found, plain = pipe(**greedy, sampler=name), pipe(**greedy, sampler="plain")
-    assert torch.equal(found.tokens, plain.tokens)
-    assert found.passes < plain.passes
+    greedy = {"prompt": ["a banana", "a rocket"], "temperature": 0, "generator": generators(0, 1)}
+    found, sequential = pipe(**greedy, sampler=name), pipe(**greedy, sampler="sequential")
+    assert torch.equal(found.tokens, sequential.tokens)
+    assert found.forward_passes < sequential.forward_passes
     assert Origin.ACCEPTED in found.origins
-    drawn = pipe("a banana", generator=luck(0), sampler=name)
-    assert torch.equal(drawn.tokens, pipe("a banana", generator=luck(0), sampler=name).tokens)
+    drawn = pipe("a banana", generator=generators(0), sampler=name)
+    assert torch.equal(drawn.tokens, pipe("a banana", generator=generators(0), sampler=name).tokens)
     grid = torch.full((1, 64), -1)
     grid[0, 5:9] = 7
-    *_, step = pipe.stream(["a castle"], luck(0), tokens=grid, sampler=name)
+    *_, step = pipe.stream(["a castle"], generators(0), tokens=grid, sampler=name)
     assert (step.tokens[0, 5:9] == 7).all()
     assert (step.origins[0, 5:9] == Origin.GIVEN).all()
     assert (step.tokens >= 0).all()
@@ -258,19 +258,19 @@ def test_drafts_without_training(pipe, name):
 
 @pytest.mark.parametrize("shape", [DrawnTree(12, 4), DynamicTree(12, 3, 4), IndependentTree(((0,), (1,), (0, 0)))])
 def test_every_shape_drafts_for_a_batch(pipe, shape):
-    greedy = {"prompt": ["a banana", "a rocket"], "temperature": 0, "generator": luck(0, 1)}
-    found, plain = pipe(**greedy, sampler=TokenRecycling(shape=shape)), pipe(**greedy, sampler="plain")
-    assert torch.equal(found.tokens, plain.tokens)
-    assert found.passes < plain.passes
-    drawn = pipe(["a banana", "a rocket"], generator=luck(0, 1), sampler=TokenRecycling(shape=shape))
-    assert drawn.passes < 64
+    greedy = {"prompt": ["a banana", "a rocket"], "temperature": 0, "generator": generators(0, 1)}
+    found, sequential = pipe(**greedy, sampler=TokenRecycling(shape=shape)), pipe(**greedy, sampler="sequential")
+    assert torch.equal(found.tokens, sequential.tokens)
+    assert found.forward_passes < sequential.forward_passes
+    drawn = pipe(["a banana", "a rocket"], generator=generators(0, 1), sampler=TokenRecycling(shape=shape))
+    assert drawn.forward_passes < 64
     assert (drawn.tokens >= 0).all()
 
 
 def test_groups_need_fewer_passes_than_tokens(pipe):
     prompts = ["a banana", "a rocket", "three yellow ducks", "a castle"]
-    exact, grouped = (pipe(prompts, generator=luck(0, 1, 2, 3), sampler=name) for name in ("sjd", "gsd"))
-    assert grouped.passes < exact.passes
+    exact, grouped = (pipe(prompts, generator=generators(0, 1, 2, 3), sampler=name) for name in ("sjd", "gsd"))
+    assert grouped.forward_passes < exact.forward_passes
     assert Origin.RELAXED in grouped.origins
     assert Origin.RELAXED not in exact.origins
 
@@ -305,7 +305,7 @@ def test_drafts_without_training_keep_the_law(sampler):
     second = torch.tensor([[0.6, 0.3, 0.1], [0.1, 0.1, 0.8], [0.25, 0.5, 0.25]])
     counts = torch.zeros(3, 3)
     for seed in range(3000):
-        noise = Gumbel(keys_of(luck(seed), 2))
+        noise = Gumbel(keys_of(generators(seed), 2))
         *_, last = sampler(Toy(first, second), torch.full((1, 2), -1), Sampling(), 1.0, noise)
         counts[tuple(last.tokens[0])] += 1
     wanted = first[:, None] * second
@@ -315,16 +315,16 @@ def test_drafts_without_training_keep_the_law(sampler):
 def test_rows_side_by_side(pipe):
     """ZipAR in so many passes as the paper says; with the widest window it is the plain sampler."""
     prompts = ["a banana", "a rocket"]
-    plain = pipe(prompts, generator=luck(0, 1), sampler="plain")
-    assert torch.equal(pipe(prompts, generator=luck(0, 1), sampler=ZipAR(8)).tokens, plain.tokens)
+    sequential = pipe(prompts, generator=generators(0, 1), sampler="sequential")
+    assert torch.equal(pipe(prompts, generator=generators(0, 1), sampler=ZipAR(8)).tokens, sequential.tokens)
     for window in (2, 4):
-        fast = pipe(prompts, generator=luck(0, 1), sampler=ZipAR(window))
-        assert fast.passes == 8 + 7 * window
-        alone = pipe(prompts[1], generator=luck(1), sampler=ZipAR(window))
+        fast = pipe(prompts, generator=generators(0, 1), sampler=ZipAR(window))
+        assert fast.forward_passes == 8 + 7 * window
+        alone = pipe(prompts[1], generator=generators(1), sampler=ZipAR(window))
         assert torch.equal(alone.tokens[0], fast.tokens[1])
     grid = torch.full((1, 64), -1)
     grid[0, 5:12] = 7
-    *_, step = pipe.stream(["a castle"], luck(0), tokens=grid, sampler="fast_preview")
+    *_, step = pipe.stream(["a castle"], generators(0), tokens=grid, sampler="zipar")
     assert (step.tokens[0, 5:12] == 7).all()
     assert (step.tokens >= 0).all()
     with pytest.raises(ValueError, match="window is 0"):

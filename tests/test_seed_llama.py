@@ -125,8 +125,8 @@ def unclip(case) -> seed.UnCLIP:
 
 
 def test_words_become_a_picture(pipe):
-    luck = [torch.Generator().manual_seed(index) for index in range(2)]
-    out = pipe(["a red apple", "Can you draw a dog?"], generator=luck, output_type="np")
+    generators = [torch.Generator().manual_seed(index) for index in range(2)]
+    out = pipe(["a red apple", "Can you draw a dog?"], generator=generators, output_type="np")
     assert out.tokens.shape == (2, 32)
     assert out.tokens.min() >= 0
     assert out.tokens.max() < 64

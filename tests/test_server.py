@@ -105,7 +105,7 @@ def test_openai_draws(client, site, pipe):
 
 
 def test_openai_streams_what_is_written_so_far(client):
-    asked = {"prompt": "a pizza", "model": "argen/emoji-parti", "extra_body": {"sampler": "plain"}}
+    asked = {"prompt": "a pizza", "model": "argen/emoji-parti", "extra_body": {"sampler": "sequential"}}
     events = list(client.images.generate(**asked, stream=True, partial_images=2))
     kinds = [event.type for event in events]
     assert kinds[-1] == "image_generation.completed"
@@ -189,7 +189,7 @@ def test_a1111_paints_in_and_varies(webui, site, pipe):
 def test_a1111_tells_and_takes_settings(webui):
     assert webui.get_progress()["state"]["job_count"] == 0
     assert "argen/emoji-parti" in [model["model_name"] for model in webui.get_sd_models()]
-    assert {"plain", "jacobi"} <= {one["name"] for one in webui.get_samplers()}
+    assert {"sequential", "jacobi"} <= {one["name"] for one in webui.get_samplers()}
     webui.set_options({"sd_model_checkpoint": "argen/emoji-llamagen"})
     assert webui.util_get_current_model() == "argen/emoji-llamagen"
     webui.set_options({"sd_model_checkpoint": "argen/emoji-parti"})
@@ -200,7 +200,7 @@ def test_a1111_tells_and_takes_settings(webui):
 
 def test_a1111_progress_and_interrupt(site, webui):
     with ThreadPoolExecutor(1) as pool:
-        running = pool.submit(webui.txt2img, prompt="a pizza", batch_size=8, sampler_name="plain")
+        running = pool.submit(webui.txt2img, prompt="a pizza", batch_size=8, sampler_name="sequential")
         end = time.monotonic() + 30
         while not 0 < (now := webui.get_progress())["progress"] < 1:
             assert time.monotonic() < end
@@ -291,17 +291,17 @@ def test_large_things_are_refused_before_they_are_read(site):
     status, told = site.ask("/sdapi/v1/png-info", {"image": base64.b64encode(bomb.getvalue()).decode()})
     assert status == 413
     assert "too many pixels: expected at most 25 million" in told["error"]["message"]
-    with socket.create_connection(("127.0.0.1", site.port)) as plain:  # a body that is announced, and never sent
-        plain.sendall(b"POST /api/jobs HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 99999999999\r\n\r\n")
-        assert b" 413 " in plain.recv(200)
-    with socket.create_connection(("127.0.0.1", site.port)) as plain:  # one that never ends
-        plain.sendall(b"POST /api/jobs HTTP/1.1\r\nHost: 127.0.0.1\r\nTransfer-Encoding: chunked\r\n\r\n")
+    with socket.create_connection(("127.0.0.1", site.port)) as sequential:  # a body that is announced, and never sent
+        sequential.sendall(b"POST /api/jobs HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 99999999999\r\n\r\n")
+        assert b" 413 " in sequential.recv(200)
+    with socket.create_connection(("127.0.0.1", site.port)) as sequential:  # one that never ends
+        sequential.sendall(b"POST /api/jobs HTTP/1.1\r\nHost: 127.0.0.1\r\nTransfer-Encoding: chunked\r\n\r\n")
         part = b"%x\r\n%s\r\n" % (2**20, b"x" * 2**20)
         with suppress(OSError):  # it hangs up while it is being talked to
             for _ in range(33):
-                plain.sendall(part)
-        plain.settimeout(10)
-        assert b" 413 " in plain.recv(200)
+                sequential.sendall(part)
+        sequential.settimeout(10)
+        assert b" 413 " in sequential.recv(200)
     assert site.ask("/v1/models")[0] == 200
 
 

@@ -51,25 +51,25 @@ def test_the_authors_decisions(case, kind):
             tokens = io["tree_tokens_topk" if kind in ("greedy", "sample_topk") else "tree_tokens_sampled"][
                 trial
             ].tolist()
-            wanted = {name: io[f"{kind}/{mode}/{name}"][trial] for name in ("best_path", "accept_length", "next")}
-            path = io["retrieve_indices"][wanted["best_path"]][: wanted["accept_length"] + 1].tolist()
+            expected = {name: io[f"{kind}/{mode}/{name}"][trial] for name in ("best_path", "accept_length", "next")}
+            path = io["retrieve_indices"][expected["best_path"]][: expected["accept_length"] + 1].tolist()
             if kind == "greedy":
                 assert verify_greedy(io["target_logits"][trial].softmax(dim=-1), tree, tokens, rule) == path
                 continue
             drafted = None
             if kind != "sample_topk":
-                laws = {node: io["draft_probs"][trial, row] for row, node in enumerate(expanded)}
-                chances = [1.0] * len(tree.parents)
+                probs = {node: io["draft_probs"][trial, row] for row, node in enumerate(expanded)}
+                proposal_probs = [1.0] * len(tree.parents)
                 for row, node in enumerate(expanded):
                     for rank, child in enumerate(tree.children[node]):
-                        chances[child] = float(io["sampled_conditional_probs"][trial, row, rank])
-                drafted = Drafted(laws, chances)
+                        proposal_probs[child] = float(io["sampled_conditional_probs"][trial, row, rank])
+                drafted = Drafted(probs, proposal_probs)
             numbers = iter(io["uniforms"][trial].tolist())
-            laws = processed(io["target_logits"][trial], io, trial)
-            wipe = "target" if kind.endswith("target_rule") else "draft"
-            kept, following, _ = verify(laws, tree, tokens, rule, numbers, drafted, wipe)
+            probs = processed(io["target_logits"][trial], io, trial)
+            reject_in = "target" if kind.endswith("target_rule") else "draft"
+            kept, following, _ = verify(probs, tree, tokens, rule, numbers, drafted, reject_in)
             assert kept == path, (mode, trial)
-            torch.testing.assert_close(following, wanted["next"], atol=1e-5, rtol=0)
+            torch.testing.assert_close(following, expected["next"], atol=1e-5, rtol=0)
             used = io["uniforms"].shape[1] - len(list(numbers))
             assert used == io[f"{kind}/{mode}/uniforms_used"][trial]
 
@@ -77,42 +77,44 @@ def test_the_authors_decisions(case, kind):
 def test_drawing_without_replacement(case):
     io = case.io
     for trial, row in product(range(3), range(11)):
-        law = processed(io["draft_logits"][trial, row], io, trial)
-        torch.testing.assert_close(law, io["draft_probs"][trial, row], atol=1e-6, rtol=0)
-        tokens, chances = without_replacement(law, io["draft_uniforms"][trial, row].tolist())
-        wanted = io["sampled_conditional_probs"][trial, row]
-        possible = wanted > 1e-6  # beyond the last possible token nothing is defined
+        probs = processed(io["draft_logits"][trial, row], io, trial)
+        torch.testing.assert_close(probs, io["draft_probs"][trial, row], atol=1e-6, rtol=0)
+        tokens, proposal_probs = without_replacement(probs, io["draft_uniforms"][trial, row].tolist())
+        expected = io["sampled_conditional_probs"][trial, row]
+        possible = expected > 1e-6  # beyond the last possible token nothing is defined
         assert torch.equal(torch.tensor(tokens)[possible], io["sampled_tokens"][trial, row][possible])
-        torch.testing.assert_close(torch.tensor(chances)[possible].float(), wanted[possible], atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(
+            torch.tensor(proposal_probs)[possible].float(), expected[possible], atol=1e-5, rtol=1e-4
+        )
 
 
-def outcome(law, draft, tokens, rule, drawn: bool, independent: bool = False) -> torch.Tensor:
+def outcome(probs, draft, tokens, rule, drawn: bool, independent: bool = False) -> torch.Tensor:
     """Law [K] of the first token that is written when `tokens` are the root's children, by integrating out every number."""
-    tree, total = Tree((-1, *[0] * len(tokens))), torch.zeros_like(law)
-    chances = [1.0]
+    tree, total = Tree((-1, *[0] * len(tokens))), torch.zeros_like(probs)
+    proposal_probs = [1.0]
     left = draft.clone()
     for token in tokens:
-        chances.append(float(left[token] / left.sum()))
+        proposal_probs.append(float(left[token] / left.sum()))
         left[token] *= independent
-    drafted = Drafted({0: draft}, chances) if drawn else None
-    laws, reached = law.expand(len(tokens) + 1, -1), 1.0
+    drafted = Drafted({0: draft}, proposal_probs) if drawn else None
+    probs, reached = probs.expand(len(tokens) + 1, -1), 1.0
     for number, token in enumerate(tokens):
-        accepted = acceptance(laws, tree, tokens, rule, drafted, number)
+        accepted = acceptance(probs, tree, tokens, rule, drafted, number)
         total[token] += reached * accepted
         reached *= 1 - accepted
     if reached > 0:
-        _, following, _ = verify(laws, tree, [0, *tokens], rule, iter([torch.inf] * len(tokens)), drafted)
+        _, following, _ = verify(probs, tree, [0, *tokens], rule, iter([torch.inf] * len(tokens)), drafted)
         total += reached * following
     return total
 
 
-def acceptance(laws, tree, tokens, rule, drafted, number) -> float:
+def acceptance(probs, tree, tokens, rule, drafted, number) -> float:
     """Probability that candidate `number` is accepted after the earlier ones were not: by bisection on its number."""
     low, high = 0.0, 1.0
 
     def accepted(value: float) -> bool:
         kept, *_ = verify(
-            laws, tree, [0, *tokens], rule, iter([torch.inf] * number + [value] + [torch.inf] * 9), drafted
+            probs, tree, [0, *tokens], rule, iter([torch.inf] * number + [value] + [torch.inf] * 9), drafted
         )
         return kept == [0, number + 1]
 
@@ -141,17 +143,19 @@ def test_what_is_written_has_the_targets_law(sampling, exact):
         "lambda1": Relaxed(table, 3, lambda_=1.0),
     }[exact]
     for _ in range(3):
-        law, draft = (sampling.filter(row).double().softmax(-1) for row in 2 * torch.randn(2, 5, generator=generator))
+        probs, draft = (sampling.filter(row).double().softmax(-1) for row in 2 * torch.randn(2, 5, generator=generator))
         likeliest = draft.topk(2).indices.tolist()
-        torch.testing.assert_close(outcome(law, draft, likeliest, rule, drawn=False), law, atol=1e-9, rtol=0)
-        total, pairs = torch.zeros_like(law), 0.0
+        torch.testing.assert_close(outcome(probs, draft, likeliest, rule, drawn=False), probs, atol=1e-9, rtol=0)
+        total, pairs = torch.zeros_like(probs), 0.0
         for pair in product(range(5), repeat=2):  # every pair that can be drawn without replacement
             left = 1 - draft[pair[0]]
-            chance = float(draft[pair[0]] * draft[pair[1]] / left) if pair[0] != pair[1] and left > 1e-12 else 0.0
-            if chance:
-                total += chance * outcome(law, draft, list(pair), rule, drawn=True)
-                pairs += chance
-        torch.testing.assert_close(total, pairs * law, atol=1e-9, rtol=0)
+            proposal_prob = (
+                float(draft[pair[0]] * draft[pair[1]] / left) if pair[0] != pair[1] and left > 1e-12 else 0.0
+            )
+            if proposal_prob:
+                total += proposal_prob * outcome(probs, draft, list(pair), rule, drawn=True)
+                pairs += proposal_prob
+        torch.testing.assert_close(total, pairs * probs, atol=1e-9, rtol=0)
 
 
 def test_delta_bounds_one_relaxation():
@@ -159,11 +163,11 @@ def test_delta_bounds_one_relaxation():
     table = neighbours(torch.randn(8, 2, generator=generator), 7)
     for delta in (0.05, 0.2):
         rule = Relaxed(table, 6, delta=delta)
-        law, draft = torch.randn(2, 8, generator=generator).double().softmax(-1)
-        moved = outcome(law, draft, [int(draft.argmax())], rule, drawn=False)
+        probs, draft = torch.randn(2, 8, generator=generator).double().softmax(-1)
+        moved = outcome(probs, draft, [int(draft.argmax())], rule, drawn=False)
         assert moved.sum().item() == pytest.approx(1)
-        assert 0.5 * (moved - law).abs().sum() <= delta + 1e-9
-        assert moved[draft.argmax()] >= law[draft.argmax()]
+        assert 0.5 * (moved - probs).abs().sum() <= delta + 1e-9
+        assert moved[draft.argmax()] >= probs[draft.argmax()]
 
 
 def test_neighbours_are_the_nearest_codes():
@@ -189,18 +193,18 @@ def test_bounds_that_make_no_sense(given, match):
 
 
 def test_a_group_is_of_tokens_about_as_likely():
-    law = torch.tensor([0.30, 0.25, 0.2, 0.15, 0.1, 0.0])
-    raised = Grouped(side=1, near=0.06).relax(law, 2)
-    assert sorted(raised.lenders.tolist()) == [1, 3]
+    probs = torch.tensor([0.30, 0.25, 0.2, 0.15, 0.1, 0.0])
+    raised = Grouped(side=1, near=0.06).relax(probs, 2)
+    assert sorted(raised.neighbours.tolist()) == [1, 3]
     assert raised.likely == pytest.approx(0.6)
     assert (
-        Grouped(side=2, near=0.06).relax(law, 2).lenders.tolist() == raised.lenders.tolist()
+        Grouped(side=2, near=0.06).relax(probs, 2).neighbours.tolist() == raised.neighbours.tolist()
     )  # the others are too far
-    assert Grouped(side=0).relax(law, 2).likely == law[2]
+    assert Grouped(side=0).relax(probs, 2).likely == probs[2]
     draft = torch.tensor([0.1, 0.1, 0.5, 0.1, 0.1, 0.1])
     tree, drafted = Tree((-1, 0)), Drafted({0: draft}, [1.0, 0.5])
     for number, kept in ((0.85, [0, 1]), (0.86, [0])):  # 0.6 / (0.5 + 0.1 + 0.1)
-        found = verify(law.expand(2, -1), tree, [0, 2], Grouped(1, 0.06), iter([number]), drafted)
+        found = verify(probs.expand(2, -1), tree, [0, 2], Grouped(1, 0.06), iter([number]), drafted)
         assert found.kept == kept
         assert found.relaxed == set(kept[1:])
 
@@ -210,12 +214,12 @@ def test_a_group_is_of_tokens_about_as_likely():
 def test_independent_candidates_keep_the_law(sampling, count):
     generator = torch.Generator().manual_seed(count)
     for _ in range(2):
-        law, draft = (sampling.filter(row).double().softmax(-1) for row in 2 * torch.randn(2, 4, generator=generator))
-        total = torch.zeros_like(law)
+        probs, draft = (sampling.filter(row).double().softmax(-1) for row in 2 * torch.randn(2, 4, generator=generator))
+        total = torch.zeros_like(probs)
         for drawn in product(range(4), repeat=count):
-            chance = float(draft[list(drawn)].prod())
-            if chance:
-                total += chance * outcome(law, draft, list(drawn), KSeq(), drawn=True, independent=True)
-        torch.testing.assert_close(total, law, atol=1e-6, rtol=0)
+            proposal_prob = float(draft[list(drawn)].prod())
+            if proposal_prob:
+                total += proposal_prob * outcome(probs, draft, list(drawn), KSeq(), drawn=True, independent=True)
+        torch.testing.assert_close(total, probs, atol=1e-6, rtol=0)
     with pytest.raises(ValueError, match="drawn independently"):
-        verify(law.expand(2, -1), Tree((-1, 0)), [0, 1], KSeq(), iter([0.5]))
+        verify(probs.expand(2, -1), Tree((-1, 0)), [0, 1], KSeq(), iter([0.5]))

@@ -15,7 +15,7 @@ from argen.request import MAX_PROMPT, Request
 from argen.studio.queue import MOST_WAITING, Forbidden, QueueFull, Studio
 from argen.studio.store import CANCELLED, DONE, FAILED, MISSING, WAITING, Store
 
-PLAIN = Request("a pizza", sampler="plain", seed=3)
+SEQUENTIAL = Request("a pizza", sampler="sequential", seed=3)
 
 
 @pytest.fixture
@@ -33,7 +33,7 @@ def until(condition, seconds: float = 30.0) -> None:
 
 
 def test_a_job_becomes_pictures_that_make_themselves_again(studio, pipe):
-    id = studio.submit(replace(PLAIN, num_images=2))
+    id = studio.submit(replace(SEQUENTIAL, num_images=2))
     done = studio.result(id, timeout=60)
     assert (done.state, done.decided, done.cells, done.share) == (DONE, 64, 64, 1.0)
     assert [saved.request.seed for saved in done.pictures] == [3, 4]
@@ -47,8 +47,8 @@ def test_a_job_becomes_pictures_that_make_themselves_again(studio, pipe):
 
 
 def test_a_cancelled_job_keeps_its_tokens_and_goes_on(studio):
-    whole = studio.result(studio.submit(PLAIN)).pictures[0]
-    id = studio.submit(PLAIN)
+    whole = studio.result(studio.submit(SEQUENTIAL)).pictures[0]
+    id = studio.submit(SEQUENTIAL)
     for now in studio.watch(id, preview=True):
         if now.decided >= 20 and now.preview:
             studio.cancel(id)
@@ -59,7 +59,7 @@ def test_a_cancelled_job_keeps_its_tokens_and_goes_on(studio):
     studio.resume(id)
     done = studio.result(id, timeout=60)
     assert done.state == DONE
-    assert done.passes == 64 - now.decided
+    assert done.forward_passes == 64 - now.decided
     assert done.pictures[0].tokens == whole.tokens
     assert not studio.store.left(id).exists()
     with pytest.raises(ValueError, match="the job is done: only one that was cancelled"):
@@ -68,7 +68,7 @@ def test_a_cancelled_job_keeps_its_tokens_and_goes_on(studio):
 
 def test_the_line_is_moved_paused_and_cancelled(studio):
     studio.pause()
-    first, second, third = (studio.submit(replace(PLAIN, seed=seed)) for seed in range(3))
+    first, second, third = (studio.submit(replace(SEQUENTIAL, seed=seed)) for seed in range(3))
     assert [one.id for one in studio.line()] == [first, second, third]
     studio.move(third, -2)
     studio.cancel(second)
@@ -83,7 +83,7 @@ def test_the_line_is_moved_paused_and_cancelled(studio):
 
 
 def test_a_job_rests_at_a_token(studio):
-    id = studio.submit(PLAIN)
+    id = studio.submit(SEQUENTIAL)
     until(lambda: studio.progress(id).decided >= 5)
     studio.pause()
     until(lambda: studio.progress(id).stage == "paused")
@@ -95,16 +95,16 @@ def test_a_job_rests_at_a_token(studio):
 
 
 def test_again_takes_the_seeds_that_follow(studio):
-    id = studio.again(studio.submit(replace(PLAIN, num_images=2)))
+    id = studio.again(studio.submit(replace(SEQUENTIAL, num_images=2)))
     assert [saved.request.seed for saved in studio.result(id).pictures] == [5, 6]
 
 
 def test_a_killed_studio_finds_its_jobs_again(tmp_path, pipe):
     """One was in the middle, one waited; a third is finished."""
     first = Studio(tmp_path, lambda name: pipe)
-    done = first.submit(PLAIN)
+    done = first.submit(SEQUENTIAL)
     first.result(done)
-    running, waiting = first.submit(PLAIN), first.submit(replace(PLAIN, seed=8))
+    running, waiting = first.submit(SEQUENTIAL), first.submit(replace(SEQUENTIAL, seed=8))
     until(lambda: first.progress(running).decided > 3)
     first.store.update_job(running, state="running")  # as a kill leaves it
     first.close()
@@ -121,7 +121,7 @@ def test_a_killed_studio_finds_its_jobs_again(tmp_path, pipe):
 
 
 def test_a_job_killed_between_its_pictures_and_its_end_has_them_once(studio):
-    id = studio.submit(replace(PLAIN, num_images=2))
+    id = studio.submit(replace(SEQUENTIAL, num_images=2))
     before = studio.result(id).pictures
     with studio.changed:
         studio.store.update_job(id, state=WAITING)
@@ -141,7 +141,7 @@ def test_what_cannot_be_drawn_fails_alone(tmp_path, pipe):
 
     studio = Studio(tmp_path, models)
     try:
-        jobs = [studio.submit(replace(PLAIN, model=name)) for name in ("broken", "missing", "argen/emoji-parti")]
+        jobs = [studio.submit(replace(SEQUENTIAL, model=name)) for name in ("broken", "missing", "argen/emoji-parti")]
         told = [studio.result(id, timeout=60) for id in jobs]
         assert [one.state for one in told] == [FAILED, FAILED, DONE]
         assert [one.error for one in told] == ["RuntimeError: no memory", "it is not here", ""]
@@ -155,10 +155,10 @@ def test_everybody_has_a_line_of_their_own(studio, monkeypatch):
     monkeypatch.setattr("argen.studio.queue.MOST_WAITING", 2)
     assert MOST_WAITING == 1000
     studio.pause()
-    mine = [studio.submit(PLAIN, "a") for _ in range(2)]
+    mine = [studio.submit(SEQUENTIAL, "a") for _ in range(2)]
     with pytest.raises(QueueFull, match="2 jobs are waiting"):
-        studio.submit(PLAIN, "a")
-    studio.submit(PLAIN, "b")
+        studio.submit(SEQUENTIAL, "a")
+    studio.submit(SEQUENTIAL, "b")
     assert [one.id for one in studio.line("a")] == mine
     for act in (studio.cancel, studio.resume, studio.again, lambda id, owner: studio.move(id, 1, owner)):
         with pytest.raises(Forbidden):
@@ -169,7 +169,7 @@ def test_many_threads_lose_no_job(studio):
     studio.pause()
     ids: list[str] = []
     threads = [
-        threading.Thread(target=lambda: ids.extend(studio.submit(PLAIN, "a") for _ in range(20))) for _ in range(5)
+        threading.Thread(target=lambda: ids.extend(studio.submit(SEQUENTIAL, "a") for _ in range(20))) for _ in range(5)
     ]
     for thread in threads:
         thread.start()
@@ -186,7 +186,7 @@ def test_pictures_are_found_kept_and_deleted(tmp_path):
     asked = [Request(text) for text in ("a red apple", "a 100% red_robot", "a blue robot")]
     ids = []
     for number, request in enumerate(asked):
-        ids += store.add_pictures(f"job{number}", 0.0, "a", [(picture, request)], [((1, 2), (3, 4))], [None], [0.5])
+        ids += store.add_images(f"job{number}", 0.0, "a", [(picture, request)], [((1, 2), (3, 4))], [None], [0.5])
     found = lambda **how: [saved.request.prompt for saved in store.pictures(**how)]  # noqa: E731
     assert set(found(search="red")) == {"a red apple", "a 100% red_robot"}
     assert found(search="robot BLUE") == ["a blue robot"]
@@ -221,7 +221,7 @@ def test_pictures_are_found_kept_and_deleted(tmp_path):
 def test_files_can_be_without_settings(tmp_path, pipe):
     studio = Studio(tmp_path, lambda name: pipe, metadata=False)
     try:
-        saved = studio.result(studio.submit(PLAIN)).pictures[0]
+        saved = studio.result(studio.submit(SEQUENTIAL)).pictures[0]
         assert not Image.open(studio.store.file(saved.id)).info
         assert saved.request.prompt == "a pizza"
     finally:

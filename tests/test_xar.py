@@ -11,7 +11,7 @@ from conftest import published_keys, shapes
 from PIL import Image
 
 import argen
-from argen.models.xar import SIZES, XAR, Entities, XARSession, converted, thousandths
+from argen.models.xar import SIZES, XAR, Entities, XARSession, converted, timesteps_of
 from argen.pipelines.base import UNDECIDED
 from argen.pipelines.xar import XARPipeline
 from argen.request import Request
@@ -72,7 +72,7 @@ def test_sampling(case, precise):
         torch.testing.assert_close(model.entities.join(last.sequence), expected, atol=2e-3, rtol=2e-3)
         assert last.finished == last.decided == given.shape[1]
         entities = len(model.entities.lengths)
-        assert last.passes == steps * entities + entities - 1
+        assert last.forward_passes == steps * entities + entities - 1
 
 
 @pytest.mark.parametrize(("name", "size"), [("xAR-B", "B"), ("xAR-L", "L"), ("xAR-H", "H")])
@@ -153,7 +153,7 @@ def test_what_is_no_x_is_refused():
 
 
 def test_times_are_cut_in_float32():
-    assert thousandths(torch.tensor([0.04, 1.0, 0.0])).tolist() == [40, 1000, 0]
+    assert timesteps_of(torch.tensor([0.04, 1.0, 0.0])).tolist() == [40, 1000, 0]
 
 
 def test_later_entities_may_take_fewer_steps():
@@ -172,38 +172,38 @@ def pipe():
     return pipe
 
 
-def luck(*seeds):
+def generators(*seeds):
     return [torch.Generator().manual_seed(seed) for seed in seeds]
 
 
 def test_a_picture_depends_on_its_own_seed_alone(pipe):
     asked = {"guidance_scale": 2.0, "sampler": NextX(steps=3), "output_type": "latent"}
-    both = pipe(["class:1", "class:goldfish"], generator=luck(5, 6), **asked)
-    alone = pipe("class:goldfish", generator=luck(6), **asked)
+    both = pipe(["class:1", "class:goldfish"], generator=generators(5, 6), **asked)
+    alone = pipe("class:goldfish", generator=generators(6), **asked)
     assert both.tokens.shape == (2, 16, 4, 4)
     torch.testing.assert_close(both.tokens[1:], alone.tokens, atol=1e-4, rtol=1e-4)
-    assert both.passes == 3 * 4 + 3
-    picture = pipe("class:1", generator=luck(5), guidance_scale=2.0, sampler=NextX(steps=3)).images[0]
+    assert both.forward_passes == 3 * 4 + 3
+    picture = pipe("class:1", generator=generators(5), guidance_scale=2.0, sampler=NextX(steps=3)).images[0]
     assert picture.size == (64, 64)
 
 
 def test_what_is_given_stays_and_the_rest_is_written(pipe):
     asked = {"sampler": NextX("euler", 4), "output_type": "latent"}
-    whole = pipe("class:1", generator=luck(3), **asked).tokens
+    whole = pipe("class:1", generator=generators(3), **asked).tokens
 
     def stop(pipe, index, decided, state):
         pipe._interrupt = decided >= 8
 
-    part = pipe("class:1", generator=luck(3), callback_on_step_end=stop, **asked).tokens
+    part = pipe("class:1", generator=generators(3), callback_on_step_end=stop, **asked).tokens
     assert torch.equal(part[..., :2, :], whole[..., :2, :])
     assert part[..., 2:, :].isnan().all()
-    rest = pipe("class:1", generator=luck(4), tokens=part, **asked)
+    rest = pipe("class:1", generator=generators(4), tokens=part, **asked)
     assert torch.equal(rest.tokens[..., :2, :], whole[..., :2, :])
     assert rest.tokens.isfinite().all()
-    assert rest.passes == 4 * 2 + 3
+    assert rest.forward_passes == 4 * 2 + 3
     hole = whole.clone()
     hole[..., 0, 0] = torch.nan
-    mended = pipe("class:1", generator=luck(9), tokens=hole, **asked)
+    mended = pipe("class:1", generator=generators(9), tokens=hole, **asked)
     assert torch.equal(mended.tokens.isclose(whole).all(dim=1), hole.isfinite().all(dim=1))
     shown = pipe.pictures(part, "pt")
     torch.testing.assert_close(shown[:, :, 32:].unique(), torch.tensor([UNDECIDED]))
@@ -212,14 +212,14 @@ def test_what_is_given_stays_and_the_rest_is_written(pipe):
 
 def test_a_request_is_carried_out_and_says_its_steps(pipe):
     request = Request("class:3", "a model", num_images=2, seed=4, sampler="heun", steps=(3, 2))
-    jobs = [(job.progress, job.passes) for job in pipe.run(request)]
+    jobs = [(job.progress, job.forward_passes) for job in pipe.run(request)]
     assert jobs[-1][0] == 1
     assert [progress for progress, _ in jobs] == sorted(progress for progress, _ in jobs)
     *_, job = pipe.run(Request.from_dict(json.loads(json.dumps(request.to_dict()))))
     assert job.request.steps == (3, 2)
     assert job.request.top_k == 0
     assert len(job.pictures) == 2
-    again = pipe("class:3", generator=luck(5), sampler=NextX("heun", (3, 2))).images[0]
+    again = pipe("class:3", generator=generators(5), sampler=NextX("heun", (3, 2))).images[0]
     assert again.tobytes() == job.pictures[1].tobytes()
 
 
@@ -234,8 +234,8 @@ def test_what_does_not_fit_a_flow_is_refused(pipe):
         pipe("class:1", control_image=Image.new("RGB", (64, 64)))
     with pytest.raises(ValueError, match=r"latents are \[1, 16, 3, 4\]: expected \[1, 16, 4, 4\]"):
         pipe("class:1", tokens=torch.zeros(1, 16, 3, 4))
-    with pytest.raises(ValueError, match="steps are those of a flow, but the sampler is plain"):
-        Request("x", sampler="plain", steps=5)
+    with pytest.raises(ValueError, match="steps are those of a flow, but the sampler is sequential"):
+        Request("x", sampler="sequential", steps=5)
     with pytest.raises(ValueError, match="steps is 0: expected 1 to 1,000"):
         Request("x", steps=0)
     with pytest.raises(ValueError, match="this model writes tokens, and the sampler sde and its steps"):
@@ -247,7 +247,7 @@ def test_a_saved_pipeline_comes_back(pipe, tmp_path):
     again = argen.load(tmp_path)
     again.set_progress_bar_config(disable=True)
     asked = {"sampler": NextX(steps=2), "output_type": "latent"}
-    made = [one("class:1", generator=luck(1), **asked).tokens for one in (pipe, again)]
+    made = [one("class:1", generator=generators(1), **asked).tokens for one in (pipe, again)]
     assert torch.equal(*made)
 
 
@@ -265,6 +265,6 @@ def test_released_files_load_by_name(tmp_path, monkeypatch, golden):
     for pipe in pipes:
         pipe.set_progress_bar_config(disable=True)
         assert pipe.defaults.steps == 40
-    made = [pipe("class:207", generator=luck(1), sampler=NextX(steps=2)).images[0] for pipe in pipes]
+    made = [pipe("class:207", generator=generators(1), sampler=NextX(steps=2)).images[0] for pipe in pipes]
     assert made[0].size == (256, 256)
     assert made[0].tobytes() == made[1].tobytes()

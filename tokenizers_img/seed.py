@@ -474,9 +474,9 @@ class SeedTokenizer(nn.Module):
             self.decoder = self.decoder()
         self.decoder.set_progress_bar_config(disable=True)
         pipe, size = self.decoder.to(self.device), self.decoder.unet.config.sample_size
-        luck = torch.Generator().manual_seed(self.seed) if generator is None else generator
+        generator = torch.Generator().manual_seed(self.seed) if generator is None else generator
         shape = 1, pipe.unet.config.in_channels, size, size
-        noise = randn_tensor(shape, luck, pipe.device, pipe.unet.dtype).expand(len(ids), -1, -1, -1)
+        noise = randn_tensor(shape, generator, pipe.device, pipe.unet.dtype).expand(len(ids), -1, -1, -1)
         pipe.away = None if away is None else self.network.decode(away)
         made = pipe(
             image_embeds=wanted.to(pipe.unet.dtype),
@@ -484,7 +484,7 @@ class SeedTokenizer(nn.Module):
             latents=noise.clone() * pipe.scheduler.init_noise_sigma,
             num_inference_steps=self.steps,
             guidance_scale=self.guidance_scale,
-            generator=luck,
+            generator=generator,
             output_type="pt",
         )
         return made.images

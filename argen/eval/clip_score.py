@@ -8,7 +8,7 @@ from PIL import Image
 from torch import Tensor
 
 from argen.eval.features import PublishedCLIP
-from argen.eval.images import Pictures
+from argen.eval.images import ImageSet
 from argen.models.clip import TextImageEncoder
 
 
@@ -22,7 +22,7 @@ def clip_scores(text: Tensor, pictures: Tensor) -> dict[str, float]:
 
 @torch.no_grad()
 def evaluate(
-    judge: PublishedCLIP | TextImageEncoder, name: str, samples: Pictures, prompts: Sequence[str], prefix: str = ""
+    judge: PublishedCLIP | TextImageEncoder, name: str, samples: ImageSet, prompts: Sequence[str], prefix: str = ""
 ) -> dict[str, dict]:
     """Scores of pictures, picture i being of prompt ``i % len(prompts)``; `prefix` comes before every prompt."""
     text, seen = [], []
@@ -30,7 +30,7 @@ def evaluate(
         rows = range(first, min(first + 64, len(samples)))
         texts = [prompts[index % len(prompts)] for index in rows]
         images = [Image.fromarray(samples[index]) for index in rows]
-        by_text, by_picture = (
+        by_text, by_image = (
             judge.embed([prefix + t for t in texts], images)
             if isinstance(judge, TextImageEncoder)
             else (
@@ -39,6 +39,6 @@ def evaluate(
             )
         )
         text.append(by_text.cpu())
-        seen.append(by_picture.cpu())
+        seen.append(by_image.cpu())
     found = clip_scores(torch.cat(text), torch.cat(seen))
     return {f"CLIP score ({name}), {scale}": {"value": value, "n": len(samples)} for scale, value in found.items()}

@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from argen.data.scenes import INK, segments
-from argen.eval.images import Picture, Pictures, Table
+from argen.eval.images import ImageArray, ImageSet, Table
 from argen.models.annotators import canny
 
 TOLERANCE = 2  # pixels of 128 x 128
@@ -35,7 +35,7 @@ def _share(edges: Tensor, near: Tensor) -> float:
     return ((edges * near).sum() / edges.sum().clamp(min=1)).item()
 
 
-def segment_iou(made: Picture, asked: Picture, boxes: Sequence[Box]) -> float:
+def segment_iou(made: ImageArray, asked: ImageArray, boxes: Sequence[Box]) -> float:
     """Mean over the objects of IoU of their ink; ink of the result belongs to the object whose box is nearest."""
     ink = (made < INK).any(-1)
     rows, columns = np.mgrid[: ink.shape[0], : ink.shape[1]]
@@ -66,7 +66,7 @@ class Scenes(Sequence):
     def __len__(self) -> int:
         return len(self.table)
 
-    def __getitem__(self, index: int) -> Picture:
+    def __getitem__(self, index: int) -> ImageArray:
         return self.table[index]
 
     def control(self, index: int, kind: str) -> Image.Image:
@@ -75,7 +75,7 @@ class Scenes(Sequence):
         return Image.fromarray(segments(picture, self.boxes[index]) if kind == "seg" else picture)
 
 
-def evaluate(scenes: Scenes, kind: str, followed: Pictures, free: Pictures) -> dict[str, dict]:
+def evaluate(scenes: Scenes, kind: str, followed: ImageSet, free: ImageSet) -> dict[str, dict]:
     """Scores of the pictures drawn with the control of `kind`, and of those drawn for the same prompts without."""
     sums: dict[str, list[float]] = {}
     for index in range(len(followed)):

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
 from argen.eval import inception
-from argen.eval.images import RESIZES, Picture, prepared
+from argen.eval.images import RESIZES, ImageArray, prepared
 from argen.models.clip import TextImageEncoder
 from tokenizers_img.hub import model_folder
 from tokenizers_img.pixels import from_pil
@@ -34,7 +34,7 @@ class Extractor:
     protocol: str
     weights: str
     arrays: tuple[str, ...]
-    prepare: Callable[[Picture], Tensor]
+    prepare: Callable[[ImageArray], Tensor]
     look: Callable[[Tensor], dict[str, Tensor]]
 
     def called(self, metric: str) -> str:
@@ -68,7 +68,7 @@ def encoder_features(name: str, encoder: TextImageEncoder) -> Extractor:
     def look(batch: Tensor) -> dict[str, Tensor]:
         return {"features": encoder.embed_pixels(batch, normalise=False)}
 
-    def prepare(picture: Picture) -> Tensor:
+    def prepare(picture: ImageArray) -> Tensor:
         return from_pil(Image.fromarray(picture), vision.image_size)
 
     return Extractor(name, f"lanczos-{vision.image_size}", weights_digest(encoder.clip), ("features",), prepare, look)
@@ -106,7 +106,7 @@ class PublishedCLIP:
                 "folder that holds it, or use emoji, which ships"
             ) from error
 
-    def prepare(self, picture: Picture) -> Tensor:
+    def prepare(self, picture: ImageArray) -> Tensor:
         """[H, W, 3] uint8 -> [3, h, w]."""
         return self.processor(Image.fromarray(picture), return_tensors="pt").pixel_values[0]
 

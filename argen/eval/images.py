@@ -20,10 +20,10 @@ from tokenizers_img.pixels import opaque
 
 logger = logging.getLogger(__name__)
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".ppm", ".tif", ".tiff", ".gif"}
-Picture = np.ndarray  # [H, W, 3] uint8
+ImageArray = np.ndarray  # [H, W, 3] uint8
 
 
-class Pictures(Sequence):
+class ImageSet(Sequence):
     """A set of pictures that is read as it is asked for.
 
     Attributes:
@@ -37,10 +37,10 @@ class Pictures(Sequence):
     transparent: Collection[str] = ()
 
     @abstractmethod
-    def __getitem__(self, index: int) -> Picture: ...
+    def __getitem__(self, index: int) -> ImageArray: ...
 
 
-class FileList(Pictures):
+class FileList(ImageSet):
     """Images in files under a folder and the folders that are linked there, or in a zip, in natural order ("2.png" before "10.png").
 
     What macOS leaves beside images (``._*``, ``__MACOSX``) is skipped.
@@ -65,7 +65,7 @@ class FileList(Pictures):
     def __len__(self) -> int:
         return len(self.names)
 
-    def __getitem__(self, index: int) -> Picture:
+    def __getitem__(self, index: int) -> ImageArray:
         name = self.names[index]
         data = self.zip.read(name) if self.zip else (self.path / name).read_bytes()
         image = decode_image(data, f"{self.path / name}")
@@ -95,7 +95,7 @@ def _natural(name: str) -> list[str | int]:
     return [int(part) if index % 2 else part for index, part in enumerate(re.split(r"(\d+)", name))]
 
 
-class Batch(Pictures):
+class Batch(ImageSet):
     """``arr_0`` of an npz file as guided-diffusion writes it, [N, H, W, 3] uint8, mapped and never loaded whole."""
 
     def __init__(self, path: Path):
@@ -110,11 +110,11 @@ class Batch(Pictures):
     def __len__(self) -> int:
         return len(self.array)
 
-    def __getitem__(self, index: int) -> Picture:
+    def __getitem__(self, index: int) -> ImageArray:
         return np.asarray(self.array[index])
 
 
-class Table(Pictures):
+class Table(ImageSet):
     """The ``image`` column of a parquet file, as `argen data` writes them."""
 
     def __init__(self, path: Path):
@@ -131,11 +131,11 @@ class Table(Pictures):
     def __len__(self) -> int:
         return len(self.table)
 
-    def __getitem__(self, index: int) -> Picture:
+    def __getitem__(self, index: int) -> ImageArray:
         return np.asarray(opaque(self.table[index]["image"]))
 
 
-def open_pictures(path: str | Path) -> Pictures:
+def open_images(path: str | Path) -> ImageSet:
     """The pictures at `path`: a folder (with its subfolders), a ``.zip``, an ``.npz`` batch or a ``.parquet`` table.
 
     Raises:
@@ -202,7 +202,7 @@ def crop_square(picture: Image.Image, size: int) -> Image.Image:
 CROPS: dict[str, Callable[[Image.Image, int], Image.Image]] = {"adm": crop_adm, "square": crop_square}
 
 
-def cropped(picture: Picture, crop: str | None) -> Picture:
+def cropped(picture: ImageArray, crop: str | None) -> ImageArray:
     """Args:
     crop: None, or a name of `CROPS` and a size, as in "adm-256".
 
@@ -254,7 +254,7 @@ RESIZES = {  # protocol -> how a picture [3, H, W] of 0 to 255 is brought to siz
 }
 
 
-def prepared(picture: Picture, protocol: str, size: int) -> Tensor:
+def prepared(picture: ImageArray, protocol: str, size: int) -> Tensor:
     """[H, W, 3] uint8 -> what the tool named by `protocol` gives to the network, [3, size, size] in about [-1, 1]."""
     channels = torch.tensor(picture).permute(2, 0, 1)
     if protocol == "pytorch-fid":

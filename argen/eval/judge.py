@@ -17,7 +17,7 @@ from torch import Tensor
 
 from argen.data import scenes
 from argen.data.emoji import STYLES, with_article
-from argen.eval.images import Picture, Pictures
+from argen.eval.images import ImageArray, ImageSet
 from argen.models.judge import SIZE, Judge
 from tokenizers_img.pixels import from_pil
 
@@ -56,18 +56,18 @@ def around(found: Sequence[tuple[int, int, int, int]]) -> tuple[int, int, int, i
     return min(left), min(top), max(right), max(bottom)
 
 
-def crop(picture: Picture, box: tuple[int, int, int, int]) -> Tensor:
+def crop(picture: ImageArray, box: tuple[int, int, int, int]) -> Tensor:
     """The object in a box -> [3, 64, 64] in [0, 1], padded to a square."""
     return from_pil(Image.fromarray(picture).crop(box), SIZE)
 
 
-def subject(picture: Picture) -> Tensor:
+def subject(picture: ImageArray) -> Tensor:
     """All that a picture shows -> [3, 64, 64] in [0, 1]: an icon may have several parts."""
     found = scenes.boxes(picture)[:AT_MOST]
     return crop(picture, around(found) if found else (0, 0, picture.shape[1], picture.shape[0]))
 
 
-def verdict(judge: Judge, picture: Picture, truth: Truth) -> dict[str, float]:
+def verdict(judge: Judge, picture: ImageArray, truth: Truth) -> dict[str, float]:
     """What is right about a picture: {question: 0 to 1}, the questions being those of the truth's kind.
 
     "identity" is the share of the objects that are what they should be: among the judge's `AMONG` likeliest names; "name" is
@@ -118,7 +118,7 @@ def _holds(relation: str, first: tuple, second: tuple) -> bool:
     }[relation]
 
 
-def evaluate(judge: Judge, pictures: Pictures, truths: Sequence[Truth]) -> dict[str, dict]:
+def evaluate(judge: Judge, pictures: ImageSet, truths: Sequence[Truth]) -> dict[str, dict]:
     """Shares of right answers over pictures, picture i being of prompt ``i % len(truths)``: {"kind: question": ...}."""
     sums: dict[str, list[float]] = {}
     for index in range(len(pictures)):
@@ -132,7 +132,7 @@ def evaluate(judge: Judge, pictures: Pictures, truths: Sequence[Truth]) -> dict[
     }
 
 
-def recognised(judge: Judge, made: Pictures, real: Pictures, icons) -> dict[str, dict]:
+def recognised(judge: Judge, made: ImageSet, real: ImageSet, icons) -> dict[str, dict]:
     """Shares of pictures of icons whose group the judge tells and, where it knows the name, whose name is among its `AMONG`
     likeliest; beside each that of the real pictures.
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from argen.eval.images import Pictures
+from argen.eval.images import ImageSet
 
 EXPOSED = (
     "FEMALE_BREAST_EXPOSED",
@@ -33,7 +33,7 @@ def counted(detections: Sequence[Sequence[dict]], threshold: float = THRESHOLD) 
     return {name: {"value": value, "n": n} for name, value in shares.items()}
 
 
-def detected(pictures: Pictures) -> list[list[dict]]:
+def detected(pictures: ImageSet) -> list[list[dict]]:
     """What NudeNet finds in each picture.
 
     Raises:

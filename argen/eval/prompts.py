@@ -14,7 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from argen.data.tables import read_split
-from argen.metadata import save_pictures
+from argen.metadata import save_images
 from argen.models.clip import TextImageEncoder
 from argen.request import Job, Request
 
@@ -94,7 +94,7 @@ def evaluate(pipe: Generator, data: Path, num_candidates: int, seed: int, grid: 
         if job.requests[0].seed == request.seed:
             first.append(job.pictures[0])
         else:
-            *_, job = pipe.run(request.of_picture(0))
+            *_, job = pipe.run(request.for_image(0))
             first.append(job.pictures[0])
     scores: dict[str, float] = {}
     half = len(held_out)
@@ -106,7 +106,7 @@ def evaluate(pipe: Generator, data: Path, num_candidates: int, seed: int, grid: 
         scores |= summary(f"common prompts, {name}", found[half:])
     if grid:
         chosen = [*range(0, half, max(1, half // 16))][:16] + [half + i for i in range(0, len(COMMON), 3)][:16]
-        save_pictures([(sheet([(prompts[i], best[i]) for i in chosen]), None)], [grid])
+        save_images([(sheet([(prompts[i], best[i]) for i in chosen]), None)], [grid])
     return scores
 
 

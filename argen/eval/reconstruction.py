@@ -8,7 +8,7 @@ from diffusers.utils import numpy_to_pil
 from PIL import Image
 from torch import Tensor
 
-from argen.eval.images import Picture, Pictures, cropped, digest
+from argen.eval.images import ImageArray, ImageSet, cropped, digest
 from argen.eval.metrics import psnr, ssim
 from tokenizers_img.flextok import FlexTokenizer
 from tokenizers_img.kl_vae import KLVAE
@@ -100,22 +100,22 @@ def _checked(tokenizer: Tokenizer, tokens: Tensor) -> Tensor:
     return tokens.to(tokenizer.dtype)
 
 
-class Fitted(Pictures):
+class Fitted(ImageSet):
     """Pictures cropped, then padded to a tokenizer's square: what goes in, and what its output is compared with."""
 
-    def __init__(self, pictures: Pictures, size: int, crop: str | None):
+    def __init__(self, pictures: ImageSet, size: int, crop: str | None):
         self.pictures, self.size, self.crop = pictures, size, crop
         self.identity = digest([pictures.identity, size, crop])
 
     def __len__(self) -> int:
         return len(self.pictures)
 
-    def __getitem__(self, index: int) -> Picture:
+    def __getitem__(self, index: int) -> ImageArray:
         pixels = from_pil(Image.fromarray(cropped(self.pictures[index], self.crop)), self.size)
         return (pixels * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
 
 
-def reconstructor(tokenizer: Tokenizer, pictures: Pictures, count: int | None) -> Callable[[range], list[Image.Image]]:
+def reconstructor(tokenizer: Tokenizer, pictures: ImageSet, count: int | None) -> Callable[[range], list[Image.Image]]:
     """Numbers of pictures -> what the tokenizer makes of them, or of their first `count` tokens."""
 
     def make(rows: range) -> list[Image.Image]:
@@ -126,7 +126,7 @@ def reconstructor(tokenizer: Tokenizer, pictures: Pictures, count: int | None) -
     return make
 
 
-def compare(tokenizer: Tokenizer, made: Pictures, real: Pictures) -> dict[str, dict]:
+def compare(tokenizer: Tokenizer, made: ImageSet, real: ImageSet) -> dict[str, dict]:
     """PSNR and SSIM of the 8-bit pictures and, of a tokenizer with codes, the share of them that the real ones use."""
     sums, used = {"PSNR (dB)": 0.0, "SSIM": 0.0}, set()
     for first in range(0, len(real), 64):

@@ -12,12 +12,12 @@ from argen.data.emoji import with_article
 from argen.data.tables import read_split
 from tokenizers_img.seed import SeedTokenizer
 
-PICTURES, AMONG = 600, 100
+IMAGES, AMONG = 600, 100
 
 
 def held_out_sample(count: int) -> list[int]:
     """Places of up to `PICTURES` of `count` pictures, in a fixed random order."""
-    return torch.randperm(count, generator=torch.Generator().manual_seed(0))[:PICTURES].tolist()
+    return torch.randperm(count, generator=torch.Generator().manual_seed(0))[:IMAGES].tolist()
 
 
 def recall(similarity: Tensor) -> dict[str, float]:
@@ -57,7 +57,7 @@ def of_tokens(
     text, pictures = embed(list(rows["caption"]), list(rows["image"]))
     parts = [torch.stack([tokenizer.prepare(picture) for picture in part]) for part in _parts(list(rows["image"]), 64)]
     ids = torch.cat([tokenizer.encode(part.to(tokenizer.device)) for part in parts])
-    codes, luck, scores = tokenizer.network.quantize.embedding(ids), torch.Generator().manual_seed(0), {}
+    codes, generator, scores = tokenizer.network.quantize.embedding(ids), torch.Generator().manual_seed(0), {}
     most = ids.shape[1]
 
     def found(codes: Tensor, kept: Tensor, asked: Tensor = text) -> float:
@@ -68,7 +68,7 @@ def of_tokens(
         scores[f"first {count} tokens: recall@1 of {AMONG}"] = found(
             codes, torch.arange(most).expand(len(ids), -1) < count
         )
-        anywhere = torch.rand(len(ids), most, generator=luck).argsort(dim=1) < count
+        anywhere = torch.rand(len(ids), most, generator=generator).argsort(dim=1) < count
         scores[f"{count} tokens at random places: recall@1 of {AMONG}"] = found(codes, anywhere)
     whole = torch.ones(len(ids), most)
     scores[f"{most} tokens of another picture: recall@1 of {AMONG}"] = found(codes.roll(1, dims=0), whole)

@@ -27,7 +27,7 @@ from tqdm import tqdm
 from argen import __version__
 from argen.eval import metrics
 from argen.eval.features import Extractor
-from argen.eval.images import Picture, Pictures, cropped, digest, open_pictures
+from argen.eval.images import ImageArray, ImageSet, cropped, digest, open_images
 from argen.metadata import replacing
 
 logger = logging.getLogger(__name__)
@@ -53,11 +53,11 @@ class Statistics:
     moments: dict[str, tuple[Tensor, Tensor]]
     n: int | None = None
     settings: dict[str, str | None] = field(default_factory=dict)
-    pictures: Pictures | None = None
+    pictures: ImageSet | None = None
     captions: list[str] | None = None
 
 
-def luck(seed: int, index: int) -> torch.Generator:
+def generator_of(seed: int, index: int) -> torch.Generator:
     """What picture `index` of a run is drawn with, in whatever batch and process."""
     return torch.Generator().manual_seed((seed << 32) + index)
 
@@ -68,7 +68,7 @@ def processes() -> PartialState:
 
 
 def features(
-    pictures: Pictures,
+    pictures: ImageSet,
     extractor: Extractor,
     arrays: Sequence[str],
     folder: Path,
@@ -117,7 +117,7 @@ def features(
 
 
 @torch.no_grad()
-def _look(pictures: Pictures, rows: range, extractor: Extractor, crop: str | None, batch: int) -> dict[str, Tensor]:
+def _look(pictures: ImageSet, rows: range, extractor: Extractor, crop: str | None, batch: int) -> dict[str, Tensor]:
     def read(index: int) -> Tensor:
         return extractor.prepare(cropped(pictures[index], crop))
 
@@ -171,7 +171,7 @@ def settings_of(extractor: Extractor, crop: str | None) -> dict[str, str | None]
     return {"features": extractor.name, "protocol": extractor.protocol, "crop": crop, "weights": extractor.weights}
 
 
-def cached(cache: Path, pictures: Pictures, extractor: Extractor, crop: str | None) -> Path:
+def cached(cache: Path, pictures: ImageSet, extractor: Extractor, crop: str | None) -> Path:
     """Where the features of a reference set are kept from one run to the next."""
     return cache / digest([READING, pictures.identity, len(pictures), settings_of(extractor, crop), CHUNK])
 
@@ -183,7 +183,7 @@ def writable_npz(path: Path) -> None:
 
 
 def save_statistics(
-    path: Path, pictures: Pictures, extractor: Extractor, crop: str | None, cache: Path, batch_size: int = 32
+    path: Path, pictures: ImageSet, extractor: Extractor, crop: str | None, cache: Path, batch_size: int = 32
 ) -> int:
     """Write ``mu``, ``sigma`` (and ``mu_s``, ``sigma_s``) as pytorch-fid reads them (and guided-diffusion's `read_statistics`,
     but not its main program, which wants ``arr_0``, the images), ``meta``, and the captions
@@ -209,19 +209,19 @@ def save_statistics(
     return len(pictures)
 
 
-def read_reference(path: Path, extractor: Extractor, crop: str | None, force: bool = False) -> Pictures | Statistics:
+def read_reference(path: Path, extractor: Extractor, crop: str | None, force: bool = False) -> ImageSet | Statistics:
     """A set of pictures, or statistics: ours, pytorch-fid's, or a guided-diffusion reference batch.
 
     Raises:
         ValueError: statistics of another resize, crop or network (unless `force`), or of another shape.
     """
     if path.suffix != ".npz" or not path.is_file():
-        return open_pictures(path)
+        return open_images(path)
     try:
         with np.load(path) as file:
             names = set(file.files)
             if "mu" not in names or "sigma" not in names:
-                return open_pictures(path)
+                return open_images(path)
             read = {
                 name: torch.from_numpy(np.asarray(file[name], dtype=np.float64))
                 for name in names
@@ -248,7 +248,7 @@ def read_reference(path: Path, extractor: Extractor, crop: str | None, force: bo
             f"the statistics in {path} were made with {', '.join(different)}: make them again with `argen eval stats`, "
             "or compare all the same with --force"
         )
-    return Statistics(found, n, meta, open_pictures(path) if "arr_0" in names else None, captions)
+    return Statistics(found, n, meta, open_images(path) if "arr_0" in names else None, captions)
 
 
 def enough(n: int, name: str) -> None:
@@ -257,7 +257,7 @@ def enough(n: int, name: str) -> None:
         raise ValueError(f"{name} has {n} picture{'s' if n != 1 else ''}: expected at least 2")
 
 
-def check(wanted: Sequence[str], extractor: Extractor, reference: Pictures | Statistics) -> None:
+def check(wanted: Sequence[str], extractor: Extractor, reference: ImageSet | Statistics) -> None:
     """Raises ValueError: a metric is unknown, or cannot be had from these features and this reference."""
     unknown = [name for name in wanted if name not in METRICS]
     if unknown:
@@ -277,8 +277,8 @@ def check(wanted: Sequence[str], extractor: Extractor, reference: Pictures | Sta
 
 
 def compare(
-    samples: Pictures,
-    reference: Pictures | Statistics,
+    samples: ImageSet,
+    reference: ImageSet | Statistics,
     extractor: Extractor,
     wanted: Sequence[str],
     folder: Path,
@@ -345,7 +345,7 @@ def _measure(wanted, fake, real, reference, extractor) -> dict[str, dict]:
     return out
 
 
-def draw(sample: Callable[[range], list[Image.Image]], n: int, folder: Path, batch_size: int = 32) -> Pictures:
+def draw(sample: Callable[[range], list[Image.Image]], n: int, folder: Path, batch_size: int = 32) -> ImageSet:
     """Pictures 0 to n - 1 as PNG files in `folder`; those that are there already are kept.
 
     Args:
@@ -364,13 +364,13 @@ def draw(sample: Callable[[range], list[Image.Image]], n: int, folder: Path, bat
         bar.update(len(rows))
     bar.close()
     state.wait_for_everyone()
-    found = open_pictures(folder)
+    found = open_images(folder)
     if len(found) != n:
         raise ValueError(f"{folder} holds {len(found)} pictures, expected {n}: choose another --out")
     return found
 
 
-def claim(folder: Path, settings: dict) -> None:
+def lock_run_dir(folder: Path, settings: dict) -> None:
     """Mark `folder` as the place of a run with `settings`.
 
     Raises:
@@ -393,7 +393,7 @@ def claim(folder: Path, settings: dict) -> None:
     state.wait_for_everyone()
 
 
-def report(folder: Path, settings: dict, scores: dict[str, dict], seconds: dict[str, float], shown: Pictures) -> str:
+def report(folder: Path, settings: dict, scores: dict[str, dict], seconds: dict[str, float], shown: ImageSet) -> str:
     """Write ``report.json`` and ``grid.png`` (the first 64 pictures) into `folder`; the table to print."""
     if not processes().is_main_process:
         return ""
@@ -417,7 +417,7 @@ def report(folder: Path, settings: dict, scores: dict[str, dict], seconds: dict[
     return "\n".join([*lines, f"{folder / 'report.json'}"])
 
 
-def grid(pictures: list[Picture], columns: int = 8, side: int = 128) -> Image.Image:
+def grid(pictures: list[ImageArray], columns: int = 8, side: int = 128) -> Image.Image:
     """Small pictures in rows."""
     rows = -(-len(pictures) // columns)
     page = Image.new("RGB", (columns * side, rows * side), "white")

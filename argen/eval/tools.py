@@ -10,7 +10,7 @@ from torch import Tensor
 
 from argen.data.emoji import STYLES, with_article
 from argen.eval.features import PublishedCLIP
-from argen.eval.images import Pictures
+from argen.eval.images import ImageSet
 from argen.eval.judge import COMMON_PROMPTS, Truth, evaluate, read_prompts, verdict
 from argen.models.judge import Judge
 from argen.words import known_name, parse_count
@@ -126,7 +126,7 @@ def verified(
     return told
 
 
-def before_and_after(judge: Judge, truths: Sequence[Truth], **drawn: Pictures) -> dict[str, dict]:
+def before_and_after(judge: Judge, truths: Sequence[Truth], **drawn: ImageSet) -> dict[str, dict]:
     """What the judge says of each set of pictures, and what changed from the first to each of the others, in points."""
     told = {name: evaluate(judge, pictures, truths) for name, pictures in drawn.items()}
     first, scores = next(iter(told)), {}

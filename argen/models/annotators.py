@@ -141,7 +141,7 @@ def _thinned(dx: np.ndarray, dy: np.ndarray, norm: np.ndarray) -> np.ndarray:
     )
 
 
-def depth_picture(depth: Tensor, recipe: str = "dpt") -> Tensor:
+def depth_image(depth: Tensor, recipe: str = "dpt") -> Tensor:
     """Raw depth [1, H, W] -> 0 to 255: "dpt" divides by the largest, "midas" takes the smallest off and cuts to integers."""
     if recipe == "dpt":
         return depth * 255 / depth.max()
@@ -164,7 +164,7 @@ def _depth(picture: Tensor, recipe: str) -> Tensor:
     network = _pretrained(DPTForDepthEstimation, DEPTH[recipe])
     depth = network(pixel_values=picture[None].float() / 127.5 - 1).predicted_depth
     depth = F.interpolate(depth[:, None], picture.shape[1:], mode="bicubic", align_corners=False)[:, 0]
-    return depth_picture(depth, recipe)
+    return depth_image(depth, recipe)
 
 
 def _segments(picture: Tensor) -> Tensor:
@@ -176,9 +176,9 @@ def _segments(picture: Tensor) -> Tensor:
     pixels = F.interpolate(pixels, size, mode="bilinear", align_corners=False, antialias=True)
     mean, std = (torch.tensor(part)[:, None, None] for part in IMAGENET)
     out = network(pixel_values=(pixels / 255 - mean) / std)
-    law = out.class_queries_logits.softmax(dim=-1)[..., :-1]  # the last class is "nothing"
+    probs = out.class_queries_logits.softmax(dim=-1)[..., :-1]  # the last class is "nothing"
     masks = F.interpolate(out.masks_queries_logits, picture.shape[1:], mode="bilinear", align_corners=False).sigmoid()
-    found = torch.einsum("bqc,bqhw->bchw", law, masks)[0].argmax(dim=0)
+    found = torch.einsum("bqc,bqhw->bchw", probs, masks)[0].argmax(dim=0)
     return segment_colours(network.config.id2label)[found].permute(2, 0, 1)
 
 
@@ -262,7 +262,7 @@ def as_control(picture: Tensor) -> Tensor:
     return 2 * (picture.float().expand(3, -1, -1) / 255 - 0.5)
 
 
-def as_picture(control: Tensor) -> Image.Image:
+def as_image(control: Tensor) -> Image.Image:
     """[1 or 3, H, W] of 0 to 255 -> RGB, to look at."""
     array = control.expand(3, -1, -1).round().clamp(0, 255).to(torch.uint8)
     return Image.fromarray(array.permute(1, 2, 0).numpy())

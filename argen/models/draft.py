@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from argen.models.layers import Linear, causal_mask, grid_places, rotary_table, rotate, split_heads
 from argen.models.llamagen import LlamaGenSession
 from argen.models.session import KeyValueCache
-from samplers.trees import of_pictures
+from samplers.trees import of_images
 from tokenizers_img.checkpoint import load_strict, read_state_dict
 
 
@@ -152,9 +152,9 @@ class DraftSession:
 
     def read(self, tokens: Tensor, cells: Tensor, nodes: Tensor, ahead: Tensor) -> Tensor:
         """See `samplers.trees.Drafting.read`."""
-        led = of_pictures(self.target.hidden, nodes)
+        led = of_images(self.target.hidden, nodes)
         guesses = self._pass(tokens, cells, led, self.cache.place(cells, None, self.guided, tokens.device))
-        return of_pictures(guesses, ahead[:, None] - 1)
+        return of_images(guesses, ahead[:, None] - 1)
 
     def guess(self, tokens: Tensor, cells: Tensor, hidden: Tensor, tree: Tensor, root: Tensor) -> Tensor:
         """See `samplers.trees.Drafting.guess`."""
@@ -173,5 +173,5 @@ class DraftSession:
         logits = self.target.model.output(hidden).float()
         return logits.chunk(2) if self.guided else (logits, None)
 
-    def observe(self, tokens: Tensor, logits: Tensor, laws: Tensor) -> None:
+    def observe(self, tokens: Tensor, logits: Tensor, probs: Tensor) -> None:
         """See `samplers.trees.Drafting.observe`: this drafter was trained before."""

@@ -346,12 +346,12 @@ class XAR(ModelMixin, ConfigMixin):
         """
         words = None if mask is None else self.read(asked, mask)
         condition = self.condition(asked if words is None else words, dropped)[:, None]
-        modulations = [self._spread(part) for part in self.modulations(condition, thousandths(times))]
+        modulations = [self._spread(part) for part in self.modulations(condition, timesteps_of(times))]
         seen = (self.entity[None] <= self.entity[:, None])[None, None]
         return self.velocity(x, slice(0, len(self.entity)), modulations, seen, words=words)
 
 
-def thousandths(times: Tensor) -> Tensor:
+def timesteps_of(times: Tensor) -> Tensor:
     """Times in [0, 1] -> integers; the product is float32's, as published, so that 0.04 is 40."""
     return (times.float() * 1000).long()
 
@@ -387,7 +387,7 @@ class XARSession:
         if guided and self.words is None:
             none = model.condition(asked, torch.ones(len(asked), dtype=torch.bool, device=asked.device))
             condition = torch.cat([condition, none])
-        steps = thousandths(torch.tensor(sorted({*times, 0.0})))
+        steps = timesteps_of(torch.tensor(sorted({*times, 0.0})))
         self.steps = {int(step): index for index, step in enumerate(steps)}
         rows, self.rows = condition.unique(dim=0, return_inverse=True)  # pictures that are asked alike share theirs
         self.modulations = model.modulations(rows, steps.to(rows.device)[:, None].expand(-1, len(rows)))
@@ -400,7 +400,7 @@ class XARSession:
         """Of an entity [B, T, C] whose forerunners are finished: velocities for the condition, and (`guided`) for none."""
         rows = len(self.rows) if guided or not self.guided else len(x)
         x = torch.cat([x, x]) if guided else x
-        step = self.steps[int(thousandths(torch.tensor(time)))]
+        step = self.steps[int(timesteps_of(torch.tensor(time)))]
         modulations = [part[:, step, self.rows[:rows], None] for part in self.modulations]
         where = slice(self.bounds[entity], self.bounds[entity + 1])
         words, cache = None if self.words is None else self.words[:rows], self.cache[:, :, :rows]

@@ -59,7 +59,7 @@ class TokenPipelineOutput(BaseOutput):
     images: list[Image.Image] | np.ndarray | Tensor
     tokens: Tensor
     scores: list[float] | None = None
-    passes: int = 0
+    forward_passes: int = 0
     origins: Tensor | None = None
 
 
@@ -104,15 +104,15 @@ class TokenPipeline(DiffusionPipeline):
         return self.image_tokenizer.config.image_size
 
     @torch.no_grad()
-    def encode_pictures(self, pixels: Tensor) -> Tensor:
+    def encode_images(self, pixels: Tensor) -> Tensor:
         """Pixels [B, 3, S, S] in [0, 1], S the `image_size`, -> ids [B, h, w].
 
         Raises:
             ValueError: the published model came without a picture encoder.
         """
-        return self.arranged(self.image_tokenizer.encode(pixels.to(self.device)), self.shape_of())
+        return self.to_grid(self.image_tokenizer.encode(pixels.to(self.device)), self.shape_of())
 
-    def emptied(self, tokens: Tensor, cells: Tensor) -> Tensor:
+    def mask_tokens(self, tokens: Tensor, cells: Tensor) -> Tensor:
         """Ids [B, h, w] with `cells` ([B, h, w] or [h, w] bool) undecided."""
         return torch.where(cells.to(tokens.device), -1, tokens)
 
@@ -151,11 +151,11 @@ class TokenPipeline(DiffusionPipeline):
             )
         return sampler
 
-    def blank(self, count: int, shape: tuple[int, int]) -> Tensor:
+    def empty_grid(self, count: int, shape: tuple[int, int]) -> Tensor:
         """The tokens [B, h, w] of pictures of which nothing is decided."""
         return torch.full((count, *shape), -1)
 
-    def arranged(self, tokens: Tensor, shape: tuple[int, int]) -> Tensor:
+    def to_grid(self, tokens: Tensor, shape: tuple[int, int]) -> Tensor:
         """Tokens [B, N] as `stream` gives them -> as `blank` gives them."""
         return tokens.unflatten(1, shape)
 
@@ -250,7 +250,7 @@ class TokenPipeline(DiffusionPipeline):
     @torch.no_grad()
     def _write(self, prompts, controls, shape, grid, sampling, scale, sampler, noise, every) -> Iterator[Step]:
         shown = -every
-        step = Step(grid.clone(), passes=0)
+        step = Step(grid.clone(), forward_passes=0)
         session = self.start(prompts, callable(scale) or scale != 1, shape, controls)
         for step in sampler(session, grid, sampling, scale, noise):
             if step.decided - shown >= every:
@@ -327,7 +327,7 @@ class TokenPipeline(DiffusionPipeline):
         self._interrupt = False
         with self.progress_bar(total=math.prod(shape)) as bar:
             given = {"sampler": sampler, "tokens": tokens, "controls": controls, "shape": shape}
-            steps, index, passes = self.stream(prompts, generators, **settings, **given), 0, 0
+            steps, index, forward_passes = self.stream(prompts, generators, **settings, **given), 0, 0
             while (step := next(steps, None)) is not None:
                 last = step
                 bar.update(step.decided - bar.n)
@@ -341,17 +341,19 @@ class TokenPipeline(DiffusionPipeline):
                     changed, step.tokens
                 ):  # gone on with, with the same noise
                     steps.close()
-                    passes, last = passes + step.passes, replace(step, tokens=changed)
+                    forward_passes, last = forward_passes + step.forward_passes, replace(step, tokens=changed)
                     for one, state in zip(generators, states, strict=True):
                         one.set_state(state)
                     steps = self.stream(prompts, generators, **settings, **given | {"tokens": self.kept(last)})
-            step = replace(last, passes=passes + last.passes)
+            step = replace(last, forward_passes=forward_passes + last.forward_passes)
         grid, origins, scores = self.kept(step), step.origins, None
         if num_candidates is not None:
-            kept, scores = self._best(asked, self.arranged(grid, shape), each, num_images_per_prompt)
+            kept, scores = self._best(asked, self.to_grid(grid, shape), each, num_images_per_prompt)
             grid, origins = grid[kept], None if origins is None else origins[kept]
-        images = self.pictures(self.arranged(grid, shape), output_type)
-        output = TokenPipelineOutput(images=images, tokens=grid, scores=scores, passes=step.passes, origins=origins)
+        images = self.pictures(self.to_grid(grid, shape), output_type)
+        output = TokenPipelineOutput(
+            images=images, tokens=grid, scores=scores, forward_passes=step.forward_passes, origins=origins
+        )
         return output if return_dict else output.to_tuple()
 
     def edit(
@@ -374,7 +376,7 @@ class TokenPipeline(DiffusionPipeline):
 
     def without(self, image: Image.Image, mask: Image.Image | None = None) -> Tensor:
         """The tokens of a picture, undecided where it is to be written anew: ids [1, h, w]. See `edit`."""
-        return self.emptied(self.read_tokens(image), masked_cells(image, mask, self.shape_of()))
+        return self.mask_tokens(self.read_tokens(image), masked_cells(image, mask, self.shape_of()))
 
     def read_tokens(self, image: Image.Image, grid: Grid | None = None) -> Tensor:
         """The tokens of an image of any size, padded to a square: ids [1, h, w]. Raises as `encode_pictures` does.
@@ -386,7 +388,7 @@ class TokenPipeline(DiffusionPipeline):
         pixels, grid = from_pil(image, self.image_size)[None], grid or read_grid(image)
         if grid is not None and (stored := self._stored(grid, pixels)) is not None:
             return stored
-        return self.encode_pictures(pixels)
+        return self.encode_images(pixels)
 
     def _stored(self, grid: Grid, pixels: Tensor) -> Tensor | None:
         """A grid as ids [1, h, w], if it is one of this model's and each of its cells shows what `pixels` [1, 3, S, S] do."""
@@ -397,7 +399,7 @@ class TokenPipeline(DiffusionPipeline):
         difference = (self.pictures(tokens.to(self.device), "pt").cpu() - pixels).abs().mean(dim=1, keepdim=True)
         return tokens.to(self.device) if F.adaptive_avg_pool2d(difference, shape).max() <= SAME else None
 
-    def loosened(self, request: Request, tokens: Tensor, share: float) -> Tensor:
+    def mask_low_confidence(self, request: Request, tokens: Tensor, share: float) -> Tensor:
         """The tokens of a picture with a share of its cells undecided, one at least: those that the network finds least likely.
 
         Args:
@@ -409,7 +411,7 @@ class TokenPipeline(DiffusionPipeline):
         order = own.flatten().argsort()
         chosen = torch.zeros(own.numel(), dtype=torch.bool)
         chosen[order[: max(1, round(share * own.numel()))]] = True
-        return self.emptied(tokens, chosen.view(own.shape))
+        return self.mask_tokens(tokens, chosen.view(own.shape))
 
     @torch.no_grad()
     def certainty(self, request: Request, tokens: Tensor) -> tuple[Tensor, Tensor]:
@@ -430,9 +432,9 @@ class TokenPipeline(DiffusionPipeline):
         session = self.start([request.prompt], request.guidance_scale != 1, tuple(tokens.shape), controls)
         cells, flat = torch.arange(tokens.numel()), tokens.flatten().to(self.device)
         read = torch.cat([torch.full_like(flat[:1], START), flat[:-1]])[None]
-        laws = guided(*session.forward(read, cells - 1), request.guidance_scale, cells)
+        logits = guided(*session.forward(read, cells - 1), request.guidance_scale, cells)
         sampling = Sampling(request.temperature or 1.0, request.top_k, request.top_p)
-        shares = sampling.filter(laws)[0].softmax(dim=-1)
+        shares = sampling.filter(logits)[0].softmax(dim=-1)
         entropy = torch.special.entr(shares).sum(dim=-1)
         own = shares.gather(1, flat[:, None])[:, 0]
         return entropy.view(tokens.shape).cpu(), own.view(tokens.shape).cpu()
@@ -453,13 +455,17 @@ class TokenPipeline(DiffusionPipeline):
         settings, control = {name: getattr(request, name) for name in SAMPLING}, request.control
         generators, shape = request.generators(), self.shape_of(control, request.num_tokens)
         sampler = self.make_sampler(request.sampler, **request.sampler_settings())
-        job = Job(request, self.blank(len(generators), shape), lossless=sampler.lossless)
+        job = Job(request, self.empty_grid(len(generators), shape), lossless=sampler.lossless)
         if tokens is None and request.tokens is not None:
             tokens = self.begun(request.tokens, shape).expand(len(generators), -1)
         prompts, controls = [request.prompt] * len(generators), [control] * len(generators) if control else None
         given = {"sampler": sampler, "controls": controls, "shape": shape, "every": every, "tokens": tokens}
         for step in self.stream(prompts, generators, **settings, **given):
-            job.tokens, job.passes, job.decided = self.arranged(step.tokens, shape), step.passes, step.decided
+            job.tokens, job.forward_passes, job.decided = (
+                self.to_grid(step.tokens, shape),
+                step.forward_passes,
+                step.decided,
+            )
             job.kept = self.kept(step)
             job.origins = None if step.origins is None else step.origins.unflatten(1, shape)
             yield job
@@ -467,7 +473,7 @@ class TokenPipeline(DiffusionPipeline):
         if request.num_candidates is not None:
             kept, job.scores = self._best([request.prompt], job.tokens, len(generators), request.num_images)
             job.log.append(f"kept {len(kept)} of {len(generators)} candidates")
-        job.requests = [request.of_picture(index) for index in kept]
+        job.requests = [request.for_image(index) for index in kept]
         job.tokens = job.tokens[kept]
         job.origins = None if job.origins is None else job.origins[kept]
         job.pictures = self.pictures(job.tokens)
@@ -508,7 +514,7 @@ class TokenPipeline(DiffusionPipeline):
     def pictures(self, tokens: Tensor, output_type: str = "pil") -> list[Image.Image] | np.ndarray | Tensor:
         """Ids [B, h, w], or [B, N] of a square, -> pictures as `__call__` gives them; undecided cells (-1) are grey."""
         if tokens.ndim == 2:
-            tokens = self.arranged(tokens, self.shape_of())
+            tokens = self.to_grid(tokens, self.shape_of())
         if output_type == "latent":
             return tokens.flatten(1)
         filled, decided = self.filled(tokens)

@@ -68,7 +68,7 @@ class DalleMiniPipeline(TokenPipeline):
         ids = tokenize(self.tokenizer, texts, self.encoder.config.max_length).to(self.device)
         return DecoderSession(self.transformer, self.encoder(ids)[rows], ids[rows] != PAD, guided)
 
-    def encode_pictures(self, pixels: Tensor) -> Tensor:
+    def encode_images(self, pixels: Tensor) -> Tensor:
         """Raises:
         ValueError: always; see `TokenPipeline.encode_pictures`.
         """

@@ -125,8 +125,8 @@ class FlexARPipeline(TokenPipeline):
             states, mask = self.text_encoder(**text).last_hidden_state, text.attention_mask.bool()
         return states.to(self.transformer.dtype), mask
 
-    def arranged(self, tokens: Tensor, shape: tuple[int, int]) -> Tensor:
-        """See `TokenPipeline.arranged`: one row, of whatever length."""
+    def to_grid(self, tokens: Tensor, shape: tuple[int, int]) -> Tensor:
+        """See `TokenPipeline.to_grid`: one row, of whatever length."""
         return tokens[:, None]
 
     def filled(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
@@ -150,16 +150,16 @@ class FlexARPipeline(TokenPipeline):
         sampler = self.make_sampler(request.sampler, **request.sampler_settings())
         own = {"sampler": sampler, **{name: getattr(request, name) for name in SAMPLING}}
         shape = self.shape_of(None, request.num_tokens)
-        job = Job(request, self.blank(request.num_images, shape), lossless=sampler.lossless)
+        job = Job(request, self.empty_grid(request.num_images, shape), lossless=sampler.lossless)
         asked = request.prompt, request.num_beams, request.drawn, request.num_tokens
-        for stage in zip(*(self.search(*asked, luck, **own) for luck in request.generators()), strict=True):
+        for stage in zip(*(self.search(*asked, generators, **own) for generators in request.generators()), strict=True):
             job.decided = stage[0].decided
-            job.passes += max(step.passes for step in stage)
+            job.forward_passes += max(step.forward_passes for step in stage)
             job.tokens[:, 0, : job.decided] = torch.stack([step.tokens[0].cpu() for step in stage])
             job.scores = [step.scores[0] for step in stage]
             yield job
         job.log.append(f"{request.drawn} candidates for each beginning")
-        job.requests = [request.of_picture(index) for index in range(request.num_images)]
+        job.requests = [request.for_image(index) for index in range(request.num_images)]
         job.pictures = self.pictures(job.tokens)
         yield job
 
@@ -196,12 +196,12 @@ class FlexARPipeline(TokenPipeline):
             decided = min(2 * decided or 1, last)
             rows = kept.repeat_interleave(num_candidates // len(kept), dim=0)
             grid = torch.nn.functional.pad(rows, (0, decided - rows.shape[1]), value=-1)
-            luck = own_generators(generator, len(grid))
-            *_, step = self.stream([prompt] * len(grid), luck, tokens=grid, shape=(1, decided), **settings)
+            generators = own_generators(generator, len(grid))
+            *_, step = self.stream([prompt] * len(grid), generators, tokens=grid, shape=(1, decided), **settings)
             scores = self.rank(prompt, self.pictures(step.tokens[:, None]))
             best = sorted(range(len(scores)), key=lambda index: -scores[index])[: num_beams if decided < last else 1]
             kept = step.tokens[best].cpu()
-            yield Beams(kept, [scores[index] for index in best], step.passes)
+            yield Beams(kept, [scores[index] for index in best], step.forward_passes)
 
 
 @dataclass(frozen=True)
@@ -216,7 +216,7 @@ class Beams:
 
     tokens: Tensor
     scores: list[float]
-    passes: int
+    forward_passes: int
 
     @property
     def decided(self) -> int:

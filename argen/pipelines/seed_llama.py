@@ -53,7 +53,7 @@ class SeedLlamaPipeline(TokenPipeline):
         ValueError: an unknown format; a language model without pictures, or with those of another tokenizer.
     """
 
-    samplers = ("auto", "plain")
+    samplers = ("auto", "sequential")
     model_cpu_offload_seq = "transformer->image_tokenizer"
 
     def __init__(
@@ -96,8 +96,8 @@ class SeedLlamaPipeline(TokenPipeline):
         super().shape_of(control, num_tokens)
         return 1, self.length
 
-    def arranged(self, tokens: Tensor, shape: tuple[int, int]) -> Tensor:
-        """See `TokenPipeline.arranged`: one row."""
+    def to_grid(self, tokens: Tensor, shape: tuple[int, int]) -> Tensor:
+        """See `TokenPipeline.to_grid`: one row."""
         return tokens[:, None]
 
     def filled(self, tokens: Tensor) -> tuple[Tensor, Tensor]:

@@ -34,7 +34,7 @@ class LatentStep:
     tokens: Tensor
     finished: Tensor
     decided: int
-    passes: int
+    forward_passes: int
     origins: None = None
 
 
@@ -88,12 +88,12 @@ class XARPipeline(TokenPipeline):
         auto = "sde" if self.text_encoder is None else "euler"  # as published; as good in half of the steps
         return by_name(auto if name == "auto" else name, **own | settings)
 
-    def blank(self, count: int, shape: tuple[int, int]) -> Tensor:
-        """See `TokenPipeline.blank`: NaN."""
+    def empty_grid(self, count: int, shape: tuple[int, int]) -> Tensor:
+        """See `TokenPipeline.empty_grid`: NaN."""
         return torch.full((count, self.transformer.config.channels, *shape), math.nan)
 
-    def arranged(self, tokens: Tensor, shape: tuple[int, int]) -> Tensor:
-        """See `TokenPipeline.arranged`: they are so already."""
+    def to_grid(self, tokens: Tensor, shape: tuple[int, int]) -> Tensor:
+        """See `TokenPipeline.to_grid`: they are so already."""
         return tokens
 
     def start(self, prompts: list[str], guided: bool, times: list[float]) -> XARSession:
@@ -144,7 +144,7 @@ class XARPipeline(TokenPipeline):
         if not isinstance(sampler, NextX):
             self.make_sampler(sampler.name)
         check_asked(prompts, generators)
-        empty = self.blank(len(prompts), self.shape_of())
+        empty = self.empty_grid(len(prompts), self.shape_of())
         latents = empty if tokens is None else tokens
         if latents.shape != empty.shape:
             raise ValueError(f"latents are {list(latents.shape)}: expected {list(empty.shape)}")
@@ -176,7 +176,7 @@ class XARPipeline(TokenPipeline):
                 entities.join(found.sequence),
                 finished.to(given.device) | given,
                 self._cells(found.decided),
-                found.passes,
+                found.forward_passes,
             )
             if step.decided - shown >= every:
                 shown = step.decided
@@ -193,12 +193,12 @@ class XARPipeline(TokenPipeline):
         return KLVAE(self.vae).stride * self.transformer.config.grid
 
     @torch.no_grad()
-    def encode_pictures(self, pixels: Tensor) -> Tensor:
+    def encode_images(self, pixels: Tensor) -> Tensor:
         """See `TokenPipeline.encode_pictures`: latents [B, C, h, w]."""
         return KLVAE(self.vae).encode(pixels.to(self.device, self.vae.dtype)).to(self.transformer.dtype)
 
-    def emptied(self, tokens: Tensor, cells: Tensor) -> Tensor:
-        """See `TokenPipeline.emptied`, of latents [B, C, h, w]: NaN."""
+    def mask_tokens(self, tokens: Tensor, cells: Tensor) -> Tensor:
+        """See `TokenPipeline.mask_tokens`, of latents [B, C, h, w]: NaN."""
         return tokens.masked_fill(cells.to(tokens.device).expand(len(tokens), *tokens.shape[2:])[:, None], math.nan)
 
     def begun(self, rows: Grid, shape: tuple[int, int]) -> Tensor:

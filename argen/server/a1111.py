@@ -83,7 +83,7 @@ class Text(Body):
     tiling: bool = False
 
 
-class Picture(Text):
+class ImageArray(Text):
     """The body of ``img2img``."""
 
     init_images: list[str] = Field(min_length=1, max_length=1)
@@ -120,18 +120,18 @@ async def txt2img(request: Request, studio: Here, owner: Owner, chosen: Chosen, 
 
 
 @router.post("/img2img")
-async def img2img(request: Request, studio: Here, owner: Owner, chosen: Chosen, body: Picture):
+async def img2img(request: Request, studio: Here, owner: Owner, chosen: Chosen, body: ImageArray):
     """With a mask its white part is redrawn, else as many of the least probable cells as the strength says."""
     wanted = await prepare(request, edited, studio, chosen.get(owner, Asked.model), body)
     return await answer(request, studio, owner, body, wanted)
 
 
-def edited(studio: Studio, model: str, body: Picture) -> Asked:
+def edited(studio: Studio, model: str, body: ImageArray) -> Asked:
     image, wanted = from_base64(body.init_images[0]), asked_of(studio, model, body)
     mask = None if body.mask is None else to_mask(from_base64(body.mask, "the mask"))
     with studio.model(wanted.model) as pipe:
         if mask is None:
-            grid = pipe.loosened(wanted, pipe.read_tokens(image), body.denoising_strength)
+            grid = pipe.mask_low_confidence(wanted, pipe.read_tokens(image), body.denoising_strength)
         else:
             grid = pipe.without(image, ImageOps.invert(mask) if body.inpainting_mask_invert else mask)
     return replace(wanted, tokens=rows_of(grid))
@@ -183,7 +183,7 @@ def told(studio: Studio, body: Text, wanted: Asked, done: Progress) -> dict:
     requests: list[Asked | None] = [shown(studio, saved) for saved in done.pictures]
     if done.state == CANCELLED:
         images = list(done.preview or [])[: wanted.num_images]
-        own = [wanted.of_picture(index) for index in range(len(images))]
+        own = [wanted.for_image(index) for index in range(len(images))]
         requests = [None] * len(images)
         said.append(f"interrupted at {done.share:.0%}")
     info = {

@@ -48,7 +48,7 @@ def check_model(name: str) -> None:
 
 def told(progress: Progress) -> dict:
     """A job as JSON."""
-    names = "id", "state", "stage", "decided", "cells", "passes", "seconds", "error", "created", "place", "eta"
+    names = "id", "state", "stage", "decided", "cells", "forward_passes", "seconds", "error", "created", "place", "eta"
     pictures = [picture.id for picture in progress.pictures]
     return {name: getattr(progress, name) for name in names} | {
         "progress": progress.share,

@@ -135,7 +135,7 @@ def _edited(studio: Studio, body: Generation, data: bytes, over: bytes | None) -
     mask = None if over is None else transparent(read_image(over, "mask"))
     with studio.model(wanted.model) as pipe:
         if mask is None and upright(image).getchannel("A").getextrema()[0] == 255:
-            grid = pipe.loosened(wanted, pipe.read_tokens(image), EDITED)
+            grid = pipe.mask_low_confidence(wanted, pipe.read_tokens(image), EDITED)
         else:
             grid = pipe.without(image, mask)
     return replace(wanted, tokens=rows_of(grid))

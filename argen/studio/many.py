@@ -13,7 +13,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 
 from argen.bounds import BOUNDS, with_integers
-from argen.metadata import read_request, save_pictures
+from argen.metadata import read_request, save_images
 from argen.pipelines.base import TokenPipeline
 from argen.request import Request
 from argen.words import read_lines, read_text
@@ -171,7 +171,7 @@ def draw_table(
         files = [folder / f"{row:05d}-{number}.png" for number in range(1, request.num_images + 1)]
         if not all(file.exists() for file in files):
             *_, job = models(request.model).run(request)
-            save_pictures(list(zip(job.pictures, job.requests, strict=True)), files)
+            save_images(list(zip(job.pictures, job.requests, strict=True)), files)
             made = job.requests
         else:
             made = [read_request(file) for file in files]
@@ -182,7 +182,7 @@ def draw_table(
 
 def _made_by(made: Request, request: Request) -> bool:
     """Whether a picture is the first of a request; its sampler may have been chosen by the model."""
-    own = request.of_picture(0).given()
+    own = request.for_image(0).given()
     return all(made.given().get(name) == value for name, value in own.items() if name != "sampler")
 
 

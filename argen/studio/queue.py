@@ -68,7 +68,7 @@ class Progress:
     stage: str = ""
     decided: int = 0
     cells: int = 0
-    passes: int = 0
+    forward_passes: int = 0
     seconds: float = 0.0
     error: str = ""
     preview: list[Image.Image] | None = None
@@ -301,8 +301,8 @@ class Studio:
         """A row of the store, or what is newer of the job that runs; `places` of those that wait, where they are known."""
         if self.live is not None and self.live.id == row["id"]:
             return replace(self.live)
-        names = "id", "owner", "state", "created", "decided", "cells", "passes", "seconds", "error"
-        told = Progress(**{name: row[name] for name in names}, request=_request(row))
+        names = "id", "owner", "state", "created", "decided", "cells", "seconds", "error"
+        told = Progress(**{name: row[name] for name in names}, forward_passes=row["passes"], request=_request(row))
         if told.state == DONE:
             told.pictures = self.store.pictures(job=told.id, limit=-1)
         elif told.state == WAITING:
@@ -365,7 +365,9 @@ class Studio:
     def _end(self, live: Progress, ended: str, error: str) -> None:
         """Write down how a job ended; tried again until the database can be written, or the studio closes (then the job is run again
         when the program is started again)."""
-        counts = {name: getattr(live, name) for name in ("decided", "cells", "passes", "seconds")}
+        counts = {name: getattr(live, name) for name in ("decided", "cells", "seconds")} | {
+            "passes": live.forward_passes
+        }
         finished = None if ended == WAITING else time.time()
         with self.changed:
             self.partials.pop(live.id, None)
@@ -406,7 +408,7 @@ class Studio:
                 if reached < share <= partials:
                     reached, partial = share, pipe.pictures(job.tokens[:1])
             with self.changed:
-                live.stage, live.decided, live.passes = "writing tokens", job.decided, job.passes
+                live.stage, live.decided, live.forward_passes = "writing tokens", job.decided, job.forward_passes
                 live.cells, live.seconds = cells, before + time.monotonic() - started
                 live.eta = live.seconds / live.decided * (live.cells - live.decided) if live.decided else None
                 live.preview = preview or live.preview
@@ -428,7 +430,7 @@ class Studio:
         origins = [None] * len(grids) if job.origins is None else [rows_of(rows) for rows in job.origins]
         scores = job.scores or [None] * len(job.pictures)
         made = list(zip(job.pictures, job.requests, strict=True))
-        self.store.add_pictures(live.id, live.created, live.owner, made, grids, origins, scores)
+        self.store.add_images(live.id, live.created, live.owner, made, grids, origins, scores)
         left.unlink(missing_ok=True)
         self.rates[request.model] = live.seconds / request.drawn
         return True

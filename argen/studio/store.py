@@ -19,7 +19,7 @@ import filelock
 from PIL import Image
 
 from argen.images import open_image
-from argen.metadata import replacing, save_pictures
+from argen.metadata import replacing, save_images
 from argen.request import Grid, Request
 from tokenizers_img.pixels import opaque
 
@@ -216,7 +216,7 @@ class Store:
 
     # pictures
 
-    def add_pictures(
+    def add_images(
         self,
         job: str,
         asked: float,
@@ -244,7 +244,7 @@ class Store:
             rows.append((*own, *written, scores[number], now, 0))
         files = [self.file(id) for id in ids]
         try:
-            save_pictures(told, files, grids if self.metadata else None)
+            save_images(told, files, grids if self.metadata else None)
             with self.written():
                 self.database.executemany(f"insert or replace into pictures values ({', '.join('?' * 12)})", rows)
         except BaseException:

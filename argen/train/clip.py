@@ -87,7 +87,7 @@ class CLIPTask(Task):
         self.pictures = torch.from_numpy(pixels(self.singles["train"]))
         self.rows = self.singles["train"].remove_columns("image").to_list()
         table = read_split(scenes, "train")
-        self.scene_pictures, self.scene_captions = torch.from_numpy(pixels(table)), list(table["caption"])
+        self.scene_images, self.scene_captions = torch.from_numpy(pixels(table)), list(table["caption"])
         counts: dict[str, int] = {}
         for row in self.rows:
             counts[row["concept"]] = counts.get(row["concept"], 0) + 1
@@ -109,7 +109,7 @@ class CLIPTask(Task):
         captions += [self.scene_captions[index] for index in others]
         keys += [(text, "") for text in captions[len(chosen) :]]
         text = self.tokenizer(captions, padding=True, truncation=True, return_tensors="pt")
-        pictures = torch.cat([self.pictures[chosen], self.scene_pictures[others]])
+        pictures = torch.cat([self.pictures[chosen], self.scene_images[others]])
         return {
             "input_ids": text.input_ids,
             "attention_mask": text.attention_mask,

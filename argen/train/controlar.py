@@ -86,7 +86,7 @@ class ControlTask(LlamaGenTask):
         read = super().more(tokens, pictures, scenes, generator)
         side = pictures.shape[1]
         shown = [(picture, [(0, 0, side, side)]) for picture in pictures]
-        shown += [(self.scene_pictures[index], self.scene_boxes[index]) for index in scenes.tolist()]
+        shown += [(self.scene_images[index], self.scene_boxes[index]) for index in scenes.tolist()]
         flat = torch.rand(len(shown), generator=generator) < 0.5
         maps = [
             _control(segments(picture.numpy(), boxes)) if segmented else _edges(picture)
@@ -95,7 +95,7 @@ class ControlTask(LlamaGenTask):
         return read | {"control": torch.stack(maps)}
 
     def held_out(self, rows: slice) -> dict[str, Tensor]:
-        return super().held_out(rows) | {"control": torch.stack([_edges(p) for p in self.held_out_pictures[rows]])}
+        return super().held_out(rows) | {"control": torch.stack([_edges(p) for p in self.held_out_images[rows]])}
 
     def logits(self, network: nn.Module, batch: dict[str, Tensor]) -> Tensor:
         return network(*self.condition(batch), batch["read"], batch["control"], batch["dropped"])
@@ -107,7 +107,7 @@ class ControlTask(LlamaGenTask):
 
     def asked(self) -> dict:
         step = max(1, len(self.held_out_captions) // 32)
-        pictures = [Image.fromarray(picture.numpy()) for picture in self.held_out_pictures[::step][:32]]
+        pictures = [Image.fromarray(picture.numpy()) for picture in self.held_out_images[::step][:32]]
         return super().asked() | {"control_image": pictures, "control_type": "canny"}
 
 

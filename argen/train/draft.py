@@ -67,9 +67,9 @@ class DraftTask(LlamaGenTask):
         read = hidden + batch["noise"]
         guesses, wanted = network(prefix, read[:, :-1], batch["read"][:, :-1]), hidden[:, 1:]
         distance = F.smooth_l1_loss(guesses.float(), wanted.float(), reduction="none").mean(dim=-1)
-        law, guess = self.target.output(wanted).float(), self.target.output(guesses).float()
-        surprise = -(law.softmax(dim=-1) * guess.log_softmax(dim=-1)).sum(dim=-1)
-        return distance, surprise, (law.argmax(dim=-1) == guess.argmax(dim=-1)).float()
+        logits, guess = self.target.output(wanted).float(), self.target.output(guesses).float()
+        surprise = -(logits.softmax(dim=-1) * guess.log_softmax(dim=-1)).sum(dim=-1)
+        return distance, surprise, (logits.argmax(dim=-1) == guess.argmax(dim=-1)).float()
 
     def losses(self, batch: dict[str, Tensor], step: int, log: dict[str, float]) -> Iterator[tuple[str, Tensor]]:
         distance, surprise, agreed = (part.mean() for part in self.parts(self.networks["model"], batch))

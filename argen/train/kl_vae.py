@@ -89,8 +89,8 @@ def cut_out(pictures: Tensor, side: int, generator: torch.Generator) -> Tensor:
 @torch.no_grad()
 def spread(model: KLVAE, pictures: Tensor) -> float:
     """Standard deviation of the latents of pictures [B, H, W, 3] uint8, drawn from their posteriors."""
-    luck = torch.Generator().manual_seed(0)
-    latents = [model.posterior(from_uint8(part).to(model.device)).sample(luck) for part in pictures.split(64)]
+    generator = torch.Generator().manual_seed(0)
+    latents = [model.posterior(from_uint8(part).to(model.device)).sample(generator) for part in pictures.split(64)]
     return torch.cat(latents).std().item()
 
 

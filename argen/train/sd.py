@@ -72,7 +72,7 @@ class StableDiffusionTask(LatentsTask):
         if first_stage is not None:
             model = UNet2DConditionModel.from_pretrained(first_stage).float()
         else:
-            channels, side = self.picture_tokens.shape[1:3]
+            channels, side = self.image_tokens.shape[1:3]
             width = self.clip.config.text_config.hidden_size
             model = UNet2DConditionModel(
                 sample_size=side, in_channels=channels, out_channels=channels, cross_attention_dim=width, **UNET

@@ -192,7 +192,7 @@ class Quantised(nn.Module):
         return losses, z.detach()
 
 
-class PicturesTask(CaptionsTask):
+class ImagesTask(CaptionsTask):
     """What the stages share: captions, pictures as the encoder sees them, and their embeddings by `emoji-clip`.
 
     Args:
@@ -211,7 +211,7 @@ class PicturesTask(CaptionsTask):
         self.encoder = ConvEncoder.from_pretrained(encoder, torch_dtype=torch.float32).eval().requires_grad_(False)
         self.count = 0
         super().__init__(data, scenes, clip)
-        self.all = ConcatDataset([self.pictures, self.scene_pictures, self.held_out_pictures])
+        self.all = ConcatDataset([self.pictures, self.scene_images, self.held_out_images])
 
     def tokens(self, pictures: Tensor) -> Tensor:
         """[B, H, W, 3] uint8 -> their places in `all`: what is seen of them is computed anew in each step."""
@@ -244,10 +244,10 @@ class PicturesTask(CaptionsTask):
 
     def shown(self, asked: Tensor, found: Tensor) -> Image.Image:
         """Held-out pictures by their numbers [n], and under each what was found for it."""
-        return paired(self.held_out_pictures[asked], self.held_out_pictures[found])
+        return paired(self.held_out_images[asked], self.held_out_images[found])
 
 
-class SeedContrastiveTask(PicturesTask):
+class SeedContrastiveTask(ImagesTask):
     """The first stage.
 
     Args: see `PicturesTask`.
@@ -288,7 +288,7 @@ class SeedContrastiveTask(PicturesTask):
         model, rows = self._model(), held_out_sample(len(self.held_out_captions))
         text = self.text([self.held_out_captions[row] for row in rows])
         words = model.text(text["input_ids"].to(model.temp.device), text["attention_mask"].to(model.temp.device))
-        parts = self.held_out_pictures[rows].to(model.temp.device).split(64)
+        parts = self.held_out_images[rows].to(model.temp.device).split(64)
         return words @ torch.cat([model.picture(self.seen(part))[:, -1] for part in parts]).T
 
     def evaluate(self) -> dict[str, float]:
@@ -311,7 +311,7 @@ class SeedContrastiveTask(PicturesTask):
         self.encoder.to(torch.bfloat16).save_pretrained(folder / "vision")
 
 
-class SeedTask(PicturesTask):
+class SeedTask(ImagesTask):
     """The second stage.
 
     Args:
@@ -328,9 +328,9 @@ class SeedTask(PicturesTask):
         model = Seed.from_pretrained(tokenizer, torch_dtype=torch.float32)
         self.total, self.usage = total, CodeUsage(SIZES["n_embed"])
         self.kept = (self.usage,)
-        luck = torch.Generator().manual_seed(0)
-        features = self.seen(self.pictures[torch.randint(len(self.pictures), (256,), generator=luck)], 0)
-        self.begin(model, features, luck)
+        generator = torch.Generator().manual_seed(0)
+        features = self.seen(self.pictures[torch.randint(len(self.pictures), (256,), generator=generator)], 0)
+        self.begin(model, features, generator)
         seen = self.own(features)
         told = Quantised(model, self.encoder.head, seen.mean(dim=0), seen.std(dim=0).clamp(min=1e-3))
         self.networks: dict[str, nn.Module] = {"model": told}
@@ -385,7 +385,7 @@ class SeedTask(PicturesTask):
     def embedded(self) -> tuple[Tensor, Tensor, Tensor]:
         """Of held-out pictures: their embeddings, those decoded from their ids, both [n, E] of length 1, and the ids."""
         model, wanted, made, ids = self._model(), [], [], []
-        for part in self.held_out_pictures.split(64):
+        for part in self.held_out_images.split(64):
             features = self.seen(part.to(model.device))
             ids.append(model.ids(features))
             made.append(F.normalize(model.decode(ids[-1]).float(), dim=-1))

@@ -111,10 +111,10 @@ class EncoderTask(Task):
         device = next(model.parameters()).device
         logits = torch.cat([model(part.to(device)).cpu() for part in self.held_out.split(128)])
         right = logits.gather(1, self.held_out_labels[:, None])
-        luck, among = torch.Generator().manual_seed(0), 0
+        generator, among = torch.Generator().manual_seed(0), 0
         for own, row, label in zip(right, logits, self.held_out_labels, strict=True):
             others = self.held_out_labels[self.held_out_labels != label].unique()
-            others = others[torch.randperm(len(others), generator=luck)[: AMONG - 1]]
+            others = others[torch.randperm(len(others), generator=generator)[: AMONG - 1]]
             among += int((row[others] < own).all())
         first, count = int(((logits > right).sum(dim=1) == 0).sum()), max(1, len(right))
         return {"named": first / count, f"named among {AMONG}": among / count}

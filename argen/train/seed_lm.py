@@ -15,7 +15,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from argen.eval.retrieval import held_out_sample
 from argen.models.seed_llama import Vocabulary, add_words, likelihoods
 from argen.train.loop import Schedule
-from argen.train.seed import PicturesTask
+from argen.train.seed import ImagesTask
 from argen.train.tokens import near_codes
 from tokenizers_img.seed import Seed
 
@@ -36,7 +36,7 @@ IGNORED = -100  # label of padding
 SHOWN = 8  # captions of the sample
 
 
-class SeedLMTask(PicturesTask):
+class SeedLMTask(ImagesTask):
     """Args:
     tokenizer: folder of the trained `emoji-seed`.
     first_stage: folder of a trained `emoji-seed-lm`, to go on from.
@@ -94,10 +94,10 @@ class SeedLMTask(PicturesTask):
             *(batch[k].tolist() for k in ("first", "dropped")),
             strict=True,
         )
-        for words, codes, picture_first, dropped in asked:
+        for words, codes, image_first, dropped in asked:
             picture = [self.words.begin, *(code + self.words.shift for code in codes), self.words.end]
             caption = [] if dropped else [word for word in words if word >= 0]
-            rows.append([start, *(picture + caption if picture_first else caption + picture), end])
+            rows.append([start, *(picture + caption if image_first else caption + picture), end])
         width = max(map(len, rows))
         return torch.tensor([row + [-1] * (width - len(row)) for row in rows], device=batch["tokens"].device)
 

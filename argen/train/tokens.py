@@ -91,11 +91,11 @@ class CaptionsTask(Task):
         self.rows, self.pictures = table.remove_columns("image").to_list(), torch.from_numpy(pixels(table))
         table = read_split(scenes, "train")
         self.captions = list(table["caption"])
-        self.scene_pictures = torch.from_numpy(pixels(table))
-        self.picture_tokens, self.scene_tokens = self.tokens(self.pictures), self.tokens(self.scene_pictures)
+        self.scene_images = torch.from_numpy(pixels(table))
+        self.image_tokens, self.scene_tokens = self.tokens(self.pictures), self.tokens(self.scene_images)
         table = self.read(data, "validation")
-        self.held_out_captions, self.held_out_pictures = list(table["caption"]), torch.from_numpy(pixels(table))
-        self.held_out_tokens = self.tokens(self.held_out_pictures)
+        self.held_out_captions, self.held_out_images = list(table["caption"]), torch.from_numpy(pixels(table))
+        self.held_out_tokens = self.tokens(self.held_out_images)
 
         self.weights = shares([(row["concept"], row["style"]) for row in self.rows])
 
@@ -137,7 +137,7 @@ class CaptionsTask(Task):
         dropped = [rng.random() < TEXT_DROPOUT for _ in captions]
         if self.null_caption is not None:
             captions = [self.null_caption if drop else text for text, drop in zip(captions, dropped, strict=True)]
-        tokens = torch.cat([self.picture_tokens[chosen], self.scene_tokens[others]])
+        tokens = torch.cat([self.image_tokens[chosen], self.scene_tokens[others]])
         batch = {"tokens": tokens, "dropped": torch.tensor(dropped), **self.text(captions)}
         return batch | self.more(tokens, self.pictures[chosen], others, generator)
 
@@ -188,8 +188,8 @@ class CaptionsTask(Task):
         """32 pictures of what the held-out split shows, 8 in a row."""
         pipe, asked = self.pipeline().to(self._model().device), self.asked()
         pipe.set_progress_bar_config(disable=True)
-        luck = [torch.Generator().manual_seed(index) for index in range(len(asked["prompt"]))]
-        pictures = pipe(**asked, generator=luck, output_type="pt").images.float().cpu()
+        generators = [torch.Generator().manual_seed(index) for index in range(len(asked["prompt"]))]
+        pictures = pipe(**asked, generator=generators, output_type="pt").images.float().cpu()
         missing = torch.ones(-len(pictures) % 8, *pictures.shape[1:])
         sheet = rearrange(torch.cat([pictures, missing]), "(r c) d h w -> (r h) (c w) d", c=8)
         return Image.fromarray((sheet * 255).round().to(torch.uint8).numpy())
@@ -216,8 +216,8 @@ class LatentsTask(CaptionsTask):
         return torch.cat([self.vae.encode(from_uint8(part)) for part in pictures.split(64)])
 
     def held_out(self, rows: slice) -> dict[str, Tensor]:
-        batch, luck = super().held_out(rows), torch.Generator().manual_seed(rows.start)
-        return batch | self.more(batch["tokens"], None, None, luck)
+        batch, generators = super().held_out(rows), torch.Generator().manual_seed(rows.start)
+        return batch | self.more(batch["tokens"], None, None, generators)
 
 
 class TokensTask(CaptionsTask):

@@ -59,7 +59,7 @@ class UnCLIPTask(LatentsTask):
         conv = ConvEncoder.from_pretrained(tokenizer / "vision", torch_dtype=torch.float32)
         self.seed = SeedTokenizer(seed, TwoEncoders(self.clip.vision_model, conv), **EMOJI_SEED).eval()
         self.seed.requires_grad_(False)
-        channels, side = self.picture_tokens.shape[1:3]
+        channels, side = self.image_tokens.shape[1:3]
         width = self.clip.config.projection_dim
         model = UNet2DConditionModel(
             sample_size=side,
@@ -95,7 +95,7 @@ class UnCLIPTask(LatentsTask):
     ) -> dict[str, Tensor]:
         """Noise, a time for each picture, and its embedding, of the odd ones by their tokens, with noise of its own; held-out
         pictures come in order."""
-        shown = torch.cat([pictures, self.scene_pictures[scenes]]) if pictures is not None else self.held_out_rows
+        shown = torch.cat([pictures, self.scene_images[scenes]]) if pictures is not None else self.held_out_rows
         times = torch.randint(self.noise.config.num_train_timesteps, (len(tokens),), generator=generator)
         levels = torch.randint(DISTURBED, (len(tokens),), generator=generator)
         wanted = torch.empty(len(shown), self.clip.config.projection_dim)
@@ -109,7 +109,7 @@ class UnCLIPTask(LatentsTask):
         return {"times": times, "noise": torch.randn(tokens.shape, generator=generator), "labels": labels}
 
     def held_out(self, rows: slice) -> dict[str, Tensor]:
-        self.held_out_rows = self.held_out_pictures[rows]
+        self.held_out_rows = self.held_out_images[rows]
         return super().held_out(rows)
 
     def error(self, network: nn.Module, batch: dict[str, Tensor]) -> Tensor:
@@ -120,13 +120,13 @@ class UnCLIPTask(LatentsTask):
 
     def sample(self) -> Image.Image:
         """Held-out pictures, and under each what their tokens give."""
-        pipe, shown = self.pipeline(), self.held_out_pictures[:: max(1, len(self.held_out_pictures) // 16)][:16]
+        pipe, shown = self.pipeline(), self.held_out_images[:: max(1, len(self.held_out_images) // 16)][:16]
         pipe.set_progress_bar_config(disable=True)
-        luck = torch.Generator().manual_seed(0)
+        generator = torch.Generator().manual_seed(0)
         device = self._model().device
-        noise = torch.randn(len(shown), *self.picture_tokens.shape[1:], generator=luck).to(device)
+        noise = torch.randn(len(shown), *self.image_tokens.shape[1:], generator=generator).to(device)
         asked = {"image_embeds": self.told(shown).to(device), "prompt": [""] * len(shown), "latents": noise}
-        made = pipe.to(device)(**asked, **SAMPLED, generator=luck, output_type="pt").images.cpu()
+        made = pipe.to(device)(**asked, **SAMPLED, generator=generator, output_type="pt").images.cpu()
         return paired(shown, (255 * made).round().byte().permute(0, 2, 3, 1))
 
     def save(self, folder: Path) -> None:

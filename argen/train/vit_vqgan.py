@@ -156,7 +156,7 @@ class ViTVQGANTask(Reconstruction):
         chosen = torch.randint(len(self.train), (size,), generator=generator)
         noise = NOISE * torch.randn(size, self._model().grid ** 2, config.embed_dim, generator=generator)
         pictures = from_uint8(augment(self.train[chosen], generator))
-        return {"pixels": pictures, "noise": noise, "luck": torch.rand(size, 1, 1, generator=generator)}
+        return {"pixels": pictures, "noise": noise, "uniform": torch.rand(size, 1, 1, generator=generator)}
 
     def save(self, folder: Path) -> None:
         refit_codes(self._model(), self.train)
@@ -165,7 +165,7 @@ class ViTVQGANTask(Reconstruction):
     def losses(self, batch: dict[str, Tensor], step: int, log: dict[str, float]) -> Iterator[tuple[str, Tensor]]:
         real = batch["pixels"]
         skipping = (NOISE_UNTIL - step / self.total) / (NOISE_UNTIL - NOISE_ONLY)  # probability, falls from 1 to 0
-        noise = batch["noise"] * (batch["luck"] < skipping) if skipping > 0 else None
+        noise = batch["noise"] * (batch["uniform"] < skipping) if skipping > 0 else None
         made, quantization, ids = self.networks["model"](real, noise)
         error = made.float() - real
         log |= {"l2": error.square().mean().item(), "vq": quantization.item()}

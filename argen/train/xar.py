@@ -37,7 +37,7 @@ class XARTask(LatentsTask):
             raise ValueError(f"unknown X {x!r}: expected a kind and a size, as in cell-4, subsample-2 or scale-2")
         self.options = {"x": x}
         super().__init__(data, scenes, vae, clip)
-        grid, width = self.picture_tokens.shape[-1], self.clip.config.text_config.hidden_size
+        grid, width = self.image_tokens.shape[-1], self.clip.config.text_config.hidden_size
         model = XAR(
             **SIZES, grid=grid, kind=kind, size=int(size), channels=self.vae.config.latent_channels, caption_dim=width
         )

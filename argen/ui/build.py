@@ -14,7 +14,7 @@ from argen.ui import models as manager
 from argen.ui.edit import Edit
 from argen.ui.gallery import Gallery
 from argen.ui.generate import Create
-from argen.ui.jobs import Desk
+from argen.ui.jobs import AppContext
 from argen.ui.many import Many
 
 CLEANED_EVERY, KEPT_FOR = 3600, 86400  # seconds: what was uploaded and shown
@@ -49,14 +49,14 @@ def check_uploaded(file: dict) -> None:
         raise gr.Error("that file was not uploaded: send it to /gradio_api/upload first", title="Invalid request")
 
 
-def build(desk: Desk, device: torch.device, limit: int | None = None) -> gr.Blocks:
+def build(context: AppContext, device: torch.device, limit: int | None = None) -> gr.Blocks:
     """The page with every generator to choose from; each is loaded when it is first asked for.
 
     Args:
         limit: bytes of the pipelines of the diffusion tools, see `argen.registry.ModelCache`.
     """
-    models = desk.studio.models
-    os.environ["GRADIO_TEMP_DIR"] = str(desk.studio.store.exports.resolve())  # uploads, and copies of what is shown
+    models = context.studio.models
+    os.environ["GRADIO_TEMP_DIR"] = str(context.studio.store.exports.resolve())  # uploads, and copies of what is shown
 
     def silent(name: str) -> DiffusionPipeline:
         pipe = load_diffusion(name)
@@ -70,28 +70,28 @@ def build(desk: Desk, device: torch.device, limit: int | None = None) -> gr.Bloc
     with Page(title="argen", analytics_enabled=False, delete_cache=(CLEANED_EVERY, KEPT_FOR)) as page:
         gr.Markdown("# argen\nPictures written token by token, from words.")
         with gr.Tab("Generate"):
-            create = Create(models, free, desk)
+            create = Create(models, free, context)
         with gr.Tab("Edit"):
-            Edit(models, [name for name in free if MODELS[name].grid], desk)
+            Edit(models, [name for name in free if MODELS[name].grid], context)
         with gr.Tab("Control"):
-            control.tab(models, controlled, desk)
+            control.tab(models, controlled, context)
         with gr.Tab("Many") as tab:
-            many = Many(free, desk)
+            many = Many(free, context)
             tab.select(many.restore, None, many.watched)
         with gr.Tab("Gallery") as tab:
-            gallery = Gallery(desk)
+            gallery = Gallery(context)
             tab.select(*gallery.first)
         with gr.Tab("Diffusion"):
-            tools.tab(lambda name: pipelines(desk.allowed(name)))
+            tools.tab(lambda name: pipelines(context.allowed(name)))
         with gr.Tab("Tokenizers"):
             lab.tab(models, tokenizers, [name for name in tokenizers if MODELS[name].repo is None])
         with gr.Tab("Evaluate"):
-            evaluate.tab(desk.studio, free)
+            evaluate.tab(context.studio, free)
         with gr.Tab("Models") as tab:
-            tab.select(*manager.tab(desk))
+            tab.select(*manager.tab(context))
         page.load(create.view.restore, None, create.view.watched)
         page.load(create.presets, None, create.name)
-        endpoints.Endpoints(desk, free, controlled)
+        endpoints.Endpoints(context, free, controlled)
     for event in page.fns.values():
         if event.api_name not in endpoints.NAMES:
             event.api_visibility = "private"

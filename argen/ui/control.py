@@ -5,15 +5,15 @@ from collections.abc import Sequence
 import gradio as gr
 from PIL import Image
 
-from argen.models.annotators import KINDS, annotate, as_picture
+from argen.models.annotators import KINDS, annotate, as_image
 from argen.request import Control, Request
 from argen.ui.generate import Models
-from argen.ui.jobs import Desk, View, refusals
+from argen.ui.jobs import AppContext, View, user_errors
 
 CANVAS = 512  # pixels
 
 
-def tab(models: Models, ids: Sequence[str], desk: Desk) -> None:
+def tab(models: Models, ids: Sequence[str], context: AppContext) -> None:
     """Lay the tab out inside the current `gr.Blocks`; the arguments are those of `argen.ui.generate.Create`."""
 
     def control(picture, kind, strength=1.0) -> Control:
@@ -23,12 +23,12 @@ def tab(models: Models, ids: Sequence[str], desk: Desk) -> None:
         return Control(drawn, kind, strength)
 
     def preview(model, picture, kind) -> Image.Image:
-        with refusals():
+        with user_errors():
             ready = models(model).prepare(control(picture, kind))
-            return as_picture(annotate(ready.picture, kind))
+            return as_image(annotate(ready.picture, kind))
 
     def run(model, prompt, picture, kind, strength, num, seed, request: gr.Request) -> tuple:
-        with refusals():
+        with user_errors():
             asked = models(model).prepare(control(picture, kind, strength))
             return view.ask(Request(prompt.strip(), model, int(num), int(seed), control=asked), request)
 
@@ -56,7 +56,7 @@ def tab(models: Models, ids: Sequence[str], desk: Desk) -> None:
                 look = gr.Button("Show the control picture", elem_id="look")
                 go = gr.Button("Draw", variant="primary", elem_id="control-draw")
             seen = gr.Image(label="What the generator sees", height=256, elem_id="seen")
-        view = View(desk, "-control")
+        view = View(context, "-control")
 
     look.click(preview, [model, picture, kind], seen)
     asked = [model, prompt, picture, kind, strength, num, seed]

@@ -13,7 +13,7 @@ from torch import Tensor
 from argen.pipelines.base import TokenPipeline, masked_cells
 from argen.request import Grid, Request, rows_of
 from argen.ui.generate import Models
-from argen.ui.jobs import Desk, View, refusals
+from argen.ui.jobs import AppContext, View, user_errors
 from samplers import SAMPLERS
 from tokenizers_img.pixels import on_white, upright
 
@@ -30,8 +30,8 @@ class Edit:
         desk: where requests are handed in.
     """
 
-    def __init__(self, models: Models, ids: Sequence[str], desk: Desk):
-        self.desk = desk
+    def __init__(self, models: Models, ids: Sequence[str], context: AppContext):
+        self.context = context
         with gr.Row():
             with gr.Column(scale=2):
                 model = gr.Dropdown(list(ids), value=ids[0], label="Model")
@@ -67,7 +67,7 @@ class Edit:
                     side = gr.Radio(list(SIDES), value="right", label="Side")
                     cells = gr.Slider(1, 7, value=2, step=1, label="Cells")
                 extend = gr.Button("Move it, and draw more on that side", elem_id="edit-extend")
-            self.view = View(desk, "-edit")
+            self.view = View(context, "-edit")
         how = [model, prompt, picture, num, seed, source, guidance, temperature, sampler]
         model.input(
             lambda name: [models(name).defaults.guidance_scale, models(name).defaults.temperature],
@@ -82,11 +82,11 @@ class Edit:
 
     def latest(self, request: gr.Request) -> tuple:
         """(the picture that was finished last, its prompt, its id)."""
-        with refusals():
-            found = self.desk.studio.store.pictures(owner=self.desk.owner(request), limit=1)
+        with user_errors():
+            found = self.context.studio.store.pictures(owner=self.context.owner(request), limit=1)
             if not found:
                 raise ValueError("there is no picture yet: draw one, or drop a file on the canvas")
-            side = upright(self.desk.studio.store.opened(found[0].id))
+            side = upright(self.context.studio.store.opened(found[0].id))
         factor = max(1, CANVAS // max(side.size))
         return side.resize((side.width * factor, side.height * factor)), found[0].request.prompt, found[0].id
 
@@ -95,10 +95,10 @@ class Edit:
         if source is None:
             return None
         try:
-            saved = self.desk.studio.store.picture(source)
+            saved = self.context.studio.store.picture(source)
         except KeyError:
             return None
-        return saved.tokens if saved.owner == self.desk.owner(request) else None
+        return saved.tokens if saved.owner == self.context.owner(request) else None
 
     def asking(self, change: Callable[..., Tensor]) -> Callable:
         """The handler of a button.
@@ -111,10 +111,10 @@ class Edit:
         def handler(
             request: gr.Request, model, prompt, canvas, num, seed, source, guidance, temperature, sampler, *how
         ) -> tuple:
-            with refusals():
+            with user_errors():
                 sampling = {"guidance_scale": guidance, "temperature": temperature, "sampler": sampler}
                 wanted = Request(prompt.strip(), model, int(num), int(seed), **sampling)
-                with self.desk.studio.model(model) as pipe:
+                with self.context.studio.model(model) as pipe:
                     tokens = pipe.read_tokens(shown(canvas), self.tokens_of(source, request))
                     grid = change(pipe, wanted, tokens, canvas, *how)
                 return self.view.ask(replace(wanted, tokens=rows_of(grid)), request)
@@ -129,18 +129,18 @@ def inpaint(
     picture, strokes, cells = shown(canvas), painted(canvas), named(numbers, pipe.shape_of())
     if strokes.getbbox() or not cells.any():
         cells |= masked_cells(picture, strokes, pipe.shape_of())  # says so if there is nothing
-    return pipe.emptied(tokens, ~cells if locked else cells)
+    return pipe.mask_tokens(tokens, ~cells if locked else cells)
 
 
 def varied(pipe: TokenPipeline, wanted: Request, tokens: Tensor, canvas: dict | None, share: float) -> Tensor:
     """Without a share of the cells, the least certain ones."""
-    return pipe.loosened(wanted, tokens, share)
+    return pipe.mask_low_confidence(wanted, tokens, share)
 
 
 def forked(pipe: TokenPipeline, wanted: Request, tokens: Tensor, canvas: dict | None, share: float) -> Tensor:
     """A share of the tokens, from the first."""
     cells = torch.arange(tokens[0].numel(), device=tokens.device).view_as(tokens)
-    return pipe.emptied(tokens, cells >= round(share * cells.numel()))
+    return pipe.mask_tokens(tokens, cells >= round(share * cells.numel()))
 
 
 def extended(

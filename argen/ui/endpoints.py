@@ -14,7 +14,7 @@ from argen.registry import MODELS, ids
 from argen.request import Control, Request, rows_of
 from argen.studio.following import follow, last
 from argen.studio.store import DONE
-from argen.ui.jobs import Desk, readable, refusals
+from argen.ui.jobs import AppContext, readable, user_errors
 from samplers import SAMPLERS, SOLVERS
 from tokenizers_img.pixels import to_pil
 
@@ -29,8 +29,8 @@ class Endpoints:
         free, controlled: ids of generators without and with a control image.
     """
 
-    def __init__(self, desk: Desk, free: Sequence[str], controlled: Sequence[str]):
-        self.desk, self.studio = desk, desk.studio
+    def __init__(self, context: AppContext, free: Sequence[str], controlled: Sequence[str]):
+        self.context, self.studio = context, context.studio
         grids = [name for name in free if MODELS[name].grid]
         with gr.Column(visible=False):
             kinds = gr.Dropdown(list(KINDS), value="canny", label="Control")
@@ -48,7 +48,7 @@ class Endpoints:
 
     async def run(self, wanted: Request, request: gr.Request) -> tuple[list[tuple[str, str]], list[dict]]:
         """The files of a request with their prompts, and the settings of each."""
-        id = await run_sync(self.studio.submit, wanted, self.desk.owner(request))
+        id = await run_sync(self.studio.submit, wanted, self.context.owner(request))
         try:
             now = await last(follow(self.studio, id))
         finally:
@@ -73,7 +73,7 @@ class Endpoints:
         num_candidates=None,
     ) -> tuple:
         """Draw a prompt -> images, and the settings of each."""
-        with refusals():
+        with user_errors():
             sampling = {"guidance_scale": guidance_scale, "temperature": temperature, "sampler": sampler}
             sampling |= {"top_k": top_k, "num_candidates": num_candidates}
             return await self.run(_wanted(prompt, model, num_images, seed, **sampling), request)
@@ -92,7 +92,7 @@ class Endpoints:
         sampler=Request.sampler,
     ) -> tuple:
         """Redraw a part of an image -> images, and the settings of each."""
-        with refusals():
+        with user_errors():
             sampling = {"guidance_scale": guidance_scale, "temperature": temperature, "sampler": sampler}
             wanted = _wanted(prompt, model, num_images, seed, **sampling)
             _check(image)
@@ -105,7 +105,7 @@ class Endpoints:
 
     async def control(self, request: gr.Request, image, prompt, model, kind, strength, num_images, seed) -> tuple:
         """Draw a prompt after the edges, the depth or the segments of an image -> images, and the settings of each."""
-        with refusals():
+        with user_errors():
             _check(image)
             asked = Control(image, kind, strength)
             ready = await run_sync(lambda: self.studio.models(model).prepare(asked))
@@ -113,13 +113,13 @@ class Endpoints:
 
     def describe(self, image, question) -> str:
         """Say what an image shows."""
-        with refusals(), self.studio.model(DESCRIBER) as pipe:
+        with user_errors(), self.studio.model(DESCRIBER) as pipe:
             _check(image)
             return pipe.describe(image, question or "", temperature=0.0)
 
     def reconstruct(self, image, tokenizer) -> Image.Image:
         """Turn an image into tokens and back."""
-        with refusals(), self.studio.model(tokenizer) as network:
+        with user_errors(), self.studio.model(tokenizer) as network:
             _check(image)
             pixels, tokens = encoded(network, image)
             return to_pil(decoded(network, tokens, pixels)[0].cpu())

@@ -11,11 +11,11 @@ from PIL import Image
 
 from argen.eval import judge, run
 from argen.eval.features import encoder_features
-from argen.eval.images import open_pictures
-from argen.metadata import save_pictures
+from argen.eval.images import open_images
+from argen.metadata import save_images
 from argen.registry import load
 from argen.studio.queue import Studio
-from argen.ui.jobs import refusals
+from argen.ui.jobs import user_errors
 from tokenizers_img.pixels import opaque
 
 FID, JUDGE = "FID-emoji, against the 12,853 pictures of training", "the judge, on its 500 prompts"
@@ -27,7 +27,7 @@ def tab(studio: Studio, ids: Sequence[str]) -> None:
     """Lay the tab out inside the current `gr.Blocks`; `ids` are those of the generators to choose from."""
 
     def measure(what: str, model: str, num: float, seed: float) -> Iterator[tuple]:
-        with refusals():
+        with user_errors():
             yield from measured(studio, what, model, int(num), int(seed or 0))
 
     with gr.Row():
@@ -73,9 +73,9 @@ def measured(studio: Studio, what: str, model: str, num: int, seed: int) -> Iter
     pictures: list[Image.Image] = []
     while len(pictures) < num:
         rows = range(len(pictures), min(num, len(pictures) + A_BATCH))
-        luck = [run.luck(seed, index) for index in rows]
+        generator = [run.generator_of(seed, index) for index in rows]
         with studio.device:
-            pictures += pipe([asked[chosen[index]] for index in rows], generator=luck).images
+            pictures += pipe([asked[chosen[index]] for index in rows], generator=generator).images
         left = (time.time() - started) / len(pictures) * (num - len(pictures))
         yield f"{len(pictures)} of {num} pictures, {left:.0f} s left", gr.skip(), gr.skip()
     sheet = run.grid([np.asarray(picture) for picture in pictures[:64]])
@@ -89,8 +89,8 @@ def measured(studio: Studio, what: str, model: str, num: int, seed: int) -> Iter
             place = Path(folder)
             (place / "samples").mkdir()
             files = [place / "samples" / f"{index:06d}.png" for index in range(num)]
-            save_pictures([(picture, None) for picture in pictures], files)
-            samples = open_pictures(place / "samples")
+            save_images([(picture, None) for picture in pictures], files)
+            samples = open_images(place / "samples")
             scores = run.compare(samples, reference, looks, ["fid"], place, place / "cache")
     rows = [[name, round(one["value"], 3), one["n"], one.get("judge_on_real")] for name, one in scores.items()]
     notes = "; ".join(one["warning"] for one in scores.values() if "warning" in one)

@@ -6,7 +6,7 @@ import torch
 
 from argen.registry import ids
 from argen.studio.store import Saved
-from argen.ui.jobs import Desk, enlarge, readable, refusals, tinted, written
+from argen.ui.jobs import AppContext, enlarge, readable, tinted, user_errors, written
 
 ON_A_PAGE = 48
 MOST_ZIPPED = 1000
@@ -15,8 +15,8 @@ MOST_ZIPPED = 1000
 class Gallery:
     """The tab; lay it out inside the current `gr.Blocks`. `shown` holds the ids on the page, `chosen` the last two chosen ones."""
 
-    def __init__(self, desk: Desk):
-        self.desk, self.studio = desk, desk.studio
+    def __init__(self, context: AppContext):
+        self.context, self.studio = context, context.studio
         self.shown, self.chosen = gr.State([]), gr.State([])
         with gr.Row():
             search = gr.Textbox(label="Words of the prompt", elem_id="search")
@@ -76,14 +76,14 @@ class Gallery:
 
     def wanted(self, search: str, model: str, stars: bool, request: gr.Request, **page: int) -> list[Saved]:
         """What the fields ask for; `page`: limit and offset."""
-        return self.studio.store.pictures(search, model, stars, owner=self.desk.owner(request), **page)
+        return self.studio.store.pictures(search, model, stars, owner=self.context.owner(request), **page)
 
     def saved(self, id: str, request: gr.Request) -> Saved:
         """Raises:
         KeyError: there is no such picture of this owner.
         """
         found = self.studio.store.picture(id)
-        if found.owner != self.desk.owner(request):
+        if found.owner != self.context.owner(request):
             raise KeyError(f"there is no picture {id!r}")
         return found
 
@@ -94,25 +94,25 @@ class Gallery:
 
     def choose(self, shown: list[str], chosen: list[str], event: gr.SelectData, request: gr.Request) -> tuple:
         """(picture, its settings, the pair, chosen)."""
-        with refusals():
+        with user_errors():
             found = self.saved(shown[event.index], request)
             chosen = [*chosen[-1:], found.id] if found.id not in chosen[-1:] else chosen
             pictures = [enlarge(self.studio.store.opened(id)) for id in chosen]
         return pictures[-1], about(found), tuple(pictures) if len(pictures) == 2 else None, chosen
 
     def favour(self, chosen: list[str], request: gr.Request) -> dict:
-        with refusals():
+        with user_errors():
             found = self.last(chosen, request)
             self.studio.store.set_favourite(found.id, not found.favourite)
             return about(self.saved(found.id, request))
 
     def delete(self, chosen: list[str], request: gr.Request) -> tuple:
-        with refusals():
+        with user_errors():
             self.studio.store.delete(self.last(chosen, request).id)
         return None, None, chosen[:-1]
 
     def pack(self, search: str, model: str, stars: bool, request: gr.Request) -> dict:
-        with refusals():
+        with user_errors():
             found = [saved.id for saved in self.wanted(search, model, stars, request, limit=MOST_ZIPPED)]
             if not found:
                 raise ValueError("nothing is found: look for something else")
@@ -121,7 +121,7 @@ class Gallery:
 
     def think(self, chosen: list[str], request: gr.Request) -> list[tuple]:
         """The picture under what the network made of each of its cells."""
-        with refusals():
+        with user_errors():
             found = self.last(chosen, request)
             if found.tokens is None:
                 raise ValueError("this picture was not made of tokens: choose one of another model")

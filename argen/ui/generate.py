@@ -9,7 +9,7 @@ from argen.data.imagenet import class_names
 from argen.metadata import read_request
 from argen.pipelines.base import TokenPipeline
 from argen.request import Request
-from argen.ui.jobs import Desk, View, line, readable, refusals
+from argen.ui.jobs import AppContext, View, line, readable, user_errors
 from samplers import Lantern
 
 ANY_STYLE = "any"
@@ -29,8 +29,8 @@ class Create:
         name: of a preset.
     """
 
-    def __init__(self, models: Models, ids: Sequence[str], desk: Desk):
-        self.models, self.desk = models, desk
+    def __init__(self, models: Models, ids: Sequence[str], context: AppContext):
+        self.models, self.context = models, context
         shown = models(ids[0])
         with gr.Row():
             with gr.Column(scale=2):
@@ -52,9 +52,9 @@ class Create:
                 gr.Examples(examples, prompt)
                 with gr.Accordion("Settings of a picture, and presets", open=False):
                     saved, self.name, keep, use, found, told = self.restoring()
-            self.view = View(desk)
+            self.view = View(context)
         with gr.Accordion("Queue", open=True):
-            line(desk)
+            line(context)
 
         own = [style, *settings, group]
         fields = [model, prompt, num, seed, *own]
@@ -121,12 +121,12 @@ class Create:
         )
 
     def run(self, request: gr.Request, *fields) -> tuple:
-        with refusals():
+        with user_errors():
             return self.view.ask(self.wanted(*fields), request)
 
     def choose(self, model: str, saved: Request | None = None) -> list:
         """The style and the settings of a model, its own or those saved, and its classes; what it does not have is hidden."""
-        with refusals():
+        with user_errors():
             pipe = self.models(model)
         own, names, given = pipe.defaults, classes(pipe), saved.given() if saved else {}
         lantern, flows = {"visible": given.get("sampler") == Lantern.name}, {"visible": bool(own.steps)}
@@ -149,7 +149,7 @@ class Create:
 
     def length(self, model: str, prompt: str) -> str:
         """How much of a prompt the model reads."""
-        with refusals():
+        with user_errors():
             told = self.models(model).text_tokens(prompt) if prompt.strip() else None
         if told is None:
             return ""
@@ -160,31 +160,31 @@ class Create:
 
     def read(self, path: str | None) -> tuple:
         """The settings inside a file."""
-        with refusals():
+        with user_errors():
             found = None if path is None else read_request(path)
         return found, found and readable(found)
 
     def preset(self, name: str | None, request: gr.Request) -> tuple:
         """The settings of a preset; nothing where none has that name yet."""
-        saved = self.desk.studio.store.presets(self.desk.owner(request)).get(name)
+        saved = self.context.studio.store.presets(self.context.owner(request)).get(name)
         found = None if saved is None else Request.from_dict(saved)
         return found, found and readable(found)
 
     def use(self, found: Request | None) -> list:
-        with refusals():
+        with user_errors():
             if found is None:
                 raise ValueError("there are no settings: drop a PNG file, or choose a preset")
         return [found.model, found.prompt, found.num_images, found.seed, *self.choose(found.model, found)]
 
     def keep(self, request: gr.Request, name: str | None, *fields) -> dict:
-        with refusals():
+        with user_errors():
             if not name or len(name) > 60:
                 raise ValueError("the preset has no name: type one, of at most 60 characters")
-            self.desk.studio.store.save_preset(self.desk.owner(request), name, self.wanted(*fields).to_dict())
+            self.context.studio.store.save_preset(self.context.owner(request), name, self.wanted(*fields).to_dict())
         return self.presets(request)
 
     def presets(self, request: gr.Request) -> dict:
-        return gr.update(choices=list(self.desk.studio.store.presets(self.desk.owner(request))))
+        return gr.update(choices=list(self.context.studio.store.presets(self.context.owner(request))))
 
 
 def classes(pipe: TokenPipeline) -> list[str]:

@@ -23,7 +23,7 @@ TICK, LINE_TICK = 0.4, 1.0  # seconds between looks at a job, and at the line
 
 
 @dataclass(frozen=True)
-class Desk:
+class AppContext:
     """Where the tabs hand in what is asked.
 
     Attributes:
@@ -66,7 +66,7 @@ class Desk:
         return str(path)
 
 
-class refusals:
+class user_errors:
     """Bad input becomes a message on the page."""
 
     def __enter__(self) -> None: ...
@@ -84,8 +84,8 @@ class View:
         watched: outputs of an event that begins a job, for what `begin` gives.
     """
 
-    def __init__(self, desk: Desk, suffix: str = ""):
-        self.desk, self.studio = desk, desk.studio
+    def __init__(self, context: AppContext, suffix: str = ""):
+        self.context, self.studio = context, context.studio
         self.job, self.seen = gr.State(None), gr.State(-1)
         with gr.Column(scale=3):
             self.gallery = gr.Gallery(
@@ -119,30 +119,30 @@ class View:
 
     def ask(self, wish: Request, request: gr.Request) -> tuple:
         """Put a wish into the line and show it."""
-        return self.begin(self.studio.submit(wish, self.desk.owner(request)))
+        return self.begin(self.studio.submit(wish, self.context.owner(request)))
 
     def restore(self, request: gr.Request) -> tuple:
         """Show the job that was asked for last, if it is not over: the page was loaded anew."""
-        last = self.studio.store.latest(self.desk.owner(request))
+        last = self.studio.store.latest(self.context.owner(request))
         return self.begin(None if last is None or self.studio.progress(last).over else last)
 
     def stop(self, id: str | None, request: gr.Request) -> None:
-        with refusals():
+        with user_errors():
             if id is not None:
-                self.studio.cancel(id, self.desk.owner(request))
+                self.studio.cancel(id, self.context.owner(request))
 
     def resume(self, id: str | None, request: gr.Request) -> tuple:
-        with refusals():
+        with user_errors():
             if id is None:
                 raise ValueError("there is no job here: draw something first")
-            self.studio.resume(id, self.desk.owner(request))
+            self.studio.resume(id, self.context.owner(request))
             return self.begin(id)
 
     def again(self, id: str | None, request: gr.Request) -> tuple:
-        with refusals():
+        with user_errors():
             if id is None:
                 raise ValueError("there is no job here: draw something first")
-            return self.begin(self.studio.again(id, self.desk.owner(request)))
+            return self.begin(self.studio.again(id, self.context.owner(request)))
 
     def look(self, id: str | None, seen: int) -> tuple:
         """What there is to see of a job now; nothing where nothing is new."""
@@ -166,13 +166,13 @@ class View:
         return files, text, settings, cells or None, seen, gr.Timer(active=False)
 
 
-def line(desk: Desk) -> None:
+def line(context: AppContext) -> None:
     """The line, and what can be done with it; inside the current `gr.Blocks`."""
-    studio, head = desk.studio, ["job", "state", "prompt", "model", "done", "seconds left"]
+    studio, head = context.studio, ["job", "state", "prompt", "model", "done", "seconds left"]
     chosen, before = gr.State(None), gr.State(None)
 
     def rows(request: gr.Request, seen: list | None) -> tuple:
-        found = [row(one) for one in studio.line(desk.owner(request))]
+        found = [row(one) for one in studio.line(context.owner(request))]
         note = "The queue rests." if studio.paused else f"{len(found)} in the queue."
         note = note if studio.alive else "**Nothing is drawn any more: start argen again.** What waits is kept."
         state = [note, *found]
@@ -184,10 +184,10 @@ def line(desk: Desk) -> None:
 
     def act(do: Callable[[str, str], object]) -> Callable:
         def acted(id: str | None, request: gr.Request) -> None:
-            with refusals():
+            with user_errors():
                 if id is None:
                     raise ValueError("no job is chosen: click on one in the table")
-                do(id, desk.owner(request))
+                do(id, context.owner(request))
 
         return acted
 
@@ -205,8 +205,8 @@ def line(desk: Desk) -> None:
         rest = gr.Button("Pause or go on", elem_id="line-pause")
 
     def pause(request: gr.Request) -> None:
-        with refusals():
-            desk.check_admin(request)
+        with user_errors():
+            context.check_admin(request)
             studio.pause(not studio.paused)
 
     rest.click(pause, None, None)
@@ -232,7 +232,7 @@ def told(now: Progress) -> str:
 
 
 def how(now: Progress) -> str:
-    a_pass = now.decided / max(1, now.passes)
+    a_pass = now.decided / max(1, now.forward_passes)
     return f"{now.request.sampler}: {now.speed:.0f} tokens/s, {a_pass:.1f} tokens a pass"
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from argen.eval.metrics import psnr, ssim
 from argen.eval.reconstruction import Tokenizer, decoded, encoded
-from argen.ui.jobs import PREVIEW_SIDE, enlarge, refusals
+from argen.ui.jobs import PREVIEW_SIDE, enlarge, user_errors
 from tokenizers_img.pixels import from_pil, to_pil
 
 LATENT_BITS = 16  # of a continuous number, as bfloat16 holds it
@@ -25,7 +25,7 @@ def tab(tokenizers: Callable[[str], Tokenizer], ids: Sequence[str], shipped: Seq
     """
 
     def compare(picture: Image.Image | None, chosen: list[str]) -> tuple[list[tuple], list[list]]:
-        with refusals():
+        with user_errors():
             if picture is None:
                 raise ValueError("there is no picture: drop a file, or paste one")
             if not chosen:
@@ -40,7 +40,7 @@ def tab(tokenizers: Callable[[str], Tokenizer], ids: Sequence[str], shipped: Seq
             return pictures, rows
 
     def look(picture: Image.Image | None, name: str, count: int | None) -> tuple:
-        with refusals():
+        with user_errors():
             if picture is None:
                 raise ValueError("there is no picture: drop a file, or paste one")
             tokenizer = tokenizers(name)

@@ -8,7 +8,7 @@ import gradio as gr
 from argen.request import Request
 from argen.studio.many import SETTINGS, Axis, listed, read_table, sheet, varied
 from argen.studio.store import DONE, OVER
-from argen.ui.jobs import TICK, Desk, refusals
+from argen.ui.jobs import TICK, AppContext, user_errors
 
 NONE = "none"
 
@@ -20,8 +20,8 @@ class Many:
         ids: of the generators to choose from.
     """
 
-    def __init__(self, ids: Sequence[str], desk: Desk):
-        self.desk, self.studio = desk, desk.studio
+    def __init__(self, ids: Sequence[str], context: AppContext):
+        self.context, self.studio = context, context.studio
         asked = gr.State(None)  # the axes, and the ids of the jobs
         names = [name for name in SETTINGS if name != "num_images"]
         gr.Markdown("### One prompt under several settings")
@@ -81,7 +81,7 @@ class Many:
 
     def begin(self, request: gr.Request, model: str, prompt: str, seed: float, *fields: str) -> tuple:
         """Put every combination into the queue."""
-        with refusals():
+        with user_errors():
             axes = [
                 Axis.parse(f"{name}={values}")
                 for name, values in zip(fields[::2], fields[1::2], strict=True)
@@ -89,12 +89,12 @@ class Many:
             ]
             wishes = varied(Request(prompt.strip(), model=model, seed=int(seed or 0)), axes)
             ids = self.hand_in(wishes, request)
-            self.studio.store.keep_grid(self.desk.owner(request), [(axis.name, axis.values) for axis in axes], ids)
+            self.studio.store.keep_grid(self.context.owner(request), [(axis.name, axis.values) for axis in axes], ids)
             return (axes, ids), gr.Timer(active=True)
 
     def restore(self, request: gr.Request) -> tuple:
         """Show the grid that was asked for last, whenever the tab is opened: the page may have been loaded anew."""
-        last = self.studio.store.last_grid(self.desk.owner(request))
+        last = self.studio.store.last_grid(self.context.owner(request))
         if last is None:
             return None, gr.Timer(active=False)
         axes, ids = last
@@ -104,7 +104,7 @@ class Many:
         """Put requests into the queue, all of them or none -> the ids of their jobs."""
         for name in {wish.model for wish in wishes}:
             self.studio.models(name)  # says so if there is none
-        return self.studio.submit_all(wishes, self.desk.owner(request))
+        return self.studio.submit_all(wishes, self.context.owner(request))
 
     def look(self, asked: tuple | None) -> tuple:
         """The grid, when all of it is done."""
@@ -133,7 +133,7 @@ class Many:
 
     def batch(self, request: gr.Request, path: str | None, model: str) -> str:
         """Put the rows of a file into the queue."""
-        with refusals():
+        with user_errors():
             if path is None:
                 raise ValueError("there is no table: drop a CSV or JSON lines file")
             wishes = read_table(Path(path), model=model)

@@ -3,43 +3,43 @@
 import gradio as gr
 
 from argen.registry import MODELS
-from argen.studio import holdings
-from argen.ui.jobs import Desk, refusals
+from argen.studio import local_cache
+from argen.ui.jobs import AppContext, user_errors
 
 HEAD = ["id", "kind", "where", "MB here", "million parameters", "licence", "what"]
 
 
-def tab(desk: Desk) -> tuple:
+def tab(context: AppContext) -> tuple:
     """Lay the tab out inside the current `gr.Blocks`; what fills its table when it is opened, as an event takes it."""
 
     def rows() -> list[list]:
         found = []
-        for one in holdings.holdings():
+        for one in local_cache.local_cache():
             model, size = MODELS[one.id], round(one.bytes / 1e6, 1) if one.folder else ""
             found.append([one.id, model.kind, one.state, size, model.parameters, model.licence, model.about])
         return found
 
     def choose(found: list[list], event: gr.SelectData) -> tuple:
         id = found[event.index[0]][0]
-        folder = next(one.folder for one in holdings.holdings() if one.id == id)
-        return id, f"Chosen: `{id}`" + (f", in {folder}" if folder and desk.admin is None else "")
+        folder = next(one.folder for one in local_cache.local_cache() if one.id == id)
+        return id, f"Chosen: `{id}`" + (f", in {folder}" if folder and context.admin is None else "")
 
     def verify(id: str | None) -> str:
-        with refusals():
-            found = holdings.verify(_chosen(id))
+        with user_errors():
+            found = local_cache.verify(_chosen(id))
         broken = [name for name, whole in found.items() if not whole]
         return f"**Broken or missing: {', '.join(broken)}**" if broken else f"All {len(found)} files of {id} are whole."
 
     def delete(id: str | None, request: gr.Request) -> tuple:
-        with refusals():
-            desk.check_admin(request)
-            gone = holdings.delete(_chosen(id))
+        with user_errors():
+            context.check_admin(request)
+            gone = local_cache.delete(_chosen(id))
         return f"Deleted from the disk: {', '.join(gone)}.", rows()
 
     def set_offline(offline: bool, request: gr.Request) -> None:
-        with refusals():
-            desk.check_admin(request)
-            holdings.set_offline(offline)
+        with user_errors():
+            context.check_admin(request)
+            local_cache.set_offline(offline)
 
     chosen = gr.State(None)
     table = gr.Dataframe(headers=HEAD, type="array", interactive=False, show_label=False, wrap=True, elem_id="models")
@@ -48,7 +48,7 @@ def tab(desk: Desk) -> tuple:
         check = gr.Button("Check its files", elem_id="models-verify")
         drop = gr.Button("Delete what was downloaded", variant="stop", elem_id="models-delete")
         look = gr.Button("Look again", elem_id="models-look")
-        offline = gr.Checkbox(holdings.is_offline(), label="Offline: fetch nothing", elem_id="models-offline")
+        offline = gr.Checkbox(local_cache.is_offline(), label="Offline: fetch nothing", elem_id="models-offline")
     told = gr.Markdown(elem_id="models-state")
     table.select(choose, table, [chosen, which])
     check.click(verify, chosen, told)

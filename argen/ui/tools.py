@@ -16,7 +16,7 @@ from argen.diffusion.prompts import parse, words_of
 from argen.diffusion.rece import PRESETS
 from argen.diffusion.tome import PRESETS as STRENGTHS
 from argen.registry import binding, concepts_of, counters, counting, counting_rate, erasing
-from argen.ui.jobs import enlarge, refusals
+from argen.ui.jobs import enlarge, user_errors
 from argen.words import parse_count, split_names
 from tokenizers_img.pixels import to_pil
 
@@ -153,21 +153,21 @@ def tab(pipelines: Pipelines) -> None:
         return {"num_inference_steps": int(steps), "guidance_scale": guidance, "generator": int(seed)}
 
     def on_look(prompt) -> str:
-        with refusals():
+        with user_errors():
             return understand(prompt)
 
     def on_bind(model, prompt, pairs, strength, *how) -> Iterator[tuple]:
-        with refusals():
+        with user_errors():
             yield from bind(pipelines(model.strip()), prompt, pairs or "", strength, asked(*how))
 
     def on_erase(model, concepts, preset, retained, prompt, *how) -> Iterator[tuple]:
-        with refusals():
+        with user_errors():
             yield from erase(
                 pipelines(model.strip()), model.strip(), concepts, preset, retained or "", prompt, asked(*how)
             )
 
     def on_count(model, prompt, iterations, rate, seed) -> Iterator[tuple]:
-        with refusals():
+        with user_errors():
             pipe = pipelines(model.strip())
             yield from count(pipe, model.strip(), prompt, int(iterations), rate, int(seed))
 

@@ -35,7 +35,7 @@ class Holding:
         return "ships with argen" if self.ships else "downloaded" if self.folder else "not here"
 
 
-def holdings() -> list[Holding]:
+def local_cache() -> list[Holding]:
     """Of every model, in the order of the registry."""
     repos, found = _cached(), []
     for name, model in MODELS.items():

@@ -10,7 +10,7 @@ import pytest
 
 from argen.cli import main
 from argen.registry import MODELS, WEIGHTS
-from argen.studio import holdings
+from argen.studio import local_cache
 
 REPO = "FoundationVision/LlamaGen"
 
@@ -35,19 +35,21 @@ def cache(tmp_path, monkeypatch):
 
 def test_the_sums_are_those_of_what_ships():
     """Made by ``cd argen/weights && sha256sum $(find . -type f ! -name SHA256SUMS -printf '%P\\n' | sort)``."""
-    named = {line.split("  ", 1)[1] for line in holdings.SUMS.read_text().splitlines()}
-    files = {str(path.relative_to(WEIGHTS)) for path in WEIGHTS.rglob("*") if path.is_file() and path != holdings.SUMS}
+    named = {line.split("  ", 1)[1] for line in local_cache.SUMS.read_text().splitlines()}
+    files = {
+        str(path.relative_to(WEIGHTS)) for path in WEIGHTS.rglob("*") if path.is_file() and path != local_cache.SUMS
+    }
     assert named == files
     for name, model in MODELS.items():
         if model.repo is None:
-            found = holdings.verify(name)
+            found = local_cache.verify(name)
             assert found, name
             assert all(found.values()), f"{name}: {found}"
 
 
 def test_a_changed_file_is_noticed(monkeypatch, tmp_path, capsys):
     shutil.copytree(WEIGHTS / "emoji-counter", tmp_path / "emoji-counter")
-    monkeypatch.setattr(holdings, "WEIGHTS", tmp_path)
+    monkeypatch.setattr(local_cache, "WEIGHTS", tmp_path)
     assert main(["models", "--verify", "argen/emoji-counter"]) == 0
     weights = tmp_path / "emoji-counter/diffusion_pytorch_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"\1")
