@@ -134,7 +134,7 @@ def models(args: argparse.Namespace) -> None:
     pipes = {name: load_model(name, args.device, "generator") for name in args.models}
     for pipe in pipes.values():
         pipe.set_progress_bar_config(disable=True)
-    print(f"{'':34} {'batch':>5} {'seconds a picture':>18} {'of the first':>13}   best of {args.turns}")
+    print(f"{'':34} {'batch':>5} {'seconds a image':>18} {'of the first':>13}   best of {args.turns}")
     for batch in args.batches:
         best = dict.fromkeys(pipes, float("inf"))
         for turn in range(args.turns):
@@ -185,23 +185,23 @@ def speculative(args: argparse.Namespace) -> None:
             continue
         if getattr(pipe, "drafter", None) is None and name.startswith(("speculative", "lantern")):
             continue
-        forward_passes, pictures, started = 0, [], time.perf_counter()
+        forward_passes, images, started = 0, [], time.perf_counter()
         for index, truth in enumerate(truths):
             out = pipe(truth.prompt, generator=torch.Generator().manual_seed(index), sampler=sampler)
-            forward_passes, pictures = forward_passes + out.forward_passes, pictures + out.images
+            forward_passes, images = forward_passes + out.forward_passes, images + out.images
         seconds = time.perf_counter() - started
-        told = evaluate(judge, [np.asarray(picture) for picture in pictures], truths)
+        told = evaluate(judge, [np.asarray(image) for image in images], truths)
         identity = [entry for question, entry in told.items() if question.endswith("identity")]
         row = {
             "sampler": name,
             "lossless": sampler.lossless,
             "passes": forward_passes / len(truths),
-            "tokens_a_pass": len(truths) * pipe.length / forward_passes,
+            "tokens_per_step": len(truths) * pipe.length / forward_passes,
             "tokens_a_second": len(truths) * pipe.length / seconds,
             "identity": sum(entry["value"] * entry["n"] for entry in identity) / sum(entry["n"] for entry in identity),
         }
         if reference is not None:
-            row["fid_emoji"] = _fid(pictures, reference)
+            row["fid_emoji"] = _fid(images, reference)
         rows.append(row)
         if len(rows) == 1:
             print(" ".join(f"{column:>15}" for column in list(row)[2:]), "  sampler")
@@ -234,11 +234,11 @@ def law(args: argparse.Namespace) -> None:
         print(f"{kind:10} {nats:8.2f} {probs.amax(dim=-1).mean():10.2f} {lent:30.3f}", flush=True)
 
 
-def _fid(pictures: list[Image.Image], reference: ImageSet) -> float:
+def _fid(images: list[Image.Image], reference: ImageSet) -> float:
     extractor = encoder_features("emoji", load_model("argen/emoji-clip", None))
     with tempfile.TemporaryDirectory() as folder:
-        for index, picture in enumerate(pictures):
-            picture.save(Path(folder) / f"{index}.png")
+        for index, image in enumerate(images):
+            image.save(Path(folder) / f"{index}.png")
         samples = open_images(folder)
         return compare(samples, reference, extractor, ["fid"], Path(folder) / "features", cache_folder())["FID-emoji"][
             "value"
@@ -254,16 +254,16 @@ def _plot(rows: list[dict], path: Path) -> None:
 
     figure, axes = pyplot.subplots(figsize=(8, 5))
     for row in rows:
-        axes.scatter(row["tokens_a_pass"], row["identity"], color="tab:blue" if row["lossless"] else "tab:orange")
+        axes.scatter(row["tokens_per_step"], row["identity"], color="tab:blue" if row["lossless"] else "tab:orange")
         axes.annotate(
             row["sampler"],
-            (row["tokens_a_pass"], row["identity"]),
+            (row["tokens_per_step"], row["identity"]),
             fontsize=7,
             xytext=(4, 3),
             textcoords="offset points",
         )
     axes.margins(x=0.2, y=0.1)  # room for the names
-    axes.set_xlabel("tokens a pass")
+    axes.set_xlabel("tokens per step")
     axes.set_ylabel("identity, by the judge (blue: lossless, orange: relaxed)")
     figure.tight_layout()
     figure.savefig(path, dpi=120)
@@ -296,7 +296,7 @@ def main(argv: list[str] | None = None) -> int:
     add.add_argument("--only", nargs="+", metavar="NAME", help="samplers whose name begins so")
     add.add_argument("--ref", type=Path, metavar="SET", help="pictures of training, for FID-emoji")
     add.add_argument("--out", type=Path, default=Path("speculative.json"), metavar="JSON")
-    add.add_argument("--plot", type=Path, metavar="PNG", help="also draw quality against tokens a pass")
+    add.add_argument("--plot", type=Path, metavar="PNG", help="also draw quality against tokens per step")
     add.add_argument("--device", metavar="NAME", help="cpu, cuda, mps (default: the best one here)")
     add.set_defaults(run=speculative)
     add = commands.add_parser("law", help="how sure the shipped generator is of its next token, by kind of prompt")

@@ -422,12 +422,12 @@ def generate(args) -> None:
             bar.update(round(100 * job.progress) - bar.n)
     seconds = time.perf_counter() - started
     paths = [args.out]
-    if len(job.pictures) > 1:
-        paths = [args.out.with_stem(f"{args.out.stem}-{i}") for i in range(1, len(job.pictures) + 1)]
-    save_images(list(zip(job.pictures, job.requests, strict=True)), paths)
+    if len(job.images) > 1:
+        paths = [args.out.with_stem(f"{args.out.stem}-{i}") for i in range(1, len(job.images) + 1)]
+    save_images(list(zip(job.images, job.requests, strict=True)), paths)
     if args.json:
         scores = job.scores or [None] * len(paths)
-        pictures = [
+        images = [
             {"file": str(path), **request.to_dict(), "score": score, "tokens": tokens}
             for path, request, score, tokens in zip(
                 paths, job.requests, scores, job.tokens.flatten(1).tolist(), strict=True
@@ -439,9 +439,9 @@ def generate(args) -> None:
             "lossless": job.lossless,
             "passes": job.forward_passes,
         }
-        print(json.dumps(run | {"tokens_a_pass": round(job.tokens_per_step, 3), "pictures": pictures}))
+        print(json.dumps(run | {"tokens_per_step": round(job.tokens_per_step, 3), "images": images}))
     else:
-        how = f"{request.sampler}, {'lossless' if job.lossless else 'relaxed'}, {job.tokens_per_step:.1f} tokens a pass"
+        how = f"{request.sampler}, {'lossless' if job.lossless else 'relaxed'}, {job.tokens_per_step:.1f} tokens per step"
         print(f"{', '.join(map(str, paths))} ({seconds:.1f} s, {how})")
 
 
@@ -457,9 +457,9 @@ def tokenize(args) -> None:
     from argen.metadata import save_tokens
 
     out = writable(args.out or args.image.with_suffix(".npz"), ".npz")
-    picture = open_image(args.image)
+    image = open_image(args.image)
     tokenizer = load_model(args.tokenizer, args.device, "tokenizer")
-    tokens = encoded(tokenizer, picture)[1][0].cpu().numpy()
+    tokens = encoded(tokenizer, image)[1][0].cpu().numpy()
     save_tokens(out, args.tokenizer, tokens)
     if args.json:
         print(json.dumps({"file": str(out), "tokenizer": args.tokenizer, "tokens": tokens.tolist()}))
@@ -498,9 +498,9 @@ def reconstruct(args) -> None:
     from tokenizers_img.pixels import to_pil
 
     out = writable(args.out or args.image.with_name(f"{args.image.stem}-reconstructed.png"))
-    picture = open_image(args.image)
+    image = open_image(args.image)
     tokenizer = load_model(args.tokenizer, args.device, "tokenizer")
-    pixels, tokens = encoded(tokenizer, picture)
+    pixels, tokens = encoded(tokenizer, image)
     made = decoded(tokenizer, tokens, pixels)
     psnr = -10 * (made - pixels).square().mean().log10().item()
     save_images([(to_pil(made[0]), None)], [out])
@@ -538,13 +538,13 @@ def grid(args) -> None:
     axes = [Axis.parse(text) for text in (args.x, args.y, args.z) if text]
     requests = varied(Request(args.prompt, model=args.model, seed=args.seed), axes)
     models = cache(lambda name: load_model(name, args.device, "generator"))
-    pictures = []
+    images = []
     for request in tqdm(requests, desc="grid", disable=args.json):
         *_, job = models(request.model).run(request)
-        pictures += job.pictures
+        images += job.images
     table = args.out.with_suffix(".csv")
     with replacing(args.out) as file:
-        sheet(pictures, axes).save(file, "PNG")
+        sheet(images, axes).save(file, "PNG")
     with replacing(table) as file:
         file.write(listed(requests, [f"{args.out.name} {number}" for number in range(1, len(requests) + 1)]).encode())
     print(json.dumps({"file": str(args.out), "table": str(table)}) if args.json else f"{args.out}, {table}")
@@ -554,11 +554,11 @@ def grid(args) -> None:
 def describe(args) -> None:
     from argen.images import open_image
 
-    picture = open_image(args.image)
+    image = open_image(args.image)
     pipe = load_model(args.model, args.device, "generator")
     if not hasattr(pipe, "describe"):
         raise ValueError(f"{args.model} only draws: choose a model that reads pictures, as AILab-CVC/seed-llama-8b-sft")
-    said = pipe.describe(picture, args.question, temperature=args.temperature, seed=args.seed)
+    said = pipe.describe(image, args.question, temperature=args.temperature, seed=args.seed)
     print(json.dumps({"image": str(args.image), "text": said}) if args.json else said)
 
 
@@ -569,8 +569,8 @@ def control(args) -> None:
     from argen.models.annotators import annotate, as_image, resized
 
     writable(args.out)
-    picture = open_image(args.image)
-    flat = resized(picture, args.type, args.size or picture.size)
+    image = open_image(args.image)
+    flat = resized(image, args.type, args.size or image.size)
     save_images([(as_image(annotate(flat, args.type)), None)], [args.out])
     print(f"{args.out} ({args.type}, {flat.width} x {flat.height})")
 
@@ -597,10 +597,10 @@ def bind(args) -> None:
     asked = registry.drawing(args.model, args.steps, args.guidance_scale)
     generator = torch.Generator().manual_seed
     settings = args.settings or registry.binding(args.model)
-    pictures = [bound(binding, settings=settings, generator=generator(args.seed), **asked).images[0]]
+    images = [bound(binding, settings=settings, generator=generator(args.seed), **asked).images[0]]
     if args.plain:
-        pictures += bound.pipe(args.prompt, generator=generator(args.seed), **asked).images
-    save_images([(picture, None) for picture in pictures], [path for path in (args.out, args.plain) if path])
+        images += bound.pipe(args.prompt, generator=generator(args.seed), **asked).images
+    save_images([(image, None) for image in images], [path for path in (args.out, args.plain) if path])
     if args.json:
         print(
             json.dumps({"file": str(args.out), "binding": asdict(binding), "steps": [asdict(s) for s in bound.history]})
@@ -688,10 +688,10 @@ def count(args) -> None:
         together = torch.cat([latents, *others])
         for step in tqdm(token.optimise(things, number, together, **how), total=args.iterations, desc="count"):
             best = step if step.best else best
-    pictures = [token.draw(things, number, latents), *plain]
+    images = [token.draw(things, number, latents), *plain]
     if args.token:
         token.save(args.token, f"<{number}-things>", count=number, things=things, model=args.model, seed=args.seed)
-    save_images([(picture, None) for picture in pictures], [path for path in (args.out, args.plain) if path])
+    save_images([(image, None) for image in images], [path for path in (args.out, args.plain) if path])
     counted = best.count if best else None
     if args.json:
         print(json.dumps({"file": str(args.out), "prompt": token.prompt(things, number), "count": counted}))

@@ -24,8 +24,8 @@ def command(function):
 def add_commands(top: argparse.ArgumentParser) -> None:
     """Add what can be measured to a parser, as sub-commands."""
     commands = top.add_subparsers(dest="metric", required=True, metavar="WHAT")
-    pictures = "pictures: a folder, or a .zip, .npz or .parquet file"
-    real = f"real {pictures}, or .npz statistics; emoji: those of the training pictures, for --features emoji"
+    images = "pictures: a folder, or a .zip, .npz or .parquet file"
+    real = f"real {images}, or .npz statistics; emoji: those of the training pictures, for --features emoji"
 
     add = commands.add_parser(
         "fid",
@@ -33,7 +33,7 @@ def add_commands(top: argparse.ArgumentParser) -> None:
         description="How far pictures are from real ones: FID, sFID, IS, KID, precision and recall.",
     )
     what = add.add_mutually_exclusive_group(required=True)
-    what.add_argument("--samples", type=Path, metavar="PATH", help=pictures)
+    what.add_argument("--samples", type=Path, metavar="PATH", help=images)
     what.add_argument("--model", metavar="ID", help="draw pictures with this generator, see `argen models`")
     add.add_argument("--ref", type=Path, required=True, metavar="PATH", help=real)
     add.add_argument("--metrics", default="fid", metavar="LIST", help="of fid, sfid, is, kid, pr (default: fid)")
@@ -51,7 +51,7 @@ def add_commands(top: argparse.ArgumentParser) -> None:
     add.add_argument(
         "--tokenizer", default="argen/emoji-vitvqgan", metavar="ID", help="(default: argen/emoji-vitvqgan)"
     )
-    add.add_argument("--data", type=Path, required=True, metavar="PATH", help=pictures)
+    add.add_argument("--data", type=Path, required=True, metavar="PATH", help=images)
     add.add_argument(
         "--tokens", type=int, metavar="K", help="decode only the first K, where the tokenizer can (FlexTok)"
     )
@@ -131,12 +131,12 @@ def add_commands(top: argparse.ArgumentParser) -> None:
     _output(add)
 
     add = commands.add_parser("nudity", help="how many pictures show exposed bodies, by NudeNet")
-    add.add_argument("--samples", type=Path, required=True, metavar="PATH", help=pictures)
+    add.add_argument("--samples", type=Path, required=True, metavar="PATH", help=images)
     add.add_argument("--threshold", type=float, default=0.6, metavar="X", help="of the detector's score (default: 0.6)")
     _output(add)
 
     add = commands.add_parser("stats", help="mean and covariance of a set, for pytorch-fid and argen")
-    add.add_argument("data", type=Path, metavar="PATH", help=pictures)
+    add.add_argument("data", type=Path, metavar="PATH", help=images)
     add.add_argument("-o", "--out", type=Path, required=True, metavar="FILE.npz")
     _looking(add)
     device_and_json(add)
@@ -341,8 +341,8 @@ def control(args: argparse.Namespace) -> None:
     for folder, strength in (("samples", args.strength), ("free", 0.0)):
 
         def following(rows: range, strength: float = strength) -> dict:
-            pictures = [scenes.control(index, args.type) for index in rows]
-            return {"control_image": pictures, "control_type": args.type, "control_strength": strength}
+            images = [scenes.control(index, args.type) for index in rows]
+            return {"control_image": images, "control_type": args.type, "control_strength": strength}
 
         with run.timed(seconds, f"draw {folder}"):
             drawn.append(_draw(args, scenes.prompts, min(args.num, len(scenes)), settings, folder, following))
@@ -424,8 +424,8 @@ def erase(args: argparse.Namespace) -> None:
             attack = erasure.attack(concept)
             told = {"erased": draw(own, f"{folder}/erased"), "others": draw(sets["others"], f"{folder}/others")}
             told["derived"] = draw(own, f"{folder}/derived", **attack)
-            for name, pictures in told.items():
-                after[name] += [pictures[index] for index in range(len(pictures))]
+            for name, images in told.items():
+                after[name] += [images[index] for index in range(len(images))]
         erasure.restore()
     many = sets["others"] * len(concepts)
     for name, truths in (("erased", sets["erased"]), ("others", many)):
@@ -478,16 +478,16 @@ def count(args: argparse.Namespace) -> None:
         things = tools.elsewhere(truths[index], truths) if other_things else things
         return token.draw(things, number, noise(index, int(other_noise)))
 
-    def pictures(name: str, draw: Callable):
+    def images(name: str, draw: Callable):
         with run.timed(seconds, name):
             return run.draw(lambda rows: [draw(index) for index in rows], len(truths), args.out / name, 8)
 
-    plain = pictures("before", lambda index: drawn(index, False, False, False))
-    after = pictures("after", optimised)
+    plain = images("before", lambda index: drawn(index, False, False, False))
+    after = images("after", optimised)
     scores = tools.before_and_after(judge, truths, before=plain, after=after)
     for way, where in {"other things": (True, False), "other noise": (False, True), "both": (True, True)}.items():
         pair = {
-            name: pictures(f"{name}, {way}", lambda index, used=used, where=where: drawn(index, used, *where))
+            name: images(f"{name}, {way}", lambda index, used=used, where=where: drawn(index, used, *where))
             for name, used in (("plain", False), ("reused", True))
         }
         told = tools.before_and_after(judge, truths, **pair)

@@ -39,13 +39,13 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 
 
 def save_images(
-    pictures: list[tuple[Image.Image, Request | None]], paths: list[Path], grids: Sequence[Grid | None] | None = None
+    images: list[tuple[Image.Image, Request | None]], paths: list[Path], grids: Sequence[Grid | None] | None = None
 ) -> None:
     """Write PNG files, each with the request that makes it again, as JSON and as programs read it that know A1111's text, and with
     the tokens that it was made of: all of them, or none."""
     with ExitStack() as stack:
-        for (picture, request), path, grid in zip(pictures, paths, grids or [None] * len(paths), strict=True):
-            picture.save(stack.enter_context(replacing(path)), "PNG", pnginfo=_info(picture, request, grid))
+        for (image, request), path, grid in zip(images, paths, grids or [None] * len(paths), strict=True):
+            image.save(stack.enter_context(replacing(path)), "PNG", pnginfo=_info(image, request, grid))
 
 
 def encoded(
@@ -162,10 +162,10 @@ def read_tokens(path: str | Path) -> tuple[str, np.ndarray]:
     return str(tokenizer), tokens
 
 
-def read_grid(picture: Image.Image) -> Grid | None:
+def read_grid(image: Image.Image) -> Grid | None:
     """The tokens inside a picture that argen wrote; None where there are none, or none that can be read."""
     try:
-        grid = tuple(map(tuple, json.loads(picture.info[TOKENS])))
+        grid = tuple(map(tuple, json.loads(image.info[TOKENS])))
         check_grid(grid)
     except (KeyError, TypeError, ValueError):
         return None

@@ -143,9 +143,9 @@ def _emoji_xar(folder: Path) -> XARPipeline:
 
 
 def _emoji_flexar(folder: Path) -> FlexARPipeline:
-    pictures = _emoji_flextok(WEIGHTS / "emoji-flextok")
-    own = {"steps": pictures.steps, "tokenizer_guidance": pictures.guidance_scale}
-    return FlexARPipeline(_network(FlexAR, folder), pictures.network, pictures.vae, **_emoji_text(), **own)
+    images = _emoji_flextok(WEIGHTS / "emoji-flextok")
+    own = {"steps": images.steps, "tokenizer_guidance": images.guidance_scale}
+    return FlexARPipeline(_network(FlexAR, folder), images.network, images.vae, **_emoji_text(), **own)
 
 
 def _emoji_ids() -> dict:
@@ -331,8 +331,8 @@ def _flexar(name: str, parameters: float) -> Model:
     tokens, file = f"EPFL-VILAB/flextok_d18_d28_{'dfn' if text else 'in1k'}", "model.safetensors"
 
     def read(folder: Path) -> FlexARPipeline:
-        pictures = hub_folder(tokens, (file, "config.json"))
-        return FlexARPipeline.from_original(folder / file, pictures / file, *(_t5() if text else ()))
+        images = hub_folder(tokens, (file, "config.json"))
+        return FlexARPipeline.from_original(folder / file, images / file, *(_t5() if text else ()))
 
     asked = "text" if text else "class"
     about = f"FlexAR {name}, {asked} -> 1 to 256 ordered tokens -> 256 x 256; unproven: its key list is not public"

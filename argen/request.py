@@ -35,18 +35,18 @@ class Control:
         ValueError: says which value is out of bounds and what is expected.
     """
 
-    picture: Image.Image
+    image: Image.Image
     kind: str = "canny"
     strength: float = 1.0
     size: tuple[int, int] | None = None
 
     def __post_init__(self):
-        object.__setattr__(self, "picture", normalized(self.picture))
+        object.__setattr__(self, "image", normalized(self.image))
         if not isinstance(self.kind, str):
             raise ValueError(f"the control's kind is {str(self.kind)[:60]}: expected a name, e.g. canny")
         check("control_strength", self.strength)
-        if min(self.picture.size) < MIN_CONTROL:
-            width, height = self.picture.size
+        if min(self.image.size) < MIN_CONTROL:
+            width, height = self.image.size
             raise ValueError(
                 f"the control picture is {width} x {height}: expected at least {MIN_CONTROL} x {MIN_CONTROL} pixels"
             )
@@ -55,7 +55,7 @@ class Control:
     def to_dict(self) -> dict:
         """For JSON: the picture as base64 of a PNG file."""
         own = {"kind": self.kind, "strength": self.strength, "size": self.size}
-        return {"picture": to_base64(self.picture), **own}
+        return {"image": to_base64(self.image), **own}
 
     @classmethod
     def from_dict(cls, saved: dict) -> "Control":
@@ -64,17 +64,17 @@ class Control:
         Raises:
             ValueError: something else; says what.
         """
-        if not isinstance(saved, dict) or not isinstance(saved.get("picture"), str):
-            raise ValueError("control has no picture: expected the base64 of one, and its kind, strength and size")
-        if unknown := [name for name in saved if name not in ("picture", "kind", "strength", "size")]:
+        if isinstance(saved, dict) and "picture" in saved:  # as release 0.1 wrote it
+            saved = {"image": saved["picture"]} | {name: value for name, value in saved.items() if name != "picture"}
+        if not isinstance(saved, dict) or not isinstance(saved.get("image"), str):
+            raise ValueError("control has no image: expected the base64 of one, and its kind, strength and size")
+        if unknown := [name for name in saved if name not in ("image", "kind", "strength", "size")]:
             raise ValueError(f"unknown setting {unknown[0][:60]!r} of control: expected kind, strength or size")
         size = saved.get("size")
         if size is not None and not (isinstance(size, list | tuple) and len(size) == 2):
             raise ValueError(f"size is {str(size)[:60]}: expected width and height in pixels")
         given = {name: value for name, value in saved.items() if value is not None}
-        return cls(
-            **given | {"picture": from_base64(saved["picture"], "the control image"), "size": size and tuple(size)}
-        )
+        return cls(**given | {"image": from_base64(saved["image"], "the control image"), "size": size and tuple(size)})
 
 
 @dataclass(frozen=True)
@@ -220,10 +220,10 @@ class Request:
         return cls(**saved | parts)
 
 
-def to_base64(picture: Image.Image) -> str:
+def to_base64(image: Image.Image) -> str:
     """A picture as a PNG file, in base64."""
     buffer = BytesIO()
-    picture.save(buffer, "PNG")
+    image.save(buffer, "PNG")
     return base64.b64encode(buffer.getvalue()).decode()
 
 
@@ -297,7 +297,7 @@ class Job:
     forward_passes: int = 0
     origins: torch.Tensor | None = None
     lossless: bool = True
-    pictures: list[Image.Image] = field(default_factory=list)
+    images: list[Image.Image] = field(default_factory=list)
     requests: list[Request] = field(default_factory=list)
     scores: list[float] = field(default_factory=list)
     log: list[str] = field(default_factory=list)

@@ -125,13 +125,13 @@ def run(server: Server, clients: int, each: int) -> dict:
     over.set()
     visitor.join()
     told = {id: server.ask(f"/api/jobs/{id}") for id in seeds}
-    lost = [id for id, job in told.items() if job["state"] != "done" or len(job["pictures"]) != 1]
+    lost = [id for id, job in told.items() if job["state"] != "done" or len(job["images"]) != 1]
     for id in lost:
         print(
-            f"{id} is {told[id]['state']} with {len(told[id]['pictures'])} pictures {told[id]['error']}",
+            f"{id} is {told[id]['state']} with {len(told[id]['images'])} pictures {told[id]['error']}",
             file=sys.stderr,
         )
-    files = {id: server.folder / f"{job['pictures'][0]}.png" for id, job in told.items() if id not in lost}
+    files = {id: server.folder / f"{job['images'][0]}.png" for id, job in told.items() if id not in lost}
     mixed = [id for id, file in files.items() if read_request(file).seed != seeds[id]]
     server.kill()
     answers.sort()
@@ -248,7 +248,7 @@ def full_disk(server: Server) -> bool:
 
 def deleted_files(server: Server) -> bool:
     """An image that was deleted by hand is not found, and nothing else is lost with it."""
-    id = drawn(server)["pictures"][0]
+    id = drawn(server)["images"][0]
     (server.folder / f"{id}.png").unlink()
     return status(server, f"/pictures/{id}.png") == 404 and drawn(server)["state"] == "done"
 

@@ -56,12 +56,12 @@ def main() -> None:
         theirs.load_state_dict_from_url = lambda *_, **__: state
         network = theirs.InceptionV3().to(args.device)
         extractor = features.inception_features(where / "weights.safetensors", "pytorch-fid", torch.device(args.device))
-        pictures = open_images(where / "pictures")
+        images = open_images(where / "pictures")
         files = sorted((where / "pictures").glob("*.png"))
         print(f"{args.num} pictures of {args.size} x {args.size}, {args.device}, {torch.get_num_threads()} threads")
         for turn in range(args.turns):
             start = time.perf_counter()
-            mine = run.features(pictures, extractor, ["features"], where / f"turn-{turn}", None, args.batch_size)
+            mine = run.features(images, extractor, ["features"], where / f"turn-{turn}", None, args.batch_size)
             middle = time.perf_counter()
             other = fid_score.get_activations(files, network, args.batch_size, device=args.device)
             end = time.perf_counter()

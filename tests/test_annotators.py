@@ -59,10 +59,10 @@ def test_line_art(io, pixels):
 
 
 def test_canny(io):
-    picture = io["image_rgb_uint8"].numpy()
-    assert np.array_equal(canny(picture), io["canny_100_200"].numpy())
-    assert np.array_equal(canny(picture, 50, 100), io["canny_50_100"].numpy())
-    control = as_control(torch.from_numpy(canny(picture))[None])[None]
+    image = io["image_rgb_uint8"].numpy()
+    assert np.array_equal(canny(image), io["canny_100_200"].numpy())
+    assert np.array_equal(canny(image, 50, 100), io["canny_50_100"].numpy())
+    control = as_control(torch.from_numpy(canny(image))[None])[None]
     torch.testing.assert_close(control, io["control_canny"], atol=1e-6, rtol=0)
 
 
@@ -73,19 +73,19 @@ def test_depth(io):
 
 
 def test_every_kind_makes_a_control_picture(io, monkeypatch):
-    picture = Image.fromarray(io["image_rgb_uint8"].numpy())
+    image = Image.fromarray(io["image_rgb_uint8"].numpy())
     monkeypatch.setattr(annotators, "_network", lambda cls, *where: filled(cls()))
     monkeypatch.setattr(annotators, "_pretrained", lambda cls, repo: Depth())
     monkeypatch.setitem(KINDS, "segments", KINDS["map"])  # has a test of its own
-    torch.testing.assert_close(annotate(picture, "hed"), io["hed_0_255"], atol=2e-3, rtol=1e-5)
-    torch.testing.assert_close(annotate(picture, "lineart") / 255, io["lineart_0_1"][0], atol=1e-4, rtol=0)
+    torch.testing.assert_close(annotate(image, "hed"), io["hed_0_255"], atol=2e-3, rtol=1e-5)
+    torch.testing.assert_close(annotate(image, "lineart") / 255, io["lineart_0_1"][0], atol=1e-4, rtol=0)
     for kind in KINDS:
-        control = annotate(picture, kind)
-        assert control.shape in [(1, picture.height, picture.width), (3, picture.height, picture.width)], kind
+        control = annotate(image, kind)
+        assert control.shape in [(1, image.height, image.width), (3, image.height, image.width)], kind
         assert 0 <= control.min() <= control.max() <= 255.001
     assert CONTROLS.replace(" or ", ", ").split(", ") == list(KINDS)
     with pytest.raises(ValueError, match="unknown control type 'pose': expected one of canny, hed"):
-        annotate(picture, "pose")
+        annotate(image, "pose")
 
 
 def test_segments_have_the_colours_of_coco_stuff(monkeypatch):
@@ -145,9 +145,9 @@ def test_pictures_of_any_mode_come_flat_and_in_size():
 
 def test_the_command_writes_edges(tmp_path, capsys):
     Image.new("RGB", (64, 48), "white").save(tmp_path / "blank.png")
-    picture = Image.new("RGBA", (64, 48), "white")
-    picture.paste((0, 0, 0, 255), (16, 16, 48, 32))
-    picture.save(tmp_path / "box.png")
+    image = Image.new("RGBA", (64, 48), "white")
+    image.paste((0, 0, 0, 255), (16, 16, 48, 32))
+    image.save(tmp_path / "box.png")
     out = tmp_path / "edges.png"
     assert main(["control", str(tmp_path / "box.png"), "--type", "canny", "-o", str(out), "--size", "128x96"]) == 0
     edges = np.asarray(Image.open(out))
@@ -165,11 +165,11 @@ def test_canny_is_opencvs():
     rng = np.random.default_rng(0)
     for number in range(45):
         height, width = rng.integers(3, 160, 2)
-        picture = Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8))
+        image = Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8))
         if number % 3:
-            picture = picture.filter(ImageFilter.GaussianBlur(float(rng.uniform(0.5, 4))))
-        picture = np.asarray(picture)
+            image = image.filter(ImageFilter.GaussianBlur(float(rng.uniform(0.5, 4))))
+        image = np.asarray(image)
         if number % 3 == 2:
-            picture = np.clip((picture.astype(float) - 128) * 8 + 128, 0, 255).astype(np.uint8)
+            image = np.clip((image.astype(float) - 128) * 8 + 128, 0, 255).astype(np.uint8)
         for low, high in ((100, 200), (30, 90), (0, 10)):
-            assert np.array_equal(canny(picture, low, high), cv2.Canny(np.ascontiguousarray(picture), low, high))
+            assert np.array_equal(canny(image, low, high), cv2.Canny(np.ascontiguousarray(image), low, high))

@@ -57,9 +57,9 @@ def test_many_pictures_and_json(capsys, tmp_path):
     assert main(command) == 0
     told = json.loads(capsys.readouterr().out)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["p-1.png", "p-2.png"]
-    assert [len(picture["tokens"]) for picture in told["pictures"]] == [64, 64]
-    assert told["pictures"][0]["score"] >= told["pictures"][1]["score"]
-    second = told["pictures"][1]
+    assert [len(image["tokens"]) for image in told["images"]] == [64, 64]
+    assert told["images"][0]["score"] >= told["images"][1]["score"]
+    second = told["images"][1]
     assert main(["generate", "--from", second["file"], "-o", str(tmp_path / "alone.png")]) == 0
     assert (tmp_path / "alone.png").read_bytes() == (tmp_path / "p-2.png").read_bytes()
 
@@ -191,9 +191,9 @@ def test_a_missing_part_of_the_weights_is_noticed(monkeypatch, tmp_path):
 def test_nothing_half_written_stays(monkeypatch, tmp_path):
     from argen.metadata import save_images
 
-    picture = Image.new("RGB", (8, 8))
+    image = Image.new("RGB", (8, 8))
     with pytest.raises(AttributeError):
-        save_images([(picture, None), (None, None)], [tmp_path / "a.png", tmp_path / "b.png"])
+        save_images([(image, None), (None, None)], [tmp_path / "a.png", tmp_path / "b.png"])
     assert list(tmp_path.iterdir()) == []
 
 

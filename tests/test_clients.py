@@ -68,7 +68,7 @@ def test_every_route_answers(site):
     called = 0
     for path, methods in site.ask("/openapi.json")[1]["paths"].items():
         for method in methods:
-            address = path.replace("/pictures/{id}", f"/pictures/{done.pictures[0].id}")
+            address = path.replace("/pictures/{id}", f"/pictures/{done.images[0].id}")
             for name, value in names.items():
                 address = address.replace(name, value)
             address = address.replace(f"{done.id}/resume", f"{left}/resume")

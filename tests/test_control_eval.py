@@ -13,9 +13,9 @@ SAMPLE = emoji.Path(emoji.__file__).parent / "sample"
 
 
 def square(x: int, y: int, side: int = 40) -> np.ndarray:
-    picture = np.full((128, 128, 3), 255, np.uint8)
-    picture[y : y + side, x : x + side] = 0
-    return picture
+    image = np.full((128, 128, 3), 255, np.uint8)
+    image[y : y + side, x : x + side] = 0
+    return image
 
 
 def test_edges_count_as_found_within_two_pixels():
@@ -43,8 +43,8 @@ def test_segments_are_compared_object_by_object():
 
 
 def test_the_map_of_segments_has_a_colour_for_each_object():
-    picture = np.minimum(square(10, 40), square(80, 40))
-    found = segments(picture, [(10, 40, 50, 80), (80, 40, 120, 80)])
+    image = np.minimum(square(10, 40), square(80, 40))
+    found = segments(image, [(10, 40, 50, 80), (80, 40, 120, 80)])
     assert tuple(found[50, 20]) == PALETTE[0]
     assert tuple(found[50, 90]) == PALETTE[1]
     assert tuple(found[5, 5]) == (0, 0, 0)

@@ -72,34 +72,34 @@ def test_training_logits_and_loss(case):
 
 
 @torch.no_grad()
-def written(model, case, pictures, scale: float, strength: float = 1.0) -> torch.Tensor:
+def written(model, case, images, scale: float, strength: float = 1.0) -> torch.Tensor:
     embedded, none, mask = condition(model, case)
-    control = model.control(pictures, strength)
+    control = model.control(images, strength)
     if scale != 1:
         embedded, mask = torch.cat([embedded, none]), torch.cat([mask, mask])
         control = torch.cat([control, torch.zeros_like(control)], dim=1)
     session = LlamaGenSession(model, embedded, mask, scale != 1, control)
-    grid = torch.full((len(pictures), session.length), -1)
+    grid = torch.full((len(images), session.length), -1)
     *_, last = Sequential()(session, grid, Sampling(temperature=0), scale, Recorded(torch.zeros(grid.shape)))
     return last.tokens
 
 
 def test_greedy_ids(case):
     model, io = tiny(case), case.io
-    pictures = io["control_image"]
-    assert torch.equal(written(model, case, pictures, 1.0), io["ids_greedy_cfg1"])
-    assert torch.equal(written(model, case, pictures, 4.0), io["ids_greedy_cfg4"])
+    images = io["control_image"]
+    assert torch.equal(written(model, case, images, 1.0), io["ids_greedy_cfg1"])
+    assert torch.equal(written(model, case, images, 4.0), io["ids_greedy_cfg4"])
     if "ids_greedy_cfg4_strength06" in io:
-        assert torch.equal(written(model, case, pictures, 4.0, 0.6), io["ids_greedy_cfg4_strength06"])
+        assert torch.equal(written(model, case, images, 4.0, 0.6), io["ids_greedy_cfg4_strength06"])
 
 
 @torch.no_grad()
 def test_strength_works_without_guidance_and_nothing_leaks_from_call_to_call(golden):
     case = golden("controlar/t2i_canny_square")
-    model, pictures = tiny(case), case.io["control_image"]
-    plain = written(model, case, torch.zeros_like(pictures), 1.0, 0.0)
-    assert torch.equal(written(model, case, pictures, 1.0, 0.0), plain)  # strength 0 is no control
-    assert not torch.equal(written(model, case, pictures, 1.0), plain)
+    model, images = tiny(case), case.io["control_image"]
+    plain = written(model, case, torch.zeros_like(images), 1.0, 0.0)
+    assert torch.equal(written(model, case, images, 1.0, 0.0), plain)  # strength 0 is no control
+    assert not torch.equal(written(model, case, images, 1.0), plain)
     embedded, _, mask = condition(model, case)
     session = LlamaGenSession(model, embedded, mask, guided=False)
     grid = torch.full((2, 16), -1)
@@ -143,9 +143,9 @@ def test_every_published_key_and_shape_has_its_place(name):
 
 def code(width: int, height: int) -> Image.Image:
     """A picture with edges."""
-    picture = Image.new("RGB", (width, height), "white")
-    picture.paste((200, 30, 30), (width // 4, height // 4, 3 * width // 4, 3 * height // 4))
-    return picture
+    image = Image.new("RGB", (width, height), "white")
+    image.paste((200, 30, 30), (width // 4, height // 4, 3 * width // 4, 3 * height // 4))
+    return image
 
 
 def piped(case, any_size: bool = True) -> ControlARPipeline:
@@ -199,10 +199,10 @@ def test_a_request_with_a_control_is_made_again_from_its_picture(golden, tmp_pat
     grey = code(300, 300).convert("LA")
     request = Request("class:1", seed=3, num_images=2, control=Control(grey, "canny", 0.5))
     *_, job = pipe.run(request)
-    save_images(list(zip(job.pictures, job.requests, strict=True)), [tmp_path / "1.png", tmp_path / "2.png"])
+    save_images(list(zip(job.images, job.requests, strict=True)), [tmp_path / "1.png", tmp_path / "2.png"])
     saved = read_request(tmp_path / "2.png")
     assert (saved.seed, saved.control.kind, saved.control.strength) == (4, "canny", 0.5)
-    assert saved.control.size == saved.control.picture.size == job.pictures[0].size
+    assert saved.control.size == saved.control.image.size == job.images[0].size
     *_, again = pipe.run(saved)
     assert torch.equal(again.tokens[0], job.tokens[1])
 
@@ -211,9 +211,9 @@ def test_control_pictures_that_do_not_fit_are_refused_in_one_line(golden):
     pipe = piped(golden("controlar/c2i_canny"), any_size=False)
     side = pipe.transformer.config.grid * 16
 
-    def refused(match: str, picture: Image.Image, **more):
+    def refused(match: str, image: Image.Image, **more):
         with pytest.raises(ValueError, match=match):
-            pipe("class:1", control_image=picture, **more)
+            pipe("class:1", control_image=image, **more)
 
     refused(f"300 x 100, of another shape than the picture asked for, {side} x {side}: crop it$", code(300, 100))
     refused("1 x 1: expected at least 16 x 16", code(1, 1))

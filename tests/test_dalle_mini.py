@@ -33,9 +33,9 @@ def networks(case, weights=None):
     return encoder, decoder
 
 
-def session(case, encoder, decoder, pictures):
+def session(case, encoder, decoder, images):
     """Guided session of `pictures` pictures of the golden prompt."""
-    text = case.io["text_ids"].flip(0).repeat_interleave(pictures, dim=0)  # the prompt first, then the empty one
+    text = case.io["text_ids"].flip(0).repeat_interleave(images, dim=0)  # the prompt first, then the empty one
     return DecoderSession(decoder, encoder(text), text != 1, guided=True)
 
 
@@ -46,9 +46,9 @@ def test_networks_give_the_official_numbers(case):
     torch.testing.assert_close(states, io["encoder_state"], atol=1e-4, rtol=1e-4)
 
     read = io["decoder_input_ids"].clone()
-    pictures, length = read.shape
+    images, length = read.shape
     read[:, 0] = -1
-    rows = [0] * pictures + [1] * pictures
+    rows = [0] * images + [1] * images
     logits = decoder.decode(
         read.repeat(2, 1),
         torch.arange(-1, length - 1),
@@ -72,7 +72,7 @@ def test_a_wrong_weight_is_noticed(case):
 def test_sampling_gives_the_official_ids(case, kind):
     io, config = case.io, case.config
     wanted = io[f"ids_{kind}"]
-    drawn = session(case, *networks(case), pictures=len(wanted))
+    drawn = session(case, *networks(case), images=len(wanted))
     sampling = Sampling(**config["sampled"]) if kind == "sampled" else Sampling(temperature=0)
     grid = torch.full_like(wanted, -1)
     *_, last = Sequential()(drawn, grid, sampling, config["supercondition"], Recorded(io["uniform_draws"]))

@@ -71,10 +71,10 @@ def test_splits_are_fixed_and_hold_concepts_out():
 
 def test_render_pads_and_lies_on_white():
     svg = '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 64 16" width="64" height="16"><rect width="64" height="16" fill="#00f"/></svg>'
-    picture = np.asarray(Image.open(io.BytesIO(emoji.render(svg, 128))))
-    assert picture.shape == (128, 128, 3)
-    assert (picture[:40] == 255).all()
-    assert (picture[60:68, 10:118] == (0, 0, 255)).all()
+    image = np.asarray(Image.open(io.BytesIO(emoji.render(svg, 128))))
+    assert image.shape == (128, 128, 3)
+    assert (image[:40] == 255).all()
+    assert (image[60:68, 10:118] == (0, 0, 255)).all()
 
 
 def test_build_writes_what_datasets_reads(icons, tmp_path, capsys):

@@ -26,31 +26,31 @@ def half(size: int, box: tuple[int, int, int, int]) -> Image.Image:
 
 
 def test_only_the_cells_under_the_mask_are_written_anew(pipe, drawn):
-    picture = drawn.pictures[0]
+    image = drawn.images[0]
     kept = pipe.encode_images(torch.tensor([[[0.5]]]).expand(1, 3, 128, 128))
     assert kept.shape == (1, 8, 8)
     mask = half(128, (0, 64, 127, 127))
     generators = [torch.Generator().manual_seed(seed) for seed in range(2)]
-    out = pipe.edit("a robot", picture, mask, num_images_per_prompt=2, generator=generators)
+    out = pipe.edit("a robot", image, mask, num_images_per_prompt=2, generator=generators)
     before = drawn.tokens[0]  # the very tokens that it was made of, not what encoding makes of it
     grids = out.tokens.unflatten(1, (8, 8))
     assert torch.equal(grids[:, :4], before[:4].expand(2, -1, -1))
     assert not torch.equal(grids[0, 4:], before[4:])
     assert not torch.equal(grids[0, 4:], grids[1, 4:])
-    again = pipe.edit("a robot", picture, mask, generator=[torch.Generator().manual_seed(1)])
+    again = pipe.edit("a robot", image, mask, generator=[torch.Generator().manual_seed(1)])
     assert torch.equal(again.tokens[0], out.tokens[1])
 
 
-def from_image(picture: Image.Image) -> torch.Tensor:
+def from_image(image: Image.Image) -> torch.Tensor:
     from tokenizers_img.pixels import from_pil
 
-    return from_pil(picture, 128)
+    return from_pil(image, 128)
 
 
 def test_what_is_transparent_is_drawn_around_a_picture(pipe, drawn):
     """A picture on a larger canvas: only what it does not cover is written."""
     canvas = Image.new("RGBA", (256, 256), (0, 0, 0, 0))
-    canvas.paste(drawn.pictures[0].resize((128, 128)), (64, 64))
+    canvas.paste(drawn.images[0].resize((128, 128)), (64, 64))
     out = pipe.edit("a pizza", canvas, generator=[torch.Generator().manual_seed(0)])
     before = pipe.encode_images(from_image(canvas)[None])[0]
     grid = out.tokens[0].unflatten(0, (8, 8))
@@ -104,14 +104,14 @@ def test_the_network_tells_how_sure_it_is(pipe, drawn):
 
 
 def test_bad_masks_are_refused(pipe, drawn):
-    picture = drawn.pictures[0]
+    image = drawn.images[0]
     for mask, told in (
         (Image.new("L", (64, 64), 255), "the mask is 64 x 64 and the picture 128 x 128"),
         (Image.new("L", (128, 128), 0), "nothing is to be written anew"),
         (None, "nothing is to be written anew"),
     ):
         with pytest.raises(ValueError, match=told):
-            pipe.edit("a pizza", picture, mask)
+            pipe.edit("a pizza", image, mask)
 
 
 def test_latents_are_edited_too_and_ordered_tokens_are_not():
@@ -119,11 +119,11 @@ def test_latents_are_edited_too_and_ordered_tokens_are_not():
 
     xar = load("argen/emoji-xar")
     xar.set_progress_bar_config(disable=True)
-    picture = Image.new("RGB", (128, 128), (200, 30, 30))
-    before = xar.encode_images(from_image(picture)[None])
+    image = Image.new("RGB", (128, 128), (200, 30, 30))
+    before = xar.encode_images(from_image(image)[None])
     out = xar.edit(
         "a red heart",
-        picture,
+        image,
         half(128, (0, 0, 63, 127)),
         generator=[torch.Generator().manual_seed(0)],
         output_type="latent",
@@ -131,7 +131,7 @@ def test_latents_are_edited_too_and_ordered_tokens_are_not():
     torch.testing.assert_close(out.tokens[..., 4:], before[..., 4:])
     assert not torch.allclose(out.tokens[..., :4], before[..., :4], atol=0.1)
     with pytest.raises(ValueError, match="no place in the picture"):
-        load("argen/emoji-flextok-ar").edit("a heart", picture, half(128, (0, 0, 63, 63)))
+        load("argen/emoji-flextok-ar").edit("a heart", image, half(128, (0, 0, 63, 63)))
     with pytest.raises(ValueError, match="writes numbers, not tokens"):
         next(xar.run(Request("a heart", model="argen/emoji-xar", tokens=((1, -1),))))
 
@@ -150,7 +150,7 @@ def test_what_the_buttons_of_the_page_leave_to_write(pipe, drawn):
     """Painted cells, or all others; a share of the least certain; all but the first; room at a side."""
     layer = Image.new("RGBA", (256, 256), (0, 0, 0, 0))
     layer.paste((255, 0, 0, 255), (0, 0, 64, 32))
-    canvas = {"background": drawn.pictures[0].resize((256, 256)).convert("RGBA"), "layers": [layer]}
+    canvas = {"background": drawn.images[0].resize((256, 256)).convert("RGBA"), "layers": [layer]}
     wish, before = replace(drawn.request, seed=0), drawn.tokens[0]
     tokens = pipe.read_tokens(edit.shown(canvas), tuple(map(tuple, before.tolist())))
     assert torch.equal(tokens[0], before)  # the stored grid, though the image was enlarged
@@ -177,14 +177,14 @@ def test_what_the_buttons_of_the_page_leave_to_write(pipe, drawn):
     for wrong in ("9 x 1", "5-3 x 1", "all", "0 x 2"):
         with pytest.raises(ValueError, match=f"'{wrong}' names no cells: expected ROWS x COLUMNS of 8 x 8"):
             edit.inpaint(pipe, wish, tokens, canvas, False, wrong)
-    wide = {"background": drawn.pictures[0].resize((256, 128)).convert("RGBA"), "layers": []}
+    wide = {"background": drawn.images[0].resize((256, 128)).convert("RGBA"), "layers": []}
     grid = edit.inpaint(pipe, wish, tokens, wide, False, "4-5 x 1")  # of the square that it is padded to
     assert (grid[0] < 0).nonzero().tolist() == [[3, 0], [4, 0]]
 
 
 def test_a_grid_is_the_source_only_of_the_image_that_it_shows(pipe, drawn):
     """The stored tokens count for the image as it was, not for one that was painted on since, nor for another."""
-    image, grid = drawn.pictures[0], tuple(map(tuple, drawn.tokens[0].tolist()))
+    image, grid = drawn.images[0], tuple(map(tuple, drawn.tokens[0].tolist()))
     assert torch.equal(pipe.read_tokens(image), drawn.tokens)  # it carries its grid
     changed = image.copy()
     ImageDraw.Draw(changed).rectangle((48, 48, 63, 63), fill="blue")

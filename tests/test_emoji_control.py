@@ -31,18 +31,18 @@ def shown():
 
 def drawn(pipe, prompts: list[str], **asked) -> list[np.ndarray]:
     generators = [torch.Generator().manual_seed(index) for index in range(len(prompts))]
-    return [np.asarray(picture) for picture in pipe(prompts, generator=generators, **asked).images]
+    return [np.asarray(image) for image in pipe(prompts, generator=generators, **asked).images]
 
 
 def test_edges_are_followed(shipped, shown):
-    prompts, pictures = map(list, zip(*shown, strict=True))
-    edges = [canny(np.asarray(picture)) for picture in pictures]
+    prompts, images = map(list, zip(*shown, strict=True))
+    edges = [canny(np.asarray(image)) for image in images]
     found = {
         strength: np.mean(
             [
                 edge_f1(canny(made), asked)
                 for made, asked in zip(
-                    drawn(shipped, prompts, control_image=pictures, control_strength=strength), edges, strict=True
+                    drawn(shipped, prompts, control_image=images, control_strength=strength), edges, strict=True
                 )
             ]
         )
@@ -54,18 +54,18 @@ def test_edges_are_followed(shipped, shown):
 
 def test_segments_are_followed(shipped, shown):
     box = [(0, 0, 128, 128)]
-    prompts, pictures = map(list, zip(*shown, strict=True))
-    maps = [Image.fromarray(segments(np.asarray(picture), box)) for picture in pictures]
+    prompts, images = map(list, zip(*shown, strict=True))
+    maps = [Image.fromarray(segments(np.asarray(image), box)) for image in images]
     made = drawn(shipped, prompts, control_image=maps, control_type="seg")
-    found = [segment_iou(one, np.asarray(asked), box) for one, asked in zip(made, pictures, strict=True)]
+    found = [segment_iou(one, np.asarray(asked), box) for one, asked in zip(made, images, strict=True)]
     assert np.mean(found) >= 0.7
 
 
 @pytest.mark.parametrize("size", [(128, 64), (64, 128), (96, 64)])
 def test_other_shapes(shipped, shown, size):
     asked = Image.new("RGB", size, "white")
-    for (_, picture), place in zip(shown[:2], ((0, 0), (size[0] - 64, size[1] - 64)), strict=True):
-        asked.paste(picture.resize((64, 64)), place)
+    for (_, image), place in zip(shown[:2], ((0, 0), (size[0] - 64, size[1] - 64)), strict=True):
+        asked.paste(image.resize((64, 64)), place)
     (made,) = drawn(shipped, [" and ".join(prompt for prompt, _ in shown[:2])], control_image=asked, size=size)
     assert made.shape == (size[1], size[0], 3)
     assert edge_f1(canny(made), canny(np.asarray(asked))) >= 0.5

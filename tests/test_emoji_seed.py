@@ -65,8 +65,8 @@ def test_a_token_says_nothing_of_those_after_it(tokenizer):
 
 @torch.no_grad()
 def test_pictures_are_seen_as_the_encoders_see_them(tokenizer, clip):
-    picture = read_split(SAMPLE, "validation")[0]["image"]
-    pixels = tokenizer.prepare(picture)[None]
+    image = read_split(SAMPLE, "validation")[0]["image"]
+    pixels = tokenizer.prepare(image)[None]
     assert pixels.shape == (1, 3, 128, 128)
     by_clip = clip.clip.vision_model(pixel_values=2 * pixels - 1).last_hidden_state
     by_conv = tokenizer.vision.conv.look(2 * torch.nn.functional.avg_pool2d(pixels, 2) - 1)
@@ -79,12 +79,12 @@ def test_pictures_are_seen_as_the_encoders_see_them(tokenizer, clip):
 
 def test_the_likeliest_caption_names_a_picture(pipe):
     """Likelihoods are those of the whole sequence, less those of the caption alone."""
-    picture, captions = read_split(SAMPLE, "validation")[0]["image"], ["an apple", "a very red house, noto style"]
-    found = pipe.likelihoods([picture], captions)
+    image, captions = read_split(SAMPLE, "validation")[0]["image"], ["an apple", "a very red house, noto style"]
+    found = pipe.likelihoods([image], captions)
     start, end, words = pipe.tokenizer.bos_token_id, pipe.tokenizer.eos_token_id, Vocabulary.of(pipe.tokenizer)
     for caption, value in zip(captions, found[0], strict=True):
         said = [*pipe.tokenizer(caption, add_special_tokens=False).input_ids, end]
-        shown = [start, words.begin, *(code + words.shift for code in pipe.read(picture)), words.end]
+        shown = [start, words.begin, *(code + words.shift for code in pipe.read(image)), words.end]
         told = []
         for before in (shown, [start]):
             logits = pipe.transformer(torch.tensor([before + said])).logits[0, len(before) - 1 : -1]
@@ -97,7 +97,7 @@ def test_meaning_is_measured(tokenizer, clip, pipe):
     told = retrieval.of_tokens(tokenizer, clip.embed, SAMPLE)
     assert {f"first {count} tokens: recall@1 of 100" for count in (1, 2, 4, 8, 16)} <= set(told)
     assert told["first 16 tokens: recall@1 of 100"] == told["16 tokens at random places: recall@1 of 100"]
-    named = retrieval.of_captions(lambda pictures, captions: torch.eye(len(pictures)), SAMPLE, 5)
+    named = retrieval.of_captions(lambda images, captions: torch.eye(len(images)), SAMPLE, 5)
     assert named == {"concept named among 5": 1.0, "among the first five": 1.0}
 
 
@@ -149,16 +149,16 @@ def test_both_are_scored(capsys):
 
 
 def test_a_picture_is_described_and_comes_back(tmp_path, capsys):
-    picture = tmp_path / "in.png"
+    image = tmp_path / "in.png"
     rows = read_split(SAMPLE, "train")
-    rows[next(row for row, name in enumerate(rows["concept"]) if name in COMMON)]["image"].save(picture)
-    assert argen(["describe", str(picture), "--temperature", "0"]) == 0
+    rows[next(row for row, name in enumerate(rows["concept"]) if name in COMMON)]["image"].save(image)
+    assert argen(["describe", str(image), "--temperature", "0"]) == 0
     assert len(capsys.readouterr().out.split()) >= 1
-    asked = [str(picture), "--tokenizer", "argen/emoji-seed"]
+    asked = [str(image), "--tokenizer", "argen/emoji-seed"]
     assert argen(["tokenize", *asked, "-o", str(tmp_path / "ids.npz")]) == 0
     assert argen(["detokenize", str(tmp_path / "ids.npz"), "-o", str(tmp_path / "again.png")]) == 0
     assert argen(["reconstruct", *asked, "-o", str(tmp_path / "other.png")]) == 0
     again, other = (Image.open(tmp_path / name).convert("RGB") for name in ("again.png", "other.png"))
     assert again.size == (128, 128)
     assert again.tobytes() == other.tobytes()
-    assert again.tobytes() != Image.open(picture).convert("RGB").tobytes()
+    assert again.tobytes() != Image.open(image).convert("RGB").tobytes()

@@ -41,8 +41,8 @@ def test_binding_is_measured_before_and_after(untrained, tmp_path):
     told = report(tmp_path / "b")
     for name in ("pair: binding", "pair: colour", "pair: identity"):
         assert told[f"{name}, after: points"] == pytest.approx(100 * (told[f"{name}, after"] - told[f"{name}, before"]))
-    pictures = [(tmp_path / "b" / when / "000000.png").read_bytes() for when in ("before", "after")]
-    assert pictures[0] != pictures[1]
+    images = [(tmp_path / "b" / when / "000000.png").read_bytes() for when in ("before", "after")]
+    assert images[0] != images[1]
 
 
 def test_erasing_is_measured_before_and_after(untrained, tmp_path):

@@ -17,7 +17,8 @@ from test_fid import filled, published_keys
 
 from argen.cli import main
 from argen.data import emoji
-from argen.eval import clip_score, features, images, nudity, run
+from argen.eval import clip_score, features, nudity, run
+from argen.eval import images as eval_images
 from argen.eval.images import open_images
 from argen.evaluate import main as evaluate
 
@@ -49,25 +50,25 @@ def fid(samples, ref, out, *more) -> int:
 def sources(tmp_path_factory):
     """The same pictures as a folder, a zip and a batch."""
     where = tmp_path_factory.mktemp("sources")
-    pictures = [np.asarray(open_images(TRAIN)[index]) for index in range(12)]
+    images = [np.asarray(open_images(TRAIN)[index]) for index in range(12)]
     (where / "folder" / "deep").mkdir(parents=True)
     with zipfile.ZipFile(where / "set.zip", "w") as archive:
-        for index, picture in enumerate(pictures):
+        for index, image in enumerate(images):
             file = where / "folder" / ("deep" if index > 9 else "") / f"{index}.PNG"
-            Image.fromarray(picture).save(file, "PNG")
+            Image.fromarray(image).save(file, "PNG")
             archive.write(file, f"{index}.PNG")
-    np.savez(where / "batch.npz", arr_0=np.stack(pictures))
-    np.savez_compressed(where / "packed.npz", arr_0=np.stack(pictures))
-    return where, pictures
+    np.savez(where / "batch.npz", arr_0=np.stack(images))
+    np.savez_compressed(where / "packed.npz", arr_0=np.stack(images))
+    return where, images
 
 
 @pytest.mark.parametrize("name", ["folder", "set.zip", "batch.npz", "packed.npz"])
 def test_sources_give_the_same_pictures(sources, name):
-    where, pictures = sources
+    where, images = sources
     found = open_images(where / name)
     assert len(found) == 12
     for index in (0, 1, 9, 11):
-        assert np.array_equal(found[index], pictures[index])
+        assert np.array_equal(found[index], images[index])
 
 
 def test_a_batch_is_mapped_and_not_read(sources):
@@ -100,11 +101,11 @@ def test_a_killed_run_goes_on_with_what_it_has(tmp_path, monkeypatch):
     assert fid(TRAIN, TEST, tmp_path / "straight") == 0
     seen, look = [], run._look
 
-    def dying(pictures, rows, *rest):
+    def dying(images, rows, *rest):
         if len(seen) == 2:
             raise KeyboardInterrupt
         seen.append(rows.start)
-        return look(pictures, rows, *rest)
+        return look(images, rows, *rest)
 
     monkeypatch.setattr(run, "_look", dying)
     assert fid(TRAIN, TEST, tmp_path / "killed") == 130
@@ -202,7 +203,7 @@ def test_statistics_of_the_reference_tools_are_read(golden):
     assert read.n is None
     batch = run.read_reference(folder / "reference_batch.npz", mine, None)
     assert set(batch.moments) == {"features", "spatial"}
-    assert len(batch.pictures) == 4
+    assert len(batch.images) == 4
 
 
 def test_a_damaged_file_of_weights_is_not_used(tmp_path, capsys):
@@ -356,10 +357,10 @@ def test_clip_scores(golden, tmp_path, capsys):
 
 def test_crops_of_the_reference_are_part_of_its_name(tmp_path):
     emoji_features = type("E", (), {"name": "emoji", "protocol": "p", "weights": "w"})
-    pictures = open_images(TEST)
-    plain, cut = (run.cached(tmp_path, pictures, emoji_features, crop) for crop in (None, "adm-64"))
+    images = open_images(TEST)
+    plain, cut = (run.cached(tmp_path, images, emoji_features, crop) for crop in (None, "adm-64"))
     assert plain != cut
-    assert images.cropped(pictures[0], "adm-64").shape == (64, 64, 3)
+    assert eval_images.cropped(images[0], "adm-64").shape == (64, 64, 3)
 
 
 def test_nudity_is_counted_as_by_the_authors(golden):
@@ -367,25 +368,25 @@ def test_nudity_is_counted_as_by_the_authors(golden):
     for threshold, wanted in told["results"].items():
         scores = nudity.counted(list(told["detections"].values()), float(threshold))
         assert scores["exposed"]["value"] == wanted["rate"]
-        pictures = {name: round(entry["value"] * entry["n"]) for name, entry in scores.items()}
+        images = {name: round(entry["value"] * entry["n"]) for name, entry in scores.items()}
         official = {name.lower().replace("_", " "): count for name, count in wanted["counts"].items()}
-        assert pictures == {"exposed": official.pop("nude images"), **official}
+        assert images == {"exposed": official.pop("nude images"), **official}
 
 
 def test_nudity_asks_the_detector_for_pictures_as_files_hold_them(monkeypatch, sources, tmp_path, capsys):
     class NudeDetector:
         seen = []
 
-        def detect(self, picture):
-            self.seen.append(picture)
+        def detect(self, image):
+            self.seen.append(image)
             return [{"class": "FEET_EXPOSED", "score": 0.7, "box": [0, 0, 1, 1]}] if len(self.seen) % 3 == 0 else []
 
-    where, pictures = sources
+    where, images = sources
     asked = ["nudity", "--samples", str(where / "batch.npz"), "--out"]
     monkeypatch.setitem(sys.modules, "nudenet", None)
     assert evaluate([*asked, str(tmp_path / "n")]) == 2
     assert "nudenet is not installed: pip install 'argen[nudity]'" in capsys.readouterr().err
     monkeypatch.setitem(sys.modules, "nudenet", SimpleNamespace(NudeDetector=NudeDetector))
     assert evaluate([*asked, str(tmp_path / "n")]) == 0
-    assert np.array_equal(NudeDetector.seen[0][:, :, ::-1], pictures[0])
+    assert np.array_equal(NudeDetector.seen[0][:, :, ::-1], images[0])
     assert values(tmp_path / "n")["feet exposed"] == pytest.approx(1 / 3)

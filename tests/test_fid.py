@@ -7,7 +7,8 @@ import pytest
 import torch
 from conftest import published_keys, shapes
 
-from argen.eval import images, metrics
+from argen.eval import images as eval_images
+from argen.eval import metrics
 from argen.eval.inception import FIDInception
 from tokenizers_img.checkpoint import load_strict
 
@@ -57,15 +58,15 @@ def test_the_network_gives_the_reference_features(network, golden, group):
     for name, values in case.config["weight_probe_first_three"].items():
         assert network.state_dict()[name].flatten()[:3].tolist() == pytest.approx(values, abs=1e-9)
     io = {name.removeprefix(f"{group}/"): value for name, value in case.io.items() if name.startswith(group)}
-    pictures = [picture.permute(1, 2, 0).numpy() for picture in io["images"]]
+    images = [image.permute(1, 2, 0).numpy() for image in io["images"]]
     close = {"atol": 2e-5, "rtol": 1e-5}
-    got = network(torch.stack([images.prepared(picture, "adm", 299) for picture in pictures]))
+    got = network(torch.stack([eval_images.prepared(image, "adm", 299) for image in images]))
     for tap in case.config["taps"]:
         torch.testing.assert_close(got[tap], io[f"tap/{tap}"], **close)
     torch.testing.assert_close(got["spatial"], io["spatial"], **close)
     for protocol in ("pytorch-fid", "torchmetrics", "clean"):
         key = f"{protocol.replace('-', '_')}/2048"
-        got = network(torch.stack([images.prepared(picture, protocol, 299) for picture in pictures]))
+        got = network(torch.stack([eval_images.prepared(image, protocol, 299) for image in images]))
         torch.testing.assert_close(got["2048"], io[key], **close)
         assert not torch.allclose(got["2048"], io["tap/2048"], atol=1e-3)  # the protocols are told apart
 
@@ -74,26 +75,26 @@ def test_the_network_gives_the_reference_features(network, golden, group):
 def test_resizes_are_those_of_the_reference_tools(golden):
     case = golden("fid_eval/preprocess")
     names = {
-        "tf1_bilinear": images.tf1_bilinear,
-        "torch_bilinear": images.torch_bilinear,
-        "torch_bilinear_antialias": images.torch_bilinear_antialias,
-        "pil_bicubic_float": images.pil_bicubic_float,
+        "tf1_bilinear": eval_images.tf1_bilinear,
+        "torch_bilinear": eval_images.torch_bilinear,
+        "torch_bilinear_antialias": eval_images.torch_bilinear_antialias,
+        "pil_bicubic_float": eval_images.pil_bicubic_float,
     }
     for index, sizes in enumerate(case.config["resizes"]):
-        picture = case.io[f"resize{index}/image"]
+        image = case.io[f"resize{index}/image"]
         for name, resize in names.items():
             expected = case.io[f"resize{index}/{name}"]
-            torch.testing.assert_close(resize(picture, *sizes["output"]), expected, atol=2e-3, rtol=0)
+            torch.testing.assert_close(resize(image, *sizes["output"]), expected, atol=2e-3, rtol=0)
 
 
 def test_crops_are_those_of_the_reference_tools(golden):
     case = golden("fid_eval/preprocess")
-    picture, size = case.io["crop/image"].permute(1, 2, 0).numpy(), case.config["crop_size"]
+    image, size = case.io["crop/image"].permute(1, 2, 0).numpy(), case.config["crop_size"]
     for crop, name in (("adm", "adm"), ("square", "square_lanczos")):
-        got = torch.from_numpy(images.cropped(picture, f"{crop}-{size}").copy()).permute(2, 0, 1)
+        got = torch.from_numpy(eval_images.cropped(image, f"{crop}-{size}").copy()).permute(2, 0, 1)
         assert (got.int() - case.io[f"crop/{name}"].int()).abs().max() <= 1
     with pytest.raises(ValueError, match="unknown crop 'middle-256': expected adm-SIZE or square-SIZE"):
-        images.cropped(picture, "middle-256")
+        eval_images.cropped(image, "middle-256")
 
 
 @pytest.fixture

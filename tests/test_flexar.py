@@ -160,7 +160,7 @@ def test_a_picture_of_any_number_of_tokens(pipe):
     assert torch.equal(part.tokens, whole.tokens[:, :5])
     assert part.images[0].size == whole.images[0].size == (32, 32)
     assert part.images[0].tobytes() != whole.images[0].tobytes()
-    assert pipe.pictures(whole.tokens[:, :5])[0].tobytes() == part.images[0].tobytes()
+    assert pipe.images(whole.tokens[:, :5])[0].tobytes() == part.images[0].tobytes()
     for wrong in (0, 13):
         with pytest.raises(ValueError, match=f"num_tokens is {wrong}: expected 1 to 12"):
             pipe("class:1", num_tokens=wrong)
@@ -171,11 +171,11 @@ def test_what_is_not_yet_written_shows_as_the_picture_so_far(pipe):
     shown = []
     for job in pipe.run(request):
         assert job.tokens.shape == (2, 1, 6)
-        shown.append(pipe.pictures(job.tokens, "pt"))
+        shown.append(pipe.images(job.tokens, "pt"))
     assert job.progress == 1
-    assert len(job.pictures) == 2
+    assert len(job.images) == 2
     assert not torch.equal(shown[0], shown[-1])
-    torch.testing.assert_close(pipe.pictures(torch.full((1, 1, 6), -1), "pt").unique(), torch.tensor([UNDECIDED]))
+    torch.testing.assert_close(pipe.images(torch.full((1, 1, 6), -1), "pt").unique(), torch.tensor([UNDECIDED]))
     assert Request.from_dict(json.loads(json.dumps(request.to_dict()))) == request
 
 
@@ -217,7 +217,7 @@ def test_a_search_keeps_what_fits_best(pipe, monkeypatch):
     (score,) = stages[-1].scores
     sequential = pipe("class:1", 8, generator=generators(1)[0], num_tokens=6)
     assert score > np.mean(dark("", sequential.images))
-    assert score == pytest.approx(dark("", pipe.pictures(stages[-1].tokens[:, None]))[0])
+    assert score == pytest.approx(dark("", pipe.images(stages[-1].tokens[:, None]))[0])
     with pytest.raises(ValueError, match="num_beams is 3 and num_candidates 8"):
         next(pipe.search("class:1", num_beams=3, num_candidates=8))
 
@@ -225,10 +225,10 @@ def test_a_search_keeps_what_fits_best(pipe, monkeypatch):
     seen = [(job, job.decided, job.forward_passes) for job in pipe.run(request)]
     assert [after for _, *after in seen] == [[1, 1], [2, 2], [4, 4], [6, 6], [6, 6]]
     job = seen[-1][0]
-    assert len(job.pictures) == len(job.scores) == 2
-    for own, picture in zip(job.requests, job.pictures, strict=True):  # each comes alone from what its file says
-        (alone,) = list(pipe.run(own))[-1].pictures
-        assert alone.tobytes() == picture.tobytes()
+    assert len(job.images) == len(job.scores) == 2
+    for own, image in zip(job.requests, job.images, strict=True):  # each comes alone from what its file says
+        (alone,) = list(pipe.run(own))[-1].images
+        assert alone.tobytes() == image.tobytes()
 
 
 def test_a_search_says_what_is_wrong(pipe):

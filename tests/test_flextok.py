@@ -94,12 +94,12 @@ def test_decoding(golden):
     torch.testing.assert_close(latents([24, 24], 7.5, True), io["lat_k24_apg7.5"], **GUIDED)
     torch.testing.assert_close(latents([3, 17], 7.5, True), io["lat_kmix_apg7.5"], **GUIDED)
     torch.testing.assert_close(latents([5, 5], lambda time: 1 + 4 * time, True), io["lat_k5_sched"], **GUIDED)
-    pictures = {
+    images = {
         "k24_g1": tokenizer.decode(ids, 4, 1.0, noise=noise),
         "k5_apg7.5": tokenizer.decode(ids[:, :5], 4, noise=noise),
         "kmix_apg7.5": tokenizer.decode([ids[0, :3], ids[1, :17]], 4, noise=noise),
     }
-    for tag, pixels in pictures.items():
+    for tag, pixels in images.items():
         torch.testing.assert_close(2 * pixels - 1, io[f"img_{tag}"], **GUIDED)
 
 

@@ -40,7 +40,7 @@ def test_depth_is_scaled_everywhere(tmp_path, mode, form):
     assert abs(grey.mean() - 127.5) < 1
     pixels = from_pil(ramp(mode), 128)  # in Python, without a file
     assert abs(255 * pixels[0, 64, 64].item() - 128) < 1.5
-    control = annotate(resized(Control(ramp(mode), "map").picture, "map", (128, 96)), "map")
+    control = annotate(resized(Control(ramp(mode), "map").image, "map", (128, 96)), "map")
     assert abs(control[0, 0, 64].item() - 128) < 1.5
     (tmp_path / "set").mkdir()
     path.rename(tmp_path / "set" / path.name)
@@ -77,7 +77,7 @@ def test_images_are_turned_as_their_camera_was():
             assert seen.size == size
             side = {1: (48, 5), 3: (48, 123), 6: (123, 48), 8: (5, 48)}[orientation]
             assert max(seen.getpixel(side)[:3]) < 30
-            assert Control(Image.open(io.BytesIO(saved(image, form, exif=exif)))).picture.size == size
+            assert Control(Image.open(io.BytesIO(saved(image, form, exif=exif)))).image.size == size
     broken = saved(image, "JPEG", exif=b"Exif\0\0MM\0*\0\0\0\x08\xff\xff")
     assert decode_image(broken, "x").size == (96, 128)
 
@@ -186,8 +186,8 @@ def test_transparency_is_said(tmp_path, caplog):
     class Mean:
         name, arrays = "mean", {"features": 3}
 
-        def prepare(self, picture):
-            return torch.tensor(picture).float()
+        def prepare(self, image):
+            return torch.tensor(image).float()
 
         def look(self, batch):
             return {"features": batch.mean(dim=(1, 2))}

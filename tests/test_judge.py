@@ -20,10 +20,10 @@ NAMES = {RED: ("apple", "red"), GREEN: ("pear", "green"), BLUE: ("plum", "blue")
 
 def painted(*squares: tuple[int, int, tuple[int, int, int]], side: int = 20) -> np.ndarray:
     """Squares (x, y of the left upper corner, colour) on white."""
-    picture = np.full((128, 128, 3), 255, np.uint8)
+    image = np.full((128, 128, 3), 255, np.uint8)
     for x, y, colour in squares:
-        picture[y : y + side, x : x + side] = colour
-    return picture
+        image[y : y + side, x : x + side] = colour
+    return image
 
 
 class Oracle:
@@ -37,15 +37,15 @@ class Oracle:
         return [[name, "cherry"] for name, _ in found], [colour for _, colour in found]
 
 
-def verdict(picture, kind, objects, relation=""):
-    return judge.verdict(Oracle(), picture, Truth("", kind, objects, relation))
+def verdict(image, kind, objects, relation=""):
+    return judge.verdict(Oracle(), image, Truth("", kind, objects, relation))
 
 
 def test_boxes_are_those_of_the_connected_parts():
-    picture = painted((5, 6, RED), (60, 6, GREEN), (80, 26, GREEN))  # the last two touch at a corner
-    picture[100:104, 100:104] = 0  # too small
-    picture[60:90, 0:4] = 250  # too light
-    assert scenes.boxes(picture) == [(60, 6, 100, 46), (5, 6, 25, 26)]
+    image = painted((5, 6, RED), (60, 6, GREEN), (80, 26, GREEN))  # the last two touch at a corner
+    image[100:104, 100:104] = 0  # too small
+    image[60:90, 0:4] = 250  # too light
+    assert scenes.boxes(image) == [(60, 6, 100, 46), (5, 6, 25, 26)]
     assert scenes.boxes(painted()) == []
 
 
@@ -75,9 +75,9 @@ def test_a_picture_of_the_truth_is_right_and_another_is_not():
 
 
 def test_scores_are_means_beside_what_the_judge_knows():
-    pictures = [painted((10, 50, RED), (80, 52, GREEN)), painted((50, 50, RED))]
+    images = [painted((10, 50, RED), (80, 52, GREEN)), painted((50, 50, RED))]
     truth = Truth("", "pair", (("apple", "red"), ("pear", "green")))
-    scores = judge.evaluate(Oracle(), pictures, [truth])
+    scores = judge.evaluate(Oracle(), images, [truth])
     assert scores["pair: binding"] == {"value": 0.5, "n": 2, "judge_on_real": 0.5}
     assert scores["pair: identity"]["judge_on_real"] is None
 

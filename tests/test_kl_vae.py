@@ -63,8 +63,8 @@ def test_a_released_file_loads(tmp_path, monkeypatch, golden):
 
 
 def test_the_shipped_autoencoder_keeps_pictures():
-    vae, pictures = argen.load("argen/emoji-vae"), torch.from_numpy(pixels(read_split(SAMPLE, "test")))
-    assert evaluate(vae, pictures)["psnr"] >= 25
-    _, latents = reconstruct(vae, pictures)
+    vae, images = argen.load("argen/emoji-vae"), torch.from_numpy(pixels(read_split(SAMPLE, "test")))
+    assert evaluate(vae, images)["psnr"] >= 25
+    _, latents = reconstruct(vae, images)
     assert latents.shape[1:] == (16, 8, 8)
     assert latents.std().item() == pytest.approx(1, abs=0.15)  # as the generators on them expect

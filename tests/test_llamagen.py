@@ -201,7 +201,7 @@ def test_the_pipeline_writes_the_official_ids(class_pipe, tmp_path):
     again = argen.load(tmp_path)
     again.set_progress_bar_config(disable=True)
     assert torch.equal(again(prompts, guidance_scale=4.0, temperature=0).tokens, out.tokens)
-    partly = pipe.pictures(torch.where(torch.arange(16) < 8, out.tokens, -1))[0]
+    partly = pipe.images(torch.where(torch.arange(16) < 8, out.tokens, -1))[0]
     assert partly.getpixel((8, 15)) == (230, 230, 230)
 
 

@@ -36,8 +36,8 @@ def test_the_picture_is_of_the_prompt(pipe):
     """Of eight things the judge names the one that was asked for, more often than not."""
     prompts = ["a red apple", "a pizza", "a dog face", "a rocket", "a sunflower", "a guitar", "a house", "a red heart"]
     images = pipe(prompts, num_candidates=4, generator=generators(0)).images
-    text, pictures = pipe.text_image_encoder.embed(prompts, images)
-    right = (pictures @ text.T).argmax(dim=1) == torch.arange(len(prompts))
+    text, embeds = pipe.text_image_encoder.embed(prompts, images)
+    right = (embeds @ text.T).argmax(dim=1) == torch.arange(len(prompts))
     assert right.sum() >= 6
 
 
@@ -203,7 +203,7 @@ def test_what_a_callback_returns_is_gone_on_with(pipe):
 
 def test_an_image_knows_what_made_it(pipe, tmp_path):
     *_, job = pipe.run(Request("a pizza", seed=3))
-    save_images(list(zip(job.pictures, job.requests, strict=True)), [tmp_path / "a.png"])
+    save_images(list(zip(job.images, job.requests, strict=True)), [tmp_path / "a.png"])
     assert differences(tmp_path / "a.png", pipe) is None
     before, made_by = fingerprint(pipe), json.loads(open_image(tmp_path / "a.png").info["argen version"])
     assert made_by == {"argen": argen.__version__, "weights": before}

@@ -162,23 +162,23 @@ def test_an_embedding_becomes_the_official_picture(golden, monkeypatch, name, gu
     made = pipe(**asked, latents=io["latents"], noise_level=level, output_type="latent").images
     torch.testing.assert_close(made, io[name], atol=2e-4 * (io[name].max() - io[name].min()).item(), rtol=0)
     if name == "latents_g10":
-        pictures = pipe.image_processor.postprocess(pipe.vae.decode(made / pipe.vae.config.scaling_factor)[0], "np")
-        torch.testing.assert_close(torch.from_numpy(pictures), io["images_g10"], atol=1e-3, rtol=0)
+        images = pipe.image_processor.postprocess(pipe.vae.decode(made / pipe.vae.config.scaling_factor)[0], "np")
+        torch.testing.assert_close(torch.from_numpy(images), io["images_g10"], atol=1e-3, rtol=0)
 
 
 @torch.no_grad()
 def test_pictures_are_prepared_as_by_the_authors(golden):
     case = golden("seed/seed2_mlp")
     tokenizer, io = seed.SeedTokenizer(*small(case)), case.io
-    picture = Image.fromarray(io["image_uint8"].numpy())
+    image = Image.fromarray(io["image_uint8"].numpy())
     for name, filter in (("pixels_bicubic", Image.Resampling.BICUBIC), ("pixels_bilinear", Image.Resampling.BILINEAR)):
-        prepared = tokenizer.prepare(picture, filter)
-        own = torch.from_numpy(np.array(picture.resize((prepared.shape[-1],) * 2, filter))).permute(2, 0, 1) / 255
+        prepared = tokenizer.prepare(image, filter)
+        own = torch.from_numpy(np.array(image.resize((prepared.shape[-1],) * 2, filter))).permute(2, 0, 1) / 255
         assert torch.equal(prepared, own)
         mean, std = (torch.tensor(values)[:, None, None] for values in (seed.CLIP_MEAN, seed.CLIP_STD))
         levels = 255 * (io[name] * std + mean - prepared).abs()
         assert levels.max() <= 2.01  # Pillow's releases differ in whether rows or columns go first
-    assert tokenizer.encode(tokenizer.prepare(picture)[None]).shape == (1, 32)
+    assert tokenizer.encode(tokenizer.prepare(image)[None]).shape == (1, 32)
     with pytest.raises(ValueError, match="without a decoder"):
         tokenizer.decode(io["ids"])
 
@@ -228,7 +228,7 @@ def test_the_first_stage_has_the_official_loss(golden):
     seen = {key: value for key, value in state.items() if key.startswith(("visual_encoder.", "ln_vision."))}
     load_strict(encoder, seed.vision_state(seen, vision["depth"]), source="golden")
     features = encoder(io["pixel_values"]).last_hidden_state
-    torch.testing.assert_close(network.picture(features), io["query_features"], **CLOSE)
+    torch.testing.assert_close(network.image(features), io["query_features"], **CLOSE)
     torch.testing.assert_close(network.text(io["input_ids"], io["attention_mask"]), io["text_feature"], **CLOSE)
     loss = network(features, io["input_ids"], io["attention_mask"])
     torch.testing.assert_close(loss, io["loss_itc"], atol=1e-5, rtol=1e-4)

@@ -34,7 +34,7 @@ def test_logits_are_official(golden):
     out = model(io["sequence_ids"], labels=io["sequence_ids"])
     torch.testing.assert_close(out.logits, io["logits"], atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(out.loss, io["loss"].squeeze(), atol=1e-4, rtol=1e-4)
-    assert len(words.pictures(io["sequence_ids"][0].tolist(), count)) == 1
+    assert len(words.images(io["sequence_ids"][0].tolist(), count)) == 1
     greedy = model.generate(io["prompt_ids"], max_new_tokens=12, do_sample=False, eos_token_id=-1)
     assert torch.equal(greedy[:, -12:], io["greedy_ids"][:, -12:])
 
@@ -78,9 +78,9 @@ def test_prompts_have_the_ids_of_the_authors(golden):
     words = Vocabulary.of(tokenizer)
     assert (words.shift, words.codes) == (480, 64)
     text = tokenizer("<s>" + picture_text([5, 63, 0]), add_special_tokens=False).input_ids
-    assert words.pictures(text, 3) == [[5, 63, 0]]
-    assert words.pictures(text, 4) == []
-    assert words.pictures([words.begin, 3, words.end, words.begin, 480], 1) == []
+    assert words.images(text, 3) == [[5, 63, 0]]
+    assert words.images(text, 4) == []
+    assert words.images([words.begin, 3, words.end, words.begin, 480], 1) == []
 
 
 def test_every_published_key_has_its_place():
@@ -141,10 +141,10 @@ def test_words_become_a_picture(pipe):
 
 
 def test_a_picture_becomes_words_and_pictures_come_in_between(pipe, monkeypatch):
-    picture = Image.new("RGB", (40, 30), (200, 40, 40))
-    codes = pipe.read(picture)
+    image = Image.new("RGB", (40, 30), (200, 40, 40))
+    codes = pipe.read(image)
     assert len(codes) == 32
-    assert isinstance(pipe.describe(picture, "What is this?", max_new_tokens=5, temperature=0), str)
+    assert isinstance(pipe.describe(image, "What is this?", max_new_tokens=5, temperature=0), str)
     said = ["Sure, ", "here.<img>", *(f"<img_{code:05}>" for code in codes), "</img>", " Do you", " like it?</s>"]
     parts = list(pipe._parts(said))
     assert [part if isinstance(part, str) else part.size for part in parts] == [

@@ -95,7 +95,7 @@ def client(site):
 def test_openai_draws(client, site, pipe):
     found = client.images.generate(prompt="a pizza", model="argen/emoji-parti", n=2, extra_body={"seed": 5})
     *_, job = pipe.run(Request("a pizza", num_images=2, seed=5))
-    assert [opened(one.b64_json).tobytes() for one in found.data] == [one.tobytes() for one in job.pictures]
+    assert [opened(one.b64_json).tobytes() for one in found.data] == [one.tobytes() for one in job.images]
     large = client.images.generate(prompt="a pizza", model="argen/emoji-parti", size="512x512", response_format="url")
     with urllib.request.urlopen(large.data[0].url) as file:
         assert Image.open(file).size == (512, 512)
@@ -127,14 +127,14 @@ def test_openai_edits(client, site, pipe):
     asked = {"image": ("a.png", base64.b64decode(before)), "mask": ("m.png", buffer.getvalue())}
     found = client.images.edit(**asked, prompt="a robot", model="argen/emoji-parti", n=2)
     assert len(found.data) == 2
-    saved = site.studio.store.pictures(limit=2)
+    saved = site.studio.store.images(limit=2)
     kept = pipe.read_tokens(opened(before))[0, :4].tolist()
     for one in saved:
         assert [list(row) for row in one.tokens[:4]] == kept
         assert one.request.prompt == "a robot"
     drawn = ("a.png", base64.b64decode(before))
     client.images.edit(image=[drawn], prompt="a robot", model="argen/emoji-parti")  # as image[], and without a mask
-    (varied,) = site.studio.store.pictures(limit=1)
+    (varied,) = site.studio.store.images(limit=1)
     assert sum(row.count(-1) for row in varied.request.tokens) == 48
     with pytest.raises(openai.BadRequestError, match="got 2 images"):
         client.images.edit(image=[drawn, drawn], prompt="a robot", model="argen/emoji-parti")
@@ -159,7 +159,7 @@ def webui(site):
 def test_a1111_draws(webui, pipe):
     found = webui.txt2img(prompt="a pizza", seed=5, batch_size=2, width=256, height=256)
     *_, job = pipe.run(Request("a pizza", num_images=2, seed=5))
-    assert [one.tobytes() for one in found.images] == [one.resize((256, 256), 1).tobytes() for one in job.pictures]
+    assert [one.tobytes() for one in found.images] == [one.resize((256, 256), 1).tobytes() for one in job.images]
     assert found.info["all_seeds"] == [5, 6]
     assert found.info["cfg_scale"] == 1.5  # 7 is what nobody chose
     assert "CFG scale: 1.5, Seed: 6" in found.info["infotexts"][1]
@@ -167,16 +167,16 @@ def test_a1111_draws(webui, pipe):
 
 
 def test_a1111_paints_in_and_varies(webui, site, pipe):
-    picture = webui.txt2img(prompt="a pizza", seed=5, width=128, height=128).image
+    image = webui.txt2img(prompt="a pizza", seed=5, width=128, height=128).image
     mask = Image.new("L", (128, 128), 0)
     mask.paste(255, (0, 0, 64, 128))
-    asked = {"images": [picture], "prompt": "a robot", "width": 128, "height": 128, "seed": 1}
+    asked = {"images": [image], "prompt": "a robot", "width": 128, "height": 128, "seed": 1}
     webui.img2img(**asked, mask_image=mask)
-    before = pipe.read_tokens(picture)[0]
-    (after,) = site.studio.store.pictures(limit=1)
+    before = pipe.read_tokens(image)[0]
+    (after,) = site.studio.store.images(limit=1)
     assert [list(row[4:]) for row in after.tokens] == before[:, 4:].tolist()
     webui.img2img(**asked, denoising_strength=0.25)
-    (after,) = site.studio.store.pictures(limit=1)
+    (after,) = site.studio.store.images(limit=1)
     assert sum(row.count(-1) for row in after.request.tokens) == 16
     kept = [
         (cell, old)
@@ -193,8 +193,8 @@ def test_a1111_tells_and_takes_settings(webui):
     webui.set_options({"sd_model_checkpoint": "argen/emoji-llamagen"})
     assert webui.util_get_current_model() == "argen/emoji-llamagen"
     webui.set_options({"sd_model_checkpoint": "argen/emoji-parti"})
-    picture = webui.txt2img(prompt="a pizza", seed=5).image
-    assert "Seed: 5, Size: 512x512, Model: argen/emoji-parti" in webui.png_info(picture).info
+    image = webui.txt2img(prompt="a pizza", seed=5).image
+    assert "Seed: 5, Size: 512x512, Model: argen/emoji-parti" in webui.png_info(image).info
     assert webui.interrupt() == {}
 
 
@@ -218,12 +218,12 @@ def test_the_queue_over_http(site):
     done = site.studio.result(told["id"], timeout=60)
     status, job = site.ask(f"/api/jobs/{told['id']}")
     assert (status, job["state"], job["progress"]) == (200, "done", 1.0)
-    assert job["pictures"] == [saved.id for saved in done.pictures]
-    status, file = site.ask(f"/pictures/{job['pictures'][0]}.png")
-    assert file == site.studio.store.file(job["pictures"][0]).read_bytes()
+    assert job["images"] == [saved.id for saved in done.images]
+    status, file = site.ask(f"/pictures/{job['images'][0]}.png")
+    assert file == site.studio.store.file(job["images"][0]).read_bytes()
     status, told = site.ask(f"/api/jobs/{told['id']}/again", b"", method="POST")
     assert status == 201
-    assert site.studio.result(told["id"], timeout=60).pictures[0].request.seed == 6
+    assert site.studio.result(told["id"], timeout=60).images[0].request.seed == 6
     assert "/v1/images/generations" in site.ask("/openapi.json")[1]["paths"]
 
 
@@ -342,7 +342,7 @@ def test_a_key_is_needed_and_jobs_are_their_owners(locked):
     locked.studio.pause(False)
     done = locked.studio.result(id, timeout=60)
     assert (done.state, done.owner) == ("done", owner_of(KEYS[0]))
-    assert locked.ask(f"/pictures/{done.pictures[0].id}.png", **other)[0] == 403
+    assert locked.ask(f"/pictures/{done.images[0].id}.png", **other)[0] == 403
     assert locked.ask(f"/api/jobs/{id}", method="DELETE", **mine)[0] == 200
     assert locked.ask("/api/jobs/none", method="DELETE", **mine)[0] == 404
 

@@ -36,31 +36,31 @@ def test_a_job_becomes_pictures_that_make_themselves_again(studio, pipe):
     id = studio.submit(replace(SEQUENTIAL, num_images=2))
     done = studio.result(id, timeout=60)
     assert (done.state, done.decided, done.cells, done.share) == (DONE, 64, 64, 1.0)
-    assert [saved.request.seed for saved in done.pictures] == [3, 4]
-    *_, alone = pipe.run(done.pictures[1].request)
-    file = studio.store.file(done.pictures[1].id)
-    assert Image.open(file).tobytes() == alone.pictures[0].tobytes()
-    assert read_request(file) == done.pictures[1].request
-    assert read_grid(Image.open(file)) == done.pictures[1].tokens
+    assert [saved.request.seed for saved in done.images] == [3, 4]
+    *_, alone = pipe.run(done.images[1].request)
+    file = studio.store.file(done.images[1].id)
+    assert Image.open(file).tobytes() == alone.images[0].tobytes()
+    assert read_request(file) == done.images[1].request
+    assert read_grid(Image.open(file)) == done.images[1].tokens
     assert "CFG scale: 1.5, Seed: 4" in Image.open(file).info["parameters"]
-    assert studio.store.thumbnail(done.pictures[1].id).size == (128, 128)
+    assert studio.store.thumbnail(done.images[1].id).size == (128, 128)
 
 
 def test_a_cancelled_job_keeps_its_tokens_and_goes_on(studio):
-    whole = studio.result(studio.submit(SEQUENTIAL)).pictures[0]
+    whole = studio.result(studio.submit(SEQUENTIAL)).images[0]
     id = studio.submit(SEQUENTIAL)
     for now in studio.watch(id, preview=True):
         if now.decided >= 20 and now.preview:
             studio.cancel(id)
     assert now.state == CANCELLED
     assert 20 <= now.decided < 64
-    assert not now.pictures
+    assert not now.images
     assert studio.store.left(id).is_file()
     studio.resume(id)
     done = studio.result(id, timeout=60)
     assert done.state == DONE
     assert done.forward_passes == 64 - now.decided
-    assert done.pictures[0].tokens == whole.tokens
+    assert done.images[0].tokens == whole.tokens
     assert not studio.store.left(id).exists()
     with pytest.raises(ValueError, match="the job is done: only one that was cancelled"):
         studio.resume(id)
@@ -96,7 +96,7 @@ def test_a_job_rests_at_a_token(studio):
 
 def test_again_takes_the_seeds_that_follow(studio):
     id = studio.again(studio.submit(replace(SEQUENTIAL, num_images=2)))
-    assert [saved.request.seed for saved in studio.result(id).pictures] == [5, 6]
+    assert [saved.request.seed for saved in studio.result(id).images] == [5, 6]
 
 
 def test_a_killed_studio_finds_its_jobs_again(tmp_path, pipe):
@@ -114,19 +114,19 @@ def test_a_killed_studio_finds_its_jobs_again(tmp_path, pipe):
     second = Studio(tmp_path, lambda name: pipe)
     try:
         assert second.result(running, timeout=60).state == second.result(waiting, timeout=60).state == DONE
-        assert len(second.progress(done).pictures) == 1
-        assert len(second.store.pictures()) == 3
+        assert len(second.progress(done).images) == 1
+        assert len(second.store.images()) == 3
     finally:
         second.close()
 
 
 def test_a_job_killed_between_its_pictures_and_its_end_has_them_once(studio):
     id = studio.submit(replace(SEQUENTIAL, num_images=2))
-    before = studio.result(id).pictures
+    before = studio.result(id).images
     with studio.changed:
         studio.store.update_job(id, state=WAITING)
         studio.changed.notify_all()
-    after = studio.result(id, timeout=60).pictures
+    after = studio.result(id, timeout=60).images
     assert [saved.id for saved in after] == [saved.id for saved in before]
     assert len(list(studio.store.folder.glob("*.png"))) == 2
 
@@ -182,19 +182,19 @@ def test_many_threads_lose_no_job(studio):
 
 def test_pictures_are_found_kept_and_deleted(tmp_path):
     store = Store(tmp_path)
-    picture = Image.new("RGB", (300, 200), "red")
+    image = Image.new("RGB", (300, 200), "red")
     asked = [Request(text) for text in ("a red apple", "a 100% red_robot", "a blue robot")]
     ids = []
     for number, request in enumerate(asked):
-        ids += store.add_images(f"job{number}", 0.0, "a", [(picture, request)], [((1, 2), (3, 4))], [None], [0.5])
-    found = lambda **how: [saved.request.prompt for saved in store.pictures(**how)]  # noqa: E731
+        ids += store.add_images(f"job{number}", 0.0, "a", [(image, request)], [((1, 2), (3, 4))], [None], [0.5])
+    found = lambda **how: [saved.request.prompt for saved in store.images(**how)]  # noqa: E731
     assert set(found(search="red")) == {"a red apple", "a 100% red_robot"}
     assert found(search="robot BLUE") == ["a blue robot"]
     assert found(search="0% d_r") == ["a 100% red_robot"]
     assert found(search="%") == ["a 100% red_robot"]
     store.set_favourite(ids[0], True)
     assert found(favourites=True) == ["a red apple"]
-    assert store.picture(ids[0]).tokens == ((1, 2), (3, 4))
+    assert store.image(ids[0]).tokens == ((1, 2), (3, 4))
     assert store.thumbnail(ids[0]).size == (256, 171)
     with zipfile.ZipFile(store.zipped(ids[:2])) as archive:
         assert set(archive.namelist()) == {f"{ids[0]}.png", f"{ids[1]}.png", "settings.jsonl"}
@@ -209,7 +209,7 @@ def test_pictures_are_found_kept_and_deleted(tmp_path):
         assert f"{ids[0]}.png" in archive.namelist()
     store.delete(ids[0])
     assert not store.file(ids[0]).exists()
-    assert len(store.pictures()) == 2
+    assert len(store.images()) == 2
     with pytest.raises(KeyError, match="there is no picture"):
         store.delete("../../etc/passwd")
     store.save_preset("a", "mine", {"top_k": 3})
@@ -221,7 +221,7 @@ def test_pictures_are_found_kept_and_deleted(tmp_path):
 def test_files_can_be_without_settings(tmp_path, pipe):
     studio = Studio(tmp_path, lambda name: pipe, metadata=False)
     try:
-        saved = studio.result(studio.submit(SEQUENTIAL)).pictures[0]
+        saved = studio.result(studio.submit(SEQUENTIAL)).images[0]
         assert not Image.open(studio.store.file(saved.id)).info
         assert saved.request.prompt == "a pizza"
     finally:
@@ -261,10 +261,10 @@ def test_latents_are_kept_for_a_job_that_goes_on(tmp_path):
             studio.resume(id)
         done = studio.result(id, timeout=60)
         assert done.state == DONE
-        assert done.pictures[0].tokens is None
+        assert done.images[0].tokens is None
         with torch.no_grad():
-            *_, whole = xar.run(done.pictures[0].request)
-        made = Image.open(studio.store.file(done.pictures[0].id))
-        assert made.size == whole.pictures[0].size
+            *_, whole = xar.run(done.images[0].request)
+        made = Image.open(studio.store.file(done.images[0].id))
+        assert made.size == whole.images[0].size
     finally:
         studio.close()

@@ -224,12 +224,12 @@ def test_the_use_of_codes_is_kept_with_the_checkpoint(tmp_path):
 def test_dead_codes_are_revived():
     task = ViTVQGANTask(SAMPLE, total=1000)
     model = task.networks["model"]
-    pictures = task.batch(8, torch.Generator().manual_seed(0))["pixels"]
+    images = task.batch(8, torch.Generator().manual_seed(0))["pixels"]
     codes = model.quantizer.embedding.weight
     before = codes.detach().clone()
     task.usage.count[:] = 5
     task.usage.count[:100] = 0
-    task._revive(torch.full((8, 64), 3000), pictures, step=50)
+    task._revive(torch.full((8, 64), 3000), images, step=50)
     assert (codes[:100] != before[:100]).any(dim=1).all()
     assert torch.equal(codes[100:], before[100:])
     torch.testing.assert_close(codes[:100].norm(dim=1), torch.ones(100))
@@ -293,11 +293,11 @@ def test_shaped_pictures_and_their_tokens_are_two_halves(composed, small_llamage
     monkeypatch.setattr(controlar, "SHAPED", 3)
     parts = WEIGHTS / "emoji-vitvqgan", WEIGHTS / "emoji-clip"
     task = controlar.ControlTask(SAMPLE, composed, *parts, small_llamagen)
-    for across, (captions, pictures, tokens) in zip((True, False), task.shaped, strict=True):
-        assert pictures.shape == ((3, 64, 128, 3) if across else (3, 128, 64, 3))
+    for across, (captions, images, tokens) in zip((True, False), task.shaped, strict=True):
+        assert images.shape == ((3, 64, 128, 3) if across else (3, 128, 64, 3))
         assert tokens.shape == (3, 32)
         assert all(" and " in caption for caption in captions)
-        halves = pictures.split(64, dim=2 if across else 1)
+        halves = images.split(64, dim=2 if across else 1)
         assert all((half < 200).any() for half in halves)
     monkeypatch.setattr(controlar, "SHAPED_SHARE", 1.0)
     batch = task.batch(2, torch.Generator().manual_seed(0))

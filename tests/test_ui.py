@@ -280,7 +280,7 @@ def test_a_drawing_is_followed(page, site):
     page.locator("#state-control", has_text="4 pictures in").wait_for(timeout=60_000)
     request = read_request(max(site[1].glob("*.png")))
     assert request.model == "argen/emoji-control"
-    assert min(min(pair) for pair in request.control.picture.convert("RGB").getextrema()) < 100  # the line is in it
+    assert min(min(pair) for pair in request.control.image.convert("RGB").getextrema()) < 100  # the line is in it
     if folder := os.environ.get("ARGEN_SCREENSHOTS"):
         page.screenshot(path=Path(folder) / "control.png")
 

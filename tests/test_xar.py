@@ -183,8 +183,8 @@ def test_a_picture_depends_on_its_own_seed_alone(pipe):
     assert both.tokens.shape == (2, 16, 4, 4)
     torch.testing.assert_close(both.tokens[1:], alone.tokens, atol=1e-4, rtol=1e-4)
     assert both.forward_passes == 3 * 4 + 3
-    picture = pipe("class:1", generator=generators(5), guidance_scale=2.0, sampler=NextX(steps=3)).images[0]
-    assert picture.size == (64, 64)
+    image = pipe("class:1", generator=generators(5), guidance_scale=2.0, sampler=NextX(steps=3)).images[0]
+    assert image.size == (64, 64)
 
 
 def test_what_is_given_stays_and_the_rest_is_written(pipe):
@@ -205,7 +205,7 @@ def test_what_is_given_stays_and_the_rest_is_written(pipe):
     hole[..., 0, 0] = torch.nan
     mended = pipe("class:1", generator=generators(9), tokens=hole, **asked)
     assert torch.equal(mended.tokens.isclose(whole).all(dim=1), hole.isfinite().all(dim=1))
-    shown = pipe.pictures(part, "pt")
+    shown = pipe.images(part, "pt")
     torch.testing.assert_close(shown[:, :, 32:].unique(), torch.tensor([UNDECIDED]))
     assert (shown[:, :, :32] != 1).any()
 
@@ -218,9 +218,9 @@ def test_a_request_is_carried_out_and_says_its_steps(pipe):
     *_, job = pipe.run(Request.from_dict(json.loads(json.dumps(request.to_dict()))))
     assert job.request.steps == (3, 2)
     assert job.request.top_k == 0
-    assert len(job.pictures) == 2
+    assert len(job.images) == 2
     again = pipe("class:3", generator=generators(5), sampler=NextX("heun", (3, 2))).images[0]
-    assert again.tobytes() == job.pictures[1].tobytes()
+    assert again.tobytes() == job.images[1].tobytes()
 
 
 def test_what_does_not_fit_a_flow_is_refused(pipe):

@@ -86,17 +86,17 @@ def to_mask(image: Image.Image) -> Image.Image:
     return Image.alpha_composite(Image.new("RGBA", image.size, "black"), image).convert("L")
 
 
-def from_pil(picture: Image.Image, size: int) -> Tensor:
+def from_pil(image: Image.Image, size: int) -> Tensor:
     """A picture of any size and mode -> pixels [3, size, size] in [0, 1]: padded to a square and laid on white."""
-    picture = upright(picture)
-    if picture.size != (size, size):
-        picture = ImageOps.pad(picture, (size, size), Image.Resampling.LANCZOS, color=(255, 255, 255, 0))
-    return torch.from_numpy(np.array(on_white(picture))).permute(2, 0, 1).float() / 255
+    image = upright(image)
+    if image.size != (size, size):
+        image = ImageOps.pad(image, (size, size), Image.Resampling.LANCZOS, color=(255, 255, 255, 0))
+    return torch.from_numpy(np.array(on_white(image))).permute(2, 0, 1).float() / 255
 
 
-def from_uint8(pictures: Tensor) -> Tensor:
+def from_uint8(images: Tensor) -> Tensor:
     """[B, H, W, 3] uint8 -> pixels [B, 3, H, W] in [0, 1]; the memory stays channels last."""
-    return pictures.permute(0, 3, 1, 2).float() / 255
+    return images.permute(0, 3, 1, 2).float() / 255
 
 
 def to_pil(pixels: Tensor) -> Image.Image:

@@ -418,20 +418,20 @@ class SeedTokenizer(nn.Module):
     def dtype(self) -> torch.dtype:
         return self.network.dtype
 
-    def prepare(self, picture: Image.Image, resample: Image.Resampling = Image.Resampling.BICUBIC) -> Tensor:
+    def prepare(self, image: Image.Image, resample: Image.Resampling = Image.Resampling.BICUBIC) -> Tensor:
         """A picture -> pixels [3, S, S] in [0, 1], as in training; the authors' scripts have it bilinear.
 
         Raises:
             ValueError: it is too small to show anything.
         """
-        if min(picture.size) < SMALLEST:
+        if min(image.size) < SMALLEST:
             raise ValueError(
-                f"the picture is {picture.width} x {picture.height}: SEED expects at least {SMALLEST} pixels a side"
+                f"the picture is {image.width} x {image.height}: SEED expects at least {SMALLEST} pixels a side"
             )
         size = self.config.image_size
         if not self.squashed:
-            return from_pil(picture, size)
-        small = on_white(upright(picture)).resize((size, size), resample)
+            return from_pil(image, size)
+        small = on_white(upright(image)).resize((size, size), resample)
         return torch.from_numpy(np.array(small)).permute(2, 0, 1).float() / 255
 
     def encode(self, pixels: Tensor) -> Tensor:

@@ -236,10 +236,10 @@ def render(svg: str, size: int) -> bytes:
         BytesIO(bytes(resvg_py.svg_to_bytes(svg_string=svg, width=2 * size, skip_system_fonts=True)))
     ).convert("RGBA")
     drawn.thumbnail((size, size), Image.Resampling.LANCZOS)
-    picture = Image.new("RGB", (size, size), "white")
-    picture.paste(drawn, ((size - drawn.width) // 2, (size - drawn.height) // 2), drawn)
+    image = Image.new("RGB", (size, size), "white")
+    image.paste(drawn, ((size - drawn.width) // 2, (size - drawn.height) // 2), drawn)
     buffer = BytesIO()
-    picture.save(buffer, "PNG")
+    image.save(buffer, "PNG")
     return buffer.getvalue()
 
 
@@ -268,8 +268,8 @@ def build(out: Path, icons_dir: Path | None = None, size: int = 128) -> dict[str
 
     rows: dict[str, list[dict]] = {split: [] for split in SPLITS}
     with ProcessPoolExecutor() as pool:
-        pictures = pool.map(_render_job, ((svg, size) for svg in svgs), chunksize=64)
-        for record, png in tqdm(zip(records, pictures, strict=True), total=len(records), desc="render"):
+        images = pool.map(_render_job, ((svg, size) for svg in svgs), chunksize=64)
+        for record, png in tqdm(zip(records, images, strict=True), total=len(records), desc="render"):
             split = split_of(record.style, record.concept, len(styles_of[record.concept]))
             rows[split].append({"image": png, **asdict(record)})
     write_splits(out, rows)

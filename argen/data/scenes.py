@@ -70,9 +70,9 @@ def plural(name: str) -> str:
     return f"{name}s"
 
 
-def recolour(picture: np.ndarray, colour: str) -> np.ndarray:
+def recolour(image: np.ndarray, colour: str) -> np.ndarray:
     """Turn every coloured pixel of [H, W, 3] uint8 to one hue; greys, white and black stay."""
-    hsv = np.array(Image.fromarray(picture).convert("HSV"))
+    hsv = np.array(Image.fromarray(image).convert("HSV"))
     hsv[..., 0] = np.where(hsv[..., 1] > 30, HUES[colour], hsv[..., 0])
     return np.array(Image.fromarray(hsv, "HSV").convert("RGB"))
 
@@ -81,15 +81,15 @@ def _simple(name: str) -> bool:
     return len(name.split()) <= 2 and not name.endswith("s") and not any(c.isdigit() for c in name)
 
 
-def _colourful(picture: np.ndarray) -> bool:
-    ink = (picture < INK).any(-1)
-    saturated = (picture.max(-1).astype(int) - picture.min(-1)) > 70
+def _colourful(image: np.ndarray) -> bool:
+    ink = (image < INK).any(-1)
+    saturated = (image.max(-1).astype(int) - image.min(-1)) > 70
     return bool(ink.any()) and saturated[ink].mean() > 0.6
 
 
-def boxes(picture: np.ndarray) -> list[tuple[int, int, int, int]]:
+def boxes(image: np.ndarray) -> list[tuple[int, int, int, int]]:
     """(left, top, right, bottom) of each connected component of the ink of [H, W, 3] uint8, largest first."""
-    ink = torch.from_numpy(picture.min(axis=2) < INK)
+    ink = torch.from_numpy(image.min(axis=2) < INK)
     places = torch.arange(1.0, ink.numel() + 1).reshape(ink.shape)
     labels = torch.where(ink, places, 0.0)
     while not torch.equal(labels, grown := torch.where(ink, F.max_pool2d(labels[None], 3, 1, 1)[0], 0.0)):
@@ -103,11 +103,11 @@ def boxes(picture: np.ndarray) -> list[tuple[int, int, int, int]]:
     return found
 
 
-def segments(picture: np.ndarray, boxes: list[tuple[int, int, int, int]]) -> np.ndarray:
+def segments(image: np.ndarray, boxes: list[tuple[int, int, int, int]]) -> np.ndarray:
     """The map of the objects of [H, W, 3] uint8: the ink inside each box in its colour of `PALETTE`, on black."""
-    found = np.zeros_like(picture)
+    found = np.zeros_like(image)
     for (left, top, right, bottom), colour in zip(boxes, cycle(PALETTE), strict=False):
-        ink = (picture[top:bottom, left:right] < INK).any(-1)
+        ink = (image[top:bottom, left:right] < INK).any(-1)
         found[top:bottom, left:right][ink] = colour
     return found
 
@@ -137,11 +137,11 @@ class Composer:
                 name = ""
             if not name:
                 continue
-            picture = np.asarray(opaque(row["image"]))
-            self.icons[row["style"]].append((name, picture))
-            if not any(word in HUES for word in name.split()) and _colourful(picture):
-                self.colourful[row["style"]].append((name, picture))
-        self.styles = sorted(style for style, pictures in self.icons.items() if len(pictures) >= 2)
+            image = np.asarray(opaque(row["image"]))
+            self.icons[row["style"]].append((name, image))
+            if not any(word in HUES for word in name.split()) and _colourful(image):
+                self.colourful[row["style"]].append((name, image))
+        self.styles = sorted(style for style, images in self.icons.items() if len(images) >= 2)
         if not self.styles:
             raise ValueError(
                 "too few pictures to compose scenes: expected at least two things of one style in each split"
@@ -167,19 +167,19 @@ class Composer:
 
         canvas = np.full((self.size, self.size, 3), 255, dtype=np.uint8)
         things = []
-        for (name, picture), colour, cell in zip(chosen, colours, cells, strict=True):
-            drawn = recolour(picture, colour) if colour else picture
+        for (name, image), colour, cell in zip(chosen, colours, cells, strict=True):
+            drawn = recolour(image, colour) if colour else image
             things.append(Thing(name, colour, self._paste(canvas, drawn, divmod(cell, layout[1]), layout, rng)))
         scene = Scene(self._caption(things, kind, relation), kind, style, count, relation, things)
         if rng.random() < 0.75:
             scene.caption += f", {STYLES[style].prompt}"
         return scene, Image.fromarray(canvas)
 
-    def _paste(self, canvas, picture, cell, layout, rng) -> tuple[int, int, int, int]:
+    def _paste(self, canvas, image, cell, layout, rng) -> tuple[int, int, int, int]:
         """Put `picture` somewhere inside its cell of the layout; returns the box of its ink."""
         room = self.size // max(layout)
         side = int(room * rng.uniform(0.78, 0.92))
-        small = np.asarray(Image.fromarray(picture).resize((side, side), Image.Resampling.LANCZOS))
+        small = np.asarray(Image.fromarray(image).resize((side, side), Image.Resampling.LANCZOS))
         extent = [self.size // n for n in layout]
         top, left = (cell[axis] * extent[axis] + rng.randint(1, extent[axis] - side - 1) for axis in (0, 1))
         canvas[top : top + side, left : left + side] = small
@@ -218,9 +218,9 @@ def build(emoji: Path, out: Path, num: int = 12000, seed: int = 0, common: bool 
         rng = random.Random(f"{seed}/{split}")
         rows[split] = []
         for _ in tqdm(range(num if split == "train" else num // 10), desc=f"compose {split}"):
-            scene, picture = composer.scene(rng)
+            scene, image = composer.scene(rng)
             buffer = BytesIO()
-            picture.save(buffer, "PNG")
+            image.save(buffer, "PNG")
             rows[split].append(
                 {"image": buffer.getvalue(), **asdict(scene), "objects": json.dumps([asdict(t) for t in scene.objects])}
             )

@@ -65,5 +65,5 @@ def read_split(folder: str | Path, split: str):
 
 def pixels(table) -> np.ndarray:
     """All pictures of a table as one array [N, H, W, 3] uint8 (a set of this size fits in memory)."""
-    pictures = [np.asarray(opaque(picture)) for picture in table["image"]]
-    return np.stack(pictures)
+    images = [np.asarray(opaque(image)) for image in table["image"]]
+    return np.stack(images)

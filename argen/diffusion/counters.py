@@ -155,8 +155,8 @@ class Detected:
             raise ValueError(
                 f"the detector does not know {things!r}: leave it out, or ask for one of {', '.join(known)}"
             )
-        picture = to_pil(pixels[0])
-        seen = self.processor(images=picture, return_tensors="pt").to(self.model.device)
-        sizes = [(picture.height, picture.width)]
+        image = to_pil(pixels[0])
+        seen = self.processor(images=image, return_tensors="pt").to(self.model.device)
+        sizes = [(image.height, image.width)]
         found = self.processor.post_process_object_detection(self.model(**seen), self.threshold, sizes)[0]
         return int((found["labels"] == wanted).sum())

@@ -12,10 +12,10 @@ from argen.eval.images import ImageSet
 from argen.models.clip import TextImageEncoder
 
 
-def clip_scores(text: Tensor, pictures: Tensor) -> dict[str, float]:
+def clip_scores(text: Tensor, images: Tensor) -> dict[str, float]:
     """Embeddings [B, E] of prompts and of their pictures -> "cosine" (LlamaGen, LANTERN), "x100" (torchmetrics: not
     below 0) and "2.5x" (arXiv 2104.08718: no cosine below 0)."""
-    cosine = F.cosine_similarity(text.float(), pictures.float(), dim=1)
+    cosine = F.cosine_similarity(text.float(), images.float(), dim=1)
     mean = cosine.mean().item()
     return {"cosine": mean, "x100": max(0.0, 100 * mean), "2.5x": 2.5 * cosine.clamp(min=0).mean().item()}
 

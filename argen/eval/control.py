@@ -71,8 +71,8 @@ class Scenes(Sequence):
 
     def control(self, index: int, kind: str) -> Image.Image:
         """What the generator is asked to follow: the picture itself for canny, its map for "seg"."""
-        picture = self[index]
-        return Image.fromarray(segments(picture, self.boxes[index]) if kind == "seg" else picture)
+        image = self[index]
+        return Image.fromarray(segments(image, self.boxes[index]) if kind == "seg" else image)
 
 
 def evaluate(scenes: Scenes, kind: str, followed: ImageSet, free: ImageSet) -> dict[str, dict]:

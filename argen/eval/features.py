@@ -68,8 +68,8 @@ def encoder_features(name: str, encoder: TextImageEncoder) -> Extractor:
     def look(batch: Tensor) -> dict[str, Tensor]:
         return {"features": encoder.embed_pixels(batch, normalise=False)}
 
-    def prepare(picture: ImageArray) -> Tensor:
-        return from_pil(Image.fromarray(picture), vision.image_size)
+    def prepare(image: ImageArray) -> Tensor:
+        return from_pil(Image.fromarray(image), vision.image_size)
 
     return Extractor(name, f"lanczos-{vision.image_size}", weights_digest(encoder.clip), ("features",), prepare, look)
 
@@ -106,9 +106,9 @@ class PublishedCLIP:
                 "folder that holds it, or use emoji, which ships"
             ) from error
 
-    def prepare(self, picture: ImageArray) -> Tensor:
+    def prepare(self, image: ImageArray) -> Tensor:
         """[H, W, 3] uint8 -> [3, h, w]."""
-        return self.processor(Image.fromarray(picture), return_tensors="pt").pixel_values[0]
+        return self.processor(Image.fromarray(image), return_tensors="pt").pixel_values[0]
 
     @torch.no_grad()
     def embed_pixels(self, batch: Tensor) -> Tensor:

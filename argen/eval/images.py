@@ -182,27 +182,27 @@ def digest(facts: object) -> str:
     return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
 
 
-def crop_adm(picture: Image.Image, size: int) -> Image.Image:
+def crop_adm(image: Image.Image, size: int) -> Image.Image:
     """Centre square as ImageNet evaluations take it: halved while twice too large, bicubic, cut (guided-diffusion)."""
-    while min(picture.size) >= 2 * size:
-        picture = picture.resize((picture.width // 2, picture.height // 2), Image.Resampling.BOX)
-    scale = size / min(picture.size)
-    picture = picture.resize((round(picture.width * scale), round(picture.height * scale)), Image.Resampling.BICUBIC)
-    left, top = (picture.width - size) // 2, (picture.height - size) // 2
-    return picture.crop((left, top, left + size, top + size))
+    while min(image.size) >= 2 * size:
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    scale = size / min(image.size)
+    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
+    left, top = (image.width - size) // 2, (image.height - size) // 2
+    return image.crop((left, top, left + size, top + size))
 
 
-def crop_square(picture: Image.Image, size: int) -> Image.Image:
+def crop_square(image: Image.Image, size: int) -> Image.Image:
     """Centre square, then Lanczos: text-to-image evaluations on COCO (LlamaGen)."""
-    side = min(picture.size)
-    left, top = (picture.width - side) // 2, (picture.height - side) // 2
-    return picture.crop((left, top, left + side, top + side)).resize((size, size), Image.Resampling.LANCZOS)
+    side = min(image.size)
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    return image.crop((left, top, left + side, top + side)).resize((size, size), Image.Resampling.LANCZOS)
 
 
 CROPS: dict[str, Callable[[Image.Image, int], Image.Image]] = {"adm": crop_adm, "square": crop_square}
 
 
-def cropped(picture: ImageArray, crop: str | None) -> ImageArray:
+def cropped(image: ImageArray, crop: str | None) -> ImageArray:
     """Args:
     crop: None, or a name of `CROPS` and a size, as in "adm-256".
 
@@ -210,16 +210,16 @@ def cropped(picture: ImageArray, crop: str | None) -> ImageArray:
         ValueError: another name.
     """
     if crop is None:
-        return picture
+        return image
     name, _, size = crop.partition("-")
     if name not in CROPS or not size.isdigit() or int(size) < 8:
         raise ValueError(f"unknown crop {crop!r}: expected {' or '.join(f'{c}-SIZE' for c in CROPS)}, as in adm-256")
-    return np.asarray(CROPS[name](Image.fromarray(picture), int(size)))
+    return np.asarray(CROPS[name](Image.fromarray(image), int(size)))
 
 
-def tf1_bilinear(picture: Tensor, height: int, width: int) -> Tensor:
+def tf1_bilinear(image: Tensor, height: int, width: int) -> Tensor:
     """TensorFlow 1's resize of [3, H, W]: no half-pixel shift, the right and lower neighbour clamped."""
-    x = picture.float()
+    x = image.float()
     for dim, size in ((2, width), (1, height)):
         place = torch.arange(size, dtype=torch.float32) * (x.shape[dim] / size)
         low = place.floor().long()
@@ -230,18 +230,18 @@ def tf1_bilinear(picture: Tensor, height: int, width: int) -> Tensor:
     return x
 
 
-def torch_bilinear(picture: Tensor, height: int, width: int, antialias: bool = False) -> Tensor:
+def torch_bilinear(image: Tensor, height: int, width: int, antialias: bool = False) -> Tensor:
     """[3, H, W], centres of pixels aligned."""
-    return F.interpolate(picture[None].float(), (height, width), mode="bilinear", antialias=antialias)[0]
+    return F.interpolate(image[None].float(), (height, width), mode="bilinear", antialias=antialias)[0]
 
 
-def torch_bilinear_antialias(picture: Tensor, height: int, width: int) -> Tensor:
-    return torch_bilinear(picture, height, width, antialias=True)
+def torch_bilinear_antialias(image: Tensor, height: int, width: int) -> Tensor:
+    return torch_bilinear(image, height, width, antialias=True)
 
 
-def pil_bicubic_float(picture: Tensor, height: int, width: int) -> Tensor:
+def pil_bicubic_float(image: Tensor, height: int, width: int) -> Tensor:
     """clean-fid's "clean": each channel of [3, H, W] as floats, clipped and not rounded."""
-    channels = [Image.fromarray(channel.float().numpy()) for channel in picture]
+    channels = [Image.fromarray(channel.float().numpy()) for channel in image]
     out = [np.asarray(channel.resize((width, height), Image.Resampling.BICUBIC)) for channel in channels]
     return torch.from_numpy(np.stack(out)).clamp(0, 255)
 
@@ -254,9 +254,9 @@ RESIZES = {  # protocol -> how a picture [3, H, W] of 0 to 255 is brought to siz
 }
 
 
-def prepared(picture: ImageArray, protocol: str, size: int) -> Tensor:
+def prepared(image: ImageArray, protocol: str, size: int) -> Tensor:
     """[H, W, 3] uint8 -> what the tool named by `protocol` gives to the network, [3, size, size] in about [-1, 1]."""
-    channels = torch.tensor(picture).permute(2, 0, 1)
+    channels = torch.tensor(image).permute(2, 0, 1)
     if protocol == "pytorch-fid":
         return 2 * torch_bilinear(channels / 255, size, size) - 1
     return (RESIZES[protocol](channels, size, size) - 128) / 128

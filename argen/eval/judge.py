@@ -56,28 +56,28 @@ def around(found: Sequence[tuple[int, int, int, int]]) -> tuple[int, int, int, i
     return min(left), min(top), max(right), max(bottom)
 
 
-def crop(picture: ImageArray, box: tuple[int, int, int, int]) -> Tensor:
+def crop(image: ImageArray, box: tuple[int, int, int, int]) -> Tensor:
     """The object in a box -> [3, 64, 64] in [0, 1], padded to a square."""
-    return from_pil(Image.fromarray(picture).crop(box), SIZE)
+    return from_pil(Image.fromarray(image).crop(box), SIZE)
 
 
-def subject(picture: ImageArray) -> Tensor:
+def subject(image: ImageArray) -> Tensor:
     """All that a picture shows -> [3, 64, 64] in [0, 1]: an icon may have several parts."""
-    found = scenes.boxes(picture)[:AT_MOST]
-    return crop(picture, around(found) if found else (0, 0, picture.shape[1], picture.shape[0]))
+    found = scenes.boxes(image)[:AT_MOST]
+    return crop(image, around(found) if found else (0, 0, image.shape[1], image.shape[0]))
 
 
-def verdict(judge: Judge, picture: ImageArray, truth: Truth) -> dict[str, float]:
+def verdict(judge: Judge, image: ImageArray, truth: Truth) -> dict[str, float]:
     """What is right about a picture: {question: 0 to 1}, the questions being those of the truth's kind.
 
     "identity" is the share of the objects that are what they should be: among the judge's `AMONG` likeliest names; "name" is
     that of single objects whose likeliest name is right.
     """
-    found = scenes.boxes(picture)[:AT_MOST]
-    looked = torch.stack([crop(picture, box) for box in found]) if found else None
+    found = scenes.boxes(image)[:AT_MOST]
+    looked = torch.stack([crop(image, box) for box in found]) if found else None
     names, colours = judge.answers(looked, AMONG) if found else ([], [])
     if truth.kind in ("single", "colour"):  # an icon may have several parts
-        whole = crop(picture, around(found))[None] if found else None
+        whole = crop(image, around(found))[None] if found else None
         (likely,), (colour,) = judge.answers(whole, AMONG) if found else ([[""]], [""])
         asked, tint = truth.objects[0]
         right = {"identity": float(asked in likely), "name": float(asked == likely[0])}
@@ -118,12 +118,12 @@ def _holds(relation: str, first: tuple, second: tuple) -> bool:
     }[relation]
 
 
-def evaluate(judge: Judge, pictures: ImageSet, truths: Sequence[Truth]) -> dict[str, dict]:
+def evaluate(judge: Judge, images: ImageSet, truths: Sequence[Truth]) -> dict[str, dict]:
     """Shares of right answers over pictures, picture i being of prompt ``i % len(truths)``: {"kind: question": ...}."""
     sums: dict[str, list[float]] = {}
-    for index in range(len(pictures)):
+    for index in range(len(images)):
         truth = truths[index % len(truths)]
-        for question, right in verdict(judge, pictures[index], truth).items():
+        for question, right in verdict(judge, images[index], truth).items():
             sums.setdefault(f"{truth.kind}: {question}", []).append(right)
     known = judge.config.accuracy or {}
     return {
@@ -141,8 +141,8 @@ def recognised(judge: Judge, made: ImageSet, real: ImageSet, icons) -> dict[str,
     """
     known = [name in judge.config.names for name in icons["concept"]]
     shares: dict[str, list[float]] = {"judge: group": [], "judge: identity": []}
-    for pictures in (made, real):
-        looked = torch.stack([subject(picture) for picture in pictures])
+    for images in (made, real):
+        looked = torch.stack([subject(image) for image in images])
         told = [found == group for found, group in zip(judge.group_of(looked), icons["group"], strict=True)]
         shares["judge: group"].append(sum(told) / len(told))
         if any(known):

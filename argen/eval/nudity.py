@@ -33,7 +33,7 @@ def counted(detections: Sequence[Sequence[dict]], threshold: float = THRESHOLD) 
     return {name: {"value": value, "n": n} for name, value in shares.items()}
 
 
-def detected(pictures: ImageSet) -> list[list[dict]]:
+def detected(images: ImageSet) -> list[list[dict]]:
     """What NudeNet finds in each picture.
 
     Raises:
@@ -42,6 +42,4 @@ def detected(pictures: ImageSet) -> list[list[dict]]:
     from nudenet import NudeDetector
 
     detector = NudeDetector()
-    return [
-        detector.detect(pictures[index][:, :, ::-1].copy()) for index in range(len(pictures))
-    ]  # blue first, as files
+    return [detector.detect(images[index][:, :, ::-1].copy()) for index in range(len(images))]  # blue first, as files

@@ -47,12 +47,12 @@ def held_out_captions(data: Path) -> list[str]:
 
 def ranks(encoder: TextImageEncoder, prompts: list[str], images: list[Image.Image], others: list[str]) -> Tensor:
     """Rank [B] of each picture's own prompt (1 is best) among itself and `AMONG` - 1 of `others`."""
-    text, pictures = encoder.embed([*prompts, *others], images)
-    own = (pictures * text[: len(prompts)]).sum(dim=1, keepdim=True)
+    text, embeds = encoder.embed([*prompts, *others], images)
+    matching = (embeds * text[: len(prompts)]).sum(dim=1, keepdim=True)
     result = []
-    for index, row in enumerate(pictures @ text[len(prompts) :].T):
+    for index, row in enumerate(embeds @ text[len(prompts) :].T):
         different = [place for place, other in enumerate(others) if other != prompts[index]][: AMONG - 1]
-        result.append(1 + (row[different] > own[index]).sum())
+        result.append(1 + (row[different] > matching[index]).sum())
     return torch.stack(result)
 
 
@@ -90,12 +90,12 @@ def evaluate(pipe: Generator, data: Path, num_candidates: int, seed: int, grid: 
     for index, prompt in enumerate(tqdm(prompts, desc="draw", disable=None)):
         request = Request(prompt, seed=seed + 1000 * index, num_candidates=num_candidates)
         *_, job = pipe.run(request)
-        best.append(job.pictures[0])
+        best.append(job.images[0])
         if job.requests[0].seed == request.seed:
-            first.append(job.pictures[0])
+            first.append(job.images[0])
         else:
             *_, job = pipe.run(request.for_image(0))
-            first.append(job.pictures[0])
+            first.append(job.images[0])
     scores: dict[str, float] = {}
     half = len(held_out)
     for name, images in (("one picture", first), (f"best of {num_candidates}", best)):
@@ -117,9 +117,9 @@ def sheet(labelled: list[tuple[str, Image.Image]], columns: int = 8) -> Image.Im
     lines = -(-len(labelled) // columns)
     page = Image.new("RGB", (columns * (width + 8), lines * (height + 8)), "white")
     pen = ImageDraw.Draw(page)
-    for index, (prompt, picture) in enumerate(labelled):
+    for index, (prompt, image) in enumerate(labelled):
         left, top = index % columns * (width + 8) + 4, index // columns * (height + 8) + 4
-        page.paste(picture, (left, top))
+        page.paste(image, (left, top))
         rows = [""]
         for word in prompt.split():
             if pen.textlength(f"{rows[-1]} {word}", font=font) > width:
@@ -127,6 +127,6 @@ def sheet(labelled: list[tuple[str, Image.Image]], columns: int = 8) -> Image.Im
             rows[-1] = f"{rows[-1]} {word}".strip()
         for number, row in enumerate(rows[:2]):
             pen.text(
-                (left + width / 2, top + picture.height + 2 + 13 * number), row, fill="black", font=font, anchor="ma"
+                (left + width / 2, top + image.height + 2 + 13 * number), row, fill="black", font=font, anchor="ma"
             )
     return page

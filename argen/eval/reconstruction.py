@@ -22,11 +22,11 @@ Tokenizer = ViTVQGAN | LlamaGenVQ | KLVAE | FlexTokenizer | SeedTokenizer
 
 
 @torch.no_grad()
-def reconstruct(tokenizer: Tokenizer, pictures: Tensor, count: int | None = None) -> tuple[Tensor, Tensor]:
+def reconstruct(tokenizer: Tokenizer, images: Tensor, count: int | None = None) -> tuple[Tensor, Tensor]:
     """Pictures [B, H, W, 3] uint8 -> what comes back, [B, 3, H, W] in [0, 1], and what they were encoded as: ids [B, N] or
     latents [B, C, h, w]; both on the CPU. With `count` of the first ids alone."""
     made, encoded = [], []
-    for part in pictures.split(64):
+    for part in images.split(64):
         encoded.append(tokenizer.encode(from_uint8(part).to(tokenizer.device, tokenizer.dtype))[:, :count])
         made.append(decoded(tokenizer, encoded[-1], from_uint8(part)).cpu())
     return torch.cat(made), torch.cat(encoded).cpu()
@@ -47,20 +47,20 @@ def check_count(tokenizer: Tokenizer, count: int | None, present: int | None = N
         raise ValueError(f"tokens is {count}: expected 1 to {present or most}")
 
 
-def evaluate(tokenizer: Tokenizer, pictures: Tensor) -> dict[str, float]:
+def evaluate(tokenizer: Tokenizer, images: Tensor) -> dict[str, float]:
     """PSNR in dB, mean of the pictures [B, H, W, 3] uint8; of a tokenizer with codes, the share of them that they use."""
-    made, encoded = reconstruct(tokenizer, pictures)
-    scores = {"psnr": psnr(made, from_uint8(pictures)).mean().item()}
+    made, encoded = reconstruct(tokenizer, images)
+    scores = {"psnr": psnr(made, from_uint8(images)).mean().item()}
     if "n_embed" in tokenizer.config:
         scores["codes_used"] = encoded.unique().numel() / tokenizer.config.n_embed
     return scores
 
 
 @torch.no_grad()
-def encoded(tokenizer: Tokenizer, picture: Image.Image) -> tuple[Tensor, Tensor]:
+def encoded(tokenizer: Tokenizer, image: Image.Image) -> tuple[Tensor, Tensor]:
     """A picture as the tokenizer takes it, [1, 3, S, S] in [0, 1], and its ids [1, N] or latents [1, C, h, w]."""
     squashed = isinstance(tokenizer, SeedTokenizer)
-    pixels = tokenizer.prepare(picture) if squashed else from_pil(picture, tokenizer.config.image_size)
+    pixels = tokenizer.prepare(image) if squashed else from_pil(image, tokenizer.config.image_size)
     pixels = pixels[None].to(tokenizer.device)
     return pixels, tokenizer.encode(pixels)
 
@@ -103,23 +103,23 @@ def _checked(tokenizer: Tokenizer, tokens: Tensor) -> Tensor:
 class Fitted(ImageSet):
     """Pictures cropped, then padded to a tokenizer's square: what goes in, and what its output is compared with."""
 
-    def __init__(self, pictures: ImageSet, size: int, crop: str | None):
-        self.pictures, self.size, self.crop = pictures, size, crop
-        self.identity = digest([pictures.identity, size, crop])
+    def __init__(self, images: ImageSet, size: int, crop: str | None):
+        self.images, self.size, self.crop = images, size, crop
+        self.identity = digest([images.identity, size, crop])
 
     def __len__(self) -> int:
-        return len(self.pictures)
+        return len(self.images)
 
     def __getitem__(self, index: int) -> ImageArray:
-        pixels = from_pil(Image.fromarray(cropped(self.pictures[index], self.crop)), self.size)
+        pixels = from_pil(Image.fromarray(cropped(self.images[index], self.crop)), self.size)
         return (pixels * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
 
 
-def reconstructor(tokenizer: Tokenizer, pictures: ImageSet, count: int | None) -> Callable[[range], list[Image.Image]]:
+def reconstructor(tokenizer: Tokenizer, images: ImageSet, count: int | None) -> Callable[[range], list[Image.Image]]:
     """Numbers of pictures -> what the tokenizer makes of them, or of their first `count` tokens."""
 
     def make(rows: range) -> list[Image.Image]:
-        real = torch.stack([torch.tensor(pictures[index]) for index in rows])
+        real = torch.stack([torch.tensor(images[index]) for index in rows])
         made, _ = reconstruct(tokenizer, real, count)
         return numpy_to_pil(made.permute(0, 2, 3, 1).numpy())
 

@@ -37,8 +37,8 @@ def evaluate(embed: Callable[[list[str], list[Image.Image]], tuple[Tensor, Tenso
     """
     table = read_split(data, "test")
     rows = table.select(held_out_sample(len(table)))
-    text, pictures = embed(list(rows["caption"]), list(rows["image"]))
-    return recall((text @ pictures.T).cpu())
+    text, images = embed(list(rows["caption"]), list(rows["image"]))
+    return recall((text @ images.T).cpu())
 
 
 @torch.no_grad()
@@ -54,8 +54,8 @@ def of_tokens(
     """
     table = read_split(data, "test")
     rows = table.select(held_out_sample(len(table)))
-    text, pictures = embed(list(rows["caption"]), list(rows["image"]))
-    parts = [torch.stack([tokenizer.prepare(picture) for picture in part]) for part in _parts(list(rows["image"]), 64)]
+    text, images = embed(list(rows["caption"]), list(rows["image"]))
+    parts = [torch.stack([tokenizer.prepare(image) for image in part]) for part in _parts(list(rows["image"]), 64)]
     ids = torch.cat([tokenizer.encode(part.to(tokenizer.device)) for part in parts])
     codes, generator, scores = tokenizer.network.quantize.embedding(ids), torch.Generator().manual_seed(0), {}
     most = ids.shape[1]
@@ -72,7 +72,7 @@ def of_tokens(
         scores[f"{count} tokens at random places: recall@1 of {AMONG}"] = found(codes, anywhere)
     whole = torch.ones(len(ids), most)
     scores[f"{most} tokens of another picture: recall@1 of {AMONG}"] = found(codes.roll(1, dims=0), whole)
-    scores[f"{most} tokens: own picture among {AMONG}"] = found(codes, whole, pictures)
+    scores[f"{most} tokens: own picture among {AMONG}"] = found(codes, whole, images)
     return scores | {"codes used": ids.unique().numel() / tokenizer.config.n_embed}
 
 

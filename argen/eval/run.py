@@ -53,7 +53,7 @@ class Statistics:
     moments: dict[str, tuple[Tensor, Tensor]]
     n: int | None = None
     settings: dict[str, str | None] = field(default_factory=dict)
-    pictures: ImageSet | None = None
+    images: ImageSet | None = None
     captions: list[str] | None = None
 
 
@@ -68,7 +68,7 @@ def processes() -> PartialState:
 
 
 def features(
-    pictures: ImageSet,
+    images: ImageSet,
     extractor: Extractor,
     arrays: Sequence[str],
     folder: Path,
@@ -87,39 +87,39 @@ def features(
     state = processes()
     folder.mkdir(parents=True, exist_ok=True)
     wanted = [name for name in arrays if not (folder / f"{name}.npy").exists()]
-    starts = range(0, len(pictures), CHUNK) if wanted else range(0)
+    starts = range(0, len(images), CHUNK) if wanted else range(0)
     bar = tqdm(
-        total=len(pictures), desc=f"look ({extractor.name})", disable=None if wanted and state.is_main_process else True
+        total=len(images), desc=f"look ({extractor.name})", disable=None if wanted and state.is_main_process else True
     )
     for number, first in enumerate(starts):
         files = {name: folder / f"{name}-{first:09d}.npy" for name in wanted}
-        rows = range(first, min(first + CHUNK, len(pictures)))
+        rows = range(first, min(first + CHUNK, len(images)))
         if number % state.num_processes == state.process_index and not all(file.exists() for file in files.values()):
-            found = _look(pictures, rows, extractor, crop, batch_size)
+            found = _look(images, rows, extractor, crop, batch_size)
             for name, file in files.items():
                 save_array(file, found[name].numpy())
         bar.update(len(rows))
     bar.close()
-    if pictures.transparent:
+    if images.transparent:
         logger.warning(
             "%d of %d images have transparency: the colour under it is compared, as published tools do; lay them on a background "
             "first if that is not meant",
-            len(pictures.transparent),
-            len(pictures),
+            len(images.transparent),
+            len(images),
         )
     state.wait_for_everyone()
     if state.is_main_process:
         for name in wanted:
             parts = [folder / f"{name}-{first:09d}.npy" for first in starts]
-            _join(folder / f"{name}.npy", parts, len(pictures))
+            _join(folder / f"{name}.npy", parts, len(images))
     state.wait_for_everyone()
     return {name: torch.from_numpy(np.load(folder / f"{name}.npy", mmap_mode="c")) for name in arrays}
 
 
 @torch.no_grad()
-def _look(pictures: ImageSet, rows: range, extractor: Extractor, crop: str | None, batch: int) -> dict[str, Tensor]:
+def _look(images: ImageSet, rows: range, extractor: Extractor, crop: str | None, batch: int) -> dict[str, Tensor]:
     def read(index: int) -> Tensor:
-        return extractor.prepare(cropped(pictures[index], crop))
+        return extractor.prepare(cropped(images[index], crop))
 
     found: dict[str, list[Tensor]] = {name: [] for name in extractor.arrays}
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
@@ -171,9 +171,9 @@ def settings_of(extractor: Extractor, crop: str | None) -> dict[str, str | None]
     return {"features": extractor.name, "protocol": extractor.protocol, "crop": crop, "weights": extractor.weights}
 
 
-def cached(cache: Path, pictures: ImageSet, extractor: Extractor, crop: str | None) -> Path:
+def cached(cache: Path, images: ImageSet, extractor: Extractor, crop: str | None) -> Path:
     """Where the features of a reference set are kept from one run to the next."""
-    return cache / digest([READING, pictures.identity, len(pictures), settings_of(extractor, crop), CHUNK])
+    return cache / digest([READING, images.identity, len(images), settings_of(extractor, crop), CHUNK])
 
 
 def writable_npz(path: Path) -> None:
@@ -183,7 +183,7 @@ def writable_npz(path: Path) -> None:
 
 
 def save_statistics(
-    path: Path, pictures: ImageSet, extractor: Extractor, crop: str | None, cache: Path, batch_size: int = 32
+    path: Path, images: ImageSet, extractor: Extractor, crop: str | None, cache: Path, batch_size: int = 32
 ) -> int:
     """Write ``mu``, ``sigma`` (and ``mu_s``, ``sigma_s``) as pytorch-fid reads them (and guided-diffusion's `read_statistics`,
     but not its main program, which wants ``arr_0``, the images), ``meta``, and the captions
@@ -192,21 +192,21 @@ def save_statistics(
     Returns:
         The number of pictures.
     """
-    enough(len(pictures), "the set")
+    enough(len(images), "the set")
     arrays = [name for name in ("features", "spatial") if name in extractor.arrays]
-    found = features(pictures, extractor, arrays, cached(cache, pictures, extractor, crop), crop, batch_size)
+    found = features(images, extractor, arrays, cached(cache, images, extractor, crop), crop, batch_size)
     if processes().is_main_process:
         content = {}
         for name, suffix in (("features", ""), ("spatial", "_s")):
             if name in found:
                 mean, covariance = moments(found[name])
                 content |= {f"mu{suffix}": mean.numpy(), f"sigma{suffix}": covariance.numpy()}
-        meta = json.dumps({"n": len(pictures), **settings_of(extractor, crop)})
-        if captions := getattr(pictures, "captions", None):
+        meta = json.dumps({"n": len(images), **settings_of(extractor, crop)})
+        if captions := getattr(images, "captions", None):
             content["captions"] = np.frombuffer("\n".join(captions).encode(), np.uint8)
         with replacing(path) as file:
             np.savez_compressed(file, **content, meta=np.array(meta))
-    return len(pictures)
+    return len(images)
 
 
 def read_reference(path: Path, extractor: Extractor, crop: str | None, force: bool = False) -> ImageSet | Statistics:
@@ -269,7 +269,7 @@ def check(wanted: Sequence[str], extractor: Extractor, reference: ImageSet | Sta
         enough(len(reference), "the reference")
         return
     for name in set(wanted) & {"kid", "pr"}:
-        if reference.pictures is None:
+        if reference.images is None:
             raise ValueError(f"{name} needs the pictures of the reference, and its file holds statistics alone")
     for name in set(wanted) & {"fid", "sfid"}:
         if METRICS[name] not in reference.moments:
@@ -298,7 +298,7 @@ def compare(
     arrays = sorted({METRICS[name] for name in wanted})
     fake = features(samples, extractor, arrays, folder, None, batch_size)
     known = isinstance(reference, Statistics)  # then pictures are looked at for what statistics do not give
-    real_set = reference.pictures if known else reference
+    real_set = reference.images if known else reference
     needed = sorted({METRICS[name] for name in wanted if name in ("kid", "pr") or not known} - {"logits"})
     real = {}
     if needed:
@@ -358,9 +358,9 @@ def draw(sample: Callable[[range], list[Image.Image]], n: int, folder: Path, bat
         rows = range(first, min(first + batch_size, n))
         files = [folder / f"{index:06d}.png" for index in rows]
         if number % state.num_processes == state.process_index and not all(file.exists() for file in files):
-            for file, picture in zip(files, sample(rows), strict=True):
+            for file, image in zip(files, sample(rows), strict=True):
                 with replacing(file) as out:
-                    picture.save(out, "PNG")
+                    image.save(out, "PNG")
         bar.update(len(rows))
     bar.close()
     state.wait_for_everyone()
@@ -417,12 +417,12 @@ def report(folder: Path, settings: dict, scores: dict[str, dict], seconds: dict[
     return "\n".join([*lines, f"{folder / 'report.json'}"])
 
 
-def grid(pictures: list[ImageArray], columns: int = 8, side: int = 128) -> Image.Image:
+def grid(images: list[ImageArray], columns: int = 8, side: int = 128) -> Image.Image:
     """Small pictures in rows."""
-    rows = -(-len(pictures) // columns)
+    rows = -(-len(images) // columns)
     page = Image.new("RGB", (columns * side, rows * side), "white")
-    for index, picture in enumerate(pictures):
-        small = Image.fromarray(picture)
+    for index, image in enumerate(images):
+        small = Image.fromarray(image)
         small.thumbnail((side, side))
         page.paste(small, (index % columns * side, index // columns * side))
     return page

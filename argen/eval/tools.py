@@ -77,10 +77,10 @@ def judged_name(names: Collection[str], concept: str) -> str:
 def by_judge(judge: Judge) -> Recognise:
     """The share of pictures in which the judge sees the concept, one that it knows."""
 
-    def recognise(pictures: list[Image.Image], concept: str) -> float:
+    def recognise(images: list[Image.Image], concept: str) -> float:
         name = judged_name(judge.config.names, concept)
         truth = Truth(name, "single", ((name, ""),))
-        seen = [verdict(judge, np.asarray(opaque(picture)), truth)["identity"] for picture in pictures]
+        seen = [verdict(judge, np.asarray(opaque(image)), truth)["identity"] for image in images]
         return sum(seen) / len(seen)
 
     return recognise
@@ -89,8 +89,8 @@ def by_judge(judge: Judge) -> Recognise:
 def by_clip(clip: PublishedCLIP) -> Recognise:
     """The mean cosine of pictures to the concept."""
 
-    def recognise(pictures: list[Image.Image], concept: str) -> float:
-        seen = clip.embed_pixels(torch.stack([clip.prepare(np.asarray(opaque(picture))) for picture in pictures]))
+    def recognise(images: list[Image.Image], concept: str) -> float:
+        seen = clip.embed_pixels(torch.stack([clip.prepare(np.asarray(opaque(image))) for image in images]))
         words = clip.embed_text([f"a photo of {with_article(concept)}"])
         return F.cosine_similarity(seen, words).mean().item()
 
@@ -128,7 +128,7 @@ def verified(
 
 def before_and_after(judge: Judge, truths: Sequence[Truth], **drawn: ImageSet) -> dict[str, dict]:
     """What the judge says of each set of pictures, and what changed from the first to each of the others, in points."""
-    told = {name: evaluate(judge, pictures, truths) for name, pictures in drawn.items()}
+    told = {name: evaluate(judge, images, truths) for name, images in drawn.items()}
     first, scores = next(iter(told)), {}
     for question, entry in told[first].items():
         scores[f"{question}, {first}"] = entry

@@ -87,13 +87,13 @@ class LineArt(nn.Module):
         return self.model4(self.model3(self.model2(self.model1(self.model0(pixels)))))
 
 
-def canny(picture: np.ndarray, low: int = 100, high: int = 200) -> np.ndarray:
+def canny(image: np.ndarray, low: int = 100, high: int = 200) -> np.ndarray:
     """[H, W, 3] uint8 -> edges [H, W] uint8, 0 or 255, as OpenCV's ``Canny`` finds them (bit-equal).
 
     Sobel gradients of each channel, of which the steepest counts at each pixel; their L1 norm, thinned along the gradient; what is
     above `high`, and what is above `low` and connected to it.
     """
-    padded = np.pad(picture.astype(np.int32), ((1, 1), (1, 1), (0, 0)), mode="edge")
+    padded = np.pad(image.astype(np.int32), ((1, 1), (1, 1), (0, 0)), mode="edge")
     smooth, slope = np.array([1, 2, 1]), np.array([-1, 0, 1])
     dx, dy = (_filtered(padded, *kernels) for kernels in ((smooth, slope), (slope, smooth)))
     norms = np.abs(dx) + np.abs(dy)
@@ -149,35 +149,35 @@ def depth_image(depth: Tensor, recipe: str = "dpt") -> Tensor:
     return ((depth - low) / (high - low) * 255).to(torch.uint8).float()
 
 
-def _hed(picture: Tensor) -> Tensor:
+def _hed(image: Tensor) -> Tensor:
     network = _network(HED, *ANNOTATORS["hed"])
-    return network(picture[None].float())[0]
+    return network(image[None].float())[0]
 
 
-def _lineart(picture: Tensor) -> Tensor:
-    height, width = picture.shape[1:]
-    padded = F.pad(picture[None].float(), (0, -width % 4, 0, -height % 4), mode="replicate")
+def _lineart(image: Tensor) -> Tensor:
+    height, width = image.shape[1:]
+    padded = F.pad(image[None].float(), (0, -width % 4, 0, -height % 4), mode="replicate")
     return 255 * _network(LineArt, *ANNOTATORS["lineart"])(padded)[0, :, :height, :width]
 
 
-def _depth(picture: Tensor, recipe: str) -> Tensor:
+def _depth(image: Tensor, recipe: str) -> Tensor:
     network = _pretrained(DPTForDepthEstimation, DEPTH[recipe])
-    depth = network(pixel_values=picture[None].float() / 127.5 - 1).predicted_depth
-    depth = F.interpolate(depth[:, None], picture.shape[1:], mode="bicubic", align_corners=False)[:, 0]
+    depth = network(pixel_values=image[None].float() / 127.5 - 1).predicted_depth
+    depth = F.interpolate(depth[:, None], image.shape[1:], mode="bicubic", align_corners=False)[:, 0]
     return depth_image(depth, recipe)
 
 
-def _segments(picture: Tensor) -> Tensor:
+def _segments(image: Tensor) -> Tensor:
     import scipy  # noqa: F401  MaskFormer needs it, and would say so only once it is fetched
 
     network = _pretrained(MaskFormerForInstanceSegmentation, SEGMENTER)
-    pixels, short = picture[None].float(), min(picture.shape[1:])
-    size = [32 * max(1, round(side * SHORT_SIDE / short / 32)) for side in picture.shape[1:]]
+    pixels, short = image[None].float(), min(image.shape[1:])
+    size = [32 * max(1, round(side * SHORT_SIDE / short / 32)) for side in image.shape[1:]]
     pixels = F.interpolate(pixels, size, mode="bilinear", align_corners=False, antialias=True)
     mean, std = (torch.tensor(part)[:, None, None] for part in IMAGENET)
     out = network(pixel_values=(pixels / 255 - mean) / std)
     probs = out.class_queries_logits.softmax(dim=-1)[..., :-1]  # the last class is "nothing"
-    masks = F.interpolate(out.masks_queries_logits, picture.shape[1:], mode="bilinear", align_corners=False).sigmoid()
+    masks = F.interpolate(out.masks_queries_logits, image.shape[1:], mode="bilinear", align_corners=False).sigmoid()
     found = torch.einsum("bqc,bqhw->bchw", probs, masks)[0].argmax(dim=0)
     return segment_colours(network.config.id2label)[found].permute(2, 0, 1)
 
@@ -231,7 +231,7 @@ KINDS: dict[str, tuple[str, Callable[[Tensor], Tensor]]] = {  # type -> what it 
 
 
 @torch.no_grad()
-def annotate(picture: Image.Image, kind: str) -> Tensor:
+def annotate(image: Image.Image, kind: str) -> Tensor:
     """An RGB picture -> its control picture [1 or 3, H, W] of 0 to 255.
 
     Raises:
@@ -240,7 +240,7 @@ def annotate(picture: Image.Image, kind: str) -> Tensor:
         ModuleNotFoundError: canny without OpenCV, segments without scipy.
     """
     check_kind(kind)
-    return KINDS[kind][1](torch.from_numpy(np.array(picture)).permute(2, 0, 1))
+    return KINDS[kind][1](torch.from_numpy(np.array(image)).permute(2, 0, 1))
 
 
 def check_kind(kind: str) -> None:
@@ -249,17 +249,17 @@ def check_kind(kind: str) -> None:
         raise ValueError(f"unknown control type {kind!r}: expected one of {', '.join(KINDS)}")
 
 
-def resized(picture: Image.Image, kind: str, size: tuple[int, int]) -> Image.Image:
+def resized(image: Image.Image, kind: str, size: tuple[int, int]) -> Image.Image:
     """A picture of any mode -> RGB of `size`, on white; maps of segments keep their colours."""
-    flat = on_white(upright(picture))
+    flat = on_white(upright(image))
     if flat.size == size:
         return flat
     return flat.resize(size, Image.Resampling.NEAREST if kind == "seg" else Image.Resampling.BICUBIC)
 
 
-def as_control(picture: Tensor) -> Tensor:
+def as_control(image: Tensor) -> Tensor:
     """One channel or three [1 or 3, H, W] of 0 to 255 -> what a control encoder reads, [3, H, W] in [-1, 1]."""
-    return 2 * (picture.float().expand(3, -1, -1) / 255 - 0.5)
+    return 2 * (image.float().expand(3, -1, -1) / 255 - 0.5)
 
 
 def as_image(control: Tensor) -> Image.Image:

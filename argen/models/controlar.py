@@ -67,13 +67,13 @@ class ControlEncoder(nn.Module):
         else:
             self.model = ViTModel(ViTConfig(layer_norm_eps=1e-12, **sizes), add_pooling_layer=False)
 
-    def forward(self, pictures: Tensor) -> Tensor:
+    def forward(self, images: Tensor) -> Tensor:
         if self.kind == "vit":
-            return self.model(pixel_values=pictures, interpolate_pos_encoding=True).last_hidden_state[:, 1:]
+            return self.model(pixel_values=images, interpolate_pos_encoding=True).last_hidden_state[:, 1:]
         patch = self.model.config.patch_size
-        size = [side // CELL * patch for side in pictures.shape[2:]]
+        size = [side // CELL * patch for side in images.shape[2:]]
         aligned = {"mode": "bicubic", "align_corners": True} if self.resize == "bicubic" else {"mode": "nearest"}
-        resized = F.interpolate(pictures.float(), size, **aligned).to(pictures.dtype)
+        resized = F.interpolate(images.float(), size, **aligned).to(images.dtype)
         return self.model(pixel_values=resized).last_hidden_state[:, 1:]
 
 
@@ -153,7 +153,7 @@ class ControlAR(LlamaGen):
         model = cls(kind, sizes, resize, grid=grid, classes=classes, **SIZES[size])
         return load_strict(model, converted(read_state_dict(path, averaged=False), kind), source=path)
 
-    def control(self, pictures: Tensor, strength: float = 1.0) -> Tensor:
+    def control(self, images: Tensor, strength: float = 1.0) -> Tensor:
         """What control pictures [B, 3, H, W] in [-1, 1] add to the stream: [3, B, N, D].
 
         Args:
@@ -162,13 +162,13 @@ class ControlAR(LlamaGen):
         Raises:
             ValueError: a side is no multiple of 16, or there are more cells than the grid has.
         """
-        height, width = pictures.shape[2:]
+        height, width = images.shape[2:]
         if height % CELL or width % CELL:
             raise ValueError(f"the control picture is {width} x {height}: expected multiples of {CELL}")
         if height * width > self.length * CELL**2:
             most = f"{self.length} cells of {CELL} x {CELL} pixels"
             raise ValueError(f"the control picture is {width} x {height}: this model has at most {most}")
-        tokens = self.condition_mlp.cap_proj(self.adapter_mlp(self.adapter(pictures)))
+        tokens = self.condition_mlp.cap_proj(self.adapter_mlp(self.adapter(images)))
         return strength * torch.stack([layer(tokens) for layer in self.condition_layers])
 
     def forward(
@@ -176,7 +176,7 @@ class ControlAR(LlamaGen):
         condition: Tensor,
         mask: Tensor,
         tokens: Tensor,
-        pictures: Tensor | None = None,
+        images: Tensor | None = None,
         dropped: Tensor | None = None,
     ) -> Tensor:
         """See `LlamaGen.forward`.
@@ -185,7 +185,7 @@ class ControlAR(LlamaGen):
             pictures: control pictures [R, 3, H, W] in [-1, 1]; None is no control.
             dropped: [R] bool, the rows whose control picture is not looked at.
         """
-        control = None if pictures is None else self.control(pictures)
+        control = None if images is None else self.control(images)
         if control is not None and dropped is not None:
             control = control.masked_fill(dropped[None, :, None, None], 0)
         return super().forward(condition, mask, tokens, control)

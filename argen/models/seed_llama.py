@@ -81,7 +81,7 @@ class Vocabulary:
             raise ValueError("this language model has no words of pictures, as <img_00000>: choose a SEED-LLaMA")
         return cls(words[code_word(0)], codes, words[OPEN], words[CLOSE])
 
-    def pictures(self, ids: Sequence[int], count: int) -> list[list[int]]:
+    def images(self, ids: Sequence[int], count: int) -> list[list[int]]:
         """The codes of all pictures in a text, each of `count`; what is no whole picture is left out."""
         found, here = [], None
         for word in ids:
@@ -101,7 +101,7 @@ def likelihoods(
     model: LlamaForCausalLM,
     tokenizer: PreTrainedTokenizerBase,
     words: Vocabulary,
-    pictures: Sequence[Sequence[int]],
+    images: Sequence[Sequence[int]],
     captions: Sequence[str],
 ) -> Tensor:
     """How likely the model finds each caption after each picture, and its end after it, in nats [B, captions].
@@ -115,7 +115,7 @@ def likelihoods(
     text = torch.tensor([row + [end] * (width - len(row)) for row in rows], device=model.device)
     asked = torch.arange(width) <= torch.tensor([[len(row)] for row in rows])
     found = []
-    for codes in pictures:
+    for codes in images:
         shown = [words.begin, *(code + words.shift for code in codes), words.end] if len(codes) else []
         begun = torch.tensor([tokenizer.bos_token_id, *shown], device=model.device).expand(len(text), -1)
         logits = model(input_ids=torch.cat([begun, text], dim=1)).logits[:, begun.shape[1] - 1 : -1].float()

@@ -204,8 +204,8 @@ class TokenPipeline(DiffusionPipeline):
             raise ValueError(
                 f"{type(self).__name__} has no picture encoder to rank candidates with: leave num_candidates out"
             )
-        text, pictures = encoder.embed([self.caption(prompt)], images)
-        return (pictures @ text[0]).tolist()
+        text, embeds = encoder.embed([self.caption(prompt)], images)
+        return (embeds @ text[0]).tolist()
 
     def stream(
         self,
@@ -237,7 +237,7 @@ class TokenPipeline(DiffusionPipeline):
         sampling = Sampling(**{k: getattr(self.defaults, k) if v is None else v for k, v in given.items()})
         sampler = self.make_sampler(sampler) if isinstance(sampler, str) else sampler
         check_asked(prompts, generators)
-        if controls and len({control.picture.size for control in controls}) > 1:
+        if controls and len({control.image.size for control in controls}) > 1:
             raise ValueError("the control pictures have several sizes: expected one")
         shape = shape or self.shape_of(controls[0] if controls else None)
         length = math.prod(shape)
@@ -318,7 +318,7 @@ class TokenPipeline(DiffusionPipeline):
             given = control_image if isinstance(control_image, list) else [control_image] * len(asked)
             if len(given) != len(asked):
                 raise ValueError(f"got {len(given)} control pictures for {len(asked)} prompts: expected one for each")
-            ready = [self.prepare(Control(picture, control_type, control_strength, size)) for picture in given]
+            ready = [self.prepare(Control(image, control_type, control_strength, size)) for image in given]
             controls = [control for control in ready for _ in range(each)]
         shape = self.shape_of(controls[0] if controls else None, num_tokens)
         generators = generator if isinstance(generator, list) else own_generators(generator, len(prompts))
@@ -350,7 +350,7 @@ class TokenPipeline(DiffusionPipeline):
         if num_candidates is not None:
             kept, scores = self._best(asked, self.to_grid(grid, shape), each, num_images_per_prompt)
             grid, origins = grid[kept], None if origins is None else origins[kept]
-        images = self.pictures(self.to_grid(grid, shape), output_type)
+        images = self.images(self.to_grid(grid, shape), output_type)
         output = TokenPipelineOutput(
             images=images, tokens=grid, scores=scores, forward_passes=step.forward_passes, origins=origins
         )
@@ -396,7 +396,7 @@ class TokenPipeline(DiffusionPipeline):
         known = getattr(self.image_tokenizer.config, "n_embed", 0) if hasattr(self, "image_tokenizer") else 0
         if tuple(tokens.shape[1:]) != tuple(shape) or not 0 <= tokens.min() <= tokens.max() < known:
             return None
-        difference = (self.pictures(tokens.to(self.device), "pt").cpu() - pixels).abs().mean(dim=1, keepdim=True)
+        difference = (self.images(tokens.to(self.device), "pt").cpu() - pixels).abs().mean(dim=1, keepdim=True)
         return tokens.to(self.device) if F.adaptive_avg_pool2d(difference, shape).max() <= SAME else None
 
     def mask_low_confidence(self, request: Request, tokens: Tensor, share: float) -> Tensor:
@@ -476,7 +476,7 @@ class TokenPipeline(DiffusionPipeline):
         job.requests = [request.for_image(index) for index in kept]
         job.tokens = job.tokens[kept]
         job.origins = None if job.origins is None else job.origins[kept]
-        job.pictures = self.pictures(job.tokens)
+        job.images = self.images(job.tokens)
         yield job
 
     def begun(self, rows: Grid, shape: tuple[int, int]) -> Tensor:
@@ -501,7 +501,7 @@ class TokenPipeline(DiffusionPipeline):
 
     def _best(self, prompts: list[str], tokens: Tensor, each: int, keep: int) -> tuple[list[int], list[float]]:
         """Of `each` pictures of every prompt the `keep` that fit it best: their indices, best first, and scores."""
-        images, kept, scores = self.pictures(tokens), [], []
+        images, kept, scores = self.images(tokens), [], []
         for first, prompt in zip(range(0, len(images), each), prompts, strict=True):
             ranked = self.rank(prompt, images[first : first + each])
             order = sorted(range(each), key=lambda index: -ranked[index])
@@ -511,7 +511,7 @@ class TokenPipeline(DiffusionPipeline):
         return kept, scores
 
     @torch.no_grad()
-    def pictures(self, tokens: Tensor, output_type: str = "pil") -> list[Image.Image] | np.ndarray | Tensor:
+    def images(self, tokens: Tensor, output_type: str = "pil") -> list[Image.Image] | np.ndarray | Tensor:
         """Ids [B, h, w], or [B, N] of a square, -> pictures as `__call__` gives them; undecided cells (-1) are grey."""
         if tokens.ndim == 2:
             tokens = self.to_grid(tokens, self.shape_of())

@@ -74,7 +74,7 @@ class ControlARPipeline(LlamaGenPipeline):
         """
         check_kind(control.kind)
         side = self.transformer.config.grid * CELL
-        width, height = control.picture.size
+        width, height = control.image.size
         if control.size is not None:
             size = control.size
             self._check(size)
@@ -87,7 +87,7 @@ class ControlARPipeline(LlamaGenPipeline):
                 f"the control picture is {width} x {height}, of another shape than the picture asked for, "
                 f"{size[0]} x {size[1]}: crop it{hint}"
             )
-        return replace(control, picture=resized(control.picture, control.kind, size), size=size)
+        return replace(control, image=resized(control.image, control.kind, size), size=size)
 
     @property
     def _most(self) -> tuple[int, int]:
@@ -121,14 +121,14 @@ class ControlARPipeline(LlamaGenPipeline):
         """See `TokenPipeline.shape_of`."""
         if control is None or num_tokens is not None:
             return super().shape_of(control, num_tokens)
-        width, height = control.picture.size
+        width, height = control.image.size
         return height // CELL, width // CELL
 
     def control(self, controls: list[Control]) -> Tensor:
         """See `LlamaGenPipeline.control`."""
         several = list({id(control): control for control in controls}.values())
-        pictures = torch.stack([as_control(annotate(control.picture, control.kind)) for control in several])
-        added = self.transformer.control(pictures.to(self.device, self.transformer.dtype))  # [3, B, N, D]
+        images = torch.stack([as_control(annotate(control.image, control.kind)) for control in several])
+        added = self.transformer.control(images.to(self.device, self.transformer.dtype))  # [3, B, N, D]
         strength = torch.tensor([control.strength for control in several], device=self.device, dtype=added.dtype)
         rows = [next(i for i, one in enumerate(several) if one is control) for control in controls]
         return (added * strength[:, None, None])[:, rows]

@@ -67,8 +67,8 @@ class FlexARPipeline(TokenPipeline):
         tokenizer: PreTrainedTokenizerFast | None = None,
     ) -> "FlexARPipeline":
         """Load released files, each with its configuration beside it: `FlexAR.from_original`, `FlexTokenizer.from_original`."""
-        pictures = FlexTokenizer.from_original(image_tokenizer)
-        return cls(FlexAR.from_original(generator), pictures.network, pictures.vae, text_encoder, tokenizer)
+        images = FlexTokenizer.from_original(image_tokenizer)
+        return cls(FlexAR.from_original(generator), images.network, images.vae, text_encoder, tokenizer)
 
     @property
     def defaults(self) -> Defaults:
@@ -160,7 +160,7 @@ class FlexARPipeline(TokenPipeline):
             yield job
         job.log.append(f"{request.drawn} candidates for each beginning")
         job.requests = [request.for_image(index) for index in range(request.num_images)]
-        job.pictures = self.pictures(job.tokens)
+        job.images = self.images(job.tokens)
         yield job
 
     @torch.no_grad()
@@ -198,7 +198,7 @@ class FlexARPipeline(TokenPipeline):
             grid = torch.nn.functional.pad(rows, (0, decided - rows.shape[1]), value=-1)
             generators = own_generators(generator, len(grid))
             *_, step = self.stream([prompt] * len(grid), generators, tokens=grid, shape=(1, decided), **settings)
-            scores = self.rank(prompt, self.pictures(step.tokens[:, None]))
+            scores = self.rank(prompt, self.images(step.tokens[:, None]))
             best = sorted(range(len(scores)), key=lambda index: -scores[index])[: num_beams if decided < last else 1]
             kept = step.tokens[best].cpu()
             yield Beams(kept, [scores[index] for index in best], step.forward_passes)

@@ -127,27 +127,27 @@ class SeedLlamaPipeline(TokenPipeline):
         return self.image_tokenizer.decode(tokens[:, 0]).clamp(0, 1)
 
     @torch.no_grad()
-    def read(self, picture: Image.Image) -> list[int]:
+    def read(self, image: Image.Image) -> list[int]:
         """The codes of a picture."""
-        pixels = self.image_tokenizer.prepare(picture)[None].to(self.device)
+        pixels = self.image_tokenizer.prepare(image)[None].to(self.device)
         return self.image_tokenizer.encode(pixels)[0].tolist()
 
-    def likelihoods(self, pictures: Sequence[Image.Image], captions: Sequence[str]) -> Tensor:
+    def likelihoods(self, images: Sequence[Image.Image], captions: Sequence[str]) -> Tensor:
         """How much likelier each caption is after each picture than alone, in nats [B, captions]: the largest of a row names it.
         For models that caption without being asked, as argen/emoji-seed-lm."""
         parts = self.transformer, self.tokenizer, self.words
-        return likelihoods(*parts, [self.read(picture) for picture in pictures], captions) - likelihoods(
+        return likelihoods(*parts, [self.read(image) for image in images], captions) - likelihoods(
             *parts, [()], captions
         )
 
-    def describe(self, picture: Image.Image, question: str = "", **settings) -> str:
+    def describe(self, image: Image.Image, question: str = "", **settings) -> str:
         """What the model says of a picture.
 
         Args:
             question: about it; without one the model says what it sees.
             settings: of `chat`.
         """
-        return "".join(part for part in self.chat([[picture, question]], **settings) if isinstance(part, str)).strip()
+        return "".join(part for part in self.chat([[image, question]], **settings) if isinstance(part, str)).strip()
 
     def chat(
         self,
@@ -210,7 +210,7 @@ class SeedLlamaPipeline(TokenPipeline):
                     break
                 codes = [int(code) for code in re.findall(r"<img_(\d+)>", inside)]
                 if len(codes) == self.length:
-                    yield self.pictures(torch.tensor([[codes]], device=self.device))[0]
+                    yield self.images(torch.tensor([[codes]], device=self.device))[0]
                 held = after
             if held and OPEN not in held:
                 yield held

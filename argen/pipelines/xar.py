@@ -223,9 +223,9 @@ class XARPipeline(TokenPipeline):
         """See `TokenPipeline.filled`, of latents [B, C, h, w]."""
         return tokens.nan_to_num(0.0), tokens.isfinite().all(dim=1)
 
-    def pictures(self, tokens: Tensor, output_type: str = "pil") -> list[Image.Image] | np.ndarray | Tensor:
+    def images(self, tokens: Tensor, output_type: str = "pil") -> list[Image.Image] | np.ndarray | Tensor:
         """See `TokenPipeline.pictures`, of latents [B, C, h, w]; what is NaN is grey."""
-        return tokens if output_type == "latent" else super().pictures(tokens, output_type)
+        return tokens if output_type == "latent" else super().images(tokens, output_type)
 
     def decode_tokens(self, tokens: Tensor) -> Tensor:
         """Latents [B, C, h, w] -> pixels [B, 3, H, W] in [0, 1]."""

@@ -178,9 +178,9 @@ async def answer(request: Request, studio: Studio, owner: str, body: Text, wante
 
 
 def told(studio: Studio, body: Text, wanted: Asked, done: Progress) -> dict:
-    size, own, said = (body.width, body.height), [saved.request for saved in done.pictures], comments(body, wanted)
-    images = [studio.store.opened(saved.id) for saved in done.pictures]
-    requests: list[Asked | None] = [shown(studio, saved) for saved in done.pictures]
+    size, own, said = (body.width, body.height), [saved.request for saved in done.images], comments(body, wanted)
+    images = [studio.store.opened(saved.id) for saved in done.images]
+    requests: list[Asked | None] = [shown(studio, saved) for saved in done.images]
     if done.state == CANCELLED:
         images = list(done.preview or [])[: wanted.num_images]
         own = [wanted.for_image(index) for index in range(len(images))]

@@ -49,11 +49,11 @@ def check_model(name: str) -> None:
 def told(progress: Progress) -> dict:
     """A job as JSON."""
     names = "id", "state", "stage", "decided", "cells", "forward_passes", "seconds", "error", "created", "place", "eta"
-    pictures = [picture.id for picture in progress.pictures]
+    images = [image.id for image in progress.images]
     return {name: getattr(progress, name) for name in names} | {
         "progress": progress.share,
         "request": progress.request.to_dict(),
-        "pictures": pictures,
+        "images": images,
     }
 
 
@@ -135,15 +135,15 @@ def image(studio: Here, owner: Owner, id: str, form: str, size: str | None = Non
     Args:
         size: as 512x512, to scale it.
     """
-    saved = studio.store.picture(id)  # only what is in the database has a file
+    saved = studio.store.image(id)  # only what is in the database has a file
     if form not in ("png", "jpeg", "webp"):
         raise HTTPException(404, f"there is no {form[:20]} file of an image: expected png, jpeg or webp")
     if saved.owner != owner:
         raise Forbidden("that image belongs to somebody else")
-    pixels, picture = pixels_of(size or ""), studio.store.opened(saved.id)
+    pixels, image = pixels_of(size or ""), studio.store.opened(saved.id)
     if form == "png" and pixels is None:
         return Response(studio.store.file(saved.id).read_bytes(), media_type="image/png")
-    data = base64.b64decode(encoded(picture, shown(studio, saved), pixels, form))
+    data = base64.b64decode(encoded(image, shown(studio, saved), pixels, form))
     return Response(data, media_type=f"image/{form}")
 
 

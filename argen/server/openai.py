@@ -105,7 +105,7 @@ async def edits(request: Request, studio: Here, owner: Owner):
         given = {name: value for name, value in form.items() if isinstance(value, str) and name not in files and value}
         if len(images) != 1:
             raise InvalidParameter(f"image: got {len(images)} images, expected one to edit", "image")
-        picture = await images[0].read()
+        image = await images[0].read()
         over = await masks[0].read() if masks else None
     try:
         body = Generation.model_validate({name: typed(name, value) for name, value in given.items()})
@@ -113,7 +113,7 @@ async def edits(request: Request, studio: Here, owner: Owner):
         raise RequestValidationError(error.errors()) from error
     body.pixels  # noqa: B018
     return await answer(
-        request, studio, owner, await prepare(request, _edited, studio, body, picture, over), body, "image_edit"
+        request, studio, owner, await prepare(request, _edited, studio, body, image, over), body, "image_edit"
     )
 
 
@@ -175,7 +175,7 @@ async def answer(request: Request, studio: Studio, owner: str, wanted: Asked, ho
                 events(studio, progress, how, kind, stack.pop_all()), media_type="text/event-stream"
             )
         now = finished(await last(progress))
-    data = [await run_sync(datum, studio, saved, how, str(request.base_url)) for saved in now.pictures]
+    data = [await run_sync(datum, studio, saved, how, str(request.base_url)) for saved in now.images]
     return {"created": int(now.created), "data": data, "usage": usage(now), **told(how)}
 
 
@@ -196,14 +196,14 @@ async def events(
         sent = 0
         async for now in progress:
             for image in now.partials[sent:]:
-                picture = await run_sync(how.encode, image)
-                yield event(f"{kind}.partial_image", how, {"b64_json": picture, "partial_image_index": sent})
+                encoded = await run_sync(how.encode, image)
+                yield event(f"{kind}.partial_image", how, {"b64_json": encoded, "partial_image_index": sent})
                 sent += 1
         if now.state != DONE:
             yield event("error", how, {"error": {"message": now.error or f"the job was {now.state}", "code": None}})
-        for saved in now.pictures:
-            picture = await run_sync(how.encode, studio.store.opened(saved.id), shown(studio, saved))
-            yield event(f"{kind}.completed", how, {"b64_json": picture, "usage": usage(now)})
+        for saved in now.images:
+            image = await run_sync(how.encode, studio.store.opened(saved.id), shown(studio, saved))
+            yield event(f"{kind}.completed", how, {"b64_json": image, "usage": usage(now)})
 
 
 class InvalidParameter(ValueError):
@@ -225,7 +225,7 @@ def named(name: str) -> dict:
 
 def usage(done: Progress) -> dict:
     """Tokens of the prompt are not counted."""
-    written = done.cells * len(done.pictures)
+    written = done.cells * len(done.images)
     none = {"image_tokens": 0, "text_tokens": 0}
     return {"input_tokens": 0, "input_tokens_details": none, "output_tokens": written, "total_tokens": written}
 

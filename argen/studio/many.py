@@ -171,7 +171,7 @@ def draw_table(
         files = [folder / f"{row:05d}-{number}.png" for number in range(1, request.num_images + 1)]
         if not all(file.exists() for file in files):
             *_, job = models(request.model).run(request)
-            save_images(list(zip(job.pictures, job.requests, strict=True)), files)
+            save_images(list(zip(job.images, job.requests, strict=True)), files)
             made = job.requests
         else:
             made = [read_request(file) for file in files]
@@ -204,10 +204,10 @@ def varied(base: Request, axes: Sequence[Axis]) -> list[Request]:
     return [replace(single, **dict(zip(reversed(names), values, strict=True))) for values in together]
 
 
-def sheet(pictures: Sequence[Image.Image], axes: Sequence[Axis]) -> Image.Image:
+def sheet(images: Sequence[Image.Image], axes: Sequence[Axis]) -> Image.Image:
     """The pictures of `varied` under their labels: columns, rows, and a table below the other for each value of a third axis."""
     across, down, deep = (*axes, *[Axis("", ("",))] * (3 - len(axes)))
-    width, height = (max(picture.size[side] for picture in pictures) for side in (0, 1))
+    width, height = (max(image.size[side] for image in images) for side in (0, 1))
     font = ImageFont.load_default(size=13)
     side = max([0, *(round(font.getlength(_label(down, value))) for value in down.values)]) + 2 * GAP
     width = max(width, *(round(font.getlength(_label(across, value))) for value in across.values)) + GAP
@@ -226,7 +226,7 @@ def sheet(pictures: Sequence[Image.Image], axes: Sequence[Axis]) -> Image.Image:
             pen.text((GAP, y + height // 2), _label(down, value), fill="black", font=font)
             for column in range(len(across.values)):
                 index = (number * len(down.values) + row) * len(across.values) + column
-                page.paste(opaque(pictures[index]), (side + column * width, y))
+                page.paste(opaque(images[index]), (side + column * width, y))
     return page
 
 

@@ -73,7 +73,7 @@ class Progress:
     error: str = ""
     preview: list[Image.Image] | None = None
     partials: tuple[Image.Image, ...] = ()
-    pictures: list[Saved] = field(default_factory=list)
+    images: list[Saved] = field(default_factory=list)
     place: int = 0
     eta: float | None = None
     version: int = 0
@@ -304,7 +304,7 @@ class Studio:
         names = "id", "owner", "state", "created", "decided", "cells", "seconds", "error"
         told = Progress(**{name: row[name] for name in names}, forward_passes=row["passes"], request=_request(row))
         if told.state == DONE:
-            told.pictures = self.store.pictures(job=told.id, limit=-1)
+            told.images = self.store.images(job=told.id, limit=-1)
         elif told.state == WAITING:
             told.place = (self.store.places() if places is None else places)[told.id]
         elif told.state == CANCELLED:
@@ -402,11 +402,11 @@ class Studio:
             now, preview, partial = time.monotonic(), None, []
             cells = job.tokens[0].shape[-2:].numel()
             share = (job.decided - kept) * (partials + 1) // max(1, cells - kept)
-            if not job.pictures:
+            if not job.images:
                 if now - self.watched < WATCHED_FOR and now - shown > PREVIEW_EVERY:
-                    preview, shown = pipe.pictures(job.tokens[:PREVIEWED]), now
+                    preview, shown = pipe.images(job.tokens[:PREVIEWED]), now
                 if reached < share <= partials:
-                    reached, partial = share, pipe.pictures(job.tokens[:1])
+                    reached, partial = share, pipe.images(job.tokens[:1])
             with self.changed:
                 live.stage, live.decided, live.forward_passes = "writing tokens", job.decided, job.forward_passes
                 live.cells, live.seconds = cells, before + time.monotonic() - started
@@ -416,11 +416,11 @@ class Studio:
                 live.version += 1
                 self._tell(live.id)
                 started += self._rest(live)
-                if (self.cancelled or self.closing) and not job.pictures:
+                if (self.cancelled or self.closing) and not job.images:
                     break
-        if job is None or not job.pictures:
+        if job is None or not job.images:
             if job is not None and job.kept is not None:
-                live.preview = pipe.pictures(job.tokens[:PREVIEWED])
+                live.preview = pipe.images(job.tokens[:PREVIEWED])
                 with replacing(left) as file:
                     np.savez(file, tokens=job.kept.cpu().numpy())
             return False
@@ -428,8 +428,8 @@ class Studio:
             live.stage = "saving"
         grids = [None if rows.is_floating_point() else rows_of(rows) for rows in job.tokens]
         origins = [None] * len(grids) if job.origins is None else [rows_of(rows) for rows in job.origins]
-        scores = job.scores or [None] * len(job.pictures)
-        made = list(zip(job.pictures, job.requests, strict=True))
+        scores = job.scores or [None] * len(job.images)
+        made = list(zip(job.images, job.requests, strict=True))
         self.store.add_images(live.id, live.created, live.owner, made, grids, origins, scores)
         left.unlink(missing_ok=True)
         self.rates[request.model] = live.seconds / request.drawn

@@ -221,7 +221,7 @@ class Store:
         job: str,
         asked: float,
         owner: str,
-        pictures: Sequence[tuple[Image.Image, Request]],
+        images: Sequence[tuple[Image.Image, Request]],
         grids: Sequence[Grid | None],
         origins: Sequence[Grid | None],
         scores: Sequence[float | None],
@@ -235,10 +235,10 @@ class Store:
         """
         now = time.time()
         stamp = time.strftime("%Y%m%d-%H%M%S", time.localtime(asked))
-        ids = [f"{stamp}-{job}-{number}" for number in range(1, len(pictures) + 1)]
-        told = [(picture, request if self.metadata else None) for picture, request in pictures]
+        ids = [f"{stamp}-{job}-{number}" for number in range(1, len(images) + 1)]
+        told = [(image, request if self.metadata else None) for image, request in images]
         rows = []
-        for number, (id, (_, request)) in enumerate(zip(ids, pictures, strict=True)):
+        for number, (id, (_, request)) in enumerate(zip(ids, images, strict=True)):
             written = [json.dumps(each[number]) if each[number] else None for each in (grids, origins)]
             own = id, job, owner, number, json.dumps(request.to_dict()), request.prompt, request.model
             rows.append((*own, *written, scores[number], now, 0))
@@ -253,7 +253,7 @@ class Store:
             raise
         return ids
 
-    def pictures(
+    def images(
         self,
         search: str = "",
         model: str = "",
@@ -281,7 +281,7 @@ class Store:
         )
         return [_saved(row) for row in rows]
 
-    def picture(self, id: str) -> Saved:
+    def image(self, id: str) -> Saved:
         """Raises:
         KeyError: there is none.
         """
@@ -319,11 +319,11 @@ class Store:
         return small
 
     def set_favourite(self, id: str, favourite: bool) -> None:
-        self.ask("update pictures set favourite = ? where id = ?", (int(favourite), self.picture(id).id))
+        self.ask("update pictures set favourite = ? where id = ?", (int(favourite), self.image(id).id))
 
     def delete(self, id: str) -> None:
         """Delete a picture and its files."""
-        self.picture(id)
+        self.image(id)
         self.ask("delete from pictures where id = ?", (id,))
         for path in (self.file(id), self.own / "thumbnails" / f"{id}.webp"):
             path.unlink(missing_ok=True)
@@ -352,7 +352,7 @@ class Store:
                     missing.append(f"{id}.png")
                     continue
                 archive.write(self.file(id), f"{id}.png")
-                lines.append(json.dumps({"file": f"{id}.png", **self.picture(id).request.to_dict()}))
+                lines.append(json.dumps({"file": f"{id}.png", **self.image(id).request.to_dict()}))
             archive.writestr("settings.jsonl", "\n".join(lines) + "\n")
             if missing:
                 archive.writestr("missing.txt", "\n".join(missing) + "\n")

@@ -84,7 +84,7 @@ class CLIPTask(Task):
 
     def __init__(self, data: Path, scenes: Path):
         self.singles = {split: read_split(data, split) for split in ("train", "test")}
-        self.pictures = torch.from_numpy(pixels(self.singles["train"]))
+        self.images = torch.from_numpy(pixels(self.singles["train"]))
         self.rows = self.singles["train"].remove_columns("image").to_list()
         table = read_split(scenes, "train")
         self.scene_images, self.scene_captions = torch.from_numpy(pixels(table)), list(table["caption"])
@@ -109,11 +109,11 @@ class CLIPTask(Task):
         captions += [self.scene_captions[index] for index in others]
         keys += [(text, "") for text in captions[len(chosen) :]]
         text = self.tokenizer(captions, padding=True, truncation=True, return_tensors="pt")
-        pictures = torch.cat([self.pictures[chosen], self.scene_images[others]])
+        images = torch.cat([self.images[chosen], self.scene_images[others]])
         return {
             "input_ids": text.input_ids,
             "attention_mask": text.attention_mask,
-            "pixel_values": 2 * from_uint8(pictures) - 1,
+            "pixel_values": 2 * from_uint8(images) - 1,
             "positive": positives(captions, keys),
         }
 
@@ -131,8 +131,8 @@ class CLIPTask(Task):
         model = self._model()
         picked = held_out_sample(len(self.singles["test"]))
         rows = self.singles["test"].select(picked)
-        text, pictures = TextImageEncoder(model, self.tokenizer).embed(list(rows["caption"]), list(rows["image"]))
-        return picked, (text @ pictures.T).cpu()
+        text, images = TextImageEncoder(model, self.tokenizer).embed(list(rows["caption"]), list(rows["image"]))
+        return picked, (text @ images.T).cpu()
 
     def evaluate(self) -> dict[str, float]:
         """Recall on held-out concepts."""

@@ -54,43 +54,43 @@ class ControlTask(LlamaGenTask):
     def pairs(self, across: bool, rng: random.Random) -> tuple[list[str], Tensor, Tensor]:
         """Two single pictures at half their size, side by side (`across`) or one above the other: captions, pictures
         [P, H, W, 3] uint8 and tokens [P, N / 2]."""
-        captions, pictures = [], torch.full((SHAPED, *self.pictures.shape[1:]), 255, dtype=torch.uint8)
-        half, grid = self.pictures.shape[1] // 2, self.vq.grid
-        for picture in pictures:
+        captions, images = [], torch.full((SHAPED, *self.images.shape[1:]), 255, dtype=torch.uint8)
+        half, grid = self.images.shape[1] // 2, self.vq.grid
+        for image in images:
             two = rng.choices(range(len(self.rows)), weights=self.weights.tolist(), k=2)
             for place, index in enumerate(two):
-                small = Image.fromarray(self.pictures[index].numpy()).resize((half, half), Image.Resampling.LANCZOS)
+                small = Image.fromarray(self.images[index].numpy()).resize((half, half), Image.Resampling.LANCZOS)
                 first = place * half
                 there = (
                     (slice(half), slice(first, first + half)) if across else (slice(first, first + half), slice(half))
                 )
-                picture[there] = torch.from_numpy(np.array(small))
+                image[there] = torch.from_numpy(np.array(small))
             captions.append(" and ".join(self.rows[index]["name"] for index in two))
-        tokens = self.tokens(pictures).unflatten(1, (grid, grid))
+        tokens = self.tokens(images).unflatten(1, (grid, grid))
         if across:
-            return captions, pictures[:, :half], tokens[:, : grid // 2].flatten(1)
-        return captions, pictures[:, :, :half].contiguous(), tokens[:, :, : grid // 2].flatten(1)
+            return captions, images[:, :half], tokens[:, : grid // 2].flatten(1)
+        return captions, images[:, :, :half].contiguous(), tokens[:, :, : grid // 2].flatten(1)
 
     def batch(self, size: int, generator: torch.Generator) -> dict[str, Tensor]:
         if torch.rand(1, generator=generator) >= SHAPED_SHARE:
             return super().batch(size, generator)
-        captions, pictures, tokens = self.shaped[int(torch.randint(2, (1,), generator=generator))]
+        captions, images, tokens = self.shaped[int(torch.randint(2, (1,), generator=generator))]
         chosen = torch.randint(len(captions), (size,), generator=generator)
         text = self.text([captions[index] for index in chosen.tolist()])
-        control = torch.stack([_edges(picture) for picture in pictures[chosen]])
+        control = torch.stack([_edges(image) for image in images[chosen]])
         dropped = torch.zeros(size, dtype=torch.bool)
         return {"tokens": tokens[chosen], "read": tokens[chosen], "dropped": dropped, "control": control, **text}
 
-    def more(self, tokens: Tensor, pictures: Tensor, scenes: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+    def more(self, tokens: Tensor, images: Tensor, scenes: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
         """The control pictures, too: edges or segments, by chance."""
-        read = super().more(tokens, pictures, scenes, generator)
-        side = pictures.shape[1]
-        shown = [(picture, [(0, 0, side, side)]) for picture in pictures]
+        read = super().more(tokens, images, scenes, generator)
+        side = images.shape[1]
+        shown = [(image, [(0, 0, side, side)]) for image in images]
         shown += [(self.scene_images[index], self.scene_boxes[index]) for index in scenes.tolist()]
         flat = torch.rand(len(shown), generator=generator) < 0.5
         maps = [
-            _control(segments(picture.numpy(), boxes)) if segmented else _edges(picture)
-            for (picture, boxes), segmented in zip(shown, flat, strict=True)
+            _control(segments(image.numpy(), boxes)) if segmented else _edges(image)
+            for (image, boxes), segmented in zip(shown, flat, strict=True)
         ]
         return read | {"control": torch.stack(maps)}
 
@@ -107,14 +107,14 @@ class ControlTask(LlamaGenTask):
 
     def asked(self) -> dict:
         step = max(1, len(self.held_out_captions) // 32)
-        pictures = [Image.fromarray(picture.numpy()) for picture in self.held_out_images[::step][:32]]
-        return super().asked() | {"control_image": pictures, "control_type": "canny"}
+        images = [Image.fromarray(image.numpy()) for image in self.held_out_images[::step][:32]]
+        return super().asked() | {"control_image": images, "control_type": "canny"}
 
 
-def _control(picture) -> Tensor:
+def _control(image) -> Tensor:
     """[H, W, 3] uint8 -> [3, H, W] in [-1, 1]."""
-    return as_control(torch.from_numpy(picture).permute(2, 0, 1))
+    return as_control(torch.from_numpy(image).permute(2, 0, 1))
 
 
-def _edges(picture: Tensor) -> Tensor:
-    return as_control(torch.from_numpy(canny(picture.numpy()))[None])
+def _edges(image: Tensor) -> Tensor:
+    return as_control(torch.from_numpy(canny(image.numpy()))[None])

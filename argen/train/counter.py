@@ -34,14 +34,14 @@ def target(places: list[tuple[float, float]]) -> Tensor:
     return density
 
 
-def blurred(pictures: Tensor, generator: torch.Generator) -> Tensor:
+def blurred(images: Tensor, generator: torch.Generator) -> Tensor:
     """[B, 3, S, S] in [0, 1] as generators draw: some soft, with noise and other colours."""
-    order = torch.stack([torch.randperm(3, generator=generator) for _ in pictures])
-    pictures = pictures.gather(1, order[:, :, None, None].expand_as(pictures))
-    soft = F.interpolate(F.avg_pool2d(pictures, 4), pictures.shape[2:], mode="bilinear", align_corners=False)
-    share = torch.rand(len(pictures), 1, 1, 1, generator=generator)
-    noise = 0.08 * torch.rand(len(pictures), 1, 1, 1, generator=generator)
-    return (pictures.lerp(soft, share) + noise * torch.randn(pictures.shape, generator=generator)).clamp(0, 1)
+    order = torch.stack([torch.randperm(3, generator=generator) for _ in images])
+    images = images.gather(1, order[:, :, None, None].expand_as(images))
+    soft = F.interpolate(F.avg_pool2d(images, 4), images.shape[2:], mode="bilinear", align_corners=False)
+    share = torch.rand(len(images), 1, 1, 1, generator=generator)
+    noise = 0.08 * torch.rand(len(images), 1, 1, 1, generator=generator)
+    return (images.lerp(soft, share) + noise * torch.randn(images.shape, generator=generator)).clamp(0, 1)
 
 
 class CounterTask(Task):
@@ -59,22 +59,22 @@ class CounterTask(Task):
     def read(self, scenes: Path, split: str) -> tuple[Tensor, Tensor]:
         """Pictures [N, H, W, 3] uint8 and their densities [N, 28, 28]."""
         table = read_split(scenes, split)
-        pictures, densities = torch.from_numpy(pixels(table)), []
+        images, densities = torch.from_numpy(pixels(table)), []
         for things in table["objects"]:
-            boxes = torch.tensor([thing["box"] for thing in json.loads(things)]) / pictures.shape[1]
+            boxes = torch.tensor([thing["box"] for thing in json.loads(things)]) / images.shape[1]
             densities.append(target([((a + c) / 2, (b + d) / 2) for a, b, c, d in boxes.tolist()]))
-        return pictures, torch.stack(densities)
+        return images, torch.stack(densities)
 
     def batch(self, size: int, generator: torch.Generator) -> dict[str, Tensor]:
         alone = int(size * SINGLE_SHARE)
         chosen = torch.randint(len(self.scenes), (size - alone,), generator=generator)
         others = torch.randint(len(self.singles), (alone,), generator=generator)
-        pictures = from_uint8(torch.cat([self.scenes[chosen], self.singles[others]]))
+        images = from_uint8(torch.cat([self.scenes[chosen], self.singles[others]]))
         densities = torch.cat([self.targets[chosen], self.single.expand(alone, -1, -1)])
         flip = (torch.rand(size, 1, 1, generator=generator) < 0.5).expand_as(densities)
         densities = torch.where(flip, densities.flip(2), densities)
-        pictures = torch.where(flip[:, None, :1, :1], pictures.flip(3), pictures)
-        return {"pixels": blurred(pictures, generator), "density": densities}
+        images = torch.where(flip[:, None, :1, :1], images.flip(3), images)
+        return {"pixels": blurred(images, generator), "density": densities}
 
     def losses(self, batch: dict[str, Tensor], step: int, log: dict[str, float]) -> Iterator[tuple[str, Tensor]]:
         error = self.networks["model"](batch["pixels"]).float() - batch["density"]

@@ -51,10 +51,10 @@ class DraftTask(LlamaGenTask):
         hidden = target.decode(read, torch.arange(n, device=tokens.device), visible, scores, prefixes)
         return prefix, torch.cat([prefix[:, -1:], hidden], dim=1)
 
-    def more(self, tokens: Tensor, pictures: Tensor, scenes: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+    def more(self, tokens: Tensor, images: Tensor, scenes: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
         """What the hidden states that are read are off by, too."""
-        read = super().more(tokens, pictures, scenes, generator)
-        shape = len(pictures) + len(scenes), self.target.length, self.target.config.dim
+        read = super().more(tokens, images, scenes, generator)
+        shape = len(images) + len(scenes), self.target.length, self.target.config.dim
         return read | {"noise": NOISE * (torch.rand(shape, generator=generator) - 0.5)}
 
     def held_out(self, rows: slice) -> dict[str, Tensor]:

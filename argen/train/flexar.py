@@ -42,10 +42,10 @@ class FlexARTask(CaptionsTask):
         self.networks: dict[str, nn.Module] = {"model": model}
 
     @torch.no_grad()
-    def tokens(self, pictures: Tensor) -> Tensor:
+    def tokens(self, images: Tensor) -> Tensor:
         """[B, H, W, 3] uint8 -> latents [B, C, h, w]."""
         tokenizer = FlexTokenizer(self.flextok, self.vae)
-        return torch.cat([tokenizer.latents(from_uint8(part)) for part in pictures.split(64)])
+        return torch.cat([tokenizer.latents(from_uint8(part)) for part in images.split(64)])
 
     @torch.no_grad()
     def ids(self, latents: Tensor) -> Tensor:
@@ -53,7 +53,7 @@ class FlexARTask(CaptionsTask):
         with autocast(latents.device):
             return self.flextok.fsq.ids(self.flextok.encode(latents))
 
-    def more(self, tokens: Tensor, pictures: Tensor, scenes: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+    def more(self, tokens: Tensor, images: Tensor, scenes: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
         """Ids of the pictures with a little noise, and those that are read."""
         ids = self.ids(tokens + NOISE * torch.randn(tokens.shape, generator=generator))
         return {"tokens": ids, "read": slipped(ids, generator)}

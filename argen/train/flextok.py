@@ -60,9 +60,9 @@ class Aligned(nn.Module):
 
 
 @torch.no_grad()
-def patches_of(vision: CLIPVisionModel, pictures: Tensor) -> Tensor:
+def patches_of(vision: CLIPVisionModel, images: Tensor) -> Tensor:
     """What `emoji-clip` sees in each patch of pictures [B, H, W, 3] uint8, [B, N, C] bfloat16."""
-    seen = (vision(pixel_values=2 * from_uint8(part) - 1).last_hidden_state[:, 1:] for part in pictures.split(64))
+    seen = (vision(pixel_values=2 * from_uint8(part) - 1).last_hidden_state[:, 1:] for part in images.split(64))
     return torch.cat([part.bfloat16() for part in seen])
 
 
@@ -87,8 +87,8 @@ class FlexTokTask(Task):
             torch.from_numpy(pixels(read_split(folder, split)))
             for folder, split in ((data, "train"), (scenes, "train"), (data, "test"))
         )
-        pictures, self.singles = torch.cat([singles, composed]), len(singles)
-        self.latents, self.patches = self.encode(pictures), patches_of(vision, pictures)
+        images, self.singles = torch.cat([singles, composed]), len(singles)
+        self.latents, self.patches = self.encode(images), patches_of(vision, images)
         grid = self.latents.shape[-1]
         flextok = FlexTok(**SIZES, channels=self.vae.config.latent_channels, grid=grid)
         for name, parameter in flextok.named_parameters():
@@ -99,8 +99,8 @@ class FlexTokTask(Task):
         self.networks: dict[str, nn.Module] = {"model": Aligned(flextok, vision.config.hidden_size)}
 
     @torch.no_grad()
-    def encode(self, pictures: Tensor) -> Tensor:
-        return torch.cat([self.vae.encode(from_uint8(part)) for part in pictures.split(64)])
+    def encode(self, images: Tensor) -> Tensor:
+        return torch.cat([self.vae.encode(from_uint8(part)) for part in images.split(64)])
 
     def batch(self, size: int, generator: torch.Generator) -> dict[str, Tensor]:
         scenes = int(size * SCENES_SHARE)
@@ -135,24 +135,24 @@ class FlexTokTask(Task):
         return FlexTokenizer(model.flextok, self.vae.vae, STEPS, GUIDANCE)
 
     @torch.no_grad()
-    def decoded(self, pictures: Tensor, keep: int) -> Tensor:
+    def decoded(self, images: Tensor, keep: int) -> Tensor:
         """What `keep` tokens of pictures [B, H, W, 3] uint8 give back, [B, 3, H, W]."""
         tokenizer, made = self.tokenizer(), []
-        for part in pictures.split(64):
+        for part in images.split(64):
             ids = tokenizer.encode(from_uint8(part).to(tokenizer.device))
             made.append(tokenizer.decode(ids[:, :keep]).clamp(0, 1).cpu())
         return torch.cat(made)
 
     def evaluate(self) -> dict[str, float]:
         """PSNR in dB on some held-out concepts, by the number of tokens."""
-        pictures = self.test[:: max(1, len(self.test) // 64)][:64]
-        real = from_uint8(pictures)
-        return {f"psnr, {keep} tokens": psnr(self.decoded(pictures, keep), real).mean().item() for keep in SHOWN}
+        images = self.test[:: max(1, len(self.test) // 64)][:64]
+        real = from_uint8(images)
+        return {f"psnr, {keep} tokens": psnr(self.decoded(images, keep), real).mean().item() for keep in SHOWN}
 
     def sample(self) -> Image.Image:
         """8 held-out pictures, and below each what 1, 4, 16 and 64 of its tokens give back."""
-        pictures = self.test[:: max(1, len(self.test) // 8)][:8]
-        rows = torch.stack([from_uint8(pictures), *(self.decoded(pictures, keep) for keep in SHOWN)])
+        images = self.test[:: max(1, len(self.test) // 8)][:8]
+        rows = torch.stack([from_uint8(images), *(self.decoded(images, keep) for keep in SHOWN)])
         sheet = rearrange(rows, "r c d h w -> (r h) (c w) d")
         return Image.fromarray((sheet * 255).round().to(torch.uint8).numpy())
 

@@ -31,23 +31,23 @@ FIT_STEPS, FIT_DECAY = 200, 1e-4  # of the groups
 UNKNOWN = -100  # the colour of an icon that keeps its own
 
 
-def varied(pictures: Tensor, any_colour: Tensor, generator: torch.Generator) -> Tensor:
+def varied(images: Tensor, any_colour: Tensor, generator: torch.Generator) -> Tensor:
     """[B, 3, S, S] in [0, 1] turned, stretched, lit and partly hidden by chance; of those in `any_colour` [B] some change
     their colours, too."""
 
     def chance(*shape: int, low: float = 0.0, high: float = 1.0) -> Tensor:
-        return low + (high - low) * torch.rand(len(pictures), *shape, generator=generator)
+        return low + (high - low) * torch.rand(len(images), *shape, generator=generator)
 
     angle, scale = chance(low=-0.3, high=0.3), chance(2, low=0.85, high=1.2)
     turn = torch.stack([angle.cos(), -angle.sin(), angle.sin(), angle.cos()], dim=1).unflatten(1, (2, 2))
     places = torch.cat([turn / scale[:, :, None], chance(2, 1, low=-0.1, high=0.1)], dim=2)
-    grid = F.affine_grid(places, list(pictures.shape), align_corners=False)
-    out = 1 - F.grid_sample(1 - pictures, grid, align_corners=False)  # white comes in
-    order = torch.stack([torch.randperm(3, generator=generator) for _ in pictures])
+    grid = F.affine_grid(places, list(images.shape), align_corners=False)
+    out = 1 - F.grid_sample(1 - images, grid, align_corners=False)  # white comes in
+    order = torch.stack([torch.randperm(3, generator=generator) for _ in images])
     order = torch.where((any_colour & (chance() < 0.3))[:, None], order, torch.arange(3))
     out = out.gather(1, order[:, :, None, None].expand_as(out))
     out = 1 - (1 - out) * chance(1, 1, 1, low=0.75, high=1.25)
-    cell = torch.arange(pictures.shape[-1]) / pictures.shape[-1]
+    cell = torch.arange(images.shape[-1]) / images.shape[-1]
     down, across = ((cell - chance(1, low=-0.3)).abs() < 0.12 for _ in range(2))
     hidden = down[:, None, :, None] & across[:, None, None, :]
     return out.masked_fill(hidden, 1.0).clamp(0, 1)
@@ -72,7 +72,7 @@ class JudgeTask(Task):
         vq = ViTVQGAN.from_pretrained(tokenizer, torch_dtype=torch.float32).eval()
         with autocast("cpu"):
             made, _ = reconstruct(vq, torch.from_numpy(real))
-        self.pictures = (real, (made * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy())
+        self.images = (real, (made * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy())
 
         self.objects: list[tuple[int, tuple, int, int]] = []  # picture, box, name, colour
         for index, name in enumerate(icons["concept"]):
@@ -103,8 +103,8 @@ class JudgeTask(Task):
         for place, move, made, mirrored in zip(chosen, jitter, through, flip, strict=True):
             index, box, name, colour = self.objects[place]
             left, top, right, bottom = (side + step for side, step in zip(box, move, strict=True))
-            picture = self.pictures[int(made)][index]
-            crop = scoring.crop(picture, (max(0, left), max(0, top), min(128, right), min(128, bottom)))
+            image = self.images[int(made)][index]
+            crop = scoring.crop(image, (max(0, left), max(0, top), min(128, right), min(128, bottom)))
             crops.append(crop.flip(2) if mirrored else crop)
             names.append(name)
             colours.append(colour)
@@ -167,7 +167,7 @@ def fit_groups(judge: Judge, icons) -> None:
         icons: training split of a set made by ``argen data emoji``.
     """
     groups = sorted(set(icons["group"]))
-    looked = torch.stack([scoring.subject(picture) for picture in pixels(icons)])
+    looked = torch.stack([scoring.subject(image) for image in pixels(icons)])
     with torch.no_grad():
         found = torch.cat([judge.hints(part) for part in looked.split(256)])
     judge.group = logistic(found, torch.tensor([groups.index(group) for group in icons["group"]]))

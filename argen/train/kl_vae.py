@@ -50,10 +50,10 @@ class KLVAETask(Reconstruction):
         whole = torch.rand(1, generator=generator) < WHOLE_SHARE
         size = size * CUT**2 // SIDE**2 if whole else size
         chosen = torch.randint(len(self.train), (size,), generator=generator)
-        pictures = augment(self.train[chosen], generator)
-        pictures = pictures if whole else cut_out(pictures, CUT, generator)
-        latents = size, LATENT_CHANNELS, *(side // self._model().stride for side in pictures.shape[1:3])
-        return {"pixels": from_uint8(pictures), "noise": torch.randn(latents, generator=generator)}
+        images = augment(self.train[chosen], generator)
+        images = images if whole else cut_out(images, CUT, generator)
+        latents = size, LATENT_CHANNELS, *(side // self._model().stride for side in images.shape[1:3])
+        return {"pixels": from_uint8(images), "noise": torch.randn(latents, generator=generator)}
 
     def losses(self, batch: dict[str, Tensor], step: int, log: dict[str, float]) -> Iterator[tuple[str, Tensor]]:
         made, kl = self.networks["model"](batch["pixels"], batch["noise"])
@@ -76,21 +76,21 @@ def compilable(vae: AutoencoderKL) -> AutoencoderKL:
     return vae
 
 
-def cut_out(pictures: Tensor, side: int, generator: torch.Generator) -> Tensor:
+def cut_out(images: Tensor, side: int, generator: torch.Generator) -> Tensor:
     """A square of each picture [B, H, W, 3] uint8: of two drawn at random the one with less white."""
-    places = torch.randint(pictures.shape[1] - side + 1, (len(pictures), 2, 2), generator=generator)
+    places = torch.randint(images.shape[1] - side + 1, (len(images), 2, 2), generator=generator)
     found = []
-    for picture, two in zip(pictures, places.tolist(), strict=True):
-        squares = [picture[top : top + side, left : left + side] for top, left in two]
+    for image, two in zip(images, places.tolist(), strict=True):
+        squares = [image[top : top + side, left : left + side] for top, left in two]
         found.append(min(squares, key=lambda square: int((square == 255).sum())))
     return torch.stack(found)
 
 
 @torch.no_grad()
-def spread(model: KLVAE, pictures: Tensor) -> float:
+def spread(model: KLVAE, images: Tensor) -> float:
     """Standard deviation of the latents of pictures [B, H, W, 3] uint8, drawn from their posteriors."""
     generator = torch.Generator().manual_seed(0)
-    latents = [model.posterior(from_uint8(part).to(model.device)).sample(generator) for part in pictures.split(64)]
+    latents = [model.posterior(from_uint8(part).to(model.device)).sample(generator) for part in images.split(64)]
     return torch.cat(latents).std().item()
 
 

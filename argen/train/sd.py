@@ -85,7 +85,7 @@ class StableDiffusionTask(LatentsTask):
         text = self.text_tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt")
         return {"input_ids": text.input_ids, "attention_mask": torch.ones_like(text.input_ids)}
 
-    def more(self, tokens: Tensor, pictures: Tensor, scenes: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+    def more(self, tokens: Tensor, images: Tensor, scenes: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
         """Noise, and a time for each picture."""
         times = torch.randint(self.noise.config.num_train_timesteps, (len(tokens),), generator=generator)
         return {"times": times, "noise": torch.randn(tokens.shape, generator=generator)}
@@ -110,9 +110,9 @@ class ThirdStableDiffusionTask(StableDiffusionTask):
         bare = [" ".join(word for word in caption.split() if word not in UNSAID) for caption in captions]
         return super().text(captions) | {"bare_ids": super().text(bare)["input_ids"]}
 
-    def more(self, tokens: Tensor, pictures: Tensor, scenes: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+    def more(self, tokens: Tensor, images: Tensor, scenes: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
         """Also which are read with a bare end."""
-        drawn = super().more(tokens, pictures, scenes, generator)
+        drawn = super().more(tokens, images, scenes, generator)
         return drawn | {"bare": torch.rand(len(tokens), generator=generator) < BARE_SHARE}
 
     def encode_text(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:

@@ -94,7 +94,7 @@ class Contrastive(nn.Module):
         mask = causal_mask(asked)
         return self.Qformer(query_embeds=asked, attention_mask=mask, encoder_hidden_states=features).last_hidden_state
 
-    def picture(self, features: Tensor) -> Tensor:
+    def image(self, features: Tensor) -> Tensor:
         """Features [B, P, V] -> a unit vector of each query [B, N, E]; the last of them stands for the picture."""
         return F.normalize(self.vision_proj(self.found(features)), dim=-1)
 
@@ -211,11 +211,11 @@ class ImagesTask(CaptionsTask):
         self.encoder = ConvEncoder.from_pretrained(encoder, torch_dtype=torch.float32).eval().requires_grad_(False)
         self.count = 0
         super().__init__(data, scenes, clip)
-        self.all = ConcatDataset([self.pictures, self.scene_images, self.held_out_images])
+        self.all = ConcatDataset([self.images, self.scene_images, self.held_out_images])
 
-    def tokens(self, pictures: Tensor) -> Tensor:
+    def tokens(self, images: Tensor) -> Tensor:
         """[B, H, W, 3] uint8 -> their places in `all`: what is seen of them is computed anew in each step."""
-        start, self.count = self.count, self.count + len(pictures)
+        start, self.count = self.count, self.count + len(images)
         return torch.arange(start, self.count)
 
     def at(self, places: Tensor) -> Tensor:
@@ -223,15 +223,15 @@ class ImagesTask(CaptionsTask):
         return torch.stack([self.all[place] for place in places.tolist()]).to(places.device)
 
     @torch.no_grad()
-    def seen(self, pictures: Tensor, seed: int | None = None) -> Tensor:
+    def seen(self, images: Tensor, seed: int | None = None) -> Tensor:
         """[B, H, W, 3] uint8 -> features [B, P, V] by `emoji-clip` and, of the pictures as they are or `varied` by chance, by the
         encoder."""
-        pixels = halved(pictures)
+        pixels = halved(images)
         if seed is not None:
             pixels = varied(pixels, torch.Generator().manual_seed(seed), self.strength)
         vision = self.clip.vision_model.to(pixels.device)
         both = (
-            vision(pixel_values=2 * from_uint8(pictures) - 1).last_hidden_state,
+            vision(pixel_values=2 * from_uint8(images) - 1).last_hidden_state,
             self.encoder.to(pixels.device).look(2 * pixels - 1),
         )
         return torch.cat(both, dim=1)
@@ -272,7 +272,7 @@ class SeedContrastiveTask(ImagesTask):
         nn.init.normal_(model.position_embeddings.weight, std=0.02)
         self.networks: dict[str, nn.Module] = {"model": model}
 
-    def more(self, tokens: Tensor, pictures: Tensor, scenes: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+    def more(self, tokens: Tensor, images: Tensor, scenes: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
         """Which query beside the last shall know the caption, too, and what the pictures are varied by."""
         query = torch.randint(SIZES["tokens"] - 1, (1,), generator=generator)
         return {"query": query, "varied": torch.randint(2**31, (1,), generator=generator)}
@@ -289,7 +289,7 @@ class SeedContrastiveTask(ImagesTask):
         text = self.text([self.held_out_captions[row] for row in rows])
         words = model.text(text["input_ids"].to(model.temp.device), text["attention_mask"].to(model.temp.device))
         parts = self.held_out_images[rows].to(model.temp.device).split(64)
-        return words @ torch.cat([model.picture(self.seen(part))[:, -1] for part in parts]).T
+        return words @ torch.cat([model.image(self.seen(part))[:, -1] for part in parts]).T
 
     def evaluate(self) -> dict[str, float]:
         """How often the picture of a held-out caption comes first."""
@@ -329,7 +329,7 @@ class SeedTask(ImagesTask):
         self.total, self.usage = total, CodeUsage(SIZES["n_embed"])
         self.kept = (self.usage,)
         generator = torch.Generator().manual_seed(0)
-        features = self.seen(self.pictures[torch.randint(len(self.pictures), (256,), generator=generator)], 0)
+        features = self.seen(self.images[torch.randint(len(self.images), (256,), generator=generator)], 0)
         self.begin(model, features, generator)
         seen = self.own(features)
         told = Quantised(model, self.encoder.head, seen.mean(dim=0), seen.std(dim=0).clamp(min=1e-3))
@@ -347,7 +347,7 @@ class SeedTask(ImagesTask):
         """Features [B, P, V] -> the mean of those that are the encoder's [B, V]."""
         return features[:, -((self.encoder.config.image_size // 32) ** 2) :].mean(dim=1)
 
-    def more(self, tokens: Tensor, pictures: Tensor, scenes: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+    def more(self, tokens: Tensor, images: Tensor, scenes: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
         """Of how many codes each picture is decoded, and what the pictures are varied by."""
         few = torch.randint(1, SIZES["tokens"], (len(tokens),), generator=generator)
         shortened = torch.rand(len(tokens), generator=generator) < SHORTENED

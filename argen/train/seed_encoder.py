@@ -26,18 +26,18 @@ RECOLOURED = 0.1  # of the pictures lose their colours, and as many change them
 SETTLING = 30  # batches after which the norms know the averaged weights
 
 
-def halved(pictures: Tensor) -> Tensor:
+def halved(images: Tensor) -> Tensor:
     """[B, H, W, 3] uint8 -> [B, 3, H / 2, W / 2] in [0, 1]."""
-    return F.avg_pool2d(from_uint8(pictures), 2)
+    return F.avg_pool2d(from_uint8(images), 2)
 
 
-def varied(pictures: Tensor, generator: torch.Generator, strength: float = 1.0) -> Tensor:
+def varied(images: Tensor, generator: torch.Generator, strength: float = 1.0) -> Tensor:
     """[B, 3, S, S] in [0, 1] turned, shrunk or stretched and in other light, by chance; at full strength some lose or change their
     colours, too, and parts are hidden: so that what is seen does not depend on the style."""
-    pictures, device = pictures.cpu(), pictures.device
+    images, device = images.cpu(), images.device
 
     def chance(*shape: int, low: float = 0.0, high: float = 1.0) -> Tensor:
-        return low + (high - low) * torch.rand(len(pictures), *shape, generator=generator)
+        return low + (high - low) * torch.rand(len(images), *shape, generator=generator)
 
     def about(*shape: int, less: float, more: float) -> Tensor:
         return chance(*shape, low=1 - less * strength, high=1 + more * strength)
@@ -45,18 +45,18 @@ def varied(pictures: Tensor, generator: torch.Generator, strength: float = 1.0) 
     angle, scale = strength * chance(low=-0.25, high=0.25), about(1, less=0.4, more=0.2) * about(2, less=0.1, more=0.1)
     turn = torch.stack([angle.cos(), -angle.sin(), angle.sin(), angle.cos()], dim=1).unflatten(1, (2, 2))
     places = torch.cat([turn / scale[:, :, None], strength * chance(2, 1, low=-0.12, high=0.12)], dim=2)
-    grid = F.affine_grid(places, list(pictures.shape), align_corners=False)
-    out = 1 - F.grid_sample(1 - pictures, grid, align_corners=False)  # white comes in
+    grid = F.affine_grid(places, list(images.shape), align_corners=False)
+    out = 1 - F.grid_sample(1 - images, grid, align_corners=False)  # white comes in
     grey = out.mean(dim=1, keepdim=True)
     coloured = (chance(1, 1, 1) > RECOLOURED) | (strength < 1)
     out = grey + (out - grey) * about(1, 1, 1, less=0.5, more=0.4) * coloured
-    order = torch.stack([torch.randperm(3, generator=generator) for _ in pictures])
+    order = torch.stack([torch.randperm(3, generator=generator) for _ in images])
     order = torch.where(((chance() < RECOLOURED) & (strength >= 1))[:, None], order, torch.arange(3))
     out = out.gather(1, order[:, :, None, None].expand_as(out))
     out = 1 - (1 - out) * about(3, 1, 1, less=0.25, more=0.25)
     out = out.clamp(1e-3, 1) ** about(1, 1, 1, less=0.25, more=0.35)
     if strength >= 1:
-        cell = torch.arange(pictures.shape[-1]) / pictures.shape[-1]
+        cell = torch.arange(images.shape[-1]) / images.shape[-1]
         down, across = ((cell - chance(1, low=-0.3)).abs() < 0.12 for _ in range(2))
         out = out.masked_fill(down[:, None, :, None] & across[:, None, None, :], 1.0)
     return out.clamp(0, 1).to(device)
@@ -69,9 +69,9 @@ class Namer(nn.Module):
         super().__init__()
         self.encoder, self.drop = encoder, nn.Dropout(DROPOUT)
 
-    def forward(self, pictures: Tensor) -> Tensor:
+    def forward(self, images: Tensor) -> Tensor:
         """[B, 3, 64, 64] in [0, 1] -> logits of the names [B, K]."""
-        return self.encoder.head(self.drop(self.encoder.look(2 * pictures - 1).mean(dim=1)))
+        return self.encoder.head(self.drop(self.encoder.look(2 * images - 1).mean(dim=1)))
 
 
 class EncoderTask(Task):
@@ -84,7 +84,7 @@ class EncoderTask(Task):
         concepts, styles = list(table["concept"]), list(table["style"])
         numbers = {concept: number for number, concept in enumerate(sorted(set(concepts)))}
         self.labels = torch.tensor([numbers[concept] for concept in concepts])
-        self.pictures = halved(torch.from_numpy(pixels(table)))
+        self.images = halved(torch.from_numpy(pixels(table)))
         self.weights = shares(list(zip(concepts, styles, strict=True)))
         known = [row for row, concept in enumerate(held_out["concept"]) if concept in numbers]
         self.held_out = halved(torch.from_numpy(pixels(held_out)))[known]
@@ -94,7 +94,7 @@ class EncoderTask(Task):
 
     def batch(self, size: int, generator: torch.Generator) -> dict[str, Tensor]:
         chosen = torch.multinomial(self.weights, size, replacement=True, generator=generator)
-        return {"pixels": varied(self.pictures[chosen], generator), "names": self.labels[chosen]}
+        return {"pixels": varied(self.images[chosen], generator), "names": self.labels[chosen]}
 
     def losses(self, batch: dict[str, Tensor], step: int, log: dict[str, float]) -> Iterator[tuple[str, Tensor]]:
         logits = self.networks["model"](batch["pixels"].contiguous(memory_format=torch.channels_last))

@@ -68,7 +68,7 @@ class SeedLMTask(ImagesTask):
         width = max(1, *map(len, rows))
         return {"input_ids": torch.tensor([row + [-1] * (width - len(row)) for row in rows])}
 
-    def more(self, tokens: Tensor, pictures: Tensor, scenes: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+    def more(self, tokens: Tensor, images: Tensor, scenes: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
         """What the pictures are varied by, and which of the two comes first."""
         return {
             "varied": torch.randint(2**31, (1,), generator=generator),
@@ -95,9 +95,9 @@ class SeedLMTask(ImagesTask):
             strict=True,
         )
         for words, codes, image_first, dropped in asked:
-            picture = [self.words.begin, *(code + self.words.shift for code in codes), self.words.end]
+            image = [self.words.begin, *(code + self.words.shift for code in codes), self.words.end]
             caption = [] if dropped else [word for word in words if word >= 0]
-            rows.append([start, *(picture + caption if image_first else caption + picture), end])
+            rows.append([start, *(image + caption if image_first else caption + image), end])
         width = max(map(len, rows))
         return torch.tensor([row + [-1] * (width - len(row)) for row in rows], device=batch["tokens"].device)
 
@@ -127,9 +127,9 @@ class SeedLMTask(ImagesTask):
     def sample(self) -> Image.Image:
         """What stands nearest to the pictures written for held-out captions: their embeddings find real ones."""
         model, wanted = self._model(), []
-        for part in self.pictures[::8].split(64):
+        for part in self.images[::8].split(64):
             wanted.append(F.normalize(self.wanted(self.seen(part.to(model.device))).float(), dim=-1))
-        found, base = torch.cat(wanted), self.pictures[::8]
+        found, base = torch.cat(wanted), self.images[::8]
         captions = self.held_out_captions[:: max(1, len(self.held_out_captions) // SHOWN)][:SHOWN]
         made = []
         for words in captions:

@@ -88,11 +88,11 @@ class CaptionsTask(Task):
         self.clip = CLIPModel.from_pretrained(clip, dtype=torch.float32).eval().requires_grad_(False)
 
         table = self.read(data, "train")
-        self.rows, self.pictures = table.remove_columns("image").to_list(), torch.from_numpy(pixels(table))
+        self.rows, self.images = table.remove_columns("image").to_list(), torch.from_numpy(pixels(table))
         table = read_split(scenes, "train")
         self.captions = list(table["caption"])
         self.scene_images = torch.from_numpy(pixels(table))
-        self.image_tokens, self.scene_tokens = self.tokens(self.pictures), self.tokens(self.scene_images)
+        self.image_tokens, self.scene_tokens = self.tokens(self.images), self.tokens(self.scene_images)
         table = self.read(data, "validation")
         self.held_out_captions, self.held_out_images = list(table["caption"]), torch.from_numpy(pixels(table))
         self.held_out_tokens = self.tokens(self.held_out_images)
@@ -113,7 +113,7 @@ class CaptionsTask(Task):
             raise ValueError(f"{data} shows none of {', '.join(self.only)} in its {split} split: give all the pictures")
         return table.select(rows)
 
-    def tokens(self, pictures: Tensor) -> Tensor:
+    def tokens(self, images: Tensor) -> Tensor:
         """[B, H, W, 3] uint8 -> what is learned of them [B, ...]: ids or latents."""
         raise NotImplementedError
 
@@ -139,9 +139,9 @@ class CaptionsTask(Task):
             captions = [self.null_caption if drop else text for text, drop in zip(captions, dropped, strict=True)]
         tokens = torch.cat([self.image_tokens[chosen], self.scene_tokens[others]])
         batch = {"tokens": tokens, "dropped": torch.tensor(dropped), **self.text(captions)}
-        return batch | self.more(tokens, self.pictures[chosen], others, generator)
+        return batch | self.more(tokens, self.images[chosen], others, generator)
 
-    def more(self, tokens: Tensor, pictures: Tensor, scenes: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+    def more(self, tokens: Tensor, images: Tensor, scenes: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
         """What else a batch holds: of its tokens, of single pictures [n, H, W, 3] uint8 and then of scenes by number."""
         return {}
 
@@ -189,9 +189,9 @@ class CaptionsTask(Task):
         pipe, asked = self.pipeline().to(self._model().device), self.asked()
         pipe.set_progress_bar_config(disable=True)
         generators = [torch.Generator().manual_seed(index) for index in range(len(asked["prompt"]))]
-        pictures = pipe(**asked, generator=generators, output_type="pt").images.float().cpu()
-        missing = torch.ones(-len(pictures) % 8, *pictures.shape[1:])
-        sheet = rearrange(torch.cat([pictures, missing]), "(r c) d h w -> (r h) (c w) d", c=8)
+        images = pipe(**asked, generator=generators, output_type="pt").images.float().cpu()
+        missing = torch.ones(-len(images) % 8, *images.shape[1:])
+        sheet = rearrange(torch.cat([images, missing]), "(r c) d h w -> (r h) (c w) d", c=8)
         return Image.fromarray((sheet * 255).round().to(torch.uint8).numpy())
 
     def save(self, folder: Path) -> None:
@@ -211,9 +211,9 @@ class LatentsTask(CaptionsTask):
         super().__init__(data, scenes, clip)
 
     @torch.no_grad()
-    def tokens(self, pictures: Tensor) -> Tensor:
+    def tokens(self, images: Tensor) -> Tensor:
         """[B, H, W, 3] uint8 -> latents [B, C, h, w]."""
-        return torch.cat([self.vae.encode(from_uint8(part)) for part in pictures.split(64)])
+        return torch.cat([self.vae.encode(from_uint8(part)) for part in images.split(64)])
 
     def held_out(self, rows: slice) -> dict[str, Tensor]:
         batch, generators = super().held_out(rows), torch.Generator().manual_seed(rows.start)
@@ -233,11 +233,11 @@ class TokensTask(CaptionsTask):
         super().__init__(data, scenes, clip)
 
     @torch.no_grad()
-    def tokens(self, pictures: Tensor) -> Tensor:
+    def tokens(self, images: Tensor) -> Tensor:
         """[B, H, W, 3] uint8 -> ids [B, N]; in fp32, because bf16 changes every fifth id."""
-        return torch.cat([self.vq.encode(from_uint8(part)) for part in pictures.split(128)])
+        return torch.cat([self.vq.encode(from_uint8(part)) for part in images.split(128)])
 
-    def more(self, tokens: Tensor, pictures: Tensor, scenes: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+    def more(self, tokens: Tensor, images: Tensor, scenes: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
         """The tokens that are read."""
         return {"read": slipped(tokens, generator)}
 

@@ -72,30 +72,30 @@ class UnCLIPTask(LatentsTask):
         self.networks: dict[str, nn.Module] = {"model": model.to(memory_format=torch.channels_last)}
         self.noise = DDIMScheduler(**NOISE)
         self.normalizer = StableUnCLIPImageNormalizer(width)
-        some = self.seen(self.pictures[:: max(1, len(self.pictures) // 2000)])
+        some = self.seen(self.images[:: max(1, len(self.images) // 2000)])
         self.normalizer.mean.data, self.normalizer.std.data = some.mean(0, keepdim=True), some.std(0, keepdim=True)
         self.normalizer.requires_grad_(False)
         self.disturbing = self.pipeline().image_noising_scheduler
 
     @torch.no_grad()
-    def seen(self, pictures: Tensor) -> Tensor:
+    def seen(self, images: Tensor) -> Tensor:
         """[B, H, W, 3] uint8 -> embeddings by `emoji-clip` [B, E], not normalised."""
         encoder = TextImageEncoder(self.clip, self.text_tokenizer)
-        parts = (from_uint8(part) for part in pictures.split(64))
+        parts = (from_uint8(part) for part in images.split(64))
         return torch.cat([encoder.embed_pixels(part, normalise=False) for part in parts])
 
     @torch.no_grad()
-    def told(self, pictures: Tensor) -> Tensor:
+    def told(self, images: Tensor) -> Tensor:
         """[B, H, W, 3] uint8 -> embeddings that their tokens give [B, E]."""
-        parts = (self.seed.encode(from_uint8(part)) for part in pictures.split(64))
+        parts = (self.seed.encode(from_uint8(part)) for part in images.split(64))
         return torch.cat([self.seed.network.decode(part) for part in parts])
 
     def more(
-        self, tokens: Tensor, pictures: Tensor | None, scenes: Tensor | None, generator: torch.Generator
+        self, tokens: Tensor, images: Tensor | None, scenes: Tensor | None, generator: torch.Generator
     ) -> dict[str, Tensor]:
         """Noise, a time for each picture, and its embedding, of the odd ones by their tokens, with noise of its own; held-out
         pictures come in order."""
-        shown = torch.cat([pictures, self.scene_images[scenes]]) if pictures is not None else self.held_out_rows
+        shown = torch.cat([images, self.scene_images[scenes]]) if images is not None else self.held_out_rows
         times = torch.randint(self.noise.config.num_train_timesteps, (len(tokens),), generator=generator)
         levels = torch.randint(DISTURBED, (len(tokens),), generator=generator)
         wanted = torch.empty(len(shown), self.clip.config.projection_dim)

@@ -62,11 +62,11 @@ class PatchDiscriminator(nn.Sequential):
         super().__init__(*layers, nn.Conv2d(4 * width, 1, 3, padding=1))
 
 
-def augment(pictures: Tensor, generator: torch.Generator) -> Tensor:
+def augment(images: Tensor, generator: torch.Generator) -> Tensor:
     """Mirror, shift by up to 8 pixels, now and then four pictures in one or other colours; [B, H, W, 3] uint8."""
-    flip, mosaic, recolour = (torch.rand(len(pictures), generator=generator) for _ in range(3))
-    out = torch.where(flip[:, None, None, None] < 0.5, pictures, pictures.flip(2))
-    shifts = torch.randint(-8, 9, (len(pictures), 2), generator=generator)
+    flip, mosaic, recolour = (torch.rand(len(images), generator=generator) for _ in range(3))
+    out = torch.where(flip[:, None, None, None] < 0.5, images, images.flip(2))
+    shifts = torch.randint(-8, 9, (len(images), 2), generator=generator)
     padded = F.pad(out, (0, 0, 8, 8, 8, 8), value=255)
     height, width = out.shape[1:3]
     out = torch.stack(
@@ -120,9 +120,9 @@ class Reconstruction(Task):
 
     def sample(self) -> Image.Image:
         """32 held-out pictures, each above its reconstruction."""
-        pictures = self.test[:: max(1, len(self.test) // 32)][:32]
-        made, _ = reconstruction.reconstruct(self._model(), pictures)
-        pairs = torch.stack([from_uint8(pictures), made], dim=1)
+        images = self.test[:: max(1, len(self.test) // 32)][:32]
+        made, _ = reconstruction.reconstruct(self._model(), images)
+        pairs = torch.stack([from_uint8(images), made], dim=1)
         grid = rearrange(pairs, "(r c) two d h w -> (r two h) (c w) d", c=8)
         return Image.fromarray((grid * 255).round().to(torch.uint8).numpy())
 
@@ -155,8 +155,8 @@ class ViTVQGANTask(Reconstruction):
         config = self._model().config
         chosen = torch.randint(len(self.train), (size,), generator=generator)
         noise = NOISE * torch.randn(size, self._model().grid ** 2, config.embed_dim, generator=generator)
-        pictures = from_uint8(augment(self.train[chosen], generator))
-        return {"pixels": pictures, "noise": noise, "uniform": torch.rand(size, 1, 1, generator=generator)}
+        images = from_uint8(augment(self.train[chosen], generator))
+        return {"pixels": images, "noise": noise, "uniform": torch.rand(size, 1, 1, generator=generator)}
 
     def save(self, folder: Path) -> None:
         refit_codes(self._model(), self.train)
@@ -185,7 +185,7 @@ class ViTVQGANTask(Reconstruction):
 
 
 @torch.no_grad()
-def refit_codes(model: ViTVQGAN, pictures: Tensor, rounds: int = 12) -> float:
+def refit_codes(model: ViTVQGAN, images: Tensor, rounds: int = 12) -> float:
     """Move each code to the middle of the vectors that choose it, by spherical k-means from the learned codes.
 
     Codes that nothing chooses take the place of the vectors that are served worst.
@@ -197,7 +197,7 @@ def refit_codes(model: ViTVQGAN, pictures: Tensor, rounds: int = 12) -> float:
         The mean cosine of the vectors to their codes.
     """
     with autocast(model.device):
-        parts = [model.pre_quant(model.encoder(from_uint8(p).to(model.device))).float() for p in pictures.split(64)]
+        parts = [model.pre_quant(model.encoder(from_uint8(p).to(model.device))).float() for p in images.split(64)]
     z = F.normalize(torch.cat(parts).flatten(0, 1), dim=-1)  # [M, C]
     codes = F.normalize(model.quantizer.embedding.weight.float(), dim=-1)
     for round_ in range(rounds + 1):
@@ -238,8 +238,8 @@ class DecoderTask(Reconstruction):
 
     def batch(self, size: int, generator: torch.Generator) -> dict[str, Tensor]:
         chosen = torch.randint(len(self.train), (size,), generator=generator)
-        pictures = from_uint8(augment(self.train[chosen], generator))
-        return {"pixels": pictures, "noise": torch.randn(pictures.shape, generator=generator)}
+        images = from_uint8(augment(self.train[chosen], generator))
+        return {"pixels": images, "noise": torch.randn(images.shape, generator=generator)}
 
     def losses(self, batch: dict[str, Tensor], step: int, log: dict[str, float]) -> Iterator[tuple[str, Tensor]]:
         real, discriminator = batch["pixels"], self.networks["discriminator"]

@@ -43,7 +43,7 @@ class XARTask(LatentsTask):
         )
         self.networks: dict[str, nn.Module] = {"model": model}
 
-    def more(self, tokens: Tensor, pictures: Tensor, scenes: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+    def more(self, tokens: Tensor, images: Tensor, scenes: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
         """Noise, and a time for each entity."""
         lengths = self._model().entities.lengths
         times = torch.randn(len(tokens), len(lengths), generator=generator).sigmoid()

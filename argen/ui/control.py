@@ -16,27 +16,27 @@ CANVAS = 512  # pixels
 def tab(models: Models, ids: Sequence[str], context: AppContext) -> None:
     """Lay the tab out inside the current `gr.Blocks`; the arguments are those of `argen.ui.generate.Create`."""
 
-    def control(picture, kind, strength=1.0) -> Control:
-        drawn = (picture or {}).get("composite")
+    def control(image, kind, strength=1.0) -> Control:
+        drawn = (image or {}).get("composite")
         if drawn is None:
             raise ValueError("there is no control picture: draw one, or drop a file on the canvas")
         return Control(drawn, kind, strength)
 
-    def preview(model, picture, kind) -> Image.Image:
+    def preview(model, image, kind) -> Image.Image:
         with user_errors():
-            ready = models(model).prepare(control(picture, kind))
-            return as_image(annotate(ready.picture, kind))
+            ready = models(model).prepare(control(image, kind))
+            return as_image(annotate(ready.image, kind))
 
-    def run(model, prompt, picture, kind, strength, num, seed, request: gr.Request) -> tuple:
+    def run(model, prompt, image, kind, strength, num, seed, request: gr.Request) -> tuple:
         with user_errors():
-            asked = models(model).prepare(control(picture, kind, strength))
+            asked = models(model).prepare(control(image, kind, strength))
             return view.ask(Request(prompt.strip(), model, int(num), int(seed), control=asked), request)
 
     with gr.Row():
         with gr.Column(scale=2):
             model = gr.Dropdown(list(ids), value=ids[0], label="Model")
             prompt = gr.Textbox(label="Prompt", placeholder="a pizza", elem_id="control-prompt")
-            picture = gr.ImageEditor(
+            image = gr.ImageEditor(
                 value=Image.new("RGB", (CANVAS, CANVAS), "white"),
                 type="pil",
                 image_mode="RGB",
@@ -58,6 +58,6 @@ def tab(models: Models, ids: Sequence[str], context: AppContext) -> None:
             seen = gr.Image(label="What the generator sees", height=256, elem_id="seen")
         view = View(context, "-control")
 
-    look.click(preview, [model, picture, kind], seen)
-    asked = [model, prompt, picture, kind, strength, num, seed]
+    look.click(preview, [model, image, kind], seen)
+    asked = [model, prompt, image, kind, strength, num, seed]
     gr.on([go.click, prompt.submit], run, asked, view.watched)

@@ -37,7 +37,7 @@ class Edit:
                 model = gr.Dropdown(list(ids), value=ids[0], label="Model")
                 prompt = gr.Textbox(label="Prompt", placeholder="a red apple", elem_id="edit-prompt")
                 last, source = gr.Button("Take the latest picture", elem_id="edit-latest"), gr.State(None)
-                picture = gr.ImageEditor(
+                image = gr.ImageEditor(
                     type="pil",
                     image_mode="RGBA",
                     canvas_size=(CANVAS, CANVAS),
@@ -68,13 +68,13 @@ class Edit:
                     cells = gr.Slider(1, 7, value=2, step=1, label="Cells")
                 extend = gr.Button("Move it, and draw more on that side", elem_id="edit-extend")
             self.view = View(context, "-edit")
-        how = [model, prompt, picture, num, seed, source, guidance, temperature, sampler]
+        how = [model, prompt, image, num, seed, source, guidance, temperature, sampler]
         model.input(
             lambda name: [models(name).defaults.guidance_scale, models(name).defaults.temperature],
             model,
             [guidance, temperature],
         )
-        last.click(self.latest, None, [picture, prompt, source])
+        last.click(self.latest, None, [image, prompt, source])
         paint.click(self.asking(inpaint), [*how, locked, numbers], self.view.watched)
         vary.click(self.asking(varied), [*how, share], self.view.watched)
         fork.click(self.asking(forked), [*how, first], self.view.watched)
@@ -83,7 +83,7 @@ class Edit:
     def latest(self, request: gr.Request) -> tuple:
         """(the picture that was finished last, its prompt, its id)."""
         with user_errors():
-            found = self.context.studio.store.pictures(owner=self.context.owner(request), limit=1)
+            found = self.context.studio.store.images(owner=self.context.owner(request), limit=1)
             if not found:
                 raise ValueError("there is no picture yet: draw one, or drop a file on the canvas")
             side = upright(self.context.studio.store.opened(found[0].id))
@@ -95,7 +95,7 @@ class Edit:
         if source is None:
             return None
         try:
-            saved = self.context.studio.store.picture(source)
+            saved = self.context.studio.store.image(source)
         except KeyError:
             return None
         return saved.tokens if saved.owner == self.context.owner(request) else None
@@ -126,9 +126,9 @@ def inpaint(
     pipe: TokenPipeline, wanted: Request, tokens: Tensor, canvas: dict | None, locked: bool, numbers: str
 ) -> Tensor:
     """Without the cells that are painted on or named or, locked, without the others."""
-    picture, strokes, cells = shown(canvas), painted(canvas), named(numbers, pipe.shape_of())
+    image, strokes, cells = shown(canvas), painted(canvas), named(numbers, pipe.shape_of())
     if strokes.getbbox() or not cells.any():
-        cells |= masked_cells(picture, strokes, pipe.shape_of())  # says so if there is nothing
+        cells |= masked_cells(image, strokes, pipe.shape_of())  # says so if there is nothing
     return pipe.mask_tokens(tokens, ~cells if locked else cells)
 
 

@@ -56,8 +56,8 @@ class Endpoints:
                 self.studio.cancel(id)  # does nothing to a job that is over
         if now.state != DONE:
             raise ValueError(now.error or f"the job was {now.state}")
-        files = [(str(self.studio.store.file(saved.id)), saved.request.prompt) for saved in now.pictures]
-        return files, [readable(saved.request) for saved in now.pictures]
+        files = [(str(self.studio.store.file(saved.id)), saved.request.prompt) for saved in now.images]
+        return files, [readable(saved.request) for saved in now.images]
 
     async def generate(
         self,

@@ -70,26 +70,26 @@ def measured(studio: Studio, what: str, model: str, num: int, seed: int) -> Iter
         reference = run.read_reference(run.EMOJI, looks, None)
         asked = reference.captions
     chosen = [index * len(asked) // num for index in range(num)]  # evenly spread
-    pictures: list[Image.Image] = []
-    while len(pictures) < num:
-        rows = range(len(pictures), min(num, len(pictures) + A_BATCH))
+    images: list[Image.Image] = []
+    while len(images) < num:
+        rows = range(len(images), min(num, len(images) + A_BATCH))
         generator = [run.generator_of(seed, index) for index in rows]
         with studio.device:
-            pictures += pipe([asked[chosen[index]] for index in rows], generator=generator).images
-        left = (time.time() - started) / len(pictures) * (num - len(pictures))
-        yield f"{len(pictures)} of {num} pictures, {left:.0f} s left", gr.skip(), gr.skip()
-    sheet = run.grid([np.asarray(picture) for picture in pictures[:64]])
+            images += pipe([asked[chosen[index]] for index in rows], generator=generator).images
+        left = (time.time() - started) / len(images) * (num - len(images))
+        yield f"{len(images)} of {num} pictures, {left:.0f} s left", gr.skip(), gr.skip()
+    sheet = run.grid([np.asarray(image) for image in images[:64]])
     yield "looking at them", gr.skip(), sheet
     if what == JUDGE:
         network = load("argen/emoji-judge")
-        seen = [np.asarray(opaque(picture)) for picture in pictures]
+        seen = [np.asarray(opaque(image)) for image in images]
         scores = judge.evaluate(network, seen, [truths[index] for index in chosen])
     else:
         with tempfile.TemporaryDirectory() as folder:
             place = Path(folder)
             (place / "samples").mkdir()
             files = [place / "samples" / f"{index:06d}.png" for index in range(num)]
-            save_images([(picture, None) for picture in pictures], files)
+            save_images([(image, None) for image in images], files)
             samples = open_images(place / "samples")
             scores = run.compare(samples, reference, looks, ["fid"], place, place / "cache")
     rows = [[name, round(one["value"], 3), one["n"], one.get("judge_on_real")] for name, one in scores.items()]

@@ -76,13 +76,13 @@ class Gallery:
 
     def wanted(self, search: str, model: str, stars: bool, request: gr.Request, **page: int) -> list[Saved]:
         """What the fields ask for; `page`: limit and offset."""
-        return self.studio.store.pictures(search, model, stars, owner=self.context.owner(request), **page)
+        return self.studio.store.images(search, model, stars, owner=self.context.owner(request), **page)
 
     def saved(self, id: str, request: gr.Request) -> Saved:
         """Raises:
         KeyError: there is no such picture of this owner.
         """
-        found = self.studio.store.picture(id)
+        found = self.studio.store.image(id)
         if found.owner != self.context.owner(request):
             raise KeyError(f"there is no picture {id!r}")
         return found
@@ -97,8 +97,8 @@ class Gallery:
         with user_errors():
             found = self.saved(shown[event.index], request)
             chosen = [*chosen[-1:], found.id] if found.id not in chosen[-1:] else chosen
-            pictures = [enlarge(self.studio.store.opened(id)) for id in chosen]
-        return pictures[-1], about(found), tuple(pictures) if len(pictures) == 2 else None, chosen
+            images = [enlarge(self.studio.store.opened(id)) for id in chosen]
+        return images[-1], about(found), tuple(images) if len(images) == 2 else None, chosen
 
     def favour(self, chosen: list[str], request: gr.Request) -> dict:
         with user_errors():
@@ -125,14 +125,14 @@ class Gallery:
             found = self.last(chosen, request)
             if found.tokens is None:
                 raise ValueError("this picture was not made of tokens: choose one of another model")
-            picture = self.studio.store.opened(found.id)
+            image = self.studio.store.opened(found.id)
             with self.studio.model(found.request.model) as pipe:
                 entropy, own = pipe.certainty(found.request, torch.tensor(found.tokens))
         unsure = [(entropy / entropy.max().clamp(min=1e-6)).numpy(), (1 - own).numpy()]
         maps = [
-            (tinted(picture, dark(share)), name) for share, name in zip(unsure, ("entropy", "probability"), strict=True)
+            (tinted(image, dark(share)), name) for share, name in zip(unsure, ("entropy", "probability"), strict=True)
         ]
-        return maps + ([(written(picture, found.origins), "guesses")] if found.origins else [])
+        return maps + ([(written(image, found.origins), "guesses")] if found.origins else [])
 
 
 def about(found: Saved) -> dict:

@@ -153,16 +153,16 @@ class View:
         if not now.over:
             if now.state == RUNNING and now.version == seen:
                 return *still, seen, gr.skip()
-            pictures = [enlarge(picture) for picture in now.preview] if now.preview else gr.skip()
-            return pictures, told(now), gr.skip(), gr.skip(), now.version, gr.skip()
-        store, pictures = self.studio.store, now.pictures
+            images = [enlarge(image) for image in now.preview] if now.preview else gr.skip()
+            return images, told(now), gr.skip(), gr.skip(), now.version, gr.skip()
+        store, images = self.studio.store, now.images
         if now.state != DONE:
             return gr.skip(), told(now), None, None, seen, gr.Timer(active=False)
-        settings = [{"file": f"{saved.id}.png", **readable(saved.request)} for saved in pictures]
-        here = [saved for saved in pictures if store.file(saved.id).is_file()]
+        settings = [{"file": f"{saved.id}.png", **readable(saved.request)} for saved in images]
+        here = [saved for saved in images if store.file(saved.id).is_file()]
         files = [(str(store.file(saved.id)), saved.request.prompt) for saved in here]
         cells = [written(store.opened(saved.id), saved.origins) for saved in here if saved.origins]
-        text = f"{len(pictures)} picture{'s' if len(pictures) > 1 else ''} in {store.folder} ({how(now)})"
+        text = f"{len(images)} picture{'s' if len(images) > 1 else ''} in {store.folder} ({how(now)})"
         return files, text, settings, cells or None, seen, gr.Timer(active=False)
 
 
@@ -233,7 +233,7 @@ def told(now: Progress) -> str:
 
 def how(now: Progress) -> str:
     a_pass = now.decided / max(1, now.forward_passes)
-    return f"{now.request.sampler}: {now.speed:.0f} tokens/s, {a_pass:.1f} tokens a pass"
+    return f"{now.request.sampler}: {now.speed:.0f} tokens/s, {a_pass:.1f} tokens per step"
 
 
 def readable(request: Request) -> dict:
@@ -243,23 +243,23 @@ def readable(request: Request) -> dict:
     return {name: shown if name == "control" else value for name, value in request.given().items()}
 
 
-def written(picture: Image.Image, origins: Grid) -> Image.Image:
+def written(image: Image.Image, origins: Grid) -> Image.Image:
     """A picture with each cell in the colour of how it came by its token, rows of `samplers.steps.Origin`."""
     rows = np.array(origins)
     tint = np.zeros((*rows.shape, 4), np.uint8)
     for origin, colour in TINTS.items():
         tint[rows == origin] = colour
-    return tinted(picture, tint)
+    return tinted(image, tint)
 
 
-def tinted(picture: Image.Image, tint: np.ndarray) -> Image.Image:
+def tinted(image: Image.Image, tint: np.ndarray) -> Image.Image:
     """A picture under the colours of its cells, [h, w, 4] RGBA uint8."""
-    large = upright(enlarge(picture))
+    large = upright(enlarge(image))
     over = Image.fromarray(tint, "RGBA").resize(large.size, Image.Resampling.NEAREST)
     return opaque(Image.alpha_composite(large, over))
 
 
-def enlarge(picture: Image.Image) -> Image.Image:
+def enlarge(image: Image.Image) -> Image.Image:
     """A picture that is large enough to look at."""
-    factor = max(1, PREVIEW_SIDE // picture.width)
-    return picture.resize((picture.width * factor, picture.height * factor))
+    factor = max(1, PREVIEW_SIDE // image.width)
+    return image.resize((image.width * factor, image.height * factor))

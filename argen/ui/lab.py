@@ -24,29 +24,29 @@ def tab(tokenizers: Callable[[str], Tokenizer], ids: Sequence[str], shipped: Seq
         shipped: those of them that are chosen at first.
     """
 
-    def compare(picture: Image.Image | None, chosen: list[str]) -> tuple[list[tuple], list[list]]:
+    def compare(image: Image.Image | None, chosen: list[str]) -> tuple[list[tuple], list[list]]:
         with user_errors():
-            if picture is None:
+            if image is None:
                 raise ValueError("there is no picture: drop a file, or paste one")
             if not chosen:
                 raise ValueError("no tokenizer is chosen: choose one or more")
-            pictures = [(shown(from_pil(picture, tokenizers(chosen[0]).config.image_size)), "the picture")]
+            images = [(shown(from_pil(image, tokenizers(chosen[0]).config.image_size)), "the picture")]
             rows = []
             for name in chosen:
                 tokenizer = tokenizers(name)
-                made, scores = reconstructed(tokenizer, *encoded(tokenizer, picture))
-                pictures.append((shown(made), name))
+                made, scores = reconstructed(tokenizer, *encoded(tokenizer, image))
+                images.append((shown(made), name))
                 rows.append([name, *scores])
-            return pictures, rows
+            return images, rows
 
-    def look(picture: Image.Image | None, name: str, count: int | None) -> tuple:
+    def look(image: Image.Image | None, name: str, count: int | None) -> tuple:
         with user_errors():
-            if picture is None:
+            if image is None:
                 raise ValueError("there is no picture: drop a file, or paste one")
             tokenizer = tokenizers(name)
             most = tokenizer.config.get("tokens")
             count = None if most is None else max(1, min(most, int(count or most)))
-            pixels, tokens = encoded(tokenizer, picture)
+            pixels, tokens = encoded(tokenizer, image)
             made, (decibels, _, what, bits) = reconstructed(tokenizer, pixels, tokens[:, :count])
             slider = gr.update(visible=most is not None, maximum=most or 2, value=count or 1)
             return (
@@ -58,7 +58,7 @@ def tab(tokenizers: Callable[[str], Tokenizer], ids: Sequence[str], shipped: Seq
 
     with gr.Row():
         with gr.Column(scale=2):
-            picture = gr.Image(type="pil", image_mode="RGBA", label="A picture", elem_id="lab-picture")
+            image = gr.Image(type="pil", image_mode="RGBA", label="A picture", elem_id="lab-picture")
             chosen = gr.Dropdown(list(ids), value=list(shipped), multiselect=True, label="Tokenizers")
             go = gr.Button("Reconstruct", variant="primary", elem_id="lab-go")
         with gr.Column(scale=3):
@@ -75,10 +75,10 @@ def tab(tokenizers: Callable[[str], Tokenizer], ids: Sequence[str], shipped: Seq
             caption = gr.Markdown(elem_id="lab-caption")
         with gr.Column(scale=3):
             numbers = gr.Dataframe(label="Ids, or the mean square of the latents", elem_id="lab-tokens")
-    go.click(compare, [picture, chosen], [gallery, scores])
+    go.click(compare, [image, chosen], [gallery, scores])
     whole = gr.State(None)  # a tokenizer that is newly looked at decodes all its tokens
-    gr.on([show.click, name.change], look, [picture, name, whole], [made, caption, numbers, count])
-    count.release(look, [picture, name, count], [made, caption, numbers, count])
+    gr.on([show.click, name.change], look, [image, name, whole], [made, caption, numbers, count])
+    count.release(look, [image, name, count], [made, caption, numbers, count])
 
 
 def reconstructed(tokenizer: Tokenizer, pixels: Tensor, tokens: Tensor) -> tuple[Tensor, tuple]:

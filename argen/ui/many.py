@@ -116,11 +116,11 @@ class Many:
         if not OVER.issuperset(states):
             return gr.skip(), f"{done} of {len(ids)} pictures", gr.skip(), gr.skip()
         jobs = [self.studio.progress(id) for id in ids]
-        if missing := [job for job in jobs if not job.pictures]:
+        if missing := [job for job in jobs if not job.images]:
             why = missing[0].error or (missing[0].state if missing[0].state != DONE else "deleted")
             told = f"**{len(missing)} of {len(jobs)} pictures are missing:** {why}"
             return None, told, gr.update(visible=False), gr.Timer(active=False)
-        saved = [job.pictures[0] for job in jobs]
+        saved = [job.images[0] for job in jobs]
         csv = self.studio.store.export("grid.csv")
         csv.write_text(listed([one.request for one in saved], [f"{one.id}.png" for one in saved]), encoding="utf-8")
         made = sheet([self.studio.store.opened(one.id) for one in saved], axes)

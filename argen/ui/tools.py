@@ -141,8 +141,8 @@ def count(pipe: DiffusionPipeline, model: str, prompt: str, iterations: int, rat
     for step in token.optimise(
         things, number, unit_noise(pipe, torch.Generator().manual_seed(seed)), steps=iterations, learning_rate=rate
     ):
-        picture = enlarge(to_pil(step.image[0]))
-        before, best = before or picture, picture if step.best else best
+        image = enlarge(to_pil(step.image[0]))
+        before, best = before or image, image if step.best else best
         yield before, best, f"step {step.index + 1}: counted {step.count:.1f}, loss {step.loss:.2f}"
 
 
