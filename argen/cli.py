@@ -514,7 +514,7 @@ def reconstruct(args) -> None:
 def batch(args) -> None:
     from tqdm import tqdm
 
-    from argen.metadata import replacing
+    from argen.files import replacing
     from argen.studio.many import draw_table, listed, read_table
 
     requests = read_table(args.table, **({"model": args.model} if args.model else {}))
@@ -530,7 +530,7 @@ def batch(args) -> None:
 def grid(args) -> None:
     from tqdm import tqdm
 
-    from argen.metadata import replacing
+    from argen.files import replacing
     from argen.request import Request
     from argen.studio.many import Axis, listed, sheet, varied
 
@@ -616,7 +616,8 @@ def erase(args) -> None:
     from argen.device import pick
     from argen.diffusion import ConceptErasure
     from argen.eval import features, tools
-    from argen.registry import concepts_of, drawing, erasing, load_diffusion
+    from argen.diffusion.tools import concepts_of, drawing, erasing
+    from argen.hub.loading import load_diffusion
 
     writable_folder(args.out)
     concepts = concepts_of(args.model, args.concepts)
@@ -662,7 +663,8 @@ def count(args) -> None:
     from argen.diffusion.base import unit_noise
     from argen.diffusion.count_token import check_noises, read_token
     from argen.metadata import save_images
-    from argen.registry import counters, counting, counting_rate, load_diffusion
+    from argen.diffusion.tools import counters, counting, counting_rate
+    from argen.hub.loading import load_diffusion
     from argen.words import parse_count
 
     for path in filter(None, (args.out, args.plain)):
@@ -702,7 +704,7 @@ def count(args) -> None:
 
 @command
 def models(args) -> None:
-    from argen.registry import MODELS
+    from argen.hub.cards import all_cards
     from argen.studio import local_cache
 
     if args.verify:
@@ -719,7 +721,7 @@ def models(args) -> None:
         return
     rows = []
     for one in local_cache.local_cache():
-        model = MODELS[one.id]
+        model = all_cards()[one.id]
         row = {"id": one.id, "kind": model.kind, "ships": one.ships, "parameters_in_millions": model.parameters}
         row |= {"bytes": one.bytes if one.folder else None, "folder": one.folder and str(one.folder)}
         rows.append(row | {"licence": model.licence, "about": model.about, "repo": model.repo})
@@ -749,7 +751,7 @@ def data(args) -> None:
 
 @command
 def train(args) -> None:
-    from argen.registry import WEIGHTS
+    from argen.models.files import WEIGHTS
     from argen.train.recipes import run
 
     parts = {"clip": args.clip, "tokenizer": args.tokenizer, "vae": args.vae, "generator": args.generator}
@@ -790,7 +792,7 @@ def eval(args) -> None:
 @command
 def ui(args) -> None:
     from argen.device import pick
-    from argen.registry import ModelCache
+    from argen.hub.model_cache import ModelCache
     from argen.server.app import create, serve
     from argen.server.guard import HERE, owner_of
     from argen.studio.queue import Studio

@@ -80,9 +80,10 @@ def writable_folder(path: Path) -> Path:
 def load_model(model: str, device: str | None, kind: str | None = None, **files):
     """The model called `model` on a device; `files` as in `argen.registry.load`."""
     from argen.device import pick
-    from argen.registry import MODELS, ids, load
+    from argen.hub.cards import all_cards, ids
+    from argen.hub.loading import load
 
-    found = MODELS[model].kind if model in MODELS else kind
+    found = all_cards()[model].kind if model in all_cards() else kind
     if kind and found != kind:
         raise ValueError(f"{model} is of the kind {found}, expected a {kind}: {', '.join(ids(kind))}")
     where = pick(device)

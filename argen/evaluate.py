@@ -355,7 +355,7 @@ def _pipeline(args: argparse.Namespace, settings: dict):
     """A pipeline of diffusers, the judge, and the luck of a picture; the folder is claimed for `settings`."""
     from argen.device import pick
     from argen.eval import run
-    from argen.registry import load_diffusion
+    from argen.hub.loading import load_diffusion
 
     names = ("model", "num", "seed", "steps", "guidance_scale")
     run.lock_run_dir(args.out, settings | {name: getattr(args, name) for name in names})
@@ -368,7 +368,7 @@ def _pipeline(args: argparse.Namespace, settings: dict):
 def bind(args: argparse.Namespace) -> None:
     from argen.diffusion import SemanticBinding
     from argen.eval import run, tools
-    from argen.registry import binding, drawing
+    from argen.diffusion.tools import binding, drawing
 
     how = args.settings or binding(args.model)
     truths, seconds, settings = tools.of_kind("pair", args.num), {}, {"settings": how}
@@ -392,7 +392,7 @@ def bind(args: argparse.Namespace) -> None:
 def erase(args: argparse.Namespace) -> None:
     from argen.diffusion import ConceptErasure
     from argen.eval import run, tools
-    from argen.registry import concepts_of, drawing, erasing
+    from argen.diffusion.tools import concepts_of, drawing, erasing
 
     seconds, scores = {}, {}
     names = load_model("argen/emoji-judge", args.device).config.names
@@ -445,7 +445,7 @@ def count(args: argparse.Namespace) -> None:
     from argen.diffusion.base import unit_noise
     from argen.diffusion.count_token import check_noises, read_token
     from argen.eval import run, tools
-    from argen.registry import counters, counting, counting_rate
+    from argen.diffusion.tools import counters, counting, counting_rate
 
     check_noises(args.noises)
     truths, seconds = tools.of_kind("count", args.num), {}

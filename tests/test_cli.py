@@ -13,8 +13,10 @@ from PIL import Image
 import argen
 from argen.cli import main
 from argen.data import emoji
-from argen.metadata import read_request, replacing, save_tokens
-from argen.registry import MODELS, WEIGHTS
+from argen.files import replacing
+from argen.metadata import read_request, save_tokens
+from argen.hub.cards import all_cards
+from argen.models.files import WEIGHTS
 
 
 @pytest.fixture(scope="module")
@@ -107,10 +109,10 @@ def test_reconstruct_takes_any_picture(tmp_path):
 
 def test_models(capsys):
     assert main(["models", "--json"]) == 0
-    assert [row["id"] for row in json.loads(capsys.readouterr().out)] == list(MODELS)
+    assert [row["id"] for row in json.loads(capsys.readouterr().out)] == list(all_cards())
     assert main(["models"]) == 0
     listing = capsys.readouterr().out
-    assert all(name in listing for name in MODELS)
+    assert all(name in listing for name in all_cards())
 
 
 def test_bad_input_is_one_line(capsys, apple, tmp_path):

@@ -44,7 +44,7 @@ NEEDED = {  # what a route needs to be called with, path -> body
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory, pipe):
-    from argen.registry import ModelCache
+    from argen.hub.model_cache import ModelCache
 
     cache = ModelCache("cpu")
     studio = Studio(tmp_path_factory.mktemp("site"), lambda name: pipe if name == "argen/emoji-parti" else cache(name))

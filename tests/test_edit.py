@@ -115,7 +115,7 @@ def test_bad_masks_are_refused(pipe, drawn):
 
 
 def test_latents_are_edited_too_and_ordered_tokens_are_not():
-    from argen.registry import load
+    from argen.hub.loading import load
 
     xar = load("argen/emoji-xar")
     xar.set_progress_bar_config(disable=True)

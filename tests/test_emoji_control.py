@@ -10,7 +10,7 @@ from argen.data.scenes import segments
 from argen.eval.control import edge_f1, segment_iou
 from argen.eval.images import Table
 from argen.models.annotators import canny
-from argen.registry import WEIGHTS
+from argen.models.files import WEIGHTS
 
 SAMPLE = WEIGHTS.parent / "data" / "sample" / "data"
 

@@ -14,7 +14,8 @@ from argen.eval import retrieval
 from argen.eval.judge import COMMON_PROMPTS, evaluate, read_prompts
 from argen.models.seed_llama import Vocabulary, add_words
 from argen.pipelines.seed_llama import SeedLlamaPipeline
-from argen.registry import WEIGHTS, load
+from argen.hub.loading import load
+from argen.models.files import WEIGHTS
 from argen.train import seed as recipe
 from tokenizers_img.conv_encoder import ConvEncoder, TwoEncoders
 from tokenizers_img.seed import Seed, SeedTokenizer

@@ -11,7 +11,7 @@ from argen.data.tables import pixels, read_split
 from argen.eval import judge
 from argen.eval.judge import Truth
 from argen.evaluate import main as evaluate
-from argen.registry import load
+from argen.hub.loading import load
 
 SAMPLE = emoji.Path(emoji.__file__).parent / "sample"
 RED, GREEN, BLUE = (255, 0, 0), (0, 255, 0), (0, 0, 255)

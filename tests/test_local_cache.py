@@ -9,7 +9,8 @@ import huggingface_hub
 import pytest
 
 from argen.cli import main
-from argen.registry import MODELS, WEIGHTS
+from argen.hub.cards import all_cards
+from argen.models.files import WEIGHTS
 from argen.studio import local_cache
 
 REPO = "FoundationVision/LlamaGen"
@@ -40,7 +41,7 @@ def test_the_sums_are_those_of_what_ships():
         str(path.relative_to(WEIGHTS)) for path in WEIGHTS.rglob("*") if path.is_file() and path != local_cache.SUMS
     }
     assert named == files
-    for name, model in MODELS.items():
+    for name, model in all_cards().items():
         if model.repo is None:
             found = local_cache.verify(name)
             assert found, name

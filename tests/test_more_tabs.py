@@ -148,7 +148,7 @@ def test_the_page_fits_a_phone(page):  # noqa: F811
 
 @pytest.mark.parametrize("what", ["judge", "fid"])
 def test_a_measurement_tells_how_far_it_is(what, tmp_path):
-    from argen.registry import load
+    from argen.hub.loading import load
     from argen.studio.queue import Studio
     from argen.ui import evaluate
 
@@ -170,7 +170,7 @@ def test_a_measurement_tells_how_far_it_is(what, tmp_path):
 
 def test_the_reference_ships_with_its_captions():
     from argen.eval.features import encoder_features
-    from argen.registry import load
+    from argen.hub.loading import load
 
     reference = run.read_reference(run.EMOJI, encoder_features("emoji", load("argen/emoji-clip")), None)
     assert reference.n == len(reference.captions) == 12853

@@ -14,7 +14,7 @@ from argen.metadata import differences, fingerprint, save_images
 from argen.models.dalle_mini import DalleMiniDecoder, DalleMiniEncoder, text_tokenizer
 from argen.pipelines.base import distinct_first
 from argen.pipelines.dalle_mini import DalleMiniPipeline
-from argen.registry import MODELS, ids
+from argen.hub.cards import all_cards, ids
 from argen.request import Request
 from samplers.steps import Origin
 from tokenizers_img.vqgan import VQGANDetokenizer
@@ -160,7 +160,7 @@ def test_a_job_knows_what_its_sampler_did(pipe):
     assert sequential.origins is None
 
 
-@pytest.mark.parametrize("name", [name for name in ids("generator") if MODELS[name].repo is None])
+@pytest.mark.parametrize("name", [name for name in ids("generator") if all_cards()[name].repo is None])
 def test_every_shipped_generator_tells_how_long_a_prompt_is(name):
     words, most = argen.load(name).text_tokens("a pizza")
     assert 2 <= words < most

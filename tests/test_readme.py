@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from argen.cli import parser
-from argen.registry import MODELS
+from argen.hub.cards import all_cards
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -33,4 +33,4 @@ def test_commands_are_understood():
 
 def test_every_model_has_its_line_in_weights_md():
     text = (ROOT / "weights.md").read_text()
-    assert all(f"`{name}`" in text for name in MODELS)
+    assert all(f"`{name}`" in text for name in all_cards())

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 import argen
-from argen.registry import ModelCache, load, load_diffusion, networks_of, size_of
+from argen.hub.loading import load, load_diffusion, networks_of
+from argen.hub.model_cache import ModelCache, size_of
 
 IDS = ("argen/emoji-parti", "argen/emoji-llamagen", "argen/emoji-vitvqgan")
 

@@ -248,7 +248,7 @@ def test_values_of_the_wrong_kind_are_refused(wrong):
 
 
 def test_latents_are_kept_for_a_job_that_goes_on(tmp_path):
-    from argen.registry import load
+    from argen.hub.loading import load
 
     xar = load("argen/emoji-xar")
     studio = Studio(tmp_path, lambda name: xar)

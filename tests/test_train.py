@@ -11,7 +11,7 @@ from torch import nn
 from argen.data import emoji, scenes
 from argen.models.llamagen import LlamaGen
 from argen.models.parti import Parti
-from argen.registry import WEIGHTS
+from argen.models.files import WEIGHTS
 from argen.train import (
     controlar,
     counter,

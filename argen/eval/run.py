@@ -28,7 +28,7 @@ from argen import __version__
 from argen.eval import metrics
 from argen.eval.features import Extractor
 from argen.eval.images import ImageArray, ImageSet, cropped, digest, open_images
-from argen.metadata import replacing
+from argen.files import replacing
 
 logger = logging.getLogger(__name__)
 READING = 2  # raised whenever images are read otherwise than before, so that features of old readings are not taken

@@ -12,9 +12,11 @@ from transformers import CLIPModel, PreTrainedTokenizerFast, T5EncoderModel
 from argen.models.annotators import annotate, as_control, check_kind, resized
 from argen.models.controlar import CELL, ControlAR
 from argen.models.draft import Drafter
+from argen.models.files import WEIGHTS, emoji_text, load_network, read_t5
 from argen.pipelines.base import Defaults
 from argen.pipelines.llamagen import LlamaGenPipeline
 from argen.request import Control
+from tokenizers_img.hub import hub_file
 from tokenizers_img.llamagen_vq import LlamaGenVQ
 from tokenizers_img.vit_vqgan import ViTVQGAN
 
@@ -55,15 +57,7 @@ class ControlARPipeline(LlamaGenPipeline):
         vq = LlamaGenVQ.from_original(image_tokenizer).vq
         return cls(transformer, vq, text_encoder, tokenizer, any_size=grid == 48)
 
-    @property
-    def defaults(self) -> Defaults:
-        """Those of the official scripts; of the shipped model, what scored best."""
-        shipped = isinstance(self.text_encoder, CLIPModel)
-        return (
-            Defaults(guidance_scale=2.0, temperature=0.9, top_k=256)
-            if shipped
-            else Defaults(guidance_scale=4.0, top_k=2000)
-        )
+    official = Defaults(guidance_scale=4.0, top_k=2000)
 
     def prepare(self, control: Control) -> Control:
         """See `TokenPipeline.prepare`. Without a size asked for, a model of any size takes the control picture's own, as
@@ -132,3 +126,16 @@ class ControlARPipeline(LlamaGenPipeline):
         strength = torch.tensor([control.strength for control in several], device=self.device, dtype=added.dtype)
         rows = [next(i for i, one in enumerate(several) if one is control) for control in controls]
         return (added * strength[:, None, None])[:, rows]
+
+
+def read_emoji(folder: Path) -> ControlARPipeline:
+    """argen/emoji-control."""
+    vq = load_network(ViTVQGAN, WEIGHTS / "emoji-vitvqgan")
+    return ControlARPipeline(load_network(ControlAR, folder), vq, **emoji_text(), any_size=True)
+
+
+def read_release(folder: Path, name: str, encoder: str, grid: int, resize: str) -> ControlARPipeline:
+    """`name` is that of the released file, e.g. "canny_MR"; the others as in `ControlAR.from_original`."""
+    vq = folder / "vq_ds16_t2i.pt"
+    vq = vq if vq.is_file() else hub_file("peizesun/llamagen_t2i", vq.name)
+    return ControlARPipeline.from_original(folder / f"{name}.safetensors", vq, encoder, grid, resize, *read_t5())

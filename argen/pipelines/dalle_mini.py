@@ -18,7 +18,7 @@ class DalleMiniPipeline(TokenPipeline):
     image_tokenizer: turns tokens into pixels.
     """
 
-    defaults = Defaults(guidance_scale=16.0, top_k=256)
+    official = Defaults(guidance_scale=16.0, top_k=256)
     model_cpu_offload_seq = "encoder->transformer->image_tokenizer"
 
     def __init__(

@@ -10,10 +10,13 @@ from torch import Tensor
 from transformers import CLIPModel, PreTrainedTokenizerFast, T5EncoderModel
 
 from argen.data.imagenet import class_id
+from argen.models.files import WEIGHTS, emoji_text, load_network, read_t5
 from argen.models.flexar import FlexAR, FlexARSession
+from argen.models.tokenizers import read_emoji_flextok
 from argen.pipelines.base import SAMPLING, Defaults, TokenPipeline, distinct, own_generators
 from argen.request import Control, Job, Request, check_beams
 from tokenizers_img.flextok import FlexTok, FlexTokenizer
+from tokenizers_img.hub import hub_folder
 
 PREVIEW_STEPS = 6  # of the flow that shows unfinished pictures
 
@@ -71,10 +74,8 @@ class FlexARPipeline(TokenPipeline):
         return cls(FlexAR.from_original(generator), images.network, images.vae, text_encoder, tokenizer)
 
     @property
-    def defaults(self) -> Defaults:
-        """Those of the published configurations; of the shipped model, what scored best."""
-        if isinstance(self.text_encoder, CLIPModel):
-            return Defaults(guidance_scale=2.5, top_k=64)
+    def official(self) -> Defaults:
+        """Those of the published configurations."""
         return Defaults(guidance_scale=1.5 if self.text_encoder is None else 3.0)
 
     @property
@@ -221,3 +222,17 @@ class Beams:
     @property
     def decided(self) -> int:
         return self.tokens.shape[1]
+
+
+def read_emoji(folder: Path) -> FlexARPipeline:
+    """argen/emoji-flextok-ar."""
+    images = read_emoji_flextok(WEIGHTS / "emoji-flextok")
+    settings = {"steps": images.steps, "tokenizer_guidance": images.guidance_scale}
+    return FlexARPipeline(load_network(FlexAR, folder), images.network, images.vae, **emoji_text(), **settings)
+
+
+def read_release(folder: Path, text: bool) -> FlexARPipeline:
+    """A released FlexAR, of texts or of classes; its image tokenizer is fetched."""
+    file = "model.safetensors"
+    tokenizer = hub_folder(f"EPFL-VILAB/flextok_d18_d28_{'dfn' if text else 'in1k'}", (file, "config.json"))
+    return FlexARPipeline.from_original(folder / file, tokenizer / file, *(read_t5() if text else ()))

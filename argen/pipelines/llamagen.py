@@ -9,9 +9,12 @@ from transformers import CLIPModel, PreTrainedTokenizerFast, T5EncoderModel
 
 from argen.data.imagenet import class_id
 from argen.models.draft import Drafter
+from argen.models.files import WEIGHTS, emoji_text, load_network, read_t5
 from argen.models.llamagen import LlamaGen, LlamaGenSession
+from argen.models.llamagen_files import read_generator
 from argen.pipelines.base import Defaults, TokenPipeline
 from argen.request import Control
+from tokenizers_img.checkpoint import read_state_dict
 from tokenizers_img.llamagen_vq import LlamaGenVQ
 from tokenizers_img.vit_vqgan import ViTVQGAN
 
@@ -63,10 +66,8 @@ class LlamaGenPipeline(TokenPipeline):
         return cls(transformer, LlamaGenVQ.from_original(image_tokenizer).vq, text_encoder, tokenizer)
 
     @property
-    def defaults(self) -> Defaults:
-        """Those of the official scripts; of the shipped model, what scored best."""
-        if isinstance(self.text_encoder, CLIPModel):
-            return Defaults(guidance_scale=1.5, temperature=0.9, top_k=256)
+    def official(self) -> Defaults:
+        """Those of the official scripts."""
         by_class = self.transformer.config.classes is not None
         return Defaults(guidance_scale=4.0, top_k=2000) if by_class else Defaults(guidance_scale=7.5, top_k=1000)
 
@@ -161,3 +162,38 @@ def left_padded(features: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     rows = [torch.roll(row, -int(words.sum()), dims=0) for row, words in zip(features, mask, strict=True)]
     flipped = mask.flip(1).bool()
     return torch.stack(rows) * flipped[..., None], flipped
+
+
+def read_emoji(folder: Path) -> LlamaGenPipeline:
+    """argen/emoji-llamagen, with its drafter."""
+    vq, drafter = load_network(ViTVQGAN, WEIGHTS / "emoji-vitvqgan"), load_network(Drafter, WEIGHTS / "emoji-drafter")
+    return LlamaGenPipeline(load_network(LlamaGen, folder), vq, **emoji_text(), drafter=drafter)
+
+
+def read_release(folder: Path, name: str) -> LlamaGenPipeline:
+    """`name` is that of the released file, e.g. "c2i_L_384"; its image tokenizer lies beside it."""
+    kind, size, *_, pixels = name.split("_")
+    text = read_t5() if kind == "t2i" else (None, None)
+    files = folder / f"{name}.pt", folder / f"vq_ds16_{kind}.pt"
+    return LlamaGenPipeline.from_original(*files, size, int(pixels) // 16, *text)
+
+
+def read_checkpoint(
+    path: Path, tokenizer: str | Path | None = None, image_size: int | None = None
+) -> LlamaGenPipeline | LlamaGenVQ:
+    """A LlamaGen with its tokenizer, or a tokenizer alone, out of checkpoints of any size and name."""
+    names = read_state_dict(path, averaged=False).keys()
+    if "encoder.conv_in.weight" in names:
+        return LlamaGenVQ.from_checkpoint(path)
+    kind = "t2i" if any("cap_proj" in name for name in names) else "c2i"
+    beside = (path if path.is_dir() else path.parent) / f"vq_ds16_{kind}.pt"
+    if tokenizer is None and not beside.is_file():
+        raise ValueError(f"no {beside.name} lies beside {path}: give its image tokenizer, --tokenizer FILE")
+    images = LlamaGenVQ.from_checkpoint(tokenizer or beside)
+    generator = read_generator(path, images.stride, image_size)
+    if tokenizer is not None and images.config.n_embed != generator.config.n_embed:
+        raise ValueError(
+            f"the tokenizer {tokenizer} has {images.config.n_embed} codes, {path} writes "
+            f"{generator.config.n_embed}: give --tokenizer the one it was trained with"
+        )
+    return LlamaGenPipeline(generator, images.vq, *(read_t5() if kind == "t2i" else ()))

@@ -1,11 +1,13 @@
 """Text to image with a Parti-style generator (arXiv 2206.10789) over ViT-VQGAN tokens."""
 
 import logging
+from pathlib import Path
 
 import torch
 from torch import Tensor
 from transformers import CLIPModel, PreTrainedTokenizerFast
 
+from argen.models.files import WEIGHTS, load_network, read_encoder
 from argen.models.parti import Parti
 from argen.models.session import DecoderSession
 from argen.pipelines.base import Defaults, TokenPipeline, distinct
@@ -22,7 +24,7 @@ class PartiPipeline(TokenPipeline):
     image_tokenizer: turns the generator's tokens into pixels.
     """
 
-    defaults = Defaults(guidance_scale=1.5, temperature=0.9, top_k=256)
+    official = Defaults(guidance_scale=1.5, temperature=0.9, top_k=256)
     model_cpu_offload_seq = "clip->transformer->image_tokenizer"
 
     def __init__(
@@ -64,3 +66,14 @@ class PartiPipeline(TokenPipeline):
         size = self.image_tokenizer.config.image_size
         white = torch.ones(1, 3, size, size, device=self.device, dtype=self.image_tokenizer.dtype)
         return self.image_tokenizer.encode(white)[0].unflatten(0, shape)
+
+
+def read_emoji(folder: Path) -> PartiPipeline:
+    """argen/emoji-parti."""
+    encoder = read_encoder(WEIGHTS / "emoji-clip")
+    return PartiPipeline(
+        clip=encoder.clip,
+        tokenizer=encoder.tokenizer,
+        transformer=load_network(Parti, folder),
+        image_tokenizer=load_network(ViTVQGAN, WEIGHTS / "emoji-vitvqgan"),
+    )

@@ -3,17 +3,29 @@
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from threading import Thread
 
 import torch
 from PIL import Image
 from torch import Tensor
-from transformers import LlamaForCausalLM, PreTrainedTokenizerBase, TextIteratorStreamer
+from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerBase, TextIteratorStreamer
 
 from argen.bounds import check_all
-from argen.models.seed_llama import CLOSE, OPEN, SeedLlamaSession, Vocabulary, likelihoods, picture_text
+from argen.models.files import WEIGHTS, complete
+from argen.models.seed_llama import (
+    CLOSE,
+    OPEN,
+    SeedLlamaSession,
+    Vocabulary,
+    likelihoods,
+    picture_text,
+    read_tokenizer,
+)
+from argen.models.tokenizers import SEED_FILE, read_emoji_seed, read_seed
 from argen.pipelines.base import Defaults, TokenPipeline
 from argen.request import Control
+from tokenizers_img.hub import hub_folder
 from tokenizers_img.seed import SeedTokenizer
 
 REQUEST = "Please generate an image of {}."  # one of those that instruction tuning had
@@ -215,3 +227,17 @@ class SeedLlamaPipeline(TokenPipeline):
             if held and OPEN not in held:
                 yield held
                 held = ""
+
+
+def read_emoji(folder: Path) -> SeedLlamaPipeline:
+    """argen/emoji-seed-lm."""
+    model, info = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    text_tokenizer = AutoTokenizer.from_pretrained(folder)
+    return SeedLlamaPipeline(complete(model, info), text_tokenizer, read_emoji_seed(WEIGHTS / "emoji-seed"), "emoji")
+
+
+def read_release(folder: Path, form: str) -> SeedLlamaPipeline:
+    """A released SEED-LLaMA; `form` of its prompts is "8b-sft", "14b-sft" or "pretrain"."""
+    files = hub_folder(SEED, (SEED_FILE, "tokenizer.model", "*.json"))
+    model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
+    return SeedLlamaPipeline(model, read_tokenizer(files), read_seed(files), form)

@@ -13,12 +13,15 @@ from torch import Tensor
 from transformers import CLIPModel, PreTrainedTokenizerFast
 
 from argen.data.imagenet import class_id
+from argen.models.files import WEIGHTS, emoji_text, load_network
 from argen.models.xar import SIZES, XAR, XARSession
 from argen.pipelines.base import Defaults, TokenPipeline, check_asked, distinct
 from argen.request import Control, Grid, Request
 from samplers import SOLVERS, NextX, by_name
+from tokenizers_img.hub import hub_file
 from tokenizers_img.kl_vae import KLVAE
 
+KL16 = "xwen99/mar-vae-kl16"  # repository of the image tokenizer
 OFFICIAL = {"B": Defaults(2.7, steps=40), "L": Defaults(2.3, steps=50), "H": Defaults(2.2, steps=50)}
 
 
@@ -68,11 +71,11 @@ class XARPipeline(TokenPipeline):
         return cls(XAR.from_original(generator, size), KLVAE.from_original(image_tokenizer).vae)
 
     @property
-    def defaults(self) -> Defaults:
-        """Those of the paper for each size; of the shipped model, what scored best."""
+    def official(self) -> Defaults:
+        """Those of the paper for each size; for others those of the smallest."""
         own = self.transformer.config
         size = next((name for name, sizes in SIZES.items() if sizes["dim"] == own.dim), None)
-        return OFFICIAL[size] if size else Defaults(5.0, steps=12)
+        return OFFICIAL[size or "B"]
 
     @property
     def length(self) -> int:
@@ -230,3 +233,14 @@ class XARPipeline(TokenPipeline):
     def decode_tokens(self, tokens: Tensor) -> Tensor:
         """Latents [B, C, h, w] -> pixels [B, 3, H, W] in [0, 1]."""
         return KLVAE(self.vae).decode(tokens.to(self.vae.dtype)).clamp(0, 1)
+
+
+def read_emoji(folder: Path) -> XARPipeline:
+    """argen/emoji-xar."""
+    return XARPipeline(load_network(XAR, folder), load_network(AutoencoderKL, WEIGHTS / "emoji-vae"), **emoji_text())
+
+
+def read_release(folder: Path, name: str, size: str) -> XARPipeline:
+    """`name` is that of the released file, e.g. "xAR-B"; the image tokenizer may lie beside it."""
+    vae = folder / "kl16.ckpt"
+    return XARPipeline.from_original(folder / f"{name}.pth", vae if vae.is_file() else hub_file(KL16, vae.name), size)

@@ -10,7 +10,7 @@ from fastapi.responses import JSONResponse, Response
 
 from argen.bounds import MAX_SCALED, check_size
 from argen.metadata import encoded
-from argen.registry import ids
+from argen.hub.cards import ids
 from argen.request import Request as Asked
 from argen.server.guard import Here, Owner
 from argen.studio.queue import Forbidden, Progress, Studio

@@ -24,7 +24,7 @@ from starlette.exceptions import HTTPException
 
 from argen.images import read_image
 from argen.metadata import encoded
-from argen.registry import ids
+from argen.hub.cards import ids
 from argen.request import Request as Asked
 from argen.request import rows_of
 from argen.server.guard import Here, Owner

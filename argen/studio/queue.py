@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from argen.metadata import replacing
+from argen.files import replacing
 from argen.pipelines.base import TokenPipeline
 from argen.request import Job, Request, rows_of
 from argen.studio.store import CANCELLED, DONE, FAILED, OVER, RUNNING, WAITING, Saved, Store

@@ -19,7 +19,8 @@ import filelock
 from PIL import Image
 
 from argen.images import open_image
-from argen.metadata import replacing, save_images
+from argen.files import replacing
+from argen.metadata import save_images
 from argen.request import Grid, Request
 from tokenizers_img.pixels import opaque
 

@@ -14,7 +14,7 @@ from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionMod
 from torch import Tensor, nn
 
 from argen.data.scenes import COMMON, HUES, NUMBERS
-from argen.diffusion.emoji import DRAWN, NOISE, assembled
+from argen.models.emoji_diffusion import DRAWN, NOISE, assembled
 from argen.train.loop import Schedule
 from argen.train.tokens import LatentsTask
 

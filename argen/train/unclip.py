@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from argen.data.scenes import COMMON
-from argen.diffusion.emoji import EMOJI_SEED, NOISE, unclip
+from argen.models.emoji_diffusion import EMOJI_SEED, NOISE, unclip
 from argen.models.clip import TextImageEncoder
 from argen.train.loop import Schedule
 from argen.train.sd import velocity_error

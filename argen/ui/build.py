@@ -8,7 +8,9 @@ import torch
 from diffusers import DiffusionPipeline
 from gradio.utils import get_upload_folder, is_in_or_equal
 
-from argen.registry import MODELS, ModelCache, ids, load_diffusion
+from argen.hub.cards import all_cards, ids
+from argen.hub.loading import load_diffusion
+from argen.hub.model_cache import ModelCache
 from argen.ui import control, endpoints, evaluate, lab, tools
 from argen.ui import models as manager
 from argen.ui.edit import Edit
@@ -65,14 +67,14 @@ def build(context: AppContext, device: torch.device, limit: int | None = None) -
 
     pipelines = ModelCache(device, silent, limit)
     generators, tokenizers = ids("generator"), ids("tokenizer")
-    free = [name for name in generators if "control" not in MODELS[name].takes]
-    controlled = [name for name in generators if "control" in MODELS[name].takes]
+    free = [name for name in generators if "control" not in all_cards()[name].takes]
+    controlled = [name for name in generators if "control" in all_cards()[name].takes]
     with Page(title="argen", analytics_enabled=False, delete_cache=(CLEANED_EVERY, KEPT_FOR)) as page:
         gr.Markdown("# argen\nPictures written token by token, from words.")
         with gr.Tab("Generate"):
             create = Create(models, free, context)
         with gr.Tab("Edit"):
-            Edit(models, [name for name in free if MODELS[name].grid], context)
+            Edit(models, [name for name in free if all_cards()[name].grid], context)
         with gr.Tab("Control"):
             control.tab(models, controlled, context)
         with gr.Tab("Many") as tab:
@@ -84,7 +86,7 @@ def build(context: AppContext, device: torch.device, limit: int | None = None) -
         with gr.Tab("Diffusion"):
             tools.tab(lambda name: pipelines(context.allowed(name)))
         with gr.Tab("Tokenizers"):
-            lab.tab(models, tokenizers, [name for name in tokenizers if MODELS[name].repo is None])
+            lab.tab(models, tokenizers, [name for name in tokenizers if all_cards()[name].repo is None])
         with gr.Tab("Evaluate"):
             evaluate.tab(context.studio, free)
         with gr.Tab("Models") as tab:

@@ -10,7 +10,7 @@ from PIL import Image
 from argen.bounds import with_integers
 from argen.eval.reconstruction import decoded, encoded
 from argen.models.annotators import KINDS
-from argen.registry import MODELS, ids
+from argen.hub.cards import all_cards, ids
 from argen.request import Control, Request, rows_of
 from argen.studio.following import follow, last
 from argen.studio.store import DONE
@@ -31,7 +31,7 @@ class Endpoints:
 
     def __init__(self, context: AppContext, free: Sequence[str], controlled: Sequence[str]):
         self.context, self.studio = context, context.studio
-        grids = [name for name in free if MODELS[name].grid]
+        grids = [name for name in free if all_cards()[name].grid]
         with gr.Column(visible=False):
             kinds = gr.Dropdown(list(KINDS), value="canny", label="Control")
             tokenizers = gr.Dropdown(ids("tokenizer"), value=TOKENIZER, label="Tokenizer")
@@ -126,7 +126,7 @@ class Endpoints:
 
     def models(self) -> list[dict]:
         """List the models."""
-        return [{"id": name, "kind": model.kind, "about": model.about} for name, model in MODELS.items()]
+        return [{"id": name, "kind": model.kind, "about": model.about} for name, model in all_cards().items()]
 
 
 def _add(function: Callable, inputs: list, outputs) -> None:

@@ -13,7 +13,7 @@ from argen.eval import judge, run
 from argen.eval.features import encoder_features
 from argen.eval.images import open_images
 from argen.metadata import save_images
-from argen.registry import load
+from argen.hub.loading import load
 from argen.studio.queue import Studio
 from argen.ui.jobs import user_errors
 from tokenizers_img.pixels import opaque

@@ -4,7 +4,7 @@ import gradio as gr
 import numpy as np
 import torch
 
-from argen.registry import ids
+from argen.hub.cards import ids
 from argen.studio.store import Saved
 from argen.ui.jobs import AppContext, enlarge, readable, tinted, user_errors, written
 

@@ -2,7 +2,7 @@
 
 import gradio as gr
 
-from argen.registry import MODELS
+from argen.hub.cards import all_cards
 from argen.studio import local_cache
 from argen.ui.jobs import AppContext, user_errors
 
@@ -15,7 +15,7 @@ def tab(context: AppContext) -> tuple:
     def rows() -> list[list]:
         found = []
         for one in local_cache.local_cache():
-            model, size = MODELS[one.id], round(one.bytes / 1e6, 1) if one.folder else ""
+            model, size = all_cards()[one.id], round(one.bytes / 1e6, 1) if one.folder else ""
             found.append([one.id, model.kind, one.state, size, model.parameters, model.licence, model.about])
         return found
 

@@ -15,7 +15,7 @@ from argen.diffusion.base import unit_noise
 from argen.diffusion.prompts import parse, words_of
 from argen.diffusion.rece import PRESETS
 from argen.diffusion.tome import PRESETS as STRENGTHS
-from argen.registry import binding, concepts_of, counters, counting, counting_rate, erasing
+from argen.diffusion.tools import binding, concepts_of, counters, counting, counting_rate, erasing
 from argen.ui.jobs import enlarge, user_errors
 from argen.words import parse_count, split_names
 from tokenizers_img.pixels import to_pil

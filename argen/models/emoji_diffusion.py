@@ -1,9 +1,13 @@
 """The small diffusion pipelines of the emoji family, put together of what ships: Stable Diffusion, and SEED's unCLIP."""
 
+from pathlib import Path
+
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.pipelines.stable_diffusion.stable_unclip_image_normalizer import StableUnCLIPImageNormalizer
 from transformers import CLIPModel, CLIPTextModel, PreTrainedTokenizerFast
+
+from argen.models.files import WEIGHTS, load_network, read_encoder
 
 from tokenizers_img.seed import UnCLIP
 
@@ -55,3 +59,10 @@ def unclip(
         scheduler=DDIMScheduler(**NOISE),
         vae=vae,
     )
+
+
+def read_sd(folder: Path) -> StableDiffusionPipeline:
+    """argen/emoji-sd."""
+    encoder = read_encoder(WEIGHTS / "emoji-clip")
+    networks = load_network(UNet2DConditionModel, folder), load_network(AutoencoderKL, WEIGHTS / "emoji-vae")
+    return assembled(*networks, encoder.clip, encoder.tokenizer)

@@ -1,0 +1,147 @@
+"""What the tools are asked with on a pipeline: what its card says (``[tools.*]``), else what the authors of each method used."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from argen.data.emoji import STYLES, with_article
+from argen.data.scenes import NUMBERS
+from argen.diffusion.count_token import ONE_STEP
+from argen.diffusion.counters import (
+    CLIPCountDensity,
+    CLIPRelevance,
+    Detected,
+    EmojiDensity,
+    EmojiRelevance,
+    components,
+)
+from argen.hub.cards import CARD_FILE, Card, all_cards, read_card
+from argen.hub.loading import load
+from argen.models.files import WEIGHTS
+from argen.registry import resolve
+from argen.words import caption_names, mentions, split_names
+
+USUAL = {"num_inference_steps": 50, "guidance_scale": 7.5}  # of Stable Diffusion
+
+
+def card_of(model: str | Path) -> Card:
+    """The card of a pipeline for the tools: of an id, of a saved folder, or one without settings for any other pipeline."""
+    if str(model) in all_cards():
+        return all_cards()[str(model)]
+    path = Path(model) / CARD_FILE
+    return read_card(path) if path.is_file() else Card(str(model), "diffusion", "a pipeline of diffusers", "")
+
+
+def drawing(model: str, steps: int | None = None, guidance_scale: float | None = None) -> dict:
+    """Arguments of the pipeline's call: what is asked for, else the card's."""
+    return (card_of(model).tool("draw") or USUAL) | _given(steps, guidance_scale)
+
+
+def binding(model: str) -> str:
+    """The settings of `SemanticBinding` where none are asked for: the authors', or the card's where those throw the model off."""
+    return card_of(model).tool("bind").get("settings", "attribute")
+
+
+def counting(model: str, count: int, steps: int | None = None, guidance_scale: float | None = None) -> dict:
+    """What `CountToken` takes beside counters. Where the card says ``optimise = "number"``, the word of the number is optimised, for
+    models whose few words have no other that means nothing."""
+    card, given = card_of(model), _given(steps, guidance_scale)
+    if card.tool("count").get("optimise") != "number":
+        return {"settings": ONE_STEP | given}
+    word = NUMBERS[min(count, len(NUMBERS) - 1)]
+    settings = card.tool("draw") | {"num_inference_steps": card.tool("count")["num_inference_steps"]} | given
+    return {"placeholder": word, "template": "{placeholder} {things}", "settings": settings}
+
+
+def counting_rate(model: str, rate: float | None = None) -> float:
+    """Learning rate of a count token: what is asked for, else the card's, else the authors'."""
+    return card_of(model).tool("count").get("learning_rate", 0.01) if rate is None else rate
+
+
+def concepts_of(model: str, texts: Sequence[str]) -> list[str]:
+    """The concepts that texts name, each once; several may stand in one text with commas between. For a model whose card has a vocabulary
+    they are named as its captions name them ("The Pizzas!" is "pizza")."""
+    names, vocabulary = split_names(texts), _vocabulary(model)
+    if vocabulary:
+        judged = json.loads((WEIGHTS / "emoji-judge/config.json").read_text(encoding="utf-8"))["names"]
+        names = [found for name in names for found in caption_names(name, [*vocabulary, *judged])]
+    return list(dict.fromkeys(names))
+
+
+def _vocabulary(model: str) -> Sequence[str]:
+    """Names of all things that a model knows, where its card says them."""
+    target = card_of(model).tool("erase").get("vocabulary")
+    return resolve(target) if target else ()
+
+
+def erasing(
+    model: str,
+    concepts: Sequence[str],
+    preset: str | None = None,
+    retained: Sequence[str] = (),
+    targets: Sequence[str] | None = None,
+) -> dict[str, str | list[str] | None]:
+    """What `ConceptErasure.erase` takes. From a model whose card has a vocabulary: concepts as its captions have them, and with all others
+    retained that it knows; from others as published.
+
+    Raises:
+        ValueError: targets that do not fit.
+    """
+    vocabulary, usual = _vocabulary(model), card_of(model).tool("erase").get("preset", "object")
+    if not vocabulary:
+        return {
+            "concepts": list(concepts),
+            "targets": targets,
+            "preset": preset or usual,
+            "retained": list(retained),
+        }
+    if targets and len(targets) != len(concepts):
+        raise ValueError(f"{len(targets)} targets for {len(concepts)} concepts: give one for each, or none")
+    names = concepts_of(model, concepts)
+    styles = ["", *(f", {style.prompt}" for style in STYLES.values())]
+    others = [name for name in vocabulary if not any(mentions(text, name) for text in names)]
+    kept = [f"{words}{style}" for name in others for words in (name, with_article(name)) for style in styles]
+    return {
+        "concepts": [words for name in names for words in (name, with_article(name))],
+        "targets": [target for target in targets for _ in range(2)] if targets else None,
+        "preset": preset or usual,
+        "retained": [*kept, *retained],
+    }
+
+
+def _given(steps: int | None, guidance_scale: float | None) -> dict:
+    given = {"num_inference_steps": steps, "guidance_scale": guidance_scale}
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def counters(
+    model: str, device: torch.device | str, clip_count: Path | None = None, detector: str | None = None
+) -> dict:
+    """What `CountToken` judges images by.
+
+    Args:
+        model: one whose card names a counter and an encoder has counters that ship.
+        clip_count: released file of CLIP-Count, for all others.
+        detector: folder or "owner/name" of an object detector, which the density is scaled by.
+
+    Raises:
+        ValueError, FileNotFoundError: CLIP-Count is not given.
+        ConnectionError: a part is not here and cannot be fetched.
+    """
+    settings = card_of(model).tool("count")
+    if "counter" in settings:
+        density, relevance = EmojiDensity(load(settings["counter"]).to(device)), load(settings["relevance"]).to(device)
+        return {"density": density, "detector": components, "relevance": EmojiRelevance(relevance)}
+    if clip_count is None:
+        raise ValueError(
+            f"{model} needs a counter: give --clip-count the file clipcount_pretrained.ckpt, linked in the README of "
+            "songrise/CLIP-Count"
+        )
+    parts = {"density": CLIPCountDensity.from_original(clip_count), "relevance": CLIPRelevance.from_hub()}
+    if detector:
+        parts["detector"] = Detected.from_hub(detector)
+    for part in parts.values():
+        part.model.to(device)
+    return parts

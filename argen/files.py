@@ -1,0 +1,19 @@
+"""Files that are written whole or not at all."""
+
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """A file to write into, beside `path`; it becomes `path` if all went well, and nothing stays behind if not."""
+    work = path.with_name(f".{secrets.token_hex(8)}.part")
+    try:
+        with work.open("wb") as file:
+            yield file
+        work.replace(path)
+    finally:
+        work.unlink(missing_ok=True)

@@ -1,0 +1,1 @@
+"""Checkpoints: their cards, their files on this machine, and how they become pipelines and networks."""

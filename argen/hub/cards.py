@@ -1,0 +1,152 @@
+"""Cards: what argen knows of each checkpoint, one TOML file for each.
+
+Those of argen lie in ``argen/cards``; an installed package adds its own by an entry point of the group ``argen.cards`` that names a package
+with TOML files. A folder that argen saved has a card called ``argen.toml`` in it.
+"""
+
+import json
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from argen.metadata import replacing
+from argen.registry import MAX_SHOWN, cards, nearest
+
+FOLDER = Path(__file__).parents[1] / "cards"
+CARD_FILE = "argen.toml"
+KINDS = ("generator", "tokenizer", "encoder", "drafter", "diffusion", "counter", "judge")
+
+
+@dataclass(frozen=True)
+class Card:
+    """A checkpoint, and how it is loaded.
+
+    Attributes:
+        kind: "generator" (`argen.load` gives a pipeline), "tokenizer" (image <-> tokens), "encoder" (text and image), "drafter" (of a
+            generator, which brings it), "diffusion" (a pipeline of diffusers), "counter" (of the things in an image) or "judge" (what an
+            image shows).
+        about: one line.
+        target: "module:function" that reads the folder of the files, called with it and with `arguments`.
+        licence: of the weights.
+        parameters: in millions, of everything that the id loads by itself.
+        repo: hub repository of published weights; None for those that ship or lie in a folder.
+        files: glob patterns of the files in `repo` that are read.
+        revision: commit of `repo` that is fetched; None for the one at the first fetch.
+        takes: what a generator is asked with: "text", "class", "control" (an image to follow).
+        grid: whether its images are grids of tokens, each with its position, which can be read from images, too.
+        unproven: whether no key list is public that would prove that its files fit.
+        order: place in lists; those without come last.
+        defaults: sampling settings that differ from those of the pipeline's class.
+        tools: settings of `argen bind`, `erase` and `count` on this pipeline.
+    """
+
+    id: str
+    kind: str
+    about: str
+    target: str
+    licence: str = "unknown"
+    parameters: float = 0.0
+    repo: str | None = None
+    files: tuple[str, ...] = ()
+    revision: str | None = None
+    takes: tuple[str, ...] = ("text",)
+    grid: bool = False
+    unproven: bool = False
+    order: int = 1000
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    tools: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+    def __post_init__(self):
+        if self.kind not in KINDS:
+            raise ValueError(f"kind is {str(self.kind)[:MAX_SHOWN]!r}: expected one of {', '.join(KINDS)}")
+
+    @property
+    def ships(self) -> bool:
+        """Whether the weights are a part of the package."""
+        return self.repo is None
+
+    def tool(self, name: str) -> dict[str, Any]:
+        """The card's settings of a tool, none where it has none."""
+        return dict(self.tools.get(name, {}))
+
+
+def read_card(path: Path) -> Card:
+    """A card out of a TOML file.
+
+    Raises:
+        ValueError: it is none; says the file and what is wrong.
+    """
+    try:
+        content = tomllib.loads(path.read_text(encoding="utf-8"))
+        lists = {name: tuple(value) for name, value in content.items() if isinstance(value, list)}
+        return Card(**content | lists)
+    except (TypeError, ValueError, OSError) as error:
+        names = ", ".join(item.name for item in fields(Card))
+        raise ValueError(f"{path} is no card ({error}): expected TOML with some of {names}") from error
+
+
+def write_card(card: Card, folder: Path) -> None:
+    """Write a card into a saved folder, which then loads with its defaults and tools."""
+    plain = {item.name: getattr(card, item.name) for item in fields(card)}
+    tables = {name: value for name, value in plain.items() if isinstance(value, Mapping) and value}
+    tools = tables.pop("tools", {})
+    lines = [f"{name} = {json.dumps(value)}" for name, value in plain.items() if _is_set(card, name, value)]
+    for name, table in (tables | {f"tools.{tool}": settings for tool, settings in tools.items()}).items():
+        lines += ["", f"[{name}]", *(f"{key} = {json.dumps(value)}" for key, value in table.items())]
+    with replacing(folder / CARD_FILE) as file:
+        file.write(("\n".join(lines) + "\n").encode())
+
+
+def _is_set(card: Card, name: str, value: Any) -> bool:
+    return not isinstance(value, Mapping) and value is not None and value != getattr(type(card), name, None)
+
+
+def all_cards() -> dict[str, Card]:
+    """Every card by its id: argen's own, those of installed packages, those that the program registered."""
+    found = dict(_own_cards())
+    for name in cards:
+        component = cards[name]
+        for card in _package_cards(component) if isinstance(component, ModuleType) else [component]:
+            found.setdefault(card.id, card)
+    return found
+
+
+@cache
+def _own_cards() -> dict[str, Card]:
+    return _in_folder(FOLDER)
+
+
+@cache
+def _package_cards(package: ModuleType) -> list[Card]:
+    return [card for folder in package.__path__ for card in _in_folder(Path(folder)).values()]
+
+
+def _in_folder(folder: Path) -> dict[str, Card]:
+    found = [read_card(path) for path in folder.glob("*.toml")]
+    return {card.id: card for card in sorted(found, key=lambda card: (card.order, card.kind, card.id.lower()))}
+
+
+def find_card(id: str) -> Card:
+    """The card of an id, or of the card's own folder.
+
+    Raises:
+        ValueError: there is none; says which ids are near.
+    """
+    found = all_cards()
+    if id in found:
+        return found[id]
+    if (Path(id) / CARD_FILE).is_file():
+        return read_card(Path(id) / CARD_FILE)
+    raise ValueError(
+        f"unknown model {str(id)[:MAX_SHOWN]!r}: expected an id that `argen models` lists{nearest(str(id), found)}"
+    )
+
+
+def ids(kind: str) -> list[str]:
+    """Those of a kind, see `Card`."""
+    return [card.id for card in all_cards().values() if card.kind == kind]

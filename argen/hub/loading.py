@@ -1,0 +1,160 @@
+"""From a model's id, a saved folder or a checkpoint file to a pipeline or a network in memory."""
+
+import importlib
+import json
+import logging
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from safetensors import SafetensorError
+
+from argen.device import LOADING
+from argen.hub.cards import CARD_FILE, Card, all_cards, find_card
+from argen.models.files import WEIGHTS
+from argen.registry import pipelines, resolve
+from tokenizers_img.checkpoint import refuse_placeholder
+from tokenizers_img.hub import hub_folder
+
+NOT_READ = OSError, ValueError, RuntimeError, SafetensorError  # by files that do not fit
+UNUSABLE = (*NOT_READ, TypeError, AttributeError, LookupError)  # by settings beside them that do not
+IN_BFLOAT16 = ("T5EncoderModel", "LlamaForCausalLM")  # where published: as trained; in float16 T5 overflows
+DIFFUSION = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
+DIFFUSION_FILES = ("*.json", "*/*.json", "*/*.txt", "*/model.safetensors", "*/diffusion_pytorch_model.safetensors")
+# diffusers warns whenever a network is cast, even of one in which nothing must stay float32
+logging.getLogger("diffusers.models.modeling_utils").addFilter(
+    lambda record: "should be kept in float32: []" not in record.getMessage()
+)
+
+
+def load(model: str | Path, tokenizer: str | Path | None = None, image_size: int | None = None) -> Any:
+    """The pipeline of a generator, the network of a tokenizer, or a text and image encoder, on the CPU in float32, whatever precision
+    its files have; T5 and SEED-LLaMA are in bfloat16.
+
+    Args:
+        model: an id that `argen models` lists, a folder written by a pipeline's ``save_pretrained``, the released file of a ControlAR or
+            xAR beside its tokenizer's, or a checkpoint of a LlamaGen, released or of one's own training. Published weights are taken
+            from the hub's cache, or fetched into it.
+        tokenizer: of a LlamaGen's checkpoint: the file of its image tokenizer; None where a released one lies beside it.
+        image_size: of a LlamaGen's checkpoint: side of its images in pixels; None where the file or its name says it.
+
+    Raises:
+        ValueError: no such model; weights that cannot be read or do not fit.
+        FileNotFoundError, ConnectionError: published weights that are not here and cannot be fetched.
+    """
+    card, path = all_cards().get(str(model)), Path(model)
+    if card is not None:
+        folder = hub_folder(card.repo, card.files) if card.repo else WEIGHTS / card.id.removeprefix("argen/")
+        return _read(folder, card, lambda: resolve(card.target)(folder, **card.arguments))
+    if (path / "model_index.json").is_file():
+        card = find_card(str(path)) if (path / CARD_FILE).is_file() else None
+        return _read(path, card, lambda: _pipeline(path, tuple(pipelines)))
+    if path.is_file() and (card := _released(path)):
+        return _read(path.parent, card, lambda: resolve(card.target)(path.parent, **card.arguments))
+    if path.exists():
+        from argen.pipelines.llamagen import read_checkpoint
+
+        with _alone():
+            return _in_float32(read_checkpoint(path, tokenizer, image_size))
+    return find_card(str(model))  # which says that there is none
+
+
+def _released(path: Path) -> Card | None:
+    """The card of a released file by its name, of those that need more than their tensors; of the others the tensors say all."""
+    by_name = {card.arguments.get("name"): card for card in all_cards().values() if "LlamaGen" not in card.about}
+    return by_name.get(path.stem)
+
+
+def _read(folder: Path, card: Card | None, read: Callable[[], Any]) -> Any:
+    """What `read` gives, in float32, with the defaults of the card; one clear line if its files cannot be used."""
+    try:
+        with _alone():
+            loaded = _in_float32(read())
+    except UNUSABLE as error:
+        if isinstance(error, FileNotFoundError):
+            raise
+        for file in folder.rglob("*.safetensors"):
+            refuse_placeholder(file)
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(
+            f"the weights in {folder} cannot be used ({reason}): install argen or fetch them again"
+        ) from error
+    if card is not None and card.kind == "generator":
+        loaded.card = card
+    return loaded
+
+
+def load_diffusion(model: str | Path) -> DiffusionPipeline:
+    """A Stable Diffusion (XL) pipeline for the tools of `argen.diffusion`, on the CPU in float32, without a safety checker.
+
+    Args:
+        model: an id of kind "diffusion", a folder in diffusers' layout, or "owner/name" of one on the hub.
+
+    Raises:
+        ValueError: no such folder; another kind of pipeline; files that cannot be read.
+        ConnectionError: it is not here and cannot be fetched.
+    """
+    card = all_cards().get(str(model))
+    if card is not None and card.kind == "diffusion":
+        return load(model)
+    folder = Path(model)
+    if not (folder / "model_index.json").is_file():
+        if folder.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(model)):
+            raise ValueError(
+                f"no pipeline in {str(model)!r}: expected a folder with a model_index.json, or OWNER/NAME on the hub"
+            )
+        folder = hub_folder(str(model), DIFFUSION_FILES)
+    try:
+        with _alone():
+            return _in_float32(_pipeline(folder, DIFFUSION))
+    except UNUSABLE as error:
+        raise ValueError(f"the pipeline in {folder} cannot be used ({' '.join(str(error).split())[:300]})") from error
+
+
+def _pipeline(folder: Path, names: tuple[str, ...]) -> DiffusionPipeline:
+    """A pipeline of one of the classes called `names`, as ``save_pretrained`` wrote it."""
+    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+    name = index.get("_class_name") if isinstance(index, dict) else None
+    if not isinstance(name, str) or name not in names:
+        raise ValueError(f"it holds a {str(name)[:60]}, expected one of {', '.join(names)}")
+    cls = pipelines[name] if name in pipelines else resolve(f"diffusers:{name}")
+    unchecked = {"safety_checker": None, "requires_safety_checker": False} if name == "StableDiffusionPipeline" else {}
+    try:
+        return cls.from_pretrained(folder, **unchecked)
+    except ImportError as error:  # a part of a library that is not here, or does not exist
+        raise ValueError(f"it names a part that cannot be imported: {error}") from error
+
+
+def networks_of(model: Any) -> list[torch.nn.Module]:
+    """Those of a pipeline, or the one network that a model is."""
+    parts = model.components.values() if isinstance(model, DiffusionPipeline) else [model]
+    return [part for part in parts if isinstance(part, torch.nn.Module)]
+
+
+def _in_float32(model: Any) -> Any:
+    """The same in float32, except for the networks of `IN_BFLOAT16`, which stay as they are or, out of float16, are made bfloat16."""
+    for network in networks_of(model):
+        if type(network).__name__ not in IN_BFLOAT16:
+            network.float()
+        elif network.dtype == torch.float16:
+            network.to(torch.bfloat16)
+    return model
+
+
+@contextmanager
+def _alone() -> Iterator[None]:
+    """No other model is loaded meanwhile, and no progress bars are shown: the weights load faster than one is drawn."""
+    with LOADING:
+        libraries = [importlib.import_module(f"{name}.utils.logging") for name in ("diffusers", "transformers")]
+        shown = [library for library in libraries if library.is_progress_bar_enabled()]
+        for library in shown:
+            library.disable_progress_bar()
+        try:
+            yield
+        finally:
+            for library in shown:
+                library.enable_progress_bar()

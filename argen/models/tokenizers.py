@@ -1,0 +1,88 @@
+"""Image tokenizers out of their folders, as the cards name them."""
+
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers.pipelines.stable_diffusion.stable_unclip_image_normalizer import StableUnCLIPImageNormalizer
+
+from argen.models.emoji_diffusion import EMOJI_SEED, unclip
+from argen.models.files import WEIGHTS, load_network, read_encoder
+from tokenizers_img import seed
+from tokenizers_img.conv_encoder import ConvEncoder, TwoEncoders
+from tokenizers_img.flextok import FlexTok, FlexTokenizer
+from tokenizers_img.hub import hub_folder
+from tokenizers_img.kl_vae import KLVAE
+from tokenizers_img.llamagen_vq import LlamaGenVQ
+from tokenizers_img.seed import Seed, SeedTokenizer, UnCLIP
+from tokenizers_img.vit_vqgan import ViTVQGAN
+
+EMOJI_FLOW = {"steps": 12, "guidance_scale": 3.0}  # of emoji-flextok, from tokens to an image
+SEED_FILE = "seed_quantizer.pt"
+UNCLIP_FILES = (
+    "*.json",
+    "*/*.json",
+    "*/*.txt",
+    "*/model.safetensors",
+    "*/diffusion_pytorch_model.safetensors",
+    "image_normalizer/*",
+)
+
+
+def read_vitvqgan(folder: Path, size: str) -> ViTVQGAN:
+    """The released ``.ckpt`` of a folder; `size` is "small" or "base"."""
+    files = sorted(folder.glob("*.ckpt"))
+    if len(files) != 1:
+        raise FileNotFoundError(f"{len(files)} .ckpt files in {folder}: expected one")
+    return ViTVQGAN.from_original(files[0], size)
+
+
+def read_llamagen_vq(folder: Path, name: str) -> LlamaGenVQ:
+    """`name` is that of the released file, e.g. "vq_ds16_c2i"."""
+    stride = int(name.split("_")[1].removeprefix("ds"))
+    return LlamaGenVQ.from_original(folder / f"{name}.pt", stride)
+
+
+def read_flextok(folder: Path) -> FlexTokenizer:
+    """A released FlexTok, with its configuration beside it."""
+    return FlexTokenizer.from_original(folder / "model.safetensors")
+
+
+def read_emoji_flextok(folder: Path) -> FlexTokenizer:
+    """argen/emoji-flextok."""
+    return FlexTokenizer(load_network(FlexTok, folder), load_network(AutoencoderKL, WEIGHTS / "emoji-vae"), **EMOJI_FLOW)
+
+
+def read_vae(folder: Path) -> KLVAE:
+    """A VAE in diffusers' layout."""
+    return KLVAE(load_network(AutoencoderKL, folder))
+
+
+def read_kl16(folder: Path) -> KLVAE:
+    """The released KL-16."""
+    return KLVAE.from_original(folder / "kl16.ckpt")
+
+
+def read_seed(folder: Path) -> SeedTokenizer:
+    """The released SEED-2; its vision transformer may lie beside the file."""
+    vision = folder / "eva_vit_g.pth"
+    network, encoder = seed.from_original(folder / SEED_FILE, vision if vision.is_file() else seed.eva_file())
+    return SeedTokenizer(network, encoder, _published_unclip)
+
+
+def read_emoji_seed(folder: Path) -> SeedTokenizer:
+    """argen/emoji-seed."""
+    encoder = read_encoder(WEIGHTS / "emoji-clip")
+    decoder = unclip(
+        load_network(UNet2DConditionModel, folder / "unet"),
+        load_network(StableUnCLIPImageNormalizer, folder / "image_normalizer"),
+        load_network(AutoencoderKL, WEIGHTS / "emoji-vae"),
+        encoder.clip,
+        encoder.tokenizer,
+    )
+    vision = TwoEncoders(encoder.clip.vision_model, load_network(ConvEncoder, folder / "vision"))
+    return SeedTokenizer(load_network(Seed, folder), vision, decoder, **EMOJI_SEED)
+
+
+def _published_unclip() -> UnCLIP:
+    return UnCLIP.from_pretrained(hub_folder(seed.UNCLIP, UNCLIP_FILES), torch_dtype=torch.float32)
