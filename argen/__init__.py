@@ -1,19 +1,19 @@
 """argen: a studio for autoregressive image generation."""
 
 import logging
+from importlib import import_module
 
 # transformers says at each start that without torchvision it uses Pillow, which is what argen wants: torchvision is no dependency.
 logging.getLogger("transformers.utils.import_utils").addFilter(lambda one: "torchvision" not in one.getMessage())
 
 __version__ = "0.1.0"
-__all__ = ["MODELS", "load"]
+_PUBLIC = {"load": "argen.hub.loading", "list_models": "argen.hub.cards", "register": "argen.registry"}
+__all__ = list(_PUBLIC)
 
 
 def __getattr__(name: str):
-    if name in __all__:  # late, so that `import argen` and its command line start at once
-        from argen import registry
-
-        return getattr(registry, name)
+    if name in _PUBLIC:  # late, so that `import argen` and its command line start at once
+        return getattr(import_module(_PUBLIC[name]), name)
     raise AttributeError(f"module 'argen' has no attribute {name!r}")
 
 

@@ -441,7 +441,9 @@ def generate(args) -> None:
         }
         print(json.dumps(run | {"tokens_per_step": round(job.tokens_per_step, 3), "images": images}))
     else:
-        how = f"{request.sampler}, {'lossless' if job.lossless else 'relaxed'}, {job.tokens_per_step:.1f} tokens per step"
+        how = (
+            f"{request.sampler}, {'lossless' if job.lossless else 'relaxed'}, {job.tokens_per_step:.1f} tokens per step"
+        )
         print(f"{', '.join(map(str, paths))} ({seconds:.1f} s, {how})")
 
 
@@ -579,10 +581,10 @@ def control(args) -> None:
 def bind(args) -> None:
     import torch
 
-    from argen import registry
     from argen.device import pick
-    from argen.diffusion import SemanticBinding
+    from argen.diffusion import SemanticBinding, tools
     from argen.diffusion.prompts import parse
+    from argen.hub.loading import load_diffusion
     from argen.metadata import save_images
 
     for path in filter(None, (args.out, args.plain)):
@@ -593,10 +595,10 @@ def bind(args) -> None:
             raise ValueError(f"--bind {' '.join(args.bind)}: expected OBJECT=WORDS, as robot=blue")
         given = {noun: words for noun, _, words in (part.partition("=") for part in args.bind)}
     binding = parse(args.prompt, given)
-    bound = SemanticBinding(registry.load_diffusion(args.model).to(pick(args.device)))
-    asked = registry.drawing(args.model, args.steps, args.guidance_scale)
+    bound = SemanticBinding(load_diffusion(args.model).to(pick(args.device)))
+    asked = tools.drawing(args.model, args.steps, args.guidance_scale)
     generator = torch.Generator().manual_seed
-    settings = args.settings or registry.binding(args.model)
+    settings = args.settings or tools.binding(args.model)
     images = [bound(binding, settings=settings, generator=generator(args.seed), **asked).images[0]]
     if args.plain:
         images += bound.pipe(args.prompt, generator=generator(args.seed), **asked).images
@@ -615,8 +617,8 @@ def erase(args) -> None:
 
     from argen.device import pick
     from argen.diffusion import ConceptErasure
-    from argen.eval import features, tools
     from argen.diffusion.tools import concepts_of, drawing, erasing
+    from argen.eval import features, tools
     from argen.hub.loading import load_diffusion
 
     writable_folder(args.out)
@@ -662,9 +664,9 @@ def count(args) -> None:
     from argen.diffusion import CountToken
     from argen.diffusion.base import unit_noise
     from argen.diffusion.count_token import check_noises, read_token
-    from argen.metadata import save_images
     from argen.diffusion.tools import counters, counting, counting_rate
     from argen.hub.loading import load_diffusion
+    from argen.metadata import save_images
     from argen.words import parse_count
 
     for path in filter(None, (args.out, args.plain)):
@@ -704,8 +706,8 @@ def count(args) -> None:
 
 @command
 def models(args) -> None:
+    from argen.hub import local_cache
     from argen.hub.cards import all_cards
-    from argen.studio import local_cache
 
     if args.verify:
         files = local_cache.verify(args.verify)

@@ -78,7 +78,7 @@ def writable_folder(path: Path) -> Path:
 
 
 def load_model(model: str, device: str | None, kind: str | None = None, **files):
-    """The model called `model` on a device; `files` as in `argen.registry.load`."""
+    """The model called `model` on a device; `files` as in `argen.hub.loading.load`."""
     from argen.device import pick
     from argen.hub.cards import all_cards, ids
     from argen.hub.loading import load

@@ -367,8 +367,8 @@ def _pipeline(args: argparse.Namespace, settings: dict):
 @command
 def bind(args: argparse.Namespace) -> None:
     from argen.diffusion import SemanticBinding
-    from argen.eval import run, tools
     from argen.diffusion.tools import binding, drawing
+    from argen.eval import run, tools
 
     how = args.settings or binding(args.model)
     truths, seconds, settings = tools.of_kind("pair", args.num), {}, {"settings": how}
@@ -391,8 +391,8 @@ def bind(args: argparse.Namespace) -> None:
 @command
 def erase(args: argparse.Namespace) -> None:
     from argen.diffusion import ConceptErasure
-    from argen.eval import run, tools
     from argen.diffusion.tools import concepts_of, drawing, erasing
+    from argen.eval import run, tools
 
     seconds, scores = {}, {}
     names = load_model("argen/emoji-judge", args.device).config.names
@@ -444,8 +444,8 @@ def count(args: argparse.Namespace) -> None:
     from argen.diffusion import CountToken
     from argen.diffusion.base import unit_noise
     from argen.diffusion.count_token import check_noises, read_token
-    from argen.eval import run, tools
     from argen.diffusion.tools import counters, counting, counting_rate
+    from argen.eval import run, tools
 
     check_noises(args.noises)
     truths, seconds = tools.of_kind("count", args.num), {}

@@ -3,14 +3,12 @@
 import base64
 import hashlib
 import json
-import secrets
 import zipfile
 import zlib
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from io import BytesIO
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -19,23 +17,12 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from argen import __version__
+from argen.files import replacing
 from argen.images import fitted, open_image
 from argen.request import Grid, Request, check_grid
 
 # PNG texts, as JSON: the request, the grid, the version of argen and a digest of the weights
 KEY, TOKENS, MADE_BY = "argen", "argen tokens", "argen version"
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[BinaryIO]:
-    """A file to write into, beside `path`; it becomes `path` if all went well, and nothing stays behind if not."""
-    work = path.with_name(f".{secrets.token_hex(8)}.part")
-    try:
-        with work.open("wb") as file:
-            yield file
-        work.replace(path)
-    finally:
-        work.unlink(missing_ok=True)
 
 
 def save_images(

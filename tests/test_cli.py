@@ -14,8 +14,8 @@ import argen
 from argen.cli import main
 from argen.data import emoji
 from argen.files import replacing
-from argen.metadata import read_request, save_tokens
 from argen.hub.cards import all_cards
+from argen.metadata import read_request, save_tokens
 from argen.models.files import WEIGHTS
 
 
@@ -185,7 +185,7 @@ def test_a_missing_part_of_the_weights_is_noticed(monkeypatch, tmp_path):
     state.pop("post_quant.weight")
     save_file(state, folder / name, metadata={"format": "pt"})
     (folder / "config.json").write_bytes((WEIGHTS / "emoji-vitvqgan" / "config.json").read_bytes())
-    monkeypatch.setattr("argen.registry.WEIGHTS", tmp_path)
+    monkeypatch.setattr("argen.hub.loading.WEIGHTS", tmp_path)
     with pytest.raises(ValueError, match="post_quant.weight"):
         argen.load("argen/emoji-vitvqgan")
 
@@ -274,7 +274,7 @@ def test_long_names_are_refused_before_the_work(capsys, tmp_path, monkeypatch, l
 
 
 def test_where_a_pipeline_goes_is_checked_before_the_work(capsys, tmp_path, monkeypatch):
-    monkeypatch.setattr("argen.registry.load_diffusion", None)
+    monkeypatch.setattr("argen.hub.loading.load_diffusion", None)
     (tmp_path / "file").write_text("x")
     assert "there already" in refused(capsys, "erase", "pizza", "-o", tmp_path)
     assert "expected the name of a new folder" in refused(capsys, "erase", "pizza", "-o", tmp_path / "file" / "out")

@@ -12,11 +12,11 @@ from safetensors.torch import save_file
 from test_llamagen import condition, sizes
 
 import argen
-from argen import registry
 from argen.metadata import read_request, save_images
 from argen.models.annotators import as_control, canny
 from argen.models.controlar import ENCODERS, ControlAR, converted
 from argen.models.llamagen import SIZES, LlamaGenSession
+from argen.pipelines import controlar
 from argen.pipelines.controlar import ControlARPipeline
 from argen.request import Control, Request
 from samplers.logits import Recorded, Sampling
@@ -239,7 +239,7 @@ def test_released_files_are_read_where_they_lie(golden, monkeypatch, tmp_path):
     monkeypatch.setitem(SIZES, "XL", {"dim": 48, "depth": 3, "heads": 4})
     monkeypatch.setattr(llamagen_vq, "MULTIPLIERS", {16: (1, 1, 1, 1, 1)})
     monkeypatch.setattr(llamagen_vq, "network", partial(llamagen_vq.network, width=32, latent_channels=32, codes=64))
-    monkeypatch.setattr(registry, "_t5", lambda: (None, None))
+    monkeypatch.setattr(controlar, "read_t5", lambda: (None, None))
     model = ControlAR("dinov2", encoder, grid=48, **SIZES["XL"])
     published = {key: value.contiguous() for key, value in model.state_dict().items()}
     save_file(published | {"condition_embeddings.weight": torch.zeros(2, 48)}, tmp_path / "canny_MR.safetensors")

@@ -12,10 +12,10 @@ from argen.data.scenes import COMMON
 from argen.data.tables import read_split
 from argen.eval import retrieval
 from argen.eval.judge import COMMON_PROMPTS, evaluate, read_prompts
-from argen.models.seed_llama import Vocabulary, add_words
-from argen.pipelines.seed_llama import SeedLlamaPipeline
 from argen.hub.loading import load
 from argen.models.files import WEIGHTS
+from argen.models.seed_llama import Vocabulary, add_words
+from argen.pipelines.seed_llama import SeedLlamaPipeline
 from argen.train import seed as recipe
 from tokenizers_img.conv_encoder import ConvEncoder, TwoEncoders
 from tokenizers_img.seed import Seed, SeedTokenizer

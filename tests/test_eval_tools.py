@@ -6,12 +6,14 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 
-from argen import registry
 from argen.cli import main as argen
 from argen.diffusion.count_token import read_token
+from argen.diffusion.tools import erasing
 from argen.eval import tools
 from argen.evaluate import main as evaluate
+from argen.hub.loading import load_diffusion
 from argen.models.counter import Counter
+from argen.models.files import WEIGHTS
 from argen.train.sd import UNET
 from argen.ui import tools as page
 
@@ -22,13 +24,13 @@ def untrained(tmp_path, monkeypatch):
     folder = tmp_path / "weights"
     folder.mkdir()
     for name in ("emoji-clip", "emoji-vae", "emoji-judge"):
-        (folder / name).symlink_to(registry.WEIGHTS / name)
+        (folder / name).symlink_to(WEIGHTS / name)
     torch.manual_seed(0)
     sizes = UNET | {"block_out_channels": (32,), "attention_head_dim": (1,)}
     unet = UNet2DConditionModel(sample_size=8, in_channels=16, out_channels=16, cross_attention_dim=192, **sizes)
     unet.save_pretrained(folder / "emoji-sd")
     Counter().save_pretrained(folder / "emoji-counter")
-    monkeypatch.setattr(registry, "WEIGHTS", folder)
+    monkeypatch.setattr("argen.hub.loading.WEIGHTS", folder)
 
 
 def report(folder) -> dict[str, float]:
@@ -103,7 +105,7 @@ def test_an_erasure_is_verified(untrained, tmp_path, capsys):
 
 
 def test_the_page_shows_how_a_token_gets_better(untrained):
-    pipe = registry.load_diffusion("argen/emoji-sd")
+    pipe = load_diffusion("argen/emoji-sd")
     pipe.set_progress_bar_config(disable=True)
     told = list(page.count(pipe, "argen/emoji-sd", "five apples", 2, 0.01, 0))
     assert [state.partition(":")[0] for *_, state in told] == ["step 1", "step 2"]
@@ -124,16 +126,16 @@ def test_the_prompts_say_what_they_should():
 
 def test_all_other_things_are_retained():
     """By whole words: "sun" is none of "sunflower", while "a red cat" names "cat"."""
-    kept = registry.erasing("argen/emoji-sd", ["sunflower", "a red cat"], retained=["a spoon"])["retained"]
+    kept = erasing("argen/emoji-sd", ["sunflower", "a red cat"], retained=["a spoon"])["retained"]
     assert {"sun", "a star, noto style", "a spoon"} <= set(kept)
     assert not {"sunflower", "cat"} & set(kept)
     plain = {"concepts": ["sunflower"], "targets": None, "preset": "object", "retained": []}
-    assert registry.erasing("somewhere", ["sunflower"]) == plain
+    assert erasing("somewhere", ["sunflower"]) == plain
 
 
 def test_a_concept_is_erased_as_captions_have_it():
-    found = registry.erasing("argen/emoji-sd", ["cat", "an apple"], targets=["dog", "pear"])
+    found = erasing("argen/emoji-sd", ["cat", "an apple"], targets=["dog", "pear"])
     assert found["concepts"] == ["cat", "a cat", "apple", "an apple"]
     assert found["targets"] == ["dog", "dog", "pear", "pear"]
     with pytest.raises(ValueError, match="1 targets for 2 concepts"):
-        registry.erasing("argen/emoji-sd", ["cat", "apple"], targets=["dog"])
+        erasing("argen/emoji-sd", ["cat", "apple"], targets=["dog"])

@@ -11,9 +11,9 @@ import pytest
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from argen.hub.loading import load
 from argen.images import open_image
 from argen.metadata import KEY, MADE_BY, TOKENS, differences, read_grid, read_request, read_tokens, save_tokens
-from argen.hub.loading import load
 from argen.request import Request
 from argen.studio.many import read_table
 

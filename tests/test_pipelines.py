@@ -9,12 +9,12 @@ from conftest import GOLDEN
 from PIL import Image
 
 import argen
+from argen.hub.cards import all_cards, ids
 from argen.images import open_image
 from argen.metadata import differences, fingerprint, save_images
 from argen.models.dalle_mini import DalleMiniDecoder, DalleMiniEncoder, text_tokenizer
 from argen.pipelines.base import distinct_first
 from argen.pipelines.dalle_mini import DalleMiniPipeline
-from argen.hub.cards import all_cards, ids
 from argen.request import Request
 from samplers.steps import Origin
 from tokenizers_img.vqgan import VQGANDetokenizer

@@ -4,8 +4,10 @@ import json
 
 import pytest
 
-from argen import registry, words
+from argen import words
 from argen.cli import main
+from argen.diffusion import tools
+from argen.hub.loading import load
 from argen.request import check_prompt
 
 ONE_PROMPT = [
@@ -19,7 +21,7 @@ ONE_PROMPT = [
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return registry.load("argen/emoji-clip").tokenizer
+    return load("argen/emoji-clip").tokenizer
 
 
 def test_what_cannot_be_seen_changes_no_tokens(tokenizer):
@@ -163,8 +165,8 @@ def test_what_is_no_number_is_refused(text, wanted):
     "text", ["Pizza", "pizzas", "pizza.", "the pizza", " A PIZZA! ", "\u201cPizza\u201d", "some pizzas", "pizza\u200b"]
 )
 def test_concepts_are_named_as_captions_name_them(text):
-    assert registry.concepts_of("argen/emoji-sd", [text]) == ["pizza"]
-    found = registry.erasing("argen/emoji-sd", [text])
+    assert tools.concepts_of("argen/emoji-sd", [text]) == ["pizza"]
+    found = tools.erasing("argen/emoji-sd", [text])
     assert found["concepts"] == ["pizza", "a pizza"]
     assert not [kept for kept in found["retained"] if "pizza" in kept]
 
@@ -184,11 +186,11 @@ def test_concepts_are_named_as_captions_name_them(text):
     ],
 )
 def test_lists_of_concepts(texts, wanted):
-    assert registry.concepts_of("argen/emoji-sd", texts) == wanted
+    assert tools.concepts_of("argen/emoji-sd", texts) == wanted
 
 
 def test_published_pipelines_get_concepts_as_they_are_written():
-    assert registry.concepts_of("somewhere", ["Van Gogh, the Night Watch", "Van Gogh"]) == [
+    assert tools.concepts_of("somewhere", ["Van Gogh, the Night Watch", "Van Gogh"]) == [
         "Van Gogh",
         "the Night Watch",
     ]
@@ -196,7 +198,7 @@ def test_published_pipelines_get_concepts_as_they_are_written():
 
 def test_other_names_are_kept():
     """A plural takes its singular with it, but "sunflowers" are no "sun"."""
-    kept = registry.erasing("argen/emoji-sd", ["red cats", "sunflowers"])["retained"]
+    kept = tools.erasing("argen/emoji-sd", ["red cats", "sunflowers"])["retained"]
     assert "cat" not in kept
     assert {"sun", "dog"} <= set(kept)
     assert not words.same_concept("cat", "car")

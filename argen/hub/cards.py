@@ -13,7 +13,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from argen.metadata import replacing
+from argen.files import replacing
 from argen.registry import MAX_SHOWN, cards, nearest
 
 FOLDER = Path(__file__).parents[1] / "cards"
@@ -147,6 +147,11 @@ def find_card(id: str) -> Card:
     )
 
 
+def list_models(kind: str | None = None) -> list[Card]:
+    """The cards of everything that `argen.load` takes by its id, or of one kind of them."""
+    return [card for card in all_cards().values() if kind in (None, card.kind)]
+
+
 def ids(kind: str) -> list[str]:
     """Those of a kind, see `Card`."""
-    return [card.id for card in all_cards().values() if card.kind == kind]
+    return [card.id for card in list_models(kind)]

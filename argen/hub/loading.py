@@ -23,6 +23,7 @@ from tokenizers_img.hub import hub_folder
 NOT_READ = OSError, ValueError, RuntimeError, SafetensorError  # by files that do not fit
 UNUSABLE = (*NOT_READ, TypeError, AttributeError, LookupError)  # by settings beside them that do not
 IN_BFLOAT16 = ("T5EncoderModel", "LlamaForCausalLM")  # where published: as trained; in float16 T5 overflows
+CHECKPOINTS = "argen.pipelines.llamagen:read_checkpoint"  # of files that no card names
 DIFFUSION = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
 DIFFUSION_FILES = ("*.json", "*/*.json", "*/*.txt", "*/model.safetensors", "*/diffusion_pytorch_model.safetensors")
 # diffusers warns whenever a network is cast, even of one in which nothing must stay float32
@@ -56,16 +57,14 @@ def load(model: str | Path, tokenizer: str | Path | None = None, image_size: int
     if path.is_file() and (card := _released(path)):
         return _read(path.parent, card, lambda: resolve(card.target)(path.parent, **card.arguments))
     if path.exists():
-        from argen.pipelines.llamagen import read_checkpoint
-
         with _alone():
-            return _in_float32(read_checkpoint(path, tokenizer, image_size))
+            return _in_float32(resolve(CHECKPOINTS)(path, tokenizer, image_size))
     return find_card(str(model))  # which says that there is none
 
 
 def _released(path: Path) -> Card | None:
     """The card of a released file by its name, of those that need more than their tensors; of the others the tensors say all."""
-    by_name = {card.arguments.get("name"): card for card in all_cards().values() if "LlamaGen" not in card.about}
+    by_name = {card.arguments["name"]: card for card in all_cards().values() if card.arguments.keys() > {"name"}}
     return by_name.get(path.stem)
 
 

@@ -8,7 +8,8 @@ from pathlib import Path
 import huggingface_hub
 from huggingface_hub.errors import CacheNotFound
 
-from argen.registry import MODELS, WEIGHTS
+from argen.hub.cards import all_cards, find_card
+from argen.models.files import WEIGHTS
 
 SUMS = WEIGHTS / "SHA256SUMS"  # of what ships, as `sha256sum` writes them
 
@@ -28,7 +29,7 @@ class Holding:
 
     @property
     def ships(self) -> bool:
-        return MODELS[self.id].repo is None
+        return all_cards()[self.id].repo is None
 
     @property
     def state(self) -> str:
@@ -38,7 +39,7 @@ class Holding:
 def local_cache() -> list[Holding]:
     """Of every model, in the order of the registry."""
     repos, found = _cached(), []
-    for name, model in MODELS.items():
+    for name, model in all_cards().items():
         if model.repo is None:
             folder = WEIGHTS / name.removeprefix("argen/")
             size = sum(file.stat().st_size for file in folder.rglob("*.safetensors"))
@@ -56,7 +57,7 @@ def verify(id: str) -> dict[str, bool]:
         ValueError: no such model.
         FileNotFoundError: it is not here.
     """
-    if known(id).repo is None:
+    if find_card(id).repo is None:
         lines = (line.split("  ", 1) for line in SUMS.read_text().splitlines())
         own = f"{id.removeprefix('argen/')}/"
         return {name: _digest(WEIGHTS / name, "sha256") == digest for digest, name in lines if name.startswith(own)}
@@ -71,12 +72,12 @@ def delete(id: str) -> list[str]:
         ValueError: no such model, or one that ships.
         FileNotFoundError: it is not here.
     """
-    repo = known(id).repo
+    repo = find_card(id).repo
     if repo is None:
         raise ValueError(f"{id} ships with argen and cannot be deleted alone: choose a downloaded model")
     revisions = [revision.commit_hash for revision in _repo(id).revisions]
     _cache().delete_revisions(*revisions).execute()
-    return [name for name, model in MODELS.items() if model.repo == repo]
+    return [name for name, model in all_cards().items() if model.repo == repo]
 
 
 def set_offline(offline: bool) -> None:
@@ -86,17 +87,6 @@ def set_offline(offline: bool) -> None:
 
 def is_offline() -> bool:
     return huggingface_hub.constants.HF_HUB_OFFLINE
-
-
-def known(id: str):
-    """The entry of a model.
-
-    Raises:
-        ValueError: there is none.
-    """
-    if id not in MODELS:
-        raise ValueError(f"unknown model {id!r}: see `argen models`")
-    return MODELS[id]
 
 
 def _cached() -> dict:
@@ -112,7 +102,7 @@ def _cache() -> huggingface_hub.HFCacheInfo:
 
 
 def _repo(id: str):
-    found = _cached().get(MODELS[id].repo)
+    found = _cached().get(find_card(id).repo)
     if found is None:
         raise FileNotFoundError(f"the weights of {id} are not here: they are fetched when it is first used")
     return found

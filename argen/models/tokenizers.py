@@ -50,7 +50,9 @@ def read_flextok(folder: Path) -> FlexTokenizer:
 
 def read_emoji_flextok(folder: Path) -> FlexTokenizer:
     """argen/emoji-flextok."""
-    return FlexTokenizer(load_network(FlexTok, folder), load_network(AutoencoderKL, WEIGHTS / "emoji-vae"), **EMOJI_FLOW)
+    return FlexTokenizer(
+        load_network(FlexTok, folder), load_network(AutoencoderKL, WEIGHTS / "emoji-vae"), **EMOJI_FLOW
+    )
 
 
 def read_vae(folder: Path) -> KLVAE:

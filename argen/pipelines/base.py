@@ -8,6 +8,7 @@ import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -21,6 +22,7 @@ from transformers import CLIPModel
 
 from argen import __version__
 from argen.data.imagenet import class_id
+from argen.hub.cards import Card, write_card
 from argen.metadata import MADE_BY, TOKENS, fingerprint, read_grid
 from argen.models.clip import TextImageEncoder
 from argen.request import Control, Grid, Job, Request, check_prompt
@@ -67,13 +69,15 @@ class TokenPipeline(DiffusionPipeline):
     """Base of the pipelines: a subclass says how a prompt is read and how tokens become pixels.
 
     Attributes:
-        defaults: of the sampling settings.
+        official: the authors' sampling settings.
+        card: what was loaded, if it has one.
         samplers: names of those that fit.
         ordered: whether any first tokens of a picture are a picture, so that it may have any number and be searched for.
         length: N, cells of a picture of the model's own size, which is square.
     """
 
-    defaults: Defaults
+    official: Defaults
+    card: Card | None = None
     samplers: tuple[str, ...] = tuple(SAMPLERS)
     ordered = False
     length: int
@@ -97,6 +101,19 @@ class TokenPipeline(DiffusionPipeline):
     def blank_tokens(self, shape: tuple[int, int]) -> Tensor:
         """Ids [h, w] that stand for undecided cells in a preview."""
         return torch.zeros(shape, dtype=torch.int64)
+
+    @property
+    def defaults(self) -> Defaults:
+        """Of the sampling settings: the card's, else `official`."""
+        return replace(self.official, **self.card.defaults) if self.card else self.official
+
+    def save_pretrained(self, save_directory: str | Path, **how) -> None:
+        """As diffusers', with a card, so that the folder has this model's defaults."""
+        super().save_pretrained(save_directory, **how)
+        folder = Path(save_directory)
+        card = self.card or Card("", "generator", f"a saved {type(self).__name__}", "")
+        card = replace(card, id=folder.name, target="argen.hub.loading:load", repo=None, files=(), order=1000)
+        write_card(replace(card, arguments={}), folder)
 
     @property
     def image_size(self) -> int:

@@ -92,11 +92,9 @@ class SeedLlamaPipeline(TokenPipeline):
         return FORMATS[self.config.format]
 
     @property
-    def defaults(self) -> Defaults:
-        """Those of the authors' scripts, which do not guide; of argen/emoji-seed-lm those that the judge likes best."""
-        if self.config.format == "emoji":
-            return Defaults(guidance_scale=3.0, top_k=50, top_p=1.0)
-        tuned = self.config.format != "pretrain"
+    def official(self) -> Defaults:
+        """Those of the authors' scripts, which do not guide."""
+        tuned = self.config.format not in ("pretrain", "emoji")
         return Defaults(guidance_scale=1.0, top_k=50, top_p=0.5 if tuned else 1.0)
 
     @property
@@ -238,6 +236,6 @@ def read_emoji(folder: Path) -> SeedLlamaPipeline:
 
 def read_release(folder: Path, form: str) -> SeedLlamaPipeline:
     """A released SEED-LLaMA; `form` of its prompts is "8b-sft", "14b-sft" or "pretrain"."""
-    files = hub_folder(SEED, (SEED_FILE, "tokenizer.model", "*.json"))
+    files = hub_folder("AILab-CVC/seed-tokenizer-2", (SEED_FILE, "tokenizer.model", "*.json"))
     model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
     return SeedLlamaPipeline(model, read_tokenizer(files), read_seed(files), form)

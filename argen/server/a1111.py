@@ -20,9 +20,9 @@ from pydantic import Field
 from starlette.exceptions import HTTPException
 
 from argen.bounds import MAX_SCALED, check_size
+from argen.hub.cards import ids
 from argen.images import from_base64
 from argen.metadata import encoded, infotext
-from argen.hub.cards import ids
 from argen.request import Request as Asked
 from argen.request import rows_of
 from argen.server.guard import Here, Owner

@@ -9,8 +9,8 @@ from fastapi import APIRouter, Body, HTTPException
 from fastapi.responses import JSONResponse, Response
 
 from argen.bounds import MAX_SCALED, check_size
-from argen.metadata import encoded
 from argen.hub.cards import ids
+from argen.metadata import encoded
 from argen.request import Request as Asked
 from argen.server.guard import Here, Owner
 from argen.studio.queue import Forbidden, Progress, Studio

@@ -22,9 +22,9 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 
+from argen.hub.cards import ids
 from argen.images import read_image
 from argen.metadata import encoded
-from argen.hub.cards import ids
 from argen.request import Request as Asked
 from argen.request import rows_of
 from argen.server.guard import Here, Owner

@@ -18,8 +18,8 @@ from pathlib import Path
 import filelock
 from PIL import Image
 
-from argen.images import open_image
 from argen.files import replacing
+from argen.images import open_image
 from argen.metadata import save_images
 from argen.request import Grid, Request
 from tokenizers_img.pixels import opaque

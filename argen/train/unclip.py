@@ -14,8 +14,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from argen.data.scenes import COMMON
-from argen.models.emoji_diffusion import EMOJI_SEED, NOISE, unclip
 from argen.models.clip import TextImageEncoder
+from argen.models.emoji_diffusion import EMOJI_SEED, NOISE, unclip
 from argen.train.loop import Schedule
 from argen.train.sd import velocity_error
 from argen.train.tokens import LatentsTask, paired

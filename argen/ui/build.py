@@ -55,7 +55,7 @@ def build(context: AppContext, device: torch.device, limit: int | None = None) -
     """The page with every generator to choose from; each is loaded when it is first asked for.
 
     Args:
-        limit: bytes of the pipelines of the diffusion tools, see `argen.registry.ModelCache`.
+        limit: bytes of the pipelines of the diffusion tools, see `argen.hub.model_cache.ModelCache`.
     """
     models = context.studio.models
     os.environ["GRADIO_TEMP_DIR"] = str(context.studio.store.exports.resolve())  # uploads, and copies of what is shown

@@ -9,8 +9,8 @@ from PIL import Image
 
 from argen.bounds import with_integers
 from argen.eval.reconstruction import decoded, encoded
-from argen.models.annotators import KINDS
 from argen.hub.cards import all_cards, ids
+from argen.models.annotators import KINDS
 from argen.request import Control, Request, rows_of
 from argen.studio.following import follow, last
 from argen.studio.store import DONE

@@ -12,8 +12,8 @@ from PIL import Image
 from argen.eval import judge, run
 from argen.eval.features import encoder_features
 from argen.eval.images import open_images
-from argen.metadata import save_images
 from argen.hub.loading import load
+from argen.metadata import save_images
 from argen.studio.queue import Studio
 from argen.ui.jobs import user_errors
 from tokenizers_img.pixels import opaque

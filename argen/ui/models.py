@@ -2,8 +2,8 @@
 
 import gradio as gr
 
+from argen.hub import local_cache
 from argen.hub.cards import all_cards
-from argen.studio import local_cache
 from argen.ui.jobs import AppContext, user_errors
 
 HEAD = ["id", "kind", "where", "MB here", "million parameters", "licence", "what"]

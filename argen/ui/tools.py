@@ -132,7 +132,7 @@ def count(pipe: DiffusionPipeline, model: str, prompt: str, iterations: int, rat
     """(before, best so far, state) of a count token that is optimised.
 
     Args:
-        model: what the pipeline was loaded as, see `argen.registry.counters`.
+        model: what the pipeline was loaded as, see `argen.diffusion.tools.counters`.
         prompt: as "five apples".
     """
     number, things = parse_count(prompt)

@@ -1,0 +1,81 @@
+"""Cards: what ships is read, what is saved is read again, a bad one is one line."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+import argen
+from argen.hub.cards import CARD_FILE, FOLDER, Card, all_cards, find_card, read_card, write_card
+from argen.hub.loading import load
+from argen.registry import Registry, cards, register, resolve
+
+
+def test_every_card_names_a_reader_and_says_what_it_is():
+    assert len(all_cards()) == len(list(FOLDER.glob("*.toml")))  # no id twice
+    for card in all_cards().values():
+        assert callable(resolve(card.target)), card.id
+        assert card.parameters > 0, card.id
+        assert card.licence != "unknown", card.id
+        assert card.ships or card.files, card.id
+
+
+def test_a_card_is_written_and_read_again(tmp_path):
+    card = replace(find_card("argen/emoji-sd"), id="mine")
+    write_card(card, tmp_path)
+    assert read_card(tmp_path / CARD_FILE) == card
+    assert find_card(str(tmp_path)) == card
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("id = ", "is no card"),
+        ('id = "a"\nkind = "zebra"\nabout = ""\ntarget = ""', "expected one of generator"),
+        ('id = "a"\nkind = "judge"\nabout = ""\ntarget = ""\ncolour = 1', "colour"),
+        ("\xff", "is no card"),
+    ],
+)
+def test_a_bad_card_is_one_line(tmp_path, text, said):
+    (tmp_path / CARD_FILE).write_bytes(text.encode("latin-1"))
+    with pytest.raises(ValueError, match=said) as error:
+        find_card(str(tmp_path))
+    assert "\n" not in str(error.value)
+
+
+def test_an_unknown_id_names_the_nearest():
+    with pytest.raises(ValueError, match="did you mean argen/emoji-parti"):
+        argen.load("argen/emoji-partie")
+
+
+def test_a_saved_pipeline_keeps_its_defaults(tmp_path):
+    pipe = argen.load("argen/emoji-llamagen")
+    pipe.save_pretrained(tmp_path / "mine")
+    again = argen.load(tmp_path / "mine")
+    assert again.defaults == pipe.defaults
+    assert again.defaults.temperature == 0.9  # which its class has not
+    assert again.card.takes == ("text", "class")
+
+
+def test_a_program_registers_a_card(monkeypatch):
+    monkeypatch.setattr(cards, "added", {})
+    card = Card("mine/judge", "judge", "a test", "argen.models.files:read_network", arguments={"network": "x"})
+    register("card", card.id, card)
+    assert card in argen.list_models("judge")
+    with pytest.raises(ValueError, match="is taken"):
+        register("card", card.id, card)
+    with pytest.raises(ValueError, match="unknown kind 'zebra'"):
+        register("zebra", "x", card)
+
+
+def test_a_registry_imports_on_first_use():
+    registry = Registry("thing", {"tensor": "torch:Tensor", "lost": "torch:NoSuchThing"})
+    assert list(registry) == ["tensor", "lost"]
+    assert registry["tensor"] is torch.Tensor
+    with pytest.raises(ValueError, match="unknown thing 'tensro': expected one of tensor, lost; did you mean tensor"):
+        registry["tensro"]
+
+
+def test_the_public_names_are_shown():
+    assert {"load", "list_models", "register"} <= set(dir(argen))
+    assert argen.load is load
