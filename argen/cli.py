@@ -753,7 +753,7 @@ def data(args) -> None:
 
 @command
 def train(args) -> None:
-    from argen.models.files import WEIGHTS
+    from argen.files import WEIGHTS
     from argen.train.recipes import run
 
     parts = {"clip": args.clip, "tokenizer": args.tokenizer, "vae": args.vae, "generator": args.generator}

@@ -1,10 +1,12 @@
-"""Files that are written whole or not at all."""
+"""Files: where those that ship lie, and how others are written whole or not at all."""
 
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
+
+WEIGHTS = Path(__file__).parent / "weights"  # what ships
 
 
 @contextmanager

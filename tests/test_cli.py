@@ -13,10 +13,9 @@ from PIL import Image
 import argen
 from argen.cli import main
 from argen.data import emoji
-from argen.files import replacing
+from argen.files import WEIGHTS, replacing
 from argen.hub.cards import all_cards
 from argen.metadata import read_request, save_tokens
-from argen.models.files import WEIGHTS
 
 
 @pytest.fixture(scope="module")

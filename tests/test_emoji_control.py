@@ -9,8 +9,8 @@ import argen
 from argen.data.scenes import segments
 from argen.eval.control import edge_f1, segment_iou
 from argen.eval.images import Table
+from argen.files import WEIGHTS
 from argen.models.annotators import canny
-from argen.models.files import WEIGHTS
 
 SAMPLE = WEIGHTS.parent / "data" / "sample" / "data"
 

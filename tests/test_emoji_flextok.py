@@ -7,7 +7,7 @@ from argen.data.tables import pixels, read_split
 from argen.eval.judge import recognised
 from argen.eval.metrics import psnr
 from argen.eval.reconstruction import reconstruct
-from argen.models.files import WEIGHTS
+from argen.files import WEIGHTS
 from tokenizers_img.pixels import from_uint8
 
 SAMPLE = WEIGHTS.parent / "data/sample"

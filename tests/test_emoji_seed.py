@@ -12,8 +12,8 @@ from argen.data.scenes import COMMON
 from argen.data.tables import read_split
 from argen.eval import retrieval
 from argen.eval.judge import COMMON_PROMPTS, evaluate, read_prompts
+from argen.files import WEIGHTS
 from argen.hub.loading import load
-from argen.models.files import WEIGHTS
 from argen.models.seed_llama import Vocabulary, add_words
 from argen.pipelines.seed_llama import SeedLlamaPipeline
 from argen.train import seed as recipe

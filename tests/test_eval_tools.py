@@ -11,9 +11,9 @@ from argen.diffusion.count_token import read_token
 from argen.diffusion.tools import erasing
 from argen.eval import tools
 from argen.evaluate import main as evaluate
+from argen.files import WEIGHTS
 from argen.hub.loading import load_diffusion
 from argen.models.counter import Counter
-from argen.models.files import WEIGHTS
 from argen.train.sd import UNET
 from argen.ui import tools as page
 

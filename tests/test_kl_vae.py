@@ -7,7 +7,7 @@ from conftest import published_keys, shapes
 import argen
 from argen.data.tables import pixels, read_split
 from argen.eval.reconstruction import evaluate, reconstruct
-from argen.models.files import WEIGHTS
+from argen.files import WEIGHTS
 from tokenizers_img import kl_vae
 from tokenizers_img.checkpoint import load_strict, to_diffusers
 from tokenizers_img.kl_vae import KLVAE

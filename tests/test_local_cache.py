@@ -9,9 +9,9 @@ import huggingface_hub
 import pytest
 
 from argen.cli import main
+from argen.files import WEIGHTS
 from argen.hub import local_cache
 from argen.hub.cards import all_cards
-from argen.models.files import WEIGHTS
 
 REPO = "FoundationVision/LlamaGen"
 

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from argen.data import emoji, scenes
-from argen.models.files import WEIGHTS
+from argen.files import WEIGHTS
 from argen.models.llamagen import LlamaGen
 from argen.models.parti import Parti
 from argen.train import (

@@ -17,9 +17,9 @@ from argen.diffusion.counters import (
     EmojiRelevance,
     components,
 )
+from argen.files import WEIGHTS
 from argen.hub.cards import CARD_FILE, Card, all_cards, read_card
 from argen.hub.loading import load
-from argen.models.files import WEIGHTS
 from argen.registry import resolve
 from argen.words import caption_names, mentions, split_names
 

@@ -14,8 +14,8 @@ from diffusers import DiffusionPipeline
 from safetensors import SafetensorError
 
 from argen.device import LOADING
+from argen.files import WEIGHTS
 from argen.hub.cards import CARD_FILE, Card, all_cards, find_card
-from argen.models.files import WEIGHTS
 from argen.registry import pipelines, resolve
 from tokenizers_img.checkpoint import refuse_placeholder
 from tokenizers_img.hub import hub_folder

@@ -8,8 +8,8 @@ from pathlib import Path
 import huggingface_hub
 from huggingface_hub.errors import CacheNotFound
 
+from argen.files import WEIGHTS
 from argen.hub.cards import all_cards, find_card
-from argen.models.files import WEIGHTS
 
 SUMS = WEIGHTS / "SHA256SUMS"  # of what ships, as `sha256sum` writes them
 

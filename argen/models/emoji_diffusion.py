@@ -7,7 +7,8 @@ from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, StableDiffusi
 from diffusers.pipelines.stable_diffusion.stable_unclip_image_normalizer import StableUnCLIPImageNormalizer
 from transformers import CLIPModel, CLIPTextModel, PreTrainedTokenizerFast
 
-from argen.models.files import WEIGHTS, load_network, read_encoder
+from argen.files import WEIGHTS
+from argen.models.files import load_network, read_encoder
 from tokenizers_img.seed import UnCLIP
 
 NOISE = {  # reaches zero signal (arXiv 2305.08891), because the pictures have a white ground

@@ -7,10 +7,10 @@ from diffusers import ModelMixin
 from transformers import AutoTokenizer, CLIPModel, PreTrainedTokenizerFast, T5EncoderModel
 
 from argen.data.emoji import GROUPS
+from argen.files import WEIGHTS
 from argen.models.clip import TextImageEncoder
 from argen.registry import resolve
 
-WEIGHTS = Path(__file__).parents[1] / "weights"
 T5 = "google/flan-t5-xl"
 
 

@@ -6,8 +6,9 @@ import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from diffusers.pipelines.stable_diffusion.stable_unclip_image_normalizer import StableUnCLIPImageNormalizer
 
+from argen.files import WEIGHTS
 from argen.models.emoji_diffusion import EMOJI_SEED, unclip
-from argen.models.files import WEIGHTS, load_network, read_encoder
+from argen.models.files import load_network, read_encoder
 from tokenizers_img import seed
 from tokenizers_img.conv_encoder import ConvEncoder, TwoEncoders
 from tokenizers_img.flextok import FlexTok, FlexTokenizer

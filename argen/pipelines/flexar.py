@@ -10,7 +10,8 @@ from torch import Tensor
 from transformers import CLIPModel, PreTrainedTokenizerFast, T5EncoderModel
 
 from argen.data.imagenet import class_id
-from argen.models.files import WEIGHTS, emoji_text, load_network, read_t5
+from argen.files import WEIGHTS
+from argen.models.files import emoji_text, load_network, read_t5
 from argen.models.flexar import FlexAR, FlexARSession
 from argen.models.tokenizers import read_emoji_flextok
 from argen.pipelines.base import SAMPLING, Defaults, TokenPipeline, distinct, own_generators

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 from transformers import CLIPModel, PreTrainedTokenizerFast
 
-from argen.models.files import WEIGHTS, load_network, read_encoder
+from argen.files import WEIGHTS
+from argen.models.files import load_network, read_encoder
 from argen.models.parti import Parti
 from argen.models.session import DecoderSession
 from argen.pipelines.base import Defaults, TokenPipeline, distinct

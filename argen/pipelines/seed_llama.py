@@ -12,7 +12,8 @@ from torch import Tensor
 from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerBase, TextIteratorStreamer
 
 from argen.bounds import check_all
-from argen.models.files import WEIGHTS, complete
+from argen.files import WEIGHTS
+from argen.models.files import complete
 from argen.models.seed_llama import (
     CLOSE,
     OPEN,

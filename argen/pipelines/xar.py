@@ -13,7 +13,8 @@ from torch import Tensor
 from transformers import CLIPModel, PreTrainedTokenizerFast
 
 from argen.data.imagenet import class_id
-from argen.models.files import WEIGHTS, emoji_text, load_network
+from argen.files import WEIGHTS
+from argen.models.files import emoji_text, load_network
 from argen.models.xar import SIZES, XAR, XARSession
 from argen.pipelines.base import Defaults, TokenPipeline, check_asked, distinct
 from argen.request import Control, Grid, Request
