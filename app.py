@@ -2,6 +2,6 @@
 
 import sys
 
-from argen.cli import main
+from argen.cli.main import main
 
 sys.exit(main(["ui", *sys.argv[1:]]))

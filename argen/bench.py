@@ -31,8 +31,7 @@ from argen.device import pick
 from argen.eval.features import encoder_features
 from argen.eval.images import ImageSet, open_images
 from argen.eval.judge import evaluate, read_prompts
-from argen.eval.run import compare
-from argen.evaluate import cache_folder
+from argen.eval.run import cache_folder, compare
 from argen.models.llamagen import SIZES, LlamaGen, LlamaGenSession
 from samplers.auto import Auto
 from samplers.jacobi import Jacobi

@@ -1,4 +1,4 @@
-"""The bounds of every number that a user can set: at the command line, in Python, on the page, over HTTP, in tables and in files.
+"""The bounds of every number of the tools; those of a generation stand in `argen.request.Request`, of a sampler in its class.
 
 They are checked before anything is built or allocated by such a number.
 """
@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 MAX_IMAGES, MAX_CANDIDATES = 64, 64
 MAX_CELLS = 16384  # of a token grid
+MAX_SEED = 2**63 - 1 - MAX_CANDIDATES
 MAX_SIDE, MAX_SCALED = 4096, 2048  # pixels of what is read or drawn, and of what is scaled for a client
 
 
@@ -32,18 +33,10 @@ class Bound:
 
 
 BOUNDS = {
-    "num_images": Bound(1, MAX_IMAGES),
-    "num_candidates": Bound(1, MAX_CANDIDATES),
-    "num_beams": Bound(1, MAX_CANDIDATES),
-    "num_tokens": Bound(1, MAX_CELLS),
-    "seed": Bound(0, 2**63 - 1 - MAX_CANDIDATES),
-    "guidance_scale": Bound(0, 100, False, "1: no guidance"),
+    "seed": Bound(0, MAX_SEED),
     "temperature": Bound(0, 100, False, "0: the most probable token"),
-    "top_k": Bound(0, 2**20, note="0: all"),
     "top_p": Bound(0, 1, False, "1: all"),
-    "lantern_k": Bound(0, 2**16),
-    "lantern_delta": Bound(0, 1, False),
-    "lantern_lambda": Bound(1, 10**6, False),
+    "guidance_scale": Bound(0, 100, False, "1: no guidance"),
     "steps": Bound(1, 1000),
     "control_strength": Bound(0, 10, False, "0: no control"),
     "iterations": Bound(1, 1000),
@@ -77,15 +70,6 @@ def check_all(settings: Iterable[tuple[str, object]]) -> None:
     for name, value in settings:
         for each in value if isinstance(value, tuple) and name == "steps" else (value,):
             check(name, each)
-
-
-def with_integers(settings: dict) -> dict:
-    """The same settings with integers in place of floats such as 4.0 where whole numbers are expected, as pages and tables have them."""
-
-    def whole(name: str, value) -> bool:
-        return name in BOUNDS and BOUNDS[name].whole and isinstance(value, float) and value.is_integer()
-
-    return {name: int(value) if whole(name, value) else value for name, value in settings.items()}
 
 
 def check_size(size: tuple[int, int] | None, high: int = MAX_SIDE) -> tuple[int, int] | None:

@@ -5,10 +5,16 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from argen.bounds import check_size
 from argen.words import check_text
+
+if TYPE_CHECKING:
+    from samplers.settings import Setting
 
 EXTRAS = {
     "scipy": "control",
@@ -18,6 +24,14 @@ EXTRAS = {
 }  # module -> the extra that brings it; others are of "train"
 
 
+DEFAULTS = argparse.ArgumentDefaultsHelpFormatter  # help that shows the default of each option
+CONTROLS = (
+    "canny, hed, lineart, lineart-inverted, depth, depth-midas, segments, seg or map"  # argen.models.annotators.KINDS
+)
+PIPELINE = "folder of a Stable Diffusion (XL) pipeline, or OWNER/NAME on the hub (default: argen/emoji-sd)"
+BINDING = "attribute, object, merge or gentle (default: attribute; of argen/emoji-sd gentle)"
+COUNT_RATE = "(default: the authors' 0.01; of argen/emoji-sd 0.003)"
+CLIP = "openai/clip-vit-base-patch32"
 MAX_NAME = 250  # bytes of a file name: 255, less the number of one of several images
 
 
@@ -36,6 +50,59 @@ def printable(text: str) -> str:
 def device_and_json(add: argparse.ArgumentParser) -> None:
     add.add_argument("--device", metavar="NAME", help="cpu, cuda, mps (default: the best one here)")
     add.add_argument("--json", action="store_true", help="print JSON")
+
+
+def size(text: str) -> tuple[int, int]:
+    """ "128x64" -> width and height."""
+    width, _, height = text.lower().partition("x")
+    if not (width.isdigit() and height.isdigit() and int(width) and int(height)):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a valid size: expected WIDTHxHEIGHT in pixels, e.g. 128x128")
+    try:
+        return check_size((int(width), int(height)))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def diffusion_arguments(add: argparse.ArgumentParser, steps: int, guidance: float) -> None:
+    """What the tools on diffusers' pipelines share; `steps` and `guidance` are those that are usual."""
+    own = "of argen/emoji-sd its own"
+    add.add_argument("--model", default="argen/emoji-sd", metavar="DIR", help=PIPELINE)
+    add.add_argument("--seed", type=int, default=0, metavar="S", help="(default: 0)")
+    add.add_argument("--steps", type=int, metavar="N", help=f"of the sampler (default: {steps}; {own})")
+    add.add_argument("--guidance-scale", type=float, metavar="G", help=f"(default: {guidance}; {own})")
+    device_and_json(add)
+
+
+def add_settings(parser: argparse.ArgumentParser, cls: type, names: Iterable[str], own: str) -> None:
+    """Add a flag for each of the settings called `names` of a class of `samplers.settings`; what is left out is None.
+
+    Args:
+        own: what the help says of a default that is None, e.g. "the model's".
+    """
+    from samplers.settings import settings_of
+
+    for name in names:
+        setting = settings_of(cls)[name]
+        parser.add_argument(
+            *setting.flags,
+            f"--{name.replace('_', '-')}",
+            dest=name,
+            type=partial(_typed, setting),
+            metavar=setting.metavar,
+            help=f"{setting.help}: {setting.expected} (default: {own if setting.default is None else setting.default})",
+        )
+
+
+def _typed(setting: "Setting", text: str) -> object:
+    try:
+        return setting.parse(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def described(tokens) -> str:
+    """What one image became, ids [N] or latents [C, h, w], in words."""
+    return f"{len(tokens)} tokens" if tokens.ndim == 1 else f"{tokens[0].size} latents of {len(tokens)} numbers"
 
 
 def check_name(path: Path) -> None:

@@ -19,7 +19,7 @@ class Registry(Mapping[str, Any]):
 
     Args:
         kind: what one of them is called, e.g. "sampler"; its entry points are in the group "argen.samplers".
-        built_in: name -> "module:attribute".
+        built_in: name -> "module:attribute", or "module".
     """
 
     def __init__(self, kind: str, built_in: Mapping[str, str]):
@@ -74,10 +74,10 @@ def nearest(name: str, names: Iterable[str]) -> str:
 
 
 def resolve(target: str) -> Any:
-    """The object called "module:attribute", where the attribute may have dots."""
+    """The object called "module:attribute", where the attribute may have dots, or a module."""
     module, _, path = target.partition(":")
     found = import_module(module)
-    for part in path.split("."):
+    for part in filter(None, path.split(".")):
         found = getattr(found, part)
     return found
 
@@ -122,5 +122,36 @@ pipelines = Registry(
         "FlexARPipeline": "argen.pipelines.flexar:FlexARPipeline",
     },
 )
+commands = Registry(
+    "command",
+    {
+        name: f"argen.cli.{name}"
+        for name in (
+            "generate",
+            "reconstruct",
+            "tokenize",
+            "detokenize",
+            "batch",
+            "grid",
+            "describe",
+            "control",
+            "bind",
+            "erase",
+            "count",
+            "models",
+            "samplers",
+            "data",
+            "train",
+            "score",
+            "eval",
+            "ui",
+        )
+    },
+)
 cards = Registry("card", {})  # of installed packages and of running programs; those of argen lie in argen/cards
-REGISTRIES = {registry.kind: registry for registry in (samplers, pipelines, cards)}
+REGISTRIES = {registry.kind: registry for registry in (samplers, pipelines, commands, cards)}
+
+
+def samplers_of(draws: str) -> list[str]:
+    """Names of the samplers that decide "tokens", or of those that decide "latents"."""
+    return [name for name in samplers if getattr(samplers[name], "draws", "tokens") == draws]

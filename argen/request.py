@@ -1,22 +1,27 @@
 """What is asked of a generator, and what has become of it: one object behind command line, Python, web page and APIs."""
 
 import base64
+import re
 from dataclasses import dataclass, field, fields, replace
 from io import BytesIO
+from typing import Any
 
 import torch
 from PIL import Image
+from pydantic import SkipValidation
 
-from argen.bounds import BOUNDS, MAX_CANDIDATES, MAX_CELLS, check, check_all, check_size
+from argen.bounds import MAX_CANDIDATES, MAX_CELLS, MAX_IMAGES, MAX_SEED, check, check_size
 from argen.images import from_base64
+from argen.registry import nearest, samplers
 from argen.words import check_text, visible
-from samplers import SOLVERS, by_name
-from samplers.logits import Sampling
+from samplers.next_x import Steps
+from samplers.settings import Field, Setting, make, settings, settings_of
 from tokenizers_img.pixels import normalized
 
 MAX_PROMPT = 1000  # characters
 CANDIDATES_A_BEAM = 4
-OLD_SAMPLERS = {"plain": "sequential", "fast_preview": "zipar"}  # their names in images and databases of release 0.1
+OLD_SAMPLERS = {"plain": "sequential", "fast_preview": "zipar"}  # names in images and databases of release 0.1
+OLD_LANTERN = {"lantern_k": "k", "lantern_delta": "delta", "lantern_lambda": "lambda"}
 Grid = tuple[tuple[int, ...], ...]  # rows of ids
 MIN_CONTROL = 16  # pixels on a side of a control picture
 
@@ -77,65 +82,88 @@ class Control:
         return cls(**given | {"image": from_base64(saved["image"], "the control image"), "size": size and tuple(size)})
 
 
-@dataclass(frozen=True)
+@settings
 class Request:
-    """A wish for pictures, checked when it is made.
+    """A generation request, checked when it is made.
 
-    Attributes:
-        prompt: at most `MAX_PROMPT` characters.
-        model: id of the generator.
-        num_images: pictures to give back.
-        seed: picture i is drawn with ``seed + i``, and with nothing else: it does not depend on the others.
-        guidance_scale: classifier-free guidance, 1 for none; None for the model's own.
-        temperature, top_k, top_p: see `samplers.logits.Sampling`; None for the model's own.
-        sampler: a name in `samplers.SAMPLERS` or `samplers.SOLVERS`, or "auto", which is for every model the best one.
-        steps: of the flow of a model of continuous latents, or those of its first and its last part; None for the model's own.
-        lantern_k, lantern_delta, lantern_lambda: settings of the sampler "lantern", see `samplers.Lantern`; None for its own.
-        num_tokens: of each picture, for a model whose pictures may have any number; None for the model's own.
-        num_candidates: pictures drawn, of which the `num_images` that fit the prompt best are kept; None draws no more
-            than are asked for.
-        num_beams: for a model of ordered tokens: each picture is searched for among its beginnings, see
-            `argen.pipelines.FlexARPipeline.search`; of `num_candidates` drawn each time so many are gone on with.
-        control: what the pictures follow, for a model that takes it.
-        tokens: rows of a token grid to go on from: ids that stay, and -1 in the cells that are written; None writes all.
+    Image i is drawn with ``seed + i``, and with nothing else: it does not depend on the others. What is None is left to the model.
+    `sampler` is a name of `argen.registry.samplers`, which may have settings behind it, e.g. "lantern:k=5,delta=0.1"; they become
+    `sampler_args`. `tokens` are rows of a token grid to go on from: ids that stay, and -1 in the cells that are written. In Python
+    `control` is a `Control`.
 
     Raises:
         ValueError: says which value is out of bounds and what is expected.
     """
 
-    prompt: str
-    model: str = "argen/emoji-parti"
-    num_images: int = 1
-    seed: int = 0
-    guidance_scale: float | None = None
-    temperature: float | None = None
-    top_k: int | None = None
-    top_p: float | None = None
-    sampler: str = "auto"
-    lantern_k: int | None = None
-    lantern_delta: float | None = None
-    lantern_lambda: float | None = None
-    steps: int | tuple[int, int] | None = None
-    num_tokens: int | None = None
-    num_candidates: int | None = None
-    num_beams: int | None = None
-    control: Control | None = None
-    tokens: Grid | None = None
+    prompt: str = Field(description='what to draw, for example "a red apple, noto style"')
+    model: str = Field(
+        "argen/emoji-parti", description="an id that `argen models` lists, or the folder of a saved pipeline"
+    )
+    num_images: int = Field(
+        1, ge=1, le=MAX_IMAGES, description="images to give back", json_schema_extra={"flags": ["-n", "--num"]}
+    )
+    seed: int = Field(0, ge=0, le=MAX_SEED, description="image i is drawn with seed + i")
+    guidance_scale: float | None = Field(
+        None, ge=0, le=100, description="how closely to follow the prompt", json_schema_extra={"note": "1: no guidance"}
+    )
+    temperature: float | None = Field(
+        None,
+        ge=0,
+        le=100,
+        description="divides the logits",
+        json_schema_extra={"note": "0: always the most probable token"},
+    )
+    top_k: int | None = Field(
+        None, ge=0, le=2**20, description="draw among the K most probable tokens", json_schema_extra={"note": "0: all"}
+    )
+    top_p: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="draw among the most probable tokens of joint probability P",
+        json_schema_extra={"note": "1: all"},
+    )
+    sampler: str = Field(
+        "auto", description="how tokens are decided, with its settings: NAME or NAME:SETTING=VALUE,..."
+    )
+    sampler_args: dict[str, Any] = Field(default_factory=dict, description="settings of the sampler by their names")
+    steps: Steps | tuple[Steps, Steps] | None = Field(
+        None, description="of the flow of a model of continuous latents; two numbers: of its first and of its last part"
+    )
+    num_tokens: int | None = Field(
+        None,
+        ge=1,
+        le=MAX_CELLS,
+        description="of an image, for a model whose images may have any number",
+        json_schema_extra={"flags": ["--tokens"]},
+    )
+    num_candidates: int | None = Field(
+        None, ge=1, le=MAX_CANDIDATES, description="draw so many images and keep those that fit the prompt best"
+    )
+    num_beams: int | None = Field(
+        None,
+        ge=1,
+        le=MAX_CANDIDATES,
+        description="search: of the candidates with 1, 2, 4 ... tokens go on with those that fit best, for a model of ordered tokens",
+    )
+    control: Control | None = Field(None, description="image to follow, for a model that takes one")
+    tokens: SkipValidation[Grid | None] = Field(None, description="token grid to go on from, -1 in the cells to write")
 
     def __post_init__(self):
         check_prompt(self.prompt)
-        for name in ("model", "sampler"):
-            if not isinstance(getattr(self, name), str):
-                raise ValueError(f"{name} is {getattr(self, name)!r}: expected a name")
-        if isinstance(self.steps, tuple) and len(self.steps) != 2:
-            raise ValueError(f"steps are {self.steps}: expected one number, or two")
-        if self.num_images is None or self.seed is None:
-            raise ValueError("num_images or seed is None: expected a number, or leave it out")
-        check_all((name, getattr(self, name)) for name in BOUNDS if hasattr(self, name))
-        by_name("sde" if self.steps is not None and self.sampler == "auto" else self.sampler, **self.sampler_settings())
-        if self.num_candidates is not None and not self.num_images <= self.num_candidates <= MAX_CANDIDATES:
+        if ":" in self.sampler:
+            name, typed = parse_sampler(self.sampler)
+            object.__setattr__(self, "sampler", name)
+            object.__setattr__(self, "sampler_args", typed | self.sampler_args)
+        make(samplers[self.sampler], self.sampler_args)  # refuses what it cannot use
+        if self.steps is not None and self.sampler != "auto" and not _is_flow(self.sampler):
             raise ValueError(
-                f"num_candidates is {self.num_candidates}: expected at least the number of pictures "
+                f"steps are those of a flow, but the sampler is {self.sampler}: leave them out, or choose one of "
+                f"{', '.join(filter(_is_flow, samplers))} with a model of continuous latents"
+            )
+        if self.num_candidates is not None and not self.num_images <= self.num_candidates:
+            raise ValueError(
+                f"num_candidates is {self.num_candidates}: expected at least the number of images "
                 f"({self.num_images}) and at most {MAX_CANDIDATES}"
             )
         if self.num_beams is not None:
@@ -144,33 +172,17 @@ class Request:
             check_grid(self.tokens)
             if min(map(min, self.tokens)) >= 0:
                 raise ValueError("tokens leave nothing to write: expected -1 in one cell or more")
-        Sampling(
-            **{key: value for key in ("temperature", "top_k", "top_p") if (value := getattr(self, key)) is not None}
-        )
 
     @property
     def drawn(self) -> int:
-        """Pictures that are drawn to choose from."""
+        """Images that are drawn to choose from."""
         if self.num_candidates is None:
             return CANDIDATES_A_BEAM * self.num_beams if self.num_beams else self.num_images
         return self.num_candidates
 
     def sampler_settings(self) -> dict:
-        """Those of the sampler that are given."""
-        lantern = {"k": self.lantern_k, "delta": self.lantern_delta, "lambda_": self.lantern_lambda}
-        lantern = {name: value for name, value in lantern.items() if value is not None}
-        if lantern and self.sampler != "lantern":
-            raise ValueError(
-                f"settings of the sampler lantern were given, but the sampler is {self.sampler}: leave them out"
-            )
-        if self.steps is None:
-            return lantern
-        if self.sampler not in ("auto", *SOLVERS):
-            raise ValueError(
-                f"steps are those of a flow, but the sampler is {self.sampler}: leave them out, or choose one of "
-                f"{', '.join(SOLVERS)} with a model of continuous latents"
-            )
-        return {"steps": self.steps}
+        """Arguments of the sampler that are set, with the steps among them."""
+        return self.sampler_args | ({} if self.steps is None else {"steps": self.steps})
 
     def generators(self) -> list[torch.Generator]:
         """A source of luck for each picture that is drawn; with `num_beams`, for each that is searched for."""
@@ -182,10 +194,24 @@ class Request:
         candidates = self.num_candidates if self.num_beams else None
         return replace(self, seed=self.seed + index, num_images=1, num_candidates=candidates)
 
+    @property
+    def sampler_text(self) -> str:
+        """The sampler with its settings, as it may be typed: "lantern:k=5,delta=0.1"."""
+        typed = ",".join(f"{name}={value}".replace(" ", "") for name, value in self.sampler_args.items())
+        return f"{self.sampler}:{typed}" if typed else self.sampler
+
+    def with_setting(self, name: str, value: Any) -> "Request":
+        """The same with another value of a setting, see `setting_of`; one of a sampler chooses that sampler."""
+        sampler, _, argument = name.partition(".")
+        if not argument:
+            return replace(self, **{name: value} | ({"sampler_args": {}} if name == "sampler" else {}))
+        kept = self.sampler_args if self.sampler == sampler else {}
+        return replace(self, sampler=sampler, sampler_args=kept | {argument: value})
+
     def given(self) -> dict:
         """The values by name, without those left to the model."""
         values = {item.name: getattr(self, item.name) for item in fields(self)}
-        return {name: value for name, value in values.items() if value is not None}
+        return {name: value for name, value in values.items() if value is not None and value != {}}
 
     def to_dict(self) -> dict:
         """`given`, for JSON."""
@@ -200,17 +226,16 @@ class Request:
         """
         if not isinstance(saved, dict):
             raise ValueError(f"settings are a {type(saved).__name__}: expected an object with names of settings")
+        saved = _migrated(saved)
         known = {item.name for item in fields(cls)}
         if unknown := [name for name in saved if name not in known]:
             raise ValueError(f"unknown setting {unknown[0][:60]!r}: expected some of {', '.join(sorted(known))}")
-        saved = (
-            saved | {"sampler": OLD_SAMPLERS.get(saved["sampler"], saved["sampler"])}
-            if isinstance(saved.get("sampler"), str)
-            else saved
-        )
         parts = {"control": Control.from_dict(saved["control"])} if saved.get("control") is not None else {}
         if isinstance(saved.get("steps"), list):
             parts["steps"] = tuple(saved["steps"])
+        if isinstance(saved.get("sampler_args"), dict):  # JSON has no tuples
+            pairs = saved["sampler_args"].items()
+            parts["sampler_args"] = {name: tuple(value) if isinstance(value, list) else value for name, value in pairs}
         if saved.get("tokens") is not None:
             if not isinstance(saved["tokens"], list | tuple) or not all(
                 isinstance(row, list | tuple) for row in saved["tokens"]
@@ -218,6 +243,55 @@ class Request:
                 raise ValueError("tokens are not a grid: expected rows of whole numbers")
             parts["tokens"] = tuple(map(tuple, saved["tokens"]))
         return cls(**saved | parts)
+
+
+def _migrated(saved: dict) -> dict:
+    """Settings as release 0.1 wrote them, in today's names."""
+    if isinstance(saved.get("sampler"), str):
+        saved = saved | {"sampler": OLD_SAMPLERS.get(saved["sampler"], saved["sampler"])}
+    old = {name: saved[name] for name in OLD_LANTERN if saved.get(name) is not None}
+    if old:
+        saved = saved | {"sampler_args": {OLD_LANTERN[name]: value for name, value in old.items()}}
+    return {name: value for name, value in saved.items() if name not in OLD_LANTERN}
+
+
+def setting_of(name: str) -> Setting:
+    """A setting of a request by its name, or one of a sampler, e.g. "lantern.k".
+
+    Raises:
+        ValueError: there is none.
+    """
+    sampler, _, argument = f"lantern.{OLD_LANTERN[name]}".partition(".") if name in OLD_LANTERN else name.partition(".")
+    known = settings_of(samplers[sampler] if argument and sampler in samplers else Request)
+    name = argument or name
+    if name not in known or known[name].kind is None and not known[name].pair:
+        names = [name for name, setting in known.items() if setting.kind or setting.pair]
+        raise ValueError(f"unknown setting {name[:60]!r}: expected one of {', '.join(names)}{nearest(name, names)}")
+    return known[name]
+
+
+def parse_sampler(text: str) -> tuple[str, dict[str, Any]]:
+    """ "lantern:k=5,delta=0.1" -> its name, and its arguments.
+
+    Raises:
+        ValueError: no such sampler or setting, or a value that is none of it.
+    """
+    name, _, typed = text.partition(":")
+    known, arguments = settings_of(samplers[name.strip()]), {}
+    for part in filter(None, (part.strip() for part in re.split(r",(?![^=]*\))", typed))):
+        setting, equals, value = (piece.strip() for piece in part.partition("="))
+        if not equals or setting not in known:
+            raise ValueError(
+                f"the sampler {name} has no setting {part[:60]!r}: expected SETTING=VALUE of "
+                f"{', '.join(known) or 'none: it has no settings'}"
+            )
+        arguments[setting] = known[setting].parse(value)
+    return name.strip(), arguments
+
+
+def _is_flow(name: str) -> bool:
+    """Whether a sampler is one of flows."""
+    return getattr(samplers[name], "draws", "tokens") == "latents"
 
 
 def to_base64(image: Image.Image) -> str:

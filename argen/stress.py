@@ -39,7 +39,7 @@ class Server:
         self.start()
 
     def start(self) -> None:
-        command = [sys.executable, "-m", "argen.cli", "ui", "--port", str(self.port), "--data-dir", str(self.folder)]
+        command = [sys.executable, "-m", "argen", "ui", "--port", str(self.port), "--data-dir", str(self.folder)]
         self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         self.ask("/api/jobs")
 
@@ -255,7 +255,7 @@ def deleted_files(server: Server) -> bool:
 
 def second_server(server: Server) -> bool:
     """A second server on the same folder says so."""
-    command = [sys.executable, "-m", "argen.cli", "ui", "--port", "0", "--data-dir", str(server.folder)]
+    command = [sys.executable, "-m", "argen", "ui", "--port", "0", "--data-dir", str(server.folder)]
     other = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
     return other.returncode == 2 and "in use by another argen" in other.stderr
 

@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from itertools import islice
 
 import torch
@@ -10,6 +9,7 @@ from torch import Tensor
 
 from samplers.jacobi import Jacobi
 from samplers.logits import Noise, Sampling
+from samplers.settings import settings
 from samplers.steps import GuidanceScale, Origin, Sequential, Session, Step
 
 WINDOW = 8  # of Jacobi: on two cores faster than 16, which takes fewer passes
@@ -17,7 +17,7 @@ TRIED = 3  # passes of Jacobi, the first of which is not timed
 CPU_IMAGES = 1  # with more at a time, a forward pass over their windows takes a CPU longer than the passes it saves
 
 
-@dataclass(frozen=True)
+@settings
 class Auto:
     """Exactly the image of `Sequential`: it writes the first row, `Jacobi` goes on, and the one that wrote more tokens a second
     finishes. Of several images at a time on a CPU `Sequential` writes all.

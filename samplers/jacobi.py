@@ -7,29 +7,22 @@ Text-to-Image Generation with Training-free Speculative Jacobi Decoding" (arXiv 
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from samplers.logits import Noise, Sampling
-from samplers.steps import START, GuidanceScale, Origin, Session, Step, check_window, guided, pick
+from samplers.settings import Field, settings
+from samplers.steps import MAX_WINDOW, START, GuidanceScale, Origin, Session, Step, guided, pick
 
 
-@dataclass(frozen=True)
+@settings
 class Jacobi:
-    """Exactly the image of `Sequential` with the same noise (up to ties that rounding decides: keep logits in float32).
+    """Exactly the image of `Sequential` with the same noise (up to ties that rounding decides: keep logits in float32)."""
 
-    Args:
-        window: cells that are guessed at a time.
-    """
-
-    window: int = 16
+    window: int = Field(16, ge=1, le=MAX_WINDOW, description="cells that are guessed at a time")
     name = "jacobi"
     lossless = True
-
-    def __post_init__(self):
-        check_window(self.window)
 
     def __call__(
         self, session: Session, tokens: Tensor, sampling: Sampling, guidance_scale: GuidanceScale, noise: Noise

@@ -15,9 +15,10 @@ from torch import Tensor
 
 from samplers.logits import Noise, Sampling
 from samplers.rules import NONE, OneByOne, Raised
+from samplers.settings import Field, settings
 from samplers.speculative import DraftedSession, Speculative, drafter_of
 from samplers.steps import GuidanceScale, Step
-from samplers.trees import SMALL_TREE, Shape
+from samplers.trees import TREE_CHOICES, Shape, TreeName
 
 SLICE = 1024  # rows of the codebook that are compared at a time
 
@@ -94,27 +95,29 @@ class Relaxed(OneByOne):
         return Raised(likely, NONE, near if self.official and count else near[:count])
 
 
-@dataclass(frozen=True)
+@settings
 class Lantern:
     """Relaxed speculative decoding: fewer forward passes than `Speculative`, at some loss that no bound here limits as a whole.
 
-    Args:
-        k, delta, lambda_, official: see `Relaxed`; delta is 0.2 where lambda_ is not given.
-        shape: of the drafted trees.
+    See `Relaxed`; `delta` is 0.2 where neither bound is given.
     """
 
-    k: int = 10
-    delta: float | None = None
-    lambda_: float | None = None
-    official: bool = False
-    shape: Shape = SMALL_TREE
+    k: int = Field(10, ge=0, le=2**16, description="nearest codebook entries whose probability is aggregated")
+    delta: float | None = Field(None, ge=0, le=1, description="bound on what is aggregated (0.2 if no bound is given)")
+    lambda_: float | None = Field(
+        None, ge=1, le=10**6, description="or bound on the aggregated over the own probability"
+    )
+    official: bool = Field(False, description="reject all k neighbours with a token, as the authors' code does")
+    tree: Shape | TreeName = Field("static", description="shape of the drafted trees", json_schema_extra=TREE_CHOICES)
     name = "lantern"
     lossless = False
+    needs = "drafter"
 
     def __post_init__(self):
+        if self.delta is not None and self.lambda_ is not None:
+            raise ValueError("delta and lambda are both given: expected one bound")
         if self.delta is None and self.lambda_ is None:
             object.__setattr__(self, "delta", 0.2)
-        Relaxed(torch.empty(1, max(self.k, 0) + 1), self.k, self.delta, self.lambda_)  # refuses what it cannot use
 
     def __call__(
         self, session: DraftedSession, tokens: Tensor, sampling: Sampling, guidance_scale: GuidanceScale, noise: Noise
@@ -126,4 +129,4 @@ class Lantern:
             raise ValueError(f"k is {self.k}: expected 0 to {codes - 2}, fewer than the codebook's {codes} codes")
         table = table_of(session.codebook, self.k + 1)
         rule = Relaxed(table, self.k, self.delta, self.lambda_, self.official)
-        yield from Speculative(self.shape, rule, drafter=drafter)(session, tokens, sampling, guidance_scale, noise)
+        yield from Speculative(self.tree, rule, drafter=drafter)(session, tokens, sampling, guidance_scale, noise)

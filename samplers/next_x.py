@@ -8,15 +8,16 @@ Letters in shape comments: B images, K entities, T positions of one of them, N o
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Annotated, Protocol
 
 import torch
 from torch import Tensor
 
 from samplers.flow import Velocity, euler, euler_maruyama, even_times, heun, stochastic_times
 from samplers.logits import guide
+from samplers.settings import Field, settings
 
-SOLVERS = ("sde", "euler", "heun")
+Steps = Annotated[int, Field(ge=1, le=1000)]
 
 
 class NextXSession(Protocol):
@@ -46,36 +47,25 @@ class NextXStep:
     forward_passes: int
 
 
-@dataclass(frozen=True)
+@settings
 class NextX:
-    """How the flows are solved.
+    """Base of the samplers of flows: a subclass says which solver is used."""
 
-    Args:
-        solver: "sde" (Euler-Maruyama, as published), "euler" or "heun".
-        steps: of each entity's flow; two numbers are those of the first and of the last entity.
-        precise: the state adds up in float64, as published; else in float32, for devices that have no float64.
-    """
-
-    solver: str = "sde"
-    steps: int | tuple[int, int] = 40
-    precise: bool = True
+    steps: Steps | tuple[Steps, Steps] = Field(40, description="of each entity's flow; two: of the first, of the last")
+    precise: bool = Field(True, description="add up in float64, as published; float32 for devices without it")
     lossless = True
-
-    def __post_init__(self):
-        if self.solver not in SOLVERS:
-            raise ValueError(f"unknown flow solver {self.solver!r}: expected one of {', '.join(SOLVERS)}")
-        self.times(0, 2)
-        self.times(1, 2)
-
-    @property
-    def name(self) -> str:
-        return self.solver
+    draws = "latents"
+    noisy = False  # whether the solver draws noise at each step
 
     def times(self, entity: int, entities: int) -> list[float]:
         """Of one of the entities."""
         first, last = (self.steps, self.steps) if isinstance(self.steps, int) else self.steps
         left = (entities - 1 - entity) / max(1, entities - 1)
-        return (stochastic_times if self.solver == "sde" else even_times)(int(left * (first - last) + last))
+        return (stochastic_times if self.noisy else even_times)(int(left * (first - last) + last))
+
+    def states(self, velocity: Velocity, state: Tensor, times: list[float], draws: Tensor) -> Iterator[Tensor]:
+        """The states [B, T, C] after every step of a flow."""
+        raise NotImplementedError
 
     def __call__(
         self,
@@ -102,9 +92,9 @@ class NextX:
                 scale = guidance_scale
                 if len(lengths) > 1:
                     scale = 1 + (guidance_scale - 1) * entity / (len(lengths) - 1)
-                start, draws = noise(entity, len(times) - 2 if self.solver == "sde" else 0)
+                start, draws = noise(entity, len(times) - 2 if self.noisy else 0)
                 velocity = _Guided(session, entity, scale, entity_cells.clone(), known, start)
-                states = self._states(velocity, start.double() if self.precise else start, times, draws)
+                states = self.states(velocity, start.double() if self.precise else start, times, draws)
                 for index, state in enumerate(states, 1):
                     entity_cells[:] = torch.where(known, entity_cells, state.float())
                     under_way = length * index // (len(times) - 1)
@@ -118,10 +108,39 @@ class NextX:
                 forward_passes += 1
             finished += length
 
-    def _states(self, velocity: Velocity, state: Tensor, times: list[float], draws: Tensor) -> Iterator[Tensor]:
-        if self.solver == "sde":
-            return euler_maruyama(velocity, state, times, draws)
-        return (euler if self.solver == "euler" else heun)(velocity, state, times)
+
+@settings
+class EulerMaruyama(NextX):
+    """The stochastic solver, as published."""
+
+    name = "sde"
+    noisy = True
+
+    def states(self, velocity: Velocity, state: Tensor, times: list[float], draws: Tensor) -> Iterator[Tensor]:
+        """See `NextX.states`."""
+        return euler_maruyama(velocity, state, times, draws)
+
+
+@settings
+class Euler(NextX):
+    """One call of the network a step."""
+
+    name = "euler"
+
+    def states(self, velocity: Velocity, state: Tensor, times: list[float], draws: Tensor) -> Iterator[Tensor]:
+        """See `NextX.states`."""
+        return euler(velocity, state, times)
+
+
+@settings
+class Heun(NextX):
+    """Two calls of the network a step, which may be longer."""
+
+    name = "heun"
+
+    def states(self, velocity: Velocity, state: Tensor, times: list[float], draws: Tensor) -> Iterator[Tensor]:
+        """See `NextX.states`."""
+        return heun(velocity, state, times)
 
 
 @dataclass

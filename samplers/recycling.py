@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from samplers.logits import Noise, Sampling
+from samplers.settings import Field, settings
 from samplers.speculative import Speculative
 from samplers.steps import GuidanceScale, Session, Step
-from samplers.trees import SMALL_TREE, Shape
+from samplers.trees import TREE_CHOICES, Shape, TreeName
 
 
 @dataclass
@@ -57,27 +58,18 @@ class Table:
             self.rows[token] = (likely, log_probs)
 
 
-@dataclass(frozen=True)
+@settings
 class TokenRecycling:
-    """Lossless, for any generator.
+    """Lossless, for any generator."""
 
-    Args:
-        width: tokens that are kept of each distribution.
-        shape: of the drafted trees.
-    """
-
-    width: int = 8
-    shape: Shape = SMALL_TREE
+    width: int = Field(8, ge=1, le=1024, description="tokens that are kept of each distribution")
+    tree: Shape | TreeName = Field("static", description="shape of the drafted trees", json_schema_extra=TREE_CHOICES)
     name = "recycling"
     lossless = True
-
-    def __post_init__(self):
-        if self.width < 1:
-            raise ValueError(f"width is {self.width}: expected at least 1 token")
 
     def __call__(
         self, session: Session, tokens: Tensor, sampling: Sampling, guidance_scale: GuidanceScale, noise: Noise
     ) -> Iterator[Step]:
         """See `samplers.steps.Sequential`."""
-        sampler = Speculative(self.shape, drafter=Table(self.width))
+        sampler = Speculative(self.tree, drafter=Table(self.width))
         yield from sampler(session, tokens, sampling, guidance_scale, noise)

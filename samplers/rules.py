@@ -8,7 +8,7 @@ Letter in shape comments: K vocabulary.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -61,6 +61,7 @@ class Choice(NamedTuple):
     probs: Tensor
 
 
+@runtime_checkable
 class Rule(Protocol):
     """Which candidate is kept."""
 
@@ -193,3 +194,13 @@ class Grouped(OneByOne):
         group = torch.cat([above[side[0].indices], below[side[1].indices]])
         group = group[(probs[group] - prob).abs() < self.near]
         return Raised(prob + probs[group].sum(), group, NONE)
+
+
+RULES: dict[str, Rule] = {"lossless": Lossless(), "k-seq": KSeq(), "grouped": Grouped()}
+RULE_CHOICES = {"choices": list(RULES)}
+RuleName = Literal["lossless", "k-seq", "grouped"]
+
+
+def rule_of(rule: Rule | str) -> Rule:
+    """A rule, or the one of a name."""
+    return RULES[rule] if isinstance(rule, str) else rule

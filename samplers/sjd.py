@@ -13,8 +13,9 @@ from torch import Tensor
 
 from samplers.logits import Noise, Sampling
 from samplers.rules import Grouped, Lossless, Rule
+from samplers.settings import Field, settings
 from samplers.speculative import Speculative
-from samplers.steps import GuidanceScale, Session, Step, check_window
+from samplers.steps import MAX_WINDOW, GuidanceScale, Session, Step
 from samplers.trees import Distribution, Draft, Drafted, Tree
 
 
@@ -77,25 +78,17 @@ class Window:
         return drafts
 
 
-@dataclass(frozen=True)
+@settings
 class SpeculativeJacobi:
-    """Tokens follow the distribution of `Sequential`, though they are others; for any generator.
+    """Tokens follow the distribution of `Sequential`, though they are others; for any generator."""
 
-    Args:
-        window: cells that are drafted at a time.
-        rule: what is accepted.
-    """
-
-    window: int = 16
-    rule: Rule = Lossless()
+    window: int = Field(16, ge=1, le=MAX_WINDOW, description="cells that are drafted at a time")
     name = "sjd"
+    lossless = True
 
     @property
-    def lossless(self) -> bool:
-        return self.rule.lossless
-
-    def __post_init__(self):
-        check_window(self.window)
+    def rule(self) -> Rule:
+        return Lossless()
 
     def __call__(
         self, session: Session, tokens: Tensor, sampling: Sampling, guidance_scale: GuidanceScale, noise: Noise
@@ -105,9 +98,15 @@ class SpeculativeJacobi:
         yield from sampler(session, tokens, sampling, guidance_scale, noise)
 
 
-@dataclass(frozen=True)
+@settings
 class GroupedJacobi(SpeculativeJacobi):
     """The same with the relaxed rule of grouped speculative decoding: fewer forward passes, at some loss."""
 
-    rule: Rule = Grouped()
+    side: int = Field(7, ge=0, le=1024, description="less and more probable tokens that stand for each other, at most")
+    near: float = Field(0.15, ge=0, le=1, description="whose probability differs by less than this")
     name = "gsd"
+    lossless = False
+
+    @property
+    def rule(self) -> Rule:
+        return Grouped(self.side, self.near)

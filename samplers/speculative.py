@@ -7,18 +7,18 @@ Letters in shape comments: B images, N cells, M nodes of a tree, n tokens of a f
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from itertools import pairwise
-from typing import NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from samplers.logits import Noise, Sampling
-from samplers.rules import Candidates, Lossless, OneByOne, Rule
+from samplers.rules import RULE_CHOICES, Candidates, OneByOne, Rule, RuleName, rule_of
+from samplers.settings import Field, settings
 from samplers.steps import START, GuidanceScale, Origin, Session, Step, guided
-from samplers.trees import SMALL_TREE, Distribution, Draft, Drafted, Drafting, Shape, Tree
+from samplers.trees import TREE_CHOICES, Distribution, Draft, Drafted, Drafting, Shape, Tree, TreeName, tree_of
 
 
 class Verdict(NamedTuple):
@@ -92,6 +92,7 @@ def verify_greedy(target_probs: Tensor, tree: Tree, tokens: Sequence[int], rule:
     return best
 
 
+@runtime_checkable
 class Drafter(Protocol):
     """Where drafts come from."""
 
@@ -125,26 +126,28 @@ def drafter_of(session: Session, sampler: str) -> Drafter:
     return session.drafter
 
 
-@dataclass(frozen=True)
+@settings
 class Speculative:
     """The target looks at a tree of drafted tokens in one pass, and keeps a path of it.
 
-    Args:
-        shape: of the trees.
-        rule: what is accepted.
-        reject_in: see `verify`.
-        drafter: None for the one that the generator brings.
+    In Python `tree` may be any `samplers.trees.Shape`, `rule` any `samplers.rules.Rule`, and `drafter` another than the one that the
+    generator brings; for `reject_in` see `verify`.
     """
 
-    shape: Shape = SMALL_TREE
-    rule: Rule = Lossless()
-    reject_in: str = "draft"
-    drafter: Drafter | None = None
+    tree: Shape | TreeName = Field("static", description="shape of the drafted trees", json_schema_extra=TREE_CHOICES)
+    rule: Rule | RuleName = Field("lossless", description="what is accepted", json_schema_extra=RULE_CHOICES)
+    reject_in: Literal["draft", "target"] = Field("draft", description="where the neighbours of a rejected token fall")
+    drafter: Drafter | None = Field(None, description="an object of Python")
     name = "speculative"
+    needs = "drafter"
+
+    def __post_init__(self):
+        if self.rule == "k-seq" and self.tree == "static":
+            object.__setattr__(self, "tree", "independent")  # which the rule is for
 
     @property
     def lossless(self) -> bool:
-        return self.rule.lossless
+        return rule_of(self.rule).lossless
 
     def __call__(
         self, session: Session, tokens: Tensor, sampling: Sampling, guidance_scale: GuidanceScale, noise: Noise
@@ -184,7 +187,7 @@ class Speculative:
         drafting.observe(start, logits, target_probs)
         hidden = drafting.read(root_tokens[:, None].to(device), roots[:, None], torch.zeros(batch, 1).long(), one)
         while (roots < length - 1).any():
-            drafts = self.shape.grow(drafting, hidden, roots, root_tokens, distribution, numbers)
+            drafts = tree_of(self.tree).grow(drafting, hidden, roots, root_tokens, distribution, numbers)
             nodes = torch.tensor([draft.tokens for draft in drafts])
             positions = roots[:, None] + torch.stack([draft.tree.depths for draft in drafts])
             masks = torch.stack([draft.tree.mask for draft in drafts])
@@ -220,8 +223,10 @@ class Speculative:
     ) -> Verdict:
         """Of one image, probabilities [M, K]."""
         if not distribution.greedy:
-            return verify(target_probs, draft.tree, draft.tokens, self.rule, numbers, draft.drafted, self.reject_in)
-        kept = verify_greedy(target_probs, draft.tree, draft.tokens, self.rule)
+            return verify(
+                target_probs, draft.tree, draft.tokens, rule_of(self.rule), numbers, draft.drafted, self.reject_in
+            )
+        kept = verify_greedy(target_probs, draft.tree, draft.tokens, rule_of(self.rule))
         most_probable = target_probs.argmax(dim=-1).tolist()
         relaxed = {node for above, node in pairwise(kept) if most_probable[above] != draft.tokens[node]}
         return Verdict(kept, target_probs[kept[-1]], relaxed)

@@ -16,7 +16,9 @@ import torch
 from torch import Tensor
 
 from samplers.logits import Noise, Sampling, guide
+from samplers.settings import settings
 
+MAX_WINDOW = 16384  # cells
 START = -1  # the token, and the position, that stands before the first cell
 
 
@@ -88,17 +90,25 @@ GuidanceScale = float | Callable[[int], float]  # one number, or a number for ea
 
 
 class Sampler(Protocol):
-    """How the undecided cells are filled; `lossless` tells whether tokens follow the network's own distribution."""
+    """How the undecided cells are filled: a class of `samplers.settings.settings`.
+
+    Attributes:
+        lossless: whether tokens follow the network's own distribution.
+        draws: "tokens", or "latents" where it is a sampler of flows.
+        needs: what else a generator must bring: "drafter", or nothing.
+    """
 
     name: str
     lossless: bool
+    draws: str = "tokens"
+    needs: str = ""
 
     def __call__(
         self, session: Session, tokens: Tensor, sampling: Sampling, guidance_scale: GuidanceScale, noise: Noise
     ) -> Iterator[Step]: ...
 
 
-@dataclass(frozen=True)
+@settings
 class Sequential:
     """One token a pass, in row-major order."""
 
@@ -127,14 +137,6 @@ class Sequential:
             tokens[:, cell] = torch.where(tokens[:, cell] < 0, drawn.to(tokens.device), tokens[:, cell])
             waiting, forward_passes = [cell], forward_passes + 1
             yield Step(tokens.clone(), forward_passes)
-
-
-def check_window(window: int) -> None:
-    """Raises:
-    ValueError: a window holds no cell.
-    """
-    if window < 1:
-        raise ValueError(f"window is {window}: expected at least 1 cell")
 
 
 def next_logits(

@@ -9,7 +9,7 @@ under guidance).
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -162,6 +162,7 @@ class Distribution:
         return int(inverse_transform(probs, torch.tensor(next(numbers), dtype=torch.float64)))
 
 
+@runtime_checkable
 class Shape(Protocol):
     """Which tree is drafted."""
 
@@ -423,3 +424,16 @@ class _Growing:
 SMALL_TREE = StaticTree(
     ((0,), (1,), (2,), (3,), (0, 0), (0, 1), (1, 0), (2, 0), (0, 0, 0), (0, 0, 1), (1, 0, 0), (0, 0, 0, 0))
 )
+TREES: dict[str, Shape] = {
+    "static": SMALL_TREE,
+    "dynamic": DynamicTree(12, 3, 4),
+    "drawn": DrawnTree(12, 4),
+    "independent": IndependentTree(SMALL_TREE.paths),
+}
+TREE_CHOICES = {"choices": list(TREES)}
+TreeName = Literal["static", "dynamic", "drawn", "independent"]
+
+
+def tree_of(tree: Shape | str) -> Shape:
+    """A shape, or the one of a name."""
+    return TREES[tree] if isinstance(tree, str) else tree

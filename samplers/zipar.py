@@ -5,16 +5,16 @@ Paper: "ZipAR: Parallel Auto-regressive Image Generation through Spatial Localit
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from samplers.logits import Noise, Sampling
-from samplers.steps import START, GuidanceScale, Session, Step, check_window, guided, pick
+from samplers.settings import Field, settings
+from samplers.steps import MAX_WINDOW, START, GuidanceScale, Session, Step, guided, pick
 
 
-@dataclass(frozen=True)
+@settings
 class ZipAR:
     """A row begins when the one above has `window` tokens. With a window as wide as the image it is `Sequential`.
 
@@ -22,12 +22,9 @@ class ZipAR:
     in for it.
     """
 
-    window: int = 4
+    window: int = Field(4, ge=1, le=MAX_WINDOW, description="tokens that the row above is ahead")
     name = "zipar"
     lossless = False
-
-    def __post_init__(self):
-        check_window(self.window)
 
     def __call__(
         self, session: Session, tokens: Tensor, sampling: Sampling, guidance_scale: GuidanceScale, noise: Noise

@@ -10,7 +10,8 @@ from PIL import Image, ImageFilter
 from torch import nn
 from transformers import DetrConfig, MaskFormerConfig, MaskFormerForInstanceSegmentation, ResNetConfig
 
-from argen.cli import CONTROLS, main
+from argen.cli.main import main
+from argen.command import CONTROLS
 from argen.models import annotators
 from argen.models.annotators import HED, KINDS, LineArt, annotate, as_control, canny, depth_image, resized
 

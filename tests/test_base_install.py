@@ -35,7 +35,7 @@ BLOCKED = json.loads(sys.argv[1])
 sys.meta_path.insert(0, Blocked())
 find_spec = importlib.util.find_spec  # by which libraries ask what is installed
 importlib.util.find_spec = lambda name, package=None: None if blocked(name) else find_spec(name, package)
-from argen.cli import main
+from argen.cli.main import main
 
 for line in json.loads(sys.argv[2]):
     out, err = io.StringIO(), io.StringIO()

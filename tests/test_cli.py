@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 import argen
-from argen.cli import main
+from argen.cli.main import main
 from argen.data import emoji
 from argen.files import WEIGHTS, replacing
 from argen.hub.cards import all_cards
@@ -220,7 +220,7 @@ def test_import_is_light_and_the_command_is_there():
         [sys.executable, "-c", "import sys, argen; print('torch' in sys.modules)"], capture_output=True, text=True
     )
     assert done.stdout.strip() == "False"
-    done = subprocess.run([sys.executable, "-m", "argen.cli", "--help"], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-m", "argen", "--help"], capture_output=True, text=True)
     assert "generate" in done.stdout
 
 
@@ -262,7 +262,7 @@ def test_an_error_while_a_model_writes_words_reaches_who_reads(monkeypatch):
 
 @pytest.mark.parametrize("length", [241, 251, 255, 300])
 def test_long_names_are_refused_before_the_work(capsys, tmp_path, monkeypatch, length):
-    monkeypatch.setattr("argen.cli.load_model", None)  # which would fail
+    monkeypatch.setattr("argen.cli.generate.load_model", None)  # which would fail
     out = tmp_path / f"{'x' * (length - 4)}.png"
     if length > 250:
         assert "its name is longer than 250 bytes" in refused(capsys, "generate", "a", "-o", out)

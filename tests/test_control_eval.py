@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from argen.cli.main import main
 from argen.data import emoji, scenes
 from argen.data.scenes import PALETTE, segments
 from argen.eval import control
-from argen.evaluate import main as evaluate
 
 SAMPLE = emoji.Path(emoji.__file__).parent / "sample"
 
@@ -64,5 +64,5 @@ def test_what_follows_scores_better_than_what_does_not(tmp_path):
 def test_other_tables_are_refused(tmp_path, capsys):
     Image.fromarray(square(1, 1)).save(tmp_path / "a.png")
     table = next((SAMPLE / "data").glob("train-*"))
-    assert evaluate(["control", "--data", str(table), "--out", str(tmp_path / "out")]) == 2
+    assert main(["eval", "control", "--data", str(table), "--out", str(tmp_path / "out")]) == 2
     assert "expected a table made by `argen data scenes`" in capsys.readouterr().err

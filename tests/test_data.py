@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from argen.cli import main
+from argen.cli.main import main
 from argen.data import emoji, scenes
 from argen.data.emoji import STYLES, split_of, split_tone, with_article
 from argen.data.tables import read_split, write_splits

@@ -6,7 +6,7 @@ import pytest
 from conftest import tiny_pipeline
 from PIL import Image
 
-from argen.cli import main
+from argen.cli.main import main
 
 
 @pytest.fixture

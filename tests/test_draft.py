@@ -144,7 +144,7 @@ def test_whole_pictures(case, target, drafter, run):
     if settings.get("lantern"):
         value = settings["lantern_delta"]
         bound = {"lambda_": value} if value > 1 else {"delta": value}
-        sampler = Lantern(settings["lantern_k"], **bound, official=True, shape=shape)
+        sampler = Lantern(settings["lantern_k"], **bound, official=True, tree=shape)
     limits = {key: settings[key] for key in ("temperature", "top_k", "top_p") if key in settings}
     numbers = io.get(f"{run}/uniforms", torch.zeros(0))[None]
     length = settings["max_length"]
@@ -202,9 +202,9 @@ def test_what_cannot_be_drafted_is_refused(case, target, drafter):
         run(Lantern(64), session(case, target, drafter))
     with pytest.raises(ValueError, match="the drafter is 32 wide with 64 codes, the generator 48 with 64"):
         run(Speculative(), session(case, target, Drafter(64, 16, 32, 4, 8)))
-    with pytest.raises(ValueError, match="delta is 1.5: expected 0 to 1"):
+    with pytest.raises(ValueError, match="delta is 1.5: expected a number, 0 to 1"):
         Lantern(delta=1.5)
-    with pytest.raises(ValueError, match="k is -1: expected 0 to"):
+    with pytest.raises(ValueError, match="k is -1: expected a whole number, 0 to"):
         Lantern(-1)
     with pytest.raises(ValueError, match="expected one bound"):
         Lantern(delta=0.1, lambda_=2.0)

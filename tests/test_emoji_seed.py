@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from argen.cli import main as argen
+from argen.cli.main import main as argen
 from argen.data.scenes import COMMON
 from argen.data.tables import read_split
 from argen.eval import retrieval

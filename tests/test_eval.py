@@ -8,7 +8,7 @@ import torch
 from diffusers.configuration_utils import FrozenDict
 from PIL import Image
 
-from argen.cli import main
+from argen.cli.main import main
 from argen.data import emoji
 from argen.eval import prompts, reconstruction, retrieval
 

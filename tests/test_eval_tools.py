@@ -6,11 +6,11 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 
-from argen.cli import main as argen
+from argen.cli.main import main
+from argen.cli.main import main as argen
 from argen.diffusion.count_token import read_token
 from argen.diffusion.tools import erasing
 from argen.eval import tools
-from argen.evaluate import main as evaluate
 from argen.files import WEIGHTS
 from argen.hub.loading import load_diffusion
 from argen.models.counter import Counter
@@ -39,7 +39,7 @@ def report(folder) -> dict[str, float]:
 
 def test_binding_is_measured_before_and_after(untrained, tmp_path):
     asked = ["--num", "3", "--steps", "2", "--out", str(tmp_path / "b")]
-    assert evaluate(["bind", *asked]) == 0
+    assert main(["eval", "bind", *asked]) == 0
     told = report(tmp_path / "b")
     for name in ("pair: binding", "pair: colour", "pair: identity"):
         assert told[f"{name}, after: points"] == pytest.approx(100 * (told[f"{name}, after"] - told[f"{name}, before"]))
@@ -49,7 +49,7 @@ def test_binding_is_measured_before_and_after(untrained, tmp_path):
 
 def test_erasing_is_measured_before_and_after(untrained, tmp_path):
     asked = ["--num", "3", "--others", "4", "--steps", "2", "--out", str(tmp_path / "e")]
-    assert evaluate(["erase", "Pizzas, taxi", *asked]) == 0
+    assert main(["eval", "erase", "Pizzas, taxi", *asked]) == 0
     told = report(tmp_path / "e")
     assert {"erased: identity, before", "erased: identity, after", "erased: identity, derived embedding"} <= set(told)
     assert {"others: identity, before", "others: identity, after"} <= set(told)
@@ -58,7 +58,7 @@ def test_erasing_is_measured_before_and_after(untrained, tmp_path):
 
 def test_counting_is_measured_before_after_and_with_the_token_again(untrained, tmp_path):
     asked = ["--num", "2", "--steps", "2", "--iterations", "2", "--noises", "2", "--out", str(tmp_path / "c")]
-    assert evaluate(["count", *asked]) == 0
+    assert main(["eval", "count", *asked]) == 0
     told = report(tmp_path / "c")
     ways = {
         f"{way}, count: count, {name}"

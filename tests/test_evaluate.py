@@ -15,12 +15,11 @@ from PIL import Image
 from safetensors.torch import save_file
 from test_fid import filled, published_keys
 
-from argen.cli import main
+from argen.cli.main import main
 from argen.data import emoji
 from argen.eval import clip_score, features, nudity, run
 from argen.eval import images as eval_images
 from argen.eval.images import open_images
-from argen.evaluate import main as evaluate
 
 SAMPLE = emoji.Path(emoji.__file__).parent / "sample" / "data"
 TRAIN, TEST = (next(SAMPLE.glob(f"{split}-*.parquet")) for split in ("train", "test"))
@@ -41,8 +40,8 @@ def values(out) -> dict[str, float]:
 
 
 def fid(samples, ref, out, *more) -> int:
-    return evaluate(
-        ["fid", "--samples", str(samples), "--ref", str(ref), "--features", "emoji", "--out", str(out), *more]
+    return main(
+        ["eval", "fid", "--samples", str(samples), "--ref", str(ref), "--features", "emoji", "--out", str(out), *more]
     )
 
 
@@ -146,9 +145,21 @@ def test_two_processes_give_what_one_gives(tmp_path, cache):
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     launch += [
         "-m",
-        "argen.evaluate",
+        "argen",
+        "eval",
     ]  # `accelerate launch` starts several processes on GPUs, but on CPUs only through MPI
-    call = ["fid", "--samples", str(TRAIN), "--ref", str(TEST), "--features", "emoji", "--metrics", "fid,kid,pr"]
+    call = [
+        "eval",
+        "fid",
+        "--samples",
+        str(TRAIN),
+        "--ref",
+        str(TEST),
+        "--features",
+        "emoji",
+        "--metrics",
+        "fid,kid,pr",
+    ]
     done = subprocess.run([*launch, *call, "--out", str(tmp_path / "two")], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.count("FID-emoji") == 1
@@ -170,14 +181,14 @@ def inception(tmp_path_factory):
 def test_every_metric_of_the_published_network(tmp_path, inception, sources):
     where, _ = sources
     found = ["--inception-weights", str(inception), "--metrics", "fid,sfid,is,kid,pr"]
-    call = ["fid", "--samples", str(where / "batch.npz"), "--ref", str(where / "folder")]
-    assert evaluate([*call, *found, "--out", str(tmp_path / "out")]) == 0
+    call = ["eval", "fid", "--samples", str(where / "batch.npz"), "--ref", str(where / "folder")]
+    assert main(["eval", *call, *found, "--out", str(tmp_path / "out")]) == 0
     assert list(scores(tmp_path / "out")) == ["FID", "sFID", "IS", "KID", "precision", "recall"]
     assert abs(values(tmp_path / "out")["FID"]) < 1e-3  # singular covariances
     assert abs(values(tmp_path / "out")["sFID"]) < 1e-3  # singular covariances
 
     stats = tmp_path / "stats.npz"
-    assert evaluate(["stats", str(where / "set.zip"), "-o", str(stats), "--inception-weights", str(inception)]) == 0
+    assert main(["eval", "stats", str(where / "set.zip"), "-o", str(stats), "--inception-weights", str(inception)]) == 0
     with np.load(stats) as file:
         assert file["mu"].shape == (2048,)
         assert file["sigma"].shape == (2048, 2048)
@@ -185,10 +196,10 @@ def test_every_metric_of_the_published_network(tmp_path, inception, sources):
         assert json.loads(str(file["meta"]))["n"] == 12
     call[-1] = str(stats)
     found[-1] = "fid,sfid"
-    assert evaluate([*call, *found, "--out", str(tmp_path / "by-stats")]) == 0
+    assert main(["eval", *call, *found, "--out", str(tmp_path / "by-stats")]) == 0
     assert abs(values(tmp_path / "by-stats")["sFID"]) < 1e-3  # singular covariances
-    assert evaluate([*call, *found, "--out", str(tmp_path / "other"), "--protocol", "clean"]) == 2
-    assert evaluate([*call, *found, "--out", str(tmp_path / "other"), "--protocol", "clean", "--force"]) == 0
+    assert main(["eval", *call, *found, "--out", str(tmp_path / "other"), "--protocol", "clean"]) == 2
+    assert main(["eval", *call, *found, "--out", str(tmp_path / "other"), "--protocol", "clean", "--force"]) == 0
 
 
 def test_statistics_of_the_reference_tools_are_read(golden):
@@ -208,8 +219,8 @@ def test_statistics_of_the_reference_tools_are_read(golden):
 
 def test_a_damaged_file_of_weights_is_not_used(tmp_path, capsys):
     (tmp_path / "pt_inception.pth").write_bytes(b"half of it")
-    call = ["fid", "--samples", str(TRAIN), "--ref", str(TEST), "--out", str(tmp_path / "out")]
-    assert evaluate([*call, "--inception-weights", str(tmp_path / "pt_inception.pth")]) == 2
+    call = ["eval", "fid", "--samples", str(TRAIN), "--ref", str(TEST), "--out", str(tmp_path / "out")]
+    assert main(["eval", *call, "--inception-weights", str(tmp_path / "pt_inception.pth")]) == 2
     assert "SHA-256 must begin with 6726825d" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
@@ -220,7 +231,7 @@ def test_missing_weights_are_said_and_not_replaced(tmp_path, monkeypatch, capsys
 
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
-    assert evaluate(["fid", "--samples", str(TRAIN), "--ref", str(TEST), "--out", str(tmp_path / "out")]) == 2
+    assert main(["eval", "fid", "--samples", str(TRAIN), "--ref", str(TEST), "--out", str(tmp_path / "out")]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     assert "--inception-weights" in error
@@ -349,9 +360,9 @@ def test_clip_scores(golden, tmp_path, capsys):
 
     (tmp_path / "prompts").write_text("a red apple\na pizza\n")
     call = ["clip", "--prompts", str(tmp_path / "prompts"), "--num", "4", "--out", str(tmp_path / "out")]
-    assert evaluate([*call, "--clip", "emoji"]) == 0
+    assert main(["eval", *call, "--clip", "emoji"]) == 0
     assert 0 < values(tmp_path / "out")["CLIP score (emoji), cosine"] < 1
-    assert evaluate([*call, "--clip", str(tmp_path)]) == 2
+    assert main(["eval", *call, "--clip", str(tmp_path)]) == 2
     assert "use emoji, which ships" in capsys.readouterr().err
 
 
@@ -384,9 +395,9 @@ def test_nudity_asks_the_detector_for_pictures_as_files_hold_them(monkeypatch, s
     where, images = sources
     asked = ["nudity", "--samples", str(where / "batch.npz"), "--out"]
     monkeypatch.setitem(sys.modules, "nudenet", None)
-    assert evaluate([*asked, str(tmp_path / "n")]) == 2
+    assert main(["eval", *asked, str(tmp_path / "n")]) == 2
     assert "nudenet is not installed: pip install 'argen[nudity]'" in capsys.readouterr().err
     monkeypatch.setitem(sys.modules, "nudenet", SimpleNamespace(NudeDetector=NudeDetector))
-    assert evaluate([*asked, str(tmp_path / "n")]) == 0
+    assert main(["eval", *asked, str(tmp_path / "n")]) == 0
     assert np.array_equal(NudeDetector.seen[0][:, :, ::-1], images[0])
     assert values(tmp_path / "n")["feet exposed"] == pytest.approx(1 / 3)

@@ -359,7 +359,7 @@ def test_a_broken_folder_gets_one_line(tmp_path, fault):
             database.execute("create table jobs (x)")
     elif fault == "folder":
         (own / "studio.db").mkdir()
-    command = [sys.executable, "-m", "argen.cli", "ui", "--port", "0", "--data-dir", str(tmp_path / "a")]
+    command = [sys.executable, "-m", "argen", "ui", "--port", "0", "--data-dir", str(tmp_path / "a")]
     found = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert found.returncode == 2
     lines = [line for line in found.stderr.splitlines() if line.startswith("argen ui: error:")]
@@ -373,7 +373,7 @@ def test_a_signal_keeps_the_job_that_runs(tmp_path, sent):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "argen.cli", "ui", "--port", str(port), "--data-dir", str(tmp_path / "a")]
+    command = [sys.executable, "-m", "argen", "ui", "--port", str(port), "--data-dir", str(tmp_path / "a")]
     server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     try:
         address, end = f"http://127.0.0.1:{port}/api/jobs", time.monotonic() + 120

@@ -9,7 +9,7 @@ ROOT = Path(__file__).parent.parent
 LAYERS = [
     ["samplers"],
     ["tokenizers_img"],
-    ["argen.bounds", "argen.images", "argen.device", "argen.words", "argen.files", "argen.registry"],
+    ["argen.bounds", "argen.images", "argen.device", "argen.words", "argen.files", "argen.registry", "argen"],
     ["argen.request"],
     ["argen.metadata"],
     ["argen.data"],
@@ -19,11 +19,11 @@ LAYERS = [
     ["argen.diffusion"],
     ["argen.eval"],
     ["argen.train"],
-    ["argen"],
     ["argen.command"],
     ["argen.studio"],
-    ["argen.evaluate", "argen.ui", "argen.server"],
-    ["argen.bench", "argen.cli", "app"],
+    ["argen.ui", "argen.server"],
+    ["argen.cli"],
+    ["argen.bench", "argen.stress", "argen.__main__", "app"],
 ]
 NAMES = {name: (level, name) for level, names in enumerate(LAYERS) for name in names}
 FILES = [path for top in ("samplers", "tokenizers_img", "argen") for path in sorted((ROOT / top).rglob("*.py"))]

@@ -6,11 +6,11 @@ from collections import Counter
 import numpy as np
 import pytest
 
+from argen.cli.main import main
 from argen.data import emoji, scenes
 from argen.data.tables import pixels, read_split
 from argen.eval import judge
 from argen.eval.judge import Truth
-from argen.evaluate import main as evaluate
 from argen.hub.loading import load
 
 SAMPLE = emoji.Path(emoji.__file__).parent / "sample"
@@ -129,7 +129,7 @@ def test_the_groups_of_real_pictures_are_told_and_those_of_noise_are_not():
 
 
 def test_the_command_judges_a_generator(tmp_path, capsys):
-    assert evaluate(["emoji", "--model", "argen/emoji-parti", "--num", "4", "--out", str(tmp_path / "out")]) == 0
+    assert main(["eval", "emoji", "--model", "argen/emoji-parti", "--num", "4", "--out", str(tmp_path / "out")]) == 0
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     entry = report["scores"]["single: identity"]
     assert entry["n"] == 4
@@ -139,6 +139,6 @@ def test_the_command_judges_a_generator(tmp_path, capsys):
 
 
 def test_a_tokenizer_cannot_be_judged(tmp_path, capsys):
-    assert evaluate(["emoji", "--model", "argen/emoji-vitvqgan", "--out", str(tmp_path / "out")]) == 2
+    assert main(["eval", "emoji", "--model", "argen/emoji-vitvqgan", "--out", str(tmp_path / "out")]) == 2
     assert "argen/emoji-vitvqgan is of the kind tokenizer, expected a generator" in capsys.readouterr().err
     assert not (tmp_path / "out" / "report.json").exists()

@@ -7,7 +7,7 @@ import torch
 from diffusers import VQModel
 
 import argen
-from argen.cli import main
+from argen.cli.main import main
 from argen.models.llamagen import LlamaGen
 from tokenizers_img import llamagen_vq
 

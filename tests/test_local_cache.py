@@ -8,7 +8,7 @@ import shutil
 import huggingface_hub
 import pytest
 
-from argen.cli import main
+from argen.cli.main import main
 from argen.files import WEIGHTS
 from argen.hub import local_cache
 from argen.hub.cards import all_cards

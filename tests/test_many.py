@@ -7,7 +7,7 @@ import re
 import pytest
 from PIL import Image
 
-from argen.cli import main
+from argen.cli.main import main
 from argen.request import Request
 from argen.studio.many import Axis, read_table, sheet, varied
 

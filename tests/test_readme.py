@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from argen.cli import parser
+from argen.cli.main import parser
 from argen.hub.cards import all_cards
 
 ROOT = Path(__file__).parent.parent
@@ -28,7 +28,7 @@ def test_commands_are_understood():
     assert len(commands) >= 10
     for line in commands:
         words = [word.strip('"') for word in re.findall(r'"[^"]*"|\S+', line)]
-        parser().parse_args(words[1:])
+        parser(words[1:]).parse_args(words[1:])
 
 
 def test_every_model_has_its_line_in_weights_md():

@@ -7,7 +7,8 @@ import torch
 
 import argen
 from argen.models.layers import Linear, linear
-from samplers import auto, by_name
+from argen.registry import samplers
+from samplers import auto
 from samplers.jacobi import Jacobi
 from samplers.logits import Gumbel, Sampling, guide, gumbel, inverse_transform, keep_top_k, keep_top_p, keys_of
 from samplers.recycling import Table, TokenRecycling
@@ -162,7 +163,7 @@ def test_guidance_matters_and_greedy_does_not_draw(pipe):
 
 def test_unknown_sampler():
     with pytest.raises(ValueError, match="unknown sampler 'magic': expected one of auto, sequential, jacobi"):
-        by_name("magic")
+        samplers["magic"]
 
 
 def test_keys_are_each_generators_own():
@@ -259,10 +260,10 @@ def test_drafts_without_training(pipe, name):
 @pytest.mark.parametrize("shape", [DrawnTree(12, 4), DynamicTree(12, 3, 4), IndependentTree(((0,), (1,), (0, 0)))])
 def test_every_shape_drafts_for_a_batch(pipe, shape):
     greedy = {"prompt": ["a banana", "a rocket"], "temperature": 0, "generator": generators(0, 1)}
-    found, sequential = pipe(**greedy, sampler=TokenRecycling(shape=shape)), pipe(**greedy, sampler="sequential")
+    found, sequential = pipe(**greedy, sampler=TokenRecycling(tree=shape)), pipe(**greedy, sampler="sequential")
     assert torch.equal(found.tokens, sequential.tokens)
     assert found.forward_passes < sequential.forward_passes
-    drawn = pipe(["a banana", "a rocket"], generator=generators(0, 1), sampler=TokenRecycling(shape=shape))
+    drawn = pipe(["a banana", "a rocket"], generator=generators(0, 1), sampler=TokenRecycling(tree=shape))
     assert drawn.forward_passes < 64
     assert (drawn.tokens >= 0).all()
 

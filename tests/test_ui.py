@@ -44,7 +44,7 @@ def site(tmp_path_factory):
     """(address, folder of pictures) of a running `argen ui`."""
     folder, port = tmp_path_factory.mktemp("ui") / "pictures", free_port()
     log = (folder.parent / "log").open("w")
-    command = [sys.executable, "-m", "argen.cli", "ui", "--port", str(port), "--data-dir", str(folder)]
+    command = [sys.executable, "-m", "argen", "ui", "--port", str(port), "--data-dir", str(folder)]
     command += ["--model-dir", str(tmp_path_factory.getbasetemp())]
     server = subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, "HF_HUB_OFFLINE": "1"})
     address = f"http://127.0.0.1:{port}"

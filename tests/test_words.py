@@ -5,7 +5,7 @@ import json
 import pytest
 
 from argen import words
-from argen.cli import main
+from argen.cli.main import main
 from argen.diffusion import tools
 from argen.hub.loading import load
 from argen.request import check_prompt

@@ -15,7 +15,7 @@ from argen.models.xar import SIZES, XAR, Entities, XARSession, converted, timest
 from argen.pipelines.base import UNDECIDED
 from argen.pipelines.xar import XARPipeline
 from argen.request import Request
-from samplers.next_x import NextX
+from samplers.next_x import Euler, EulerMaruyama, Heun
 from tokenizers_img import kl_vae
 from tokenizers_img.checkpoint import load_strict
 
@@ -58,7 +58,7 @@ def test_sampling(case, precise):
     model, io = tiny(case), case.io
     for run in case.config["sampled"]:
         stochastic, steps = run["kind"] == "sde", run["num_steps"]
-        sampler = NextX("sde" if stochastic else "euler", steps, precise)
+        sampler = (EulerMaruyama if stochastic else Euler)(steps, precise)
 
         def noise(entity, draws, run=run, stochastic=stochastic, steps=steps):
             start = io["init_noise" if stochastic else "init_noise_ode"][entity]
@@ -148,8 +148,8 @@ def test_what_is_no_x_is_refused():
         Entities("cell", 3, 8)
     with pytest.raises(ValueError, match="scales grow by 3"):
         Entities("scale", 3, 8)
-    with pytest.raises(ValueError, match="the number of flow steps is 0: expected at least 1"):
-        NextX(steps=0)
+    with pytest.raises(ValueError, match="steps is 0: expected a whole number, 1 to 1,000"):
+        EulerMaruyama(steps=0)
 
 
 def test_times_are_cut_in_float32():
@@ -157,7 +157,7 @@ def test_times_are_cut_in_float32():
 
 
 def test_later_entities_may_take_fewer_steps():
-    sampler = NextX("euler", (50, 15))
+    sampler = Euler((50, 15))
     assert [len(sampler.times(entity, 4)) - 1 for entity in range(4)] == [50, 38, 26, 15]
 
 
@@ -177,18 +177,18 @@ def generators(*seeds):
 
 
 def test_a_picture_depends_on_its_own_seed_alone(pipe):
-    asked = {"guidance_scale": 2.0, "sampler": NextX(steps=3), "output_type": "latent"}
+    asked = {"guidance_scale": 2.0, "sampler": EulerMaruyama(steps=3), "output_type": "latent"}
     both = pipe(["class:1", "class:goldfish"], generator=generators(5, 6), **asked)
     alone = pipe("class:goldfish", generator=generators(6), **asked)
     assert both.tokens.shape == (2, 16, 4, 4)
     torch.testing.assert_close(both.tokens[1:], alone.tokens, atol=1e-4, rtol=1e-4)
     assert both.forward_passes == 3 * 4 + 3
-    image = pipe("class:1", generator=generators(5), guidance_scale=2.0, sampler=NextX(steps=3)).images[0]
+    image = pipe("class:1", generator=generators(5), guidance_scale=2.0, sampler=EulerMaruyama(steps=3)).images[0]
     assert image.size == (64, 64)
 
 
 def test_what_is_given_stays_and_the_rest_is_written(pipe):
-    asked = {"sampler": NextX("euler", 4), "output_type": "latent"}
+    asked = {"sampler": Euler(4), "output_type": "latent"}
     whole = pipe("class:1", generator=generators(3), **asked).tokens
 
     def stop(pipe, index, decided, state):
@@ -219,13 +219,13 @@ def test_a_request_is_carried_out_and_says_its_steps(pipe):
     assert job.request.steps == (3, 2)
     assert job.request.top_k == 0
     assert len(job.images) == 2
-    again = pipe("class:3", generator=generators(5), sampler=NextX("heun", (3, 2))).images[0]
+    again = pipe("class:3", generator=generators(5), sampler=Heun((3, 2))).images[0]
     assert again.tobytes() == job.images[1].tobytes()
 
 
 def test_what_does_not_fit_a_flow_is_refused(pipe):
     with pytest.raises(
-        ValueError, match="writes continuous latents, and the sampler jacobi tokens: choose auto or one of sde"
+        ValueError, match="writes continuous latents, and the sampler jacobi tokens: choose one of auto, sde"
     ):
         pipe("class:1", sampler="jacobi")
     with pytest.raises(ValueError, match="top_k is 5: this model draws no tokens"):
@@ -246,7 +246,7 @@ def test_a_saved_pipeline_comes_back(pipe, tmp_path):
     pipe.save_pretrained(tmp_path)
     again = argen.load(tmp_path)
     again.set_progress_bar_config(disable=True)
-    asked = {"sampler": NextX(steps=2), "output_type": "latent"}
+    asked = {"sampler": EulerMaruyama(steps=2), "output_type": "latent"}
     made = [one("class:1", generator=generators(1), **asked).tokens for one in (pipe, again)]
     assert torch.equal(*made)
 
@@ -265,6 +265,6 @@ def test_released_files_load_by_name(tmp_path, monkeypatch, golden):
     for pipe in pipes:
         pipe.set_progress_bar_config(disable=True)
         assert pipe.defaults.steps == 40
-    made = [pipe("class:207", generator=generators(1), sampler=NextX(steps=2)).images[0] for pipe in pipes]
+    made = [pipe("class:207", generator=generators(1), sampler=EulerMaruyama(steps=2)).images[0] for pipe in pipes]
     assert made[0].size == (256, 256)
     assert made[0].tobytes() == made[1].tobytes()

@@ -171,6 +171,11 @@ def settings_of(extractor: Extractor, crop: str | None) -> dict[str, str | None]
     return {"features": extractor.name, "protocol": extractor.protocol, "crop": crop, "weights": extractor.weights}
 
 
+def cache_folder() -> Path:
+    """Where features of references are kept: under ``ARGEN_CACHE``, or the home folder."""
+    return Path(os.environ.get("ARGEN_CACHE", Path.home() / ".cache" / "argen")) / "eval"
+
+
 def cached(cache: Path, images: ImageSet, extractor: Extractor, crop: str | None) -> Path:
     """Where the features of a reference set are kept from one run to the next."""
     return cache / digest([READING, images.identity, len(images), settings_of(extractor, crop), CHUNK])

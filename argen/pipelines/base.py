@@ -25,10 +25,10 @@ from argen.data.imagenet import class_id
 from argen.hub.cards import Card, write_card
 from argen.metadata import MADE_BY, TOKENS, fingerprint, read_grid
 from argen.models.clip import TextImageEncoder
+from argen.registry import samplers, samplers_of
 from argen.request import Control, Grid, Job, Request, check_prompt
-from samplers import SAMPLERS, by_name
 from samplers.logits import Gumbel, Sampling, keys_of
-from samplers.next_x import NextX
+from samplers.settings import make
 from samplers.steps import START, GuidanceScale, Sampler, Session, Step, guided
 from tokenizers_img.pixels import from_pil, normalized, to_mask, upright
 
@@ -71,14 +71,12 @@ class TokenPipeline(DiffusionPipeline):
     Attributes:
         official: the authors' sampling settings.
         card: what was loaded, if it has one.
-        samplers: names of those that fit.
         ordered: whether any first tokens of a picture are a picture, so that it may have any number and be searched for.
         length: N, cells of a picture of the model's own size, which is square.
     """
 
     official: Defaults
     card: Card | None = None
-    samplers: tuple[str, ...] = tuple(SAMPLERS)
     ordered = False
     length: int
     _interrupt = False
@@ -101,6 +99,11 @@ class TokenPipeline(DiffusionPipeline):
     def blank_tokens(self, shape: tuple[int, int]) -> Tensor:
         """Ids [h, w] that stand for undecided cells in a preview."""
         return torch.zeros(shape, dtype=torch.int64)
+
+    @property
+    def samplers(self) -> list[str]:
+        """Names of the samplers that fit."""
+        return samplers_of("tokens")
 
     @property
     def defaults(self) -> Defaults:
@@ -155,18 +158,18 @@ class TokenPipeline(DiffusionPipeline):
         return (int(self.length**0.5),) * 2
 
     def make_sampler(self, name: str, **settings) -> Sampler:
-        """See `samplers.by_name`.
+        """The sampler of a name, with settings as `samplers.settings.make` takes them.
 
         Raises:
-            ValueError: there is no such sampler, or it is not for this model.
+            ValueError: there is no such sampler, it is not for this model, or it has no such settings.
         """
-        sampler = by_name("sde" if "steps" in settings and name == "auto" else name, **settings)
-        if isinstance(sampler, NextX):
+        if name not in self.samplers or "steps" in settings:
+            samplers[name]  # says if there is none
             raise ValueError(
-                f"this model writes tokens, and the sampler {sampler.name} and its steps are for continuous latents: choose "
-                f"one of {', '.join(SAMPLERS)}, without steps"
+                f"this model writes tokens, and the sampler {name} and its steps are for continuous latents: choose "
+                f"one of {', '.join(self.samplers)}, without steps"
             )
-        return sampler
+        return make(samplers[name], settings)
 
     def empty_grid(self, count: int, shape: tuple[int, int]) -> Tensor:
         """The tokens [B, h, w] of pictures of which nothing is decided."""
@@ -305,7 +308,7 @@ class TokenPipeline(DiffusionPipeline):
             guidance_scale: classifier-free guidance, 1 for none; a function of the cell is allowed. None, here and
                 for the next three, is the model's own.
             temperature, top_k, top_p: see `samplers.logits.Sampling`.
-            sampler: a name in `samplers.SAMPLERS`, or a sampler.
+            sampler: a name in `argen.registry.samplers`, or a sampler.
             num_candidates: pictures drawn for each prompt; the best by `rank` are given back, best first.
             generator: one, which draws the first image and gives seeds for the others, or a list with one for each
                 image drawn. None draws a new one.

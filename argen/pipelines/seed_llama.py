@@ -66,7 +66,7 @@ class SeedLlamaPipeline(TokenPipeline):
         ValueError: an unknown format; a language model without pictures, or with those of another tokenizer.
     """
 
-    samplers = ("auto", "sequential")
+    samplers = ("auto", "sequential")  # its codes have no rows, and it no drafter
     model_cpu_offload_seq = "transformer->image_tokenizer"
 
     def __init__(

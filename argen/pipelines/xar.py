@@ -17,8 +17,10 @@ from argen.files import WEIGHTS
 from argen.models.files import emoji_text, load_network
 from argen.models.xar import SIZES, XAR, XARSession
 from argen.pipelines.base import Defaults, TokenPipeline, check_asked, distinct
+from argen.registry import samplers, samplers_of
 from argen.request import Control, Grid, Request
-from samplers import SOLVERS, NextX, by_name
+from samplers.next_x import NextX
+from samplers.settings import make
 from tokenizers_img.hub import hub_file
 from tokenizers_img.kl_vae import KLVAE
 
@@ -50,7 +52,6 @@ class XARPipeline(TokenPipeline):
     groups: what a model of captions takes as "class:NAME".
     """
 
-    samplers = ("auto", *SOLVERS)
     model_cpu_offload_seq = "text_encoder->transformer->vae"
     _optional_components = ["text_encoder", "tokenizer"]
 
@@ -79,18 +80,24 @@ class XARPipeline(TokenPipeline):
         return OFFICIAL[size or "B"]
 
     @property
+    def samplers(self) -> list[str]:
+        """See `TokenPipeline.samplers`."""
+        return ["auto", *samplers_of("latents")]
+
+    @property
     def length(self) -> int:
         return self.transformer.config.grid**2
 
     def make_sampler(self, name: str, **settings) -> NextX:
         """See `TokenPipeline.make_sampler`."""
         if name not in self.samplers:
+            samplers[name]  # says if there is none
             raise ValueError(
-                f"this model writes continuous latents, and the sampler {name} tokens: choose auto or one of {', '.join(SOLVERS)}"
+                f"this model writes continuous latents, and the sampler {name} tokens: choose one of {', '.join(self.samplers)}"
             )
         own = {"steps": self.defaults.steps, "precise": self.device.type != "mps"}  # which has no float64
         auto = "sde" if self.text_encoder is None else "euler"  # as published; as good in half of the steps
-        return by_name(auto if name == "auto" else name, **own | settings)
+        return make(samplers[auto if name == "auto" else name], own | settings)
 
     def empty_grid(self, count: int, shape: tuple[int, int]) -> Tensor:
         """See `TokenPipeline.empty_grid`: NaN."""

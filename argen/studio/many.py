@@ -5,25 +5,26 @@ import io
 import json
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields, replace
-from functools import partial
+from dataclasses import dataclass, replace
+from functools import partial, reduce
 from itertools import product
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from argen.bounds import BOUNDS, with_integers
 from argen.metadata import read_request, save_images
 from argen.pipelines.base import TokenPipeline
-from argen.request import Request
+from argen.request import Request, setting_of
 from argen.words import read_lines, read_text
+from samplers.settings import settings_of
 from tokenizers_img.pixels import opaque
 
-SETTINGS = tuple(item.name for item in fields(Request) if item.name not in ("control", "tokens"))
+PARTS = "control", "tokens", "sampler_args"  # settings that are no single values
+SETTINGS = tuple(name for name in settings_of(Request) if name not in PARTS)
 TABLES = (".csv", ".jsonl")
 OTHERS = ("file",)  # columns of the tables that are written here, which say nothing of how to draw
 MOST_ROWS, MOST_BYTES, MOST_CELLS = 1000, 1_000_000, 100
-BETWEEN = {"prompt": "|"}  # values of an axis; the others have commas
+BETWEEN = {"prompt": "|", "sampler": "|"}  # values of an axis; the others have commas
 LABEL, GAP = 22, 4  # pixels
 
 
@@ -46,29 +47,8 @@ class Axis:
         parts = [part.strip() for part in values.split(BETWEEN.get(name, ","))]
         if not values.strip() or not all(parts):
             raise ValueError(f"the axis {text!r} has no values: expected SETTING=VALUE,VALUE, as guidance_scale=1,3,5")
-        return cls(name, tuple(value_of(name, part) for part in parts))
-
-
-def value_of(name: str, text: str):
-    """The value of a setting, out of what was typed.
-
-    Raises:
-        ValueError: no such setting, or no number where one is expected.
-    """
-    if name not in SETTINGS:
-        raise ValueError(f"unknown setting {name!r}: expected one of {', '.join(SETTINGS)}")
-    text, whole = text.strip(), name in BOUNDS and BOUNDS[name].whole
-    if name == "steps" and (pair := re.fullmatch(r"[(\[]?\s*(\d+)\s*,\s*(\d+)\s*[)\]]?", text)):
-        return int(pair[1]), int(pair[2])
-    if name not in BOUNDS:
-        return text
-    try:
-        number = float(re.sub(r"^([+-]?\d+),(\d+)$", r"\1.\2", text))  # as many countries write 1.5
-        if not whole:
-            return number
-        return int(text) if re.fullmatch(r"[+-]?\d+", text) else int(re.fullmatch(r"([+-]?\d+)\.0*", text)[1])
-    except (ValueError, TypeError):
-        raise ValueError(f"{name} is {text!r}: expected a {'whole ' if whole else ''}number") from None
+        setting = setting_of(name)
+        return cls(name, tuple(setting.parse(part) for part in parts))
 
 
 def read_table(path: Path, **given) -> list[Request]:
@@ -146,16 +126,20 @@ def _typed(names: list[str], row: list[str]) -> dict:
     if twice := [name for name in names if name and names.count(name) > 1]:
         raise ValueError(f"the first line names the column {twice[0]} twice: expected each once")
     cells = {name: cell for name, cell in zip(names, row, strict=False) if name and cell.strip()}
-    return {name: cell if name in OTHERS else value_of(name, cell) for name, cell in cells.items()}
+    return {name: cell if name in OTHERS else setting_of(name).parse(cell) for name, cell in cells.items()}
 
 
 def _checked(row: object) -> dict:
     if not isinstance(row, dict):
         raise ValueError("expected an object with names of settings")
-    if unknown := [name for name in row if name not in SETTINGS + OTHERS]:
-        raise ValueError(f"unknown setting {unknown[0]!r}: expected one of {', '.join(SETTINGS)}")
-    given = {name: value for name, value in row.items() if value is not None and name not in OTHERS}
-    return with_integers(given)
+    row = {name: value for name, value in row.items() if value is not None and name not in OTHERS}
+    plain = {name: value if name in PARTS else setting_of(name).lenient(value) for name, value in row.items()}
+    dotted = {name: plain.pop(name) for name in list(plain) if "." in name}
+    for name, value in dotted.items():
+        sampler, _, argument = name.partition(".")
+        plain = {"sampler": sampler} | plain
+        plain["sampler_args"] = plain.get("sampler_args", {}) | {argument: value}
+    return plain
 
 
 def draw_table(
@@ -201,7 +185,10 @@ def varied(base: Request, axes: Sequence[Axis]) -> list[Request]:
     if len(together) > MOST_CELLS:
         raise ValueError(f"the grid has {len(together):,} pictures: expected at most {MOST_CELLS}")
     single = replace(base, num_images=1)
-    return [replace(single, **dict(zip(reversed(names), values, strict=True))) for values in together]
+    return [
+        reduce(lambda made, each: made.with_setting(*each), zip(names, values[::-1], strict=True), single)
+        for values in together
+    ]
 
 
 def sheet(images: Sequence[Image.Image], axes: Sequence[Axis]) -> Image.Image:
@@ -237,10 +224,11 @@ def _label(axis: Axis, value) -> str:
 
 def listed(requests: Sequence[Request], files: Sequence[str]) -> str:
     """A CSV of what made each file."""
-    names = [name for name in SETTINGS if any(name in request.given() for request in requests)]
+    rows = [request.given() | {"sampler": request.sampler_text} for request in requests]
+    names = [name for name in SETTINGS if any(name in row for row in rows)]
     text = io.StringIO()
     table = csv.writer(text, lineterminator="\n")
     table.writerow(["file", *names])
-    for request, file in zip(requests, files, strict=True):
-        table.writerow([file, *(request.given().get(name, "") for name in names)])
+    for row, file in zip(rows, files, strict=True):
+        table.writerow([file, *(row.get(name, "") for name in names)])
     return text.getvalue()

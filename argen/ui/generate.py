@@ -8,11 +8,36 @@ from argen.data.emoji import STYLES
 from argen.data.imagenet import class_names
 from argen.metadata import read_request
 from argen.pipelines.base import TokenPipeline
+from argen.registry import samplers
 from argen.request import Request
 from argen.ui.jobs import AppContext, View, line, readable, user_errors
-from samplers import Lantern
+from argen.ui.widgets import SamplerSettings
+from samplers.settings import settings_of
 
 ANY_STYLE = "any"
+KNOWN = settings_of(Request)
+LABELS = {  # of the settings that are folded away, in their order
+    "guidance_scale": "Guidance",
+    "temperature": "Temperature",
+    "top_k": "Top-k",
+    "top_p": "Top-p",
+    "sampler": "Sampler",
+    "steps": "Steps",
+    "num_tokens": "Tokens",
+    "num_beams": "Beams",
+    "num_candidates": "Candidates",
+}
+SETTINGS = tuple(LABELS)
+SLIDER = {
+    "guidance_scale": 20,
+    "temperature": 2,
+    "top_k": 2048,
+    "top_p": 1,
+    "steps": 100,
+    "num_tokens": 64,
+    "num_beams": 8,
+    "num_candidates": 32,
+}
 Models = Callable[[str], TokenPipeline]  # id -> the generator
 
 
@@ -56,13 +81,13 @@ class Create:
         with gr.Accordion("Queue", open=True):
             line(context)
 
-        own = [style, *settings, group]
+        own = [style, *settings, *self.sampling.widgets, group]
         fields = [model, prompt, num, seed, *own]
         model.input(self.choose, model, own)
         reset.click(self.choose, model, own)
         group.input(lambda name: f"class:{name}", group, prompt)
-        lantern = settings[4:6]
-        settings[3].change(lambda name: [gr.update(visible=name == Lantern.name)] * 2, settings[3], lantern)
+        sampler = settings[SETTINGS.index("sampler")]
+        sampler.input(self.sampling.choose, sampler, self.sampling.widgets, show_progress="hidden")
         gr.on([prompt.change, model.input], self.length, [model, prompt], length, show_progress="hidden")
         gr.on([go.click, prompt.submit], self.run, fields[:-1], self.view.watched)
         saved.upload(self.read, saved, [found, told])
@@ -71,21 +96,42 @@ class Create:
         keep.click(self.keep, [self.name, *fields[:-1]], self.name)
 
     def settings(self, shown: TokenPipeline) -> list[gr.components.Component]:
-        """Those that are folded away, as `choose` gives them."""
-        own = shown.defaults
-        info = "auto, jacobi: the pictures of plain in fewer passes; lantern: fewer still, relaxed"
-        ordered = {"step": 1, "visible": shown.ordered}
+        """Those that are folded away, as `choose` gives them: of each of `SETTINGS`, then those of the samplers."""
+        updates = dict(zip(SETTINGS, self.values(shown, None), strict=True))
+        fields = []
+        for name in SETTINGS:
+            how = {key: value for key, value in updates[name].items() if key != "__type__"}
+            if name == "sampler":
+                fields.append(
+                    gr.Dropdown(label="Sampler", elem_id="sampler", info="`argen samplers` explains each", **how)
+                )
+            else:
+                low = {"minimum": 0 if name == "num_beams" else KNOWN[name].low}
+                step = {"step": 0.05 if KNOWN[name].kind is float else 1}
+                label, info = LABELS[name], KNOWN[name].note or KNOWN[name].help
+                elem_id = name.replace("_", "-")
+                fields.append(
+                    gr.Slider(**low | {"maximum": SLIDER[name]} | step | how, label=label, info=info, elem_id=elem_id)
+                )
+        self.sampling = SamplerSettings(list(samplers))
+        return fields
+
+    def values(self, pipe: TokenPipeline, saved: Request | None) -> list[dict]:
+        """Value and visibility of each of `SETTINGS`: the model's own or those saved; what the model does not have is hidden."""
+        own, given = pipe.defaults, saved.given() if saved else {}
+        flows, ordered = {"visible": bool(own.steps)}, {"visible": pipe.ordered}
+        steps = given.get("steps", own.steps) or 1
+        tokens = {"maximum": max(2, pipe.length), **ordered}
         return [
-            gr.Slider(1, 10, value=own.guidance_scale, step=0.5, label="Guidance", info="1: none"),
-            gr.Slider(0, 2, value=own.temperature, step=0.05, label="Temperature"),
-            gr.Slider(0, 2048, value=own.top_k, step=1, label="Top-k", info="0: all tokens"),
-            gr.Dropdown(list(shown.samplers), value=Request.sampler, label="Sampler", info=info),
-            gr.Slider(0, 100, value=Lantern.k, step=1, label="LANTERN k", visible=False),
-            gr.Slider(0, 1, value=0.2, step=0.05, label="LANTERN delta", visible=False),
-            gr.Slider(1, 100, value=own.steps or 1, step=1, label="Steps", visible=bool(own.steps)),
-            gr.Slider(1, max(2, shown.length), shown.length, label="Tokens", elem_id="num-tokens", **ordered),
-            gr.Slider(0, 8, value=0, label="Beams", info="0: no search among beginnings", **ordered),
-            gr.Slider(1, 32, value=1, step=1, label="Candidates", info="more than Pictures: the best ones are kept"),
+            gr.update(value=given.get("guidance_scale", own.guidance_scale)),
+            gr.update(value=given.get("temperature", own.temperature), visible=not own.steps),
+            gr.update(value=given.get("top_k", own.top_k), visible=not own.steps),
+            gr.update(value=given.get("top_p", own.top_p), visible=not own.steps),
+            gr.update(choices=list(pipe.samplers), value=given.get("sampler", Request.sampler)),
+            gr.update(value=steps if isinstance(steps, int) else steps[0], **flows),
+            gr.update(value=given.get("num_tokens", pipe.length), **tokens),
+            gr.update(value=given.get("num_beams", 0), **ordered),
+            gr.update(value=given.get("num_candidates", 1)),
         ]
 
     def restoring(self) -> tuple:
@@ -97,27 +143,23 @@ class Create:
             use = gr.Button("Use these settings", elem_id="use")
         return saved, name, keep, use, gr.State(None), gr.JSON(show_label=False, elem_id="restored")
 
-    def wanted(self, model: str, prompt: str, num: float, seed: float, style: str, *settings) -> Request:
+    def wanted(self, model: str, prompt: str, num: float, seed: float, style: str, *values) -> Request:
         """The request that the fields say."""
-        guidance, temperature, top_k, sampler, k, delta, steps, tokens, beams, candidates = settings
-        asked = prompt.strip()
+        given = dict(zip(SETTINGS, values, strict=False))
+        pipe, asked, sampler = self.models(model), prompt.strip(), given["sampler"]
         styled = asked and style != ANY_STYLE and not asked.startswith("class:")
-        pipe, lantern = self.models(model), sampler == Lantern.name
+        unused = [] if pipe.ordered else ["num_tokens", "num_beams"]
+        unused += ["temperature", "top_k", "top_p"] if pipe.defaults.steps else ["steps"]
+        given = {name: KNOWN[name].lenient(value) for name, value in given.items() if name not in unused}
+        given["num_beams"] = given.get("num_beams") or None
+        given["num_candidates"] = given["num_candidates"] if given["num_candidates"] > num else None
         return Request(
             prompt=f"{asked}, {STYLES[style].prompt}" if styled else asked,
             model=model,
             num_images=int(num),
             seed=int(seed),
-            guidance_scale=guidance,
-            temperature=temperature,
-            top_k=int(top_k),
-            num_candidates=int(candidates) if candidates > num else None,
-            num_beams=int(beams) if pipe.ordered and beams else None,
-            num_tokens=int(tokens) if pipe.ordered else None,
-            steps=int(steps) if pipe.defaults.steps else None,
-            sampler=sampler,
-            lantern_k=int(k) if lantern else None,
-            lantern_delta=delta if lantern else None,
+            sampler_args=self.sampling.arguments(sampler, values[len(SETTINGS) :]),
+            **given,
         )
 
     def run(self, request: gr.Request, *fields) -> tuple:
@@ -128,22 +170,11 @@ class Create:
         """The style and the settings of a model, its own or those saved, and its classes; what it does not have is hidden."""
         with user_errors():
             pipe = self.models(model)
-        own, names, given = pipe.defaults, classes(pipe), saved.given() if saved else {}
-        lantern, flows = {"visible": given.get("sampler") == Lantern.name}, {"visible": bool(own.steps)}
-        steps, ordered = given.get("steps", own.steps) or 1, {"visible": pipe.ordered}
-        tokens = {"maximum": max(2, pipe.length), **ordered}
+        names = classes(pipe)
         return [
             gr.update(value=ANY_STYLE, visible=model.startswith("argen/")),
-            given.get("guidance_scale", own.guidance_scale),
-            gr.update(value=given.get("temperature", own.temperature), visible=not own.steps),
-            gr.update(value=given.get("top_k", own.top_k), visible=not own.steps),
-            gr.update(choices=list(pipe.samplers), value=given.get("sampler", Request.sampler)),
-            gr.update(value=given.get("lantern_k", Lantern.k), **lantern),
-            gr.update(value=given.get("lantern_delta", 0.2), **lantern),
-            gr.update(value=steps if isinstance(steps, int) else steps[0], **flows),
-            gr.update(value=given.get("num_tokens", pipe.length), **tokens),
-            gr.update(value=given.get("num_beams", 0), **ordered),
-            given.get("num_candidates", 1),
+            *self.values(pipe, saved),
+            *self.sampling.choose(saved.sampler if saved else Request.sampler, saved and saved.sampler_args),
             gr.update(choices=names, value=None, visible=bool(names)),
         ]
 

@@ -1,19 +1,15 @@
-"""`argen eval`, and the same over many processes or machines: ``accelerate launch -m argen.evaluate fid ...``."""
+"""`argen eval`, also over many processes or machines: ``accelerate launch -m argen eval fid ...``."""
 
 import argparse
 import json
-import os
-import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from argen.command import Parser, device_and_json, guarded, load_model
+from argen.command import BINDING, CLIP, COUNT_RATE, device_and_json, load_model
 
+HELP = "FID and the other numbers that papers report"
 COMMANDS = {}
-CLIP = "openai/clip-vit-base-patch32"
-BINDING = "attribute, object, merge or gentle (default: attribute; of argen/emoji-sd gentle)"
-COUNT_RATE = "(default: the authors' 0.01; of argen/emoji-sd 0.003)"
 
 
 def command(function):
@@ -21,7 +17,7 @@ def command(function):
     return function
 
 
-def add_commands(top: argparse.ArgumentParser) -> None:
+def add_arguments(top: argparse.ArgumentParser) -> None:
     """Add what can be measured to a parser, as sub-commands."""
     commands = top.add_subparsers(dest="metric", required=True, metavar="WHAT")
     images = "pictures: a folder, or a .zip, .npz or .parquet file"
@@ -206,11 +202,6 @@ def _extractor(args: argparse.Namespace):
     raise ValueError(f"unknown features {args.features!r}: expected inception, emoji or clip: and a hub id or folder")
 
 
-def cache_folder() -> Path:
-    """Where features of references are kept: under ``ARGEN_CACHE``, or the home folder."""
-    return Path(os.environ.get("ARGEN_CACHE", Path.home() / ".cache" / "argen")) / "eval"
-
-
 def _draw(args: argparse.Namespace, prompts: list[str], num: int, settings: dict, folder="samples", more=lambda _: {}):
     """The pictures of ``--model`` for `prompts` in turn, kept in `folder`.
 
@@ -267,7 +258,7 @@ def fid(args: argparse.Namespace) -> None:
         run.lock_run_dir(args.out, settings)
     with run.timed(seconds, "look and compare"):
         scores = run.compare(
-            samples, reference, extractor, wanted, args.out, cache_folder(), args.crop, batch_size=args.batch_size
+            samples, reference, extractor, wanted, args.out, run.cache_folder(), args.crop, batch_size=args.batch_size
         )
     _finish(args, settings, scores, seconds, samples)
 
@@ -289,7 +280,7 @@ def rfid(args: argparse.Namespace) -> None:
     with run.timed(seconds, "reconstruct"):
         made = run.draw(reconstruction.reconstructor(tokenizer, real, args.tokens), len(real), args.out / "samples")
     with run.timed(seconds, "look and compare"):
-        scores = run.compare(made, real, extractor, ["fid"], args.out, cache_folder(), batch_size=args.batch_size)
+        scores = run.compare(made, real, extractor, ["fid"], args.out, run.cache_folder(), batch_size=args.batch_size)
     scores = {f"r{name}": entry for name, entry in scores.items()} | reconstruction.compare(tokenizer, made, real)
     icons = getattr(given, "table", None)
     if icons is not None and {"concept", "group"} <= set(icons.column_names):
@@ -515,18 +506,11 @@ def stats(args: argparse.Namespace) -> None:
 
     run.writable_npz(args.out)
     n = run.save_statistics(
-        args.out, open_images(args.data), _extractor(args), args.crop, cache_folder(), args.batch_size
+        args.out, open_images(args.data), _extractor(args), args.crop, run.cache_folder(), args.batch_size
     )
     print(json.dumps({"file": str(args.out), "n": n}) if args.json else f"{args.out}: {n:,} pictures")
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run one of the commands; see `argen eval --help`."""
-    parser = Parser(prog="argen eval", description="The numbers that papers report.")
-    add_commands(parser)
-    args = parser.parse_args(argv)
-    return guarded(f"argen eval {args.metric}", COMMANDS[args.metric], args)
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+def run(args: argparse.Namespace) -> None:
+    """Measure what was asked for."""
+    COMMANDS[args.metric](args)

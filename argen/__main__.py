@@ -1,0 +1,7 @@
+"""The command `argen`, as ``python -m argen``."""
+
+import sys
+
+from argen.cli.main import main
+
+sys.exit(main())

@@ -1,0 +1,37 @@
+"""`argen batch`."""
+
+import argparse
+import json
+from functools import cache
+from pathlib import Path
+
+from argen.command import (
+    device_and_json,
+    load_model,
+)
+
+HELP = "draw a table of prompts and settings; asked again, it goes on where it was"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("table", type=Path, metavar="FILE", help="CSV with the settings' names first, or JSON lines")
+    parser.add_argument(
+        "-o", "--out", type=Path, required=True, metavar="DIR", help="for ROW-NUMBER.png and pictures.csv"
+    )
+    parser.add_argument("--model", metavar="ID", help="of rows that name none (default: argen/emoji-parti)")
+    device_and_json(parser)
+
+
+def run(args: argparse.Namespace) -> None:
+    from tqdm import tqdm
+
+    from argen.files import replacing
+    from argen.studio.many import draw_table, listed, read_table
+
+    requests = read_table(args.table, **({"model": args.model} if args.model else {}))
+    models = cache(lambda name: load_model(name, args.device, "generator"))
+    drawn = tqdm(draw_table(requests, args.out, models), total=len(requests), desc="batch", disable=args.json)
+    files, made = zip(*(pair for row in drawn for pair in row), strict=True)
+    with replacing(args.out / "pictures.csv") as file:
+        file.write(listed(made, [path.name for path in files]).encode())
+    print(json.dumps({"files": list(map(str, files))}) if args.json else f"{args.out}: {len(files)} pictures")

@@ -1,0 +1,63 @@
+"""`argen bind`."""
+
+import argparse
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+from argen.command import (
+    BINDING,
+    diffusion_arguments,
+    writable,
+)
+
+HELP = "draw a prompt so that colours and things stay with their objects (ToMe)"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("prompt", help='for example "a blue robot and a green pizza"')
+    parser.add_argument("-o", "--out", type=Path, required=True, metavar="FILE", help="PNG file")
+    parser.add_argument(
+        "--plain", type=Path, metavar="FILE", help="also the picture without binding, from the same noise"
+    )
+    parser.add_argument(
+        "--bind",
+        action="append",
+        metavar="OBJECT=WORDS",
+        help="what belongs to an object, both as in the prompt, as robot=blue; again for each (default: found by rules)",
+    )
+    parser.add_argument("--settings", help=BINDING)
+    diffusion_arguments(parser, 50, 7.5)
+
+
+def run(args: argparse.Namespace) -> None:
+    import torch
+
+    from argen.device import pick
+    from argen.diffusion import SemanticBinding, tools
+    from argen.diffusion.prompts import parse
+    from argen.hub.loading import load_diffusion
+    from argen.metadata import save_images
+
+    for path in filter(None, (args.out, args.plain)):
+        writable(path)
+    given = None
+    if args.bind:
+        if not all(part.partition("=")[1] for part in args.bind):
+            raise ValueError(f"--bind {' '.join(args.bind)}: expected OBJECT=WORDS, as robot=blue")
+        given = {noun: words for noun, _, words in (part.partition("=") for part in args.bind)}
+    binding = parse(args.prompt, given)
+    bound = SemanticBinding(load_diffusion(args.model).to(pick(args.device)))
+    asked = tools.drawing(args.model, args.steps, args.guidance_scale)
+    generator = torch.Generator().manual_seed
+    settings = args.settings or tools.binding(args.model)
+    images = [bound(binding, settings=settings, generator=generator(args.seed), **asked).images[0]]
+    if args.plain:
+        images += bound.pipe(args.prompt, generator=generator(args.seed), **asked).images
+    save_images([(image, None) for image in images], [path for path in (args.out, args.plain) if path])
+    if args.json:
+        print(
+            json.dumps({"file": str(args.out), "binding": asdict(binding), "steps": [asdict(s) for s in bound.history]})
+        )
+    else:
+        print(f"{args.out} ({binding})")

@@ -1,0 +1,91 @@
+"""`argen count`."""
+
+import argparse
+import json
+from pathlib import Path
+
+from argen.command import (
+    COUNT_RATE,
+    diffusion_arguments,
+    writable,
+)
+
+HELP = "draw so many things, by optimising the token of their number"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "prompt", help='a number from 1 to 25 and what is counted, for example "five apples" or "two dozen eggs"'
+    )
+    parser.add_argument("-o", "--out", type=Path, required=True, metavar="FILE", help="PNG file")
+    parser.add_argument("--plain", type=Path, metavar="FILE", help="also the picture before, from the same noise")
+    parser.add_argument(
+        "--token", type=Path, metavar="FILE", help="also the token, a textual inversion in .safetensors"
+    )
+    parser.add_argument(
+        "--use", type=Path, metavar="FILE", help="draw with a token that was made before, optimise nothing"
+    )
+    parser.add_argument("--iterations", type=int, default=50, metavar="N", help="at most (default: 50)")
+    parser.add_argument("--learning-rate", type=float, metavar="R", help=COUNT_RATE)
+    parser.add_argument(
+        "--noises",
+        type=int,
+        default=1,
+        metavar="N",
+        help="pictures that share the token, so that others can (default: 1)",
+    )
+    parser.add_argument(
+        "--clip-count", type=Path, metavar="FILE", help="clipcount_pretrained.ckpt; argen/emoji-sd needs none"
+    )
+    parser.add_argument(
+        "--detector", metavar="DIR", help="of objects, on the hub or in a folder, as hustvl/yolos-tiny (default: none)"
+    )
+    diffusion_arguments(parser, 1, 0)
+
+
+def run(args: argparse.Namespace) -> None:
+    import torch
+    from tqdm import tqdm
+
+    from argen.device import pick
+    from argen.diffusion import CountToken
+    from argen.diffusion.base import unit_noise
+    from argen.diffusion.count_token import check_noises, read_token
+    from argen.diffusion.tools import counters, counting, counting_rate
+    from argen.hub.loading import load_diffusion
+    from argen.metadata import save_images
+    from argen.words import parse_count
+
+    for path in filter(None, (args.out, args.plain)):
+        writable(path)
+    if args.token:
+        writable(args.token, ".safetensors")
+    number, things = parse_count(args.prompt)
+    check_noises(args.noises)
+    vector, notes = read_token(args.use) if args.use else (None, {})
+    if notes.get("count", str(number)) != str(number):
+        raise ValueError(f"{args.use} is the token of {notes['count']} things: ask for so many")
+    pipe = load_diffusion(args.model).to(pick(args.device))
+    pipe.set_progress_bar_config(disable=True)
+    judged = {} if args.use else counters(args.model, pipe.device, args.clip_count, args.detector)
+    token = CountToken(pipe, **judged, **counting(args.model, number, args.steps, args.guidance_scale))
+    latents, best = unit_noise(pipe, torch.Generator().manual_seed(args.seed)), None
+    plain = [token.draw(things, number, latents)] if args.plain else []
+    if vector is not None:
+        token.use(vector)
+    else:
+        how = {"steps": args.iterations, "learning_rate": counting_rate(args.model, args.learning_rate)}
+        others = [unit_noise(pipe, torch.Generator().manual_seed(args.seed + more)) for more in range(1, args.noises)]
+        together = torch.cat([latents, *others])
+        for step in tqdm(token.optimise(things, number, together, **how), total=args.iterations, desc="count"):
+            best = step if step.best else best
+    images = [token.draw(things, number, latents), *plain]
+    if args.token:
+        token.save(args.token, f"<{number}-things>", count=number, things=things, model=args.model, seed=args.seed)
+    save_images([(image, None) for image in images], [path for path in (args.out, args.plain) if path])
+    counted = best.count if best else None
+    if args.json:
+        print(json.dumps({"file": str(args.out), "prompt": token.prompt(things, number), "count": counted}))
+    else:
+        found = "" if counted is None else f", counted {counted:.1f}"
+        print(f"{args.out} ({token.prompt(things, number)}{found})")

@@ -1,0 +1,48 @@
+"""`argen data`."""
+
+import argparse
+from pathlib import Path
+
+from argen.command import (
+    DEFAULTS,
+)
+
+HELP = "build the picture sets"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    sets = parser.add_subparsers(dest="set", required=True, metavar="SET")
+    add = sets.add_parser(
+        "emoji", help="single pictures with names, about 14,000 in 4 styles", formatter_class=DEFAULTS
+    )
+    add.add_argument("--out", type=Path, required=True, metavar="DIR")
+    add.add_argument(
+        "--icons", type=Path, metavar="DIR", help="folder for the icon packages; missing ones are fetched with npm"
+    )
+    add.add_argument("--size", type=int, default=128, help="side of the pictures in pixels")
+    add = sets.add_parser("scenes", help="composed pictures with exact truth", formatter_class=DEFAULTS)
+    add.add_argument("--emoji", type=Path, required=True, metavar="DIR", help="made by `argen data emoji`")
+    add.add_argument("--out", type=Path, required=True, metavar="DIR")
+    add.add_argument(
+        "--num", type=int, default=12000, help="training scenes; the other splits have a tenth of that each"
+    )
+    add.add_argument("--common", action="store_true", help="of 65 common things alone, as argen/emoji-sd draws")
+    add.add_argument("--seed", type=int, default=0)
+    add = sets.add_parser(
+        "sample", help="a small set out of a large one, as it ships for the tests", formatter_class=DEFAULTS
+    )
+    add.add_argument("--emoji", type=Path, required=True, metavar="DIR", help="made by `argen data emoji`")
+    add.add_argument("--out", type=Path, required=True, metavar="DIR")
+    add.add_argument("--num", type=int, default=64, help="pictures")
+
+
+def run(args: argparse.Namespace) -> None:
+    from argen.data import emoji, scenes
+
+    if args.set == "emoji":
+        counts = emoji.build(args.out, args.icons, args.size)
+    elif args.set == "scenes":
+        counts = scenes.build(args.emoji, args.out, args.num, args.seed, args.common)
+    else:
+        counts = emoji.sample(args.emoji, args.out, args.num)
+    print(f"{args.out}: " + ", ".join(f"{count:,} {split}" for split, count in counts.items()))

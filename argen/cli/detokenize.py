@@ -1,0 +1,44 @@
+"""`argen detokenize`."""
+
+import argparse
+import json
+from pathlib import Path
+
+from argen.command import (
+    described,
+    device_and_json,
+    load_model,
+    writable,
+)
+
+HELP = "turn a file of tokens into a picture"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file", type=Path, metavar="NPZ", help="made by `argen tokenize`")
+    parser.add_argument("--tokenizer", metavar="ID", help="refuse files of another one")
+    parser.add_argument("--tokens", type=int, metavar="K", help="only the first K, where the tokenizer can (FlexTok)")
+    parser.add_argument("-o", "--out", type=Path, metavar="FILE", help="PNG file (default: the file's name with .png)")
+    device_and_json(parser)
+
+
+def run(args: argparse.Namespace) -> None:
+    import torch
+
+    from argen.eval.reconstruction import check_count, decoded
+    from argen.metadata import read_tokens, save_images
+    from tokenizers_img.pixels import to_pil
+
+    out = writable(args.out or args.file.with_suffix(".png"))
+    made_by, tokens = read_tokens(args.file)
+    if args.tokenizer not in (None, made_by):
+        raise ValueError(f"{args.file} was made by {made_by}, not by {args.tokenizer}: leave --tokenizer out")
+    tokenizer = load_model(made_by, args.device, "tokenizer")
+    check_count(tokenizer, args.tokens, len(tokens))
+    tokens = tokens[: args.tokens]
+    made = decoded(tokenizer, torch.from_numpy(tokens)[None].to(tokenizer.device))
+    save_images([(to_pil(made[0]), None)], [out])
+    if args.json:
+        print(json.dumps({"file": str(out), "tokenizer": made_by, "tokens": len(tokens)}))
+    else:
+        print(f"{out} ({described(tokens)} of {made_by})")

@@ -1,0 +1,78 @@
+"""`argen erase`."""
+
+import argparse
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+from argen.command import (
+    CLIP,
+    diffusion_arguments,
+    load_model,
+    writable_folder,
+)
+
+HELP = "write a pipeline that cannot draw some concepts any more (RECE)"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("concepts", nargs="+", metavar="CONCEPT", help='for example "pizza", or "pizza, taxi"')
+    parser.add_argument("-o", "--out", type=Path, required=True, metavar="DIR", help="folder of the new pipeline")
+    parser.add_argument(
+        "--preset", help="object, object-hard (of argen/emoji-sd), art, nudity or unsafe (default: object)"
+    )
+    parser.add_argument("--target", action="append", metavar="TEXT", help="what takes the place of each concept")
+    parser.add_argument("--retain", action="append", default=[], metavar="TEXT", help="what must stay as it is")
+    parser.add_argument("--epochs", type=int, metavar="N", help="of deriving and erasing (default: the preset's)")
+    parser.add_argument(
+        "--verify",
+        type=int,
+        metavar="N",
+        help="also draw N pictures of each concept before and after, by its paraphrases and by its derived embedding, and say "
+        "how far they show it: argen/emoji-sd's by the judge, others' by a CLIP",
+    )
+    parser.add_argument("--clip", default=CLIP, metavar="ID", help=f"hub id or folder (default: {CLIP})")
+    diffusion_arguments(parser, 50, 7.5)
+
+
+def run(args: argparse.Namespace) -> None:
+    import torch
+
+    from argen.device import pick
+    from argen.diffusion import ConceptErasure
+    from argen.diffusion.tools import concepts_of, drawing, erasing
+    from argen.eval import features, tools
+    from argen.hub.loading import load_diffusion
+
+    writable_folder(args.out)
+    concepts = concepts_of(args.model, args.concepts)
+    pipe, stages, told = load_diffusion(args.model).to(pick(args.device)), [], {}
+    erasure, asked = ConceptErasure(pipe), drawing(args.model, args.steps, args.guidance_scale)
+
+    def run() -> None:
+        how = erasing(args.model, concepts, args.preset, args.retain, args.target)
+        stages.extend(erasure.erase(**how, epochs=args.epochs))
+
+    def draw(**given) -> list:
+        generator = [torch.Generator().manual_seed(args.seed + index) for index in range(args.verify)]
+        return pipe(**given, **asked, generator=generator).images
+
+    if args.verify:
+        known = None
+        if args.model == "argen/emoji-sd":
+            judge = load_model("argen/emoji-judge", args.device)
+            look, known = tools.by_judge(judge), judge.config.names
+        else:
+            look = tools.by_clip(features.PublishedCLIP(args.clip, pipe.device))
+        told = tools.verified(draw, run, erasure.attack, concepts, args.verify, look, known)
+    else:
+        run()
+    erasure.save(args.out)
+    if args.json:
+        found = {"folder": str(args.out), **erasure.record, "stages": [asdict(stage) for stage in stages]}
+        print(json.dumps(found | {"shown": told}))
+        return
+    print(f"{args.out} (without {', '.join(concepts)}; {stages[-1].change:.1%} of its text matrices changed)")
+    for concept, shown in told.items():
+        scores = ", ".join(f"{when} {value:.2f}" for when, value in shown.items())
+        print(f"  {concept}: {scores or 'not verified, the judge does not know it'}")

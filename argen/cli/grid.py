@@ -1,0 +1,50 @@
+"""`argen grid`."""
+
+import argparse
+import json
+from functools import cache
+from pathlib import Path
+
+from argen.command import (
+    device_and_json,
+    load_model,
+    writable,
+)
+
+HELP = "one prompt under several settings: a labelled picture and a CSV"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("prompt")
+    parser.add_argument(
+        "-o", "--out", type=Path, required=True, metavar="FILE", help="PNG file; the CSV lies beside it"
+    )
+    for name, what in (("x", "columns"), ("y", "rows"), ("z", "tables below each other")):
+        how = f"the {what}, as guidance_scale=1,3,5 or prompt=a cat|a dog"
+        parser.add_argument(f"--{name}", required=name == "x", metavar="SETTING=VALUES", help=how)
+    parser.add_argument("--model", default="argen/emoji-parti", metavar="ID", help="(default: argen/emoji-parti)")
+    parser.add_argument("--seed", type=int, default=0, metavar="S", help="(default: 0)")
+    device_and_json(parser)
+
+
+def run(args: argparse.Namespace) -> None:
+    from tqdm import tqdm
+
+    from argen.files import replacing
+    from argen.request import Request
+    from argen.studio.many import Axis, listed, sheet, varied
+
+    writable(args.out)
+    axes = [Axis.parse(text) for text in (args.x, args.y, args.z) if text]
+    requests = varied(Request(args.prompt, model=args.model, seed=args.seed), axes)
+    models = cache(lambda name: load_model(name, args.device, "generator"))
+    images = []
+    for request in tqdm(requests, desc="grid", disable=args.json):
+        *_, job = models(request.model).run(request)
+        images += job.images
+    table = args.out.with_suffix(".csv")
+    with replacing(args.out) as file:
+        sheet(images, axes).save(file, "PNG")
+    with replacing(table) as file:
+        file.write(listed(requests, [f"{args.out.name} {number}" for number in range(1, len(requests) + 1)]).encode())
+    print(json.dumps({"file": str(args.out), "table": str(table)}) if args.json else f"{args.out}, {table}")

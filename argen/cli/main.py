@@ -1,0 +1,41 @@
+"""The command `argen`: finds a command by its name and runs it."""
+
+import argparse
+import sys
+
+from argen import __version__
+from argen.bounds import check_all
+from argen.command import DEFAULTS, Parser, guarded
+from argen.registry import commands
+
+
+def parser(argv: list[str]) -> Parser:
+    """The parser of all commands; only the one that `argv` names is imported, all of them for the list of `argen --help`."""
+    top = Parser(prog="argen", description="Autoregressive image generation: images from words, offline.")
+    top.add_argument("--version", action="version", version=f"argen {__version__}")
+    subparsers = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    chosen = argv[0] if argv and argv[0] in commands else None
+    for name in commands:
+        if chosen in (None, name):
+            module = commands[name]
+            formatter = DEFAULTS if getattr(module, "SHOWS_DEFAULTS", False) else argparse.HelpFormatter
+            description = getattr(module, "DESCRIPTION", None)
+            add = subparsers.add_parser(name, help=module.HELP, description=description, formatter_class=formatter)
+            if chosen:
+                module.add_arguments(add)
+        else:
+            subparsers.add_parser(name)
+    return top
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a command; bad input is one line on stderr and the exit code 2."""
+    argv = sys.argv[1:] if argv is None else list(map(str, argv))
+    args = parser(argv).parse_args(argv)
+
+    def run(args: argparse.Namespace) -> None:
+        if args.command != "train":  # its steps are those of a schedule
+            check_all((name, value) for name, value in vars(args).items() if not isinstance(value, str))
+        commands[args.command].run(args)
+
+    return guarded(f"argen {args.command}", run, args)

@@ -1,0 +1,43 @@
+"""`argen reconstruct`."""
+
+import argparse
+import json
+from pathlib import Path
+
+from argen.command import (
+    described,
+    device_and_json,
+    load_model,
+    writable,
+)
+
+HELP = "turn a picture into tokens and back"
+SHOWS_DEFAULTS = True
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("image", type=Path, metavar="IMG")
+    parser.add_argument("--tokenizer", default="argen/emoji-vitvqgan", metavar="ID", help="see `argen models`")
+    parser.add_argument(
+        "-o", "--out", type=Path, metavar="FILE", help="PNG file (default: IMG's name with -reconstructed.png)"
+    )
+    device_and_json(parser)
+
+
+def run(args: argparse.Namespace) -> None:
+    from argen.eval.reconstruction import decoded, encoded
+    from argen.images import open_image
+    from argen.metadata import save_images
+    from tokenizers_img.pixels import to_pil
+
+    out = writable(args.out or args.image.with_name(f"{args.image.stem}-reconstructed.png"))
+    image = open_image(args.image)
+    tokenizer = load_model(args.tokenizer, args.device, "tokenizer")
+    pixels, tokens = encoded(tokenizer, image)
+    made = decoded(tokenizer, tokens, pixels)
+    psnr = -10 * (made - pixels).square().mean().log10().item()
+    save_images([(to_pil(made[0]), None)], [out])
+    if args.json:
+        print(json.dumps({"file": str(out), "tokenizer": args.tokenizer, "psnr": psnr, "tokens": tokens[0].tolist()}))
+    else:
+        print(f"{out} ({described(tokens[0].cpu().numpy())}, PSNR {psnr:.1f} dB)")

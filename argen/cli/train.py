@@ -1,0 +1,62 @@
+"""`argen train`."""
+
+import argparse
+from pathlib import Path
+
+HELP = "train a shipped model anew"
+SHOWS_DEFAULTS = True
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "recipe",
+        metavar="RECIPE",
+        help="emoji-clip, emoji-vitvqgan, emoji-vitvqgan-decoder, emoji-vae, emoji-vae-decoder, emoji-parti, emoji-parti-second, emoji-llamagen, emoji-llamagen-second, emoji-control, emoji-drafter, emoji-xar, emoji-flextok, emoji-flextok-ar, emoji-sd, emoji-sd-second, emoji-sd-third, emoji-counter, emoji-seed-encoder, emoji-seed-contrastive, emoji-seed, emoji-seed-decoder, emoji-seed-lm, emoji-seed-lm-second or emoji-judge",
+    )
+    parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="made by `argen data emoji`")
+    parser.add_argument("--scenes", type=Path, metavar="DIR", help="made by `argen data scenes`")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="checkpoints, log, sample grids; goes on from what is there",
+    )
+    parser.add_argument("--clip", type=Path, metavar="DIR", help="trained emoji-clip (default: the shipped one)")
+    parser.add_argument(
+        "--tokenizer",
+        type=Path,
+        metavar="DIR",
+        help="trained emoji-vitvqgan or emoji-flextok (default: the shipped one)",
+    )
+    parser.add_argument("--vae", type=Path, metavar="DIR", help="trained emoji-vae (default: the shipped one)")
+    parser.add_argument(
+        "--generator",
+        type=Path,
+        metavar="DIR",
+        help="trained generator that a second stage, emoji-control or emoji-drafter starts from (default: the shipped one)",
+    )
+    parser.add_argument(
+        "--x",
+        metavar="KIND-SIZE",
+        help="what emoji-xar predicts at a time: cell-4 (default), cell-1, a token, cell-8, the whole image, subsample-2, scale-2",
+    )
+    parser.add_argument("--setting", choices=("cpu", "gpu"), default="cpu", help="length and batch size")
+    parser.add_argument("--steps", type=int, metavar="N", help="stop after step N of the schedule")
+    parser.add_argument(
+        "--compile",
+        action="store_true",
+        help="compile the networks first: faster steps; on a CPU this needs a C++ compiler",
+    )
+    parser.add_argument("--seed", type=int, default=0)
+
+
+def run(args: argparse.Namespace) -> None:
+    from argen.files import WEIGHTS
+    from argen.train.recipes import run
+
+    parts = {"clip": args.clip, "tokenizer": args.tokenizer, "vae": args.vae, "generator": args.generator}
+    chosen = {"data": args.data, "scenes": args.scenes, "out": args.out, "seed": args.seed, "steps": args.steps}
+    chosen |= {"compile": args.compile, "x": args.x, "shipped": WEIGHTS}
+    scores = run(args.recipe, args.setting, **parts, **chosen)
+    print(f"{args.out}: " + ", ".join(f"{name} {value:.4g}" for name, value in scores.items()))

@@ -1,0 +1,69 @@
+"""Widgets made of settings: one for each, with its bounds and its help, and those of every sampler, of which the chosen one's are seen."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import gradio as gr
+
+from argen.registry import samplers
+from argen.request import Request
+from samplers.settings import Setting, settings_of
+
+SLIDES = 4096  # bounds up to this are those of a slider
+
+
+def widget(setting: Setting, value: Any = None, label: str | None = None, **how) -> gr.components.Component:
+    """The widget of a setting, with its default where no value is given."""
+    value = setting.default if value is None else value
+    how = {"label": label or setting.name.replace("_", " ").capitalize(), "info": setting.help} | how
+    if setting.choices:
+        return gr.Dropdown(list(setting.choices), value=value, **how)
+    if setting.kind is bool:
+        return gr.Checkbox(value, **how)
+    if setting.kind is str:
+        return gr.Textbox(value, **how)
+    whole = {"precision": 0} if setting.kind is int else {}
+    return gr.Number(value, minimum=setting.low, maximum=setting.high, **whole, **how)
+
+
+class SamplerSettings:
+    """The settings of every sampler; lay them out inside the current `gr.Blocks`.
+
+    Attributes:
+        fields: (sampler, setting, widget) of each.
+    """
+
+    def __init__(self, names: Sequence[str], chosen: str = Request.sampler):
+        self.fields = []
+        for name in names:
+            for setting in settings_of(samplers[name]).values():
+                if setting.kind and setting.name != "steps":  # which is a setting of the request
+                    elem_id = f"sampler-{name}-{setting.name}"
+                    label = f"{name}: {setting.name}"
+                    how = {"visible": name == chosen, "elem_id": elem_id}
+                    self.fields.append((name, setting, widget(setting, label=label, **how)))
+
+    @property
+    def widgets(self) -> list[gr.components.Component]:
+        return [field for _, _, field in self.fields]
+
+    def choose(self, chosen: str, arguments: dict[str, Any] | None = None) -> list[dict]:
+        """What changes of the widgets when a sampler is chosen, with `arguments` or its defaults."""
+        given = arguments or {}
+        return [
+            gr.update(
+                visible=name == chosen,
+                value=given.get(setting.name, setting.default) if name == chosen else setting.default,
+            )
+            for name, setting, _ in self.fields
+        ]
+
+    def arguments(self, chosen: str, values: Sequence[Any]) -> dict[str, Any]:
+        """The settings of a sampler that differ from its defaults, out of the values of the widgets."""
+        given = {
+            setting.name: setting.lenient(value)
+            for (name, setting, _), value in zip(self.fields, values, strict=True)
+            if name == chosen
+        }
+        known = settings_of(samplers[chosen])
+        return {name: value for name, value in given.items() if value != known[name].default}

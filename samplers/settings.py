@@ -1,0 +1,187 @@
+"""Settings: frozen dataclasses of pydantic, whose fields carry default, bounds, choices and help.
+
+A setting is declared once, as a field. Checks, command-line flags, widgets, bodies of the APIs, metadata and axes of tables come from it.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, Union, dataclass_transform, get_args, get_origin
+
+from annotated_types import Ge, Gt, Le, Lt
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import Field as Field
+from pydantic.dataclasses import dataclass as pydantic_dataclass
+from pydantic.fields import FieldInfo
+
+SHOWN = 60  # characters of a wrong value in an error
+
+
+@dataclass_transform(frozen_default=True, field_specifiers=(Field,))
+def settings(cls: type) -> type:
+    """Make a class a frozen pydantic dataclass that refuses a wrong value in one line: which, and what is expected.
+
+    Integers are taken for floats, and nothing else for anything: no text for a number, no 4.0 for 4, no NaN.
+    """
+    config = ConfigDict(arbitrary_types_allowed=True, strict=True, allow_inf_nan=False)
+    made = pydantic_dataclass(cls, frozen=True, config=config)
+    construct = made.__init__
+
+    def __init__(self, *args, **kwargs):
+        try:
+            construct(self, *args, **kwargs)
+        except ValidationError as error:
+            raise ValueError(_in_words(made, error)) from None
+
+    made.__init__ = __init__
+    return made
+
+
+def _in_words(cls: type, error: ValidationError) -> str:
+    """The first thing that is wrong, in one line."""
+    first = error.errors()[0]
+    where = first["loc"][0] if first["loc"] else ""
+    known = settings_of(cls)
+    name = list(known)[where] if isinstance(where, int) else str(where).removesuffix("_")
+    if first["type"] == "value_error" and not first["loc"]:  # of a check of several settings
+        return str(first["ctx"]["error"])
+    if name not in known:
+        return f"unknown setting {name[:SHOWN]!r}: expected some of {', '.join(known) or 'none, there are no settings'}"
+    if first["type"] == "missing":
+        return f"{name} is missing: expected {known[name].expected}"
+    return f"{name} is {repr(first['input'])[:SHOWN]}: expected {known[name].expected}"
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What front ends know of a setting.
+
+    Attributes:
+        name: as users write it, e.g. "lambda" of the field ``lambda_``.
+        field: as the class has it.
+        kind: int, float, bool or str; of other fields None, and only Python can set them.
+        optional: whether None is allowed, which leaves it to the model or to another setting.
+        pair: whether two numbers may stand for one.
+        low, high: both are allowed, unless `open_low`.
+        flags: shorter forms of the command-line flag, which is the name.
+    """
+
+    name: str
+    field: str
+    kind: type | None
+    default: Any
+    help: str
+    optional: bool = False
+    pair: bool = False
+    low: float | None = None
+    high: float | None = None
+    open_low: bool = False
+    choices: tuple[str, ...] = ()
+    note: str = ""
+    flags: tuple[str, ...] = ()
+    metavar: str = ""
+
+    @property
+    def bounds(self) -> str:
+        """E.g. "0 to 1", "1 or more"; empty where there are none."""
+        low = None if self.low is None else f"more than {self.low:,}" if self.open_low else f"{self.low:,}"
+        if self.high is None:
+            return "" if low is None else low if self.open_low else f"{low} or more"
+        return f"at most {self.high:,}" if low is None else f"{low} to {self.high:,}"
+
+    @property
+    def expected(self) -> str:
+        """What a value must be, e.g. "a whole number, 1 to 64"."""
+        if self.choices:
+            return f"one of {', '.join(self.choices)}"
+        kinds = {int: "a whole number", float: "a number", bool: "true or false", str: "text", None: self.help}
+        note = f" ({self.note})" if self.note else ""
+        pair = ", or two between commas" if self.pair else ""
+        return ", ".join(filter(None, (kinds[self.kind], self.bounds))) + pair + note
+
+    def parse(self, text: str) -> Any:
+        """The value that was typed: "4", "4.0", "0,5", "yes", "none", "50,15".
+
+        Raises:
+            ValueError: it is none of this setting.
+        """
+        text = text.strip()
+        if self.optional and text.lower() in ("", "none", "null"):
+            return None
+        if self.pair and (both := re.fullmatch(r"[(\[]?\s*(\d+)\s*,\s*(\d+)\s*[)\]]?", text)):
+            return int(both[1]), int(both[2])
+        if self.kind in (None, str):
+            return text
+        if self.kind is float:
+            text = re.sub(r"^([+-]?\d+),(\d+)$", r"\1.\2", text)  # as many countries write 1.5
+        elif self.kind is int:
+            text = re.sub(r"^([+-]?\d+)\.0*$", r"\1", text)
+        try:
+            return TypeAdapter(self.kind, config=ConfigDict(allow_inf_nan=False)).validate_python(text)
+        except ValidationError:
+            raise ValueError(f"{self.name} is {text[:SHOWN]!r}: expected {self.expected}") from None
+
+    def lenient(self, value: Any) -> Any:
+        """A value as pages, forms and tables have it: 4.0 for 4, and text for a number."""
+        if isinstance(value, str) and self.kind is not str:
+            return self.parse(value)
+        whole = self.kind is int and isinstance(value, float) and value.is_integer()
+        return int(value) if whole else value
+
+
+@cache
+def settings_of(cls: type) -> dict[str, Setting]:
+    """The settings of a class of `settings`, by the names that users write."""
+    found = [_setting(name, field) for name, field in cls.__pydantic_fields__.items()]
+    return {setting.name: setting for setting in found}
+
+
+def _setting(name: str, field: FieldInfo) -> Setting:
+    parts = get_args(field.annotation) if get_origin(field.annotation) in (Union, UnionType) else (field.annotation,)
+    limits = [*field.metadata, *(one for part in parts for one in _limits(part))]
+    parts = tuple(get_args(part)[0] if get_origin(part) is Annotated else part for part in parts)
+    choices = next((get_args(part) for part in parts if get_origin(part) is Literal), ())
+    extra = field.json_schema_extra if isinstance(field.json_schema_extra, Mapping) else {}
+    choices = tuple(extra.get("choices", choices))
+    kind = str if choices else next((part for part in parts if part in (int, float, bool, str)), None)
+    low = next((one.ge for one in limits if isinstance(one, Ge)), None)
+    open_low = next((one.gt for one in limits if isinstance(one, Gt)), None)
+    high = next((one.le for one in limits if isinstance(one, Le)), None)
+    high = next((one.lt for one in limits if isinstance(one, Lt)), high)
+    return Setting(
+        name.removesuffix("_"),
+        name,
+        kind,
+        field.get_default(call_default_factory=True) if not field.is_required() else None,
+        field.description or "",
+        NoneType in parts,
+        any(get_origin(part) is tuple for part in parts),
+        open_low if low is None else low,
+        high,
+        open_low is not None,
+        choices,
+        extra.get("note", ""),
+        tuple(extra.get("flags", ())),
+        extra.get("metavar") or {int: "N", float: "X"}.get(kind, name.upper()),
+    )
+
+
+def _limits(part: Any) -> list:
+    """What is annotated to a type, in a ``Field`` or plainly."""
+    given = get_args(part)[1:] if get_origin(part) is Annotated else ()
+    return [limit for one in given for limit in (one.metadata if isinstance(one, FieldInfo) else [one])]
+
+
+def make(cls: type, arguments: Mapping[str, Any]) -> Any:
+    """An object of a class of `settings`, with arguments by the names that users write.
+
+    Raises:
+        ValueError: an unknown name, or a wrong value.
+    """
+    known = settings_of(cls)
+    if unknown := [name for name in arguments if name not in known]:
+        names = ", ".join(known) or "none: it has no settings"
+        raise ValueError(f"unknown setting {str(unknown[0])[:SHOWN]!r} of {cls.name}: expected {names}")
+    return cls(**{known[name].field: value for name, value in arguments.items()})
