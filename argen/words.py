@@ -8,6 +8,7 @@ from pathlib import Path
 
 from tokenizers import Regex, normalizers
 
+MAX_PROMPT = 1000  # characters
 MOST_COUNTED = 25  # things, the range of the count tokens' authors
 ONES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve")
 ONES += ("thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen")
@@ -31,6 +32,10 @@ AMOUNT = re.compile(
 VAGUE = re.compile(r"\ ?(few|lots?|number|handful|couple|pair|half|third|quarter)(?!\w)", re.IGNORECASE)
 FRACTION = re.compile(r"(and\ a\ half|hal(f|ves)|thirds|quarters|percent|%|[-–—/.])(?!\w)", re.IGNORECASE)
 ANOTHER = re.compile(r"(?:to|or|and|x|point)\ +", re.IGNORECASE)  # and a number: a range, or a fraction
+INVISIBLE = "\u00ad\u034f\u061c\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u202a-\u202e\u2060-\u206f\ufe00-\ufe0f\ufeff\ufff0-\ufffb\U000e0000-\U000e0fff"
+BLANK = r"\s\u0000-\u001f\u007f-\u009f\u115f\u1160\u2800\u3164\uffa0"  # what looks like a space, or like nothing between words
+APOSTROPHES = r"`\u00b4\u02b9\u02bb-\u02bd\u02c8\u02ca\u02cb\u055a\u1fbf\u2018-\u201b\u2032\u2035\ua78c\uff07\uff40"
+HYPHENS = r"\u00ad\u2010-\u2015\u2212\ufe58\ufe63\uff0d"
 ARTICLES = ("a", "an", "the", "one", "some")
 IRREGULAR = {"mice": "mouse", "geese": "goose", "men": "man", "women": "woman", "children": "child", "people": "person"}
 IRREGULAR |= {"teeth": "tooth", "feet": "foot", "oxen": "ox", "leaves": "leaf", "loaves": "loaf", "dice": "die"}
@@ -47,21 +52,38 @@ def check_text(text: str, what: str) -> str:
     return text
 
 
+def check_prompt(prompt: str) -> None:
+    """Raises:
+    ValueError: the prompt is empty, longer than `MAX_PROMPT` characters, or no text that UTF-8 can hold.
+    """
+    if not isinstance(prompt, str) or not visible(prompt):
+        raise ValueError('the prompt is empty: say what to draw, for example "a red apple"')
+    if len(prompt) > MAX_PROMPT:
+        raise ValueError(f"the prompt has {len(prompt):,} characters: expected at most {MAX_PROMPT:,}")
+    check_text(prompt, "the prompt")
+
+
 def visible(text: str) -> bool:
     """Whether a text holds anything but white space and invisible characters."""
-    return any(not char.isspace() and unicodedata.category(char) not in ("Cc", "Cf") for char in text)
+    return re.fullmatch(f"[{BLANK}{INVISIBLE}]*", text) is None
+
+
+def without_invisible(text: str) -> str:
+    """A text without the characters that nobody sees, and with single spaces."""
+    return re.sub(f"[{BLANK}]+", " ", re.sub(f"[{INVISIBLE}]", "", text)).strip()
 
 
 def text_normalizer() -> normalizers.Normalizer:
     """What the shipped text encoder's tokenizer does to a prompt first: NFKC, plain quotes and hyphens, no invisible characters,
     single spaces, lower case."""
     parts = [
+        normalizers.Replace(Regex(f"[{APOSTROPHES}]"), "'"),  # before NFKC, which makes spaces with accents of some
+        normalizers.Replace(Regex(r"[\uff0c\u3001]"), ", "),  # these have their space within
         normalizers.NFKC(),
-        normalizers.Replace(Regex(r"[\u00ad\u180e\u200b-\u200f\u202a-\u202e\u2060-\u2064\ufe00-\ufe0f\ufeff]"), ""),
-        normalizers.Replace(Regex(r"[\u2018-\u201b\u2032\u02bc]"), "'"),
+        normalizers.Replace(Regex(f"[{INVISIBLE}]"), ""),
         normalizers.Replace(Regex(r"[\u201c-\u201f\u2033]"), '"'),
         normalizers.Replace(Regex(r"[\u2010-\u2015\u2212]"), "-"),
-        normalizers.Replace(Regex(r"[\s\u0000-\u001f\u007f-\u009f]+"), " "),
+        normalizers.Replace(Regex(f"[{BLANK}]+"), " "),
         normalizers.Strip(),
         normalizers.Lowercase(),
     ]

@@ -6,7 +6,7 @@ import pytest
 
 from argen import registry, words
 from argen.cli import main
-from argen.request import check_prompt
+from argen.words import check_prompt
 
 ONE_PROMPT = [
     "a red apple, noto style",
@@ -14,6 +14,9 @@ ONE_PROMPT = [
     "a\u00a0red apple,\u2028noto\u0085style",
     "\ufeffa r\u200bed\u2060 apple, no\u00adto style",
     "\uff21 Red APPLE, noto\u3000style",
+    "a red\u3164apple\uff0cnoto\u2800style",
+    "\u2066a\u2069 r\u034fed apple\U000e0041, noto\u206f style\U000e007f",
+    "a red apple\u3001noto style",
 ]
 
 
@@ -26,6 +29,7 @@ def test_what_cannot_be_seen_changes_no_tokens(tokenizer):
     for texts in (
         ONE_PROMPT,
         ["a 't' \"shirt\"", "a \u2018t\u2019 \u201cshirt\u201d"],
+        ["it's", "it\u00b4s", "it`s", "it\u2019s", "it\u02bcs", "it\uff07s"],
         ["t-shirt", "t\u2011shirt", "t\u2010shirt", "t\u2013shirt", "t\u2212shirt"],
     ):
         assert len({tuple(tokenizer(text).input_ids) for text in texts}) == 1
@@ -45,7 +49,9 @@ def test_captions_keep_their_tokens(tokenizer):
     assert str(tokenizer.backend_tokenizer.normalizer) == str(after)  # what ships is what the next training has
 
 
-@pytest.mark.parametrize("text", ["", " \n", "\u200b", "\ufeff\u00ad", "\0"])
+@pytest.mark.parametrize(
+    "text", ["", " \n", "\u200b", "\ufeff\u00ad", "\0", "\u3164", "\U000e0041\u034f", "\u2800 \u2066"]
+)
 def test_a_prompt_that_shows_nothing_is_refused(text):
     with pytest.raises(ValueError, match="the prompt is empty"):
         check_prompt(text)

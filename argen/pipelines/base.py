@@ -23,7 +23,8 @@ from argen import __version__
 from argen.data.imagenet import class_id
 from argen.metadata import MADE_BY, TOKENS, fingerprint, read_grid
 from argen.models.clip import TextImageEncoder
-from argen.request import Control, Grid, Job, Request, check_prompt
+from argen.request import Control, Grid, Job, Request
+from argen.words import check_prompt
 from samplers import SAMPLERS, by_name
 from samplers.logits import Gumbel, Sampling, keys_of
 from samplers.next_x import NextX
