@@ -648,8 +648,7 @@ def erase(args) -> None:
         return
     print(f"{args.out} (without {', '.join(concepts)}; {stages[-1].change:.1%} of its text matrices changed)")
     for concept, shown in told.items():
-        scores = ", ".join(f"{when} {value:.2f}" for when, value in shown.items())
-        print(f"  {concept}: {scores or 'not verified, the judge does not know it'}")
+        print(f"  {concept}: {tools.in_words(shown)}")
 
 
 @command

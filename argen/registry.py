@@ -780,8 +780,9 @@ def concepts_of(model: str, texts: Sequence[str]) -> list[str]:
     its captions name them ("The Pizzas!" is "pizza")."""
     names = split_names(texts)
     if model == "argen/emoji-sd":
+        styles = {style.prompt for style in STYLES.values()}  # which a caption names, too, and which are no concepts
         judged = json.loads((WEIGHTS / "emoji-judge/config.json").read_text(encoding="utf-8"))["names"]
-        names = [found for name in names for found in caption_names(name, [*COMMON, *judged])]
+        names = [found for name in names for found in caption_names(name, [*COMMON, *judged]) if found not in styles]
     return list(dict.fromkeys(names))
 
 

@@ -6,9 +6,8 @@ from dataclasses import dataclass
 from functools import cache
 
 from argen.diffusion.noun_phrases import JOINING, by_rules, is_determiner, normal
-from argen.words import check_prompt, without_invisible
+from argen.words import check_prompt, check_unweighted, without_invisible
 
-WEIGHTED = re.compile(r"[(\[{<].*[)\]}>]|(?<!\d):\s*\d|:\s*\d+\.\d")  # "12:30" is none
 SPACY = ("en_core_web_trf", "en_core_web_lg", "en_core_web_md", "en_core_web_sm")
 MODIFIERS = ("amod", "nmod", "compound", "npadvmod", "advmod", "acomp")  # dependencies, those of the authors' rules
 OBJECTS = ("dobj", "obj")
@@ -171,10 +170,7 @@ def parse(prompt: str, bind: Mapping[str, str | Sequence[str]] | None = None) ->
     check_prompt(prompt)
     prompt = without_invisible(prompt)
     words = words_of(prompt)
-    if weight := WEIGHTED.search(prompt):
-        raise ValueError(
-            f"{weight[0][:40]!r} is a weight or a group, which is not read: write the words alone, as in 'a red apple'"
-        )
+    check_unweighted(prompt)
     if bind is None:
         analyse = spacy_pipeline()
         found = by_rules(words) if analyse is None else by_grammar(prompt, analyse(prompt))
