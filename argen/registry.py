@@ -4,6 +4,7 @@ import difflib
 import importlib
 import json
 import logging
+import os
 import re
 import threading
 from collections import defaultdict
@@ -59,7 +60,7 @@ from argen.pipelines.llamagen import LlamaGenPipeline
 from argen.pipelines.parti import PartiPipeline
 from argen.pipelines.seed_llama import SeedLlamaPipeline
 from argen.pipelines.xar import XARPipeline
-from argen.words import caption_names, mentions, split_names
+from argen.words import caption_names, cut, mentions, split_names, visible
 from tokenizers_img import seed
 from tokenizers_img.checkpoint import read_state_dict, refuse_placeholder
 from tokenizers_img.conv_encoder import ConvEncoder, TwoEncoders
@@ -585,6 +586,21 @@ def ids(kind: str) -> list[str]:
     return [name for name, model in MODELS.items() if model.kind == kind]
 
 
+def exists(model: str | Path) -> bool:
+    """Whether there is a model, or something at a path, that `load` may be asked for."""
+    return str(model) in MODELS or (visible(str(model)) and os.path.exists(model))
+
+
+def unknown(model: str | Path) -> ValueError:
+    """The refusal of a model that does not exist."""
+    near = difflib.get_close_matches(str(model)[:200], MODELS, n=2)
+    hint = f"; did you mean {' or '.join(near)}?" if near else ""
+    return ValueError(
+        f"unknown model {cut(model)!r}: expected an id that `argen models` lists, the folder of a saved pipeline or a "
+        f"checkpoint file{hint}"
+    )
+
+
 def load(model: str | Path, tokenizer: str | Path | None = None, image_size: int | None = None) -> Loaded:
     """The pipeline of a generator, the network of a tokenizer, or a text/picture encoder, on the CPU in float32, whatever precision its
     files have; T5 and SEED-LLaMA are in bfloat16.
@@ -600,6 +616,8 @@ def load(model: str | Path, tokenizer: str | Path | None = None, image_size: int
         ValueError: no such model; weights that cannot be read or do not fit.
         FileNotFoundError, ConnectionError: published weights that are not here and cannot be fetched.
     """
+    if not exists(model):
+        raise unknown(model)
     if str(model) in MODELS:
         entry = MODELS[str(model)]
         folder = hub_folder(entry.repo, entry.files) if entry.repo else WEIGHTS / str(model).removeprefix("argen/")
@@ -608,16 +626,9 @@ def load(model: str | Path, tokenizer: str | Path | None = None, image_size: int
         folder, read = Path(model), _pipeline
     elif Path(model).is_file() and Path(model).stem in RELEASED.keys() - LLAMAGEN.keys():
         folder, read = Path(model).parent, RELEASED[Path(model).stem].read
-    elif Path(model).exists():
+    else:
         with _alone():
             return _in_float32(_llamagen_files(Path(model), tokenizer, image_size))
-    else:
-        near = difflib.get_close_matches(str(model), MODELS, n=2)
-        hint = f"; did you mean {' or '.join(near)}?" if near else ""
-        raise ValueError(
-            f"unknown model {str(model)!r}: expected an id that `argen models` lists, the folder of a saved pipeline or a "
-            f"checkpoint file{hint}"
-        )
     try:
         with _alone():
             return _in_float32(read(folder))

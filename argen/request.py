@@ -9,7 +9,7 @@ from PIL import Image
 
 from argen.bounds import BOUNDS, MAX_CANDIDATES, MAX_CELLS, check, check_all, check_size
 from argen.images import from_base64
-from argen.words import check_prompt
+from argen.words import check_prompt, cut, visible
 from samplers import SOLVERS, by_name
 from samplers.logits import Sampling
 from tokenizers_img.pixels import normalized
@@ -124,8 +124,9 @@ class Request:
     def __post_init__(self):
         check_prompt(self.prompt)
         for name in ("model", "sampler"):
-            if not isinstance(getattr(self, name), str):
-                raise ValueError(f"{name} is {getattr(self, name)!r}: expected a name")
+            value = getattr(self, name)
+            if not isinstance(value, str) or not visible(value):
+                raise ValueError(f"{name} is {cut(repr(value))}: expected a name")
         if isinstance(self.steps, tuple) and len(self.steps) != 2:
             raise ValueError(f"steps are {self.steps}: expected one number, or two")
         if self.num_images is None or self.seed is None:
@@ -199,6 +200,8 @@ class Request:
         """
         if not isinstance(saved, dict):
             raise ValueError(f"settings are a {type(saved).__name__}: expected an object with names of settings")
+        if "prompt" not in saved:
+            raise ValueError('no prompt: say what to draw, for example "a red apple"')
         known = {item.name for item in fields(cls)}
         if unknown := [name for name in saved if name not in known]:
             raise ValueError(f"unknown setting {unknown[0][:60]!r}: expected some of {', '.join(sorted(known))}")

@@ -268,6 +268,7 @@ def test_settings_keep_their_json(tmp_path):
         ("prompt,seed,,\na taxi,4,,,\n", [{"seed": 4}]),
         ('file,prompt,steps\n1.png,a taxi,"(12, 8)"\n2.png,a taxi,6\n', [{"steps": (12, 8)}, {"steps": 6}]),
         ("\n\nprompt,seed\n\na taxi,4", [{"seed": 4}]),
+        ("Unnamed: 0,prompt,seed,top_k,model\n0,a taxi,4,NaN,N/A\n1,a taxi,None,7,<NA>\n", [{"seed": 4}, {"top_k": 7}]),
     ],
 )
 def test_tables_of_other_programs(tmp_path, text, wanted):
@@ -277,6 +278,16 @@ def test_tables_of_other_programs(tmp_path, text, wanted):
     for encoding in ("utf-8", "utf-8-sig", "utf-16"):
         (tmp_path / "t.csv").write_bytes(text.encode(encoding))
         assert [request.given() for request in read_table(tmp_path / "t.csv")] == [plain | one for one in wanted]
+
+
+def test_tables_of_tabs_and_of_json_with_words_for_numbers(tmp_path):
+    from argen.studio.many import read_table
+
+    (tmp_path / "t.tsv").write_text("prompt\tseed\na taxi, flat style\t4\n")
+    (tmp_path / "t.jsonl").write_text('{"prompt": "a taxi, flat style", "seed": "4", "top_k": NaN}\n')
+    for name in ("t.tsv", "t.jsonl"):
+        (request,) = read_table(tmp_path / name)
+        assert (request.prompt, request.seed, request.top_k) == ("a taxi, flat style", 4, None)
 
 
 def test_what_batch_writes_is_read(tmp_path):

@@ -12,7 +12,6 @@ from PIL import Image
 from torch import Tensor
 from transformers import CLIPModel, PreTrainedTokenizerFast
 
-from argen.data.imagenet import class_id
 from argen.models.xar import SIZES, XAR, XARSession
 from argen.pipelines.base import Defaults, TokenPipeline, check_asked, distinct
 from argen.request import Control, Grid, Request
@@ -88,6 +87,11 @@ class XARPipeline(TokenPipeline):
         auto = "sde" if self.text_encoder is None else "euler"  # as published; as good in half of the steps
         return by_name(auto if name == "auto" else name, **own | settings)
 
+    def check(self, request: Request) -> None:
+        """See `TokenPipeline.check`."""
+        _check_undrawn(request.temperature, request.top_k, request.top_p)
+        super().check(request)
+
     def empty_grid(self, count: int, shape: tuple[int, int]) -> Tensor:
         """See `TokenPipeline.empty_grid`: NaN."""
         return torch.full((count, self.transformer.config.channels, *shape), math.nan)
@@ -103,7 +107,7 @@ class XARPipeline(TokenPipeline):
             ValueError: there is no such class.
         """
         if self.text_encoder is None:
-            asked = torch.tensor([class_id(prompt) for prompt in prompts], device=self.device)
+            asked = torch.tensor([self.class_of(prompt) for prompt in prompts], device=self.device)
         else:
             texts, rows = distinct(prompts, guided)
             asked = self.transformer.read(*self.encode_text(texts))[rows]
@@ -134,10 +138,7 @@ class XARPipeline(TokenPipeline):
         Raises:
             ValueError: a temperature, top-k or top-p that would change something.
         """
-        given = {"temperature": (temperature, 1.0), "top_k": (top_k, 0), "top_p": (top_p, 1.0)}
-        for name, (value, neutral) in given.items():
-            if value not in (None, neutral):
-                raise ValueError(f"{name} is {value}: this model draws no tokens, leave it out")
+        _check_undrawn(temperature, top_k, top_p)
         if controls:
             self.prepare(controls[0])
         sampler = self.make_sampler(sampler) if isinstance(sampler, str) else sampler
@@ -230,3 +231,13 @@ class XARPipeline(TokenPipeline):
     def decode_tokens(self, tokens: Tensor) -> Tensor:
         """Latents [B, C, h, w] -> pixels [B, 3, H, W] in [0, 1]."""
         return KLVAE(self.vae).decode(tokens.to(self.vae.dtype)).clamp(0, 1)
+
+
+def _check_undrawn(temperature: float | None, top_k: int | None, top_p: float | None) -> None:
+    """Raises:
+    ValueError: a temperature, top-k or top-p that would change something.
+    """
+    given = {"temperature": (temperature, 1.0), "top_k": (top_k, 0), "top_p": (top_p, 1.0)}
+    for name, (value, neutral) in given.items():
+        if value not in (None, neutral):
+            raise ValueError(f"{name} is {value}: this model draws no tokens, leave it out")
