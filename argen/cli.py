@@ -12,7 +12,7 @@ from pathlib import Path
 
 from argen import __version__, evaluate
 from argen.bounds import check_all, check_size
-from argen.command import Parser, device_and_json, guarded, load_model, writable, writable_folder
+from argen.command import Parser, device_and_json, guarded, load_model, writable, writable_folder, writable_images
 
 COMMANDS = {}
 CONTROLS = (
@@ -411,6 +411,7 @@ def generate(args) -> None:
     if "prompt" not in given:
         raise ValueError('no prompt: say what to draw, for example argen generate "a red apple" -o apple.png')
     request = Request(**given)
+    paths = writable_images(args.out, request.num_images)
 
     own = {"tokenizer": args.tokenizer, "image_size": args.size[0] if args.size and own_file else None}
     pipe = load_model(request.model, args.device, "generator", **own)
@@ -421,9 +422,6 @@ def generate(args) -> None:
         for job in pipe.run(request):
             bar.update(round(100 * job.progress) - bar.n)
     seconds = time.perf_counter() - started
-    paths = [args.out]
-    if len(job.images) > 1:
-        paths = [args.out.with_stem(f"{args.out.stem}-{i}") for i in range(1, len(job.images) + 1)]
     save_images(list(zip(job.images, job.requests, strict=True)), paths)
     if args.json:
         scores = job.scores or [None] * len(paths)
@@ -517,10 +515,12 @@ def batch(args) -> None:
     from tqdm import tqdm
 
     from argen.files import replacing
-    from argen.studio.many import draw_table, listed, read_table
+    from argen.studio.many import check_requests, draw_table, listed, read_table
 
-    requests = read_table(args.table, **({"model": args.model} if args.model else {}))
+    writable_folder(args.out, new=False)
+    requests = read_table(args.table, **({"model": args.model} if args.model is not None else {}))
     models = cache(lambda name: load_model(name, args.device, "generator"))
+    check_requests(requests, models)
     drawn = tqdm(draw_table(requests, args.out, models), total=len(requests), desc="batch", disable=args.json)
     files, made = zip(*(pair for row in drawn for pair in row), strict=True)
     with replacing(args.out / "pictures.csv") as file:
@@ -534,17 +534,17 @@ def grid(args) -> None:
 
     from argen.files import replacing
     from argen.request import Request
-    from argen.studio.many import Axis, listed, sheet, varied
+    from argen.studio.many import Axis, check_requests, listed, sheet, varied
 
-    writable(args.out)
+    table = writable(writable(args.out).with_suffix(".csv"), ".csv")
     axes = [Axis.parse(text) for text in (args.x, args.y, args.z) if text]
     requests = varied(Request(args.prompt, model=args.model, seed=args.seed), axes)
     models = cache(lambda name: load_model(name, args.device, "generator"))
+    check_requests(requests, models, "cell")
     images = []
     for request in tqdm(requests, desc="grid", disable=args.json):
         *_, job = models(request.model).run(request)
         images += job.images
-    table = args.out.with_suffix(".csv")
     with replacing(args.out) as file:
         sheet(images, axes).save(file, "PNG")
     with replacing(table) as file:
@@ -651,8 +651,7 @@ def erase(args) -> None:
         return
     print(f"{args.out} (without {', '.join(concepts)}; {stages[-1].change:.1%} of its text matrices changed)")
     for concept, shown in told.items():
-        scores = ", ".join(f"{when} {value:.2f}" for when, value in shown.items())
-        print(f"  {concept}: {scores or 'not verified, the judge does not know it'}")
+        print(f"  {concept}: {tools.in_words(shown)}")
 
 
 @command

@@ -9,12 +9,11 @@ from PIL import Image
 
 from argen.bounds import BOUNDS, MAX_CANDIDATES, MAX_CELLS, check, check_all, check_size
 from argen.images import from_base64
-from argen.words import check_text, visible
+from argen.words import check_prompt, cut, visible
 from samplers import SOLVERS, by_name
 from samplers.logits import Sampling
 from tokenizers_img.pixels import normalized
 
-MAX_PROMPT = 1000  # characters
 CANDIDATES_A_BEAM = 4
 OLD_SAMPLERS = {"plain": "sequential", "fast_preview": "zipar"}  # their names in images and databases of release 0.1
 Grid = tuple[tuple[int, ...], ...]  # rows of ids
@@ -82,7 +81,7 @@ class Request:
     """A wish for pictures, checked when it is made.
 
     Attributes:
-        prompt: at most `MAX_PROMPT` characters.
+        prompt: at most `argen.words.MAX_PROMPT` characters.
         model: id of the generator.
         num_images: pictures to give back.
         seed: picture i is drawn with ``seed + i``, and with nothing else: it does not depend on the others.
@@ -125,8 +124,9 @@ class Request:
     def __post_init__(self):
         check_prompt(self.prompt)
         for name in ("model", "sampler"):
-            if not isinstance(getattr(self, name), str):
-                raise ValueError(f"{name} is {getattr(self, name)!r}: expected a name")
+            value = getattr(self, name)
+            if not isinstance(value, str) or not visible(value):
+                raise ValueError(f"{name} is {cut(repr(value))}: expected a name")
         if isinstance(self.steps, tuple) and len(self.steps) != 2:
             raise ValueError(f"steps are {self.steps}: expected one number, or two")
         if self.num_images is None or self.seed is None:
@@ -200,6 +200,8 @@ class Request:
         """
         if not isinstance(saved, dict):
             raise ValueError(f"settings are a {type(saved).__name__}: expected an object with names of settings")
+        if "prompt" not in saved:
+            raise ValueError('no prompt: say what to draw, for example "a red apple"')
         known = {item.name for item in fields(cls)}
         if unknown := [name for name in saved if name not in known]:
             raise ValueError(f"unknown setting {unknown[0][:60]!r}: expected some of {', '.join(sorted(known))}")
@@ -259,17 +261,6 @@ def check_beams(num_beams: int, num_candidates: int) -> None:
         raise ValueError(
             f"num_beams is {num_beams} and num_candidates {num_candidates}: expected a multiple of at least one beam"
         )
-
-
-def check_prompt(prompt: str) -> None:
-    """Raises:
-    ValueError: the prompt is empty, longer than `MAX_PROMPT` characters, or no text that UTF-8 can hold.
-    """
-    if not isinstance(prompt, str) or not visible(prompt):
-        raise ValueError('the prompt is empty: say what to draw, for example "a red apple"')
-    if len(prompt) > MAX_PROMPT:
-        raise ValueError(f"the prompt has {len(prompt):,} characters: expected at most {MAX_PROMPT:,}")
-    check_text(prompt, "the prompt")
 
 
 @dataclass

@@ -11,9 +11,10 @@ import torch
 from PIL import Image
 
 from argen.metadata import read_grid, read_request
-from argen.request import MAX_PROMPT, Request
+from argen.request import Request
 from argen.studio.queue import MOST_WAITING, Forbidden, QueueFull, Studio
 from argen.studio.store import CANCELLED, DONE, FAILED, MISSING, WAITING, Store
+from argen.words import MAX_PROMPT
 
 SEQUENTIAL = Request("a pizza", sampler="sequential", seed=3)
 

@@ -327,7 +327,8 @@ class ConceptErasure:
         folder = Path(folder)
         if folder.exists():
             raise ValueError(f"{folder} is there already: choose another folder")
-        with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as work:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".argen-", dir=folder.parent) as work:
             new = Path(work) / "pipeline"
             self.pipe.save_pretrained(new)
             (new / RECORD).write_text(json.dumps(self.record, indent=2))
