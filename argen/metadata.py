@@ -38,6 +38,12 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
         work.unlink(missing_ok=True)
 
 
+def delete_unfinished(folder: Path) -> None:
+    """Delete what `replacing` left in a folder when its program was killed; nobody else may be writing there."""
+    for path in folder.glob(f".{'[0-9a-f]' * 16}.part"):
+        path.unlink(missing_ok=True)
+
+
 def save_images(
     images: list[tuple[Image.Image, Request | None]], paths: list[Path], grids: Sequence[Grid | None] | None = None
 ) -> None:

@@ -26,7 +26,7 @@ from argen.registry import ids
 from argen.request import Request as Asked
 from argen.request import rows_of
 from argen.server.guard import Here, Owner
-from argen.server.jobs import check_model, finished, shown
+from argen.server.jobs import finished, shown
 from argen.server.openai import Body
 from argen.server.waiting import prepare, result
 from argen.studio.queue import Progress, Studio
@@ -140,7 +140,6 @@ def edited(studio: Studio, model: str, body: ImageArray) -> Asked:
 def asked_of(studio: Studio, model: str, body: Text) -> Asked:
     """The generation request, less what nobody chose; of `model`, if the body names no other."""
     model = str(body.override_settings.get("sd_model_checkpoint") or model)
-    check_model(model)
     check_size((body.width, body.height), MAX_SCALED)
     pipe, sampler = studio.models(model), body.sampler_name or body.sampler_index
     return Asked(
@@ -267,10 +266,9 @@ def options(owner: Owner, chosen: Chosen):
 
 
 @router.post("/options")
-def choose(owner: Owner, chosen: Chosen, given: Annotated[dict[str, Any], Given()]):
+def choose(studio: Here, owner: Owner, chosen: Chosen, given: Annotated[dict[str, Any], Given()]):
     if given.get("sd_model_checkpoint") is not None:
-        check_model(str(given["sd_model_checkpoint"]))
-        chosen[owner] = str(given["sd_model_checkpoint"])
+        chosen[owner] = studio.check_model(str(given["sd_model_checkpoint"]))
     return {}
 
 

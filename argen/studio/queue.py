@@ -7,6 +7,7 @@ is on disk and survives the program.
 import json
 import logging
 import math
+import re
 import secrets
 import sqlite3
 import threading
@@ -24,6 +25,7 @@ from PIL import Image
 
 from argen.metadata import replacing
 from argen.pipelines.base import TokenPipeline
+from argen.registry import ids
 from argen.request import Job, Request, rows_of
 from argen.studio.store import CANCELLED, DONE, FAILED, OVER, RUNNING, WAITING, Saved, Store
 
@@ -93,11 +95,16 @@ class Progress:
         return self.decided * self.request.drawn / self.seconds if self.seconds else 0.0
 
 
+class UnknownModel(KeyError):
+    """No model has this name, or it lies where none may be loaded from."""
+
+
 class Studio:
     """Args:
         folder: see `Store`.
         models: id -> the pipeline; called by the worker.
         metadata: see `Store`.
+        folders: where saved pipelines may be loaded from, beside the models that have an id.
 
     Attributes:
         store: what is kept.
@@ -105,8 +112,15 @@ class Studio:
         paused: whether the worker rests, at a token if it is in a job.
     """
 
-    def __init__(self, folder: Path, models: Callable[[str], TokenPipeline], metadata: bool = True):
-        self.store, self.models, self.device, self.paused = Store(folder, metadata), models, threading.RLock(), False
+    def __init__(
+        self,
+        folder: Path,
+        models: Callable[[str], TokenPipeline],
+        metadata: bool = True,
+        folders: Sequence[Path] = (),
+    ):
+        self.store, self.device, self.paused = Store(folder, metadata), threading.RLock(), False
+        self.cache, self.folders = models, [folder.resolve() for folder in folders]
         self.changed = threading.Condition()
         self.live: Progress | None = None
         self.watched, self.cancelled, self.closing = 0.0, False, False
@@ -132,6 +146,49 @@ class Studio:
         """Whether jobs are being run, or will be."""
         return self.worker.is_alive() and not self.closing
 
+    # models
+
+    def folder(self, name: str) -> str | None:
+        """The path of a saved pipeline, if it lies in one of `folders`; None for any other text."""
+        try:
+            path = Path(name.strip()).resolve()
+        except (OSError, ValueError):
+            return None
+        return str(path) if any(path.is_relative_to(folder) for folder in self.folders) else None
+
+    def check_model(self, name: str, kind: str = "generator") -> str:
+        """The name of a model that may be asked for here: an id of `kind`, or a path in one of `folders`.
+
+        Raises:
+            UnknownModel: anything else.
+        """
+        known = ids(kind)
+        if name in known:
+            return name
+        if (path := self.folder(name)) is not None:
+            return path
+        raise UnknownModel(f"there is no model {name[:100]!r}: expected one of {', '.join(known)}")
+
+    def pipeline_name(self, name: str) -> str:
+        """The name of a diffusers pipeline that may be loaded here: OWNER/NAME on the hub, or a path in one of `folders`.
+
+        Raises:
+            UnknownModel: another path of this machine.
+        """
+        name = name.strip()
+        if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name) and not Path(name).exists():
+            return name
+        if (path := self.folder(name)) is not None:
+            return path
+        raise UnknownModel(
+            f"{name[:100]!r} is not a pipeline that this server may load: expected OWNER/NAME on the hub, or a folder under one "
+            "that --model-dir names at its start"
+        )
+
+    def models(self, name: str, kind: str = "generator") -> TokenPipeline:
+        """A model that may be asked for here. Raises as `check_model` does, and as the loader does."""
+        return self.cache(self.check_model(name, kind))
+
     # what is asked
 
     def submit(self, request: Request, owner: str = LOCAL, partials: int = 0) -> str:
@@ -141,12 +198,14 @@ class Studio:
             partials: how often the first image is wanted while it is written: at 1 / (partials + 1) of its tokens, and so on.
 
         Raises:
-            QueueFull: too many jobs of this owner wait.
+            QueueFull, UnknownModel: too many jobs of this owner wait; see `check_model`.
         """
         return self.submit_all([request], owner, partials)[0]
 
     def submit_all(self, requests: Sequence[Request], owner: str = LOCAL, partials: int = 0) -> list[str]:
         """`submit` of all of them, or of none."""
+        for name in {request.model for request in requests}:
+            self.check_model(name)
         with self.changed:
             if (waiting := self.store.count(WAITING, owner)) + len(requests) > MOST_WAITING:
                 raise QueueFull(f"{waiting:,} jobs are waiting: expected at most {MOST_WAITING:,}, try again later")
@@ -275,10 +334,10 @@ class Studio:
         return now
 
     @contextmanager
-    def model(self, name: str) -> Iterator[TokenPipeline]:
-        """A model, for something that is no job; the worker waits meanwhile."""
+    def model(self, name: str, kind: str = "generator") -> Iterator[TokenPipeline]:
+        """A model, for something that is no job; the worker waits meanwhile. Raises as `models` does."""
         with self.device:
-            yield self.models(name)
+            yield self.models(name, kind)
 
     # the worker
 

@@ -19,7 +19,7 @@ import filelock
 from PIL import Image
 
 from argen.images import open_image
-from argen.metadata import replacing, save_images
+from argen.metadata import delete_unfinished, replacing, save_images
 from argen.request import Grid, Request
 from tokenizers_img.pixels import opaque
 
@@ -91,11 +91,13 @@ class Store:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             self.own.mkdir(mode=0o700, exist_ok=True)
             self.own.chmod(0o700)
+            self.held = filelock.FileLock(self.own / "lock", timeout=0)
+            self.held.acquire()  # nothing of a folder in use is touched
             shutil.rmtree(self.exports, ignore_errors=True)
             for place in (self.own / "thumbnails", self.own / "jobs", self.exports):
                 place.mkdir(exist_ok=True)
-            self.held = filelock.FileLock(self.own / "lock", timeout=0)
-            self.held.acquire()
+            for place in (folder, self.own / "thumbnails", self.own / "jobs"):
+                delete_unfinished(place)
         except filelock.Timeout as error:
             raise ValueError(f"{folder} is in use by another argen: stop it, or choose another --data-dir") from error
         except OSError as error:
@@ -127,12 +129,6 @@ class Store:
         ):  # whether they are ours, and whole as far as a look tells
             database.execute(f"select * from {table} limit 1").fetchall()
         return database
-
-    @property
-    def hidden(self) -> list[Path]:
-        """What is never served."""
-        names = "studio.db", "studio.db-wal", "studio.db-shm", "lock", "jobs", "thumbnails"
-        return [self.own / name for name in names]
 
     def close(self) -> None:
         with self.lock:
@@ -337,6 +333,15 @@ class Store:
         folder = self.exports / secrets.token_hex(8)
         folder.mkdir(mode=0o700)
         return folder / name
+
+    def shown(self, id: str) -> Path:
+        """A file of an image that the page may serve for as long as `export` keeps it: no other client can name its folder."""
+        path = self.export(f"{id}.png")
+        try:
+            path.hardlink_to(self.file(id))
+        except OSError:  # a file system without links
+            shutil.copyfile(self.file(id), path)
+        return path
 
     def zipped(self, ids: Iterable[str]) -> Path:
         """Write a ZIP file of images with their settings as JSON lines, for one download; those whose file is not there any more are

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator
+from functools import partial
 
 import gradio as gr
 import torch
@@ -82,9 +83,13 @@ def build(context: AppContext, device: torch.device, limit: int | None = None) -
             gallery = Gallery(context)
             tab.select(*gallery.first)
         with gr.Tab("Diffusion"):
-            tools.tab(lambda name: pipelines(context.allowed(name)))
+            tools.tab(lambda name: pipelines(context.studio.pipeline_name(name)))
         with gr.Tab("Tokenizers"):
-            lab.tab(models, tokenizers, [name for name in tokenizers if MODELS[name].repo is None])
+            lab.tab(
+                partial(models, kind="tokenizer"),
+                tokenizers,
+                [name for name in tokenizers if MODELS[name].repo is None],
+            )
         with gr.Tab("Evaluate"):
             evaluate.tab(context.studio, free)
         with gr.Tab("Models") as tab:
