@@ -1,5 +1,6 @@
 """Who may ask a server for what: models, files, names, keys, open connections, slow bodies."""
 
+import errno
 import json
 import logging
 import socket
@@ -14,7 +15,7 @@ from test_server import KEYS, Served
 from argen.request import Request
 from argen.server.app import KEPT_FILES, OnceAMinute, max_connections
 from argen.server.guard import check_keys, owner_of
-from argen.studio.queue import Studio, UnknownModel
+from argen.studio.queue import Studio, UnknownModel, said
 from argen.studio.store import Store
 from argen.ui.build import build
 from argen.ui.jobs import AppContext
@@ -217,3 +218,87 @@ def test_a_refused_start_touches_nothing_and_a_kill_leaves_nothing(tmp_path):
     store.close()
     Store(tmp_path).close()
     assert not part.exists()
+
+
+JUNK = {
+    "another version": '{"prompt": "a", "hyperdrive": 1}',
+    "no JSON": "junk",
+    "deep": "[" * 100_000,
+    "a number": 7,
+}
+
+
+@pytest.mark.parametrize("name", list(JUNK))
+def test_a_row_that_cannot_be_read_fails_alone(tmp_path, pipe, name):
+    studio = Studio(tmp_path, lambda name: pipe)
+    served = Served(studio, (), build(AppContext(studio), torch.device("cpu")))
+    try:
+        done = studio.result(studio.submit(Request("a pizza")), timeout=60).images[0]
+        other = studio.result(studio.submit(Request("a robot")), timeout=60).images[0]
+        studio.store.ask("update pictures set request = ?, tokens = '[[' where id = ?", (JUNK[name], done.id))
+        studio.pause()
+        waiting = studio.submit(Request("a cat"))
+        studio.store.ask("update jobs set request = ? where id = ?", (JUNK[name], waiting))
+        (job,) = served.ask("/api/jobs")[1]["jobs"]
+        assert (job["state"], "cannot be read" in job["error"]) == ("failed", True)
+        assert served.ask("/sdapi/v1/progress")[0] == 200
+        assert served.ask(f"/api/jobs/{waiting}/again", b"", method="POST")[0] == 400
+        studio.pause(False)
+        assert studio.result(waiting, timeout=60).state == "failed"
+        assert studio.result(studio.submit(Request("a pizza")), timeout=60).state == "done"
+        found = {saved.id: saved for saved in studio.store.images()}
+        assert "cannot be read" in found[done.id].fault
+        assert found[done.id].request.prompt == "a pizza"
+        assert found[other.id].fault == ""
+        number, _ = event_of(served, "gallery-look", {})
+        assert '"success":true' in run_event(served, number, ["", "", False, 1], {})
+        assert served.ask(f"/pictures/{done.id}.png")[0] == 200
+        assert studio.store.zipped(list(found)).stat().st_size > 1000
+        studio.store.save_preset("local", "bad", {})
+        studio.store.ask("update presets set settings = ?", (JUNK[name],))
+        studio.store.ask("insert into grids values ('local', ?, '[]')", (JUNK[name],))
+        assert studio.store.presets("local") == {"bad": {}} or name in ("another version", "a number")
+        studio.store.last_grid("local")
+    finally:
+        served.close()
+
+
+def test_a_full_disk_is_said(tmp_path, pipe, monkeypatch):
+    studio = Studio(tmp_path, lambda name: pipe)
+    served = Served(studio, (), build(AppContext(studio), torch.device("cpu")))
+
+    def full(*given, **more):
+        raise OSError(errno.ENOSPC, "No space left on device", "/srv/secret/file")
+
+    try:
+        studio.result(studio.submit(Request("a pizza")), timeout=60)
+        monkeypatch.setattr("gradio.routes.upload_fn", full)
+        body = b'--xyz\r\nContent-Disposition: form-data; name="files"; filename="a"\r\n\r\nx\r\n--xyz--\r\n'
+        status, told = served.ask("/gradio_api/upload", body, content_type="multipart/form-data; boundary=xyz")
+        assert (status, "disk of the server is full" in told["detail"]) == (507, True)
+        monkeypatch.setattr("gradio.processing_utils.save_pil_to_cache", full)
+        number, _ = event_of(served, "gallery-look", {})
+        answer = run_event(served, number, ["", "", False, 1], {})
+        assert "disk of the server is full" in answer
+        assert "secret" not in answer
+    finally:
+        served.close()
+
+
+def test_errors_name_no_path_of_the_server(page):
+    done = page.studio.result(page.studio.submit(Request("a pizza"), owner_of(KEYS[1])), timeout=60)
+    page.studio.store.file(done.images[0].id).write_bytes(b"junk")
+    status, told = page.ask(f"/pictures/{done.images[0].id}.png", authorization=f"Bearer {KEYS[1]}")
+    assert status == 400
+    assert f"the image {done.images[0].id} could not be read" in told["detail"]
+    assert str(page.studio.store.folder) not in str(told)
+    told = page.ask("/gradio_api/file=/etc/passwd", **log_in(page, "me", KEYS[1]))
+    assert told == (403, {"detail": "File not allowed"})
+    texts = {
+        "no file at /srv/a/x.png: send one": "no file at x.png: send one",
+        "'/srv/data/.studio/page' is gone": "'page' is gone",
+        "see https://huggingface.co/a/b and argen/emoji-sd": "see https://huggingface.co/a/b and argen/emoji-sd",
+    }
+    for text, expected in texts.items():
+        assert said(ValueError(text)) == expected
+    assert said(FileNotFoundError(2, "No such file or directory", "/srv/x/page")) == "No such file or directory: page"

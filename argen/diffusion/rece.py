@@ -7,13 +7,18 @@ every step solves linear systems, in float64.
 Letters in shape comments: L text tokens with their padding, D width of the text's states, O outputs of a matrix, n concepts.
 """
 
+import glob
 import hashlib
 import json
+import os
+import re
+import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor
@@ -327,7 +332,8 @@ class ConceptErasure:
         folder = Path(folder)
         if folder.exists():
             raise ValueError(f"{folder} is there already: choose another folder")
-        with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as work:
+        _delete_unfinished(folder)
+        with tempfile.TemporaryDirectory(prefix=f".{folder.name}.{os.getpid()}.", dir=folder.parent) as work:
             new = Path(work) / "pipeline"
             self.pipe.save_pretrained(new)
             (new / RECORD).write_text(json.dumps(self.record, indent=2))
@@ -345,6 +351,14 @@ class ConceptErasure:
     def _write(self, weights: Weights) -> None:
         for name, parameter in matrices_of(self.pipe.unet).items():
             parameter.copy_(weights[name])
+
+
+def _delete_unfinished(folder: Path) -> None:
+    """Delete what `ConceptErasure.save` left beside a folder when its program was killed: its name has that program's id."""
+    for work in folder.parent.glob(f".{glob.escape(folder.name)}.*"):
+        left = re.fullmatch(r"\.(\d+)\.[a-z0-9_]{8}", work.name.removeprefix(f".{folder.name}"))
+        if left and not psutil.pid_exists(int(left[1])):
+            shutil.rmtree(work, ignore_errors=True)
 
 
 def _change(edited: Weights, start: Weights) -> float:

@@ -76,7 +76,9 @@ def create(
         max_file_size=MAX_BYTES,
         show_error=False,
     )
-    app.routes[-1].app.tokens = sessions
+    mounted = app.routes[-1].app
+    mounted.tokens = sessions
+    errors.install_in_page(mounted)
     return app
 
 

@@ -4,7 +4,7 @@ Jobs can be cancelled at any token, taken up again, moved, and looked at while t
 is on disk and survives the program.
 """
 
-import json
+import errno
 import logging
 import math
 import re
@@ -27,9 +27,23 @@ from argen.metadata import replacing
 from argen.pipelines.base import TokenPipeline
 from argen.registry import ids
 from argen.request import Job, Request, rows_of
-from argen.studio.store import CANCELLED, DONE, FAILED, OVER, RUNNING, WAITING, Saved, Store
+from argen.studio.store import (
+    CANCELLED,
+    DONE,
+    FAILED,
+    OVER,
+    RUNNING,
+    WAITING,
+    Saved,
+    Store,
+    read_row,
+    request_of,
+    unreadable,
+)
 
 logger = logging.getLogger(__name__)
+FULL = errno.ENOSPC, errno.EDQUOT
+PATHS = re.compile(r"(?<![\w/.:<])(?:/[^\s/'\":,;()]+)+/(?=[^\s/])")  # the folders of an absolute path
 LOCAL = "local"  # owner of what no key asked for
 MOST_WAITING = 1000  # jobs of one owner
 PREVIEW_EVERY, WATCHED_FOR = 0.4, 5.0  # seconds between previews, and how long one is wanted after it was looked at
@@ -93,6 +107,16 @@ class Progress:
     def speed(self) -> float:
         """Tokens a second, of all pictures together."""
         return self.decided * self.request.drawn / self.seconds if self.seconds else 0.0
+
+
+def said(error: Exception) -> str:
+    """An error in one line for somebody who asked from elsewhere: of the paths of this machine the last names alone."""
+    if isinstance(error, OSError) and error.errno in FULL:
+        return "the disk of the server is full: nothing can be written"
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.strerror or type(error).__name__}: {Path(str(error.filename)).name}"
+    known = error.args and not isinstance(error, OSError)
+    return PATHS.sub("", str(error.args[0] if known else error))
 
 
 class UnknownModel(KeyError):
@@ -250,7 +274,9 @@ class Studio:
     def again(self, id: str, owner: str | None = None) -> str:
         """The same with the seeds that follow -> the id of the new job. Raises as `cancel` and `submit` do."""
         row = self._own(id, owner)
-        request = _request(row)
+        request, fault = read_row(request_of, row["request"])
+        if request is None:
+            raise ValueError(fault)
         return self.submit(replace(request, seed=request.seed + request.drawn), row["owner"])
 
     def move(self, id: str, places: int, owner: str | None = None) -> None:
@@ -357,11 +383,17 @@ class Studio:
         return row
 
     def _told(self, row, places: dict[str, int] | None = None) -> Progress:
-        """A row of the store, or what is newer of the job that runs; `places` of those that wait, where they are known."""
+        """A row of the store, or what is newer of the job that runs; `places` of those that wait, where they are known. One that
+        cannot be read has failed."""
         if self.live is not None and self.live.id == row["id"]:
             return replace(self.live)
         names = "id", "owner", "state", "created", "decided", "cells", "seconds", "error"
-        told = Progress(**{name: row[name] for name in names}, forward_passes=row["passes"], request=_request(row))
+        request, fault = read_row(request_of, row["request"])
+        told = Progress(
+            **{name: row[name] for name in names}, forward_passes=row["passes"], request=request or unreadable()
+        )
+        if fault and told.state in (WAITING, RUNNING):
+            told.state, told.error = FAILED, fault
         if told.state == DONE:
             told.images = self.store.images(job=told.id, limit=-1)
         elif told.state == WAITING:
@@ -392,13 +424,10 @@ class Studio:
         return None
 
     def _begun(self, id: str) -> Progress | None:
-        """Take a waiting job; None if it cannot be read (another version of argen wrote it), and so has failed."""
-        try:
-            live = self._told(self.store.job(id))
-        except (ValueError, TypeError, KeyError) as error:
-            self.store.update_job(
-                id, state=FAILED, error=f"its settings cannot be read ({error})", finished=time.time()
-            )
+        """Take a waiting job; None if it cannot be read, and so has failed."""
+        live = self._told(self.store.job(id))
+        if live.state == FAILED:
+            self.store.update_job(id, state=FAILED, error=live.error, finished=time.time())
             self._tell(id)
             return None
         self.store.update_job(id, state=RUNNING)
@@ -415,10 +444,10 @@ class Studio:
                     if not self._draw(live):
                         ended = WAITING if self.closing and not self.cancelled else CANCELLED
             except Exception as failure:  # whatever it is, the next job must have its turn
-                known = isinstance(failure, ValueError | OSError | ModuleNotFoundError | sqlite3.Error)
+                known = isinstance(failure, ValueError | OSError | ModuleNotFoundError | sqlite3.Error | UnknownModel)
                 if not known:
                     logger.exception("job %s failed", live.id)
-                ended, error = FAILED, str(failure) if known else f"{type(failure).__name__}: {failure}"[:500]
+                ended, error = FAILED, said(failure) if known else f"{type(failure).__name__}: {failure}"[:500]
             self._end(live, ended, error)
 
     def _end(self, live: Progress, ended: str, error: str) -> None:
@@ -515,7 +544,3 @@ def _read_left(path: Path) -> torch.Tensor | None:
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
         logger.warning("%s cannot be read (%s): the job begins again", path.name, error)
         return None
-
-
-def _request(row) -> Request:
-    return Request.from_dict(json.loads(row["request"]))

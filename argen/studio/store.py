@@ -10,17 +10,18 @@ import sqlite3
 import threading
 import time
 import zipfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import filelock
 from PIL import Image
 
-from argen.images import open_image
+from argen.images import decode_image, open_image
 from argen.metadata import delete_unfinished, replacing, save_images
-from argen.request import Grid, Request
+from argen.request import Grid, Request, check_grid
 from tokenizers_img.pixels import opaque
 
 THUMBNAIL = 256  # side in pixels, at most
@@ -28,6 +29,7 @@ MISSING = (160, 160, 160)  # colour that stands for an image whose file is not t
 EXPORTED_FOR = 86400.0  # seconds
 WAITING, RUNNING, DONE, CANCELLED, FAILED = "waiting", "running", "done", "cancelled", "failed"
 OVER = {DONE, CANCELLED, FAILED}
+Value = TypeVar("Value")
 SCHEMA = """
 create table if not exists jobs (
     id text primary key, owner text not null, request text not null, state text not null, place real not null,
@@ -57,6 +59,7 @@ class Saved:
         origins: how each cell came by its token (`samplers.steps.Origin`); None where all were drawn.
         score: cosine to the prompt, where candidates were ranked.
         created: seconds since 1970.
+        fault: why `request` is not the one that was saved, but the prompt and the model alone; "" where it is.
     """
 
     id: str
@@ -68,6 +71,7 @@ class Saved:
     score: float | None
     created: float
     favourite: bool
+    fault: str = ""
 
 
 class Store:
@@ -293,11 +297,11 @@ class Store:
         """The image itself.
 
         Raises:
-            FileNotFoundError: its file was deleted, or moved away.
+            FileNotFoundError, ValueError: its file was deleted, or moved away; it is damaged.
         """
         if not self.file(id).is_file():
             raise FileNotFoundError(f"the file of the image {id} is not there any more")
-        return open_image(self.file(id))
+        return decode_image(self.file(id).read_bytes(), f"the image {id}")
 
     def thumbnail(self, id: str) -> Image.Image:
         """The image at most `THUMBNAIL` pixels wide and high, grey where its file is not there any more; made when it is first
@@ -370,7 +374,7 @@ class Store:
 
     def presets(self, owner: str) -> dict[str, dict]:
         rows = self.ask("select name, settings from presets where owner = ? order by name", (owner,))
-        return {row["name"]: json.loads(row["settings"]) for row in rows}
+        return {row["name"]: read_row(json.loads, row["settings"])[0] or {} for row in rows}
 
     def save_preset(self, owner: str, name: str, settings: dict) -> None:
         self.ask("insert or replace into presets values (?, ?, ?)", (owner, name, json.dumps(settings)))
@@ -384,11 +388,39 @@ class Store:
     def last_grid(self, owner: str) -> tuple[list[tuple[str, list]], list[str]] | None:
         """(axes, ids of jobs), as `keep_grid` was given them."""
         found = self.ask("select axes, jobs from grids where owner = ?", (owner,))
-        return (json.loads(found[0]["axes"]), json.loads(found[0]["jobs"])) if found else None
+        read = [read_row(json.loads, found[0][name])[0] for name in ("axes", "jobs")] if found else [None]
+        return None if None in read else (read[0], read[1])
+
+
+def read_row(read: Callable[[str], Value], text: str) -> tuple[Value | None, str]:
+    """(what `read` makes of a text of the database, "") or, where it cannot be read, (None, why). Another version of argen may have
+    written it, or anybody."""
+    try:
+        return read(text), ""
+    except Exception as error:
+        return None, f"its settings cannot be read ({' '.join(str(error).split())[:200] or type(error).__name__})"
+
+
+def request_of(text: str) -> Request:
+    """The request in a row. Raises whatever reading it does, see `read_row`."""
+    return Request.from_dict(json.loads(text))
+
+
+def unreadable(prompt: object = "", model: object = "") -> Request:
+    """What stands for a request that cannot be read: its prompt and its model, as far as they are known."""
+    known = read_row(lambda _: Request(prompt, model or Request.model), "")[0]
+    return known or Request("(settings that cannot be read)")
+
+
+def _grid(text: str) -> Grid:
+    rows = tuple(map(tuple, json.loads(text)))
+    check_grid(rows)
+    return rows
 
 
 def _saved(row: sqlite3.Row) -> Saved:
-    grids = {name: tuple(map(tuple, json.loads(row[name]))) if row[name] else None for name in ("tokens", "origins")}
-    request = Request.from_dict(json.loads(row["request"]))
+    grids = {name: read_row(_grid, row[name])[0] if row[name] else None for name in ("tokens", "origins")}
+    request, fault = read_row(request_of, row["request"])
     own = {name: row[name] for name in ("id", "job", "owner", "score", "created")}
-    return Saved(**own, **grids, request=request, favourite=bool(row["favourite"]))
+    known = request or unreadable(row["prompt"], row["model"])
+    return Saved(**own, **grids, request=known, favourite=bool(row["favourite"]), fault=fault)

@@ -15,14 +15,23 @@ from argen.ui import models as manager
 from argen.ui.edit import Edit
 from argen.ui.gallery import Gallery
 from argen.ui.generate import Create
-from argen.ui.jobs import AppContext
+from argen.ui.jobs import AppContext, user_errors
 from argen.ui.many import Many
 
 CLEANED_EVERY, KEPT_FOR = 3600, 86400  # seconds: what was uploaded and shown
 
 
 class Page(gr.Blocks):
-    """Blocks whose events take no file but those that were uploaded to them: no path, and no address, that a client has made up."""
+    """Blocks whose events take no file but those that were uploaded to them (no path, and no address, that a client has made up), and
+    whose errors are one line, wherever in an event they happen."""
+
+    async def process_api(self, *args, **kwargs):
+        with user_errors():
+            try:
+                return await super().process_api(*args, **kwargs)
+            except ValueError as error:  # gradio wraps what happens while a component reads or writes a file
+                wrapped = type(error).__module__ == "gradio.exceptions" and error.__cause__
+                raise wrapped or error from None
 
     async def preprocess_data(self, block_fn, inputs, state, explicit_call=False):
         for file in files_in(inputs):

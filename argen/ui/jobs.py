@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from argen.request import Grid, Request
-from argen.studio.queue import LOCAL, Forbidden, Progress, Studio
+from argen.studio.queue import LOCAL, Forbidden, Progress, Studio, said
 from argen.studio.store import CANCELLED, DONE, FAILED, RUNNING, WAITING
 from samplers.steps import Origin
 from tokenizers_img.pixels import opaque, upright
@@ -51,8 +51,7 @@ class user_errors:
 
     def __exit__(self, kind, error, trace) -> None:
         if isinstance(error, ValueError | TypeError | OSError | ModuleNotFoundError | KeyError | sqlite3.Error):
-            known = error.args and not isinstance(error, OSError)
-            raise gr.Error(str(error.args[0] if known else error), title="That cannot be done") from error
+            raise gr.Error(said(error), title="That cannot be done", print_exception=False) from error
 
 
 class View:
