@@ -617,7 +617,7 @@ def erase(args) -> None:
 
     from argen.device import pick
     from argen.diffusion import ConceptErasure
-    from argen.diffusion.tools import concepts_of, drawing, erasing
+    from argen.diffusion.tools import card_of, concepts_of, drawing, erasing
     from argen.eval import features, tools
     from argen.hub.loading import load_diffusion
 
@@ -644,7 +644,7 @@ def erase(args) -> None:
         told = tools.verified(draw, run, erasure.attack, concepts, args.verify, look, known)
     else:
         run()
-    erasure.save(args.out)
+    erasure.save(args.out, card_of(args.model))
     if args.json:
         found = {"folder": str(args.out), **erasure.record, "stages": [asdict(stage) for stage in stages]}
         print(json.dumps(found | {"shown": told}))
@@ -795,7 +795,7 @@ def ui(args) -> None:
     from argen.device import pick
     from argen.hub.model_cache import ModelCache
     from argen.server.app import create, serve
-    from argen.server.guard import HERE, owner_of
+    from argen.server.guard import HERE, check_keys, owner_of
     from argen.studio.queue import Studio
     from argen.ui.build import build
     from argen.ui.jobs import AppContext
@@ -803,8 +803,7 @@ def ui(args) -> None:
     keys = [key for key in [*args.key, *os.environ.get("ARGEN_KEYS", "").split(",")] if key]
     if args.host not in HERE and not keys:
         raise ValueError(f"--host {args.host} lets other machines in: give --key KEY too, which they must show")
-    if any(len(key) < 8 for key in keys):
-        raise ValueError("a key is shorter than 8 characters: choose a longer one")
+    check_keys(keys)
     if args.model_memory is not None and not 0 < args.model_memory < 1e6:
         raise ValueError(f"--model-memory is {args.model_memory}: expected a number of gigabytes above 0")
     limit = None if args.model_memory is None else int(args.model_memory * 1e9)
@@ -814,11 +813,11 @@ def ui(args) -> None:
             raise ValueError(f"--model-dir {folder} is not a folder: expected one that exists")
     os.umask(0o077)  # what is kept is for its owner's eyes alone
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # so that the queue is closed, as at Ctrl-C
-    device, owners = pick(args.device), {}
-    studio = Studio(args.data_dir, ModelCache(device, limit=limit), metadata=not args.no_metadata)
+    device = pick(args.device)
+    studio = Studio(args.data_dir, ModelCache(device, limit=limit), not args.no_metadata, folders)
     try:
-        page = build(AppContext(studio, owners, owner_of(keys[0]) if keys else None, folders), device, limit)
-        serve(create(studio, page, keys, args.host in HERE, owners), args.host, args.port)
+        page = build(AppContext(studio, owner_of(keys[0]) if keys else None), device, limit)
+        serve(create(studio, page, keys, args.host in HERE), args.host, args.port)
     finally:
         studio.close()
 
