@@ -11,6 +11,7 @@ MAX_IMAGES, MAX_CANDIDATES = 64, 64
 MAX_CELLS = 16384  # of a token grid
 MAX_SEED = 2**63 - 1 - MAX_CANDIDATES
 MAX_SIDE, MAX_SCALED = 4096, 2048  # pixels of what is read or drawn, and of what is scaled for a client
+MAX_PIXELS = 51_000_000  # of all images that one request has scaled
 
 
 @dataclass(frozen=True)
@@ -81,3 +82,14 @@ def check_size(size: tuple[int, int] | None, high: int = MAX_SIDE) -> tuple[int,
     if size is not None and not all(isinstance(side, int) and 1 <= side <= high for side in size):
         raise ValueError(f"size is {size[0]}x{size[1]}: expected 1 to {high} pixels on each side")
     return size
+
+
+def check_pixels(count: int) -> None:
+    """Raises:
+    ValueError: the images of one request have more than `MAX_PIXELS` together.
+    """
+    if count > MAX_PIXELS:
+        raise ValueError(
+            f"the images of this request have {count / 1e6:.0f} million pixels together: expected at most {MAX_PIXELS // 10**6} "
+            "million, ask for fewer or smaller ones"
+        )

@@ -4,6 +4,7 @@ import argparse
 import logging
 import os
 import sys
+import tempfile
 import warnings
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from argen.bounds import check_size
-from argen.words import check_text
+from argen.words import check_text, cut
 
 if TYPE_CHECKING:
     from samplers.settings import Setting
@@ -107,11 +108,14 @@ def described(tokens) -> str:
 
 def check_name(path: Path) -> None:
     """Raises:
-    ValueError: the name of a file or a folder is longer than file systems take.
+    ValueError: the name of a file or a folder is longer than file systems take, or holds a zero byte.
     """
-    if len(os.fsencode(path.name)) > MAX_NAME:
+    if "\0" in str(path):
+        raise ValueError(f"cannot write {cut(repr(str(path)))}: its name holds a zero byte, choose another")
+    sizes = [len(os.fsencode(name)) for name in path.parts]
+    if sizes and (max(sizes) > 255 or sizes[-1] > MAX_NAME or sum(sizes) > 3500):
         raise ValueError(
-            f"cannot write {path.name[:40]}...: its name is longer than {MAX_NAME} bytes, choose a shorter one"
+            f"cannot write {cut(path.name)}: its name is longer than {MAX_NAME} bytes, choose a shorter one"
         )
 
 
@@ -124,36 +128,72 @@ def writable(path: Path, suffix: str = ".png") -> Path:
     check_name(path)
     if path.suffix.lower() != suffix:
         raise ValueError(f"cannot write {path}: expected a name that ends in {suffix}")
-    if path.is_dir() or not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
+    if (
+        path.is_dir()
+        or not path.parent.is_dir()
+        or not os.access(path.parent, os.W_OK)
+        or not _takes_files(path.parent)
+    ):
         raise ValueError(f"cannot write {path}: expected a file name in a folder that exists and may be written")
     return path
 
 
-def writable_folder(path: Path) -> Path:
-    """`path`, if a new folder can be made there.
+def writable_images(path: Path, count: int) -> list[Path]:
+    """`path` for one image, the same with -1, -2 ... for several, if all can be written.
 
     Raises:
-        ValueError: there is something already, or the folder above it is missing or locked.
+        ValueError: see `writable`.
+    """
+    writable(path)
+    if count == 1:
+        return [path]
+    return [writable(path.with_stem(f"{path.stem}-{number}")) for number in range(1, count + 1)]
+
+
+def writable_folder(path: Path, new: bool = True) -> Path:
+    """`path`, if a folder can be made there, or is there for files where it need not be new.
+
+    Raises:
+        ValueError: there is something else already, or the folder above it is missing or locked.
     """
     check_name(path)
-    if path.exists():
+    if path.exists() and new:
         raise ValueError(f"{path} is there already: choose another --out")
-    above = next(parent for parent in path.absolute().parents if parent.exists())
-    if not above.is_dir() or not os.access(above, os.W_OK):
-        raise ValueError(f"cannot write {path}: expected the name of a new folder where one may be made")
+    whole = path.absolute()
+    above = next(one for one in (whole, *whole.parents) if os.path.lexists(one))
+    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK) or not _takes_files(above):
+        raise ValueError(f"cannot write {path}: expected the name of a folder where one may be made")
     return path
+
+
+def _takes_files(folder: Path) -> bool:
+    """Whether the file system of a folder takes files; that of /proc and of /sys does not."""
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            return True
+    except OSError:
+        return False
+
+
+def check_model(model: str, kind: str | None = None) -> None:
+    """Raises:
+    ValueError: there is no such model, or it is of another kind.
+    """
+    from argen.data.emoji import with_article
+    from argen.hub.cards import all_cards, check_known
+
+    check_known(model)
+    if kind and model in all_cards() and (found := all_cards()[model].kind) != kind:
+        raise ValueError(f"{model} is {with_article(found)}, expected {with_article(kind)}: `argen models` lists them")
 
 
 def load_model(model: str, device: str | None, kind: str | None = None, **files):
     """The model called `model` on a device; `files` as in `argen.hub.loading.load`."""
     from argen.device import pick
-    from argen.hub.cards import all_cards, ids
     from argen.hub.loading import load
 
-    found = all_cards()[model].kind if model in all_cards() else kind
-    if kind and found != kind:
-        raise ValueError(f"{model} is of the kind {found}, expected a {kind}: {', '.join(ids(kind))}")
     where = pick(device)
+    check_model(model, kind)
     loaded = load(model, **files)
     if hasattr(loaded, "set_progress_bar_config"):
         loaded.set_progress_bar_config(disable=None, bar_format="{desc}{percentage:3.0f}%|{bar:30}| {elapsed}")

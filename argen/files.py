@@ -19,3 +19,9 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
         work.replace(path)
     finally:
         work.unlink(missing_ok=True)
+
+
+def delete_unfinished(folder: Path) -> None:
+    """Delete what `replacing` left in a folder when its program was killed; nobody else may be writing there."""
+    for path in folder.glob(f".{'[0-9a-f]' * 16}.part"):
+        path.unlink(missing_ok=True)

@@ -13,12 +13,11 @@ from pydantic import SkipValidation
 from argen.bounds import MAX_CANDIDATES, MAX_CELLS, MAX_IMAGES, MAX_SEED, check, check_size
 from argen.images import from_base64
 from argen.registry import nearest, samplers
-from argen.words import check_text, visible
+from argen.words import check_prompt, cut, visible
 from samplers.next_x import Steps
 from samplers.settings import Field, Setting, make, settings, settings_of
 from tokenizers_img.pixels import normalized
 
-MAX_PROMPT = 1000  # characters
 CANDIDATES_A_BEAM = 4
 OLD_SAMPLERS = {"plain": "sequential", "fast_preview": "zipar"}  # names in images and databases of release 0.1
 OLD_LANTERN = {"lantern_k": "k", "lantern_delta": "delta", "lantern_lambda": "lambda"}
@@ -151,6 +150,9 @@ class Request:
 
     def __post_init__(self):
         check_prompt(self.prompt)
+        for name in ("model", "sampler"):
+            if not visible(getattr(self, name)):
+                raise ValueError(f"{name} is {cut(repr(getattr(self, name)))}: expected a name")
         if ":" in self.sampler:
             name, typed = parse_sampler(self.sampler)
             object.__setattr__(self, "sampler", name)
@@ -227,6 +229,8 @@ class Request:
         if not isinstance(saved, dict):
             raise ValueError(f"settings are a {type(saved).__name__}: expected an object with names of settings")
         saved = _migrated(saved)
+        if "prompt" not in saved:
+            raise ValueError('no prompt: say what to draw, for example "a red apple"')
         known = {item.name for item in fields(cls)}
         if unknown := [name for name in saved if name not in known]:
             raise ValueError(f"unknown setting {unknown[0][:60]!r}: expected some of {', '.join(sorted(known))}")
@@ -333,17 +337,6 @@ def check_beams(num_beams: int, num_candidates: int) -> None:
         raise ValueError(
             f"num_beams is {num_beams} and num_candidates {num_candidates}: expected a multiple of at least one beam"
         )
-
-
-def check_prompt(prompt: str) -> None:
-    """Raises:
-    ValueError: the prompt is empty, longer than `MAX_PROMPT` characters, or no text that UTF-8 can hold.
-    """
-    if not isinstance(prompt, str) or not visible(prompt):
-        raise ValueError('the prompt is empty: say what to draw, for example "a red apple"')
-    if len(prompt) > MAX_PROMPT:
-        raise ValueError(f"the prompt has {len(prompt):,} characters: expected at most {MAX_PROMPT:,}")
-    check_text(prompt, "the prompt")
 
 
 @dataclass

@@ -8,12 +8,26 @@ from pathlib import Path
 
 from tokenizers import Regex, normalizers
 
+MAX_PROMPT = 1000  # characters
 MOST_COUNTED = 25  # things, the range of the count tokens' authors
 ONES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve")
 ONES += ("thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen")
 TENS = ("twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety")
 VALUES = dict(zip(ONES, range(20), strict=True)) | dict(zip(TENS, range(20, 100, 10), strict=True))
-UNITS = {"dozen": 12, "dozens": 12, "hundred": 100, "thousand": 1000, "million": 10**6, "billion": 10**9}
+UNITS = {"dozen": 12, "dozens": 12, "doz": 12, "score": 20, "gross": 144}
+UNITS |= {"hundred": 100, "thousand": 1000, "million": 10**6, "billion": 10**9}
+GROUPS = {
+    "duo": 2,
+    "brace": 2,
+    "trio": 3,
+    "quartet": 4,
+    "quintet": 5,
+    "sextet": 6,
+    "septet": 7,
+    "octet": 8,
+    "score": 20,
+    "gross": 144,
+}
 AMOUNT = re.compile(
     rf"""(?:(?:exactly|just|only)\ )?
     (?P<sign>[-−]|minus\ |negative\ )?
@@ -21,19 +35,64 @@ AMOUNT = re.compile(
       |(?P<tens>{"|".join(TENS)})(?:[ -](?P<ones>{"|".join(ONES[1:10])}))?
       |(?P<small>{"|".join(ONES)}|no)
       |(?P<half>half\ an?|an?\ half|half)(?=[ -]dozen)
+      |an?\ (?P<group>{"|".join(GROUPS)})(?=\ of\ )
       |(?P<one>(?:an?\ )?single|an?)
-      |(?=dozen))
-    (?P<units>(?:[ -]?(?:{"|".join(UNITS)})(?:\ of)?(?!\w))*)
+      |(?=dozen\b))
+    (?P<units>(?:[ -]?(?:{"|".join(UNITS)})(?!\w)\.?)*(?:\ of(?!\w))?)
     (?P<pairs>\ (?:pair|couple)s?\ of)?
+    (?:\ ?[x×])?
     (?!\S)""",
     re.VERBOSE | re.IGNORECASE,
 )
-VAGUE = re.compile(r"\ ?(few|lots?|number|handful|couple|pair|half|third|quarter)(?!\w)", re.IGNORECASE)
-FRACTION = re.compile(r"(and\ a\ half|hal(f|ves)|thirds|quarters|percent|%|[-–—/.])(?!\w)", re.IGNORECASE)
-ANOTHER = re.compile(r"(?:to|or|and|x|point)\ +", re.IGNORECASE)  # and a number: a range, or a fraction
+VAGUE = re.compile(
+    r"(few|lots?|number|handful|couple|pair|half|third|quarter|several|score|gross|bit|plenty)(?!\w)"
+    r"|(bunch|group|flock|herd|pack|pile|heap|stack|set|crowd|swarm|variety|collection|host|array|tons?|myriad|multitude)\ of(?!\w)"
+    r"|([\w-]+\ )*(photo(graph)?|picture|image|painting|drawing|illustration|sketch|portrait)s?\ of(?!\w)",
+    re.IGNORECASE,
+)
+FRACTION = re.compile(
+    r"(and\ a\ half|hal(f|ves)|thirds?|quarters?|(fif|six|seven|eigh|nin|ten)ths?|percent|%|[-/.])(?!\w)", re.IGNORECASE
+)
+NO_THING = re.compile(
+    r"(of|and|or|to|x|×|&|\+|plus|minus|times|by|out|more|less|fewer|per|point|odd)(?!\w)|\W", re.IGNORECASE
+)
+NUMBER = rf"\d+|(?:{'|'.join([*ONES, *TENS, *(UNITS.keys() - {'score', 'gross'})])})(?:-(?:{'|'.join(ONES[1:10])}))?"
+SECOND = r"(?:\b(?:and|plus)|[&+,])\ +(?:an?|another|some)\ "
+ANOTHER = re.compile(rf"(?<![\w'-])(?:{NUMBER})(?![\w'-])|{SECOND}", re.IGNORECASE)  # a range, a sum, a second thing
+WEIGHTED = re.compile(r"[(\[{<].*[)\]}>]|(?<!\d):\s*\d|:\s*\d+\.\d")  # "12:30" is none
+INVISIBLE = "\u00ad\u034f\u061c\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u202a-\u202e\u2060-\u206f\ufe00-\ufe0f\ufeff\ufff0-\ufffb\U000e0000-\U000e0fff"
+BLANK = r"\s\u0000-\u001f\u007f-\u009f\u115f\u1160\u2800\u3164\uffa0"  # what looks like a space, or like nothing between words
+APOSTROPHES = r"`\u00b4\u02b9\u02bb-\u02bd\u02c8\u02ca\u02cb\u055a\u1fbf\u2018-\u201b\u2032\u2035\ua78c\uff07\uff40"
+HYPHENS = r"\u00ad\u2010-\u2015\u2212\ufe58\ufe63\uff0d"
 ARTICLES = ("a", "an", "the", "one", "some")
 IRREGULAR = {"mice": "mouse", "geese": "goose", "men": "man", "women": "woman", "children": "child", "people": "person"}
-IRREGULAR |= {"teeth": "tooth", "feet": "foot", "oxen": "ox", "leaves": "leaf", "loaves": "loaf", "dice": "die"}
+IRREGULAR |= {
+    "teeth": "tooth",
+    "feet": "foot",
+    "oxen": "ox",
+    "dice": "die",
+    "lice": "louse",
+    "cacti": "cactus",
+    "fungi": "fungus",
+}
+IRREGULAR |= {
+    f"{stem}ves": f"{stem}f"
+    for stem in ("lea", "loa", "wol", "shel", "el", "hal", "cal", "thie", "scar", "hoo", "dwar", "shea")
+}
+IRREGULAR |= {f"{stem}ves": f"{stem}fe" for stem in ("kni", "wi", "li", "housewi", "midwi")} | {
+    "quizzes": "quiz",
+    "pies": "pie",
+    "ties": "tie",
+}
+IRREGULAR |= {f"{word}es": word for word in ("lens", "iris", "atlas", "gas", "canvas", "trellis", "waltz")}
+IRREGULAR |= {
+    f"{word}s": word
+    for word in ("shoe", "horseshoe", "toe", "canoe", "oboe", "hoe", "muse", "fuse", "axe", "quiche", "mustache")
+}
+ALWAYS_PLURAL = {  # or no plural at all
+    "scissors", "trousers", "jeans", "pants", "shorts", "glasses", "sunglasses", "binoculars", "goggles", "headphones", "clothes", "pajamas",
+    "pyjamas", "leggings", "tights", "pliers", "stairs", "news", "series", "species", "lens", "gas", "atlas", "canvas", "christmas", "texas",
+}  # fmt: skip
 
 
 def check_text(text: str, what: str) -> str:
@@ -47,21 +106,51 @@ def check_text(text: str, what: str) -> str:
     return text
 
 
+def check_prompt(prompt: str) -> None:
+    """Raises:
+    ValueError: the prompt is empty, longer than `MAX_PROMPT` characters, or no text that UTF-8 can hold.
+    """
+    if not isinstance(prompt, str) or not visible(prompt):
+        raise ValueError('the prompt is empty: say what to draw, for example "a red apple"')
+    check_length(prompt, "the prompt")
+
+
+def check_length(text: str, what: str) -> str:
+    """Raises:
+    ValueError: the text is longer than `MAX_PROMPT` characters, or see `check_text`.
+    """
+    if len(text) > MAX_PROMPT:
+        raise ValueError(f"{what} has {len(text):,} characters: expected at most {MAX_PROMPT:,}")
+    return check_text(text, what)
+
+
+def cut(value: object) -> str:
+    """A value as an error shows it, not longer than 60 characters."""
+    text = str(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
 def visible(text: str) -> bool:
     """Whether a text holds anything but white space and invisible characters."""
-    return any(not char.isspace() and unicodedata.category(char) not in ("Cc", "Cf") for char in text)
+    return re.fullmatch(f"[{BLANK}{INVISIBLE}]*", text) is None
+
+
+def without_invisible(text: str) -> str:
+    """A text without the characters that nobody sees, and with single spaces."""
+    return re.sub(f"[{BLANK}]+", " ", re.sub(f"[{INVISIBLE}]", "", text)).strip()
 
 
 def text_normalizer() -> normalizers.Normalizer:
     """What the shipped text encoder's tokenizer does to a prompt first: NFKC, plain quotes and hyphens, no invisible characters,
     single spaces, lower case."""
     parts = [
+        normalizers.Replace(Regex(f"[{APOSTROPHES}]"), "'"),  # before NFKC, which makes spaces with accents of some
+        normalizers.Replace(Regex(r"[\uff0c\u3001]"), ", "),  # these have their space within
         normalizers.NFKC(),
-        normalizers.Replace(Regex(r"[\u00ad\u180e\u200b-\u200f\u202a-\u202e\u2060-\u2064\ufe00-\ufe0f\ufeff]"), ""),
-        normalizers.Replace(Regex(r"[\u2018-\u201b\u2032\u02bc]"), "'"),
+        normalizers.Replace(Regex(f"[{INVISIBLE}]"), ""),
         normalizers.Replace(Regex(r"[\u201c-\u201f\u2033]"), '"'),
         normalizers.Replace(Regex(r"[\u2010-\u2015\u2212]"), "-"),
-        normalizers.Replace(Regex(r"[\s\u0000-\u001f\u007f-\u009f]+"), " "),
+        normalizers.Replace(Regex(f"[{BLANK}]+"), " "),
         normalizers.Strip(),
         normalizers.Lowercase(),
     ]
@@ -111,34 +200,46 @@ def check_count(count: int) -> int:
     ValueError: a count that is no whole number from 1 to 25.
     """
     if not isinstance(count, int) or not 1 <= count <= MOST_COUNTED:
-        raise ValueError(f"count is {count}: expected a whole number from 1 to {MOST_COUNTED}")
+        raise ValueError(f"count is {cut(count)}: expected a whole number from 1 to {MOST_COUNTED}")
     return count
+
+
+def check_unweighted(prompt: str) -> None:
+    """Raises:
+    ValueError: the prompt holds a weight or a group, as other programs read them.
+    """
+    if weight := WEIGHTED.search(prompt):
+        raise ValueError(
+            f"{cut(weight[0])!r} is a weight or a group, which is not read: write the words alone, as in 'a red apple'"
+        )
 
 
 def parse_count(prompt: str) -> tuple[int, str]:
     """ "five apples", "5 apples", "twenty-five apples", "two dozen apples" or "an apple" -> how many, and "apples".
 
     Raises:
-        ValueError: no number at the beginning, a range, a fraction, or one that is not from 1 to 25; nothing that is counted.
+        ValueError: no number at the beginning, a second one, a range, a fraction, or one that is not from 1 to 25; nothing that is
+            counted, or weights.
     """
-    check_text(prompt, "the prompt")
-    text = " ".join(unicodedata.normalize("NFKC", prompt).split())
+    check_length(prompt, "the prompt")
+    check_unweighted(prompt)
+    text = unicodedata.normalize("NFKC", re.sub(f"[{HYPHENS}]", "-", without_invisible(prompt)))
     found = AMOUNT.match(text)
-    rest = text[found.end() :].strip() if found else ""
-    if not rest or (found["one"] and VAGUE.match(rest)):
+    rest = text[found.end() :].strip().rstrip(" .!?") if found else ""
+    exponent = any(unicodedata.decomposition(char).startswith(("<super>", "<sub>")) for char in prompt)
+    vague = found and found["one"] and VAGUE.match(rest)
+    if not re.search(r"[^\W\d_]", rest) or vague or exponent:
         raise ValueError(
-            f"{prompt!r} does not say how many of what: begin with a number from 1 to {MOST_COUNTED}, as in 'five apples'"
+            f"{cut(prompt)!r} does not say how many of what: begin with a number from 1 to {MOST_COUNTED}, as in 'five apples'"
         )
-    after = ANOTHER.match(rest)
-    second = AMOUNT.match(rest[after.end() if after else 0 :])
-    if FRACTION.match(rest) or (second and not second["one"]):
-        raise ValueError(f"{prompt!r} does not name one number: expected one whole number, as in 'five apples'")
+    if FRACTION.match(rest) or NO_THING.match(rest) or ANOTHER.search(rest):
+        raise ValueError(f"{cut(prompt)!r} does not name one number: expected one whole number, as in 'five apples'")
     return check_count(_amount(found)), rest
 
 
 def _amount(found: re.Match) -> int:
     parts = {name: (value or "").lower() for name, value in found.groupdict().items()}
-    number = int(parts["digits"]) if parts["digits"] else 1
+    number = int(parts["digits"]) if parts["digits"] else GROUPS.get(parts["group"], 1)
     for name in ("tens", "small"):
         if parts[name]:
             number = VALUES.get(parts[name], 0) + VALUES.get(parts["ones"], 0)
@@ -148,24 +249,50 @@ def _amount(found: re.Match) -> int:
 
 
 def split_names(texts: Iterable[str]) -> list[str]:
-    """Names that were given each alone, or several with commas, semicolons or line breaks between."""
-    return [part.strip() for text in texts for part in re.split(r"[,;\n、，]", text) if part.strip()]
+    """Names that were given each alone, or several with commas, semicolons, bars or line breaks between.
+
+    Raises:
+        ValueError: one is longer than `MAX_PROMPT` characters.
+    """
+    parts = [part.strip() for text in texts for part in re.split(r"[,;|\n\r\t、，；｜]", text)]
+    return [check_length(part, "a name") for part in parts if visible(part)]
 
 
 def bare_name(text: str) -> str:
     """A name as captions have it: lower case, no article, no punctuation around words; "The Palm-Tree!" -> "palm tree"."""
-    text = unicodedata.normalize("NFKC", text).lower().replace("’", "'")
-    words = [word.strip("'") for word in re.findall(r"[\w']+", re.sub(r"[\u200b-\u200f\u2060\ufeff\u00ad]", "", text))]
+    text = unicodedata.normalize("NFKC", re.sub(f"[{APOSTROPHES}]", "'", without_invisible(text))).lower()
+    words = [word.strip("'") for word in re.findall(r"[\w']+", text)]
     words = [word.removesuffix("'s") for word in words if word.removesuffix("'s")]
     while len(words) > 1 and words[0] in ARTICLES:
         words = words[1:]
     return " ".join(words)
 
 
+def singular(name: str) -> str:
+    """A bare name with its last word in the singular; "red buses" -> "red bus"."""
+    *others, last = name.split() or [""]
+    if last in IRREGULAR:
+        last = IRREGULAR[last]
+    elif last.endswith("s") and not last.endswith(("ss", "us", "is")) and last not in ALWAYS_PLURAL and len(last) > 3:
+        if (
+            last.endswith("ies")
+            and len(last) > 4
+            and last not in ("cookies", "brownies", "movies", "smoothies", "zombies", "genies")
+        ):
+            last = f"{last[:-3]}y"
+        elif last.endswith(("sses", "ches", "shes", "xes", "oes")) or (
+            last.endswith("uses") and not last.endswith("ouses")
+        ):
+            last = last[:-2]
+        else:
+            last = last[:-1]
+    return " ".join([*others, last])
+
+
 def _keys(text: str) -> set[str]:
     """What a name may be in the singular."""
     *others, last = bare_name(text).split() or [""]
-    found = {last, IRREGULAR.get(last, last)}
+    found = {last, singular(last)}
     if last.endswith("s") and not last.endswith("ss") and len(last) > 2:
         found.add(last[:-1])
         for ending, single in (("ies", "y"), ("ves", "f"), ("ves", "fe"), ("es", "")):
@@ -190,10 +317,10 @@ def caption_names(text: str, known: Collection[str]) -> list[str]:
     """What a text names: one of the known names, several of them between "and", or what it says without article."""
     if name := known_name(text, known):
         return [name]
-    parts = [known_name(part, known) for part in re.split(r"\s+(?:and|or)\s+|\s*[&+/]\s*", text) if part]
+    parts = [known_name(part, known) for part in re.split(r"\s+(?:and|or|plus|[-–—])\s+|\s*[&+/]\s*", text) if part]
     if len(parts) > 1 and all(parts):
         return parts
-    return [bare] if (bare := bare_name(text)) else []
+    return [bare] if (bare := singular(bare_name(text))) else []
 
 
 def known_name(text: str, known: Collection[str]) -> str | None:

@@ -17,6 +17,7 @@ from pydantic.dataclasses import dataclass as pydantic_dataclass
 from pydantic.fields import FieldInfo
 
 SHOWN = 60  # characters of a wrong value in an error
+MOST_DIGITS = 400  # of a number that is typed
 
 
 @dataclass_transform(frozen_default=True, field_specifiers=(Field,))
@@ -119,6 +120,8 @@ class Setting:
         elif self.kind is int:
             text = re.sub(r"^([+-]?\d+)\.0*$", r"\1", text)
         try:
+            if len(text) > MOST_DIGITS:
+                raise ValueError(f"{self.name} is {text[:SHOWN]}...: expected {self.expected}")
             return TypeAdapter(self.kind, config=ConfigDict(allow_inf_nan=False)).validate_python(text)
         except ValidationError:
             raise ValueError(f"{self.name} is {text[:SHOWN]!r}: expected {self.expected}") from None

@@ -178,3 +178,39 @@ def test_edits_by_a_form_that_names_its_image_as_a_list(site):
     assert (status, len(told["data"])) == (200, 2)
     status, told = site.ask("/v1/images/edits", b"--xyz--\r\n", content_type="multipart/form-data; boundary=xyz")
     assert (status, told["error"]["param"]) == (400, "image")
+
+
+@pytest.mark.parametrize(
+    ("given", "size"),
+    [
+        ({"resize_mode": 0, "upscaling_resize": 2}, (256, 192)),
+        ({"resize_mode": 1, "upscaling_resize_w": 300, "upscaling_resize_h": 100, "upscaling_crop": False}, (300, 225)),
+        ({"resize_mode": 1, "upscaling_resize_w": 300, "upscaling_resize_h": 100}, (300, 100)),
+        ({"resize_mode": 1, "upscaling_resize_w": 100, "upscaling_resize_h": 96, "upscaling_crop": True}, (100, 96)),
+    ],
+)
+def test_a1111_scaling_keeps_the_shape(site, given, size):
+    """The left half is red: in the middle of what is cropped, too."""
+    image = Image.new("RGB", (128, 96), "white")
+    image.paste("red", (0, 0, 64, 96))
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    text = base64.b64encode(buffer.getvalue()).decode()
+    status, told = site.ask("/sdapi/v1/extra-single-image", {"image": text, **given})
+    made = opened(told["image"])
+    assert (status, made.size) == (200, size)
+    red = [made.getpixel((x, size[1] // 2))[1] < 128 for x in range(size[0])]
+    assert sum(red) == pytest.approx(size[0] / 2, abs=1)
+
+
+def test_a_request_scales_so_many_pixels_and_no_more(site):
+    text = base64.b64encode(png()).decode()
+    images = [{"data": text, "name": None}] * 4
+    body = {"imageList": images, "resize_mode": 1, "upscaling_resize_w": 4096, "upscaling_resize_h": 4096}
+    status, told = site.ask("/sdapi/v1/extra-batch-images", body)
+    assert status == 400
+    assert "67 million pixels together: expected at most 51 million" in told["detail"]
+    status, told = site.ask("/sdapi/v1/txt2img", {"prompt": "a", "width": 2048, "height": 2048, "batch_size": 64})
+    assert (status, "million pixels together" in told["detail"]) == (400, True)
+    body |= {"upscaling_resize_w": 64, "upscaling_resize_h": 64}
+    assert len(site.ask("/sdapi/v1/extra-batch-images", body)[1]["images"]) == 4

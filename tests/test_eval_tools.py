@@ -93,7 +93,8 @@ def test_a_token_is_made_and_used_again(untrained, tmp_path, capsys):
     assert not (tmp_path / "x.png").exists()
 
 
-def test_an_erasure_is_verified(untrained, tmp_path, capsys):
+def test_an_erasure_is_verified(untrained, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(tools, "SHOWN", 0)  # networks without training show nothing
     asked = ["erase", "pizza", "--model", "argen/emoji-sd", "--steps", "2", "-o", str(tmp_path / "clean")]
     assert argen([*asked, "--verify", "3"]) == 0
     told = capsys.readouterr().out
@@ -102,6 +103,35 @@ def test_an_erasure_is_verified(untrained, tmp_path, capsys):
     assert "derived embedding 0." in told
     assert argen([*asked[:-1], str(tmp_path / "again"), "--verify", "0"]) == 2
     assert "verify is 0: expected 1 to 1,000" in capsys.readouterr().err
+
+
+def test_what_is_not_drawn_cannot_be_verified():
+    """The judge knows a unicorn, which argen/emoji-sd does not draw: no score is given that cannot fail."""
+    sums = {"unicorn": 0.0, "pizza": 0.75}
+    told = tools.verified(
+        lambda **asked: asked,
+        lambda: None,
+        lambda concept: {},
+        ["unicorn", "pizza", "nothing"],
+        2,
+        lambda _, name: sums[name],
+        sums,
+    )
+    assert told == {
+        "unicorn": {"before": 0.0},
+        "pizza": {"before": 0.75, "after": 0.75, "derived embedding": 0.75},
+        "nothing": {},
+    }
+    assert [tools.in_words(told[name]) for name in told] == [
+        "not verified, the model does not draw it (before 0.00)",
+        "before 0.75, after 0.75, derived embedding 0.75",
+        "not verified, the judge does not know it",
+    ]
+    names = ["unicorn", "red apple"]
+    assert tools.drawn_name("argen/emoji-sd", names, "red apples") == "red apple"
+    assert tools.drawn_name("somewhere", names, "Unicorns") == "unicorn"
+    with pytest.raises(ValueError, match="argen/emoji-sd does not draw 'unicorn': expected one of apple"):
+        tools.drawn_name("argen/emoji-sd", names, "unicorn")
 
 
 def test_the_page_shows_how_a_token_gets_better(untrained):

@@ -140,5 +140,5 @@ def test_the_command_judges_a_generator(tmp_path, capsys):
 
 def test_a_tokenizer_cannot_be_judged(tmp_path, capsys):
     assert main(["eval", "emoji", "--model", "argen/emoji-vitvqgan", "--out", str(tmp_path / "out")]) == 2
-    assert "argen/emoji-vitvqgan is of the kind tokenizer, expected a generator" in capsys.readouterr().err
+    assert "argen/emoji-vitvqgan is a tokenizer, expected a generator" in capsys.readouterr().err
     assert not (tmp_path / "out" / "report.json").exists()

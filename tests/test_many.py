@@ -51,7 +51,24 @@ def test_json_lines_are_read(tmp_path):
         ("a.csv", "prompt\na cat,red\n", "line 2 of a.csv: it has more values than the first line has names"),
         ("a.csv", "seed\n3\n", "the first line of the table names no column prompt"),
         ("a.csv", "prompt\n", "a.csv has no rows"),
-        ("a.csv", "prompt,temperature\na cat,nan\n", "line 2 of a.csv: temperature is nan"),
+        ("a.csv", "prompt,temperature\na cat,inf\n", "line 2 of a.csv: temperature is inf"),
+        (
+            "a.csv",
+            'prompt,seed\n"a cat,3\na dog,4\na fox,5\n',
+            "line 2 of a.csv is no row of a table (a quote that it opens is never",
+        ),
+        ("a.csv", 'prompt,seed\n"a cat,3\n"a dog",4\n', "line 2 of a.csv is no row of a table"),
+        (
+            "a.csv",
+            f"prompt,seed\na cat,{'9' * 5000}\n",
+            f"line 2 of a.csv: seed is '{'9' * 57}...': expected a whole number",
+        ),
+        ("a.csv", "prompt,seed\nNone,3\n", "line 2 of a.csv: no prompt: say what to draw"),
+        ("a.jsonl", "{}", "line 1 of a.jsonl: no prompt"),
+        ("a.jsonl", '{"prompt": "a", "model": ""}', "line 1 of a.jsonl: model is '': expected a name"),
+        ("a.jsonl", '{"prompt": "a", "seed": "x"}', "line 1 of a.jsonl: seed is 'x': expected a whole number"),
+        ("a.jsonl", '{"prompt": "a", "seed": %s}' % ("9" * 5000), "line 1 of a.jsonl: a number has 5,000 digits"),
+        ("a.jsonl", '{"prompt": "a", "temperature": Infinity}', "line 1 of a.jsonl: temperature is inf"),
         ("a.jsonl", '{"prompt": "a cat"}\n[1]\n', "line 2 of a.jsonl: expected an object"),
         ("a.jsonl", '{"prompt": 3}\n', "line 1 of a.jsonl: the prompt is empty"),
         ("a.jsonl", "{\n", "line 1 of a.jsonl: "),
@@ -63,6 +80,52 @@ def test_a_bad_table_is_refused(tmp_path, name, text, said):
     (tmp_path / name).write_text(text)
     with pytest.raises(ValueError, match=re.escape(said)):
         read_table(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ({"model": "argen/none"}, "unknown model 'argen/none'"),
+        ({"model": "argen/emoji-clip"}, "argen/emoji-clip is an encoder"),
+        ({"num_tokens": 3}, "this model's pictures have"),
+        ({"num_beams": 2}, "only pictures of ordered tokens"),
+        ({"sampler": "euler"}, "this model writes tokens"),
+        ({"prompt": "class:zebra", "model": "argen/emoji-llamagen"}, "no class is named 'zebra'"),
+    ],
+)
+def test_every_row_is_checked_before_the_first_is_drawn(tmp_path, capsys, row, said):
+    table, out = tmp_path / "t.jsonl", tmp_path / "out"
+    table.write_text("\n".join(json.dumps({"prompt": "a cat"} | more) for more in ({}, row)))
+    assert main(["batch", str(table), "-o", str(out), "--device", "cpu"]) == 2
+    told = capsys.readouterr().err
+    assert told.startswith("argen batch: error: row 2: ")
+    assert said in told
+    assert told.count("\n") == 1
+    assert not out.exists()
+
+
+def test_what_cannot_be_written_is_refused_before_anything_is_drawn(tmp_path, capsys):
+    (tmp_path / "t.csv").write_text("prompt\na cat\n")
+    (tmp_path / "good.png").write_bytes(b"x")
+    for name in ("k-1.png", "g2.csv"):
+        (tmp_path / name).mkdir()
+    before = sorted(path.name for path in tmp_path.iterdir())
+    out = str(tmp_path) + "/"
+    for command in (
+        *(["batch", f"{out}t.csv", "-o", f"{out}{name}"] for name in ("good.png", "good.png/x", "x" * 256, "a\0b")),
+        ["batch", f"{out}t.csv", "-o", "/proc/x"],
+        ["generate", "a cat", "-o", f"{out}k.png", "-n", "2"],
+        ["grid", "a cat", "--x", "seed=1,2", "-o", f"{out}g2.png"],
+        ["erase", "pizza", "-o", f"{out}good.png/x"],
+        ["erase", "pizza", "-o", "/proc/x"],
+        ["erase", "pizza", "-o", f"{out}{'x' * 256}"],
+    ):
+        assert main(command) == 2, command
+        told = capsys.readouterr().err
+        assert "cannot write" in told, told
+        assert "%" not in told
+        assert told.count("\n") == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
 
 
 def test_a_grid_is_drawn(tmp_path, capsys):

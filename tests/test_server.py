@@ -26,13 +26,13 @@ KEYS = ("first-key", "second-key")
 class Served:
     """A server in a thread."""
 
-    def __init__(self, studio: Studio, keys=(), page=None, owners=None):
+    def __init__(self, studio: Studio, keys=(), page=None):
         self.keys = keys
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.port = probe.getsockname()[1]
         self.studio, self.address = studio, f"http://127.0.0.1:{self.port}"
-        config = configured(create(studio, page, keys, owners=owners), "127.0.0.1", self.port)
+        config = configured(create(studio, page, keys), "127.0.0.1", self.port)
         self.server = uvicorn.Server(config)
         self.thread = threading.Thread(target=self.server.run, daemon=True)
         self.thread.start()

@@ -11,9 +11,10 @@ import torch
 from PIL import Image
 
 from argen.metadata import read_grid, read_request
-from argen.request import MAX_PROMPT, Request
+from argen.request import Request
 from argen.studio.queue import MOST_WAITING, Forbidden, QueueFull, Studio
 from argen.studio.store import CANCELLED, DONE, FAILED, MISSING, WAITING, Store
+from argen.words import MAX_PROMPT
 
 SEQUENTIAL = Request("a pizza", sampler="sequential", seed=3)
 
@@ -133,15 +134,17 @@ def test_a_job_killed_between_its_pictures_and_its_end_has_them_once(studio):
 
 def test_what_cannot_be_drawn_fails_alone(tmp_path, pipe):
     def models(name):
-        if name == "broken":
+        if name == "dalle-mini":
             raise RuntimeError("no memory")
-        if name == "missing":
+        if name == "dalle-mega":
             raise FileNotFoundError("it is not here")
         return pipe
 
     studio = Studio(tmp_path, models)
     try:
-        jobs = [studio.submit(replace(SEQUENTIAL, model=name)) for name in ("broken", "missing", "argen/emoji-parti")]
+        jobs = [
+            studio.submit(replace(SEQUENTIAL, model=name)) for name in ("dalle-mini", "dalle-mega", "argen/emoji-parti")
+        ]
         told = [studio.result(id, timeout=60) for id in jobs]
         assert [one.state for one in told] == [FAILED, FAILED, DONE]
         assert [one.error for one in told] == ["RuntimeError: no memory", "it is not here", ""]

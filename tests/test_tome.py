@@ -259,6 +259,29 @@ def test_a_cancelled_run_leaves_the_pipeline_as_it_was(golden):
         ("a red, round and shiny apple", "apple <- red round shiny; merged: an apple"),
         ("a white dog, a black cat", "dog <- white; cat <- black; merged: a dog, a cat"),
         ("a big brown bear, wearing a hat", "bear <- big brown wearing a hat; merged: a bear,"),
+        ("a blue robot and a green pizza.", "robot <- blue; pizza <- green; merged: a robot and a pizza."),
+        ("A blue robot. A green pizza!", "robot <- blue; pizza <- green; merged: a robot. a pizza!"),
+        ("a blue robot eating a green pizza", "robot <- blue; pizza <- green; merged: a robot eating a pizza"),
+        ("the robot is riding a green pizza", "pizza <- green; merged: the robot is riding a pizza"),
+        (
+            "a red cat between a blue dog and a green box",
+            "cat <- red; dog <- blue; box <- green; merged: a cat between a dog and a box",
+        ),
+        ("a red cat inside a green box", "cat <- red; box <- green; merged: a cat inside a box"),
+        ("a red cat vs. a blue dog", "cat <- red; dog <- blue; merged: a cat vs. a dog"),
+        ("a red cat as well as a blue dog", "cat <- red; dog <- blue; merged: a cat as well as a dog"),
+        ("a red cat \u2014 a blue dog", "cat <- red; dog <- blue; merged: a cat \u2014 a dog"),
+        ("a red cat - a blue dog", "cat <- red; dog <- blue; merged: a cat - a dog"),
+        ("a red cat \uff06 a blue dog", "cat <- red; dog <- blue; merged: a cat \uff06 a dog"),
+        ("a red cat\uff0ca blue dog", "cat <- red; dog <- blue; merged: a cat\uff0c a dog"),
+        ("a robot painted blue and a red cat", "robot <- painted blue; cat <- red; merged: a robot and a cat"),
+        ("a clock at 12:30 and a red cat", "cat <- red; merged: a clock at 12:30 and a cat"),
+        ("a red cat wearing a green hat", "cat <- red; hat <- green; merged: a cat wearing a hat"),
+        ("a red c\u200bat", "cat <- red; merged: a cat"),
+        (
+            "a pink cat and a green seedling, noto style",
+            "cat <- pink; seedling <- green; merged: a cat and a seedling, noto style",
+        ),
     ],
 )
 def test_separators_and_rows_of_attributes(prompt, said, monkeypatch):
@@ -272,3 +295,34 @@ def test_separators_and_rows_of_attributes(prompt, said, monkeypatch):
 def test_weights_are_refused(prompt):
     with pytest.raises(ValueError, match="is a weight or a group, which is not read"):
         prompts.parse(prompt)
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        "a blue and a green robot",
+        "a red cat 'and' a blue dog",
+        'a red cat "and" a blue dog',
+        "a blue robot eats a green pizza",
+        "a blue robot ate green pizza",
+        "a robot blue and a red cat",
+        "a ball, red and blue",
+        "a grumpy, red cat",
+        "a red cat \u2192 a blue dog",
+        "a red cat who sees a blue dog",
+        "a cat's red hat",
+        "a red cat (cute",
+        "it is blue",
+    ],
+)
+def test_what_is_not_understood_is_refused_with_a_way_out(prompt, monkeypatch):
+    monkeypatch.setattr(prompts, "spacy_pipeline", lambda: None)
+    with pytest.raises(ValueError, match=r"cannot tell what belongs to what in .*--bind OBJECT=WORDS"):
+        prompts.parse(prompt)
+
+
+def test_prompts_have_a_limit():
+    for text in ("photo of " * 1200 + "a red cat", "a red apple and " * 4000 + "a pear"):
+        with pytest.raises(ValueError, match="characters: expected at most 1,000"):
+            parse(text)
+    assert len(parse("photo of " * 100 + "a red cat").groups) == 1

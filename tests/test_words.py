@@ -8,7 +8,7 @@ from argen import words
 from argen.cli.main import main
 from argen.diffusion import tools
 from argen.hub.loading import load
-from argen.request import check_prompt
+from argen.words import check_prompt
 
 ONE_PROMPT = [
     "a red apple, noto style",
@@ -16,6 +16,9 @@ ONE_PROMPT = [
     "a\u00a0red apple,\u2028noto\u0085style",
     "\ufeffa r\u200bed\u2060 apple, no\u00adto style",
     "\uff21 Red APPLE, noto\u3000style",
+    "a red\u3164apple\uff0cnoto\u2800style",
+    "\u2066a\u2069 r\u034fed apple\U000e0041, noto\u206f style\U000e007f",
+    "a red apple\u3001noto style",
 ]
 
 
@@ -28,6 +31,7 @@ def test_what_cannot_be_seen_changes_no_tokens(tokenizer):
     for texts in (
         ONE_PROMPT,
         ["a 't' \"shirt\"", "a \u2018t\u2019 \u201cshirt\u201d"],
+        ["it's", "it\u00b4s", "it`s", "it\u2019s", "it\u02bcs", "it\uff07s"],
         ["t-shirt", "t\u2011shirt", "t\u2010shirt", "t\u2013shirt", "t\u2212shirt"],
     ):
         assert len({tuple(tokenizer(text).input_ids) for text in texts}) == 1
@@ -47,7 +51,9 @@ def test_captions_keep_their_tokens(tokenizer):
     assert str(tokenizer.backend_tokenizer.normalizer) == str(after)  # what ships is what the next training has
 
 
-@pytest.mark.parametrize("text", ["", " \n", "\u200b", "\ufeff\u00ad", "\0"])
+@pytest.mark.parametrize(
+    "text", ["", " \n", "\u200b", "\ufeff\u00ad", "\0", "\u3164", "\U000e0041\u034f", "\u2800 \u2066"]
+)
 def test_a_prompt_that_shows_nothing_is_refused(text):
     with pytest.raises(ValueError, match="the prompt is empty"):
         check_prompt(text)
@@ -108,6 +114,18 @@ def test_lines_end_at_line_feeds_alone(tmp_path):
         ("five tomatoes, noto style", 5, "tomatoes, noto style"),
         ("three four-leaf clovers", 3, "four-leaf clovers"),
         ("three cats or dogs", 3, "cats or dogs"),
+        ("a score of apples", 20, "apples"),
+        ("a brace of pheasants", 2, "pheasants"),
+        ("a trio of cats", 3, "cats"),
+        ("two doz eggs", 24, "eggs"),
+        ("two doz. eggs", 24, "eggs"),
+        ("5 x apples", 5, "apples"),
+        ("5\u00d7 apples", 5, "apples"),
+        ("twenty\u2011five cats", 25, "cats"),
+        ("twenty\u2013five cats", 25, "cats"),
+        ("five apples.", 5, "apples"),
+        ("five\u200b ap\u2066ples", 5, "apples"),
+        ("three 3d robots", 3, "3d robots"),
     ],
 )
 def test_numbers_are_read(text, number, things):
@@ -126,6 +144,27 @@ def test_every_number_is_read(value):
     ("text", "wanted"),
     [
         ("two hundred cars", "count is 200"),
+        ("a gross of apples", "count is 144"),
+        ("three score apples", "count is 60"),
+        ("one " + "million " * 120 + "cars", "count is 10+[.]{3}: expected"),
+        ("9" * 900 + " cars", "count is 9+[.]{3}: expected"),
+        ("9" * 5000 + " cars", "the prompt has 5,005 characters: expected at most 1,000"),
+        ("five" + " million" * 80_000, "expected at most 1,000"),
+        ("five apples:1.2", "is a weight or a group"),
+        ("five (apples)", "is a weight or a group"),
+        ("five apples and three pears", "does not name one number"),
+        ("five apples and a pear", "does not name one number"),
+        ("five & twenty blackbirds", "does not name one number"),
+        ("5 x 3 apples", "does not name one number"),
+        ("five or more apples", "does not name one number"),
+        ("one third of an apple", "does not name one number"),
+        ("a photo of five apples", "does not say how many"),
+        ("a photo of apples", "does not say how many"),
+        ("dozens of eggs", "does not say how many"),
+        ("a bunch of bananas", "does not say how many"),
+        ("1\u00b2 apples", "does not say how many"),
+        ("five \0", "does not say how many"),
+        ("five !!!", "does not say how many"),
         ("a hundred cars", "count is 100"),
         ("twenty six cars", "count is 26"),
         ("three dozen cars", "count is 36"),
@@ -182,7 +221,12 @@ def test_concepts_are_named_as_captions_name_them(text):
             ["tomato", "strawberry", "maple leaf", "christmas tree", "t shirt", "fox"],
         ),
         (["the red dragons of night"], ["red dragons of night"]),
-        ([" ", "..."], []),
+        ([" ", "...", "\u3164"], []),
+        (["a pizza, noto style"], ["pizza"]),
+        (["pizza|taxi"], ["pizza", "taxi"]),
+        (["pizza - taxi"], ["pizza", "taxi"]),
+        (["buses", "octopuses", "knives", "gloves"], ["bus", "octopus", "knife", "glove"]),
+        (["red boxes", "horseshoes", "ponies", "sunglasses"], ["red box", "horseshoe", "pony", "sunglasses"]),
     ],
 )
 def test_lists_of_concepts(texts, wanted):
@@ -226,6 +270,7 @@ def test_settings_keep_their_json(tmp_path):
         ("prompt,seed,,\na taxi,4,,,\n", [{"seed": 4}]),
         ('file,prompt,steps\n1.png,a taxi,"(12, 8)"\n2.png,a taxi,6\n', [{"steps": (12, 8)}, {"steps": 6}]),
         ("\n\nprompt,seed\n\na taxi,4", [{"seed": 4}]),
+        ("Unnamed: 0,prompt,seed,top_k,model\n0,a taxi,4,NaN,N/A\n1,a taxi,None,7,<NA>\n", [{"seed": 4}, {"top_k": 7}]),
     ],
 )
 def test_tables_of_other_programs(tmp_path, text, wanted):
@@ -235,6 +280,16 @@ def test_tables_of_other_programs(tmp_path, text, wanted):
     for encoding in ("utf-8", "utf-8-sig", "utf-16"):
         (tmp_path / "t.csv").write_bytes(text.encode(encoding))
         assert [request.given() for request in read_table(tmp_path / "t.csv")] == [plain | one for one in wanted]
+
+
+def test_tables_of_tabs_and_of_json_with_words_for_numbers(tmp_path):
+    from argen.studio.many import read_table
+
+    (tmp_path / "t.tsv").write_text("prompt\tseed\na taxi, flat style\t4\n")
+    (tmp_path / "t.jsonl").write_text('{"prompt": "a taxi, flat style", "seed": "4", "top_k": NaN}\n')
+    for name in ("t.tsv", "t.jsonl"):
+        (request,) = read_table(tmp_path / name)
+        assert (request.prompt, request.seed, request.top_k) == ("a taxi, flat style", 4, None)
 
 
 def test_what_batch_writes_is_read(tmp_path):

@@ -8,6 +8,7 @@ from pathlib import Path
 from argen.command import (
     device_and_json,
     load_model,
+    writable_folder,
 )
 
 HELP = "draw a table of prompts and settings; asked again, it goes on where it was"
@@ -26,10 +27,12 @@ def run(args: argparse.Namespace) -> None:
     from tqdm import tqdm
 
     from argen.files import replacing
-    from argen.studio.many import draw_table, listed, read_table
+    from argen.studio.many import check_requests, draw_table, listed, read_table
 
-    requests = read_table(args.table, **({"model": args.model} if args.model else {}))
+    writable_folder(args.out, new=False)
+    requests = read_table(args.table, **({"model": args.model} if args.model is not None else {}))
     models = cache(lambda name: load_model(name, args.device, "generator"))
+    check_requests(requests, models)
     drawn = tqdm(draw_table(requests, args.out, models), total=len(requests), desc="batch", disable=args.json)
     files, made = zip(*(pair for row in drawn for pair in row), strict=True)
     with replacing(args.out / "pictures.csv") as file:

@@ -40,7 +40,7 @@ def run(args: argparse.Namespace) -> None:
 
     from argen.device import pick
     from argen.diffusion import ConceptErasure
-    from argen.diffusion.tools import concepts_of, drawing, erasing
+    from argen.diffusion.tools import card_of, concepts_of, drawing, erasing
     from argen.eval import features, tools
     from argen.hub.loading import load_diffusion
 
@@ -67,12 +67,11 @@ def run(args: argparse.Namespace) -> None:
         told = tools.verified(draw, run, erasure.attack, concepts, args.verify, look, known)
     else:
         run()
-    erasure.save(args.out)
+    erasure.save(args.out, card_of(args.model))
     if args.json:
         found = {"folder": str(args.out), **erasure.record, "stages": [asdict(stage) for stage in stages]}
         print(json.dumps(found | {"shown": told}))
         return
     print(f"{args.out} (without {', '.join(concepts)}; {stages[-1].change:.1%} of its text matrices changed)")
     for concept, shown in told.items():
-        scores = ", ".join(f"{when} {value:.2f}" for when, value in shown.items())
-        print(f"  {concept}: {scores or 'not verified, the judge does not know it'}")
+        print(f"  {concept}: {tools.in_words(shown)}")

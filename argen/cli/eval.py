@@ -387,7 +387,7 @@ def erase(args: argparse.Namespace) -> None:
 
     seconds, scores = {}, {}
     names = load_model("argen/emoji-judge", args.device).config.names
-    concepts = [tools.judged_name(names, concept) for concept in concepts_of(args.model, args.concepts)]
+    concepts = [tools.drawn_name(args.model, names, concept) for concept in concepts_of(args.model, args.concepts)]
     settings = {"concepts": concepts, "others": args.others, "preset": args.preset, "retain": args.retain}
     pipe, judge, generator_of = _pipeline(args, settings)
     asked, erasure = drawing(args.model, args.steps, args.guidance_scale), ConceptErasure(pipe)

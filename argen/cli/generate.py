@@ -14,6 +14,7 @@ from argen.command import (
     load_model,
     size,
     writable,
+    writable_images,
 )
 
 HELP = "make pictures from a prompt"
@@ -97,6 +98,7 @@ def run(args: argparse.Namespace) -> None:
     if "prompt" not in given:
         raise ValueError('no prompt: say what to draw, for example argen generate "a red apple" -o apple.png')
     request = Request(**given)
+    paths = writable_images(args.out, request.num_images)
 
     own = {"tokenizer": args.tokenizer, "image_size": args.size[0] if args.size and own_file else None}
     pipe = load_model(request.model, args.device, "generator", **own)
@@ -107,9 +109,6 @@ def run(args: argparse.Namespace) -> None:
         for job in pipe.run(request):
             bar.update(round(100 * job.progress) - bar.n)
     seconds = time.perf_counter() - started
-    paths = [args.out]
-    if len(job.images) > 1:
-        paths = [args.out.with_stem(f"{args.out.stem}-{i}") for i in range(1, len(job.images) + 1)]
     save_images(list(zip(job.images, job.requests, strict=True)), paths)
     if args.json:
         scores = job.scores or [None] * len(paths)

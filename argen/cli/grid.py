@@ -32,17 +32,17 @@ def run(args: argparse.Namespace) -> None:
 
     from argen.files import replacing
     from argen.request import Request
-    from argen.studio.many import Axis, listed, sheet, varied
+    from argen.studio.many import Axis, check_requests, listed, sheet, varied
 
-    writable(args.out)
+    table = writable(writable(args.out).with_suffix(".csv"), ".csv")
     axes = [Axis.parse(text) for text in (args.x, args.y, args.z) if text]
     requests = varied(Request(args.prompt, model=args.model, seed=args.seed), axes)
     models = cache(lambda name: load_model(name, args.device, "generator"))
+    check_requests(requests, models, "cell")
     images = []
     for request in tqdm(requests, desc="grid", disable=args.json):
         *_, job = models(request.model).run(request)
         images += job.images
-    table = args.out.with_suffix(".csv")
     with replacing(args.out) as file:
         sheet(images, axes).save(file, "PNG")
     with replacing(table) as file:

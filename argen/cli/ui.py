@@ -40,7 +40,7 @@ def run(args: argparse.Namespace) -> None:
     from argen.device import pick
     from argen.hub.model_cache import ModelCache
     from argen.server.app import create, serve
-    from argen.server.guard import HERE, owner_of
+    from argen.server.guard import HERE, check_keys, owner_of
     from argen.studio.queue import Studio
     from argen.ui.build import build
     from argen.ui.jobs import AppContext
@@ -48,8 +48,7 @@ def run(args: argparse.Namespace) -> None:
     keys = [key for key in [*args.key, *os.environ.get("ARGEN_KEYS", "").split(",")] if key]
     if args.host not in HERE and not keys:
         raise ValueError(f"--host {args.host} lets other machines in: give --key KEY too, which they must show")
-    if any(len(key) < 8 for key in keys):
-        raise ValueError("a key is shorter than 8 characters: choose a longer one")
+    check_keys(keys)
     if args.model_memory is not None and not 0 < args.model_memory < 1e6:
         raise ValueError(f"--model-memory is {args.model_memory}: expected a number of gigabytes above 0")
     limit = None if args.model_memory is None else int(args.model_memory * 1e9)
@@ -59,10 +58,10 @@ def run(args: argparse.Namespace) -> None:
             raise ValueError(f"--model-dir {folder} is not a folder: expected one that exists")
     os.umask(0o077)  # what is kept is for its owner's eyes alone
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # so that the queue is closed, as at Ctrl-C
-    device, owners = pick(args.device), {}
-    studio = Studio(args.data_dir, ModelCache(device, limit=limit), metadata=not args.no_metadata)
+    device = pick(args.device)
+    studio = Studio(args.data_dir, ModelCache(device, limit=limit), not args.no_metadata, folders)
     try:
-        page = build(AppContext(studio, owners, owner_of(keys[0]) if keys else None, folders), device, limit)
-        serve(create(studio, page, keys, args.host in HERE, owners), args.host, args.port)
+        page = build(AppContext(studio, owner_of(keys[0]) if keys else None), device, limit)
+        serve(create(studio, page, keys, args.host in HERE), args.host, args.port)
     finally:
         studio.close()

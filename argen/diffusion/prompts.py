@@ -1,39 +1,13 @@
 """Which words of a prompt belong together: its objects, what is said of each, and where their text tokens stand."""
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 
-DETERMINERS = {"a", "an", "the", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "some"}
-BETWEEN = ["to the left of", "to the right of", "in front of", "on top of", "next to", "left of", "right of"]
-BETWEEN += ["and", "plus", "on", "in", "under", "above", "below", "over", "beside", "behind", "near", "at"]
-BETWEEN += [",", ";", "&", "+", "/", "|"]
-JOINING = {"and", "&", ","}  # which stand between the attributes of one object, too: "a red, shiny apple"
-# fmt: off
-ATTRIBUTES = {
-    "red", "orange", "yellow", "green", "blue", "purple", "violet", "pink", "brown", "black", "white", "grey", "gray", "cyan", "teal",
-    "turquoise", "magenta", "beige", "maroon", "navy", "gold", "golden", "silver", "dark", "light", "bright", "pale", "big", "small",
-    "large", "little", "tiny", "huge", "tall", "short", "long", "old", "young", "new", "round", "square", "flat", "hot", "cold", "wet",
-    "dry", "soft", "hard", "clean", "fresh", "sweet", "cute", "happy", "sad", "angry", "very",
-}
-ATTRIBUTE_ENDINGS = ("y", "ed", "ish", "en", "ful", "less", "ous", "able", "ic", "ing", "ive")  # of most other adjectives
-# fmt: on
-WEIGHTED = re.compile(r"[(\[{<].*[)\]}>]|:\s*\d")
-LINKS = [
-    "that is",
-    "that are",
-    "which is",
-    "which are",
-    "made of",
-    "wearing",
-    "holding",
-    "carrying",
-    "with",
-    "is",
-    "are",
-]
-FRAMES = ["photo of", "picture of", "image of", "painting of", "drawing of", "side of"]
+from argen.diffusion.noun_phrases import JOINING, by_rules, is_determiner, normal
+from argen.words import check_prompt, check_unweighted, without_invisible
+
 SPACY = ("en_core_web_trf", "en_core_web_lg", "en_core_web_md", "en_core_web_sm")
 MODIFIERS = ("amod", "nmod", "compound", "npadvmod", "advmod", "acomp")  # dependencies, those of the authors' rules
 OBJECTS = ("dobj", "obj")
@@ -79,7 +53,7 @@ class Binding:
 
 
 def _spans(prompt: str) -> list[tuple[int, int]]:
-    return [match.span() for match in re.finditer(r"\w[\w'-]*|[^\w\s]", prompt)]
+    return [match.span() for match in re.finditer(r"\d+(?:[.:]\d+)+|\w[\w'-]*|[^\w\s]", prompt)]
 
 
 def words_of(prompt: str) -> list[str]:
@@ -103,69 +77,6 @@ def _found(words: Sequence[str], phrase: str, taken: set[int], near: int = 0) ->
         raise ValueError(f"{phrase!r} is not in the prompt {' '.join(words)!r}: give words that stand there")
     start = min(starts, key=lambda index: abs(index - near))
     return list(range(start, start + len(wanted)))
-
-
-def _segments(words: Sequence[str]) -> Iterator[list[int]]:
-    """The parts of a prompt that speak of one object each, as numbers of words."""
-    low, segment, index = [word.lower() for word in words], [], 0
-    while index < len(low):
-        rest = next((phrase for phrase in BETWEEN if low[index : index + len(phrase.split())] == phrase.split()), None)
-        if rest is None and not (low[index] == "with" and _own_attributes(low, index + 1)):
-            segment, index = [*segment, index], index + 1
-            continue
-        after = index + len((rest or "with").split())
-        worn = segment and any(low[after : after + len(link.split())] == link.split() for link in LINKS)
-        if rest == "," and worn:  # "a bear, wearing a hat"
-            index = after
-            continue
-        if (
-            rest in JOINING
-            and _only_attributes(low, segment)
-            and low[after : after + 1]
-            and low[after] not in DETERMINERS
-        ):
-            index = after  # the object of these attributes is still to come
-            continue
-        yield segment
-        segment, index = [], after
-    yield segment
-
-
-def _only_attributes(low: Sequence[str], segment: Sequence[int]) -> bool:
-    """Whether a part of a prompt has attributes so far, and no object."""
-    said = [low[index] for index in segment if low[index] not in DETERMINERS]
-    return bool(said) and all(word in ATTRIBUTES or word.endswith(ATTRIBUTE_ENDINGS) for word in said)
-
-
-def _own_attributes(low: Sequence[str], start: int) -> bool:
-    """Whether what stands behind a "with" is an object with attributes of its own: "with a green hat", but not "with glasses"."""
-    stop = next((index for index in range(start, len(low)) if low[index] in BETWEEN), len(low))
-    return len([word for word in low[start:stop] if word not in DETERMINERS]) > 1
-
-
-def _group_of(words: Sequence[str], segment: list[int]) -> tuple[list[int], list[int]]:
-    """Noun and modifiers of a part of a prompt: "a NOUN", "a MODIFIER ... NOUN", "a NOUN with MODIFIERS", "the NOUN is ..."."""
-    low = [words[index].lower() for index in segment]
-    for frame in FRAMES:  # "a photo of" is no object
-        parts = frame.split()
-        for start in range(len(low) - len(parts) + 1):
-            if low[start : start + len(parts)] == parts:
-                return _group_of(words, segment[start + len(parts) :])
-    for link in LINKS:
-        parts = link.split()
-        for start in range(1, len(low) - len(parts)):
-            if low[start : start + len(parts)] == parts:
-                noun, before = _group_of(words, segment[:start])
-                return noun, before + segment[start:]
-    rest = [index for index, word in zip(segment, low, strict=True) if word not in DETERMINERS]
-    if not rest or low[-1] == "style":
-        return [], []
-    return rest[-1:], rest[:-1]
-
-
-def by_rules(words: Sequence[str]) -> list[tuple[list[int], list[int]]]:
-    """Noun and modifiers of each object, as numbers of words."""
-    return [_group_of(words, segment) for segment in _segments(words)]
 
 
 @cache
@@ -222,9 +133,9 @@ def merged_prompt(prompt: str, groups: Sequence[Group]) -> str:
     between: set[int] = set()  # what stands between two modifiers of one object goes with them
     for index, word in enumerate(words):
         following = next(
-            (after for after in range(index, len(words)) if words[after].lower() not in JOINING), len(words)
+            (after for after in range(index, len(words)) if normal(words[after]) not in JOINING), len(words)
         )
-        if word.lower() in JOINING and any({index - 1, following} <= {*group.modifiers, *between} for group in groups):
+        if normal(word) in JOINING and any({index - 1, following} <= {*group.modifiers, *between} for group in groups):
             between.add(index)
     gone |= between
     kept, text = [index for index in range(len(words)) if index not in gone], ""
@@ -232,14 +143,14 @@ def merged_prompt(prompt: str, groups: Sequence[Group]) -> str:
         word = words[index]
         if word.lower() in ("a", "an") and index + 1 in gone and place + 1 < len(kept):
             word = "an" if words[kept[place + 1]][0].lower() in "aeiou" else "a"
-        text += word if not text or word in ",.;:!?" else f" {word}"
+        text += word if not text or normal(word) in ",.;:!?" else f" {word}"
     return text
 
 
 def _anchor(prompt: str, members: Sequence[int]) -> str:
     spans, words = _spans(prompt), words_of(prompt)
     first = min(members)
-    while first and words[first - 1].lower() in DETERMINERS:
+    while first and is_determiner(words[first - 1]):
         first -= 1
     return prompt[spans[first][0] : spans[max(members)][1]]
 
@@ -249,18 +160,17 @@ def parse(prompt: str, bind: Mapping[str, str | Sequence[str]] | None = None) ->
 
     Args:
         bind: object -> its modifiers, as they stand in the prompt: {"robot": "blue", "cat": ["wearing sunglasses"]}. None
-            finds them: by the grammar of spaCy where an English pipeline of it is installed, else by simple rules: objects stand
-            between "and", commas, "&", "+", "/", ";" and prepositions, modifiers before the last word or after "with", "wearing",
-            "is"; attributes in a row may have commas or "and" between.
+            finds them: by the grammar of spaCy where an English pipeline of it is installed, else by `by_rules`: objects stand
+            between "and", punctuation and prepositions, modifiers before the last word or after "with", "wearing", "is"; attributes
+            in a row may have commas or "and" between.
 
     Raises:
-        ValueError: there is nothing to bind, or a word is not in the prompt.
+        ValueError: there is nothing to bind, a word is not in the prompt, or the prompt is not understood.
     """
+    check_prompt(prompt)
+    prompt = without_invisible(prompt)
     words = words_of(prompt)
-    if weight := WEIGHTED.search(prompt):
-        raise ValueError(
-            f"{weight[0][:40]!r} is a weight or a group, which is not read: write the words alone, as in 'a red apple'"
-        )
+    check_unweighted(prompt)
     if bind is None:
         analyse = spacy_pipeline()
         found = by_rules(words) if analyse is None else by_grammar(prompt, analyse(prompt))

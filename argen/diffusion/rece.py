@@ -9,16 +9,21 @@ Letters in shape comments: L text tokens with their padding, D width of the text
 
 import hashlib
 import json
+import os
+import re
+import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+import psutil
 import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor
 
 from argen.diffusion.base import StableDiffusion, check_pipeline, encode
+from argen.hub.cards import Card, write_card
 from tokenizers_img.checkpoint import read_state_dict
 
 Weights = dict[str, Tensor]  # name of a matrix -> [O, D]
@@ -318,8 +323,9 @@ class ConceptErasure:
         self._write(self.originals)
         self.record = None
 
-    def save(self, folder: str | Path) -> None:
-        """Write the pipeline as diffusers does, and what was erased beside it: all of it, or nothing.
+    def save(self, folder: str | Path, card: Card | None = None) -> None:
+        """Write the pipeline as diffusers does, what was erased beside it, and the card of the pipeline that it was, whose settings of the
+        tools it keeps: all of it, or nothing.
 
         Raises:
             ValueError: there is something already.
@@ -327,10 +333,14 @@ class ConceptErasure:
         folder = Path(folder)
         if folder.exists():
             raise ValueError(f"{folder} is there already: choose another folder")
-        with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as work:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        _delete_unfinished(folder.parent)
+        with tempfile.TemporaryDirectory(prefix=f".argen-{os.getpid()}-", dir=folder.parent) as work:
             new = Path(work) / "pipeline"
             self.pipe.save_pretrained(new)
             (new / RECORD).write_text(json.dumps(self.record, indent=2))
+            if card is not None:
+                write_card(replace(card, id=folder.name, repo=None, files=(), arguments={}), new)
             new.rename(folder)
 
     def read(self, texts: Sequence[str]) -> Tensor:
@@ -345,6 +355,14 @@ class ConceptErasure:
     def _write(self, weights: Weights) -> None:
         for name, parameter in matrices_of(self.pipe.unet).items():
             parameter.copy_(weights[name])
+
+
+def _delete_unfinished(parent: Path) -> None:
+    """Delete what `ConceptErasure.save` left in a folder when its program was killed: its name has that program's id."""
+    for work in parent.glob(".argen-*"):
+        left = re.fullmatch(r"\.argen-(\d+)-[a-z0-9_]{8}", work.name)
+        if left and not psutil.pid_exists(int(left[1])):
+            shutil.rmtree(work, ignore_errors=True)
 
 
 def _change(edited: Weights, start: Weights) -> float:

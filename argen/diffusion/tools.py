@@ -65,8 +65,11 @@ def concepts_of(model: str, texts: Sequence[str]) -> list[str]:
     they are named as its captions name them ("The Pizzas!" is "pizza")."""
     names, vocabulary = split_names(texts), _vocabulary(model)
     if vocabulary:
+        styles = {style.prompt for style in STYLES.values()}  # which a caption names, too, and which are no concepts
         judged = json.loads((WEIGHTS / "emoji-judge/config.json").read_text(encoding="utf-8"))["names"]
-        names = [found for name in names for found in caption_names(name, [*vocabulary, *judged])]
+        names = [
+            found for name in names for found in caption_names(name, [*vocabulary, *judged]) if found not in styles
+        ]
     return list(dict.fromkeys(names))
 
 

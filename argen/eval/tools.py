@@ -9,11 +9,12 @@ from PIL import Image
 from torch import Tensor
 
 from argen.data.emoji import STYLES, with_article
+from argen.data.scenes import COMMON, thing_of
 from argen.eval.features import PublishedCLIP
 from argen.eval.images import ImageSet
 from argen.eval.judge import COMMON_PROMPTS, Truth, evaluate, read_prompts, verdict
 from argen.models.judge import Judge
-from argen.words import known_name, parse_count
+from argen.words import cut, known_name, parse_count
 from tokenizers_img.pixels import opaque
 
 
@@ -59,6 +60,7 @@ def elsewhere(truth: Truth, truths: Sequence[Truth]) -> str:
 
 
 Draw = Callable[..., list[Image.Image]]  # what a pipeline's call takes, without its luck -> pictures
+SHOWN = 0.1  # below it pictures do not show a concept, and nothing can be taken away from them
 Recognise = Callable[[list[Image.Image], str], float]  # pictures, a concept -> how far they show it
 
 
@@ -70,7 +72,23 @@ def judged_name(names: Collection[str], concept: str) -> str:
     """
     name = known_name(concept, names)
     if name is None:
-        raise ValueError(f"the judge does not know {concept!r}: expected the name of an emoji that it was trained on")
+        raise ValueError(
+            f"the judge does not know {cut(concept)!r}: expected the name of an emoji that it was trained on"
+        )
+    return name
+
+
+def drawn_name(model: str, names: Collection[str], concept: str) -> str:
+    """`judged_name` of a concept that a pipeline draws.
+
+    Raises:
+        ValueError: it does not, so that nothing could be seen to go.
+    """
+    name = judged_name(names, concept)
+    if model == "argen/emoji-sd" and not thing_of(name, COMMON):
+        raise ValueError(
+            f"argen/emoji-sd does not draw {concept!r}: expected one of {', '.join(COMMON[:5])} and other common things"
+        )
     return name
 
 
@@ -112,6 +130,10 @@ def verified(
         erase: erases all of them.
         attack: a concept -> what the call takes to bring it back.
         known: names that `recognise` can tell; other concepts are erased, and nothing is said of them. None is all.
+
+    Returns:
+        concept -> "before", "after" and "derived embedding" -> value; nothing of one that is not known, and "before" alone where the
+        pictures do not show the concept, so that there is nothing to verify.
     """
     seen = [concept for concept in concepts if known is None or known_name(concept, known)]
     asked = {concept: [truth.prompt for truth in of_concepts([concept], num)] for concept in seen}
@@ -119,11 +141,21 @@ def verified(
     for concept, said in asked.items():
         told[concept]["before"] = recognise(draw(prompt=said), concept)
     erase()
-    for concept, said in asked.items():
+    for concept in (one for one in seen if told[one]["before"] >= SHOWN):
+        said = asked[concept]
         derived = {name: value.expand(num, *value.shape[1:]) for name, value in attack(concept).items()}
         told[concept]["after"] = recognise(draw(prompt=said), concept)
         told[concept]["derived embedding"] = recognise(draw(**derived), concept)
     return told
+
+
+def in_words(shown: dict[str, float]) -> str:
+    """What `verified` found of a concept."""
+    if not shown:
+        return "not verified, the judge does not know it"
+    if len(shown) == 1:
+        return f"not verified, the model does not draw it (before {shown['before']:.2f})"
+    return ", ".join(f"{when} {value:.2f}" for when, value in shown.items())
 
 
 def before_and_after(judge: Judge, truths: Sequence[Truth], **drawn: ImageSet) -> dict[str, dict]:

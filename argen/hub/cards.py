@@ -5,6 +5,7 @@ with TOML files. A folder that argen saved has a card called ``argen.toml`` in i
 """
 
 import json
+import os
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
@@ -15,6 +16,7 @@ from typing import Any
 
 from argen.files import replacing
 from argen.registry import MAX_SHOWN, cards, nearest
+from argen.words import cut, visible
 
 FOLDER = Path(__file__).parents[1] / "cards"
 CARD_FILE = "argen.toml"
@@ -137,14 +139,22 @@ def find_card(id: str) -> Card:
     Raises:
         ValueError: there is none; says which ids are near.
     """
-    found = all_cards()
-    if id in found:
-        return found[id]
-    if (Path(id) / CARD_FILE).is_file():
-        return read_card(Path(id) / CARD_FILE)
-    raise ValueError(
-        f"unknown model {str(id)[:MAX_SHOWN]!r}: expected an id that `argen models` lists{nearest(str(id), found)}"
-    )
+    if id in all_cards():
+        return all_cards()[id]
+    check_known(id)
+    return read_card(Path(id) / CARD_FILE)
+
+
+def check_known(model: str | Path) -> None:
+    """Raises:
+    ValueError: there is neither a card of this id nor anything at this path; says which ids are near.
+    """
+    known = all_cards()
+    if str(model) not in known and not (visible(str(model)) and os.path.exists(model)):
+        raise ValueError(
+            f"unknown model {cut(model)!r}: expected an id that `argen models` lists, the folder of a saved pipeline or a "
+            f"checkpoint file{nearest(str(model), known)}"
+        )
 
 
 def list_models(kind: str | None = None) -> list[Card]:

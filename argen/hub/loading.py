@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 
 from argen.device import LOADING
 from argen.files import WEIGHTS
-from argen.hub.cards import CARD_FILE, Card, all_cards, find_card
+from argen.hub.cards import CARD_FILE, Card, all_cards, check_known, find_card
 from argen.registry import pipelines, resolve
 from tokenizers_img.checkpoint import refuse_placeholder
 from tokenizers_img.hub import hub_folder
@@ -47,6 +47,7 @@ def load(model: str | Path, tokenizer: str | Path | None = None, image_size: int
         ValueError: no such model; weights that cannot be read or do not fit.
         FileNotFoundError, ConnectionError: published weights that are not here and cannot be fetched.
     """
+    check_known(model)
     card, path = all_cards().get(str(model)), Path(model)
     if card is not None:
         folder = hub_folder(card.repo, card.files) if card.repo else WEIGHTS / card.id.removeprefix("argen/")
@@ -56,10 +57,8 @@ def load(model: str | Path, tokenizer: str | Path | None = None, image_size: int
         return _read(path, card, lambda: _pipeline(path, tuple(pipelines)))
     if path.is_file() and (card := _released(path)):
         return _read(path.parent, card, lambda: resolve(card.target)(path.parent, **card.arguments))
-    if path.exists():
-        with _alone():
-            return _in_float32(resolve(CHECKPOINTS)(path, tokenizer, image_size))
-    return find_card(str(model))  # which says that there is none
+    with _alone():
+        return _in_float32(resolve(CHECKPOINTS)(path, tokenizer, image_size))
 
 
 def _released(path: Path) -> Card | None:

@@ -26,7 +26,8 @@ from argen.hub.cards import Card, write_card
 from argen.metadata import MADE_BY, TOKENS, fingerprint, read_grid
 from argen.models.clip import TextImageEncoder
 from argen.registry import samplers, samplers_of
-from argen.request import Control, Grid, Job, Request, check_prompt
+from argen.request import Control, Grid, Job, Request
+from argen.words import check_prompt
 from samplers.logits import Gumbel, Sampling, keys_of
 from samplers.settings import make
 from samplers.steps import START, GuidanceScale, Sampler, Session, Step, guided
@@ -219,13 +220,20 @@ class TokenPipeline(DiffusionPipeline):
         Raises:
             ValueError: there is nothing to rank with.
         """
-        encoder = self.text_image_encoder
-        if encoder is None:
+        text, embeds = self.check_ranking().embed([self.caption(prompt)], images)
+        return (embeds @ text[0]).tolist()
+
+    def check_ranking(self) -> TextImageEncoder:
+        """What candidates are ranked with.
+
+        Raises:
+            ValueError: there is nothing to rank with.
+        """
+        if (encoder := self.text_image_encoder) is None:
             raise ValueError(
                 f"{type(self).__name__} has no picture encoder to rank candidates with: leave num_candidates out"
             )
-        text, embeds = encoder.embed([self.caption(prompt)], images)
-        return (embeds @ text[0]).tolist()
+        return encoder
 
     def stream(
         self,
@@ -467,10 +475,7 @@ class TokenPipeline(DiffusionPipeline):
         Args:
             tokens: `Job.kept` of the same request, to go on from where it was left.
         """
-        if request.num_beams is not None:
-            raise ValueError(
-                f"num_beams is {request.num_beams}: only pictures of ordered tokens can be searched for (FlexAR's), leave it out"
-            )
+        self.check(request)
         request = self.resolved(request)
         settings, control = {name: getattr(request, name) for name in SAMPLING}, request.control
         generators, shape = request.generators(), self.shape_of(control, request.num_tokens)
@@ -498,6 +503,36 @@ class TokenPipeline(DiffusionPipeline):
         job.origins = None if job.origins is None else job.origins[kept]
         job.images = self.images(job.tokens)
         yield job
+
+    def check(self, request: Request) -> None:
+        """Whether this model can carry out a request, before anything is drawn.
+
+        Raises:
+            ValueError: it cannot; says which setting is not for it.
+        """
+        if request.num_beams is not None and not hasattr(self, "search"):
+            raise ValueError(
+                f"num_beams is {request.num_beams}: only pictures of ordered tokens can be searched for (FlexAR's), leave it out"
+            )
+        if (request.num_beams, request.num_candidates) != (None, None):
+            self.check_ranking()
+        request = self.resolved(request)
+        shape = self.shape_of(request.control, request.num_tokens)
+        self.make_sampler(request.sampler, **request.sampler_settings())
+        if request.tokens is not None:
+            self.begun(request.tokens, shape)
+        if getattr(self, "text_encoder", self) is None:
+            self.class_of(request.prompt)
+        else:
+            self.caption(request.prompt)
+
+    def class_of(self, prompt: str) -> int:
+        """The class that a prompt names, of a model that reads no text.
+
+        Raises:
+            ValueError: there is no such class.
+        """
+        return class_id(prompt)
 
     def begun(self, rows: Grid, shape: tuple[int, int]) -> Tensor:
         """Rows of a grid as a request has them -> [1, N], as `stream` takes them.

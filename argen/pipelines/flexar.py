@@ -9,7 +9,6 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 from transformers import CLIPModel, PreTrainedTokenizerFast, T5EncoderModel
 
-from argen.data.imagenet import class_id
 from argen.files import WEIGHTS
 from argen.models.files import emoji_text, load_network, read_t5
 from argen.models.flexar import FlexAR, FlexARSession
@@ -107,7 +106,7 @@ class FlexARPipeline(TokenPipeline):
             ValueError: there is no such class.
         """
         if self.text_encoder is None:
-            ids = torch.tensor([class_id(prompt) for prompt in prompts], device=self.device)
+            ids = torch.tensor([self.class_of(prompt) for prompt in prompts], device=self.device)
             encoded = self.transformer.encode_class(torch.cat([ids, torch.full_like(ids, -1)]) if guided else ids)
             mask = torch.ones(len(encoded), 1, dtype=torch.bool, device=self.device)
         else:
@@ -148,6 +147,7 @@ class FlexARPipeline(TokenPipeline):
         if request.num_beams is None:
             yield from super().run(request, every, tokens)
             return
+        self.check(request)
         request = self.resolved(request)
         sampler = self.make_sampler(request.sampler, **request.sampler_settings())
         own = {"sampler": sampler, **{name: getattr(request, name) for name in SAMPLING}}

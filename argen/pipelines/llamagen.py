@@ -80,6 +80,11 @@ class LlamaGenPipeline(TokenPipeline):
     def image_tokenizer(self) -> LlamaGenVQ | ViTVQGAN:
         return self.vq if isinstance(self.vq, ViTVQGAN) else LlamaGenVQ(self.vq)
 
+    def class_of(self, prompt: str) -> int:
+        """See `TokenPipeline.class_of`; where the model has not ImageNet's, by number."""
+        count = self.transformer.config.classes
+        return class_id(prompt, None if count == 1000 else [str(number) for number in range(count)])
+
     def start(
         self,
         prompts: list[str],
@@ -93,9 +98,7 @@ class LlamaGenPipeline(TokenPipeline):
             ValueError: there is no such class.
         """
         if self.transformer.config.classes is not None:
-            count = self.transformer.config.classes
-            names = None if count == 1000 else [str(number) for number in range(count)]
-            condition = torch.tensor([class_id(prompt, names) for prompt in prompts], device=self.device)
+            condition = torch.tensor([self.class_of(prompt) for prompt in prompts], device=self.device)
             mask = torch.ones(len(prompts), 1, dtype=torch.bool, device=self.device)
         else:
             condition, mask = self.encode_text(prompts)

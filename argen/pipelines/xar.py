@@ -12,7 +12,6 @@ from PIL import Image
 from torch import Tensor
 from transformers import CLIPModel, PreTrainedTokenizerFast
 
-from argen.data.imagenet import class_id
 from argen.files import WEIGHTS
 from argen.models.files import emoji_text, load_network
 from argen.models.xar import SIZES, XAR, XARSession
@@ -99,6 +98,11 @@ class XARPipeline(TokenPipeline):
         auto = "sde" if self.text_encoder is None else "euler"  # as published; as good in half of the steps
         return make(samplers[auto if name == "auto" else name], own | settings)
 
+    def check(self, request: Request) -> None:
+        """See `TokenPipeline.check`."""
+        _check_undrawn(request.temperature, request.top_k, request.top_p)
+        super().check(request)
+
     def empty_grid(self, count: int, shape: tuple[int, int]) -> Tensor:
         """See `TokenPipeline.empty_grid`: NaN."""
         return torch.full((count, self.transformer.config.channels, *shape), math.nan)
@@ -114,7 +118,7 @@ class XARPipeline(TokenPipeline):
             ValueError: there is no such class.
         """
         if self.text_encoder is None:
-            asked = torch.tensor([class_id(prompt) for prompt in prompts], device=self.device)
+            asked = torch.tensor([self.class_of(prompt) for prompt in prompts], device=self.device)
         else:
             texts, rows = distinct(prompts, guided)
             asked = self.transformer.read(*self.encode_text(texts))[rows]
@@ -145,10 +149,7 @@ class XARPipeline(TokenPipeline):
         Raises:
             ValueError: a temperature, top-k or top-p that would change something.
         """
-        given = {"temperature": (temperature, 1.0), "top_k": (top_k, 0), "top_p": (top_p, 1.0)}
-        for name, (value, neutral) in given.items():
-            if value not in (None, neutral):
-                raise ValueError(f"{name} is {value}: this model draws no tokens, leave it out")
+        _check_undrawn(temperature, top_k, top_p)
         if controls:
             self.prepare(controls[0])
         sampler = self.make_sampler(sampler) if isinstance(sampler, str) else sampler
@@ -252,3 +253,13 @@ def read_release(folder: Path, name: str, size: str) -> XARPipeline:
     """`name` is that of the released file, e.g. "xAR-B"; the image tokenizer may lie beside it."""
     vae = folder / "kl16.ckpt"
     return XARPipeline.from_original(folder / f"{name}.pth", vae if vae.is_file() else hub_file(KL16, vae.name), size)
+
+
+def _check_undrawn(temperature: float | None, top_k: int | None, top_p: float | None) -> None:
+    """Raises:
+    ValueError: a temperature, top-k or top-p that would change something.
+    """
+    given = {"temperature": (temperature, 1.0), "top_k": (top_k, 0), "top_p": (top_p, 1.0)}
+    for name, (value, neutral) in given.items():
+        if value not in (None, neutral):
+            raise ValueError(f"{name} is {value}: this model draws no tokens, leave it out")

@@ -6,9 +6,10 @@ is said in the `comments` of an answer's `info`.
 """
 
 import json
+import math
 import random
 from dataclasses import replace
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import psutil
 import torch
@@ -19,16 +20,17 @@ from PIL import Image, ImageOps
 from pydantic import Field
 from starlette.exceptions import HTTPException
 
-from argen.bounds import MAX_SCALED, check_size
+from argen.bounds import MAX_SCALED, MAX_SIDE, check_pixels, check_size
 from argen.hub.cards import ids
 from argen.images import from_base64
 from argen.metadata import encoded, infotext
 from argen.request import Request as Asked
 from argen.request import rows_of
 from argen.server.guard import Here, Owner
-from argen.server.jobs import check_model, finished, shown
+from argen.server.jobs import finished, shown
 from argen.server.openai import Body
 from argen.server.waiting import prepare, result
+from argen.studio.following import Gone
 from argen.studio.queue import Progress, Studio
 from argen.studio.store import CANCELLED, RUNNING
 from samplers import SAMPLERS, SOLVERS
@@ -93,12 +95,13 @@ class ImageArray(Text):
 
 
 class Scaling(Body):
-    """How images are scaled: by a factor (resize_mode 0) or to a size (1)."""
+    """How images are scaled: by a factor (resize_mode 0), or so that they cover a size (1), to which they are cropped."""
 
-    resize_mode: int = 0
+    resize_mode: Literal[0, 1] = 0
     upscaling_resize: float = Field(2, gt=0, le=32)
-    upscaling_resize_w: int = 512
-    upscaling_resize_h: int = 512
+    upscaling_resize_w: int = Field(512, ge=1, le=MAX_SIDE)
+    upscaling_resize_h: int = Field(512, ge=1, le=MAX_SIDE)
+    upscaling_crop: bool = True
 
 
 class Upscaled(Scaling):
@@ -107,10 +110,17 @@ class Upscaled(Scaling):
     image: str
 
 
+class File(Body):
+    """An image of a batch."""
+
+    data: str
+    name: str = ""
+
+
 class Batch(Scaling):
     """The body of ``extra-batch-images``."""
 
-    imageList: list[dict[str, str]] = Field(max_length=64)  # noqa: N815, their name
+    imageList: list[File] = Field(max_length=64)  # noqa: N815, their name
 
 
 @router.post("/txt2img")
@@ -140,8 +150,8 @@ def edited(studio: Studio, model: str, body: ImageArray) -> Asked:
 def asked_of(studio: Studio, model: str, body: Text) -> Asked:
     """The generation request, less what nobody chose; of `model`, if the body names no other."""
     model = str(body.override_settings.get("sd_model_checkpoint") or model)
-    check_model(model)
     check_size((body.width, body.height), MAX_SCALED)
+    check_pixels(body.width * body.height * body.batch_size * body.n_iter)
     pipe, sampler = studio.models(model), body.sampler_name or body.sampler_index
     return Asked(
         body.prompt,
@@ -210,22 +220,52 @@ def told(studio: Studio, body: Text, wanted: Asked, done: Progress) -> dict:
 
 @router.post("/extra-single-image")
 async def extra_single_image(request: Request, body: Upscaled):
-    return {"html_info": f"scaled with {UPSCALER}", "image": await prepare(request, upscaled, body.image, body)}
+    (image,) = await scaled(request, [body.image], body)
+    return {"html_info": f"scaled with {UPSCALER}", "image": image}
 
 
 @router.post("/extra-batch-images")
 async def extra_batch_images(request: Request, body: Batch):
-    images = [await prepare(request, upscaled, one.get("data", ""), body) for one in body.imageList]
+    images = await scaled(request, [one.data for one in body.imageList], body)
     return {"html_info": f"scaled with {UPSCALER}", "images": images}
 
 
-def upscaled(text: str, body: Scaling) -> str:
-    """An image in base64, scaled."""
+async def scaled(request: Request, texts: list[str], body: Scaling) -> list[str]:
+    """Images in base64, scaled one after the other for as long as somebody waits.
+
+    Raises:
+        ValueError: all of them together are too large.
+        Gone: the client went away.
+    """
+    pixels, images = 0, []
+    for text in texts:
+        if await request.is_disconnected():
+            raise Gone("the client went away")
+        image, size = await prepare(request, opened, text, body)
+        pixels += max(math.prod(image.size), math.prod(size))
+        check_pixels(pixels)
+        images.append(await prepare(request, upscaled, image, size, body))
+    return images
+
+
+def opened(text: str, body: Scaling) -> tuple[Image.Image, tuple[int, int]]:
+    """An image in base64, and the size that it is scaled to before it is cropped: of the two sides that are asked for (resize_mode 1)
+    both are covered, in the shape of the image."""
     image = from_base64(text)
-    size = (body.upscaling_resize_w, body.upscaling_resize_h)
-    if body.resize_mode == 0:
-        size = tuple(round(side * body.upscaling_resize) for side in image.size)
-    return encoded(image.resize(check_size(size), Image.Resampling.LANCZOS))
+    factor = body.upscaling_resize
+    if body.resize_mode == 1:
+        factor = max(body.upscaling_resize_w / image.width, body.upscaling_resize_h / image.height)
+    return image, check_size(tuple(max(1, round(side * factor)) for side in image.size))
+
+
+def upscaled(image: Image.Image, size: tuple[int, int], body: Scaling) -> str:
+    """An image scaled to a size, and cropped where that is asked for, in base64."""
+    image = image.resize(size, Image.Resampling.LANCZOS)
+    if body.resize_mode == 1 and body.upscaling_crop:
+        width, height = body.upscaling_resize_w, body.upscaling_resize_h
+        left, top = (size[0] - width) // 2, (size[1] - height) // 2
+        image = image.crop((left, top, left + width, top + height))
+    return encoded(image)
 
 
 @router.post("/interrogate")
@@ -267,10 +307,9 @@ def options(owner: Owner, chosen: Chosen):
 
 
 @router.post("/options")
-def choose(owner: Owner, chosen: Chosen, given: Annotated[dict[str, Any], Given()]):
+def choose(studio: Here, owner: Owner, chosen: Chosen, given: Annotated[dict[str, Any], Given()]):
     if given.get("sd_model_checkpoint") is not None:
-        check_model(str(given["sd_model_checkpoint"]))
-        chosen[owner] = str(given["sd_model_checkpoint"])
+        chosen[owner] = studio.check_model(str(given["sd_model_checkpoint"]))
     return {}
 
 

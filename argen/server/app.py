@@ -1,7 +1,9 @@
 """The application: the APIs and the web page on one port."""
 
 import asyncio
+import logging
 import socket
+import time
 from collections.abc import Sequence
 
 import gradio as gr
@@ -11,10 +13,21 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 import argen
 from argen.server import a1111, errors, jobs, openai
-from argen.server.guard import MAX_BYTES, Guard, knows, owner_of
+from argen.server.guard import ADDRESS, MAX_BYTES, Guard, Sessions, Tries, check_keys, knows, owner_of
 from argen.studio.queue import Studio
 
+try:
+    import resource
+except ImportError:  # Windows has no such limits
+    resource = None
+
 HEADERS_TIMEOUT = 15.0  # seconds in which a connection must have asked for something
+MAX_CONNECTIONS = 2000  # in all; of one client at most `CLIENT_SHARE` of them
+CLIENT_SHARE = 0.75
+BACKLOG = 64  # connections that are accepted at once, before they are counted
+KEPT_FILES = BACKLOG + 96  # of those that the program may have open, for its own
+REFUSED_FOR = 0.5  # seconds
+BUSY = b"HTTP/1.1 503 Service Unavailable\r\nRetry-After: 8\r\nConnection: close\r\nContent-Length: 0\r\n\r\n"
 
 
 def create(
@@ -22,27 +35,31 @@ def create(
     page: gr.Blocks | None = None,
     keys: Sequence[str] = (),
     local: bool = True,
-    owners: dict[str, str] | None = None,
 ) -> FastAPI:
     """Put the APIs before the queue, and the page beside them; ``/openapi.json`` describes them.
 
     Args:
         page: shown at ``/``; None for the APIs alone.
         keys, local: see `Guard`; a key is the password of the page, too.
-        owners: gets the owner of each name that logs in.
     """
-    owners = {} if owners is None else owners
+    check_keys(keys)
+    tries, sessions = Tries(), Sessions()
 
-    def login(name: str, key: str) -> bool:
-        if known := knows(keys, key) and owners.get(name, owner_of(key)) == owner_of(key):
-            owners[name] = owner_of(key)
-        return known
+    async def login(name: str, key: str) -> bool:
+        """Whether a key is one of ours; the name is free. A wrong one is answered later and later, as everywhere."""
+        address = ADDRESS.get()
+        tries.check(address)
+        if not knows(keys, key):
+            await tries.delay(address)
+            return False
+        sessions.owner.set(owner_of(key))
+        return True
 
     app = FastAPI(
         title="argen", version=argen.__version__, docs_url=None, redoc_url=None
     )  # those load scripts from elsewhere
     errors.install(app)
-    app.add_middleware(Guard, keys=tuple(keys), local=local)
+    app.add_middleware(Guard, keys=tuple(keys), local=local, tries=tries, sessions=sessions)
     app.state.studio, app.state.models, app.state.waiting = studio, {}, 0
     for part in (jobs, openai, a1111):
         app.include_router(part.router)
@@ -51,26 +68,70 @@ def create(
     # Gradio checks that the files of an event were uploaded only in pages that it has launched itself, which it does not count a
     # mounted one among (seen in 6.31; to be reported to gradio-app/gradio). `argen.ui.build.Page` checks them as well.
     page.has_launched = page.is_running = True
-    return gr.mount_gradio_app(
+    gr.mount_gradio_app(
         app,
         page,
         path="/",
         auth=login if keys else None,
-        allowed_paths=[str(studio.store.folder.resolve())],
-        blocked_paths=[str(path.resolve()) for path in studio.store.hidden],
         max_file_size=MAX_BYTES,
         show_error=False,
     )
+    mounted = app.routes[-1].app
+    mounted.tokens = sessions
+    errors.install_in_page(mounted)
+    return app
+
+
+def max_connections() -> int:
+    """How many connections may be open; the limit of files of the program is raised for them as far as it may be."""
+    if resource is None:
+        return MAX_CONNECTIONS
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = MAX_CONNECTIONS + KEPT_FILES
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        soft = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    return MAX_CONNECTIONS if soft == resource.RLIM_INFINITY else max(16, min(MAX_CONNECTIONS, soft - KEPT_FILES))
+
+
+class OnceAMinute(logging.Filter):
+    """Lets one line a minute through of those in which asyncio says, for every client that waits, that no file can be opened."""
+
+    latest = -60.0
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if "out of system resource" not in str(record.msg):
+            return True
+        now = time.monotonic()
+        if now - self.latest < 60.0:
+            return False
+        self.latest = now
+        return True
 
 
 class Timed(H11Protocol):
-    """HTTP/1.1 that hangs up on who connects, or begins a request, and does not go on."""
+    """HTTP/1.1 that hangs up on who connects, or begins a request, and does not go on, and on those that are too many."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:
         super().connection_made(transport)
-        self._expect_a_request()
+        most = self.config.limit_concurrency - 1
+        address = self.client and self.client[0]
+        own = sum(1 for one in self.connections if one.client and one.client[0] == address)
+        self.refused = len(self.connections) > most or own > CLIENT_SHARE * most
+        if len(self.connections) > most + BACKLOG // 2:
+            transport.abort()
+        elif self.refused:
+            transport.write(BUSY)
+            transport.write_eof()
+            self.loop.call_later(
+                REFUSED_FOR, transport.abort
+            )  # what it sends meanwhile is read, so that it sees the answer
+        else:
+            self._expect_a_request()
 
     def data_received(self, data: bytes) -> None:
+        if self.refused:
+            return
         super().data_received(data)
         self._expect_a_request()
 
@@ -96,8 +157,8 @@ class Server(uvicorn.Server):
 
 
 def configured(app: FastAPI, host: str, port: int) -> uvicorn.Config:
-    how = {"log_level": "warning", "timeout_graceful_shutdown": 5, "http": Timed}
-    return uvicorn.Config(app, host=host, port=port, **how)
+    how = {"log_level": "warning", "timeout_graceful_shutdown": 5, "http": Timed, "backlog": BACKLOG}
+    return uvicorn.Config(app, host=host, port=port, limit_concurrency=max_connections() + 1, **how)
 
 
 def serve(app: FastAPI, host: str, port: int) -> None:
@@ -112,5 +173,6 @@ def serve(app: FastAPI, host: str, port: int) -> None:
             probe.bind((host, port))
         except (OSError, OverflowError) as error:
             raise OSError(f"cannot serve on {host}:{port} ({error}): choose another --port or --host") from error
+    logging.getLogger("asyncio").addFilter(OnceAMinute())
     print(f"argen is at http://{host}:{port} - Ctrl-C stops it", flush=True)
     Server(configured(app, host, port), app.state.studio).run()

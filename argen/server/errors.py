@@ -13,7 +13,7 @@ from starlette.types import Receive, Scope, Send
 
 from argen.images import TooLarge
 from argen.studio.following import Gone, Stopping
-from argen.studio.queue import Forbidden, QueueFull
+from argen.studio.queue import FULL, Forbidden, QueueFull, said
 
 logger = logging.getLogger(__name__)
 MAX_MESSAGE = 600  # characters of an error
@@ -80,12 +80,26 @@ def install(app: FastAPI) -> None:
         app.add_exception_handler(kind, known)
 
 
+def install_in_page(page: FastAPI) -> None:
+    """Give the errors of the page's own routes (uploads, files) one line, without paths of this machine."""
+
+    @page.exception_handler(HTTPException)
+    async def answered(request: Request, error: HTTPException):
+        detail = "File not allowed" if str(error.detail).startswith("File not allowed") else error.detail
+        return JSONResponse({"detail": detail}, error.status_code, error.headers)
+
+    for kind in (OSError, sqlite3.Error):
+        page.add_exception_handler(kind, known)
+
+
 async def known(request: Request, error: Exception) -> JSONResponse:
     """An exception of `STATUSES` as an answer."""
     status = next(status for kind, status in STATUSES.items() if isinstance(error, kind))
-    message = str(error.args[0] if error.args and not isinstance(error, OSError) else error)
+    message = said(error)
     if isinstance(error, sqlite3.Error):
         message = f"the server cannot write its database ({message}): is its disk full?"
+    elif isinstance(error, OSError) and error.errno in FULL:
+        status = 507
     code = "model_not_found" if isinstance(error, KeyError) and request.url.path.startswith(OPENAI) else None
     body = problem(message, getattr(error, "param", None), code, status)
     return JSONResponse(body, status, {"Retry-After": "10"} if status == 429 else None)

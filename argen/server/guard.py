@@ -4,16 +4,19 @@ import asyncio
 import base64
 import binascii
 import hashlib
+import re
 import secrets
 import time
 from collections import Counter
 from collections.abc import Sequence
+from contextvars import ContextVar
 from typing import Annotated
 from urllib.parse import urlsplit
 
 from fastapi import Depends, Request
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
+from starlette.requests import cookie_parser
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from argen.images import MOST_BYTES
@@ -22,11 +25,20 @@ from argen.studio.queue import LOCAL, Studio
 
 MAX_BYTES = MOST_BYTES  # of a request, of which an image is the largest part
 BODY_TIMEOUT = 30.0  # seconds without a byte of a body that was announced
+SLOWEST = 2**16  # bytes a second that a body must arrive with, on the whole
 KEYED = ("/v1", "/sdapi", "/api", "/pictures", "/openapi.json")  # what needs a key; the page has a login of its own
-LOGIN = "/login"
 HERE = {"127.0.0.1", "localhost", "::1"}
+HOST = re.compile(r"(\[[0-9a-f:.]+\]|[0-9a-z._-]+)(:\d{1,5})?")
+PAGE = "/gradio_api/"
+OPEN = tuple(PAGE + name for name in ("startup-events", "theme.css", "login_check", "user", "app_id"))  # before a login
+HELD = tuple(
+    PAGE + name for name in ("heartbeat", "queue/data", "call", "upload_progress")
+)  # stay open as long as a client likes
+MAX_HELD = 128  # of one address
+MIN_KEY = 8  # characters
 FREE_TRIES = 3  # wrong keys of an address that are answered at once
 FIRST_DELAY, MAX_DELAY = 0.25, 8.0  # seconds, doubled with each wrong key more
+RETRY = {"Retry-After": f"{MAX_DELAY:.0f}"}
 MAX_DELAYED = 8  # answers of one address that may be held back at once
 FORGET_AFTER = 600.0  # seconds without a wrong key
 
@@ -43,6 +55,9 @@ Here = Annotated[Studio, Depends(_studio)]  # the queue of this server
 Owner = Annotated[str, Depends(_owner)]  # who asks
 
 
+ADDRESS: ContextVar[str] = ContextVar("address", default="")  # of the client whose request is answered
+
+
 class Guard:
     """ASGI middleware that refuses what this server does not answer, before anything of it is read.
 
@@ -51,10 +66,13 @@ class Guard:
             ask, and all are one owner. The first one is the administrator's.
         local: whether the server is for this machine alone, so that requests must name it (else a web site whose name is made to
             point here could ask).
+        tries: wrong keys, which the login of the page counts, too.
+        sessions: who is logged in at the page.
     """
 
-    def __init__(self, app: ASGIApp, keys: Sequence[str] = (), local: bool = True):
-        self.app, self.keys, self.local, self.tries = app, tuple(keys), local, Tries()
+    def __init__(self, app: ASGIApp, keys: Sequence[str], local: bool, tries: "Tries", sessions: "Sessions"):
+        self.app, self.keys, self.local, self.tries, self.sessions = app, tuple(keys), local, tries, sessions
+        self.held: Counter[str] = Counter()  # address -> requests that stay open
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] not in ("http", "websocket"):
@@ -62,21 +80,34 @@ class Guard:
             return
         headers, path = Headers(scope=scope), scope["path"]
         address = scope["client"][0] if scope.get("client") else ""
+        ADDRESS.set(address)
         try:
             check_origin(headers, self.local)
             check_path(path)
-            if self.keys and (path.startswith(KEYED) or path == LOGIN):
+            if self.keys and path.startswith(KEYED):
                 self.tries.check(address)
             if path.startswith(KEYED):
                 scope.setdefault("state", {})["owner"] = self.owner(headers)
+            if self.keys and path.startswith(PAGE) and not path.startswith(OPEN) and not self.sessions.known(headers):
+                raise HTTPException(403, "log in at the page first")
+            if path.startswith(HELD) and self.held[address] >= MAX_HELD:
+                raise HTTPException(429, f"{MAX_HELD} requests of this address stay open: close some pages", RETRY)
         except HTTPException as error:
             if error.status_code == 401:
                 await self.tries.delay(address)
             await refuse(scope, receive, send, error.status_code, str(error.detail), error.headers)
             return
-        if self.keys and path == LOGIN:
-            send = self.tries.watching(address, send)
-        await (limited(self.app, scope, receive, send) if scope["type"] == "http" else self.app(scope, receive, send))
+        held = path.startswith(HELD)
+        self.held[address] += held
+        try:
+            if scope["type"] == "http":
+                await limited(self.app, scope, receive, send)
+            else:
+                await self.app(scope, receive, send)
+        finally:
+            self.held[address] -= held
+            if not self.held[address]:
+                del self.held[address]
 
     def owner(self, headers: Headers) -> str:
         """Who asks.
@@ -97,6 +128,24 @@ class Guard:
         return owner_of(value.strip())
 
 
+class Sessions(dict[str, str]):
+    """Token of a login at the page -> owner, instead of the name that was typed: names are free, and two keys may use the same one.
+
+    Attributes:
+        owner: whose key the login that runs was given.
+    """
+
+    owner: ContextVar[str] = ContextVar("owner")
+
+    def __setitem__(self, token: str, name: str) -> None:
+        super().__setitem__(token, self.owner.get())
+
+    def known(self, headers: Headers) -> bool:
+        """Whether the cookies of a request are those of somebody who is logged in."""
+        cookies = cookie_parser(headers.get("cookie", ""))
+        return any(name.startswith("access-token-") and value in self for name, value in cookies.items())
+
+
 class Tries:
     """Wrong keys of each address. Each one more than `FREE_TRIES` is answered later than the one before, and few at a time, so that
     keys cannot be guessed in a row, nor many at once."""
@@ -111,9 +160,7 @@ class Tries:
         HTTPException: too many answers to this address are held back already.
         """
         if self.delayed[address] >= MAX_DELAYED:
-            raise HTTPException(
-                429, "too many wrong keys: wait before the next try", {"Retry-After": f"{MAX_DELAY:.0f}"}
-            )
+            raise HTTPException(429, "too many wrong keys: wait before the next try", RETRY)
 
     async def delay(self, address: str) -> None:
         """Count a wrong key of an address, and wait as long as that costs."""
@@ -131,29 +178,20 @@ class Tries:
         finally:
             self.delayed[address] -= 1
 
-    def watching(self, address: str, send: Send) -> Send:
-        """`send` of the login: its refusals (status 400) are wrong keys, too."""
-
-        async def watched(message: Message) -> None:
-            if message["type"] == "http.response.start" and message["status"] in (400, 401):
-                await self.delay(address)
-            await send(message)
-
-        return watched
-
 
 def check_origin(headers: Headers, local: bool) -> None:
     """Raises:
     HTTPException: another web site asks, or the request names another machine, or a name is malformed.
     """
     host, origin = headers.get("host", "").lower(), headers.get("origin", "").lower()
+    named = HOST.fullmatch(host)
     try:
-        named = urlsplit(f"//{host}")
-        name, _ = named.hostname or "", named.port
         asking = urlsplit(origin).netloc
-    except ValueError as error:
-        raise HTTPException(400, "the header Host or Origin is malformed: expected HOST:PORT") from error
-    if local and name not in HERE:
+    except ValueError:
+        named = None
+    if not named:
+        raise HTTPException(400, "the header Host or Origin is malformed: expected HOST:PORT")
+    if local and named[1].strip("[]") not in HERE:
         raise HTTPException(403, "this server answers as localhost only")
     if origin and asking != host:
         raise HTTPException(403, "another web site may not ask this server")
@@ -174,16 +212,17 @@ async def limited(app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> N
     if not announced.isdigit() or int(announced) > MAX_BYTES:
         await refuse(scope, receive, send, *too_large)
         return
-    got, whole, started, fault = 0, False, False, None
+    got, whole, started, fault, begun = 0, False, False, None, time.monotonic()
 
     async def counted() -> Message:
         nonlocal got, whole, fault
         if whole:
             return await receive()  # waits until the client goes away
+        late = begun + BODY_TIMEOUT + got / SLOWEST - time.monotonic()
         try:
-            message = await asyncio.wait_for(receive(), BODY_TIMEOUT)
+            message = await asyncio.wait_for(receive(), max(0.0, min(BODY_TIMEOUT, late)))
         except TimeoutError:
-            fault = 408, f"the request stopped arriving for {BODY_TIMEOUT:.0f} seconds: send it again"
+            fault = 408, f"the request arrives too slowly (less than {SLOWEST // 1024} KB a second): send it again"
             raise Fault from None
         got, whole = got + len(message.get("body", b"")), not message.get("more_body", False)
         if got > MAX_BYTES:
@@ -208,6 +247,16 @@ async def limited(app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> N
 
 class Fault(Exception):
     """A body is too large, or does not arrive."""
+
+
+def check_keys(keys: Sequence[str]) -> None:
+    """Raises:
+    ValueError: a key is too short, or holds what not every client can send in a header.
+    """
+    if any(len(key) < MIN_KEY for key in keys):
+        raise ValueError(f"a key is shorter than {MIN_KEY} characters: choose a longer one")
+    if any(not re.fullmatch(r"[!-~]+", key) for key in keys):
+        raise ValueError("a key holds blanks or characters outside ASCII: choose letters, digits and punctuation")
 
 
 def knows(keys: Sequence[str], key: str) -> bool:

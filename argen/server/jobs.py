@@ -9,7 +9,6 @@ from fastapi import APIRouter, Body, HTTPException
 from fastapi.responses import JSONResponse, Response
 
 from argen.bounds import MAX_SCALED, check_size
-from argen.hub.cards import ids
 from argen.metadata import encoded
 from argen.request import Request as Asked
 from argen.server.guard import Here, Owner
@@ -24,7 +23,7 @@ def asked(given: dict[str, Any]) -> Asked:
     """A request out of JSON.
 
     Raises:
-        ValueError: an unknown field, a value of the wrong kind or out of bounds, an unknown model.
+        ValueError: an unknown field, a value of the wrong kind or out of bounds.
     """
     unknown = [name for name in given if name not in NAMES]
     if unknown:
@@ -33,17 +32,7 @@ def asked(given: dict[str, Any]) -> Asked:
         request = Asked.from_dict(given)
     except (TypeError, AttributeError, KeyError) as error:
         raise ValueError(f"a field has a value of the wrong kind ({error})") from error
-    check_model(request.model)
     return request
-
-
-def check_model(name: str) -> None:
-    """Raises:
-    KeyError: no generator has this name.
-    """
-    known = ids("generator")
-    if name not in known:
-        raise KeyError(f"there is no model {name!r}: expected one of {', '.join(known)}")
 
 
 def told(progress: Progress) -> dict:

@@ -28,7 +28,7 @@ from argen.metadata import encoded
 from argen.request import Request as Asked
 from argen.request import rows_of
 from argen.server.guard import Here, Owner
-from argen.server.jobs import asked, check_model, finished, pixels_of, shown
+from argen.server.jobs import asked, finished, pixels_of, shown
 from argen.server.waiting import prepare, queued
 from argen.studio.following import last
 from argen.studio.queue import Progress, Studio
@@ -147,9 +147,8 @@ def models():
 
 
 @router.get("/v1/models/{name:path}")
-def model(name: str):
-    check_model(name)
-    return named(name)
+def model(studio: Here, name: str):
+    return named(studio.check_model(name))
 
 
 @router.api_route("/v1/{path:path}", methods=["GET", "POST", "PUT", "DELETE", "PATCH"], include_in_schema=False)

@@ -12,16 +12,18 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
+from argen.command import check_model
 from argen.metadata import read_request, save_images
 from argen.pipelines.base import TokenPipeline
 from argen.request import Request, setting_of
-from argen.words import read_lines, read_text
-from samplers.settings import settings_of
+from argen.words import cut, read_lines, read_text
+from samplers.settings import MOST_DIGITS, settings_of
 from tokenizers_img.pixels import opaque
 
 PARTS = "control", "tokens", "sampler_args"  # settings that are no single values
 SETTINGS = tuple(name for name in settings_of(Request) if name not in PARTS)
-TABLES = (".csv", ".jsonl")
+TABLES = (".csv", ".tsv", ".jsonl")
+NOT_GIVEN = {"nan", "-nan", "n/a", "#n/a", "na", "<na>", "none", "null"}  # as pandas and spreadsheets write empty cells
 OTHERS = ("file",)  # columns of the tables that are written here, which say nothing of how to draw
 MOST_ROWS, MOST_BYTES, MOST_CELLS = 1000, 1_000_000, 100
 BETWEEN = {"prompt": "|", "sampler": "|"}  # values of an axis; the others have commas
@@ -55,22 +57,19 @@ def read_table(path: Path, **given) -> list[Request]:
     """The requests of a file, one a row.
 
     Args:
-        path: ``.csv`` with the names of settings in its first line, or ``.jsonl`` with an object a line; what a row leaves out, or
-            leaves empty, is `given`, or the model's own.
+        path: ``.csv`` or ``.tsv`` with the names of settings in its first line, or ``.jsonl`` with an object a line; what a row
+            leaves out, or leaves empty, is `given`, or the model's own.
 
     Raises:
         ValueError: another kind of file, too much in it, or a row that cannot be asked for: says which.
     """
     if path.suffix.lower() not in TABLES:
-        raise ValueError(f"{path.name} is no table: expected a file that ends in {' or '.join(TABLES)}")
+        raise ValueError(f"{path.name} is no table: expected a file that ends in {', '.join(TABLES)}")
     if path.stat().st_size > MOST_BYTES:
         raise ValueError(f"{path.name} has {path.stat().st_size:,} bytes: expected at most {MOST_BYTES:,}")
     data = path.read_bytes()
-    rows = (
-        _csv_rows(read_text(data, path.name), path.name)
-        if path.suffix.lower() == ".csv"
-        else _json_rows(data, path.name)
-    )
+    lines = path.suffix.lower() == ".jsonl"
+    rows = _json_rows(data, path.name) if lines else _csv_rows(read_text(data, path.name), path.name)
     requests = []
     for number, row in rows:
         try:
@@ -87,7 +86,18 @@ def read_table(path: Path, **given) -> list[Request]:
 def _json_rows(data: bytes, name: str) -> Iterator[tuple[int, Callable[[], object]]]:
     """(number of a line that is not empty, what reads it)."""
     for number, line in read_lines(data, name):
-        yield number, partial(json.loads, line)
+        yield number, partial(json.loads, line, parse_int=_integer, parse_constant=_constant)
+
+
+def _integer(digits: str) -> int:
+    if len(digits) > MOST_DIGITS:
+        raise ValueError(f"a number has {len(digits):,} digits: expected at most {MOST_DIGITS}")
+    return int(digits)
+
+
+def _constant(name: str) -> float | None:
+    """NaN, as pandas has what is missing, is nothing."""
+    return None if name == "NaN" else float(name)
 
 
 def _csv_rows(text: str, file: str) -> Iterator[tuple[int, Callable[[], dict]]]:
@@ -96,27 +106,30 @@ def _csv_rows(text: str, file: str) -> Iterator[tuple[int, Callable[[], dict]]]:
     if re.fullmatch(r"sep=.\s*", first):  # for Excel
         text = rest
     head = text.lstrip("\r\n").splitlines()[:1]
-    table = None
+    number = 1
     try:
         mark = next((mark for mark in ",;\t" if "prompt" in _names(next(csv.reader(head, delimiter=mark), []))), None)
         if mark is None:
             raise ValueError(
                 f"{file}: the first line of the table names no column prompt: expected names of settings there"
             )
-        table = csv.reader(io.StringIO(text, newline=""), delimiter=mark, skipinitialspace=True)
+        table = csv.reader(io.StringIO(text, newline=""), delimiter=mark, skipinitialspace=True, strict=True)
         names: list[str] = []
         for row in table:
             if names and any(map(str.strip, row)):
                 yield table.line_num, partial(_typed, names, row)
             elif any(map(str.strip, row)):
                 names = _names(row)
+            number = table.line_num + 1
     except csv.Error as error:
-        number = table.line_num if table else 1
-        raise ValueError(f"line {number} of {file} is no row of a table ({error}): save it as CSV again") from None
+        reason = "a quote that it opens is never closed" if "unexpected end" in str(error) else str(error)
+        raise ValueError(f"line {number} of {file} is no row of a table ({reason}): save it as CSV again") from None
 
 
 def _names(row: list[str]) -> list[str]:
-    return [name.strip().lower() for name in row]
+    """Those of the columns; none of the numbers of rows that pandas writes."""
+    names = [name.strip().lower() for name in row]
+    return ["" if re.fullmatch(r"unnamed: \d+(_level_\d+)?", name) else name for name in names]
 
 
 def _typed(names: list[str], row: list[str]) -> dict:
@@ -124,8 +137,9 @@ def _typed(names: list[str], row: list[str]) -> dict:
     if any(map(str.strip, row[len(names) :])):
         raise ValueError("it has more values than the first line has names")
     if twice := [name for name in names if name and names.count(name) > 1]:
-        raise ValueError(f"the first line names the column {twice[0]} twice: expected each once")
-    cells = {name: cell for name, cell in zip(names, row, strict=False) if name and cell.strip()}
+        raise ValueError(f"the first line names the column {cut(twice[0])} twice: expected each once")
+    pairs = zip(names, row, strict=False)
+    cells = {name: cell for name, cell in pairs if name and cell.strip() and cell.strip().lower() not in NOT_GIVEN}
     return {name: cell if name in OTHERS else setting_of(name).parse(cell) for name, cell in cells.items()}
 
 
@@ -140,6 +154,23 @@ def _checked(row: object) -> dict:
         plain = {"sampler": sampler} | plain
         plain["sampler_args"] = plain.get("sampler_args", {}) | {argument: value}
     return plain
+
+
+def check_requests(requests: Sequence[Request], models: Callable[[str], TokenPipeline], what: str = "row") -> None:
+    """Whether the models can carry out requests, before the first is drawn.
+
+    Raises:
+        ValueError: no such model, or a setting that is not for it; says of which.
+    """
+    for check in (
+        lambda request: check_model(request.model, "generator"),
+        lambda request: models(request.model).check(request),
+    ):
+        for number, request in enumerate(requests, 1):
+            try:
+                check(request)
+            except ValueError as error:
+                raise ValueError(f"{what} {number}: {error}") from error
 
 
 def draw_table(

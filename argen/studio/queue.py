@@ -4,9 +4,10 @@ Jobs can be cancelled at any token, taken up again, moved, and looked at while t
 is on disk and survives the program.
 """
 
-import json
+import errno
 import logging
 import math
+import re
 import secrets
 import sqlite3
 import threading
@@ -23,11 +24,26 @@ import torch
 from PIL import Image
 
 from argen.files import replacing
+from argen.hub.cards import ids
 from argen.pipelines.base import TokenPipeline
 from argen.request import Job, Request, rows_of
-from argen.studio.store import CANCELLED, DONE, FAILED, OVER, RUNNING, WAITING, Saved, Store
+from argen.studio.store import (
+    CANCELLED,
+    DONE,
+    FAILED,
+    OVER,
+    RUNNING,
+    WAITING,
+    Saved,
+    Store,
+    read_row,
+    request_of,
+    unreadable,
+)
 
 logger = logging.getLogger(__name__)
+FULL = errno.ENOSPC, errno.EDQUOT
+PATHS = re.compile(r"(?<![\w/.:<])(?:/[^\s/'\":,;()]+)+/(?=[^\s/])")  # the folders of an absolute path
 LOCAL = "local"  # owner of what no key asked for
 MOST_WAITING = 1000  # jobs of one owner
 PREVIEW_EVERY, WATCHED_FOR = 0.4, 5.0  # seconds between previews, and how long one is wanted after it was looked at
@@ -93,11 +109,26 @@ class Progress:
         return self.decided * self.request.drawn / self.seconds if self.seconds else 0.0
 
 
+def said(error: Exception) -> str:
+    """An error in one line for somebody who asked from elsewhere: of the paths of this machine the last names alone."""
+    if isinstance(error, OSError) and error.errno in FULL:
+        return "the disk of the server is full: nothing can be written"
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.strerror or type(error).__name__}: {Path(str(error.filename)).name}"
+    known = error.args and not isinstance(error, OSError)
+    return PATHS.sub("", str(error.args[0] if known else error))
+
+
+class UnknownModel(KeyError):
+    """No model has this name, or it lies where none may be loaded from."""
+
+
 class Studio:
     """Args:
         folder: see `Store`.
         models: id -> the pipeline; called by the worker.
         metadata: see `Store`.
+        folders: where saved pipelines may be loaded from, beside the models that have an id.
 
     Attributes:
         store: what is kept.
@@ -105,8 +136,15 @@ class Studio:
         paused: whether the worker rests, at a token if it is in a job.
     """
 
-    def __init__(self, folder: Path, models: Callable[[str], TokenPipeline], metadata: bool = True):
-        self.store, self.models, self.device, self.paused = Store(folder, metadata), models, threading.RLock(), False
+    def __init__(
+        self,
+        folder: Path,
+        models: Callable[[str], TokenPipeline],
+        metadata: bool = True,
+        folders: Sequence[Path] = (),
+    ):
+        self.store, self.device, self.paused = Store(folder, metadata), threading.RLock(), False
+        self.cache, self.folders = models, [folder.resolve() for folder in folders]
         self.changed = threading.Condition()
         self.live: Progress | None = None
         self.watched, self.cancelled, self.closing = 0.0, False, False
@@ -132,6 +170,49 @@ class Studio:
         """Whether jobs are being run, or will be."""
         return self.worker.is_alive() and not self.closing
 
+    # models
+
+    def folder(self, name: str) -> str | None:
+        """The path of a saved pipeline, if it lies in one of `folders`; None for any other text."""
+        try:
+            path = Path(name.strip()).resolve()
+        except (OSError, ValueError):
+            return None
+        return str(path) if any(path.is_relative_to(folder) for folder in self.folders) else None
+
+    def check_model(self, name: str, kind: str = "generator") -> str:
+        """The name of a model that may be asked for here: an id of `kind`, or a path in one of `folders`.
+
+        Raises:
+            UnknownModel: anything else.
+        """
+        known = ids(kind)
+        if name in known:
+            return name
+        if (path := self.folder(name)) is not None:
+            return path
+        raise UnknownModel(f"there is no model {name[:100]!r}: expected one of {', '.join(known)}")
+
+    def pipeline_name(self, name: str) -> str:
+        """The name of a diffusers pipeline that may be loaded here: OWNER/NAME on the hub, or a path in one of `folders`.
+
+        Raises:
+            UnknownModel: another path of this machine.
+        """
+        name = name.strip()
+        if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name) and not Path(name).exists():
+            return name
+        if (path := self.folder(name)) is not None:
+            return path
+        raise UnknownModel(
+            f"{name[:100]!r} is not a pipeline that this server may load: expected OWNER/NAME on the hub, or a folder under one "
+            "that --model-dir names at its start"
+        )
+
+    def models(self, name: str, kind: str = "generator") -> TokenPipeline:
+        """A model that may be asked for here. Raises as `check_model` does, and as the loader does."""
+        return self.cache(self.check_model(name, kind))
+
     # what is asked
 
     def submit(self, request: Request, owner: str = LOCAL, partials: int = 0) -> str:
@@ -141,12 +222,14 @@ class Studio:
             partials: how often the first image is wanted while it is written: at 1 / (partials + 1) of its tokens, and so on.
 
         Raises:
-            QueueFull: too many jobs of this owner wait.
+            QueueFull, UnknownModel: too many jobs of this owner wait; see `check_model`.
         """
         return self.submit_all([request], owner, partials)[0]
 
     def submit_all(self, requests: Sequence[Request], owner: str = LOCAL, partials: int = 0) -> list[str]:
         """`submit` of all of them, or of none."""
+        for name in {request.model for request in requests}:
+            self.check_model(name)
         with self.changed:
             if (waiting := self.store.count(WAITING, owner)) + len(requests) > MOST_WAITING:
                 raise QueueFull(f"{waiting:,} jobs are waiting: expected at most {MOST_WAITING:,}, try again later")
@@ -191,7 +274,9 @@ class Studio:
     def again(self, id: str, owner: str | None = None) -> str:
         """The same with the seeds that follow -> the id of the new job. Raises as `cancel` and `submit` do."""
         row = self._own(id, owner)
-        request = _request(row)
+        request, fault = read_row(request_of, row["request"])
+        if request is None:
+            raise ValueError(fault)
         return self.submit(replace(request, seed=request.seed + request.drawn), row["owner"])
 
     def move(self, id: str, places: int, owner: str | None = None) -> None:
@@ -275,10 +360,10 @@ class Studio:
         return now
 
     @contextmanager
-    def model(self, name: str) -> Iterator[TokenPipeline]:
-        """A model, for something that is no job; the worker waits meanwhile."""
+    def model(self, name: str, kind: str = "generator") -> Iterator[TokenPipeline]:
+        """A model, for something that is no job; the worker waits meanwhile. Raises as `models` does."""
         with self.device:
-            yield self.models(name)
+            yield self.models(name, kind)
 
     # the worker
 
@@ -298,11 +383,17 @@ class Studio:
         return row
 
     def _told(self, row, places: dict[str, int] | None = None) -> Progress:
-        """A row of the store, or what is newer of the job that runs; `places` of those that wait, where they are known."""
+        """A row of the store, or what is newer of the job that runs; `places` of those that wait, where they are known. One that
+        cannot be read has failed."""
         if self.live is not None and self.live.id == row["id"]:
             return replace(self.live)
         names = "id", "owner", "state", "created", "decided", "cells", "seconds", "error"
-        told = Progress(**{name: row[name] for name in names}, forward_passes=row["passes"], request=_request(row))
+        request, fault = read_row(request_of, row["request"])
+        told = Progress(
+            **{name: row[name] for name in names}, forward_passes=row["passes"], request=request or unreadable()
+        )
+        if fault and told.state in (WAITING, RUNNING):
+            told.state, told.error = FAILED, fault
         if told.state == DONE:
             told.images = self.store.images(job=told.id, limit=-1)
         elif told.state == WAITING:
@@ -333,13 +424,10 @@ class Studio:
         return None
 
     def _begun(self, id: str) -> Progress | None:
-        """Take a waiting job; None if it cannot be read (another version of argen wrote it), and so has failed."""
-        try:
-            live = self._told(self.store.job(id))
-        except (ValueError, TypeError, KeyError) as error:
-            self.store.update_job(
-                id, state=FAILED, error=f"its settings cannot be read ({error})", finished=time.time()
-            )
+        """Take a waiting job; None if it cannot be read, and so has failed."""
+        live = self._told(self.store.job(id))
+        if live.state == FAILED:
+            self.store.update_job(id, state=FAILED, error=live.error, finished=time.time())
             self._tell(id)
             return None
         self.store.update_job(id, state=RUNNING)
@@ -356,10 +444,10 @@ class Studio:
                     if not self._draw(live):
                         ended = WAITING if self.closing and not self.cancelled else CANCELLED
             except Exception as failure:  # whatever it is, the next job must have its turn
-                known = isinstance(failure, ValueError | OSError | ModuleNotFoundError | sqlite3.Error)
+                known = isinstance(failure, ValueError | OSError | ModuleNotFoundError | sqlite3.Error | UnknownModel)
                 if not known:
                     logger.exception("job %s failed", live.id)
-                ended, error = FAILED, str(failure) if known else f"{type(failure).__name__}: {failure}"[:500]
+                ended, error = FAILED, said(failure) if known else f"{type(failure).__name__}: {failure}"[:500]
             self._end(live, ended, error)
 
     def _end(self, live: Progress, ended: str, error: str) -> None:
@@ -456,7 +544,3 @@ def _read_left(path: Path) -> torch.Tensor | None:
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
         logger.warning("%s cannot be read (%s): the job begins again", path.name, error)
         return None
-
-
-def _request(row) -> Request:
-    return Request.from_dict(json.loads(row["request"]))

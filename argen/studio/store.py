@@ -10,18 +10,19 @@ import sqlite3
 import threading
 import time
 import zipfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import filelock
 from PIL import Image
 
-from argen.files import replacing
-from argen.images import open_image
+from argen.files import delete_unfinished, replacing
+from argen.images import decode_image, open_image
 from argen.metadata import save_images
-from argen.request import Grid, Request
+from argen.request import Grid, Request, check_grid
 from tokenizers_img.pixels import opaque
 
 THUMBNAIL = 256  # side in pixels, at most
@@ -29,6 +30,7 @@ MISSING = (160, 160, 160)  # colour that stands for an image whose file is not t
 EXPORTED_FOR = 86400.0  # seconds
 WAITING, RUNNING, DONE, CANCELLED, FAILED = "waiting", "running", "done", "cancelled", "failed"
 OVER = {DONE, CANCELLED, FAILED}
+Value = TypeVar("Value")
 SCHEMA = """
 create table if not exists jobs (
     id text primary key, owner text not null, request text not null, state text not null, place real not null,
@@ -58,6 +60,7 @@ class Saved:
         origins: how each cell came by its token (`samplers.steps.Origin`); None where all were drawn.
         score: cosine to the prompt, where candidates were ranked.
         created: seconds since 1970.
+        fault: why `request` is not the one that was saved, but the prompt and the model alone; "" where it is.
     """
 
     id: str
@@ -69,6 +72,7 @@ class Saved:
     score: float | None
     created: float
     favourite: bool
+    fault: str = ""
 
 
 class Store:
@@ -92,11 +96,13 @@ class Store:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             self.own.mkdir(mode=0o700, exist_ok=True)
             self.own.chmod(0o700)
+            self.held = filelock.FileLock(self.own / "lock", timeout=0)
+            self.held.acquire()  # nothing of a folder in use is touched
             shutil.rmtree(self.exports, ignore_errors=True)
             for place in (self.own / "thumbnails", self.own / "jobs", self.exports):
                 place.mkdir(exist_ok=True)
-            self.held = filelock.FileLock(self.own / "lock", timeout=0)
-            self.held.acquire()
+            for place in (folder, self.own / "thumbnails", self.own / "jobs"):
+                delete_unfinished(place)
         except filelock.Timeout as error:
             raise ValueError(f"{folder} is in use by another argen: stop it, or choose another --data-dir") from error
         except OSError as error:
@@ -128,12 +134,6 @@ class Store:
         ):  # whether they are ours, and whole as far as a look tells
             database.execute(f"select * from {table} limit 1").fetchall()
         return database
-
-    @property
-    def hidden(self) -> list[Path]:
-        """What is never served."""
-        names = "studio.db", "studio.db-wal", "studio.db-shm", "lock", "jobs", "thumbnails"
-        return [self.own / name for name in names]
 
     def close(self) -> None:
         with self.lock:
@@ -298,11 +298,11 @@ class Store:
         """The image itself.
 
         Raises:
-            FileNotFoundError: its file was deleted, or moved away.
+            FileNotFoundError, ValueError: its file was deleted, or moved away; it is damaged.
         """
         if not self.file(id).is_file():
             raise FileNotFoundError(f"the file of the image {id} is not there any more")
-        return open_image(self.file(id))
+        return decode_image(self.file(id).read_bytes(), f"the image {id}")
 
     def thumbnail(self, id: str) -> Image.Image:
         """The image at most `THUMBNAIL` pixels wide and high, grey where its file is not there any more; made when it is first
@@ -339,6 +339,15 @@ class Store:
         folder.mkdir(mode=0o700)
         return folder / name
 
+    def shown(self, id: str) -> Path:
+        """A file of an image that the page may serve for as long as `export` keeps it: no other client can name its folder."""
+        path = self.export(f"{id}.png")
+        try:
+            path.hardlink_to(self.file(id))
+        except OSError:  # a file system without links
+            shutil.copyfile(self.file(id), path)
+        return path
+
     def zipped(self, ids: Iterable[str]) -> Path:
         """Write a ZIP file of images with their settings as JSON lines, for one download; those whose file is not there any more are
         named in missing.txt.
@@ -366,7 +375,7 @@ class Store:
 
     def presets(self, owner: str) -> dict[str, dict]:
         rows = self.ask("select name, settings from presets where owner = ? order by name", (owner,))
-        return {row["name"]: json.loads(row["settings"]) for row in rows}
+        return {row["name"]: read_row(json.loads, row["settings"])[0] or {} for row in rows}
 
     def save_preset(self, owner: str, name: str, settings: dict) -> None:
         self.ask("insert or replace into presets values (?, ?, ?)", (owner, name, json.dumps(settings)))
@@ -380,11 +389,39 @@ class Store:
     def last_grid(self, owner: str) -> tuple[list[tuple[str, list]], list[str]] | None:
         """(axes, ids of jobs), as `keep_grid` was given them."""
         found = self.ask("select axes, jobs from grids where owner = ?", (owner,))
-        return (json.loads(found[0]["axes"]), json.loads(found[0]["jobs"])) if found else None
+        read = [read_row(json.loads, found[0][name])[0] for name in ("axes", "jobs")] if found else [None]
+        return None if None in read else (read[0], read[1])
+
+
+def read_row(read: Callable[[str], Value], text: str) -> tuple[Value | None, str]:
+    """(what `read` makes of a text of the database, "") or, where it cannot be read, (None, why). Another version of argen may have
+    written it, or anybody."""
+    try:
+        return read(text), ""
+    except Exception as error:
+        return None, f"its settings cannot be read ({' '.join(str(error).split())[:200] or type(error).__name__})"
+
+
+def request_of(text: str) -> Request:
+    """The request in a row. Raises whatever reading it does, see `read_row`."""
+    return Request.from_dict(json.loads(text))
+
+
+def unreadable(prompt: object = "", model: object = "") -> Request:
+    """What stands for a request that cannot be read: its prompt and its model, as far as they are known."""
+    known = read_row(lambda _: Request(prompt, model or Request.model), "")[0]
+    return known or Request("(settings that cannot be read)")
+
+
+def _grid(text: str) -> Grid:
+    rows = tuple(map(tuple, json.loads(text)))
+    check_grid(rows)
+    return rows
 
 
 def _saved(row: sqlite3.Row) -> Saved:
-    grids = {name: tuple(map(tuple, json.loads(row[name]))) if row[name] else None for name in ("tokens", "origins")}
-    request = Request.from_dict(json.loads(row["request"]))
+    grids = {name: read_row(_grid, row[name])[0] if row[name] else None for name in ("tokens", "origins")}
+    request, fault = read_row(request_of, row["request"])
     own = {name: row[name] for name in ("id", "job", "owner", "score", "created")}
-    return Saved(**own, **grids, request=request, favourite=bool(row["favourite"]))
+    known = request or unreadable(row["prompt"], row["model"])
+    return Saved(**own, **grids, request=known, favourite=bool(row["favourite"]), fault=fault)

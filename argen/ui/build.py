@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator
+from functools import partial
 
 import gradio as gr
 import torch
@@ -16,14 +17,23 @@ from argen.ui import models as manager
 from argen.ui.edit import Edit
 from argen.ui.gallery import Gallery
 from argen.ui.generate import Create
-from argen.ui.jobs import AppContext
+from argen.ui.jobs import AppContext, user_errors
 from argen.ui.many import Many
 
 CLEANED_EVERY, KEPT_FOR = 3600, 86400  # seconds: what was uploaded and shown
 
 
 class Page(gr.Blocks):
-    """Blocks whose events take no file but those that were uploaded to them: no path, and no address, that a client has made up."""
+    """Blocks whose events take no file but those that were uploaded to them (no path, and no address, that a client has made up), and
+    whose errors are one line, wherever in an event they happen."""
+
+    async def process_api(self, *args, **kwargs):
+        with user_errors():
+            try:
+                return await super().process_api(*args, **kwargs)
+            except ValueError as error:  # gradio wraps what happens while a component reads or writes a file
+                wrapped = type(error).__module__ == "gradio.exceptions" and error.__cause__
+                raise wrapped or error from None
 
     async def preprocess_data(self, block_fn, inputs, state, explicit_call=False):
         for file in files_in(inputs):
@@ -84,9 +94,13 @@ def build(context: AppContext, device: torch.device, limit: int | None = None) -
             gallery = Gallery(context)
             tab.select(*gallery.first)
         with gr.Tab("Diffusion"):
-            tools.tab(lambda name: pipelines(context.allowed(name)))
+            tools.tab(lambda name: pipelines(context.studio.pipeline_name(name)))
         with gr.Tab("Tokenizers"):
-            lab.tab(models, tokenizers, [name for name in tokenizers if all_cards()[name].repo is None])
+            lab.tab(
+                partial(models, kind="tokenizer"),
+                tokenizers,
+                [name for name in tokenizers if all_cards()[name].ships],
+            )
         with gr.Tab("Evaluate"):
             evaluate.tab(context.studio, free)
         with gr.Tab("Models") as tab:

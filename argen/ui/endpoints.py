@@ -56,7 +56,7 @@ class Endpoints:
                 self.studio.cancel(id)  # does nothing to a job that is over
         if now.state != DONE:
             raise ValueError(now.error or f"the job was {now.state}")
-        files = [(str(self.studio.store.file(saved.id)), saved.request.prompt) for saved in now.images]
+        files = [(str(self.studio.store.shown(saved.id)), saved.request.prompt) for saved in now.images]
         return files, [readable(saved.request) for saved in now.images]
 
     async def generate(
@@ -119,7 +119,7 @@ class Endpoints:
 
     def reconstruct(self, image, tokenizer) -> Image.Image:
         """Turn an image into tokens and back."""
-        with user_errors(), self.studio.model(tokenizer) as network:
+        with user_errors(), self.studio.model(tokenizer, "tokenizer") as network:
             _check(image)
             pixels, tokens = encoded(network, image)
             return to_pil(decoded(network, tokens, pixels)[0].cpu())

@@ -136,7 +136,8 @@ class Gallery:
 
 
 def about(found: Saved) -> dict:
-    return {"file": f"{found.id}.png", "favourite": found.favourite, **readable(found.request)}
+    fault = {"fault": found.fault} if found.fault else {}
+    return {"file": f"{found.id}.png", "favourite": found.favourite, **fault, **readable(found.request)}
 
 
 def dark(share: np.ndarray) -> np.ndarray:

@@ -197,8 +197,9 @@ class Create:
 
     def preset(self, name: str | None, request: gr.Request) -> tuple:
         """The settings of a preset; nothing where none has that name yet."""
-        saved = self.context.studio.store.presets(self.context.owner(request)).get(name)
-        found = None if saved is None else Request.from_dict(saved)
+        with user_errors():
+            saved = self.context.studio.store.presets(self.context.owner(request)).get(name)
+            found = None if saved is None else Request.from_dict(saved)
         return found, found and readable(found)
 
     def use(self, found: Request | None) -> list:

@@ -1,18 +1,16 @@
 """What the tabs share that ask the queue: pictures as they are written, what can be done with a job, and the line."""
 
 import math
-import re
 import sqlite3
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import gradio as gr
 import numpy as np
 from PIL import Image
 
 from argen.request import Grid, Request
-from argen.studio.queue import LOCAL, Forbidden, Progress, Studio
+from argen.studio.queue import LOCAL, Forbidden, Progress, Studio, said
 from argen.studio.store import CANCELLED, DONE, FAILED, RUNNING, WAITING
 from samplers.steps import Origin
 from tokenizers_img.pixels import opaque, upright
@@ -28,18 +26,15 @@ class AppContext:
 
     Attributes:
         studio: the queue.
-        owners: name of a login -> owner; empty where nobody logs in.
         admin: owner who may do what concerns all; None where nobody logs in, so that everybody may.
-        folders: where pipelines on this machine may be taken from.
     """
 
     studio: Studio
-    owners: Mapping[str, str]
     admin: str | None = None
-    folders: Sequence[Path] = ()
 
     def owner(self, request: gr.Request) -> str:
-        return self.owners.get(request.username, LOCAL) if request.username else LOCAL
+        """Who asks: a session is kept under its owner's name, see `argen.server.app.Sessions`."""
+        return request.username or LOCAL
 
     def check_admin(self, request: gr.Request) -> None:
         """Raises:
@@ -47,23 +42,6 @@ class AppContext:
         """
         if self.admin is not None and self.owner(request) != self.admin:
             raise Forbidden("this concerns everybody here: only the holder of the server's first key may do it")
-
-    def allowed(self, model: str) -> str:
-        """A pipeline's name, if it is one of the hub or lies in one of `folders`.
-
-        Raises:
-            ValueError: it is another path of this machine.
-        """
-        name = model.strip()
-        if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name) and not Path(name).exists():
-            return name
-        path = Path(name).resolve()
-        if not any(path.is_relative_to(folder.resolve()) for folder in self.folders):
-            raise ValueError(
-                f"{name[:100]!r} is not a pipeline that this server may load: expected OWNER/NAME on the hub, or a folder under one "
-                "that --model-dir names at its start"
-            )
-        return str(path)
 
 
 class user_errors:
@@ -73,8 +51,7 @@ class user_errors:
 
     def __exit__(self, kind, error, trace) -> None:
         if isinstance(error, ValueError | TypeError | OSError | ModuleNotFoundError | KeyError | sqlite3.Error):
-            known = error.args and not isinstance(error, OSError)
-            raise gr.Error(str(error.args[0] if known else error), title="That cannot be done") from error
+            raise gr.Error(said(error), title="That cannot be done", print_exception=False) from error
 
 
 class View:
@@ -160,7 +137,7 @@ class View:
             return gr.skip(), told(now), None, None, seen, gr.Timer(active=False)
         settings = [{"file": f"{saved.id}.png", **readable(saved.request)} for saved in images]
         here = [saved for saved in images if store.file(saved.id).is_file()]
-        files = [(str(store.file(saved.id)), saved.request.prompt) for saved in here]
+        files = [(str(store.shown(saved.id)), saved.request.prompt) for saved in here]
         cells = [written(store.opened(saved.id), saved.origins) for saved in here if saved.origins]
         text = f"{len(images)} picture{'s' if len(images) > 1 else ''} in {store.folder} ({how(now)})"
         return files, text, settings, cells or None, seen, gr.Timer(active=False)

@@ -88,7 +88,7 @@ class Many:
                 if name != NONE
             ]
             wishes = varied(Request(prompt.strip(), model=model, seed=int(seed or 0)), axes)
-            ids = self.hand_in(wishes, request)
+            ids = self.studio.submit_all(wishes, self.context.owner(request))
             self.studio.store.keep_grid(self.context.owner(request), [(axis.name, axis.values) for axis in axes], ids)
             return (axes, ids), gr.Timer(active=True)
 
@@ -99,12 +99,6 @@ class Many:
             return None, gr.Timer(active=False)
         axes, ids = last
         return ([Axis(name, tuple(values)) for name, values in axes], ids), gr.Timer(active=True)
-
-    def hand_in(self, wishes: Sequence[Request], request: gr.Request) -> list[str]:
-        """Put requests into the queue, all of them or none -> the ids of their jobs."""
-        for name in {wish.model for wish in wishes}:
-            self.studio.models(name)  # says so if there is none
-        return self.studio.submit_all(wishes, self.context.owner(request))
 
     def look(self, asked: tuple | None) -> tuple:
         """The grid, when all of it is done."""
@@ -137,5 +131,5 @@ class Many:
             if path is None:
                 raise ValueError("there is no table: drop a CSV or JSON lines file")
             wishes = read_table(Path(path), model=model)
-            self.hand_in(wishes, request)
+            self.studio.submit_all(wishes, self.context.owner(request))
         return f"{len(wishes)} requests are in the queue; their pictures will be in the gallery."
