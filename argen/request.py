@@ -7,7 +7,7 @@ from io import BytesIO
 import torch
 from PIL import Image
 
-from argen.bounds import BOUNDS, MAX_CANDIDATES, MAX_CELLS, check, check_all, check_size
+from argen.bounds import BOUNDS, MAX_CANDIDATES, MAX_CELLS, InvalidValue, check, check_all, check_size
 from argen.images import from_base64
 from argen.words import check_text, visible
 from samplers import SOLVERS, by_name
@@ -134,9 +134,10 @@ class Request:
         check_all((name, getattr(self, name)) for name in BOUNDS if hasattr(self, name))
         by_name("sde" if self.steps is not None and self.sampler == "auto" else self.sampler, **self.sampler_settings())
         if self.num_candidates is not None and not self.num_images <= self.num_candidates <= MAX_CANDIDATES:
-            raise ValueError(
+            raise InvalidValue(
                 f"num_candidates is {self.num_candidates}: expected at least the number of pictures "
-                f"({self.num_images}) and at most {MAX_CANDIDATES}"
+                f"({self.num_images}) and at most {MAX_CANDIDATES}",
+                "num_candidates",
             )
         if self.num_beams is not None:
             check_beams(self.num_beams, self.drawn)
@@ -266,9 +267,11 @@ def check_prompt(prompt: str) -> None:
     ValueError: the prompt is empty, longer than `MAX_PROMPT` characters, or no text that UTF-8 can hold.
     """
     if not isinstance(prompt, str) or not visible(prompt):
-        raise ValueError('the prompt is empty: say what to draw, for example "a red apple"')
+        message = 'the prompt is empty: say what to draw, for example "a red apple"'
+        raise InvalidValue(message, "prompt", "string_below_min_length")
     if len(prompt) > MAX_PROMPT:
-        raise ValueError(f"the prompt has {len(prompt):,} characters: expected at most {MAX_PROMPT:,}")
+        message = f"the prompt has {len(prompt):,} characters: expected at most {MAX_PROMPT:,}"
+        raise InvalidValue(message, "prompt", "string_above_max_length")
     check_text(prompt, "the prompt")
 
 
