@@ -56,6 +56,18 @@ BOUNDS = {
 }
 
 
+class InvalidValue(ValueError):
+    """A setting, `param`, does not fit.
+
+    Attributes:
+        code: why, in OpenAI's words.
+    """
+
+    def __init__(self, message: str, param: str, code: str = "invalid_value"):
+        super().__init__(message)
+        self.param, self.code = param, code
+
+
 def check(name: str, value: float | None) -> None:
     """Check a number that was set; None, which leaves it to the model, is allowed, and so is what has no bounds.
 
@@ -68,9 +80,12 @@ def check(name: str, value: float | None) -> None:
     kinds = int if bound.whole else int | float
     unbounded = isinstance(value, float) and not math.isfinite(value)  # an int of any length is compared as it is
     if isinstance(value, bool) or not isinstance(value, kinds) or unbounded:
-        raise ValueError(f"{name} is {repr(value)[:60]}: expected a {'whole ' if bound.whole else ''}number, {bound}")
+        message = f"{name} is {repr(value)[:60]}: expected a {'whole ' if bound.whole else ''}number, {bound}"
+        raise InvalidValue(message, name, "invalid_type")
     if not bound.low <= value <= bound.high:
-        raise ValueError(f"{name} is {repr(value)[:60]}: expected {bound}")
+        kind = "integer" if bound.whole else "decimal"
+        side = "below_min" if value < bound.low else "above_max"
+        raise InvalidValue(f"{name} is {repr(value)[:60]}: expected {bound}", name, f"{kind}_{side}_value")
 
 
 def check_all(settings: Iterable[tuple[str, object]]) -> None:
@@ -96,7 +111,7 @@ def check_size(size: tuple[int, int] | None, high: int = MAX_SIDE) -> tuple[int,
         ValueError: a side below 1 or above `high`.
     """
     if size is not None and not all(isinstance(side, int) and 1 <= side <= high for side in size):
-        raise ValueError(f"size is {size[0]}x{size[1]}: expected 1 to {high} pixels on each side")
+        raise InvalidValue(f"size is {size[0]}x{size[1]}: expected 1 to {high} pixels on each side", "size")
     return size
 
 
@@ -105,7 +120,8 @@ def check_pixels(count: int) -> None:
     ValueError: the images of one request have more than `MAX_PIXELS` together.
     """
     if count > MAX_PIXELS:
-        raise ValueError(
+        raise InvalidValue(
             f"the images of this request have {count / 1e6:.0f} million pixels together: expected at most {MAX_PIXELS // 10**6} "
-            "million, ask for fewer or smaller ones"
+            "million, ask for fewer or smaller ones",
+            "size",
         )

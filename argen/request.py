@@ -7,7 +7,7 @@ from io import BytesIO
 import torch
 from PIL import Image
 
-from argen.bounds import BOUNDS, MAX_CANDIDATES, MAX_CELLS, check, check_all, check_size
+from argen.bounds import BOUNDS, MAX_CANDIDATES, MAX_CELLS, InvalidValue, check, check_all, check_size
 from argen.images import from_base64
 from argen.words import check_prompt, cut, visible
 from samplers import SOLVERS, by_name
@@ -134,9 +134,10 @@ class Request:
         check_all((name, getattr(self, name)) for name in BOUNDS if hasattr(self, name))
         by_name("sde" if self.steps is not None and self.sampler == "auto" else self.sampler, **self.sampler_settings())
         if self.num_candidates is not None and not self.num_images <= self.num_candidates <= MAX_CANDIDATES:
-            raise ValueError(
+            raise InvalidValue(
                 f"num_candidates is {self.num_candidates}: expected at least the number of pictures "
-                f"({self.num_images}) and at most {MAX_CANDIDATES}"
+                f"({self.num_images}) and at most {MAX_CANDIDATES}",
+                "num_candidates",
             )
         if self.num_beams is not None:
             check_beams(self.num_beams, self.drawn)
