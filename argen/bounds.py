@@ -7,6 +7,8 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from samplers.errors import InvalidValue
+
 MAX_IMAGES, MAX_CANDIDATES = 64, 64
 MAX_CELLS = 16384  # of a token grid
 MAX_SEED = 2**63 - 1 - MAX_CANDIDATES
@@ -61,9 +63,12 @@ def check(name: str, value: float | None) -> None:
     kinds = int if bound.whole else int | float
     unbounded = isinstance(value, float) and not math.isfinite(value)  # an int of any length is compared as it is
     if isinstance(value, bool) or not isinstance(value, kinds) or unbounded:
-        raise ValueError(f"{name} is {repr(value)[:60]}: expected a {'whole ' if bound.whole else ''}number, {bound}")
+        message = f"{name} is {repr(value)[:60]}: expected a {'whole ' if bound.whole else ''}number, {bound}"
+        raise InvalidValue(message, name, "invalid_type")
     if not bound.low <= value <= bound.high:
-        raise ValueError(f"{name} is {repr(value)[:60]}: expected {bound}")
+        kind = "integer" if bound.whole else "decimal"
+        side = "below_min" if value < bound.low else "above_max"
+        raise InvalidValue(f"{name} is {repr(value)[:60]}: expected {bound}", name, f"{kind}_{side}_value")
 
 
 def check_all(settings: Iterable[tuple[str, object]]) -> None:
@@ -80,7 +85,7 @@ def check_size(size: tuple[int, int] | None, high: int = MAX_SIDE) -> tuple[int,
         ValueError: a side below 1 or above `high`.
     """
     if size is not None and not all(isinstance(side, int) and 1 <= side <= high for side in size):
-        raise ValueError(f"size is {size[0]}x{size[1]}: expected 1 to {high} pixels on each side")
+        raise InvalidValue(f"size is {size[0]}x{size[1]}: expected 1 to {high} pixels on each side", "size")
     return size
 
 
@@ -89,7 +94,8 @@ def check_pixels(count: int) -> None:
     ValueError: the images of one request have more than `MAX_PIXELS` together.
     """
     if count > MAX_PIXELS:
-        raise ValueError(
+        raise InvalidValue(
             f"the images of this request have {count / 1e6:.0f} million pixels together: expected at most {MAX_PIXELS // 10**6} "
-            "million, ask for fewer or smaller ones"
+            "million, ask for fewer or smaller ones",
+            "size",
         )

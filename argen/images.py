@@ -119,3 +119,14 @@ def fitted(image: Image.Image, size: tuple[int, int] | None) -> Image.Image:
     if size is None or size == image.size:
         return image
     return ImageOps.pad(on_white(upright(image)), size, Image.Resampling.LANCZOS, color="white")
+
+
+def fitted_box(own: tuple[int, int], size: tuple[int, int]) -> tuple[int, int, int, int]:
+    """Where `fitted` puts an image of the size `own` inside one of `size`: left, top, right, bottom."""
+    (width, height), (most_wide, most_high) = own, size
+    if width * most_high > most_wide * height:
+        wide, high = most_wide, round(height / width * most_wide)
+    else:
+        wide, high = round(width / height * most_high), most_high
+    left, top = round((most_wide - wide) / 2), round((most_high - high) / 2)
+    return left, top, left + wide, top + high

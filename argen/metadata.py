@@ -23,6 +23,7 @@ from argen.request import Grid, Request, check_grid
 
 # PNG texts, as JSON: the request, the grid, the version of argen and a digest of the weights
 KEY, TOKENS, MADE_BY = "argen", "argen tokens", "argen version"
+PARAMETERS = "parameters"  # of A1111's text
 
 
 def save_images(
@@ -53,7 +54,7 @@ def encoded(
     buffer = BytesIO()
     known = image.info
     image = fitted(image, size)
-    image.info |= {name: known[name] for name in (TOKENS, MADE_BY) if name in known}
+    image.info |= {name: known[name] for name in (TOKENS, MADE_BY, PARAMETERS) if name in known}
     how = {"pnginfo": _info(image, request)} if form == "png" else {"quality": quality}
     image.save(buffer, form.upper(), **how)
     return base64.b64encode(buffer.getvalue()).decode()
@@ -62,9 +63,11 @@ def encoded(
 def _info(image: Image.Image, request: Request | None, grid: Grid | None = None) -> PngInfo:
     info = PngInfo()
     if request is None:
+        if PARAMETERS in image.info:  # of an image that was not finished
+            info.add_itxt(PARAMETERS, image.info[PARAMETERS])
         return info
     info.add_text(KEY, json.dumps(request.to_dict()))
-    info.add_itxt("parameters", infotext(request, image.size))
+    info.add_itxt(PARAMETERS, infotext(request, image.size))
     if known := json.dumps(grid) if grid else image.info.get(TOKENS):
         info.add_text(TOKENS, known)
     if MADE_BY in image.info:

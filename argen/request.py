@@ -14,6 +14,7 @@ from argen.bounds import MAX_CANDIDATES, MAX_CELLS, MAX_IMAGES, MAX_SEED, check,
 from argen.images import from_base64
 from argen.registry import nearest, samplers
 from argen.words import check_prompt, cut, visible
+from samplers.errors import InvalidValue
 from samplers.next_x import Steps
 from samplers.settings import Field, Setting, make, settings, settings_of
 from tokenizers_img.pixels import normalized
@@ -152,11 +153,16 @@ class Request:
         check_prompt(self.prompt)
         for name in ("model", "sampler"):
             if not visible(getattr(self, name)):
-                raise ValueError(f"{name} is {cut(repr(getattr(self, name)))}: expected a name")
+                raise InvalidValue(f"{name} is {cut(repr(getattr(self, name)))}: expected a name", name)
         if ":" in self.sampler:
             name, typed = parse_sampler(self.sampler)
             object.__setattr__(self, "sampler", name)
             object.__setattr__(self, "sampler_args", typed | self.sampler_args)
+        if self.sampler not in samplers:
+            near = nearest(self.sampler, samplers)
+            raise InvalidValue(
+                f"unknown sampler {cut(self.sampler)!r}: expected one of {', '.join(samplers)}{near}", "sampler"
+            )
         make(samplers[self.sampler], self.sampler_args)  # refuses what it cannot use
         if self.steps is not None and self.sampler != "auto" and not _is_flow(self.sampler):
             raise ValueError(
@@ -164,9 +170,10 @@ class Request:
                 f"{', '.join(filter(_is_flow, samplers))} with a model of continuous latents"
             )
         if self.num_candidates is not None and not self.num_images <= self.num_candidates:
-            raise ValueError(
+            raise InvalidValue(
                 f"num_candidates is {self.num_candidates}: expected at least the number of images "
-                f"({self.num_images}) and at most {MAX_CANDIDATES}"
+                f"({self.num_images}) and at most {MAX_CANDIDATES}",
+                "num_candidates",
             )
         if self.num_beams is not None:
             check_beams(self.num_beams, self.drawn)

@@ -8,6 +8,8 @@ from pathlib import Path
 
 from tokenizers import Regex, normalizers
 
+from samplers.errors import InvalidValue
+
 MAX_PROMPT = 1000  # characters
 MOST_COUNTED = 25  # things, the range of the count tokens' authors
 ONES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve")
@@ -111,7 +113,8 @@ def check_prompt(prompt: str) -> None:
     ValueError: the prompt is empty, longer than `MAX_PROMPT` characters, or no text that UTF-8 can hold.
     """
     if not isinstance(prompt, str) or not visible(prompt):
-        raise ValueError('the prompt is empty: say what to draw, for example "a red apple"')
+        message = 'the prompt is empty: say what to draw, for example "a red apple"'
+        raise InvalidValue(message, "prompt", "string_below_min_length")
     check_length(prompt, "the prompt")
 
 
@@ -120,7 +123,8 @@ def check_length(text: str, what: str) -> str:
     ValueError: the text is longer than `MAX_PROMPT` characters, or see `check_text`.
     """
     if len(text) > MAX_PROMPT:
-        raise ValueError(f"{what} has {len(text):,} characters: expected at most {MAX_PROMPT:,}")
+        message = f"{what} has {len(text):,} characters: expected at most {MAX_PROMPT:,}"
+        raise InvalidValue(message, what.removeprefix("the "), "string_above_max_length")
     return check_text(text, what)
 
 

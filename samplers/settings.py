@@ -16,6 +16,8 @@ from pydantic import Field as Field
 from pydantic.dataclasses import dataclass as pydantic_dataclass
 from pydantic.fields import FieldInfo
 
+from samplers.errors import InvalidValue
+
 SHOWN = 60  # characters of a wrong value in an error
 MOST_DIGITS = 400  # of a number that is typed
 
@@ -34,25 +36,30 @@ def settings(cls: type) -> type:
         try:
             construct(self, *args, **kwargs)
         except ValidationError as error:
-            raise ValueError(_in_words(made, error)) from None
+            raise _in_words(made, error) from None
 
     made.__init__ = __init__
     return made
 
 
-def _in_words(cls: type, error: ValidationError) -> str:
+def _in_words(cls: type, error: ValidationError) -> ValueError:
     """The first thing that is wrong, in one line."""
     first = error.errors()[0]
     where = first["loc"][0] if first["loc"] else ""
     known = settings_of(cls)
     name = list(known)[where] if isinstance(where, int) else str(where).removesuffix("_")
     if first["type"] == "value_error" and not first["loc"]:  # of a check of several settings
-        return str(first["ctx"]["error"])
+        return first["ctx"]["error"]
     if name not in known:
-        return f"unknown setting {name[:SHOWN]!r}: expected some of {', '.join(known) or 'none, there are no settings'}"
+        names = ", ".join(known) or "none, there are no settings"
+        return InvalidValue(f"unknown setting {name[:SHOWN]!r}: expected some of {names}", name)
     if first["type"] == "missing":
-        return f"{name} is missing: expected {known[name].expected}"
-    return f"{name} is {repr(first['input'])[:SHOWN]}: expected {known[name].expected}"
+        message = f"{name} is missing: expected {known[name].expected}"
+        return InvalidValue(message, name, "missing_required_parameter")
+    kind = "integer" if known[name].kind is int else "decimal"
+    side = {"greater_than": "below_min", "less_than": "above_max"}.get(first["type"].removesuffix("_equal"))
+    code = f"{kind}_{side}_value" if side else "invalid_type" if first["type"].endswith("_type") else "invalid_value"
+    return InvalidValue(f"{name} is {repr(first['input'])[:SHOWN]}: expected {known[name].expected}", name, code)
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """Who may ask a server for what: models, files, names, keys, open connections, slow bodies."""
 
 import errno
+import io
 import json
 import logging
 import socket
@@ -9,6 +10,7 @@ import urllib.request
 
 import pytest
 import torch
+from PIL import Image
 from test_faults import run_event
 from test_server import KEYS, Served
 
@@ -303,3 +305,24 @@ def test_errors_name_no_path_of_the_server(page):
     for text, expected in texts.items():
         assert said(ValueError(text)) == expected
     assert said(FileNotFoundError(2, "No such file or directory", "/srv/x/page")) == "No such file or directory: page"
+
+
+def test_links_of_answers_open_without_a_key_for_a_while(page, monkeypatch):
+    key = {"authorization": f"Bearer {KEYS[1]}"}
+    asked = {"prompt": "a pizza", "response_format": "url", "size": "64x64"}
+    url = page.ask("/v1/images/generations", asked, **key)[1]["data"][0]["url"].removeprefix(page.address)
+    status, data = page.ask(url)
+    assert (status, Image.open(io.BytesIO(data)).size) == (200, (64, 64))
+    assert page.ask(url.replace(".png", ".webp"))[0] == 401  # another path
+    assert page.ask(url.replace("expires=", "expires=9"))[0] == 401
+    assert page.ask(url.partition("?")[0])[0] == 401
+    assert page.ask(f"/api/jobs?{url.partition('?')[2]}")[0] == 401
+    now = time.time()
+    monkeypatch.setattr("argen.server.guard.time.time", lambda: now + 3700)
+    assert page.ask(url)[0] == 401
+
+
+@pytest.mark.parametrize("path", ["/v1", "/v1/", "/sdapi", "/sdapi/v1", "/api", "/pictures", "/v1/images/none"])
+def test_every_path_of_the_apis_has_one_form_of_error(page, path):
+    status, told = page.ask(path, authorization=f"Bearer {KEYS[1]}")
+    assert (status, bool(told["error"]["message"])) == (404, True)

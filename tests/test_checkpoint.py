@@ -172,3 +172,110 @@ def test_weights_are_loaded_in_the_precision_of_the_network():
     network = load_strict(nn.Linear(3, 2), half, source="half")
     assert {value.dtype for value in network.state_dict().values()} == {torch.float32}
     assert same(network.state_dict())
+
+
+@pytest.mark.parametrize("kind", ["model", "net", "network", "params", "generator", "module"])
+def test_weights_and_averages_are_found_under_any_usual_name(tmp_path, kind, caplog):
+    path = tmp_path / "a.pt"
+    for plain, averages in (
+        (kind, f"ema_{kind}"),
+        (kind, f"{kind}_ema"),
+        (f"{kind}_state_dict", f"ema_{kind}_state_dict"),
+        (f"{kind}_state_dict", f"{kind}_ema_state_dict"),
+    ):
+        torch.save({plain: STATE, averages: OTHER, "step": 3}, path)
+        caplog.clear()
+        assert same(read_state_dict(path), OTHER)
+        assert same(read_state_dict(path, averaged=False))
+        assert [f"under {plain!r} are taken, not those under {averages!r}" in text for text in caplog.messages] == [
+            False,
+            True,
+        ]
+        torch.save({plain: STATE}, path)
+        assert same(read_state_dict(path))
+
+
+MANY = {f"layers.{number}.weight": torch.full((2,), float(number)) for number in range(12)}
+MANY_OTHER = {key: value + 100 for key, value in MANY.items()}
+
+
+@pytest.mark.parametrize(
+    "beside",
+    [
+        {"n_averaged": torch.tensor(3)},
+        {"initted": torch.tensor(True), "step": torch.tensor(5)},
+        {"val_fid.total": torch.zeros(4, 4), "val_fid.count": torch.tensor(1)},
+    ],
+)
+@pytest.mark.parametrize("prefix", ["module.", "model.", "net.", "ema_model.", "ema_model.module."])
+def test_what_stands_beside_a_prefix_is_left_out(tmp_path, prefix, beside):
+    torch.save({prefix + key: value for key, value in MANY.items()} | beside, tmp_path / "a.pt")
+    assert same(read_state_dict(tmp_path / "a.pt"), MANY)
+
+
+def test_averages_under_a_prefix_are_chosen_and_said(tmp_path, caplog):
+    for plain, averages in (("model.", "ema_model."), ("online_model.", "ema_model."), ("net.", "net_ema.")):
+        held = {plain + key: value for key, value in MANY.items()} | {
+            averages + key: value for key, value in MANY_OTHER.items()
+        }
+        torch.save({"state_dict": held | {"loss.weight": torch.ones(1)}}, tmp_path / "a.ckpt")
+        caplog.clear()
+        found = read_state_dict(tmp_path / "a.ckpt")
+        assert same({key: found[key] for key in MANY}, MANY_OTHER)
+        found = read_state_dict(tmp_path / "a.ckpt", averaged=False)
+        assert same({key: found[key] for key in MANY}, MANY)
+        assert [text.partition(": the weights under ")[2] for text in caplog.messages] == [
+            f"{averages!r} are taken, not those under {plain!r}",
+            f"{plain!r} are taken, not those under {averages!r}",
+        ]
+
+
+def test_losses_and_counters_are_no_part_of_a_network():
+    held = STATE | {"loss.weight": torch.ones(1), "n_averaged": torch.tensor(2)}
+    assert same(load_strict(nn.Linear(3, 2), held, source="a").state_dict())
+
+
+def test_folders_of_accelerate_and_shards_of_torch_files(tmp_path):
+    for name in (
+        "optimizer.bin",
+        "scheduler.bin",
+        "random_states_0.pkl",
+        "training_args.bin",
+        "scaler.pt",
+        "rng_state_0.pth",
+    ):
+        torch.save({"state": {"step": torch.ones(1)}}, tmp_path / name)
+    for number, (key, value) in enumerate(STATE.items(), 1):
+        torch.save({key: value}, tmp_path / f"pytorch_model-0000{number}-of-00002.bin")
+    assert same(read_state_dict(tmp_path))
+    (tmp_path / "pytorch_model-00002-of-00002.bin").unlink()
+    with pytest.raises(FileNotFoundError, match="lacks the shards pytorch_model-00002-of-00002.bin"):
+        read_state_dict(tmp_path)
+    (tmp_path / "pytorch_model-00001-of-00002.bin").unlink()
+    torch.save(OTHER, tmp_path / "pytorch_model.bin")
+    assert same(read_state_dict(tmp_path), OTHER)
+
+
+def test_files_of_other_programs_are_named(tmp_path):
+    import gzip
+    import pickle
+    import zipfile
+
+    path = tmp_path / "a.pt"
+    np.savez(tmp_path / "a.npz", a=np.zeros(3))
+    with zipfile.ZipFile(tmp_path / "z.zip", "w") as held:
+        held.writestr("a.txt", "a")
+    for data, kind in (
+        (gzip.compress(b"a" * 99), "compressed by gzip"),
+        (pickle.dumps({"a": np.zeros(3)}), "a pickle that torch did not write"),
+        ((tmp_path / "a.npz").read_bytes(), "arrays of NumPy"),
+        (b"\x93NUMPY\x01\x00" + b"\0" * 80, "an array of NumPy"),
+        ((tmp_path / "z.zip").read_bytes(), "a zip archive of other files"),
+        (b"\0" * 257 + b"ustar" + b"\0" * 300, "an archive of tar"),
+        (b"\x89HDF\r\n\x1a\n" + b"\0" * 80, "a file of HDF5"),
+    ):
+        path.write_bytes(data)
+        with pytest.raises(
+            ValueError, match=f"a.pt is {kind}, not a checkpoint: expected a file of torch or of safetensors"
+        ):
+            read_state_dict(path)

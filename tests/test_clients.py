@@ -3,11 +3,16 @@
 import base64
 import io
 import json
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from PIL import Image
+import torch
+from PIL import Image, PngImagePlugin
 from test_server import Served, opened, png
 
+from argen.images import fitted
+from argen.metadata import read_grid
 from argen.request import Request
 from argen.studio.queue import Studio
 
@@ -214,3 +219,155 @@ def test_a_request_scales_so_many_pixels_and_no_more(site):
     assert (status, "million pixels together" in told["detail"]) == (400, True)
     body |= {"upscaling_resize_w": 64, "upscaling_resize_h": 64}
     assert len(site.ask("/sdapi/v1/extra-batch-images", body)[1]["images"]) == 4
+
+
+def form(fields: dict[str, bytes]) -> dict:
+    """Of a multipart form the body and its kind; image and mask are files."""
+    body = b""
+    for name, data in fields.items():
+        more = b'; filename="a.png"' if name in ("image", "mask") else b""
+        body += b'--xyz\r\nContent-Disposition: form-data; name="%s"%s\r\n\r\n%s\r\n' % (name.encode(), more, data)
+    return {"body": body + b"--xyz--\r\n", "content_type": "multipart/form-data; boundary=xyz"}
+
+
+def test_forms_take_the_numbers_of_every_field(site):
+    fields = {"image": png(), "prompt": b"a pizza", "temperature": b"0.5", "guidance_scale": b"2", "top_k": b"20"}
+    fields |= {"top_p": b"0.9", "seed": b"7", "n": b"1", "output_compression": b"90", "stream": b"false"}
+    status, told = site.ask("/v1/images/edits", **form(fields))
+    assert status == 200, told
+    (saved,) = site.studio.store.images(limit=1)
+    request = saved.request
+    assert (request.temperature, request.guidance_scale, request.top_k, request.top_p) == (0.5, 2.0, 20, 0.9)
+    assert request.seed == 7
+    status, told = site.ask("/v1/images/edits", **form(fields | {"temperature": b"warm"}))
+    assert (status, told["error"]["param"], told["error"]["code"]) == (400, "temperature", "invalid_type")
+
+
+@pytest.mark.parametrize("size", ["256x192", "300x200", "90x200", "128x128"])
+@pytest.mark.parametrize("alpha", [True, False])
+def test_edits_of_padded_images_keep_what_is_not_painted(site, client, size, alpha):
+    """Three in a row, of the left half: the right half stays, token for token."""
+    text = client.images.generate(prompt="a pizza", size=size, extra_body={"seed": 4}).data[0].b64_json
+    (saved,) = site.studio.store.images(limit=1)
+    kept = [row[4:] for row in saved.tokens]
+    for number in range(3):
+        image = opened(text)
+        mask = Image.new("L", image.size, 255)
+        mask.paste(0, (0, 0, image.width // 2, image.height))
+        files = {"image": base64.b64decode(text)}
+        over = Image.merge("RGBA", [*Image.new("RGB", image.size).split(), mask])
+        if alpha:
+            over = image.convert("RGBA")
+            over.putalpha(mask)
+            over.info = image.info
+        buffer = io.BytesIO()
+        info = PngImagePlugin.PngInfo()
+        for name, value in image.info.items():
+            info.add_text(name, value)
+        over.save(buffer, "PNG", pnginfo=info)
+        files["image" if alpha else "mask"] = buffer.getvalue()
+        fields = {"prompt": b"a robot", "size": size.encode(), "seed": b"%d" % number}
+        status, told = site.ask("/v1/images/edits", **form(files | fields))
+        assert status == 200, told
+        (saved,) = site.studio.store.images(limit=1)
+        assert [row[4:] for row in saved.tokens] == kept
+        assert all(cell == -1 for row in saved.request.tokens for cell in row[:4])
+        text = told["data"][0]["b64_json"]
+        assert opened(text).size == tuple(map(int, size.split("x")))
+
+
+def test_a1111_edits_of_padded_images_keep_what_is_not_painted(site):
+    asked = {"prompt": "a pizza", "width": 300, "height": 200, "seed": 3}
+    text = site.ask("/sdapi/v1/txt2img", asked)[1]["images"][0]
+    (before,) = site.studio.store.images(limit=1)
+    mask = Image.new("L", (300, 200))
+    mask.paste(255, (0, 0, 150, 200))
+    buffer = io.BytesIO()
+    mask.save(buffer, "PNG")
+    more = {"init_images": [text], "mask": base64.b64encode(buffer.getvalue()).decode()}
+    assert site.ask("/sdapi/v1/img2img", asked | more | {"prompt": "a robot"})[0] == 200
+    (after,) = site.studio.store.images(limit=1)
+    assert [row[4:] for row in after.tokens] == [row[4:] for row in before.tokens]
+
+
+def test_what_was_drawn_beside_a_padded_image_is_part_of_it(pipe):
+    (own,) = pipe("a pizza", generator=torch.Generator().manual_seed(1)).images
+    info, image = own.info, fitted(own, (256, 128))
+    image.info = info
+    assert torch.equal(pipe.read_tokens(image)[0], torch.tensor(read_grid(own)))
+    image.paste("red", (0, 0, 40, 128))
+    assert not torch.equal(pipe.read_tokens(image)[0], torch.tensor(read_grid(own)))
+
+
+WRONG = {
+    "a size in words": ({"size": "foo"}, "size", "invalid_value"),
+    "no size": ({"size": "0x0"}, "size", "invalid_value"),
+    "a large X": ({"size": "1024X1024"}, "size", "invalid_value"),
+    "an empty prompt": ({"prompt": ""}, "prompt", "string_below_min_length"),
+    "a long prompt": ({"prompt": "x" * 1001}, "prompt", "string_above_max_length"),
+    "a large seed": ({"seed": 2**63}, "seed", "integer_above_max_value"),
+    "a float above": ({"temperature": 101.5}, "temperature", "decimal_above_max_value"),
+    "a float below": ({"top_p": -0.5}, "top_p", "decimal_below_min_value"),
+    "a sampler": ({"sampler": "none"}, "sampler", "invalid_value"),
+    "candidates": ({"n": 2, "num_candidates": 1}, "num_candidates", "invalid_value"),
+}
+
+
+@pytest.mark.parametrize("name", list(WRONG))
+def test_argens_own_checks_name_the_parameter(site, name):
+    given, param, code = WRONG[name]
+    status, told = site.ask("/v1/images/generations", {"prompt": "a", **given})
+    assert (status, told["error"]["param"], told["error"]["code"]) == (400, param, code)
+
+
+def test_edits_name_the_file_that_is_wrong(site):
+    for fields, param in (
+        ({"image": b"<html>"}, "image"),
+        ({"image": png(), "mask": b"junk"}, "mask"),
+        ({"image": png(), "mask": png((64, 64))}, "mask"),
+        ({"image": png(), "mask": png(mode="RGB", colour="white")}, "mask"),
+    ):
+        status, told = site.ask("/v1/images/edits", **form({"prompt": b"a", **fields}))
+        assert (status, told["error"]["param"], told["error"]["code"]) == (400, param, "invalid_value")
+
+
+def test_not_a_number_names_the_parameter(site):
+    told = site.ask("/v1/images/generations", b'{"prompt": "a", "temperature": NaN}')[1]
+    assert (told["error"]["param"], told["error"]["code"]) == ("temperature", "invalid_type")
+
+
+def test_no_model_is_the_usual_one_and_an_unknown_one_is_not_found(site):
+    assert site.ask("/v1/images/generations", {"prompt": "a pizza", "model": ""})[0] == 200
+    status, told = site.ask("/v1/images/generations", {"prompt": "a", "model": "dall-e-3"})
+    assert (status, told["error"]["code"]) == (404, "model_not_found")
+
+
+def test_a1111_takes_what_its_clients_send(site):
+    text = base64.b64encode(png()).decode()
+    body = {"prompt": "a pizza", "init_images": [text, text], "mask": "", "width": 128, "height": 128}
+    status, told = site.ask("/sdapi/v1/img2img", body)
+    assert (status, "2 init_images were sent" in told["info"]) == (200, True)
+    for name in ("Sequential", "SEQUENTIAL", " sequential "):
+        status, told = site.ask("/sdapi/v1/txt2img", {"prompt": "a pizza", "sampler_name": name, "batch_size": 2})
+        info = json.loads(told["info"])
+        assert (info["sampler_name"], info["comments"]) == ("sequential", [])
+        assert (info["all_subseeds"], info["styles"], len(info["job_timestamp"])) == ([0, 0], [], 14)
+    told = site.ask("/sdapi/v1/txt2img", {"prompt": "a pizza", "sampler_name": "DPM++ 2M"})[1]
+    assert "there is no sampler 'DPM++ 2M'" in told["info"]
+
+
+def test_an_interrupted_batch_says_what_came_of_it(site):
+    with ThreadPoolExecutor(1) as pool:
+        body = {"prompt": "a pizza", "batch_size": 16, "sampler_name": "sequential", "seed": 2}
+        running = pool.submit(site.ask, "/sdapi/v1/txt2img", body)
+        end = time.monotonic() + 30
+        while not 0 < site.ask("/sdapi/v1/progress")[1]["progress"] < 1:
+            assert time.monotonic() < end
+        site.ask("/sdapi/v1/interrupt", {})
+        _, told = running.result(timeout=60)
+    info = json.loads(told["info"])
+    assert info["comments"][0].endswith(": 9 of 16 images")
+    assert len(told["images"]) == 9
+    assert opened(told["images"][3]).info["parameters"] == info["infotexts"][3]
+    assert "Seed: 5" in info["infotexts"][3]
+    assert "argen" not in opened(told["images"][3]).info

@@ -3,6 +3,7 @@
 import json
 import logging
 import re
+import zipfile
 from argparse import Namespace
 from pathlib import Path, PosixPath, WindowsPath
 from typing import Any, TypeVar
@@ -15,14 +16,38 @@ from torch import Tensor, nn
 Network = TypeVar("Network", bound=nn.Module)
 
 logger = logging.getLogger(__name__)
-AVERAGES = (
-    "model_ema",
-    "ema",
-    "ema_state_dict",
-    "state_dict_ema",
-)  # where training scripts put averages of the weights
-WRAPPERS = ("state_dict", "model", "module", "model_state_dict")  # and the weights
-PREFIXES = ("module.", "model.")
+NAMES = ("model", "module", "net", "network", "generator", "params")  # of a network, in files and in wrappers
+AVERAGES = (  # where training scripts put averages of the weights
+    *("model_ema", "ema", "ema_state_dict", "state_dict_ema"),
+    *(pattern.format(name) for pattern in ("{}_ema", "ema_{}") for name in NAMES),
+    *(
+        pattern.format(name)
+        for pattern in ("ema_{}_state_dict", "{}_ema_state_dict", "{}_state_dict_ema")
+        for name in NAMES
+    ),
+)
+WRAPPERS = ("state_dict", *NAMES, *(f"{name}_state_dict" for name in NAMES))  # and the weights
+PREFIXES = ("module.", "model.", "net.", "network.", "generator.", "online_model.")
+AVERAGED_PREFIXES = ("ema_model.", "model_ema.", "ema.", "module_ema.", "ema_net.", "net_ema.")
+BESIDE = re.compile(r"loss\.|(n_averaged|initted|step|decay|num_updates)$")  # the network, in files of training
+TRAINING = re.compile(  # files beside the weights
+    r"(optimi[sz]er|optim|(lr_)?scheduler|scaler|sampler|dl_state|random_states|rng_state|training_args|trainer_state|custom_checkpoint)"
+    r"([_.-]|$)"
+)
+FOREIGN = {  # first bytes -> what a file is that no reader of torch knows
+    b"\x1f\x8b": "compressed by gzip",
+    b"BZh": "compressed by bzip2",
+    b"\xfd7zXZ": "compressed by xz",
+    b"\x28\xb5\x2f\xfd": "compressed by zstd",
+    b"7z\xbc\xaf": "an archive of 7-Zip",
+    b"Rar!": "an archive of RAR",
+    b"\x93NUMPY": "an array of NumPy",
+    b"\x89HDF": "a file of HDF5",
+    b"GGUF": "a file of llama.cpp",
+    b"\x89PNG": "an image",
+    b"\xff\xd8\xff": "an image",
+}
+TORCH_PICKLES = tuple(b"\x80" + bytes([protocol]) + b"\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19" for protocol in (2, 3, 4, 5))
 INNER = re.compile(r"(?:(?<=\.)|^)(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|_forward_module)\.")
 SUFFIXES = (".safetensors", ".pt", ".pth", ".ckpt", ".bin")
 SHARD = re.compile(r"-\d{5}-of-(\d{5})\.")
@@ -70,15 +95,18 @@ def read_state_dict(path: str | Path, averaged: bool = True) -> dict[str, Tensor
     state: dict[str, Tensor] = {}
     for file in weight_files(Path(path)):
         state |= _tensors(read_file(file), file, averaged)
-    return without_prefixes(state)
+    return without_prefixes(state, averaged, path)
 
 
 def weight_files(path: Path) -> list[Path]:
     """The files that make up the checkpoint at `path`, see `read_state_dict`."""
     if path.is_dir():
         indices = sorted(path.glob("*.index.json"))
-        whole = [file for file in sorted(path.iterdir()) if file.suffix in SUFFIXES and not SHARD.search(file.name)]
-        shards = sorted(file for file in path.glob("*.safetensors") if SHARD.search(file.name))
+        indices = [file for file in indices if ".safetensors." in file.name] or indices
+        files = [file for file in sorted(path.iterdir()) if file.suffix in SUFFIXES and not TRAINING.match(file.name)]
+        whole = [file for file in files if not SHARD.search(file.name)]
+        shards = [file for file in files if SHARD.search(file.name)]
+        shards = [file for file in shards if file.suffix == ".safetensors"] or shards
         safe = [file for file in whole if file.suffix == ".safetensors"]  # beside the same weights as a torch file
         if len(indices) == 1 and not safe:
             path = indices[0]
@@ -103,9 +131,11 @@ def weight_files(path: Path) -> list[Path]:
 
 
 def _all_shards(shards: list[Path]) -> list[Path]:
-    """Those of one checkpoint, ``NAME-00001-of-00003.safetensors`` and so on."""
+    """Those of one checkpoint, ``NAME-00001-of-00003.safetensors`` or ``.bin`` and so on."""
     start, count = SHARD.split(shards[0].name)[0], SHARD.search(shards[0].name)[1]
-    files = [shards[0].with_name(f"{start}-{number:05}-of-{count}.safetensors") for number in range(1, int(count) + 1)]
+    files = [
+        shards[0].with_name(f"{start}-{number:05}-of-{count}{shards[0].suffix}") for number in range(1, int(count) + 1)
+    ]
     _refuse_missing(files)
     return files
 
@@ -139,7 +169,7 @@ def read_file(path: Path) -> Any:
                 f"{path} could not be read as a checkpoint (it holds a {held[1]}, which could run code): save its tensors alone"
             ) from error
         lines = re.sub(r"\x1b\[[0-9;]*m", "", str(error)).split()
-        reason = " ".join(lines)[:120] or type(error).__name__
+        reason = re.split(r"(?<=\w)[.:;] ", " ".join(lines))[0][:120] or type(error).__name__
         raise ValueError(f"{path} could not be read as a checkpoint ({reason}): fetch it again") from error
 
 
@@ -162,7 +192,7 @@ def refuse_placeholder(path: Path) -> None:
     """Refuse what downloads leave in place of a checkpoint, known by its first bytes.
 
     Raises:
-        ValueError: the file is empty, a pointer of Git LFS, a page of a web server or another text.
+        ValueError: the file is empty, a pointer of Git LFS, a page of a web server or another text, compressed, or of another program.
     """
     with path.open("rb") as file:
         start = file.read(512)
@@ -175,8 +205,28 @@ def refuse_placeholder(path: Path) -> None:
         )
     if text.lower().startswith(("<!doctype", "<html", "<head", "<body", "<?xml", "<!--")):
         raise ValueError(f"{path} is a web page (HTML), not a checkpoint: fetch the file itself")
+    if kind := _foreign(path, start):
+        raise ValueError(f"{path} is {kind}, not a checkpoint: expected a file of torch or of safetensors")
     if not _is_safetensors(start) and all(letter.isprintable() or letter in "\t\r\n" for letter in text[:-1]):
         raise ValueError(f"{path} is a text, not a checkpoint: fetch the file itself")  # which may be anybody's
+
+
+def _foreign(path: Path, start: bytes) -> str | None:
+    """What a file is that holds no tensors of torch, by its first bytes; None where it may."""
+    if _is_safetensors(start):
+        return None
+    if start[257:262] == b"ustar":
+        return "an archive of tar"
+    if start[:1] == b"\x80" and not any(start.startswith(one[: len(start)]) for one in TORCH_PICKLES):
+        return "a pickle that torch did not write"
+    if start.startswith(b"PK") and zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as held:
+            names = [name.rpartition("/")[2] for name in held.namelist()]
+        if "constants.pkl" in names:
+            return "a program of TorchScript"
+        if "data.pkl" not in names:
+            return "arrays of NumPy" if any(name.endswith(".npy") for name in names) else "a zip archive of other files"
+    return next((kind for magic, kind in FOREIGN.items() if start.startswith(magic)), None)
 
 
 def _tensors(held: Any, path: Path, averaged: bool) -> dict[str, Tensor]:
@@ -201,15 +251,32 @@ def _holds_tensors(held: Any) -> bool:
     return isinstance(held, dict) and any(isinstance(v, Tensor) or _holds_tensors(v) for v in held.values())
 
 
-def without_prefixes(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Take away what wrappers of training put before the names: ``module.``, ``_orig_mod.`` and their like wherever all names
-    begin so, and ``model.``; what stands in the middle of a name, too, where it can be nothing else."""
+def without_prefixes(state: dict[str, Tensor], averaged: bool = True, source: str | Path = "") -> dict[str, Tensor]:
+    """Take away what wrappers of training put before the names: ``module.``, ``_orig_mod.`` and their like wherever nearly all names
+    begin so; what stands in the middle of a name, too, where it can be nothing else. Of weights and averages of them, both under
+    prefixes, one is taken; what few names stand beside the network, as those of metrics, are left out."""
     state = {INNER.sub("", key): value for key, value in state.items()}
-    names = [key for key in state if not key.startswith("loss.")]
-    while prefix := next((p for p in PREFIXES if names and all(name.startswith(p) for name in names)), None):
-        state = {key.removeprefix(prefix): value for key, value in state.items()}
-        names = [name.removeprefix(prefix) for name in names]
-    return state
+    order = (*AVERAGED_PREFIXES, *PREFIXES) if averaged else (*PREFIXES, *AVERAGED_PREFIXES)
+    while True:
+        under = {prefix: {key.removeprefix(prefix) for key in state if key.startswith(prefix)} for prefix in order}
+        chosen = next((prefix for prefix in order if under[prefix] and _is_wrapper(prefix, under, state)), None)
+        if chosen is None:
+            return state
+        other = next((prefix for prefix in order if prefix != chosen and under[prefix] & under[chosen]), None)
+        if other:
+            logger.warning("%s: the weights under %r are taken, not those under %r", source, chosen, other)
+        state = {
+            key.removeprefix(chosen): value
+            for key, value in state.items()
+            if key.startswith(chosen) or key.startswith("loss.")
+        }
+
+
+def _is_wrapper(prefix: str, under: dict[str, set[str]], state: dict[str, Tensor]) -> bool:
+    """Whether the names under a prefix are those of a network, and few beside them, of which none is a part of it."""
+    same = tuple(one for one in under if under[one] and len(under[one] & under[prefix]) > len(under[one]) / 2)
+    beside = [key for key in state if not key.startswith(same) and not BESIDE.match(key)]
+    return 3 * len(beside) < len(under[prefix]) and not any("head" in key for key in beside) if beside else True
 
 
 def load_strict(model: Network, state: dict[str, Tensor], source: str | Path) -> Network:
@@ -221,6 +288,7 @@ def load_strict(model: Network, state: dict[str, Tensor], source: str | Path) ->
         ValueError: names what is missing, left over or of another shape.
     """
     expected = model.state_dict()
+    state = {key: value for key, value in state.items() if key in expected or not BESIDE.match(key)}
     for prefix in PREFIXES:
         under = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
         if under.keys() == expected.keys() != state.keys():

@@ -23,15 +23,17 @@ from transformers import CLIPModel
 from argen import __version__
 from argen.data.imagenet import class_id
 from argen.hub.cards import Card, write_card
+from argen.images import fitted, fitted_box
 from argen.metadata import MADE_BY, TOKENS, fingerprint, read_grid
 from argen.models.clip import TextImageEncoder
 from argen.registry import samplers, samplers_of
 from argen.request import Control, Grid, Job, Request
 from argen.words import check_prompt
+from samplers.errors import InvalidValue
 from samplers.logits import Gumbel, Sampling, keys_of
 from samplers.settings import make
 from samplers.steps import START, GuidanceScale, Sampler, Session, Step, guided
-from tokenizers_img.pixels import from_pil, normalized, to_mask, upright
+from tokenizers_img.pixels import from_pil, normalized, on_white, to_mask, upright
 
 SAMPLING = ("guidance_scale", "temperature", "top_k", "top_p")  # what a request may leave to the model
 SAME = 0.06  # mean difference of a cell, 0 to 1, up to which an image is what its tokens show: sizes and file formats change it
@@ -404,7 +406,13 @@ class TokenPipeline(DiffusionPipeline):
 
     def without(self, image: Image.Image, mask: Image.Image | None = None) -> Tensor:
         """The tokens of a picture, undecided where it is to be written anew: ids [1, h, w]. See `edit`."""
-        return self.mask_tokens(self.read_tokens(image), masked_cells(image, mask, self.shape_of()))
+        cells = masked_cells(image, mask, self.shape_of())
+        known = self._stored(read_grid(image), image, visible=mask is None)
+        if known is None:
+            return self.mask_tokens(self.encode_images(from_pil(image, self.image_size)[None]), cells)
+        tokens, box = known
+        inside = upright(image).crop(box), None if mask is None else to_mask(mask).crop(box)
+        return self.mask_tokens(tokens, masked_cells(*inside, self.shape_of()))
 
     def read_tokens(self, image: Image.Image, grid: Grid | None = None) -> Tensor:
         """The tokens of an image of any size, padded to a square: ids [1, h, w]. Raises as `encode_pictures` does.
@@ -413,19 +421,35 @@ class TokenPipeline(DiffusionPipeline):
             grid: that the image was made of, where it is known (images of argen carry theirs): it is taken if it shows this image,
                 so that nothing is lost by encoding.
         """
-        pixels, grid = from_pil(image, self.image_size)[None], grid or read_grid(image)
-        if grid is not None and (stored := self._stored(grid, pixels)) is not None:
-            return stored
-        return self.encode_images(pixels)
+        if (stored := self._stored(grid or read_grid(image), image)) is not None:
+            return stored[0]
+        return self.encode_images(from_pil(image, self.image_size)[None])
 
-    def _stored(self, grid: Grid, pixels: Tensor) -> Tensor | None:
-        """A grid as ids [1, h, w], if it is one of this model's and each of its cells shows what `pixels` [1, 3, S, S] do."""
+    def _stored(
+        self, grid: Grid | None, image: Image.Image, visible: bool = False
+    ) -> tuple[Tensor, tuple[int, int, int, int]] | None:
+        """A grid as ids [1, h, w], and the part (left, top, right, bottom) of an image that it shows, if it is one of this model's and
+        each of its cells shows what the image does; the image may have been scaled and padded by `argen.images.fitted`.
+
+        Args:
+            visible: whether only what is not transparent is looked at.
+        """
+        if grid is None:
+            return None
         shape, tokens = self.shape_of(), torch.tensor(grid)[None]
         known = getattr(self.image_tokenizer.config, "n_embed", 0) if hasattr(self, "image_tokenizer") else 0
         if tuple(tokens.shape[1:]) != tuple(shape) or not 0 <= tokens.min() <= tokens.max() < known:
             return None
-        difference = (self.images(tokens.to(self.device), "pt").cpu() - pixels).abs().mean(dim=1, keepdim=True)
-        return tokens.to(self.device) if F.adaptive_avg_pool2d(difference, shape).max() <= SAME else None
+        (decoded,) = self.images(tokens.to(self.device))
+        image = upright(image)
+        made, seen = (np.asarray(one, np.float32) for one in (fitted(decoded, image.size), on_white(image)))
+        difference = torch.from_numpy(np.abs(made - seen).mean(axis=2) / 255)
+        if visible:
+            difference *= torch.from_numpy(np.asarray(image.getchannel("A")) > 0)
+        left, top, right, bottom = box = fitted_box(decoded.size, image.size)
+        cells = F.adaptive_avg_pool2d(difference[None, top:bottom, left:right], shape)
+        difference[top:bottom, left:right] = 0
+        return (tokens.to(self.device), box) if cells.max() <= SAME and difference.max() <= SAME else None
 
     def mask_low_confidence(self, request: Request, tokens: Tensor, share: float) -> Tensor:
         """The tokens of a picture with a share of its cells undecided, one at least: those that the network finds least likely.
@@ -602,15 +626,18 @@ def masked_cells(image: Image.Image, mask: Image.Image | None, shape: tuple[int,
     if mask is None:
         mask = ImageOps.invert(upright(image).getchannel("A"))
     elif (mask := to_mask(mask)).size != image.size:
-        raise ValueError(
-            f"the mask is {mask.width} x {mask.height} and the picture {image.width} x {image.height}: expected the same"
+        raise InvalidValue(
+            f"the mask is {mask.width} x {mask.height} and the picture {image.width} x {image.height}: expected the same",
+            "mask",
         )
     side = max(mask.size)
     square = ImageOps.pad(mask, (side, side), color=0)  # as the picture is padded
     painted = torch.from_numpy(np.array(square)).float()[None, None] / 255
     cells = F.adaptive_max_pool2d(painted, shape)[0, 0] > 0.5
     if not cells.any():
-        raise ValueError("nothing is to be written anew: expected white in the mask, or something transparent")
+        raise InvalidValue(
+            "nothing is to be written anew: expected white in the mask, or something transparent", "mask"
+        )
     return cells
 
 

@@ -8,6 +8,9 @@ is said in the `comments` of an answer's `info`.
 import json
 import math
 import random
+import re
+import time
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Annotated, Any, Literal
 
@@ -24,6 +27,7 @@ from argen.bounds import MAX_SCALED, MAX_SIDE, check_pixels, check_size
 from argen.hub.cards import ids
 from argen.images import from_base64
 from argen.metadata import encoded, infotext
+from argen.registry import samplers
 from argen.request import Request as Asked
 from argen.request import rows_of
 from argen.server.guard import Here, Owner
@@ -33,7 +37,6 @@ from argen.server.waiting import prepare, result
 from argen.studio.following import Gone
 from argen.studio.queue import Progress, Studio
 from argen.studio.store import CANCELLED, RUNNING
-from samplers import SAMPLERS, SOLVERS
 from tokenizers_img.pixels import to_mask
 
 router = APIRouter(prefix="/sdapi/v1", tags=["A1111"])
@@ -53,6 +56,18 @@ EMPTY = (  # lists of what argen has none of
     "extensions",
     "script-info",
 )
+UNUSED = {  # of an answer's `info`: what argen has none of
+    "subseed": 0,
+    "subseed_strength": 0,
+    "styles": [],
+    "index_of_first_image": 0,
+    "extra_generation_params": {},
+    "restore_faces": False,
+    "face_restoration_model": None,
+    "clip_skip": 1,
+    "denoising_strength": None,
+    "is_using_inpainting_conditioning": False,
+}
 UPSCALER = "Lanczos"
 DESCRIBER = "argen/emoji-seed-lm"  # says what an image shows
 
@@ -88,7 +103,7 @@ class Text(Body):
 class ImageArray(Text):
     """The body of ``img2img``."""
 
-    init_images: list[str] = Field(min_length=1, max_length=1)
+    init_images: list[str] = Field(min_length=1)
     mask: str | None = None
     inpainting_mask_invert: bool = False
     denoising_strength: float = Field(0.75, ge=0, le=1)
@@ -138,7 +153,7 @@ async def img2img(request: Request, studio: Here, owner: Owner, chosen: Chosen, 
 
 def edited(studio: Studio, model: str, body: ImageArray) -> Asked:
     image, wanted = from_base64(body.init_images[0]), asked_of(studio, model, body)
-    mask = None if body.mask is None else to_mask(from_base64(body.mask, "the mask"))
+    mask = to_mask(from_base64(body.mask, "the mask")) if body.mask and body.mask.strip() else None
     with studio.model(wanted.model) as pipe:
         if mask is None:
             grid = pipe.mask_low_confidence(wanted, pipe.read_tokens(image), body.denoising_strength)
@@ -151,22 +166,32 @@ def asked_of(studio: Studio, model: str, body: Text) -> Asked:
     """The generation request, less what nobody chose; of `model`, if the body names no other."""
     model = str(body.override_settings.get("sd_model_checkpoint") or model)
     check_size((body.width, body.height), MAX_SCALED)
-    check_pixels(body.width * body.height * body.batch_size * body.n_iter)
-    pipe, sampler = studio.models(model), body.sampler_name or body.sampler_index
-    return Asked(
+    pipe = studio.models(model)
+    asked = Asked(
         body.prompt,
         model,
         num_images=body.batch_size * body.n_iter,
         seed=random.randrange(2**32) if body.seed < 0 else body.seed,
         guidance_scale=None if body.cfg_scale == UNCHOSEN_GUIDANCE else body.cfg_scale,
-        sampler=sampler if sampler in pipe.samplers else Asked.sampler,
+        sampler=sampler_of(body, pipe.samplers) or Asked.sampler,
         steps=body.steps if pipe.defaults.steps is not None else None,
     )
+    check_pixels(body.width * body.height * asked.num_images)
+    return asked
+
+
+def sampler_of(body: Text, names: Sequence[str]) -> str | None:
+    """The one of some samplers that is asked for, by its name in any case, with blanks or hyphens, and with its settings behind it, e.g.
+    "lantern:k=5"; None if it is none of them."""
+    name, colon, typed = (body.sampler_name or body.sampler_index or "").partition(":")
+    name = re.sub(r"[\s_-]+", "_", name.strip().lower())
+    return name + colon + typed if name in names else None
 
 
 def comments(body: Text, wanted: Asked) -> list[str]:
     """What was asked for and is not done, a line each."""
     sampler = body.sampler_name or body.sampler_index
+    images = len(body.init_images) if isinstance(body, ImageArray) else 1
     unread = {
         "negative_prompt": body.negative_prompt.strip(),
         "enable_hr": body.enable_hr,
@@ -174,7 +199,9 @@ def comments(body: Text, wanted: Asked) -> list[str]:
         "tiling": body.tiling,
     }
     lines = [f"{name} is not used: argen's models do not read it" for name, value in unread.items() if value]
-    if sampler and wanted.sampler != sampler:
+    if images > 1:
+        lines.append(f"{images} init_images were sent: the first one was used")
+    if sampler and sampler_of(body, list(samplers)) is None:
         lines.append(f"there is no sampler {sampler[:60]!r}: {wanted.sampler} was used")
     return lines
 
@@ -194,8 +221,9 @@ def told(studio: Studio, body: Text, wanted: Asked, done: Progress) -> dict:
     if done.state == CANCELLED:
         images = list(done.preview or [])[: wanted.num_images]
         own = [wanted.for_image(index) for index in range(len(images))]
-        requests = [None] * len(images)
-        said.append(f"interrupted at {done.share:.0%}")
+        requests = [None] * len(images)  # which would make whole ones
+        said.append(f"interrupted at {done.share:.0%}: {len(images)} of {wanted.num_images} images")
+    texts = [infotext(one, size) for one in own]
     info = {
         "prompt": wanted.prompt,
         "all_prompts": [one.prompt for one in own],
@@ -210,10 +238,18 @@ def told(studio: Studio, body: Text, wanted: Asked, done: Progress) -> dict:
         "steps": own[0].steps if own else wanted.steps,
         "batch_size": body.batch_size,
         "sd_model_name": wanted.model,
-        "infotexts": [infotext(one, size) for one in own],
+        "infotexts": texts,
         "comments": said,
+    } | UNUSED
+    info |= {
+        "all_subseeds": [0] * len(own),
+        "job_timestamp": time.strftime("%Y%m%d%H%M%S", time.localtime(done.created)),
     }
-    files = [encoded(image, one, size) for image, one in zip(images, requests, strict=True)]
+    files = []
+    for image, one, text in zip(images, requests, texts, strict=True):
+        if studio.store.metadata:
+            image.info["parameters"] = text
+        files.append(encoded(image, one, size))
     parameters = body.model_dump(exclude={"init_images", "mask"})
     return {"images": files if body.send_images else [], "parameters": parameters, "info": json.dumps(info)}
 
@@ -330,8 +366,8 @@ def nothing_to_do():
 
 
 @router.get("/samplers")
-def samplers():
-    return [{"name": name, "aliases": [], "options": {}} for name in (*SAMPLERS, *SOLVERS)]
+def list_samplers():
+    return [{"name": name, "aliases": [], "options": {}} for name in samplers]
 
 
 @router.get("/upscalers")

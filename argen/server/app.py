@@ -13,7 +13,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 import argen
 from argen.server import a1111, errors, jobs, openai
-from argen.server.guard import ADDRESS, MAX_BYTES, Guard, Sessions, Tries, check_keys, knows, owner_of
+from argen.server.guard import ADDRESS, MAX_BYTES, Guard, Links, Sessions, Tries, check_keys, knows, owner_of
 from argen.studio.queue import Studio
 
 try:
@@ -43,7 +43,7 @@ def create(
         keys, local: see `Guard`; a key is the password of the page, too.
     """
     check_keys(keys)
-    tries, sessions = Tries(), Sessions()
+    tries, sessions, links = Tries(), Sessions(), Links(bool(keys))
 
     async def login(name: str, key: str) -> bool:
         """Whether a key is one of ours; the name is free. A wrong one is answered later and later, as everywhere."""
@@ -59,8 +59,8 @@ def create(
         title="argen", version=argen.__version__, docs_url=None, redoc_url=None
     )  # those load scripts from elsewhere
     errors.install(app)
-    app.add_middleware(Guard, keys=tuple(keys), local=local, tries=tries, sessions=sessions)
-    app.state.studio, app.state.models, app.state.waiting = studio, {}, 0
+    app.add_middleware(Guard, keys=tuple(keys), local=local, tries=tries, sessions=sessions, links=links)
+    app.state.studio, app.state.models, app.state.waiting, app.state.links = studio, {}, 0, links
     for part in (jobs, openai, a1111):
         app.include_router(part.router)
     if page is None:

@@ -13,7 +13,7 @@ from starlette.types import Receive, Scope, Send
 
 from argen.images import TooLarge
 from argen.studio.following import Gone, Stopping
-from argen.studio.queue import FULL, Forbidden, QueueFull, said
+from argen.studio.queue import FULL, Forbidden, QueueFull, UnknownModel, said
 
 logger = logging.getLogger(__name__)
 MAX_MESSAGE = 600  # characters of an error
@@ -24,6 +24,7 @@ CODES = {  # of pydantic -> of OpenAI
     "less_than_equal": "integer_above_max_value",
     "literal_error": "invalid_value",
 }
+PARAMS = {"num_images": "n"}  # settings that have another name there
 STATUSES = {  # what an exception means; the first that fits
     QueueFull: 429,
     Forbidden: 403,
@@ -85,6 +86,8 @@ def install_in_page(page: FastAPI) -> None:
 
     @page.exception_handler(HTTPException)
     async def answered(request: Request, error: HTTPException):
+        if hasattr(request.state, "owner"):  # a path of an API that no route has
+            return JSONResponse(problem(f"there is no {request.url.path[:100]}", status=404), error.status_code)
         detail = "File not allowed" if str(error.detail).startswith("File not allowed") else error.detail
         return JSONResponse({"detail": detail}, error.status_code, error.headers)
 
@@ -100,8 +103,14 @@ async def known(request: Request, error: Exception) -> JSONResponse:
         message = f"the server cannot write its database ({message}): is its disk full?"
     elif isinstance(error, OSError) and error.errno in FULL:
         status = 507
-    code = "model_not_found" if isinstance(error, KeyError) and request.url.path.startswith(OPENAI) else None
-    body = problem(message, getattr(error, "param", None), code, status)
+    param, code = getattr(error, "param", None), getattr(error, "code", None)
+    if request.url.path.startswith(OPENAI):
+        param = PARAMS.get(param, param)
+        if isinstance(error, UnknownModel):
+            param, code = "model", "model_not_found"
+        elif status == 400:
+            code = code or "invalid_value"
+    body = problem(message, param, code, status)
     return JSONResponse(body, status, {"Retry-After": "10"} if status == 429 else None)
 
 
@@ -116,4 +125,6 @@ def described(error: RequestValidationError) -> tuple[str, str | None, str | Non
     code = CODES.get(
         first["type"], "invalid_type" if first["type"].endswith(("_type", "_parsing")) else "invalid_value"
     )
+    if isinstance(first.get("input"), float):
+        code = code.replace("integer", "decimal")
     return f"{'.'.join(where)}: {first['msg']}" if where else first["msg"], param, code

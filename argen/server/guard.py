@@ -4,6 +4,7 @@ import asyncio
 import base64
 import binascii
 import hashlib
+import hmac
 import re
 import secrets
 import time
@@ -11,7 +12,7 @@ from collections import Counter
 from collections.abc import Sequence
 from contextvars import ContextVar
 from typing import Annotated
-from urllib.parse import urlsplit
+from urllib.parse import parse_qsl, urlencode, urlsplit
 
 from fastapi import Depends, Request
 from starlette.datastructures import Headers
@@ -27,6 +28,7 @@ MAX_BYTES = MOST_BYTES  # of a request, of which an image is the largest part
 BODY_TIMEOUT = 30.0  # seconds without a byte of a body that was announced
 SLOWEST = 2**16  # bytes a second that a body must arrive with, on the whole
 KEYED = ("/v1", "/sdapi", "/api", "/pictures", "/openapi.json")  # what needs a key; the page has a login of its own
+LINKED, LINK_FOR = "/pictures/", 3600.0  # what a link can open, and seconds in which it does
 HERE = {"127.0.0.1", "localhost", "::1"}
 HOST = re.compile(r"(\[[0-9a-f:.]+\]|[0-9a-z._-]+)(:\d{1,5})?")
 PAGE = "/gradio_api/"
@@ -53,6 +55,7 @@ def _owner(request: Request) -> str:
 
 Here = Annotated[Studio, Depends(_studio)]  # the queue of this server
 Owner = Annotated[str, Depends(_owner)]  # who asks
+Viewer = Annotated[str | None, Depends(_owner)]  # of an image; None of one to whom its link was given
 
 
 ADDRESS: ContextVar[str] = ContextVar("address", default="")  # of the client whose request is answered
@@ -68,10 +71,14 @@ class Guard:
             point here could ask).
         tries: wrong keys, which the login of the page counts, too.
         sessions: who is logged in at the page.
+        links: addresses of images that need no key.
     """
 
-    def __init__(self, app: ASGIApp, keys: Sequence[str], local: bool, tries: "Tries", sessions: "Sessions"):
-        self.app, self.keys, self.local, self.tries, self.sessions = app, tuple(keys), local, tries, sessions
+    def __init__(
+        self, app: ASGIApp, keys: Sequence[str], local: bool, tries: "Tries", sessions: "Sessions", links: "Links"
+    ):
+        self.app, self.keys, self.local = app, tuple(keys), local
+        self.tries, self.sessions, self.links = tries, sessions, links
         self.held: Counter[str] = Counter()  # address -> requests that stay open
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -84,9 +91,11 @@ class Guard:
         try:
             check_origin(headers, self.local)
             check_path(path)
-            if self.keys and path.startswith(KEYED):
-                self.tries.check(address)
-            if path.startswith(KEYED):
+            if path.startswith(LINKED) and self.links.valid(path, scope["query_string"].decode("latin-1")):
+                scope.setdefault("state", {})["owner"] = None
+            elif path.startswith(KEYED):
+                if self.keys:
+                    self.tries.check(address)
                 scope.setdefault("state", {})["owner"] = self.owner(headers)
             if self.keys and path.startswith(PAGE) and not path.startswith(OPEN) and not self.sessions.known(headers):
                 raise HTTPException(403, "log in at the page first")
@@ -126,6 +135,34 @@ class Guard:
         if not knows(self.keys, value.strip()):
             raise HTTPException(401, "no key, or a wrong one: send 'Authorization: Bearer KEY'")
         return owner_of(value.strip())
+
+
+class Links:
+    """Addresses of this server that open for a while without a key: a digest of the path and of the end of that time is in them.
+
+    Args:
+        needed: whether others need a key; if not, the addresses are left as they are.
+    """
+
+    def __init__(self, needed: bool):
+        self.needed, self.secret = needed, secrets.token_bytes(32)
+
+    def signed(self, path: str, query: dict[str, str]) -> str:
+        """A path of this server, with a query."""
+        if self.needed:
+            expires = f"{time.time() + LINK_FOR:.0f}"
+            query = query | {"expires": expires, "token": self.digest(path, expires)}
+        return f"{path}?{urlencode(query)}" if query else path
+
+    def digest(self, path: str, expires: str) -> str:
+        return hmac.new(self.secret, f"{path} {expires}".encode(), hashlib.sha256).hexdigest()[:32]
+
+    def valid(self, path: str, query: str) -> bool:
+        """Whether the query of a path was signed here, and not too long ago."""
+        given = dict(parse_qsl(query))
+        expires, token = given.get("expires", ""), given.get("token", "")
+        own = self.digest(path, expires).encode()
+        return secrets.compare_digest(token.encode("utf-8", "replace"), own) and float(expires) >= time.time()
 
 
 class Sessions(dict[str, str]):

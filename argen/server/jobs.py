@@ -11,9 +11,10 @@ from fastapi.responses import JSONResponse, Response
 from argen.bounds import MAX_SCALED, check_size
 from argen.metadata import encoded
 from argen.request import Request as Asked
-from argen.server.guard import Here, Owner
+from argen.server.guard import Here, Owner, Viewer
 from argen.studio.queue import Forbidden, Progress, Studio
 from argen.studio.store import DONE, WAITING, Saved
+from samplers.errors import InvalidValue
 
 router = APIRouter(tags=["queue"])
 NAMES = tuple(item.name for item in fields(Asked))
@@ -65,7 +66,7 @@ def pixels_of(size: str) -> tuple[int, int] | None:
         return None
     matched = re.fullmatch(r"(\d{1,5})x(\d{1,5})", size)
     if not matched:
-        raise ValueError(f"size is {size[:40]!r}: expected auto, or e.g. 512x512")
+        raise InvalidValue(f"size is {size[:40]!r}: expected auto, or e.g. 512x512", "size")
     return check_size((int(matched[1]), int(matched[2])), MAX_SCALED)
 
 
@@ -118,8 +119,8 @@ def again(studio: Here, owner: Owner, id: str):
 
 
 @router.get("/pictures/{id}.{form}")
-def image(studio: Here, owner: Owner, id: str, form: str, size: str | None = None):
-    """An image of the owner; as PNG in its own size it is the very file.
+def image(studio: Here, owner: Viewer, id: str, form: str, size: str | None = None):
+    """An image of the owner, or one to which a link was given; as PNG in its own size it is the very file.
 
     Args:
         size: as 512x512, to scale it.
@@ -127,7 +128,7 @@ def image(studio: Here, owner: Owner, id: str, form: str, size: str | None = Non
     saved = studio.store.image(id)  # only what is in the database has a file
     if form not in ("png", "jpeg", "webp"):
         raise HTTPException(404, f"there is no {form[:20]} file of an image: expected png, jpeg or webp")
-    if saved.owner != owner:
+    if owner not in (saved.owner, None):
         raise Forbidden("that image belongs to somebody else")
     pixels, image = pixels_of(size or ""), studio.store.opened(saved.id)
     if form == "png" and pixels is None:

@@ -8,8 +8,8 @@ both the image and its address.
 import json
 import random
 import time
-from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack
+from collections.abc import AsyncIterator, Iterator
+from contextlib import AsyncExitStack, contextmanager
 from dataclasses import replace
 from typing import Annotated, Literal
 
@@ -18,60 +18,60 @@ from fastapi import APIRouter, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import StreamingResponse
 from PIL import Image, ImageOps
-from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, model_validator
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 
 from argen.hub.cards import ids
-from argen.images import read_image
+from argen.images import TooLarge, read_image
 from argen.metadata import encoded
 from argen.request import Request as Asked
 from argen.request import rows_of
-from argen.server.guard import Here, Owner
+from argen.server.guard import Here, Links, Owner
 from argen.server.jobs import asked, finished, pixels_of, shown
 from argen.server.waiting import prepare, queued
 from argen.studio.following import last
 from argen.studio.queue import Progress, Studio
 from argen.studio.store import DONE
+from samplers.errors import InvalidValue
 from tokenizers_img.pixels import to_mask, upright
 
 router = APIRouter(tags=["OpenAI"])
 MAX_NUM = 10  # images of a request
 EDITED = 0.75  # share of the cells that are redrawn where no mask says which, the least probable ones
-EXTENSIONS = ("guidance_scale", "temperature", "top_k", "top_p", "sampler", "num_candidates", "num_tokens")
-Number = Annotated[float, Field(strict=True)]
-Whole = Annotated[int, Field(strict=True)]
+NAMED = "prompt", "model", "num_images", "seed", "control", "tokens"  # settings that have a field of OpenAI's, or none
+EXTENSIONS = {name: (field.annotation, field) for name, field in Asked.__pydantic_fields__.items() if name not in NAMED}
 
 
 class Body(BaseModel):
-    """A body in which null means what leaving a field out means."""
+    """A body in which null, or no name of a model, means what leaving the field out means."""
 
     @model_validator(mode="before")
     @classmethod
     def without_nulls(cls, given):
-        return {name: value for name, value in given.items() if value is not None} if isinstance(given, dict) else given
+        if not isinstance(given, dict):
+            return given
+        return {name: value for name, value in given.items() if value is not None and (name, value) != ("model", "")}
 
 
-class Generation(Body):
-    """The body of ``/v1/images/generations``."""
+Extensions = create_model("Extensions", __base__=Body, **EXTENSIONS)  # argen's own settings
+
+
+class Generation(Extensions):
+    """The body of ``/v1/images/generations``: in JSON numbers are numbers, in a form they are read from texts."""
+
+    model_config = ConfigDict(strict=True)
 
     prompt: str
     model: str = Asked.model
-    n: Annotated[int, Field(ge=1, le=MAX_NUM, strict=True)] = 1
+    n: Annotated[int, Field(ge=1, le=MAX_NUM)] = 1
     size: str = "auto"
     response_format: Literal["b64_json", "url"] | None = None
     output_format: Literal["png", "jpeg", "webp"] = "png"
-    output_compression: Annotated[int, Field(ge=0, le=100, strict=True)] = 100
+    output_compression: Annotated[int, Field(ge=0, le=100)] = 100
     stream: bool = False
-    partial_images: Annotated[int, Field(ge=0, le=3, strict=True)] = 0
-    seed: Annotated[int, Field(ge=0, strict=True)] = Field(default_factory=lambda: random.randrange(2**31))
-    guidance_scale: Number | None = None
-    temperature: Number | None = None
-    top_k: Whole | None = None
-    top_p: Number | None = None
-    sampler: str = Asked.sampler
-    num_candidates: Whole | None = None
-    num_tokens: Whole | None = None
+    partial_images: Annotated[int, Field(ge=0, le=3)] = 0
+    seed: Annotated[int, Field(ge=0)] = Field(default_factory=lambda: random.randrange(2**31))
 
     @property
     def pixels(self) -> tuple[int, int] | None:
@@ -104,11 +104,11 @@ async def edits(request: Request, studio: Here, owner: Owner):
         masks = [file for file in files["mask"] if isinstance(file, UploadFile)]
         given = {name: value for name, value in form.items() if isinstance(value, str) and name not in files and value}
         if len(images) != 1:
-            raise InvalidParameter(f"image: got {len(images)} images, expected one to edit", "image")
+            raise InvalidValue(f"image: got {len(images)} images, expected one to edit", "image")
         image = await images[0].read()
         over = await masks[0].read() if masks else None
     try:
-        body = Generation.model_validate({name: typed(name, value) for name, value in given.items()})
+        body = Generation.model_validate_strings(given, strict=False)
     except ValidationError as error:
         raise RequestValidationError(error.errors()) from error
     body.pixels  # noqa: B018
@@ -117,22 +117,13 @@ async def edits(request: Request, studio: Here, owner: Owner):
     )
 
 
-def typed(name: str, text: str) -> str | float | bool:
-    """A field of a form as it would stand in JSON."""
-    field = Generation.model_fields.get(name)
-    if field is None or "str" in str(field.annotation) or "Literal" in str(field.annotation):
-        return text
-    try:
-        return json.loads(text.lower())
-    except ValueError:
-        return text
-
-
 def _edited(studio: Studio, body: Generation, data: bytes, over: bytes | None) -> Asked:
     """The request for an edit of an image."""
     wanted = body.asked()
-    image = read_image(data, "image")
-    mask = None if over is None else transparent(read_image(over, "mask"))
+    with field("image"):
+        image = read_image(data, "image")
+    with field("mask"):
+        mask = None if over is None else transparent(read_image(over, "mask"))
     with studio.model(wanted.model) as pipe:
         if mask is None and upright(image).getchannel("A").getextrema()[0] == 255:
             grid = pipe.mask_low_confidence(wanted, pipe.read_tokens(image), EDITED)
@@ -174,13 +165,15 @@ async def answer(request: Request, studio: Studio, owner: str, wanted: Asked, ho
                 events(studio, progress, how, kind, stack.pop_all()), media_type="text/event-stream"
             )
         now = finished(await last(progress))
-    data = [await run_sync(datum, studio, saved, how, str(request.base_url)) for saved in now.images]
+    here, links = str(request.base_url), request.app.state.links
+    data = [await run_sync(datum, studio, saved, how, here, links) for saved in now.images]
     return {"created": int(now.created), "data": data, "usage": usage(now), **told(how)}
 
 
-def datum(studio: Studio, saved, how: Generation, here: str) -> dict:
-    """An image of an answer; `here` is the address of this server."""
-    address = f"{here}pictures/{saved.id}.{how.output_format}" + (f"?size={how.size}" if how.pixels else "")
+def datum(studio: Studio, saved, how: Generation, here: str, links: Links) -> dict:
+    """An image of an answer; `here` is the address of this server, and its `links` open without a key for a while."""
+    path = f"/pictures/{saved.id}.{how.output_format}"
+    address = here.rstrip("/") + links.signed(path, {"size": how.size} if how.pixels else {})
     if how.response_format == "url":
         return {"url": address}
     image = {"b64_json": how.encode(studio.store.opened(saved.id), shown(studio, saved))}
@@ -205,12 +198,15 @@ async def events(
             yield event(f"{kind}.completed", how, {"b64_json": image, "usage": usage(now)})
 
 
-class InvalidParameter(ValueError):
-    """A field of a request, `param`, does not fit."""
-
-    def __init__(self, message: str, param: str):
-        super().__init__(message)
-        self.param = param
+@contextmanager
+def field(name: str) -> Iterator[None]:
+    """What is wrong meanwhile is said of the field `name`."""
+    try:
+        yield
+    except TooLarge:
+        raise
+    except ValueError as error:
+        raise InvalidValue(str(error), name) from error
 
 
 def transparent(mask: Image.Image) -> Image.Image:

@@ -11,10 +11,11 @@ from PIL import Image
 from torch import Tensor
 
 from argen.pipelines.base import TokenPipeline, masked_cells
+from argen.registry import samplers_of
 from argen.request import Grid, Request, rows_of
 from argen.ui.generate import Models
 from argen.ui.jobs import AppContext, View, user_errors
-from samplers import SAMPLERS
+from argen.ui.widgets import SamplerSettings
 from tokenizers_img.pixels import on_white, upright
 
 CANVAS = 512  # pixels
@@ -51,7 +52,8 @@ class Edit:
                     own = models(ids[0]).defaults
                     guidance = gr.Slider(0, 10, value=own.guidance_scale, step=0.5, label="Guidance", info="1: none")
                     temperature = gr.Slider(0, 2, value=own.temperature, step=0.05, label="Temperature")
-                    sampler = gr.Dropdown([*SAMPLERS], value=Request.sampler, label="Sampler")
+                    sampler = gr.Dropdown(samplers_of("tokens"), value=Request.sampler, label="Sampler")
+                    sampling = SamplerSettings(samplers_of("tokens"), "edit-")
                 locked = gr.Checkbox(False, label="These cells stay, the rest is written anew", elem_id="edit-locked")
                 numbers = gr.Textbox(
                     label="Cells by number, beside those that are painted on",
@@ -68,7 +70,9 @@ class Edit:
                     cells = gr.Slider(1, 7, value=2, step=1, label="Cells")
                 extend = gr.Button("Move it, and draw more on that side", elem_id="edit-extend")
             self.view = View(context, "-edit")
-        how = [model, prompt, image, num, seed, source, guidance, temperature, sampler]
+        how = [model, prompt, image, num, seed, source, guidance, temperature, sampler, *sampling.widgets]
+        self.sampling = sampling
+        sampler.input(sampling.choose, sampler, sampling.widgets, show_progress="hidden")
         model.input(
             lambda name: [models(name).defaults.guidance_scale, models(name).defaults.temperature],
             model,
@@ -109,10 +113,13 @@ class Edit:
         """
 
         def handler(
-            request: gr.Request, model, prompt, canvas, num, seed, source, guidance, temperature, sampler, *how
+            request: gr.Request, model, prompt, canvas, num, seed, source, guidance, temperature, sampler, *rest
         ) -> tuple:
+            count = len(self.sampling.widgets)
+            arguments, how = rest[:count], rest[count:]
             with user_errors():
                 sampling = {"guidance_scale": guidance, "temperature": temperature, "sampler": sampler}
+                sampling["sampler_args"] = self.sampling.arguments(sampler, arguments)
                 wanted = Request(prompt.strip(), model, int(num), int(seed), **sampling)
                 with self.context.studio.model(model) as pipe:
                     tokens = pipe.read_tokens(shown(canvas), self.tokens_of(source, request))

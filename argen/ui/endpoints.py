@@ -7,15 +7,14 @@ import gradio as gr
 from anyio.to_thread import run_sync
 from PIL import Image
 
-from argen.bounds import with_integers
 from argen.eval.reconstruction import decoded, encoded
 from argen.hub.cards import all_cards, ids
 from argen.models.annotators import KINDS
-from argen.request import Control, Request, rows_of
+from argen.registry import samplers
+from argen.request import Control, Request, rows_of, setting_of
 from argen.studio.following import follow, last
 from argen.studio.store import DONE
 from argen.ui.jobs import AppContext, readable, user_errors
-from samplers import SAMPLERS, SOLVERS
 from tokenizers_img.pixels import to_pil
 
 DESCRIBER, TOKENIZER = "argen/emoji-seed-lm", "argen/emoji-vitvqgan"
@@ -150,7 +149,7 @@ def _number(label: str) -> gr.Number:
 
 
 def _sampler() -> gr.Dropdown:
-    return gr.Dropdown([*SAMPLERS, *SOLVERS], value=Request.sampler, label="Sampler")
+    return gr.Dropdown(list(samplers), value=Request.sampler, label="Sampler", allow_custom_value=True)
 
 
 def _image(label: str = "Image") -> gr.Image:
@@ -163,7 +162,10 @@ def _results() -> list:
 
 def _wanted(prompt: str, model: str, num_images: float, seed: float, **settings) -> Request:
     settings |= {"num_images": num_images, "seed": seed}
-    return Request(prompt.strip(), model, **with_integers(settings))
+    settings = {
+        name: value if name == "control" else setting_of(name).lenient(value) for name, value in settings.items()
+    }
+    return Request(prompt.strip(), model, **settings)
 
 
 def _check(image: Image.Image | None) -> None:

@@ -33,12 +33,12 @@ class SamplerSettings:
         fields: (sampler, setting, widget) of each.
     """
 
-    def __init__(self, names: Sequence[str], chosen: str = Request.sampler):
+    def __init__(self, names: Sequence[str], prefix: str = "", chosen: str = Request.sampler):
         self.fields = []
         for name in names:
             for setting in settings_of(samplers[name]).values():
                 if setting.kind and setting.name != "steps":  # which is a setting of the request
-                    elem_id = f"sampler-{name}-{setting.name}"
+                    elem_id = f"{prefix}{name}-{setting.name}"
                     label = f"{name}: {setting.name}"
                     how = {"visible": name == chosen, "elem_id": elem_id}
                     self.fields.append((name, setting, widget(setting, label=label, **how)))
