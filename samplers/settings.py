@@ -58,8 +58,22 @@ def _in_words(cls: type, error: ValidationError) -> ValueError:
         return InvalidValue(message, name, "missing_required_parameter")
     kind = "integer" if known[name].kind is int else "decimal"
     side = {"greater_than": "below_min", "less_than": "above_max"}.get(first["type"].removesuffix("_equal"))
-    code = f"{kind}_{side}_value" if side else "invalid_type" if first["type"].endswith("_type") else "invalid_value"
-    return InvalidValue(f"{name} is {repr(first['input'])[:SHOWN]}: expected {known[name].expected}", name, code)
+    code = (
+        f"{kind}_{side}_value"
+        if side
+        else "invalid_type"
+        if first["type"].endswith(("_type", "finite_number"))
+        else "invalid_value"
+    )
+    return InvalidValue(f"{name} is {_shown(first['input'])}: expected {known[name].expected}", name, code)
+
+
+def _shown(value: Any) -> str:
+    """A wrong value, as an error shows it."""
+    try:
+        return repr(value)[:SHOWN]
+    except ValueError:  # an integer of more digits than Python writes
+        return "a very long number"
 
 
 @dataclass(frozen=True)
@@ -128,10 +142,13 @@ class Setting:
             text = re.sub(r"^([+-]?\d+)\.0*$", r"\1", text)
         try:
             if len(text) > MOST_DIGITS:
-                raise ValueError(f"{self.name} is {text[:SHOWN]}...: expected {self.expected}")
-            return TypeAdapter(self.kind, config=ConfigDict(allow_inf_nan=False)).validate_python(text)
-        except ValidationError:
-            raise ValueError(f"{self.name} is {text[:SHOWN]!r}: expected {self.expected}") from None
+                raise ValueError
+            return TypeAdapter(self.kind).validate_python(text)
+        except ValueError:
+            shown = text if len(text) <= SHOWN else f"{text[: SHOWN - 3]}..."
+            raise InvalidValue(
+                f"{self.name} is {shown!r}: expected {self.expected}", self.name, "invalid_type"
+            ) from None
 
     def lenient(self, value: Any) -> Any:
         """A value as pages, forms and tables have it: 4.0 for 4, and text for a number."""

@@ -121,8 +121,8 @@ def test_bad_input_is_one_line(capsys, apple, tmp_path):
     assert "unknown model 'argen/nothing'" in refused(capsys, "generate", "a", "-o", out, "--model", "argen/nothing")
     assert "expected a generator" in refused(capsys, "generate", "a", "-o", out, "--model", "argen/emoji-clip")
     assert "expected a tokenizer" in refused(capsys, "reconstruct", str(apple), "--tokenizer", "argen/emoji-parti")
-    assert "expected 1 to 64" in refused(capsys, "generate", "a", "-o", out, "-n", "0")
-    assert "invalid int value" in refused(capsys, "generate", "a", "-o", out, "-n", "two")
+    assert "expected a whole number, 1 to 64" in refused(capsys, "generate", "a", "-o", out, "-n", "0")
+    assert "num_images is 'two': expected a whole number" in refused(capsys, "generate", "a", "-o", out, "-n", "two")
     assert "seed is -1" in refused(capsys, "generate", "a", "-o", out, "--seed", "-1")
     assert "top_p is 2.0" in refused(capsys, "generate", "a", "-o", out, "--top-p", "2")
     assert "unknown sampler" in refused(capsys, "generate", "a", "-o", out, "--sampler", "magic")
@@ -233,7 +233,7 @@ def test_import_is_light_and_the_command_is_there():
         (["count", "five apples", "--learning-rate", "nan"], "learning_rate is nan: expected a number"),
         (["generate", "a", "--steps", "1000000000", "--model", "argen/emoji-xar"], "steps is 1000000000"),
         (["generate", "a", "--steps", "10,1000000000", "--model", "argen/emoji-xar"], "steps is 1000000000"),
-        (["generate", "a", "--lantern-k", "1000000000000", "--sampler", "lantern"], "lantern_k is 1000000000000"),
+        (["generate", "a", "--sampler", "lantern:k=1000000000000"], "k is 1000000000000"),
         (["generate", "a", "--top-k", "1000000000000"], "top_k is 1000000000000"),
         (["generate", "a", "--temperature", "inf"], "temperature is inf: expected a number"),
         (["generate", "a", "--size", "99999x99999"], "size is 99999x99999: expected 1 to 4096 pixels"),

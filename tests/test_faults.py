@@ -210,6 +210,8 @@ BOUNDLESS = {
     "steps": ("/api/jobs", {"steps": 10**9, "model": "argen/emoji-xar"}),
     "parts of steps": ("/api/jobs", {"steps": [10**9, 10], "model": "argen/emoji-xar"}),
     "lantern_k": ("/api/jobs", {"lantern_k": 10**12, "sampler": "lantern"}),
+    "sampler_args": ("/api/jobs", {"sampler_args": {"k": 10**12}, "sampler": "lantern"}),
+    "typed": ("/v1/images/generations", {"sampler": "jacobi:window=1000000000"}),
     "top_k": ("/v1/images/generations", {"top_k": 10**12}),
     "num_tokens": ("/v1/images/generations", {"num_tokens": 10**12}),
     "num_beams": ("/api/jobs", {"num_beams": 10**12}),

@@ -70,7 +70,7 @@ def test_json_lines_are_read(tmp_path):
         ("a.jsonl", '{"prompt": "a", "seed": %s}' % ("9" * 5000), "line 1 of a.jsonl: a number has 5,000 digits"),
         ("a.jsonl", '{"prompt": "a", "temperature": Infinity}', "line 1 of a.jsonl: temperature is inf"),
         ("a.jsonl", '{"prompt": "a cat"}\n[1]\n', "line 2 of a.jsonl: expected an object"),
-        ("a.jsonl", '{"prompt": 3}\n', "line 1 of a.jsonl: the prompt is empty"),
+        ("a.jsonl", '{"prompt": 3}\n', "line 1 of a.jsonl: prompt is 3: expected text"),
         ("a.jsonl", "{\n", "line 1 of a.jsonl: "),
         ("a.txt", "a cat\n", "a.txt is no table"),
         ("a.csv", "prompt\n" + "a cat\n" * 1001, "a.csv has more than 1,000 rows"),

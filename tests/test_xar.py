@@ -236,7 +236,7 @@ def test_what_does_not_fit_a_flow_is_refused(pipe):
         pipe("class:1", tokens=torch.zeros(1, 16, 3, 4))
     with pytest.raises(ValueError, match="steps are those of a flow, but the sampler is sequential"):
         Request("x", sampler="sequential", steps=5)
-    with pytest.raises(ValueError, match="steps is 0: expected 1 to 1,000"):
+    with pytest.raises(ValueError, match="steps is 0: expected a whole number, 1 to 1,000"):
         Request("x", steps=0)
     with pytest.raises(ValueError, match="this model writes tokens, and the sampler sde and its steps"):
         argen.load("argen/emoji-parti")("a red apple", sampler="sde")

@@ -40,7 +40,11 @@ router = APIRouter(tags=["OpenAI"])
 MAX_NUM = 10  # images of a request
 EDITED = 0.75  # share of the cells that are redrawn where no mask says which, the least probable ones
 NAMED = "prompt", "model", "num_images", "seed", "control", "tokens"  # settings that have a field of OpenAI's, or none
-EXTENSIONS = {name: (field.annotation, field) for name, field in Asked.__pydantic_fields__.items() if name not in NAMED}
+EXTENSIONS = {  # without their bounds, which the request checks
+    name: (field.annotation, field.get_default(call_default_factory=True))
+    for name, field in Asked.__pydantic_fields__.items()
+    if name not in NAMED
+}
 
 
 class Body(BaseModel):

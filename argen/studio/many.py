@@ -147,7 +147,11 @@ def _checked(row: object) -> dict:
     if not isinstance(row, dict):
         raise ValueError("expected an object with names of settings")
     row = {name: value for name, value in row.items() if value is not None and name not in OTHERS}
-    plain = {name: value if name in PARTS else setting_of(name).lenient(value) for name, value in row.items()}
+    if arguments := [name for name in row if name == "sampler_args" and not isinstance(row[name], dict)]:
+        raise ValueError(
+            f"{arguments[0]} is {cut(row['sampler_args'])}: expected an object with settings of the sampler"
+        )
+    plain = {name: value if name == "sampler_args" else setting_of(name).lenient(value) for name, value in row.items()}
     dotted = {name: plain.pop(name) for name in list(plain) if "." in name}
     for name, value in dotted.items():
         sampler, _, argument = name.partition(".")
