@@ -10,6 +10,7 @@ from dataclasses import dataclass
 MAX_IMAGES, MAX_CANDIDATES = 64, 64
 MAX_CELLS = 16384  # of a token grid
 MAX_SIDE, MAX_SCALED = 4096, 2048  # pixels of what is read or drawn, and of what is scaled for a client
+MAX_TEXT = 1000  # characters of a prompt, a question or what else is typed
 MAX_PIXELS = 51_000_000  # of all images that one request has scaled
 
 
@@ -113,6 +114,18 @@ def check_size(size: tuple[int, int] | None, high: int = MAX_SIDE) -> tuple[int,
     if size is not None and not all(isinstance(side, int) and 1 <= side <= high for side in size):
         raise InvalidValue(f"size is {size[0]}x{size[1]}: expected 1 to {high} pixels on each side", "size")
     return size
+
+
+def check_length(text: str, what: str, param: str | None = None) -> str:
+    """A text that was typed.
+
+    Raises:
+        InvalidValue: more than `MAX_TEXT` characters.
+    """
+    if len(text) > MAX_TEXT:
+        message = f"{what} has {len(text):,} characters: expected at most {MAX_TEXT:,}"
+        raise InvalidValue(message, param or what, "string_above_max_length")
+    return text
 
 
 def check_pixels(count: int) -> None:

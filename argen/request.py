@@ -7,14 +7,24 @@ from io import BytesIO
 import torch
 from PIL import Image
 
-from argen.bounds import BOUNDS, MAX_CANDIDATES, MAX_CELLS, InvalidValue, check, check_all, check_size
+from argen.bounds import (
+    BOUNDS,
+    MAX_CANDIDATES,
+    MAX_CELLS,
+    MAX_TEXT,
+    InvalidValue,
+    check,
+    check_all,
+    check_length,
+    check_size,
+)
 from argen.images import from_base64
 from argen.words import check_text, visible
 from samplers import SOLVERS, by_name
 from samplers.logits import Sampling
 from tokenizers_img.pixels import normalized
 
-MAX_PROMPT = 1000  # characters
+MAX_PROMPT = MAX_TEXT  # characters
 CANDIDATES_A_BEAM = 4
 OLD_SAMPLERS = {"plain": "sequential", "fast_preview": "zipar"}  # their names in images and databases of release 0.1
 Grid = tuple[tuple[int, ...], ...]  # rows of ids
@@ -269,9 +279,7 @@ def check_prompt(prompt: str) -> None:
     if not isinstance(prompt, str) or not visible(prompt):
         message = 'the prompt is empty: say what to draw, for example "a red apple"'
         raise InvalidValue(message, "prompt", "string_below_min_length")
-    if len(prompt) > MAX_PROMPT:
-        message = f"the prompt has {len(prompt):,} characters: expected at most {MAX_PROMPT:,}"
-        raise InvalidValue(message, "prompt", "string_above_max_length")
+    check_length(prompt, "the prompt", "prompt")
     check_text(prompt, "the prompt")
 
 

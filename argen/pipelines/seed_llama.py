@@ -10,10 +10,11 @@ from PIL import Image
 from torch import Tensor
 from transformers import LlamaForCausalLM, PreTrainedTokenizerBase, TextIteratorStreamer
 
-from argen.bounds import check_all
+from argen.bounds import check_all, check_length
 from argen.models.seed_llama import CLOSE, OPEN, SeedLlamaSession, Vocabulary, likelihoods, picture_text
 from argen.pipelines.base import Defaults, TokenPipeline
 from argen.request import Control
+from argen.words import check_text
 from tokenizers_img.seed import SeedTokenizer
 
 REQUEST = "Please generate an image of {}."  # one of those that instruction tuning had
@@ -162,8 +163,13 @@ class SeedLlamaPipeline(TokenPipeline):
         Args:
             turns: what was said, the user first and then in turn, each a list of texts and pictures.
             max_new_tokens, temperature, top_p: of the answer; 0 takes the likeliest word each time.
+
+        Raises:
+            ValueError: a number is out of bounds, or a text of the user longer than `argen.bounds.MAX_TEXT`.
         """
         check_all({"temperature": temperature, "top_p": top_p, "seed": seed}.items())
+        for part in [part for turn in turns[::2] for part in turn if isinstance(part, str)]:
+            check_text(check_length(part, "the question"), "the question")
         text = ""
         for index, turn in enumerate(turns):
             said = "".join(part if isinstance(part, str) else picture_text(self.read(part)) for part in turn)

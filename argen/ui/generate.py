@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 
 import gradio as gr
 
+from argen.bounds import check_length
 from argen.data.emoji import STYLES
 from argen.data.imagenet import class_names
 from argen.metadata import read_request
@@ -150,7 +151,7 @@ class Create:
     def length(self, model: str, prompt: str) -> str:
         """How much of a prompt the model reads."""
         with user_errors():
-            told = self.models(model).text_tokens(prompt) if prompt.strip() else None
+            told = self.models(model).text_tokens(check_length(prompt, "the prompt")) if prompt.strip() else None
         if told is None:
             return ""
         count, most = told
