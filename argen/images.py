@@ -21,7 +21,13 @@ PNG_START, TEXT_CHUNKS = b"\x89PNG\r\n\x1a\n", (b"zTXt", b"iTXt", b"iCCP")  # th
 
 
 class TooLarge(ValueError):
-    """A body or an image is larger than is taken."""
+    """A body or an image is larger than is taken.
+
+    Attributes:
+        param: the field that it was sent in, where it is known.
+    """
+
+    param: str | None = None
 
 
 def open_image(path: str | Path) -> Image.Image:

@@ -89,7 +89,7 @@ def fingerprint(pipe: DiffusionPipeline) -> str:
 def differences(path: str | Path, pipe: DiffusionPipeline) -> str | None:
     """What was another when the image in a file was made, in words; None if nothing is known to be."""
     try:
-        made_by = json.loads(open_image(path).info[MADE_BY])
+        made_by = read_json(open_image(path), MADE_BY)
         version, weights = made_by["argen"], made_by["weights"]
     except (KeyError, TypeError, ValueError):
         return None
@@ -152,10 +152,22 @@ def read_tokens(path: str | Path) -> tuple[str, np.ndarray]:
     return str(tokenizer), tokens
 
 
+def read_json(image: Image.Image, name: str):
+    """What a text of a PNG file holds as JSON.
+
+    Raises:
+        KeyError, ValueError: there is no such text; it is no JSON, or nested too deeply.
+    """
+    try:
+        return json.loads(image.info[name])
+    except (TypeError, RecursionError) as error:
+        raise ValueError(f"the text {name!r} is no JSON that can be read ({type(error).__name__})") from error
+
+
 def read_grid(image: Image.Image) -> Grid | None:
     """The tokens inside a picture that argen wrote; None where there are none, or none that can be read."""
     try:
-        grid = tuple(map(tuple, json.loads(image.info[TOKENS])))
+        grid = tuple(map(tuple, read_json(image, TOKENS)))
         check_grid(grid)
     except (KeyError, TypeError, ValueError):
         return None
@@ -168,13 +180,13 @@ def read_request(path: str | Path) -> Request:
     Raises:
         ValueError: the picture holds none, or one that cannot be read.
     """
-    text = open_image(path).info.get(KEY)
-    if text is None:
+    image = open_image(path)
+    if KEY not in image.info:
         raise ValueError(
             f"{path} holds no settings of argen: expected a PNG file made by `argen generate` or the web page"
         )
     try:
-        return Request.from_dict(json.loads(text))
-    except (TypeError, ValueError, KeyError, OSError, RecursionError) as error:
+        return Request.from_dict(read_json(image, KEY))
+    except (TypeError, ValueError, KeyError, OSError) as error:
         reason = " ".join(str(error).split())[:300]
         raise ValueError(f"the settings in {path} cannot be used: {reason}") from error

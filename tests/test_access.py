@@ -83,6 +83,9 @@ def test_no_front_end_loads_a_model_by_a_path(page, tmp_path):
 def test_pipelines_come_from_the_named_folders(page):
     (folder,) = page.studio.folders
     inside = str(folder / "mine")
+    with pytest.raises(UnknownModel, match="there is no model"):  # a name as any other, until it is there
+        page.studio.check_model(inside)
+    (folder / "mine").mkdir()
     assert page.studio.check_model(inside) == page.studio.pipeline_name(inside) == inside
     (folder / "out").symlink_to("/etc")
     for path in ("/etc", "..", str(folder / ".." / "x"), str(folder / "out")):

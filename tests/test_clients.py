@@ -12,7 +12,7 @@ from PIL import Image, PngImagePlugin
 from test_server import Served, opened, png
 
 from argen.images import fitted
-from argen.metadata import read_grid
+from argen.metadata import differences, read_grid, read_request
 from argen.request import Request
 from argen.studio.queue import Studio
 
@@ -371,3 +371,16 @@ def test_an_interrupted_batch_says_what_came_of_it(site):
     assert opened(told["images"][3]).info["parameters"] == info["infotexts"][3]
     assert "Seed: 5" in info["infotexts"][3]
     assert "argen" not in opened(told["images"][3]).info
+
+
+def test_a_deeply_nested_text_in_a_file_is_no_grid(site, tmp_path):
+    """Of any of the texts that argen writes."""
+    for name in ("argen", "argen tokens", "argen version"):
+        info = PngImagePlugin.PngInfo()
+        info.add_text(name, "[" * 100_000)
+        Image.new("RGBA", (128, 128), (255, 0, 0, 0)).save(tmp_path / "a.png", pnginfo=info)
+        fields = {"image": (tmp_path / "a.png").read_bytes(), "prompt": b"a pizza"}
+        assert site.ask("/v1/images/edits", **form(fields))[0] == 200
+        with pytest.raises(ValueError, match="holds no settings|cannot be used"):
+            read_request(tmp_path / "a.png")
+        assert differences(tmp_path / "a.png", None) is None

@@ -26,6 +26,7 @@ from argen.models.seed_llama import (
 from argen.models.tokenizers import SEED_FILE, read_emoji_seed, read_seed
 from argen.pipelines.base import Defaults, TokenPipeline
 from argen.request import Control
+from argen.words import check_length
 from tokenizers_img.hub import hub_folder
 from tokenizers_img.seed import SeedTokenizer
 
@@ -173,8 +174,13 @@ class SeedLlamaPipeline(TokenPipeline):
         Args:
             turns: what was said, the user first and then in turn, each a list of texts and pictures.
             max_new_tokens, temperature, top_p: of the answer; 0 takes the likeliest word each time.
+
+        Raises:
+            ValueError: a number is out of bounds, or a text of the user longer than `argen.words.MAX_PROMPT` characters.
         """
         check_all({"temperature": temperature, "top_p": top_p, "seed": seed}.items())
+        for part in [part for turn in turns[::2] for part in turn if isinstance(part, str)]:
+            check_length(part, "the question")
         text = ""
         for index, turn in enumerate(turns):
             said = "".join(part if isinstance(part, str) else picture_text(self.read(part)) for part in turn)

@@ -207,7 +207,8 @@ def field(name: str) -> Iterator[None]:
     """What is wrong meanwhile is said of the field `name`."""
     try:
         yield
-    except TooLarge:
+    except TooLarge as error:
+        error.param = name
         raise
     except ValueError as error:
         raise InvalidValue(str(error), name) from error

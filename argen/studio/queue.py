@@ -173,12 +173,13 @@ class Studio:
     # models
 
     def folder(self, name: str) -> str | None:
-        """The path of a saved pipeline, if it lies in one of `folders`; None for any other text."""
+        """The path of something in one of `folders`; None for any other text."""
         try:
             path = Path(name.strip()).resolve()
+            inside = any(path.is_relative_to(folder) for folder in self.folders)
+            return str(path) if name.strip() and inside and path.exists() else None
         except (OSError, ValueError):
             return None
-        return str(path) if any(path.is_relative_to(folder) for folder in self.folders) else None
 
     def check_model(self, name: str, kind: str = "generator") -> str:
         """The name of a model that may be asked for here: an id of `kind`, or a path in one of `folders`.

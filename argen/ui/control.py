@@ -8,6 +8,7 @@ from PIL import Image
 from argen.models.annotators import KINDS, annotate, as_image
 from argen.request import Control, Request
 from argen.ui.generate import Models
+from argen.ui.inputs import canvas_input
 from argen.ui.jobs import AppContext, View, user_errors
 
 CANVAS = 512  # pixels
@@ -36,9 +37,8 @@ def tab(models: Models, ids: Sequence[str], context: AppContext) -> None:
         with gr.Column(scale=2):
             model = gr.Dropdown(list(ids), value=ids[0], label="Model")
             prompt = gr.Textbox(label="Prompt", placeholder="a pizza", elem_id="control-prompt")
-            image = gr.ImageEditor(
+            image = canvas_input(
                 value=Image.new("RGB", (CANVAS, CANVAS), "white"),
-                type="pil",
                 image_mode="RGB",
                 canvas_size=(CANVAS, CANVAS),
                 label="Draw, or drop a picture",

@@ -14,8 +14,10 @@ from argen.pipelines.base import TokenPipeline, masked_cells
 from argen.registry import samplers_of
 from argen.request import Grid, Request, rows_of
 from argen.ui.generate import Models
+from argen.ui.inputs import canvas_input
 from argen.ui.jobs import AppContext, View, user_errors
 from argen.ui.widgets import SamplerSettings
+from argen.words import check_length
 from tokenizers_img.pixels import on_white, upright
 
 CANVAS = 512  # pixels
@@ -38,8 +40,7 @@ class Edit:
                 model = gr.Dropdown(list(ids), value=ids[0], label="Model")
                 prompt = gr.Textbox(label="Prompt", placeholder="a red apple", elem_id="edit-prompt")
                 last, source = gr.Button("Take the latest picture", elem_id="edit-latest"), gr.State(None)
-                image = gr.ImageEditor(
-                    type="pil",
+                image = canvas_input(
                     image_mode="RGBA",
                     canvas_size=(CANVAS, CANVAS),
                     label="A picture, and paint on it",
@@ -180,7 +181,7 @@ def painted(canvas: dict | None) -> Image.Image:
 def named(numbers: str, shape: tuple[int, int]) -> Tensor:
     """Cells by number -> [h, w] bool: "3-5 x 2" are those in rows 3 to 5 of column 2, counted from 1."""
     cells = torch.zeros(shape, dtype=torch.bool)
-    for part in filter(None, map(str.strip, numbers.split(","))):
+    for part in filter(None, map(str.strip, check_length(numbers, "the list of cells").split(","))):
         found = re.fullmatch(r"(\d+)(?:-(\d+))?\s*x\s*(\d+)(?:-(\d+))?", part)
         top, bottom, left, right = (int(found[i] or found[i - 1]) for i in (1, 2, 3, 4)) if found else (0, 0, 0, 0)
         if not (1 <= top <= bottom <= shape[0] and 1 <= left <= right <= shape[1]):

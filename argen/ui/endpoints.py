@@ -1,5 +1,6 @@
 """What `gradio_client` may call of the page: a handful of named endpoints; the page's own events are private."""
 
+import random
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -14,6 +15,7 @@ from argen.registry import samplers
 from argen.request import Control, Request, rows_of, setting_of
 from argen.studio.following import follow, last
 from argen.studio.store import DONE
+from argen.ui.inputs import image_input
 from argen.ui.jobs import AppContext, readable, user_errors
 from tokenizers_img.pixels import to_pil
 
@@ -64,7 +66,7 @@ class Endpoints:
         prompt,
         model,
         num_images,
-        seed,
+        seed=None,
         guidance_scale=None,
         temperature=None,
         top_k=None,
@@ -85,7 +87,7 @@ class Endpoints:
         prompt,
         model,
         num_images,
-        seed,
+        seed=None,
         guidance_scale=None,
         temperature=None,
         sampler=Request.sampler,
@@ -102,7 +104,7 @@ class Endpoints:
 
             return await self.run(await run_sync(begun), request)
 
-    async def control(self, request: gr.Request, image, prompt, model, kind, strength, num_images, seed) -> tuple:
+    async def control(self, request: gr.Request, image, prompt, model, kind, strength, num_images, seed=None) -> tuple:
         """Draw a prompt after the edges, the depth or the segments of an image -> images, and the settings of each."""
         with user_errors():
             _check(image)
@@ -141,7 +143,9 @@ def _model(names: Sequence[str]) -> gr.Dropdown:
 
 
 def _numbers() -> tuple[gr.Number, gr.Number]:
-    return gr.Number(1, label="Images", precision=0), gr.Number(0, label="Seed", precision=0)
+    return gr.Number(1, label="Images"), gr.Number(
+        None, label="Seed; none or -1: another one each time, told in the settings"
+    )
 
 
 def _number(label: str) -> gr.Number:
@@ -153,15 +157,15 @@ def _sampler() -> gr.Dropdown:
 
 
 def _image(label: str = "Image") -> gr.Image:
-    return gr.Image(type="pil", image_mode=None, label=label)
+    return image_input(label=label)
 
 
 def _results() -> list:
     return [gr.Gallery(label="Images", format="png"), gr.JSON(label="Settings of each")]
 
 
-def _wanted(prompt: str, model: str, num_images: float, seed: float, **settings) -> Request:
-    settings |= {"num_images": num_images, "seed": seed}
+def _wanted(prompt: str, model: str, num_images: float, seed: float | None, **settings) -> Request:
+    settings |= {"num_images": num_images, "seed": random.randrange(2**32) if seed in (None, -1) else seed}
     settings = {
         name: value if name == "control" else setting_of(name).lenient(value) for name, value in settings.items()
     }

@@ -12,6 +12,7 @@ from argen.registry import samplers
 from argen.request import Request
 from argen.ui.jobs import AppContext, View, line, readable, user_errors
 from argen.ui.widgets import SamplerSettings
+from argen.words import check_length
 from samplers.settings import settings_of
 
 ANY_STYLE = "any"
@@ -181,7 +182,7 @@ class Create:
     def length(self, model: str, prompt: str) -> str:
         """How much of a prompt the model reads."""
         with user_errors():
-            told = self.models(model).text_tokens(prompt) if prompt.strip() else None
+            told = self.models(model).text_tokens(check_length(prompt, "the prompt")) if prompt.strip() else None
         if told is None:
             return ""
         count, most = told

@@ -139,7 +139,8 @@ class View:
         here = [saved for saved in images if store.file(saved.id).is_file()]
         files = [(str(store.shown(saved.id)), saved.request.prompt) for saved in here]
         cells = [written(store.opened(saved.id), saved.origins) for saved in here if saved.origins]
-        text = f"{len(images)} picture{'s' if len(images) > 1 else ''} in {store.folder} ({how(now)})"
+        where = f" in {store.folder}" if self.context.admin is None else ""  # where all are at this machine
+        text = f"{len(images)} picture{'s' if len(images) > 1 else ''}{where} ({how(now)})"
         return files, text, settings, cells or None, seen, gr.Timer(active=False)
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from argen.eval.metrics import psnr, ssim
 from argen.eval.reconstruction import Tokenizer, decoded, encoded
+from argen.ui.inputs import image_input
 from argen.ui.jobs import PREVIEW_SIDE, enlarge, user_errors
 from tokenizers_img.pixels import from_pil, to_pil
 
@@ -58,7 +59,7 @@ def tab(tokenizers: Callable[[str], Tokenizer], ids: Sequence[str], shipped: Seq
 
     with gr.Row():
         with gr.Column(scale=2):
-            image = gr.Image(type="pil", image_mode="RGBA", label="A picture", elem_id="lab-picture")
+            image = image_input(label="A picture", elem_id="lab-picture")
             chosen = gr.Dropdown(list(ids), value=list(shipped), multiselect=True, label="Tokenizers")
             go = gr.Button("Reconstruct", variant="primary", elem_id="lab-go")
         with gr.Column(scale=3):

@@ -17,7 +17,7 @@ from argen.diffusion.rece import PRESETS
 from argen.diffusion.tome import PRESETS as STRENGTHS
 from argen.diffusion.tools import binding, concepts_of, counters, counting, counting_rate, erasing
 from argen.ui.jobs import enlarge, user_errors
-from argen.words import parse_count, split_names
+from argen.words import check_length, check_prompt, parse_count, split_names
 from tokenizers_img.pixels import to_pil
 
 Pipelines = Callable[[str], DiffusionPipeline]  # folder, hub id or argen/emoji-sd -> the pipeline
@@ -75,6 +75,7 @@ def drawn(pipe: DiffusionPipeline, prompt: str, asked: dict, call: Callable | No
 
 def understand(prompt: str) -> str:
     """What belongs together in a prompt, a line of OBJECT=WORDS for each object."""
+    check_prompt(prompt)
     found, words = parse(prompt.strip()), words_of(prompt.strip())
     parts = [[" ".join(words[i] for i in part) for part in (group.noun, group.modifiers)] for group in found.groups]
     return "\n".join("=".join(pair) for pair in parts)
@@ -88,7 +89,8 @@ def bind(pipe: DiffusionPipeline, prompt: str, pairs: str, strength: str, asked:
         strength: settings of `SemanticBinding`.
         asked: see `drawn`.
     """
-    lines = [line.partition("=") for line in pairs.splitlines() if line.strip()]
+    check_prompt(prompt)
+    lines = [line.partition("=") for line in check_length(pairs, "what belongs together").splitlines() if line.strip()]
     if any(not right.strip() for _, _, right in lines):
         raise ValueError("what belongs together: expected a line of OBJECT=WORDS for each, as robot=blue")
     parsed = parse(prompt.strip(), {noun.strip(): right.strip() for noun, _, right in lines} or None)
@@ -111,6 +113,9 @@ def erase(
         model, preset: see `erasing`.
         asked: see `drawn`.
     """
+    check_prompt(prompt)
+    for text, what in ((concepts, "the list of concepts"), (retained, "the list of what must stay")):
+        check_length(text, what)
     named, kept = concepts_of(model, [concepts]), split_names([retained])
     erasure, before, told = ConceptErasure(pipe), None, []
     stages = erasure.stages(**erasing(model, named, preset, kept))
@@ -135,6 +140,7 @@ def count(pipe: DiffusionPipeline, model: str, prompt: str, iterations: int, rat
         model: what the pipeline was loaded as, see `argen.diffusion.tools.counters`.
         prompt: as "five apples".
     """
+    check_prompt(prompt)
     number, things = parse_count(prompt)
     token = CountToken(pipe, **counters(model, pipe.device), **counting(model, number))
     before, best = None, None
