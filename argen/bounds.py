@@ -7,6 +7,8 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from argen.words import cut
+
 MAX_IMAGES, MAX_CANDIDATES = 64, 64
 MAX_CELLS = 16384  # of a token grid
 MAX_SIDE, MAX_SCALED = 4096, 2048  # pixels of what is read or drawn, and of what is scaled for a client
@@ -35,6 +37,10 @@ BOUNDS = {
     "num_images": Bound(1, MAX_IMAGES),
     "num_candidates": Bound(1, MAX_CANDIDATES),
     "num_beams": Bound(1, MAX_CANDIDATES),
+    "num": Bound(1, 10**6),
+    "others": Bound(1, 1000),
+    "batch_size": Bound(1, 4096),
+    "threshold": Bound(0, 1, False),
     "num_tokens": Bound(1, MAX_CELLS),
     "seed": Bound(0, 2**63 - 1 - MAX_CANDIDATES),
     "guidance_scale": Bound(0, 100, False, "1: no guidance"),
@@ -51,12 +57,16 @@ BOUNDS = {
     "learning_rate": Bound(0, 1, False),
     "epochs": Bound(0, 1000),
     "verify": Bound(1, 1000),
+    "run_seed": Bound(0, 2**31 - 1),
     "port": Bound(0, 65535),
 }
 
 
-def check(name: str, value: float | None) -> None:
+def check(name: str, value: float | None, called: str | None = None) -> None:
     """Check a number that was set; None, which leaves it to the model, is allowed, and so is what has no bounds.
+
+    Args:
+        called: how errors name it, if not as here.
 
     Raises:
         ValueError: not a finite number, not a whole one where one is expected, or out of bounds.
@@ -64,12 +74,13 @@ def check(name: str, value: float | None) -> None:
     bound = BOUNDS.get(name)
     if bound is None or value is None:
         return
+    shown = cut(value if isinstance(value, int | float) else repr(value))
     kinds = int if bound.whole else int | float
     unbounded = isinstance(value, float) and not math.isfinite(value)  # an int of any length is compared as it is
     if isinstance(value, bool) or not isinstance(value, kinds) or unbounded:
-        raise ValueError(f"{name} is {repr(value)[:60]}: expected a {'whole ' if bound.whole else ''}number, {bound}")
+        raise ValueError(f"{called or name} is {shown}: expected a {'whole ' if bound.whole else ''}number, {bound}")
     if not bound.low <= value <= bound.high:
-        raise ValueError(f"{name} is {repr(value)[:60]}: expected {bound}")
+        raise ValueError(f"{called or name} is {shown}: expected {bound}")
 
 
 def check_all(settings: Iterable[tuple[str, object]]) -> None:

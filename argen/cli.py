@@ -11,8 +11,18 @@ from functools import cache
 from pathlib import Path
 
 from argen import __version__, evaluate
-from argen.bounds import check_all, check_size
-from argen.command import Parser, device_and_json, guarded, load_model, writable, writable_folder, writable_images
+from argen.bounds import check_size
+from argen.command import (
+    Parser,
+    check_numbers,
+    device_and_json,
+    guarded,
+    load_model,
+    writable,
+    writable_all,
+    writable_folder,
+    writable_images,
+)
 
 COMMANDS = {}
 CONTROLS = (
@@ -406,7 +416,7 @@ def generate(args) -> None:
     if args.origin:
         given = read_request(args.origin).given() | given
     path = Path(args.model or "")  # of a checkpoint, which --size may concern
-    own_file = args.model is not None and path.exists() and not (path / "model_index.json").is_file()
+    own_file = args.model is not None and os.path.exists(path) and not (path / "model_index.json").is_file()
     given |= controlled(args, given, own_file)
     if "prompt" not in given:
         raise ValueError('no prompt: say what to draw, for example argen generate "a red apple" -o apple.png')
@@ -583,24 +593,24 @@ def bind(args) -> None:
     from argen.device import pick
     from argen.diffusion import SemanticBinding
     from argen.diffusion.prompts import parse
+    from argen.diffusion.tome import check_settings
     from argen.metadata import save_images
 
-    for path in filter(None, (args.out, args.plain)):
-        writable(path)
+    files = writable_all(args.out, args.plain)
     given = None
     if args.bind:
         if not all(part.partition("=")[1] for part in args.bind):
             raise ValueError(f"--bind {' '.join(args.bind)}: expected OBJECT=WORDS, as robot=blue")
         given = {noun: words for noun, _, words in (part.partition("=") for part in args.bind)}
     binding = parse(args.prompt, given)
+    settings = check_settings(args.settings or registry.binding(args.model))
     bound = SemanticBinding(registry.load_diffusion(args.model).to(pick(args.device)))
     asked = registry.drawing(args.model, args.steps, args.guidance_scale)
     generator = torch.Generator().manual_seed
-    settings = args.settings or registry.binding(args.model)
     images = [bound(binding, settings=settings, generator=generator(args.seed), **asked).images[0]]
     if args.plain:
         images += bound.pipe(args.prompt, generator=generator(args.seed), **asked).images
-    save_images([(image, None) for image in images], [path for path in (args.out, args.plain) if path])
+    save_images([(image, None) for image in images], files)
     if args.json:
         print(
             json.dumps({"file": str(args.out), "binding": asdict(binding), "steps": [asdict(s) for s in bound.history]})
@@ -615,16 +625,18 @@ def erase(args) -> None:
 
     from argen.device import pick
     from argen.diffusion import ConceptErasure
+    from argen.diffusion.rece import check_erasure
     from argen.eval import features, tools
     from argen.registry import concepts_of, drawing, erasing, load_diffusion
 
     writable_folder(args.out)
     concepts = concepts_of(args.model, args.concepts)
+    how = erasing(args.model, concepts, args.preset, args.retain, args.target)
+    check_erasure(**how)
     pipe, stages, told = load_diffusion(args.model).to(pick(args.device)), [], {}
     erasure, asked = ConceptErasure(pipe), drawing(args.model, args.steps, args.guidance_scale)
 
     def run() -> None:
-        how = erasing(args.model, concepts, args.preset, args.retain, args.target)
         stages.extend(erasure.erase(**how, epochs=args.epochs))
 
     def draw(**given) -> list:
@@ -664,8 +676,7 @@ def count(args) -> None:
     from argen.registry import counters, counting, counting_rate, load_diffusion
     from argen.words import parse_count
 
-    for path in filter(None, (args.out, args.plain)):
-        writable(path)
+    files = writable_all(args.out, args.plain)
     if args.token:
         writable(args.token, ".safetensors")
     number, things = parse_count(args.prompt)
@@ -690,7 +701,7 @@ def count(args) -> None:
     images = [token.draw(things, number, latents), *plain]
     if args.token:
         token.save(args.token, f"<{number}-things>", count=number, things=things, model=args.model, seed=args.seed)
-    save_images([(image, None) for image in images], [path for path in (args.out, args.plain) if path])
+    save_images([(image, None) for image in images], files)
     counted = best.count if best else None
     if args.json:
         print(json.dumps({"file": str(args.out), "prompt": token.prompt(things, number), "count": counted}))
@@ -704,7 +715,7 @@ def models(args) -> None:
     from argen.registry import MODELS
     from argen.studio import local_cache
 
-    if args.verify:
+    if args.verify is not None:
         files = local_cache.verify(args.verify)
         if broken := [name for name, whole in files.items() if not whole]:
             raise ValueError(
@@ -712,7 +723,7 @@ def models(args) -> None:
             )
         print(json.dumps(files) if args.json else f"{args.verify}: {len(files)} files, all whole")
         return
-    if args.delete:
+    if args.delete is not None:
         gone = local_cache.delete(args.delete)
         print(json.dumps({"deleted": gone}) if args.json else f"deleted: {', '.join(gone)}")
         return
@@ -825,7 +836,7 @@ def main(argv: list[str] | None = None) -> int:
 
     def run(args) -> None:
         if args.command != "train":  # its steps are those of a schedule
-            check_all((name, value) for name, value in vars(args).items() if not isinstance(value, str))
+            check_numbers(args)
         COMMANDS[args.command](args)
 
     return guarded(f"argen {args.command}", run, args)

@@ -3,12 +3,14 @@
 import argparse
 import logging
 import os
+import re
 import sys
 import tempfile
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 
+from argen.bounds import check
 from argen.words import check_text, cut
 
 EXTRAS = {
@@ -19,6 +21,8 @@ EXTRAS = {
 }  # module -> the extra that brings it; others are of "train"
 
 
+CALLED = {"tokens": "num_tokens", "strength": "control_strength"}  # options -> their names in `argen.bounds`
+MAX_WORD = 600  # characters in errors: of a path
 MAX_NAME = 250  # bytes of a file name: 255, less the number of one of several images
 
 
@@ -30,8 +34,11 @@ class Parser(argparse.ArgumentParser):
 
 
 def printable(text: str) -> str:
-    """A text in one line that any stream takes, with escapes for bytes that are no UTF-8."""
-    return " ".join(text.encode("utf-8", "backslashreplace").decode().split())
+    """A text in one line that any stream takes, with escapes for bytes that are no UTF-8; words and quotations longer than names of
+    files are cut."""
+    text = re.sub(r"'([^']{60})[^']{200,}'", r"'\1...'", text)
+    words = text.encode("utf-8", "backslashreplace").decode().replace("\0", "\\0").split()
+    return " ".join(word if len(word) <= MAX_WORD else f"{word[:60]}..." for word in words)
 
 
 def device_and_json(add: argparse.ArgumentParser) -> None:
@@ -69,6 +76,18 @@ def writable(path: Path, suffix: str = ".png") -> Path:
     ):
         raise ValueError(f"cannot write {path}: expected a file name in a folder that exists and may be written")
     return path
+
+
+def writable_all(*paths: Path | None, suffix: str = ".png") -> list[Path]:
+    """Those of some paths that are given, if a file each can be written there.
+
+    Raises:
+        ValueError: see `writable`; two are the same.
+    """
+    found = [writable(path, suffix) for path in paths if path]
+    if len({path.resolve() for path in found}) < len(found):
+        raise ValueError(f"{found[0]} is given for two files: choose another name for one")
+    return found
 
 
 def writable_images(path: Path, count: int) -> list[Path]:
@@ -118,7 +137,20 @@ def check_model(model: str, kind: str | None = None) -> None:
     if not exists(model):
         raise unknown(model)
     if kind and model in MODELS and (found := MODELS[model].kind) != kind:
+        found = "diffusion pipeline" if found == "diffusion" else found
         raise ValueError(f"{model} is {with_article(found)}, expected {with_article(kind)}: `argen models` lists them")
+
+
+def check_numbers(args: argparse.Namespace) -> None:
+    """Check every number among the options of a command, before anything is loaded.
+
+    Raises:
+        ValueError: see `argen.bounds.check`.
+    """
+    for name, value in vars(args).items():
+        for each in value if isinstance(value, tuple) and name == "steps" else (value,):
+            if not isinstance(each, str):
+                check(CALLED.get(name, name), each, name)
 
 
 def load_model(model: str, device: str | None, kind: str | None = None, **files):
@@ -141,10 +173,14 @@ def guarded(name: str, function: Callable[[argparse.Namespace], None], args: arg
     for library in ("transformers", "diffusers", "huggingface_hub"):
         logging.getLogger(library).setLevel(logging.ERROR)
     try:
+        if sys.flags.optimize > 1:
+            raise ValueError("python -OO takes away texts that diffusers needs: use python -O")
         for option, value in vars(args).items():
             for text in value if isinstance(value, list) else [value]:
-                if isinstance(text, str):  # paths may have any bytes
+                if isinstance(text, str):  # paths may have any bytes but zero
                     check_text(text, option)
+                if isinstance(text, Path) and "\0" in str(text):
+                    raise ValueError(f"{option} is {cut(repr(str(text)))}, with a zero byte: no file has such a name")
         function(args)
     except (ValueError, OSError) as error:
         print(f"{name}: error: {printable(str(error))}", file=sys.stderr)

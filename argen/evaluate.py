@@ -5,10 +5,12 @@ import json
 import os
 import sys
 from collections.abc import Callable
-from functools import partial
+from contextlib import nullcontext
+from functools import partial, wraps
 from pathlib import Path
 
-from argen.command import Parser, device_and_json, guarded, load_model
+from argen.bounds import check
+from argen.command import Parser, check_numbers, device_and_json, guarded, load_model, writable_folder
 
 COMMANDS = {}
 CLIP = "openai/clip-vit-base-patch32"
@@ -16,9 +18,45 @@ BINDING = "attribute, object, merge or gentle (default: attribute; of argen/emoj
 COUNT_RATE = "(default: the authors' 0.01; of argen/emoji-sd 0.003)"
 
 
-def command(function):
-    COMMANDS[function.__name__] = function
-    return function
+def command(function: Callable[[argparse.Namespace], None]) -> Callable[[argparse.Namespace], None]:
+    """A command whose options are checked before anything is loaded; where it makes nothing, its folder is left as it was."""
+
+    @wraps(function)
+    def run(args: argparse.Namespace) -> None:
+        from argen.eval.run import released_if_empty
+
+        check_options(args)
+        with nullcontext() if args.metric == "stats" else released_if_empty(args.out):
+            function(args)
+
+    COMMANDS[function.__name__] = run
+    return run
+
+
+def check_options(args: argparse.Namespace) -> None:
+    """Raises:
+    ValueError: a number out of bounds, an unknown name, or a folder that cannot be written.
+    """
+    from argen.diffusion import rece, tome
+    from argen.eval import features, images, run
+
+    check_numbers(args)
+    check("run_seed", getattr(args, "seed", None), "seed")
+    options = vars(args)
+    if options.get("crop"):
+        images.check_crop(args.crop)
+    if options.get("protocol"):
+        features.check_protocol(args.protocol)
+    if options.get("settings"):
+        tome.check_settings(args.settings)
+    if options.get("concepts"):
+        rece.check_erasure(args.concepts, args.preset or "object", retained=args.retain)
+    if options.get("metrics"):
+        run.check_names([name.strip() for name in args.metrics.split(",")])
+    if args.metric == "stats":
+        run.writable_npz(args.out)
+    else:
+        writable_folder(args.out, new=False)
 
 
 def add_commands(top: argparse.ArgumentParser) -> None:
@@ -513,7 +551,6 @@ def stats(args: argparse.Namespace) -> None:
     from argen.eval import run
     from argen.eval.images import open_images
 
-    run.writable_npz(args.out)
     n = run.save_statistics(
         args.out, open_images(args.data), _extractor(args), args.crop, cache_folder(), args.batch_size
     )

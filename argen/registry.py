@@ -1,7 +1,6 @@
 """What exists: the weights that ship with argen and the published ones that it loads; `load` gives any of them."""
 
 import difflib
-import importlib
 import json
 import logging
 import os
@@ -29,7 +28,7 @@ from transformers import AutoTokenizer, CLIPModel, LlamaForCausalLM, PreTrainedT
 
 from argen.data.emoji import GROUPS, STYLES, with_article
 from argen.data.scenes import COMMON, NUMBERS
-from argen.device import LOADING
+from argen.device import LOADING, silent
 from argen.diffusion.count_token import ONE_STEP
 from argen.diffusion.counters import (
     CLIPCountDensity,
@@ -708,16 +707,8 @@ def memory(device: torch.device) -> int:
 @contextmanager
 def _alone() -> Iterator[None]:
     """No other model is loaded meanwhile, and no progress bars are shown: the weights load faster than one is drawn."""
-    with LOADING:
-        libraries = [importlib.import_module(f"{name}.utils.logging") for name in ("diffusers", "transformers")]
-        shown = [library for library in libraries if library.is_progress_bar_enabled()]
-        for library in shown:
-            library.disable_progress_bar()
-        try:
-            yield
-        finally:
-            for library in shown:
-                library.enable_progress_bar()
+    with LOADING, silent():
+        yield
 
 
 def _pipeline(folder: Path, known: dict[str, type[DiffusionPipeline]] = PIPELINES) -> DiffusionPipeline:
@@ -844,6 +835,8 @@ def counters(
         ConnectionError: a part is not here and cannot be fetched.
     """
     if model == "argen/emoji-sd":
+        if clip_count or detector:
+            raise ValueError("argen/emoji-sd has a counter of its own: leave --clip-count and --detector out")
         with _alone():
             density = EmojiDensity(_network(Counter, WEIGHTS / "emoji-counter").to(device))
             relevance = EmojiRelevance(_encoder(WEIGHTS / "emoji-clip").to(device))

@@ -126,7 +126,10 @@ def check_length(text: str, what: str) -> str:
 
 def cut(value: object) -> str:
     """A value as an error shows it, not longer than 60 characters."""
-    text = str(value)
+    try:
+        text = str(value)
+    except ValueError:  # Python writes no integers of more than 4,300 digits
+        return f"a number of about {int(value.bit_length() * math.log10(2)):,} digits"
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 

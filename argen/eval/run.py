@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import platform
+import shutil
 import time
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
@@ -29,6 +30,7 @@ from argen.eval import metrics
 from argen.eval.features import Extractor
 from argen.eval.images import ImageArray, ImageSet, cropped, digest, open_images
 from argen.metadata import replacing
+from argen.words import cut
 
 logger = logging.getLogger(__name__)
 READING = 2  # raised whenever images are read otherwise than before, so that features of old readings are not taken
@@ -257,11 +259,15 @@ def enough(n: int, name: str) -> None:
         raise ValueError(f"{name} has {n} picture{'s' if n != 1 else ''}: expected at least 2")
 
 
+def check_names(wanted: Sequence[str]) -> None:
+    """Raises ValueError: a metric is unknown."""
+    if unknown := [name for name in wanted if name not in METRICS]:
+        raise ValueError(f"unknown metric {cut(', '.join(unknown))}: expected some of {', '.join(METRICS)}")
+
+
 def check(wanted: Sequence[str], extractor: Extractor, reference: ImageSet | Statistics) -> None:
     """Raises ValueError: a metric is unknown, or cannot be had from these features and this reference."""
-    unknown = [name for name in wanted if name not in METRICS]
-    if unknown:
-        raise ValueError(f"unknown metric {', '.join(unknown)}: expected some of {', '.join(METRICS)}")
+    check_names(wanted)
     for name in wanted:
         if METRICS[name] not in extractor.arrays:
             raise ValueError(f"{name} cannot be had from {extractor.name}: it needs --features inception")
@@ -383,7 +389,11 @@ def lock_run_dir(folder: Path, settings: dict) -> None:
         if note.exists():
             was = json.loads(note.read_text())
             changed = [key for key in settings | was if settings.get(key) != was.get(key)]
-            if changed:
+            if changed and all(_mended(was.get(key), settings.get(key)) for key in changed) and not _finished(folder):
+                logger.warning("%s: the images were changed since, the run begins again", folder)
+                _empty(folder)
+                note.write_text(json.dumps(settings, indent=1))
+            elif changed:
                 raise ValueError(f"{folder} holds a run with another {', '.join(changed)}: choose another --out")
         elif folder.exists() and any(folder.iterdir()):
             raise ValueError(f"{folder} is not empty and holds no run of this kind: choose another --out")
@@ -391,6 +401,40 @@ def lock_run_dir(folder: Path, settings: dict) -> None:
             folder.mkdir(parents=True, exist_ok=True)
             note.write_text(json.dumps(settings, indent=1))
     state.wait_for_everyone()
+
+
+def _mended(was: object, now: object) -> bool:
+    """Whether two settings are a set of images, [path, identity], before and after files of it were changed."""
+    pair = isinstance(was, list) and isinstance(now, list) and len(was) == len(now) == 2
+    return pair and was[0] == now[0]
+
+
+def _finished(folder: Path) -> bool:
+    return (folder / "report.json").exists()
+
+
+def _empty(folder: Path) -> None:
+    """Delete what an unfinished run made of a set of images."""
+    for file in folder.glob("*.npy"):
+        file.unlink()
+    for name in ("samples", "free"):
+        shutil.rmtree(folder / name, ignore_errors=True)
+
+
+@contextmanager
+def released_if_empty(folder: Path) -> Iterator[None]:
+    """Where an error ends a run of which nothing is in `folder` yet, take away its mark, and the folder if it is new."""
+    new, marked = not folder.exists(), (folder / "settings.json").exists()
+    try:
+        yield
+    except Exception:
+        files = [path for path in folder.rglob("*") if not path.is_dir()] if folder.is_dir() else []
+        if not marked and processes().is_main_process and all(path == folder / "settings.json" for path in files):
+            for path in [*files, *(path for path in sorted(folder.rglob("*"), reverse=True) if path.is_dir())]:
+                path.unlink() if path in files else path.rmdir()
+            if new and folder.is_dir():
+                folder.rmdir()
+        raise
 
 
 def report(folder: Path, settings: dict, scores: dict[str, dict], seconds: dict[str, float], shown: ImageSet) -> str:
