@@ -114,7 +114,7 @@ def writable_folder(path: Path, new: bool = True) -> Path:
     whole = path.absolute()
     above = next(one for one in (whole, *whole.parents) if os.path.lexists(one))
     if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK) or not _takes_files(above):
-        raise ValueError(f"cannot write {path}: expected the name of a folder where one may be made")
+        raise ValueError(f"cannot write {path}: expected the name of a {'new ' if new else ''}folder where one may be made")
     return path
 
 
