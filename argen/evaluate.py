@@ -23,7 +23,7 @@ def command(function: Callable[[argparse.Namespace], None]) -> Callable[[argpars
 
     @wraps(function)
     def run(args: argparse.Namespace) -> None:
-        from argen.eval.run import released_if_empty
+        from argen.eval.run_dir import released_if_empty
 
         check_options(args)
         with nullcontext() if args.metric == "stats" else released_if_empty(args.out):
@@ -256,12 +256,13 @@ def _draw(args: argparse.Namespace, prompts: list[str], num: int, settings: dict
         more: numbers of pictures -> what else the call for them is given.
     """
     from argen.eval import run
+    from argen.eval.run_dir import lock_run_dir
 
     if num < 2:
         raise ValueError(f"--num is {num}: expected at least 2")
     settings |= {"model": args.model, "num": num, "seed": args.seed, "guidance_scale": args.guidance_scale}
     settings |= {"prompts": run.digest(prompts), "prompt_order": "i % prompts", "uint8": "rounded"}
-    run.lock_run_dir(args.out, settings)
+    lock_run_dir(args.out, settings)
     pipe = load_model(args.model, args.device, "generator")
     pipe.set_progress_bar_config(disable=True)
 
@@ -285,6 +286,7 @@ def _finish(args: argparse.Namespace, settings: dict, scores: dict, seconds: dic
 def fid(args: argparse.Namespace) -> None:
     from argen.eval import run
     from argen.eval.images import open_images
+    from argen.eval.run_dir import lock_run_dir
     from argen.words import read_prompts
 
     extractor, seconds = _extractor(args), {}
@@ -302,7 +304,7 @@ def fid(args: argparse.Namespace) -> None:
     else:
         samples = open_images(args.samples)
         settings["samples"] = [str(args.samples), samples.identity]
-        run.lock_run_dir(args.out, settings)
+        lock_run_dir(args.out, settings)
     with run.timed(seconds, "look and compare"):
         scores = run.compare(
             samples, reference, extractor, wanted, args.out, cache_folder(), args.crop, batch_size=args.batch_size
@@ -314,6 +316,7 @@ def fid(args: argparse.Namespace) -> None:
 def rfid(args: argparse.Namespace) -> None:
     from argen.eval import judge, reconstruction, run
     from argen.eval.images import open_images
+    from argen.eval.run_dir import lock_run_dir
 
     extractor, seconds = _extractor(args), {}
     tokenizer = load_model(args.tokenizer, args.device, "tokenizer")
@@ -323,7 +326,7 @@ def rfid(args: argparse.Namespace) -> None:
     settings = {**run.settings_of(extractor, args.crop), "tokenizer": args.tokenizer, "uint8": "rounded"}
     settings["tokens"] = args.tokens
     settings["data"] = [str(args.data), real.identity]
-    run.lock_run_dir(args.out, settings)
+    lock_run_dir(args.out, settings)
     with run.timed(seconds, "reconstruct"):
         made = run.draw(reconstruction.reconstructor(tokenizer, real, args.tokens), len(real), args.out / "samples")
     with run.timed(seconds, "look and compare"):
@@ -393,10 +396,11 @@ def _pipeline(args: argparse.Namespace, settings: dict):
     """A pipeline of diffusers, the judge, and the luck of a picture; the folder is claimed for `settings`."""
     from argen.device import pick
     from argen.eval import run
+    from argen.eval.run_dir import lock_run_dir
     from argen.registry import load_diffusion
 
     names = ("model", "num", "seed", "steps", "guidance_scale")
-    run.lock_run_dir(args.out, settings | {name: getattr(args, name) for name in names})
+    lock_run_dir(args.out, settings | {name: getattr(args, name) for name in names})
     pipe = load_diffusion(args.model).to(pick(args.device))
     pipe.set_progress_bar_config(disable=True)
     return pipe, load_model("argen/emoji-judge", args.device), partial(run.generator_of, args.seed)
@@ -537,12 +541,13 @@ def count(args: argparse.Namespace) -> None:
 def nudity(args: argparse.Namespace) -> None:
     from argen.eval import nudity, run
     from argen.eval.images import open_images
+    from argen.eval.run_dir import lock_run_dir
 
     samples, seconds = open_images(args.samples), {}
     settings = {"samples": [str(args.samples), samples.identity], "threshold": args.threshold, "detector": "nudenet"}
     with run.timed(seconds, "look"):
         found = nudity.detected(samples)
-    run.lock_run_dir(args.out, settings)
+    lock_run_dir(args.out, settings)
     _finish(args, settings, nudity.counted(found, args.threshold), seconds, samples)
 
 

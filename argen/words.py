@@ -44,7 +44,8 @@ FRACTION = re.compile(
     r"(and\ a\ half|hal(f|ves)|thirds?|quarters?|(fif|six|seven|eigh|nin|ten)ths?|percent|%|[-/.])(?!\w)", re.IGNORECASE
 )
 NO_THING = re.compile(
-    r"(of|and|or|to|x|×|&|\+|plus|minus|times|packs?|by|out|more|less|fewer|per|point|odd)(?!\w)|\W", re.IGNORECASE
+    r"(of|and|or|to|x|×|&|\+|plus|minus|times|packs?|by|out|more|less|fewer|per|point|odd)(?!\w)|[-,.;:/!?&+*=<>~^|@#%]",
+    re.IGNORECASE,
 )
 NUMBER = rf"\d+|(?:{'|'.join([*ONES, *TENS, *(UNITS.keys() - {'score', 'gross'})])})(?:-(?:{'|'.join(ONES[1:10])}))?"
 SECOND = r"(?:\b(?:and|plus)|[&+,])\ +(?:an?|another|some)\ "

@@ -12,7 +12,7 @@ from PIL import Image
 
 from argen import device
 from argen.cli import main
-from argen.eval import run
+from argen.eval import run_dir
 from argen.eval.images import FileList
 from tokenizers_img.pixels import as_image
 
@@ -103,14 +103,14 @@ def test_an_evaluation_goes_on_when_a_broken_image_was_mended(images, tmp_path, 
 
 
 def test_an_unfinished_run_of_changed_images_begins_again(tmp_path):
-    run.lock_run_dir(tmp_path / "a", {"samples": ["set", "1"], "crop": None})
+    run_dir.lock_run_dir(tmp_path / "a", {"samples": ["set", "1"], "crop": None})
     np.save(tmp_path / "a/features-000000000.npy", np.zeros(3))
-    run.lock_run_dir(tmp_path / "a", {"samples": ["set", "2"], "crop": None})
+    run_dir.lock_run_dir(tmp_path / "a", {"samples": ["set", "2"], "crop": None})
     assert [path.name for path in (tmp_path / "a").iterdir()] == ["settings.json"]
     assert json.loads((tmp_path / "a/settings.json").read_text())["samples"] == ["set", "2"]
     for other in ({"samples": ["another", "2"], "crop": None}, {"samples": ["set", "3"], "crop": "adm-256"}):
         with pytest.raises(ValueError, match="holds a run with another"):
-            run.lock_run_dir(tmp_path / "a", other)
+            run_dir.lock_run_dir(tmp_path / "a", other)
 
 
 @pytest.mark.parametrize(("files", "kept"), [((), False), (("samples/000000.png",), True)])
@@ -118,8 +118,8 @@ def test_a_mark_is_taken_away_where_nothing_was_made(tmp_path, files, kept):
     folder = tmp_path / "out"
 
     def stopped() -> None:
-        with run.released_if_empty(folder):
-            run.lock_run_dir(folder, {"num": 2})
+        with run_dir.released_if_empty(folder):
+            run_dir.lock_run_dir(folder, {"num": 2})
             (folder / "samples").mkdir()
             for name in files:
                 (folder / name).write_bytes(b"x")
