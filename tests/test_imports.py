@@ -9,7 +9,8 @@ ROOT = Path(__file__).parent.parent
 LAYERS = [
     ["samplers"],
     ["tokenizers_img"],
-    ["argen.bounds", "argen.images", "argen.device", "argen.words"],
+    ["argen.words"],
+    ["argen.bounds", "argen.images", "argen.device"],
     ["argen.request"],
     ["argen.metadata"],
     ["argen.models", "argen.data"],
