@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from argen.words import cut
 from samplers.errors import InvalidValue
 
 MAX_IMAGES, MAX_CANDIDATES = 64, 64
@@ -36,7 +37,13 @@ class Bound:
 
 
 BOUNDS = {
+    "num": Bound(1, 10**6),
+    "others": Bound(1, 1000),
+    "batch_size": Bound(1, 4096),
+    "threshold": Bound(0, 1, False),
     "seed": Bound(0, MAX_SEED),
+    "num_candidates": Bound(1, MAX_CANDIDATES),
+    "num_tokens": Bound(1, MAX_CELLS),
     "temperature": Bound(0, 100, False, "0: the most probable token"),
     "top_p": Bound(0, 1, False, "1: all"),
     "guidance_scale": Bound(0, 100, False, "1: no guidance"),
@@ -47,12 +54,16 @@ BOUNDS = {
     "learning_rate": Bound(0, 1, False),
     "epochs": Bound(0, 1000),
     "verify": Bound(1, 1000),
+    "run_seed": Bound(0, 2**31 - 1),
     "port": Bound(0, 65535),
 }
 
 
-def check(name: str, value: float | None) -> None:
+def check(name: str, value: float | None, called: str | None = None) -> None:
     """Check a number that was set; None, which leaves it to the model, is allowed, and so is what has no bounds.
+
+    Args:
+        called: how errors name it, if not as here.
 
     Raises:
         ValueError: not a finite number, not a whole one where one is expected, or out of bounds.
@@ -60,15 +71,16 @@ def check(name: str, value: float | None) -> None:
     bound = BOUNDS.get(name)
     if bound is None or value is None:
         return
+    shown = cut(value if isinstance(value, int | float) else repr(value))
     kinds = int if bound.whole else int | float
     unbounded = isinstance(value, float) and not math.isfinite(value)  # an int of any length is compared as it is
     if isinstance(value, bool) or not isinstance(value, kinds) or unbounded:
-        message = f"{name} is {repr(value)[:60]}: expected a {'whole ' if bound.whole else ''}number, {bound}"
+        message = f"{called or name} is {shown}: expected a {'whole ' if bound.whole else ''}number, {bound}"
         raise InvalidValue(message, name, "invalid_type")
     if not bound.low <= value <= bound.high:
         kind = "integer" if bound.whole else "decimal"
         side = "below_min" if value < bound.low else "above_max"
-        raise InvalidValue(f"{name} is {repr(value)[:60]}: expected {bound}", name, f"{kind}_{side}_value")
+        raise InvalidValue(f"{called or name} is {shown}: expected {bound}", name, f"{kind}_{side}_value")
 
 
 def check_all(settings: Iterable[tuple[str, object]]) -> None:

@@ -3,6 +3,7 @@
 import argparse
 import logging
 import os
+import re
 import sys
 import tempfile
 import warnings
@@ -11,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from argen.bounds import check_size
+from argen.bounds import check, check_size
 from argen.words import check_text, cut
 
 if TYPE_CHECKING:
@@ -33,6 +34,8 @@ PIPELINE = "folder of a Stable Diffusion (XL) pipeline, or OWNER/NAME on the hub
 BINDING = "attribute, object, merge or gentle (default: attribute; of argen/emoji-sd gentle)"
 COUNT_RATE = "(default: the authors' 0.01; of argen/emoji-sd 0.003)"
 CLIP = "openai/clip-vit-base-patch32"
+CALLED = {"tokens": "num_tokens", "strength": "control_strength"}  # options -> their names in `argen.bounds`
+MAX_WORD = 600  # characters in errors: of a path
 MAX_NAME = 250  # bytes of a file name: 255, less the number of one of several images
 
 
@@ -44,8 +47,11 @@ class Parser(argparse.ArgumentParser):
 
 
 def printable(text: str) -> str:
-    """A text in one line that any stream takes, with escapes for bytes that are no UTF-8."""
-    return " ".join(text.encode("utf-8", "backslashreplace").decode().split())
+    """A text in one line that any stream takes, with escapes for bytes that are no UTF-8; words and quotations longer than names of
+    files are cut."""
+    text = re.sub(r"'([^']{60})[^']{200,}'", r"'\1...'", text)
+    words = text.encode("utf-8", "backslashreplace").decode().replace("\0", "\\0").split()
+    return " ".join(word if len(word) <= MAX_WORD else f"{word[:60]}..." for word in words)
 
 
 def device_and_json(add: argparse.ArgumentParser) -> None:
@@ -138,6 +144,18 @@ def writable(path: Path, suffix: str = ".png") -> Path:
     return path
 
 
+def writable_all(*paths: Path | None, suffix: str = ".png") -> list[Path]:
+    """Those of some paths that are given, if a file each can be written there.
+
+    Raises:
+        ValueError: see `writable`; two are the same.
+    """
+    found = [writable(path, suffix) for path in paths if path]
+    if len({path.resolve() for path in found}) < len(found):
+        raise ValueError(f"{found[0]} is given for two files: choose another name for one")
+    return found
+
+
 def writable_images(path: Path, count: int) -> list[Path]:
     """`path` for one image, the same with -1, -2 ... for several, if all can be written.
 
@@ -162,7 +180,9 @@ def writable_folder(path: Path, new: bool = True) -> Path:
     whole = path.absolute()
     above = next(one for one in (whole, *whole.parents) if os.path.lexists(one))
     if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK) or not _takes_files(above):
-        raise ValueError(f"cannot write {path}: expected the name of a folder where one may be made")
+        raise ValueError(
+            f"cannot write {path}: expected the name of a {'new ' if new else ''}folder where one may be made"
+        )
     return path
 
 
@@ -184,7 +204,20 @@ def check_model(model: str, kind: str | None = None) -> None:
 
     check_known(model)
     if kind and model in all_cards() and (found := all_cards()[model].kind) != kind:
+        found = "diffusion pipeline" if found == "diffusion" else found
         raise ValueError(f"{model} is {with_article(found)}, expected {with_article(kind)}: `argen models` lists them")
+
+
+def check_numbers(args: argparse.Namespace) -> None:
+    """Check every number among the options of a command, before anything is loaded.
+
+    Raises:
+        ValueError: see `argen.bounds.check`.
+    """
+    for name, value in vars(args).items():
+        for each in value if isinstance(value, tuple) and name == "steps" else (value,):
+            if not isinstance(each, str):
+                check(CALLED.get(name, name), each, name)
 
 
 def load_model(model: str, device: str | None, kind: str | None = None, **files):
@@ -207,10 +240,14 @@ def guarded(name: str, function: Callable[[argparse.Namespace], None], args: arg
     for library in ("transformers", "diffusers", "huggingface_hub"):
         logging.getLogger(library).setLevel(logging.ERROR)
     try:
+        if sys.flags.optimize > 1:
+            raise ValueError("python -OO takes away texts that diffusers needs: use python -O")
         for option, value in vars(args).items():
             for text in value if isinstance(value, list) else [value]:
-                if isinstance(text, str):  # paths may have any bytes
+                if isinstance(text, str):  # paths may have any bytes but zero
                     check_text(text, option)
+                if isinstance(text, Path) and "\0" in str(text):
+                    raise ValueError(f"{option} is {cut(repr(str(text)))}, with a zero byte: no file has such a name")
         function(args)
     except (ValueError, OSError) as error:
         print(f"{name}: error: {printable(str(error))}", file=sys.stderr)

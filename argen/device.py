@@ -1,14 +1,33 @@
 """Where networks run, in which precision, and when they are loaded."""
 
+import importlib
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 
 import torch
 
+from argen.words import cut
+
 # While diffusers or transformers load a network, those that any thread makes have no storage, and after two at once all have none
 # (accelerate's init_empty_weights changes torch's classes for the while): whoever loads one holds this.
 LOADING = threading.RLock()
+
+
+@contextmanager
+def silent() -> Iterator[None]:
+    """No progress bars of diffusers and transformers meanwhile."""
+    libraries = [importlib.import_module(f"{name}.utils.logging") for name in ("diffusers", "transformers")]
+    shown = [library for library in libraries if library.is_progress_bar_enabled()]
+    for library in shown:
+        library.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for library in shown:
+            library.enable_progress_bar()
 
 
 def pick(name: str | None = None) -> torch.device:
@@ -21,10 +40,10 @@ def pick(name: str | None = None) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"device {name!r} cannot be used here ({reason}): expected cpu, cuda or mps") from error
+        torch.ones(1, device=device).item()  # "meta" makes tensors, and holds no numbers
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = cut(str(error).splitlines()[0].split(". ")[0])
+        raise ValueError(f"device {cut(name)!r} cannot be used here ({reason}): expected cpu, cuda or mps") from error
     return device
 
 

@@ -18,18 +18,8 @@ TENS = ("twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "nin
 VALUES = dict(zip(ONES, range(20), strict=True)) | dict(zip(TENS, range(20, 100, 10), strict=True))
 UNITS = {"dozen": 12, "dozens": 12, "doz": 12, "score": 20, "gross": 144}
 UNITS |= {"hundred": 100, "thousand": 1000, "million": 10**6, "billion": 10**9}
-GROUPS = {
-    "duo": 2,
-    "brace": 2,
-    "trio": 3,
-    "quartet": 4,
-    "quintet": 5,
-    "sextet": 6,
-    "septet": 7,
-    "octet": 8,
-    "score": 20,
-    "gross": 144,
-}
+GROUPS = {"pair": 2, "couple": 2, "duo": 2, "brace": 2, "trio": 3, "quartet": 4, "quintet": 5, "sextet": 6, "septet": 7}
+GROUPS |= {"octet": 8, "score": 20, "gross": 144}
 AMOUNT = re.compile(
     rf"""(?:(?:exactly|just|only)\ )?
     (?P<sign>[-−]|minus\ |negative\ )?
@@ -41,7 +31,7 @@ AMOUNT = re.compile(
       |(?P<one>(?:an?\ )?single|an?)
       |(?=dozen\b))
     (?P<units>(?:[ -]?(?:{"|".join(UNITS)})(?!\w)\.?)*(?:\ of(?!\w))?)
-    (?P<pairs>\ (?:pair|couple)s?\ of)?
+    (?:\ (?P<sets>{"|".join(GROUPS)})s?\ of(?!\w))?
     (?:\ ?[x×])?
     (?!\S)""",
     re.VERBOSE | re.IGNORECASE,
@@ -56,7 +46,8 @@ FRACTION = re.compile(
     r"(and\ a\ half|hal(f|ves)|thirds?|quarters?|(fif|six|seven|eigh|nin|ten)ths?|percent|%|[-/.])(?!\w)", re.IGNORECASE
 )
 NO_THING = re.compile(
-    r"(of|and|or|to|x|×|&|\+|plus|minus|times|by|out|more|less|fewer|per|point|odd)(?!\w)|\W", re.IGNORECASE
+    r"(of|and|or|to|x|×|&|\+|plus|minus|times|packs?|by|out|more|less|fewer|per|point|odd)(?!\w)|[-,.;:/!?&+*=<>~^|@#%]",
+    re.IGNORECASE,
 )
 NUMBER = rf"\d+|(?:{'|'.join([*ONES, *TENS, *(UNITS.keys() - {'score', 'gross'})])})(?:-(?:{'|'.join(ONES[1:10])}))?"
 SECOND = r"(?:\b(?:and|plus)|[&+,])\ +(?:an?|another|some)\ "
@@ -130,7 +121,10 @@ def check_length(text: str, what: str) -> str:
 
 def cut(value: object) -> str:
     """A value as an error shows it, not longer than 60 characters."""
-    text = str(value)
+    try:
+        text = str(value)
+    except ValueError:  # Python writes no integers of more than 4,300 digits
+        return f"a number of about {int(value.bit_length() * math.log10(2)):,} digits"
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
@@ -232,7 +226,8 @@ def parse_count(prompt: str) -> tuple[int, str]:
     rest = text[found.end() :].strip().rstrip(" .!?") if found else ""
     exponent = any(unicodedata.decomposition(char).startswith(("<super>", "<sub>")) for char in prompt)
     vague = found and found["one"] and VAGUE.match(rest)
-    if not re.search(r"[^\W\d_]", rest) or vague or exponent:
+    named = any(unicodedata.category(char)[0] == "L" or unicodedata.category(char) == "So" for char in rest)
+    if not named or vague or exponent:
         raise ValueError(
             f"{cut(prompt)!r} does not say how many of what: begin with a number from 1 to {MOST_COUNTED}, as in 'five apples'"
         )
@@ -249,7 +244,7 @@ def _amount(found: re.Match) -> int:
             number = VALUES.get(parts[name], 0) + VALUES.get(parts["ones"], 0)
     units = [UNITS[word] for word in re.findall("|".join(UNITS), parts["units"])]
     number = math.prod([number, *units]) // (2 if parts["half"] else 1)
-    return (-1 if parts["sign"] else 1) * number * (2 if parts["pairs"] else 1)
+    return (-1 if parts["sign"] else 1) * number * GROUPS.get(parts["sets"], 1)
 
 
 def split_names(texts: Iterable[str]) -> list[str]:

@@ -276,7 +276,7 @@ def test_where_a_pipeline_goes_is_checked_before_the_work(capsys, tmp_path, monk
     monkeypatch.setattr("argen.hub.loading.load_diffusion", None)
     (tmp_path / "file").write_text("x")
     assert "there already" in refused(capsys, "erase", "pizza", "-o", tmp_path)
-    assert "expected the name of a folder" in refused(capsys, "erase", "pizza", "-o", tmp_path / "file" / "out")
+    assert "expected the name of a new folder" in refused(capsys, "erase", "pizza", "-o", tmp_path / "file" / "out")
 
 
 @pytest.mark.parametrize(

@@ -143,11 +143,7 @@ def test_two_processes_give_what_one_gives(tmp_path, cache):
     assert fid(TRAIN, TEST, tmp_path / "one", "--metrics", "fid,kid,pr") == 0
     shutil.rmtree(cache)
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    launch += [
-        "-m",
-        "argen",
-        "eval",
-    ]  # `accelerate launch` starts several processes on GPUs, but on CPUs only through MPI
+    launch += ["-m", "argen"]  # `accelerate launch` starts several processes on GPUs, but on CPUs only through MPI
     call = [
         "eval",
         "fid",
@@ -181,7 +177,7 @@ def inception(tmp_path_factory):
 def test_every_metric_of_the_published_network(tmp_path, inception, sources):
     where, _ = sources
     found = ["--inception-weights", str(inception), "--metrics", "fid,sfid,is,kid,pr"]
-    call = ["eval", "fid", "--samples", str(where / "batch.npz"), "--ref", str(where / "folder")]
+    call = ["fid", "--samples", str(where / "batch.npz"), "--ref", str(where / "folder")]
     assert main(["eval", *call, *found, "--out", str(tmp_path / "out")]) == 0
     assert list(scores(tmp_path / "out")) == ["FID", "sFID", "IS", "KID", "precision", "recall"]
     assert abs(values(tmp_path / "out")["FID"]) < 1e-3  # singular covariances
@@ -219,7 +215,7 @@ def test_statistics_of_the_reference_tools_are_read(golden):
 
 def test_a_damaged_file_of_weights_is_not_used(tmp_path, capsys):
     (tmp_path / "pt_inception.pth").write_bytes(b"half of it")
-    call = ["eval", "fid", "--samples", str(TRAIN), "--ref", str(TEST), "--out", str(tmp_path / "out")]
+    call = ["fid", "--samples", str(TRAIN), "--ref", str(TEST), "--out", str(tmp_path / "out")]
     assert main(["eval", *call, "--inception-weights", str(tmp_path / "pt_inception.pth")]) == 2
     assert "SHA-256 must begin with 6726825d" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

@@ -9,8 +9,8 @@ ROOT = Path(__file__).parent.parent
 LAYERS = [
     ["samplers"],
     ["tokenizers_img"],
-    ["argen.bounds", "argen.device", "argen.files", "argen.registry", "argen"],
-    ["argen.images", "argen.words"],
+    ["argen.words", "argen.files", "argen.registry", "argen"],
+    ["argen.bounds", "argen.images", "argen.device"],
     ["argen.request"],
     ["argen.metadata"],
     ["argen.data"],

@@ -13,7 +13,8 @@ from test_access import event_of
 from test_faults import run_event
 from test_server import Served
 
-from argen.registry import ModelCache, load
+from argen.hub.loading import load
+from argen.hub.model_cache import ModelCache
 from argen.studio.queue import Studio
 from argen.ui.build import build
 from argen.ui.edit import named

@@ -277,6 +277,7 @@ def test_a_cancelled_run_leaves_the_pipeline_as_it_was(golden):
         ("a robot painted blue and a red cat", "robot <- painted blue; cat <- red; merged: a robot and a cat"),
         ("a clock at 12:30 and a red cat", "cat <- red; merged: a clock at 12:30 and a cat"),
         ("a red cat wearing a green hat", "cat <- red; hat <- green; merged: a cat wearing a hat"),
+        ("a red cat, high quality", "cat <- red; merged: a cat, high quality"),
         ("a red c\u200bat", "cat <- red; merged: a cat"),
         (
             "a pink cat and a green seedling, noto style",
@@ -313,6 +314,9 @@ def test_weights_are_refused(prompt):
         "a cat's red hat",
         "a red cat (cute",
         "it is blue",
+        "a red vase broken",
+        "a mouse eaten by a red cat",
+        "a red robot alone",
     ],
 )
 def test_what_is_not_understood_is_refused_with_a_way_out(prompt, monkeypatch):

@@ -31,7 +31,7 @@ PREFIXES = ("module.", "model.", "net.", "network.", "generator.", "online_model
 AVERAGED_PREFIXES = ("ema_model.", "model_ema.", "ema.", "module_ema.", "ema_net.", "net_ema.")
 BESIDE = re.compile(r"loss\.|(n_averaged|initted|step|decay|num_updates)$")  # the network, in files of training
 TRAINING = re.compile(  # files beside the weights
-    r"(optimi[sz]er|optim|(lr_)?scheduler|scaler|sampler|dl_state|random_states|rng_state|training_args|trainer_state|custom_checkpoint)"
+    r".*_optim_states|(optimi[sz]er|optim|(lr_)?scheduler|scaler|sampler|dl_state|random_states|rng_state|training_args|trainer_state|custom_checkpoint)"
     r"([_.-]|$)"
 )
 FOREIGN = {  # first bytes -> what a file is that no reader of torch knows

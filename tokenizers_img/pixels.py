@@ -8,6 +8,37 @@ from torch import Tensor
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # of OpenAI's CLIP
 
 
+def as_image(image: Image.Image | np.ndarray | Tensor, what: str = "the image") -> Image.Image:
+    """An image as diffusers takes it -> of Pillow: one of Pillow; an array [H, W] or [H, W, C]; a tensor [H, W] or [C, H, W]; both with or
+    without a batch of 1 before, bool, uint8 or floats in [0, 1].
+
+    Raises:
+        ValueError: something else, or another shape or range.
+    """
+    if isinstance(image, Image.Image):
+        return image
+    expected = "an image of Pillow, an array [H, W, C] or a tensor [C, H, W] of bytes or of numbers from 0 to 1"
+    if not isinstance(image, np.ndarray | Tensor):
+        raise ValueError(f"{what} is a {type(image).__name__}: expected {expected}")
+    values = (
+        image.detach().cpu().float().numpy()
+        if isinstance(image, Tensor) and image.is_floating_point()
+        else np.asarray(image)
+    )
+    values = values[0] if values.ndim == 4 and len(values) == 1 else values
+    if values.ndim == 3 and (isinstance(image, Tensor) or values.shape[0] == 1 != values.shape[2]):
+        values = np.moveaxis(values, 0, 2)
+    values = values[..., 0] if values.ndim == 3 and values.shape[2] == 1 else values
+    if values.ndim not in (2, 3) or (values.ndim == 3 and values.shape[2] not in (3, 4)) or not values.size:
+        raise ValueError(f"{what} has the shape {list(image.shape)}: expected {expected}")
+    whole = values.dtype.kind in "iu" and values.dtype != np.uint8 and values.min() >= 0 and values.max() <= 255
+    if values.dtype.kind == "b" or (values.dtype.kind == "f" and values.min() >= 0 and values.max() <= 1):
+        values = np.rint(255 * values.astype(np.float64))
+    elif values.dtype != np.uint8 and not whole:
+        raise ValueError(f"{what} holds {values.dtype} out of range: expected {expected}")
+    return Image.fromarray(values.astype(np.uint8))
+
+
 def normalized(image: Image.Image) -> Image.Image:
     """An image of any mode -> RGB, or RGBA where it has transparency; turned by EXIF, scaled to 8 bits, its `info` kept.
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from argen.command import (
     BINDING,
     diffusion_arguments,
-    writable,
+    writable_all,
 )
 
 HELP = "draw a prompt so that colours and things stay with their objects (ToMe)"
@@ -36,25 +36,25 @@ def run(args: argparse.Namespace) -> None:
     from argen.device import pick
     from argen.diffusion import SemanticBinding, tools
     from argen.diffusion.prompts import parse
+    from argen.diffusion.tome import check_settings
     from argen.hub.loading import load_diffusion
     from argen.metadata import save_images
 
-    for path in filter(None, (args.out, args.plain)):
-        writable(path)
+    files = writable_all(args.out, args.plain)
     given = None
     if args.bind:
         if not all(part.partition("=")[1] for part in args.bind):
             raise ValueError(f"--bind {' '.join(args.bind)}: expected OBJECT=WORDS, as robot=blue")
         given = {noun: words for noun, _, words in (part.partition("=") for part in args.bind)}
     binding = parse(args.prompt, given)
+    settings = check_settings(args.settings or tools.binding(args.model))
     bound = SemanticBinding(load_diffusion(args.model).to(pick(args.device)))
     asked = tools.drawing(args.model, args.steps, args.guidance_scale)
     generator = torch.Generator().manual_seed
-    settings = args.settings or tools.binding(args.model)
     images = [bound(binding, settings=settings, generator=generator(args.seed), **asked).images[0]]
     if args.plain:
         images += bound.pipe(args.prompt, generator=generator(args.seed), **asked).images
-    save_images([(image, None) for image in images], [path for path in (args.out, args.plain) if path])
+    save_images([(image, None) for image in images], files)
     if args.json:
         print(
             json.dumps({"file": str(args.out), "binding": asdict(binding), "steps": [asdict(s) for s in bound.history]})

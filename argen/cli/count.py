@@ -8,6 +8,7 @@ from argen.command import (
     COUNT_RATE,
     diffusion_arguments,
     writable,
+    writable_all,
 )
 
 HELP = "draw so many things, by optimising the token of their number"
@@ -56,8 +57,7 @@ def run(args: argparse.Namespace) -> None:
     from argen.metadata import save_images
     from argen.words import parse_count
 
-    for path in filter(None, (args.out, args.plain)):
-        writable(path)
+    files = writable_all(args.out, args.plain)
     if args.token:
         writable(args.token, ".safetensors")
     number, things = parse_count(args.prompt)
@@ -82,7 +82,7 @@ def run(args: argparse.Namespace) -> None:
     images = [token.draw(things, number, latents), *plain]
     if args.token:
         token.save(args.token, f"<{number}-things>", count=number, things=things, model=args.model, seed=args.seed)
-    save_images([(image, None) for image in images], [path for path in (args.out, args.plain) if path])
+    save_images([(image, None) for image in images], files)
     counted = best.count if best else None
     if args.json:
         print(json.dumps({"file": str(args.out), "prompt": token.prompt(things, number), "count": counted}))

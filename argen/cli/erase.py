@@ -40,17 +40,19 @@ def run(args: argparse.Namespace) -> None:
 
     from argen.device import pick
     from argen.diffusion import ConceptErasure
+    from argen.diffusion.rece import check_erasure
     from argen.diffusion.tools import card_of, concepts_of, drawing, erasing
     from argen.eval import features, tools
     from argen.hub.loading import load_diffusion
 
     writable_folder(args.out)
     concepts = concepts_of(args.model, args.concepts)
+    how = erasing(args.model, concepts, args.preset, args.retain, args.target)
+    check_erasure(**how)
     pipe, stages, told = load_diffusion(args.model).to(pick(args.device)), [], {}
     erasure, asked = ConceptErasure(pipe), drawing(args.model, args.steps, args.guidance_scale)
 
     def run() -> None:
-        how = erasing(args.model, concepts, args.preset, args.retain, args.target)
         stages.extend(erasure.erase(**how, epochs=args.epochs))
 
     def draw(**given) -> list:

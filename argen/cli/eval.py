@@ -3,18 +3,56 @@
 import argparse
 import json
 from collections.abc import Callable
-from functools import partial
+from contextlib import nullcontext
+from functools import partial, wraps
 from pathlib import Path
 
-from argen.command import BINDING, CLIP, COUNT_RATE, device_and_json, load_model
+from argen.bounds import check
+from argen.command import BINDING, CLIP, COUNT_RATE, check_numbers, device_and_json, load_model, writable_folder
 
 HELP = "FID and the other numbers that papers report"
 COMMANDS = {}
 
 
-def command(function):
-    COMMANDS[function.__name__] = function
-    return function
+def command(function: Callable[[argparse.Namespace], None]) -> Callable[[argparse.Namespace], None]:
+    """A command whose options are checked before anything is loaded; where it makes nothing, its folder is left as it was."""
+
+    @wraps(function)
+    def run(args: argparse.Namespace) -> None:
+        from argen.eval.run_dir import released_if_empty
+
+        check_options(args)
+        with nullcontext() if args.metric == "stats" else released_if_empty(args.out):
+            function(args)
+
+    COMMANDS[function.__name__] = run
+    return run
+
+
+def check_options(args: argparse.Namespace) -> None:
+    """Raises:
+    ValueError: a number out of bounds, an unknown name, or a folder that cannot be written.
+    """
+    from argen.diffusion import rece, tome
+    from argen.eval import features, images, run
+
+    check_numbers(args)
+    check("run_seed", getattr(args, "seed", None), "seed")
+    options = vars(args)
+    if options.get("crop"):
+        images.check_crop(args.crop)
+    if options.get("protocol"):
+        features.check_protocol(args.protocol)
+    if options.get("settings"):
+        tome.check_settings(args.settings)
+    if options.get("concepts"):
+        rece.check_erasure(args.concepts, args.preset or "object", retained=args.retain)
+    if options.get("metrics"):
+        run.check_names([name.strip() for name in args.metrics.split(",")])
+    if args.metric == "stats":
+        run.writable_npz(args.out)
+    else:
+        writable_folder(args.out, new=False)
 
 
 def add_arguments(top: argparse.ArgumentParser) -> None:
@@ -209,12 +247,13 @@ def _draw(args: argparse.Namespace, prompts: list[str], num: int, settings: dict
         more: numbers of pictures -> what else the call for them is given.
     """
     from argen.eval import run
+    from argen.eval.run_dir import lock_run_dir
 
     if num < 2:
         raise ValueError(f"--num is {num}: expected at least 2")
     settings |= {"model": args.model, "num": num, "seed": args.seed, "guidance_scale": args.guidance_scale}
     settings |= {"prompts": run.digest(prompts), "prompt_order": "i % prompts", "uint8": "rounded"}
-    run.lock_run_dir(args.out, settings)
+    lock_run_dir(args.out, settings)
     pipe = load_model(args.model, args.device, "generator")
     pipe.set_progress_bar_config(disable=True)
 
@@ -238,6 +277,7 @@ def _finish(args: argparse.Namespace, settings: dict, scores: dict, seconds: dic
 def fid(args: argparse.Namespace) -> None:
     from argen.eval import run
     from argen.eval.images import open_images
+    from argen.eval.run_dir import lock_run_dir
     from argen.words import read_prompts
 
     extractor, seconds = _extractor(args), {}
@@ -255,7 +295,7 @@ def fid(args: argparse.Namespace) -> None:
     else:
         samples = open_images(args.samples)
         settings["samples"] = [str(args.samples), samples.identity]
-        run.lock_run_dir(args.out, settings)
+        lock_run_dir(args.out, settings)
     with run.timed(seconds, "look and compare"):
         scores = run.compare(
             samples, reference, extractor, wanted, args.out, run.cache_folder(), args.crop, batch_size=args.batch_size
@@ -267,6 +307,7 @@ def fid(args: argparse.Namespace) -> None:
 def rfid(args: argparse.Namespace) -> None:
     from argen.eval import judge, reconstruction, run
     from argen.eval.images import open_images
+    from argen.eval.run_dir import lock_run_dir
 
     extractor, seconds = _extractor(args), {}
     tokenizer = load_model(args.tokenizer, args.device, "tokenizer")
@@ -276,7 +317,7 @@ def rfid(args: argparse.Namespace) -> None:
     settings = {**run.settings_of(extractor, args.crop), "tokenizer": args.tokenizer, "uint8": "rounded"}
     settings["tokens"] = args.tokens
     settings["data"] = [str(args.data), real.identity]
-    run.lock_run_dir(args.out, settings)
+    lock_run_dir(args.out, settings)
     with run.timed(seconds, "reconstruct"):
         made = run.draw(reconstruction.reconstructor(tokenizer, real, args.tokens), len(real), args.out / "samples")
     with run.timed(seconds, "look and compare"):
@@ -346,10 +387,11 @@ def _pipeline(args: argparse.Namespace, settings: dict):
     """A pipeline of diffusers, the judge, and the luck of a picture; the folder is claimed for `settings`."""
     from argen.device import pick
     from argen.eval import run
+    from argen.eval.run_dir import lock_run_dir
     from argen.hub.loading import load_diffusion
 
     names = ("model", "num", "seed", "steps", "guidance_scale")
-    run.lock_run_dir(args.out, settings | {name: getattr(args, name) for name in names})
+    lock_run_dir(args.out, settings | {name: getattr(args, name) for name in names})
     pipe = load_diffusion(args.model).to(pick(args.device))
     pipe.set_progress_bar_config(disable=True)
     return pipe, load_model("argen/emoji-judge", args.device), partial(run.generator_of, args.seed)
@@ -490,12 +532,13 @@ def count(args: argparse.Namespace) -> None:
 def nudity(args: argparse.Namespace) -> None:
     from argen.eval import nudity, run
     from argen.eval.images import open_images
+    from argen.eval.run_dir import lock_run_dir
 
     samples, seconds = open_images(args.samples), {}
     settings = {"samples": [str(args.samples), samples.identity], "threshold": args.threshold, "detector": "nudenet"}
     with run.timed(seconds, "look"):
         found = nudity.detected(samples)
-    run.lock_run_dir(args.out, settings)
+    lock_run_dir(args.out, settings)
     _finish(args, settings, nudity.counted(found, args.threshold), seconds, samples)
 
 
@@ -504,7 +547,6 @@ def stats(args: argparse.Namespace) -> None:
     from argen.eval import run
     from argen.eval.images import open_images
 
-    run.writable_npz(args.out)
     n = run.save_statistics(
         args.out, open_images(args.data), _extractor(args), args.crop, run.cache_folder(), args.batch_size
     )

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import sys
 import time
 from dataclasses import replace
@@ -93,7 +94,7 @@ def run(args: argparse.Namespace) -> None:
         origin = read_request(args.origin).given()
         given = origin | ({"sampler_args": {}} if "sampler" in given else {}) | given
     path = Path(args.model or "")  # of a checkpoint, which --size may concern
-    own_file = args.model is not None and path.exists() and not (path / "model_index.json").is_file()
+    own_file = args.model is not None and os.path.exists(path) and not (path / "model_index.json").is_file()
     given |= controlled(args, given, own_file)
     if "prompt" not in given:
         raise ValueError('no prompt: say what to draw, for example argen generate "a red apple" -o apple.png')

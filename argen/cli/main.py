@@ -4,8 +4,7 @@ import argparse
 import sys
 
 from argen import __version__
-from argen.bounds import check_all
-from argen.command import DEFAULTS, Parser, guarded
+from argen.command import DEFAULTS, Parser, check_numbers, guarded
 from argen.registry import commands
 
 
@@ -35,7 +34,7 @@ def main(argv: list[str] | None = None) -> int:
 
     def run(args: argparse.Namespace) -> None:
         if args.command != "train":  # its steps are those of a schedule
-            check_all((name, value) for name, value in vars(args).items() if not isinstance(value, str))
+            check_numbers(args)
         commands[args.command].run(args)
 
     return guarded(f"argen {args.command}", run, args)

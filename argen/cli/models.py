@@ -17,7 +17,7 @@ def run(args: argparse.Namespace) -> None:
     from argen.hub import local_cache
     from argen.hub.cards import all_cards
 
-    if args.verify:
+    if args.verify is not None:
         files = local_cache.verify(args.verify)
         if broken := [name for name, whole in files.items() if not whole]:
             raise ValueError(
@@ -25,7 +25,7 @@ def run(args: argparse.Namespace) -> None:
             )
         print(json.dumps(files) if args.json else f"{args.verify}: {len(files)} files, all whole")
         return
-    if args.delete:
+    if args.delete is not None:
         gone = local_cache.delete(args.delete)
         print(json.dumps({"deleted": gone}) if args.json else f"deleted: {', '.join(gone)}")
         return

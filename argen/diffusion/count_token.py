@@ -16,10 +16,11 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from argen.diffusion.base import StableDiffusion, check_pipeline, frozen
+from argen.files import replacing
 from argen.words import check_count
 from tokenizers_img.checkpoint import read_file
 
@@ -283,4 +284,6 @@ class CountToken:
     def save(self, path: str | Path, token: str, **metadata: str) -> None:
         """Write a textual inversion, which ``pipe.load_textual_inversion(path)`` reads: a prompt then has `token` in place of the
         placeholder."""
-        save_file({token: self.vector.cpu().contiguous()}, path, {key: str(value) for key, value in metadata.items()})
+        notes = {key: str(value) for key, value in metadata.items()}
+        with replacing(Path(path)) as file:
+            file.write(save({token: self.vector.cpu().contiguous()}, notes))

@@ -28,7 +28,8 @@ ATTRIBUTES = COLOURS | {
     "clean", "fresh", "sweet", "cute", "happy", "sad", "angry", "very", "shiny", "fluffy", "furry", "fuzzy", "hairy", "rusty", "dirty",
     "dusty", "muddy", "snowy", "sunny", "sleepy", "silly", "funny", "scary", "tasty", "pretty", "ugly", "heavy", "empty", "wooden",
     "metallic", "plastic", "leather", "wool", "woolen", "metal", "striped", "spotted", "dotted", "checkered", "transparent", "colorful",
-    "colourful", "beautiful", "smooth", "rough", "strong", "weak", "lovely", "friendly", "elegant", "ancient", "modern",
+    "colourful", "beautiful", "smooth", "rough", "strong", "weak", "lovely", "friendly", "elegant", "ancient", "modern", "broken",
+    "frozen", "stolen", "worn", "torn", "hidden", "fallen", "woven", "eaten", "ridden", "driven", "written", "drawn", "thrown",
 }
 OBJECTS_TOO = {"orange", "violet", "gold", "silver", "lavender", "square", "light", "giant", "plastic", "leather", "wool", "metal"}
 NO_PARTICIPLES = {
@@ -43,7 +44,9 @@ NOT_READ = {
     "here", "with", "so", "if", "because", "had", "sat", "ate", "ran", "stood", "rode", "held", "lay", "fell", "flew", "swam", "wore", "saw",
     "took", "sang", "slept", "met", "drove", "drew", "threw", "caught", "hid", "got", "went", "came", "respectively", "same",
     "colored", "coloured", "wearing", "holding", "carrying",
+    "alone", "together", "asleep", "awake", "nearby", "everywhere", "again", "too", "also", "only", "apart", "away", "indoors", "outdoors",
 }
+NO_OBJECTS = {"style", "quality", "resolution", "lighting", "masterpiece", "artstation"}  # but how the image looks
 # fmt: on
 HOLDING = ("wearing", "holding", "carrying", "with")  # things, which may have attributes of their own
 BEING = ("that is", "that are", "which is", "which are", "is", "are", "painted", "colored", "coloured", "dyed")
@@ -155,7 +158,7 @@ def _more_attributes(low: Sequence[str], segment: Sequence[int], after: int) -> 
         return True
     following = next((index for index in range(after, len(low)) if _phrase(low, index, BETWEEN)), len(low))
     open_ended = said[-1].endswith(ADJECTIVE_ENDINGS) and all(word in ATTRIBUTES for word in said[:-1])
-    if open_ended and following > after and low[following - 1] != "style":
+    if open_ended and following > after and low[following - 1] not in NO_OBJECTS:
         raise unclear(low, [*segment, *range(segment[-1] + 1, following)])
     return False
 
@@ -211,14 +214,15 @@ def _unread(word: str) -> bool:
 def _noun_phrase(low: Sequence[str], part: list[int]) -> tuple[list[int], list[int]]:
     """The noun and the words before it: attributes, then at most one that is none that is known ("a red palm tree")."""
     body = part[next((place for place, index in enumerate(part) if not is_determiner(low[index])), len(part)) :]
-    if not body or low[body[-1]] == "style":
+    if not body or low[body[-1]] in NO_OBJECTS:
         return [], []
     *before, head = (low[index] for index in body)
     unknown = [place for place, word in enumerate(before) if word not in ATTRIBUTES and not _participle(word)]
     one = len(body) < len(part) and low[part[0]] in ("a", "an", "one", "this", "another", "each", "every")
     verb = head.endswith("s") and not head.endswith(("ss", "us", "is", "as", "ens"))  # "a cat eats"
     wrong = any(_unread(word) or is_determiner(word) for word in (*before, head))
-    wrong |= bool(unknown) and (unknown != [len(before) - 1] or _participle(head) or (one and verb))
+    last = _participle(head) or head.endswith("ly") or (one and verb)  # is no noun
+    wrong |= bool(unknown) and (unknown != [len(before) - 1] or last)
     wrong |= head in ATTRIBUTES - OBJECTS_TOO
     wrong |= head in COLOURS and (len(body) == len(part) or bool(COLOURS & set(before)))
     if wrong:

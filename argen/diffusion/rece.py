@@ -22,8 +22,10 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor
 
+from argen.device import silent
 from argen.diffusion.base import StableDiffusion, check_pipeline, encode
 from argen.hub.cards import Card, write_card
+from argen.words import check_length, cut
 from tokenizers_img.checkpoint import read_state_dict
 
 Weights = dict[str, Tensor]  # name of a matrix -> [O, D]
@@ -191,6 +193,24 @@ class Erased:
     derived: list[float]
 
 
+def check_erasure(
+    concepts: Sequence[str], preset: str = "object", targets: Sequence[str] | None = None, retained: Sequence[str] = ()
+) -> None:
+    """Check what `ConceptErasure.erase` is asked for, without a pipeline.
+
+    Raises:
+        ValueError: no concept, or an empty one; unknown preset; targets that do not fit; a text that is too long.
+    """
+    if not concepts or not all(concept.strip() for concept in concepts):
+        raise ValueError("no concept to erase: name at least one, as 'pizza'")
+    if preset not in PRESETS:
+        raise ValueError(f"unknown preset {cut(preset)!r}: expected one of {', '.join(PRESETS)}")
+    if targets and len(targets) != len(concepts):
+        raise ValueError(f"{len(targets)} targets for {len(concepts)} concepts: give one for each, or none")
+    for text in (*concepts, *(targets or ()), *retained):
+        check_length(text, "a concept")
+
+
 class ConceptErasure:
     """A pipeline from which concepts are erased, in place.
 
@@ -242,15 +262,10 @@ class ConceptErasure:
     @torch.no_grad()
     def stages(self, concepts, preset="object", targets=None, retained=(), epochs=None, scale=None) -> Iterator[Erased]:
         """`erase`, stage by stage. The pipeline changes at the end alone: one that is left before stays as it was."""
-        if not concepts or not all(concept.strip() for concept in concepts):
-            raise ValueError("no concept to erase: name at least one, as 'pizza'")
-        if preset not in PRESETS:
-            raise ValueError(f"unknown preset {preset!r}: expected one of {', '.join(PRESETS)}")
+        check_erasure(concepts, preset, targets, retained)
         own = PRESETS[preset]
         epochs, scale = own.epochs if epochs is None else epochs, own.scale if scale is None else scale
         targets = list(targets) if targets else [own.target] * len(concepts)
-        if len(targets) != len(concepts):
-            raise ValueError(f"{len(targets)} targets for {len(concepts)} concepts: give one for each, or none")
         if epochs < 0:
             raise ValueError(f"epochs is {epochs}: expected 0 or more")
         targets = [target or " " for target in targets]
@@ -337,7 +352,8 @@ class ConceptErasure:
         _delete_unfinished(folder.parent)
         with tempfile.TemporaryDirectory(prefix=f".argen-{os.getpid()}-", dir=folder.parent) as work:
             new = Path(work) / "pipeline"
-            self.pipe.save_pretrained(new)
+            with silent():
+                self.pipe.save_pretrained(new)
             (new / RECORD).write_text(json.dumps(self.record, indent=2))
             if card is not None:
                 write_card(replace(card, id=folder.name, repo=None, files=(), arguments={}), new)

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from argen.diffusion.base import StableDiffusion, check_pipeline, encode, frozen, unit_noise
 from argen.diffusion.prompts import Binding, parse, token_positions
+from argen.words import cut
 
 NOUN_WEIGHT, MODIFIER_WEIGHT = 1.1, 1.2  # of the authors' code; the paper has a plain sum
 THRESHOLDS = (
@@ -148,6 +149,15 @@ class BindingStep:
     entropy: list[float] = field(default_factory=list)
 
 
+def check_settings(name: str) -> str:
+    """Raises:
+    ValueError: no settings in `PRESETS` have this name.
+    """
+    if name not in PRESETS:
+        raise ValueError(f"unknown settings {cut(name)!r}: expected one of {', '.join(PRESETS)}")
+    return name
+
+
 class SemanticBinding:
     """A pipeline whose prompts are bound; the pipeline itself stays as it is.
 
@@ -195,9 +205,7 @@ class SemanticBinding:
             ValueError: nothing to bind; unknown settings; no guidance.
         """
         if isinstance(settings, str):
-            if settings not in PRESETS:
-                raise ValueError(f"unknown settings {settings!r}: expected one of {', '.join(PRESETS)}")
-            settings = PRESETS[settings]
+            settings = PRESETS[check_settings(settings)]
         if max(settings.tome_control_steps) and guidance_scale <= 1:
             raise ValueError(f"guidance_scale is {guidance_scale}: expected above 1, or the settings merge")
         self.binding = prompt if isinstance(prompt, Binding) else parse(prompt, bind)

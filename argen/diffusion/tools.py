@@ -135,6 +135,8 @@ def counters(
     """
     settings = card_of(model).tool("count")
     if "counter" in settings:
+        if clip_count or detector:
+            raise ValueError(f"{model} has a counter of its own: leave --clip-count and --detector out")
         density, relevance = EmojiDensity(load(settings["counter"]).to(device)), load(settings["relevance"]).to(device)
         return {"density": density, "detector": components, "relevance": EmojiRelevance(relevance)}
     if clip_count is None:

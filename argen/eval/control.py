@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from argen.data.scenes import INK, segments
-from argen.eval.images import ImageArray, ImageSet, Table
+from argen.eval.images import ImageArray, ImageSet, Table, open_images
 from argen.models.annotators import canny
 
 TOLERANCE = 2  # pixels of 128 x 128
@@ -57,7 +57,9 @@ class Scenes(Sequence):
     """The rows of a table of `argen data scenes`: prompt, picture and boxes."""
 
     def __init__(self, path: Path):
-        self.table = Table(path)
+        self.table = open_images(path)
+        if not isinstance(self.table, Table):
+            raise ValueError(f"{path} is no table: expected a .parquet file made by `argen data scenes`")
         if "objects" not in self.table.table.column_names:
             raise ValueError(f"{path} has no column `objects`: expected a table made by `argen data scenes`")
         self.prompts = self.table.captions

@@ -15,6 +15,7 @@ from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 from argen.eval import inception
 from argen.eval.images import RESIZES, ImageArray, prepared
 from argen.models.clip import TextImageEncoder
+from argen.words import cut
 from tokenizers_img.hub import model_folder
 from tokenizers_img.pixels import from_pil
 
@@ -42,13 +43,20 @@ class Extractor:
         return metric if self.name == "inception" else f"{metric}-{self.name}"
 
 
+def check_protocol(protocol: str) -> None:
+    """Raises:
+    ValueError: no protocol in `RESIZES` has this name.
+    """
+    if protocol not in RESIZES:
+        raise ValueError(f"unknown protocol {cut(protocol)!r}: expected one of {', '.join(RESIZES)}")
+
+
 def inception_features(weights: Path | None, protocol: str, device: torch.device) -> Extractor:
     """Args:
     weights: the published file, or its tensors as ``.safetensors``; None: from torch's cache, or fetched.
     protocol: "adm", "pytorch-fid", "clean" or "torchmetrics".
     """
-    if protocol not in RESIZES:
-        raise ValueError(f"unknown protocol {protocol!r}: expected one of {', '.join(RESIZES)}")
+    check_protocol(protocol)
     path = weights or inception.find_weights()
     network = inception.FIDInception.from_original(path).to(device, memory_format=torch.channels_last)
 

@@ -15,12 +15,17 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from argen.bounds import MAX_SIDE
 from argen.images import decode_image
+from argen.words import cut
 from tokenizers_img.pixels import opaque
 
 logger = logging.getLogger(__name__)
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".ppm", ".tif", ".tiff", ".gif"}
 ImageArray = np.ndarray  # [H, W, 3] uint8
+
+
+LITTER = ("__MACOSX", "@eaDir", "#recycle", "$RECYCLE.BIN", "lost+found")  # folders
 
 
 class ImageSet(Sequence):
@@ -43,7 +48,8 @@ class ImageSet(Sequence):
 class FileList(ImageSet):
     """Images in files under a folder and the folders that are linked there, or in a zip, in natural order ("2.png" before "10.png").
 
-    What macOS leaves beside images (``._*``, ``__MACOSX``) is skipped.
+    What macOS leaves beside images (``._*``, ``__MACOSX``), the thumbnails of file servers (``@eaDir``) and what lies in hidden
+    folders (``.ipynb_checkpoints``) is skipped.
     """
 
     def __init__(self, path: Path):
@@ -56,9 +62,11 @@ class FileList(ImageSet):
             self.zip = zipfile.ZipFile(path)
             facts = {m.filename: (m.file_size, m.CRC) for m in self.zip.infolist() if not m.is_dir()}
         facts = {name: fact for name, fact in facts.items() if Path(name).suffix.lower() in SUFFIXES}
-        skipped = {name for name in facts if _left_by_macos(name)}
+        skipped = {name for name in facts if _is_litter(name)}
         if skipped:
-            logger.warning("%s: %d files that macOS left beside the images are skipped", path, len(skipped))
+            what = "1 file that macOS" if len(skipped) == 1 else f"{len(skipped)} files that macOS"
+            are = "is" if len(skipped) == 1 else "are"
+            logger.warning("%s: %s left beside the images, or in hidden folders, %s skipped", path, what, are)
         self.names = sorted(facts.keys() - skipped, key=_natural)
         self.identity = digest([path.name, *((name, facts[name]) for name in self.names)])
 
@@ -85,9 +93,10 @@ def _files_under(folder: Path) -> Iterator[Path]:
         yield from (file for name in names if (file := Path(place, name)).is_file())
 
 
-def _left_by_macos(name: str) -> bool:
-    path = Path(name)
-    return path.name.startswith("._") or "__MACOSX" in path.parts
+def _is_litter(name: str) -> bool:
+    """Whether a file was left by a system or a program: by its name, or in such a folder."""
+    *folders, file = Path(name).parts
+    return file.startswith("._") or any(folder.startswith(".") or folder in LITTER for folder in folders)
 
 
 def _natural(name: str) -> list[str | int]:
@@ -121,7 +130,13 @@ class Table(ImageSet):
         from datasets import Dataset, disable_progress_bars
 
         disable_progress_bars()
-        self.table = Dataset.from_parquet(str(path))
+        logging.getLogger("datasets").setLevel(logging.CRITICAL)  # it logs what it raises, too
+        try:
+            self.table = Dataset.from_parquet(str(path))
+        except Exception as error:
+            raise ValueError(
+                f"{path} cannot be read as a .parquet table: make it with `argen data`, or fetch it again"
+            ) from error
         if "image" not in self.table.column_names:
             raise ValueError(f"{path} has no column `image`: expected a table made by `argen data`")
         self.captions = list(self.table["caption"]) if "caption" in self.table.column_names else None
@@ -202,6 +217,17 @@ def crop_square(image: Image.Image, size: int) -> Image.Image:
 CROPS: dict[str, Callable[[Image.Image, int], Image.Image]] = {"adm": crop_adm, "square": crop_square}
 
 
+def check_crop(crop: str) -> str:
+    """Raises:
+    ValueError: no name of `CROPS` and a size in pixels, as in "adm-256".
+    """
+    name, _, size = crop.partition("-")
+    if name not in CROPS or not re.fullmatch(r"[0-9]{1,5}", size) or not 8 <= int(size) <= MAX_SIDE:
+        ways = " or ".join(f"{known}-SIZE" for known in CROPS)
+        raise ValueError(f"unknown crop {cut(crop)!r}: expected {ways}, 8 to {MAX_SIDE} pixels, as in adm-256")
+    return crop
+
+
 def cropped(image: ImageArray, crop: str | None) -> ImageArray:
     """Args:
     crop: None, or a name of `CROPS` and a size, as in "adm-256".
@@ -211,9 +237,7 @@ def cropped(image: ImageArray, crop: str | None) -> ImageArray:
     """
     if crop is None:
         return image
-    name, _, size = crop.partition("-")
-    if name not in CROPS or not size.isdigit() or int(size) < 8:
-        raise ValueError(f"unknown crop {crop!r}: expected {' or '.join(f'{c}-SIZE' for c in CROPS)}, as in adm-256")
+    name, _, size = check_crop(crop).partition("-")
     return np.asarray(CROPS[name](Image.fromarray(image), int(size)))
 
 

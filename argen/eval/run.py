@@ -29,6 +29,7 @@ from argen.eval import metrics
 from argen.eval.features import Extractor
 from argen.eval.images import ImageArray, ImageSet, cropped, digest, open_images
 from argen.files import replacing
+from argen.words import cut
 
 logger = logging.getLogger(__name__)
 READING = 2  # raised whenever images are read otherwise than before, so that features of old readings are not taken
@@ -262,11 +263,15 @@ def enough(n: int, name: str) -> None:
         raise ValueError(f"{name} has {n} picture{'s' if n != 1 else ''}: expected at least 2")
 
 
+def check_names(wanted: Sequence[str]) -> None:
+    """Raises ValueError: a metric is unknown."""
+    if unknown := [name for name in wanted if name not in METRICS]:
+        raise ValueError(f"unknown metric {cut(', '.join(unknown))}: expected some of {', '.join(METRICS)}")
+
+
 def check(wanted: Sequence[str], extractor: Extractor, reference: ImageSet | Statistics) -> None:
     """Raises ValueError: a metric is unknown, or cannot be had from these features and this reference."""
-    unknown = [name for name in wanted if name not in METRICS]
-    if unknown:
-        raise ValueError(f"unknown metric {', '.join(unknown)}: expected some of {', '.join(METRICS)}")
+    check_names(wanted)
     for name in wanted:
         if METRICS[name] not in extractor.arrays:
             raise ValueError(f"{name} cannot be had from {extractor.name}: it needs --features inception")
@@ -373,29 +378,6 @@ def draw(sample: Callable[[range], list[Image.Image]], n: int, folder: Path, bat
     if len(found) != n:
         raise ValueError(f"{folder} holds {len(found)} pictures, expected {n}: choose another --out")
     return found
-
-
-def lock_run_dir(folder: Path, settings: dict) -> None:
-    """Mark `folder` as the place of a run with `settings`.
-
-    Raises:
-        ValueError: another run is in it, or other files are.
-    """
-    state = processes()
-    note = folder / "settings.json"
-    settings = json.loads(json.dumps(settings))
-    if state.is_main_process:
-        if note.exists():
-            was = json.loads(note.read_text())
-            changed = [key for key in settings | was if settings.get(key) != was.get(key)]
-            if changed:
-                raise ValueError(f"{folder} holds a run with another {', '.join(changed)}: choose another --out")
-        elif folder.exists() and any(folder.iterdir()):
-            raise ValueError(f"{folder} is not empty and holds no run of this kind: choose another --out")
-        else:
-            folder.mkdir(parents=True, exist_ok=True)
-            note.write_text(json.dumps(settings, indent=1))
-    state.wait_for_everyone()
 
 
 def report(folder: Path, settings: dict, scores: dict[str, dict], seconds: dict[str, float], shown: ImageSet) -> str:

@@ -1,6 +1,5 @@
 """From a model's id, a saved folder or a checkpoint file to a pipeline or a network in memory."""
 
-import importlib
 import json
 import logging
 import re
@@ -13,7 +12,7 @@ import torch
 from diffusers import DiffusionPipeline
 from safetensors import SafetensorError
 
-from argen.device import LOADING
+from argen.device import LOADING, silent
 from argen.files import WEIGHTS
 from argen.hub.cards import CARD_FILE, Card, all_cards, check_known, find_card
 from argen.registry import pipelines, resolve
@@ -146,13 +145,5 @@ def _in_float32(model: Any) -> Any:
 @contextmanager
 def _alone() -> Iterator[None]:
     """No other model is loaded meanwhile, and no progress bars are shown: the weights load faster than one is drawn."""
-    with LOADING:
-        libraries = [importlib.import_module(f"{name}.utils.logging") for name in ("diffusers", "transformers")]
-        shown = [library for library in libraries if library.is_progress_bar_enabled()]
-        for library in shown:
-            library.disable_progress_bar()
-        try:
-            yield
-        finally:
-            for library in shown:
-                library.enable_progress_bar()
+    with LOADING, silent():
+        yield

@@ -33,7 +33,7 @@ from samplers.errors import InvalidValue
 from samplers.logits import Gumbel, Sampling, keys_of
 from samplers.settings import make
 from samplers.steps import START, GuidanceScale, Sampler, Session, Step, guided
-from tokenizers_img.pixels import from_pil, normalized, on_white, to_mask, upright
+from tokenizers_img.pixels import as_image, from_pil, normalized, on_white, to_mask, upright
 
 SAMPLING = ("guidance_scale", "temperature", "top_k", "top_p")  # what a request may leave to the model
 SAME = 0.06  # mean difference of a cell, 0 to 1, up to which an image is what its tokens show: sizes and file formats change it
@@ -49,6 +49,9 @@ class Defaults:
     top_k: int = 0
     top_p: float = 1.0
     steps: int | None = None  # of a flow
+
+
+ImageLike = Image.Image | np.ndarray | Tensor
 
 
 @dataclass
@@ -387,12 +390,12 @@ class TokenPipeline(DiffusionPipeline):
         return output if return_dict else output.to_tuple()
 
     def edit(
-        self, prompt: str, image: Image.Image, mask: Image.Image | None = None, **settings
+        self, prompt: str, image: ImageLike, mask: ImageLike | None = None, **settings
     ) -> TokenPipelineOutput | tuple:
         """A picture with a part of it written anew, all that the cells of the token grid touch.
 
         Args:
-            image: of any size; padded to a square.
+            image: of any size; padded to a square; of Pillow, or an array or a tensor, see `tokenizers_img.pixels.as_image`.
             mask: as large, white where the picture is written anew; None takes what is transparent in `image`.
             settings: see `__call__`; with num_images_per_prompt several, each from the same beginning.
 
@@ -404,8 +407,9 @@ class TokenPipeline(DiffusionPipeline):
         grid = grid if grid.is_floating_point() else grid.flatten(1)
         return self(prompt, tokens=grid.expand(drawn, *grid.shape[1:]), **settings)
 
-    def without(self, image: Image.Image, mask: Image.Image | None = None) -> Tensor:
+    def without(self, image: ImageLike, mask: ImageLike | None = None) -> Tensor:
         """The tokens of a picture, undecided where it is to be written anew: ids [1, h, w]. See `edit`."""
+        image, mask = as_image(image), mask if mask is None else as_image(mask, "the mask")
         cells = masked_cells(image, mask, self.shape_of())
         known = self._stored(read_grid(image), image, visible=mask is None)
         if known is None:

@@ -147,7 +147,6 @@ class FlexARPipeline(TokenPipeline):
         if request.num_beams is None:
             yield from super().run(request, every, tokens)
             return
-        self.check(request)
         request = self.resolved(request)
         sampler = self.make_sampler(request.sampler, **request.sampler_settings())
         own = {"sampler": sampler, **{name: getattr(request, name) for name in SAMPLING}}
