@@ -11,7 +11,7 @@ PATHS = re.compile(r"(?<![\w/.:<])(?:/[^\s/'\":,;()]+)+/(?=[^\s/])")  # the fold
 def said(error: Exception) -> str:
     """An error in one line for somebody who asked from elsewhere: of the paths of this machine the last names alone."""
     if isinstance(error, OSError) and error.errno in FULL:
-        return "the disk of the server is full: nothing can be written"
+        return f"the disk of the server is full ({error.strerror}): nothing can be written"
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.strerror or type(error).__name__}: {Path(str(error.filename)).name}"
     known = error.args and not isinstance(error, OSError)
