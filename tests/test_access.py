@@ -17,7 +17,9 @@ from test_server import KEYS, Served
 from argen.request import Request
 from argen.server.app import KEPT_FILES, OnceAMinute, max_connections
 from argen.server.guard import check_keys, owner_of
-from argen.studio.queue import Studio, UnknownModel, said
+from argen.studio.access import UnknownModel
+from argen.studio.messages import said
+from argen.studio.queue import Studio
 from argen.studio.store import Store
 from argen.ui.build import build
 from argen.ui.jobs import AppContext
@@ -81,19 +83,19 @@ def test_no_front_end_loads_a_model_by_a_path(page, tmp_path):
 
 
 def test_pipelines_come_from_the_named_folders(page):
-    (folder,) = page.studio.folders
+    (folder,) = page.studio.models.folders
     inside = str(folder / "mine")
     with pytest.raises(UnknownModel, match="there is no model"):  # a name as any other, until it is there
-        page.studio.check_model(inside)
+        page.studio.models.check(inside)
     (folder / "mine").mkdir()
-    assert page.studio.check_model(inside) == page.studio.pipeline_name(inside) == inside
+    assert page.studio.models.check(inside) == page.studio.models.check_pipeline(inside) == inside
     (folder / "out").symlink_to("/etc")
     for path in ("/etc", "..", str(folder / ".." / "x"), str(folder / "out")):
         with pytest.raises(UnknownModel):
-            page.studio.check_model(path)
+            page.studio.models.check(path)
         with pytest.raises(UnknownModel, match="may load"):
-            page.studio.pipeline_name(path)
-    assert page.studio.pipeline_name("argen/emoji-sd") == "argen/emoji-sd"
+            page.studio.models.check_pipeline(path)
+    assert page.studio.models.check_pipeline("argen/emoji-sd") == "argen/emoji-sd"
 
 
 def test_only_images_of_the_owner_are_served(page):

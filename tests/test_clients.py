@@ -243,7 +243,7 @@ def test_forms_take_the_numbers_of_every_field(site):
     assert (status, told["error"]["param"], told["error"]["code"]) == (400, "temperature", "invalid_type")
 
 
-@pytest.mark.parametrize("size", ["256x192", "300x200", "90x200", "128x128"])
+@pytest.mark.parametrize("size", ["1536x1024", "300x200", "90x200", "128x128"])
 @pytest.mark.parametrize("alpha", [True, False])
 def test_edits_of_padded_images_keep_what_is_not_painted(site, client, size, alpha):
     """Three in a row, of the left half: the right half stays, token for token."""

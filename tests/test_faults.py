@@ -19,7 +19,6 @@ import pytest
 import torch
 from test_server import KEYS, Served
 
-from argen.diffusion.rece import _delete_unfinished
 from argen.request import Request
 from argen.server.guard import FREE_TRIES, owner_of
 from argen.studio.queue import Studio
@@ -418,14 +417,3 @@ def test_half_open_requests_are_ended(tmp_path, pipe, monkeypatch):
             assert b" 408 " in plain.recv(200)
     finally:
         served.close()
-
-
-def test_a_save_that_was_killed_leaves_nothing_beside_the_next(tmp_path):
-    with subprocess.Popen([sys.executable, "-c", ""]) as gone:
-        gone.wait()
-    dead, alive = (tmp_path / f".argen-{id}-abcdefgh" for id in (gone.pid, os.getpid()))
-    other = tmp_path / f".out.{gone.pid}.abcdefgh"
-    for folder in (dead, alive, other):
-        folder.mkdir()
-    _delete_unfinished(tmp_path)
-    assert [folder.exists() for folder in (dead, alive, other)] == [False, True, True]

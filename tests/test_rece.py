@@ -1,6 +1,9 @@
 """RECE and UCE against the official code's numbers."""
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -8,7 +11,7 @@ from conftest import published_keys, shapes, tiny_pipeline
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from argen.diffusion.rece import RECORD, ConceptErasure, Edit, derive, last_words, matrices_of
+from argen.diffusion.rece import RECORD, ConceptErasure, Edit, _delete_unfinished, derive, last_words, matrices_of
 
 KINDS = {
     "regzero": "zero",
@@ -202,3 +205,14 @@ def test_what_cannot_be_erased_is_refused(golden):
         with pytest.raises(ValueError, match=wanted):
             erasure.erase(*asked)
     assert erasure.record is None
+
+
+def test_a_save_that_was_killed_leaves_nothing_beside_the_next(tmp_path):
+    with subprocess.Popen([sys.executable, "-c", ""]) as gone:
+        gone.wait()
+    dead, alive = (tmp_path / f".argen-{id}-abcdefgh" for id in (gone.pid, os.getpid()))
+    other = tmp_path / f".out.{gone.pid}.abcdefgh"
+    for folder in (dead, alive, other):
+        folder.mkdir()
+    _delete_unfinished(tmp_path)
+    assert [folder.exists() for folder in (dead, alive, other)] == [False, True, True]

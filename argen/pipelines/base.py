@@ -36,6 +36,7 @@ from samplers.steps import START, GuidanceScale, Sampler, Session, Step, guided
 from tokenizers_img.pixels import as_image, from_pil, normalized, on_white, to_mask, upright
 
 SAMPLING = ("guidance_scale", "temperature", "top_k", "top_p")  # what a request may leave to the model
+COMPARED = 1024  # pixels on a side at which an image is compared with its tokens, at most
 SAME = 0.06  # mean difference of a cell, 0 to 1, up to which an image is what its tokens show: sizes and file formats change it
 UNDECIDED = 230 / 255  # brightness of the cells that are not written yet
 
@@ -445,15 +446,18 @@ class TokenPipeline(DiffusionPipeline):
         if tuple(tokens.shape[1:]) != tuple(shape) or not 0 <= tokens.min() <= tokens.max() < known:
             return None
         (decoded,) = self.images(tokens.to(self.device))
-        image = upright(image)
+        image = upright(image).copy()
+        whole = image.size
+        image.thumbnail((COMPARED, COMPARED))
         made, seen = (np.asarray(one, np.float32) for one in (fitted(decoded, image.size), on_white(image)))
         difference = torch.from_numpy(np.abs(made - seen).mean(axis=2) / 255)
         if visible:
             difference *= torch.from_numpy(np.asarray(image.getchannel("A")) > 0)
-        left, top, right, bottom = box = fitted_box(decoded.size, image.size)
+        left, top, right, bottom = fitted_box(decoded.size, image.size)
         cells = F.adaptive_avg_pool2d(difference[None, top:bottom, left:right], shape)
         difference[top:bottom, left:right] = 0
-        return (tokens.to(self.device), box) if cells.max() <= SAME and difference.max() <= SAME else None
+        same = cells.max() <= SAME and difference.max() <= SAME
+        return (tokens.to(self.device), fitted_box(decoded.size, whole)) if same else None
 
     def mask_low_confidence(self, request: Request, tokens: Tensor, share: float) -> Tensor:
         """The tokens of a picture with a share of its cells undecided, one at least: those that the network finds least likely.

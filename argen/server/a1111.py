@@ -6,24 +6,23 @@ is said in the `comments` of an answer's `info`.
 """
 
 import json
-import math
 import random
 import re
 import time
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import psutil
 import torch
 from anyio.to_thread import run_sync
 from fastapi import APIRouter, Depends, Request
 from fastapi import Body as Given
-from PIL import Image, ImageOps
+from PIL import ImageOps
 from pydantic import Field
 from starlette.exceptions import HTTPException
 
-from argen.bounds import MAX_SCALED, MAX_SIDE, check_pixels, check_size
+from argen.bounds import MAX_SCALED, check_pixels, check_size
 from argen.hub.cards import ids
 from argen.images import from_base64
 from argen.metadata import encoded, infotext
@@ -33,8 +32,8 @@ from argen.request import rows_of
 from argen.server.guard import Here, Owner
 from argen.server.jobs import finished, shown
 from argen.server.openai import Body
+from argen.server.scaling import UPSCALER
 from argen.server.waiting import prepare, result
-from argen.studio.following import Gone
 from argen.studio.queue import Progress, Studio
 from argen.studio.store import CANCELLED, RUNNING
 from tokenizers_img.pixels import to_mask
@@ -68,7 +67,6 @@ UNUSED = {  # of an answer's `info`: what argen has none of
     "denoising_strength": None,
     "is_using_inpainting_conditioning": False,
 }
-UPSCALER = "Lanczos"
 DESCRIBER = "argen/emoji-seed-lm"  # says what an image shows
 
 
@@ -107,35 +105,6 @@ class ImageArray(Text):
     mask: str | None = None
     inpainting_mask_invert: bool = False
     denoising_strength: float = Field(0.75, ge=0, le=1)
-
-
-class Scaling(Body):
-    """How images are scaled: by a factor (resize_mode 0), or so that they cover a size (1), to which they are cropped."""
-
-    resize_mode: Literal[0, 1] = 0
-    upscaling_resize: float = Field(2, gt=0, le=32)
-    upscaling_resize_w: int = Field(512, ge=1, le=MAX_SIDE)
-    upscaling_resize_h: int = Field(512, ge=1, le=MAX_SIDE)
-    upscaling_crop: bool = True
-
-
-class Upscaled(Scaling):
-    """The body of ``extra-single-image``."""
-
-    image: str
-
-
-class File(Body):
-    """An image of a batch."""
-
-    data: str
-    name: str = ""
-
-
-class Batch(Scaling):
-    """The body of ``extra-batch-images``."""
-
-    imageList: list[File] = Field(max_length=64)  # noqa: N815, their name
 
 
 @router.post("/txt2img")
@@ -254,56 +223,6 @@ def told(studio: Studio, body: Text, wanted: Asked, done: Progress) -> dict:
     return {"images": files if body.send_images else [], "parameters": parameters, "info": json.dumps(info)}
 
 
-@router.post("/extra-single-image")
-async def extra_single_image(request: Request, body: Upscaled):
-    (image,) = await scaled(request, [body.image], body)
-    return {"html_info": f"scaled with {UPSCALER}", "image": image}
-
-
-@router.post("/extra-batch-images")
-async def extra_batch_images(request: Request, body: Batch):
-    images = await scaled(request, [one.data for one in body.imageList], body)
-    return {"html_info": f"scaled with {UPSCALER}", "images": images}
-
-
-async def scaled(request: Request, texts: list[str], body: Scaling) -> list[str]:
-    """Images in base64, scaled one after the other for as long as somebody waits.
-
-    Raises:
-        ValueError: all of them together are too large.
-        Gone: the client went away.
-    """
-    pixels, images = 0, []
-    for text in texts:
-        if await request.is_disconnected():
-            raise Gone("the client went away")
-        image, size = await prepare(request, opened, text, body)
-        pixels += max(math.prod(image.size), math.prod(size))
-        check_pixels(pixels)
-        images.append(await prepare(request, upscaled, image, size, body))
-    return images
-
-
-def opened(text: str, body: Scaling) -> tuple[Image.Image, tuple[int, int]]:
-    """An image in base64, and the size that it is scaled to before it is cropped: of the two sides that are asked for (resize_mode 1)
-    both are covered, in the shape of the image."""
-    image = from_base64(text)
-    factor = body.upscaling_resize
-    if body.resize_mode == 1:
-        factor = max(body.upscaling_resize_w / image.width, body.upscaling_resize_h / image.height)
-    return image, check_size(tuple(max(1, round(side * factor)) for side in image.size))
-
-
-def upscaled(image: Image.Image, size: tuple[int, int], body: Scaling) -> str:
-    """An image scaled to a size, and cropped where that is asked for, in base64."""
-    image = image.resize(size, Image.Resampling.LANCZOS)
-    if body.resize_mode == 1 and body.upscaling_crop:
-        width, height = body.upscaling_resize_w, body.upscaling_resize_h
-        left, top = (size[0] - width) // 2, (size[1] - height) // 2
-        image = image.crop((left, top, left + width, top + height))
-    return encoded(image)
-
-
 @router.post("/interrogate")
 async def interrogate(request: Request, studio: Here, image: Annotated[str, Given(embed=True)]):
     return {"caption": await prepare(request, described, studio, image)}
@@ -345,7 +264,7 @@ def options(owner: Owner, chosen: Chosen):
 @router.post("/options")
 def choose(studio: Here, owner: Owner, chosen: Chosen, given: Annotated[dict[str, Any], Given()]):
     if given.get("sd_model_checkpoint") is not None:
-        chosen[owner] = studio.check_model(str(given["sd_model_checkpoint"]))
+        chosen[owner] = studio.models.check(str(given["sd_model_checkpoint"]))
     return {}
 
 

@@ -12,7 +12,7 @@ from fastapi import FastAPI
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 import argen
-from argen.server import a1111, errors, jobs, openai
+from argen.server import a1111, errors, jobs, openai, scaling
 from argen.server.guard import ADDRESS, MAX_BYTES, Guard, Links, Sessions, Tries, check_keys, knows, owner_of
 from argen.studio.queue import Studio
 
@@ -61,7 +61,7 @@ def create(
     errors.install(app)
     app.add_middleware(Guard, keys=tuple(keys), local=local, tries=tries, sessions=sessions, links=links)
     app.state.studio, app.state.models, app.state.waiting, app.state.links = studio, {}, 0, links
-    for part in (jobs, openai, a1111):
+    for part in (jobs, openai, scaling, a1111):  # the last one answers what is left
         app.include_router(part.router)
     if page is None:
         return app

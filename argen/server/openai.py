@@ -143,7 +143,7 @@ def models():
 
 @router.get("/v1/models/{name:path}")
 def model(studio: Here, name: str):
-    return named(studio.check_model(name))
+    return named(studio.models.check(name))
 
 
 @router.api_route("/v1/{path:path}", methods=["GET", "POST", "PUT", "DELETE", "PATCH"], include_in_schema=False)

@@ -4,10 +4,8 @@ Jobs can be cancelled at any token, taken up again, moved, and looked at while t
 is on disk and survives the program.
 """
 
-import errno
 import logging
 import math
-import re
 import secrets
 import sqlite3
 import threading
@@ -24,9 +22,10 @@ import torch
 from PIL import Image
 
 from argen.files import replacing
-from argen.hub.cards import ids
 from argen.pipelines.base import TokenPipeline
 from argen.request import Job, Request, rows_of
+from argen.studio.access import ModelAccess, UnknownModel
+from argen.studio.messages import said
 from argen.studio.store import (
     CANCELLED,
     DONE,
@@ -42,8 +41,6 @@ from argen.studio.store import (
 )
 
 logger = logging.getLogger(__name__)
-FULL = errno.ENOSPC, errno.EDQUOT
-PATHS = re.compile(r"(?<![\w/.:<])(?:/[^\s/'\":,;()]+)+/(?=[^\s/])")  # the folders of an absolute path
 LOCAL = "local"  # owner of what no key asked for
 MOST_WAITING = 1000  # jobs of one owner
 PREVIEW_EVERY, WATCHED_FOR = 0.4, 5.0  # seconds between previews, and how long one is wanted after it was looked at
@@ -109,20 +106,6 @@ class Progress:
         return self.decided * self.request.drawn / self.seconds if self.seconds else 0.0
 
 
-def said(error: Exception) -> str:
-    """An error in one line for somebody who asked from elsewhere: of the paths of this machine the last names alone."""
-    if isinstance(error, OSError) and error.errno in FULL:
-        return "the disk of the server is full: nothing can be written"
-    if isinstance(error, OSError) and error.filename is not None:
-        return f"{error.strerror or type(error).__name__}: {Path(str(error.filename)).name}"
-    known = error.args and not isinstance(error, OSError)
-    return PATHS.sub("", str(error.args[0] if known else error))
-
-
-class UnknownModel(KeyError):
-    """No model has this name, or it lies where none may be loaded from."""
-
-
 class Studio:
     """Args:
         folder: see `Store`.
@@ -144,7 +127,7 @@ class Studio:
         folders: Sequence[Path] = (),
     ):
         self.store, self.device, self.paused = Store(folder, metadata), threading.RLock(), False
-        self.cache, self.folders = models, [folder.resolve() for folder in folders]
+        self.models = ModelAccess(models, folders)
         self.changed = threading.Condition()
         self.live: Progress | None = None
         self.watched, self.cancelled, self.closing = 0.0, False, False
@@ -170,50 +153,6 @@ class Studio:
         """Whether jobs are being run, or will be."""
         return self.worker.is_alive() and not self.closing
 
-    # models
-
-    def folder(self, name: str) -> str | None:
-        """The path of something in one of `folders`; None for any other text."""
-        try:
-            path = Path(name.strip()).resolve()
-            inside = any(path.is_relative_to(folder) for folder in self.folders)
-            return str(path) if name.strip() and inside and path.exists() else None
-        except (OSError, ValueError):
-            return None
-
-    def check_model(self, name: str, kind: str = "generator") -> str:
-        """The name of a model that may be asked for here: an id of `kind`, or a path in one of `folders`.
-
-        Raises:
-            UnknownModel: anything else.
-        """
-        known = ids(kind)
-        if name in known:
-            return name
-        if (path := self.folder(name)) is not None:
-            return path
-        raise UnknownModel(f"there is no model {name[:100]!r}: expected one of {', '.join(known)}")
-
-    def pipeline_name(self, name: str) -> str:
-        """The name of a diffusers pipeline that may be loaded here: OWNER/NAME on the hub, or a path in one of `folders`.
-
-        Raises:
-            UnknownModel: another path of this machine.
-        """
-        name = name.strip()
-        if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name) and not Path(name).exists():
-            return name
-        if (path := self.folder(name)) is not None:
-            return path
-        raise UnknownModel(
-            f"{name[:100]!r} is not a pipeline that this server may load: expected OWNER/NAME on the hub, or a folder under one "
-            "that --model-dir names at its start"
-        )
-
-    def models(self, name: str, kind: str = "generator") -> TokenPipeline:
-        """A model that may be asked for here. Raises as `check_model` does, and as the loader does."""
-        return self.cache(self.check_model(name, kind))
-
     # what is asked
 
     def submit(self, request: Request, owner: str = LOCAL, partials: int = 0) -> str:
@@ -223,14 +162,14 @@ class Studio:
             partials: how often the first image is wanted while it is written: at 1 / (partials + 1) of its tokens, and so on.
 
         Raises:
-            QueueFull, UnknownModel: too many jobs of this owner wait; see `check_model`.
+            QueueFull, UnknownModel: too many jobs of this owner wait; see `ModelAccess.check`.
         """
         return self.submit_all([request], owner, partials)[0]
 
     def submit_all(self, requests: Sequence[Request], owner: str = LOCAL, partials: int = 0) -> list[str]:
         """`submit` of all of them, or of none."""
         for name in {request.model for request in requests}:
-            self.check_model(name)
+            self.models.check(name)
         with self.changed:
             if (waiting := self.store.count(WAITING, owner)) + len(requests) > MOST_WAITING:
                 raise QueueFull(f"{waiting:,} jobs are waiting: expected at most {MOST_WAITING:,}, try again later")
@@ -362,7 +301,7 @@ class Studio:
 
     @contextmanager
     def model(self, name: str, kind: str = "generator") -> Iterator[TokenPipeline]:
-        """A model, for something that is no job; the worker waits meanwhile. Raises as `models` does."""
+        """A model, for something that is no job; the worker waits meanwhile. Raises as `ModelAccess` does."""
         with self.device:
             yield self.models(name, kind)
 

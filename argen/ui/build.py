@@ -94,7 +94,7 @@ def build(context: AppContext, device: torch.device, limit: int | None = None) -
             gallery = Gallery(context)
             tab.select(*gallery.first)
         with gr.Tab("Diffusion"):
-            tools.tab(lambda name: pipelines(context.studio.pipeline_name(name)))
+            tools.tab(lambda name: pipelines(models.check_pipeline(name)))
         with gr.Tab("Tokenizers"):
             lab.tab(
                 partial(models, kind="tokenizer"),

@@ -10,7 +10,8 @@ import numpy as np
 from PIL import Image
 
 from argen.request import Grid, Request
-from argen.studio.queue import LOCAL, Forbidden, Progress, Studio, said
+from argen.studio.messages import said
+from argen.studio.queue import LOCAL, Forbidden, Progress, Studio
 from argen.studio.store import CANCELLED, DONE, FAILED, RUNNING, WAITING
 from samplers.steps import Origin
 from tokenizers_img.pixels import opaque, upright
