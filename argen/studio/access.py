@@ -3,8 +3,9 @@
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
-from argen.registry import Loaded, ids
+from argen.hub.cards import ids
 
 
 class UnknownModel(KeyError):
@@ -19,10 +20,10 @@ class ModelAccess:
         folders: where saved pipelines may be loaded from, beside the models that have an id.
     """
 
-    def __init__(self, load: Callable[[str], Loaded], folders: Sequence[Path] = ()):
+    def __init__(self, load: Callable[[str], Any], folders: Sequence[Path] = ()):
         self.load, self.folders = load, [folder.resolve() for folder in folders]
 
-    def __call__(self, name: str, kind: str = "generator") -> Loaded:
+    def __call__(self, name: str, kind: str = "generator") -> Any:
         """A model. Raises as `check` and the loader do."""
         return self.load(self.check(name, kind))
 
