@@ -219,7 +219,7 @@ def law(args: argparse.Namespace) -> None:
     own = pipe.defaults
     sampling = Sampling(own.temperature, own.top_k, own.top_p)
     table = table_of(pipe.image_tokenizer.codebook, args.k)
-    print(f"{'':10} {'nats':>8} {'likeliest':>10} {f'{args.k} neighbours of the token':>30}")
+    print(f"{'':10} {'nats':>8} {'most probable':>10} {f'{args.k} neighbours of the token':>30}")
     for kind in KINDS:
         prompts = [truth.prompt for truth in read_prompts() if truth.kind == kind][: args.num]
         generator = [torch.Generator().manual_seed(index) for index in range(len(prompts))]

@@ -1,4 +1,4 @@
-"""Pictures written anew in part: by a mask, from a grid in the request, from where a job was left."""
+"""Pictures redrawn in part: by a mask, from a grid in the request, from where a job was left."""
 
 import io
 from dataclasses import replace
@@ -107,8 +107,8 @@ def test_bad_masks_are_refused(pipe, drawn):
     image = drawn.images[0]
     for mask, told in (
         (Image.new("L", (64, 64), 255), "the mask is 64 x 64 and the picture 128 x 128"),
-        (Image.new("L", (128, 128), 0), "nothing is to be written anew"),
-        (None, "nothing is to be written anew"),
+        (Image.new("L", (128, 128), 0), "nothing to inpaint"),
+        (None, "nothing to inpaint"),
     ):
         with pytest.raises(ValueError, match=told):
             pipe.edit("a pizza", image, mask)
@@ -172,7 +172,7 @@ def test_what_the_buttons_of_the_page_leave_to_write(pipe, drawn):
     assert int((edit.varied(pipe, wish, tokens, canvas, 0.25) < 0).sum()) == 16
     with pytest.raises(ValueError, match="there is no picture"):
         edit.inpaint(pipe, wish, tokens, None, False, "")
-    with pytest.raises(ValueError, match="nothing is to be written anew"):
+    with pytest.raises(ValueError, match="nothing to inpaint"):
         edit.inpaint(pipe, wish, tokens, canvas | {"layers": []}, False, "")
     for wrong in ("9 x 1", "5-3 x 1", "all", "0 x 2"):
         with pytest.raises(ValueError, match=f"'{wrong}' names no cells: expected ROWS x COLUMNS of 8 x 8"):

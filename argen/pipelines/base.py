@@ -393,11 +393,11 @@ class TokenPipeline(DiffusionPipeline):
     def edit(
         self, prompt: str, image: ImageLike, mask: ImageLike | None = None, **settings
     ) -> TokenPipelineOutput | tuple:
-        """A picture with a part of it written anew, all that the cells of the token grid touch.
+        """A picture with a part of it redrawn, all that the cells of the token grid touch.
 
         Args:
             image: of any size; padded to a square; of Pillow, or an array or a tensor, see `tokenizers_img.pixels.as_image`.
-            mask: as large, white where the picture is written anew; None takes what is transparent in `image`.
+            mask: as large, white where the picture is redrawn; None takes what is transparent in `image`.
             settings: see `__call__`; with num_images_per_prompt several, each from the same beginning.
 
         Raises:
@@ -409,7 +409,7 @@ class TokenPipeline(DiffusionPipeline):
         return self(prompt, tokens=grid.expand(drawn, *grid.shape[1:]), **settings)
 
     def without(self, image: ImageLike, mask: ImageLike | None = None) -> Tensor:
-        """The tokens of a picture, undecided where it is to be written anew: ids [1, h, w]. See `edit`."""
+        """The tokens of a picture, undecided where it is to be redrawn: ids [1, h, w]. See `edit`."""
         image, mask = as_image(image), mask if mask is None else as_image(mask, "the mask")
         cells = masked_cells(image, mask, self.shape_of())
         known = self._stored(read_grid(image), image, visible=mask is None)
@@ -643,9 +643,7 @@ def masked_cells(image: Image.Image, mask: Image.Image | None, shape: tuple[int,
     painted = torch.from_numpy(np.array(square)).float()[None, None] / 255
     cells = F.adaptive_max_pool2d(painted, shape)[0, 0] > 0.5
     if not cells.any():
-        raise InvalidValue(
-            "nothing is to be written anew: expected white in the mask, or something transparent", "mask"
-        )
+        raise InvalidValue("nothing to inpaint: expected white in the mask, or something transparent", "mask")
     return cells
 
 

@@ -182,7 +182,7 @@ class FlexARPipeline(TokenPipeline):
             num_candidates: that are drawn each time, as many from each of those kept.
             num_tokens: of the picture; None is the model's own.
             generator: of all luck.
-            settings: of `stream`, as guidance_scale.
+            settings: of `stream`, e.g. guidance_scale.
 
         Yields:
             What is kept after each number of tokens, the last being a single picture.

@@ -173,7 +173,7 @@ class SeedLlamaPipeline(TokenPipeline):
 
         Args:
             turns: what was said, the user first and then in turn, each a list of texts and pictures.
-            max_new_tokens, temperature, top_p: of the answer; 0 takes the likeliest word each time.
+            max_new_tokens, temperature, top_p: of the answer; 0 takes the most probable word each time.
 
         Raises:
             ValueError: a number is out of bounds, or a text of the user longer than `argen.words.MAX_PROMPT` characters.

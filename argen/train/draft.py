@@ -62,7 +62,7 @@ class DraftTask(LlamaGenTask):
 
     def parts(self, network: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """Smooth L1 distance of the guesses [B, N - 1], cross-entropy of their law to the target's [B, N - 1], and how
-        often [B, N - 1] the likeliest tokens agree."""
+        often [B, N - 1] the most probable tokens agree."""
         prefix, hidden = self.hidden(batch)
         read = hidden + batch["noise"]
         guesses, wanted = network(prefix, read[:, :-1], batch["read"][:, :-1]), hidden[:, 1:]
@@ -78,7 +78,7 @@ class DraftTask(LlamaGenTask):
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
-        """How often drafter and target find the same token likeliest, on held-out (style, concept) combinations."""
+        """How often drafter and target find the same token most probable, on held-out (style, concept) combinations."""
         found, model = [], self._model()
         for first in range(0, len(self.held_out_captions), 64):
             batch = {key: value.to(model.device) for key, value in self.held_out(slice(first, first + 64)).items()}

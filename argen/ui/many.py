@@ -24,7 +24,7 @@ class Many:
         self.context, self.studio = context, context.studio
         asked = gr.State(None)  # the axes, and the ids of the jobs
         names = [name for name in SETTINGS if name != "num_images"]
-        gr.Markdown("### One prompt under several settings")
+        gr.Markdown("### X/Y/Z plot: one prompt under several settings")
         with gr.Row():
             with gr.Column(scale=2):
                 model = gr.Dropdown(list(ids), value=ids[0], label="Model", elem_id="grid-model")
@@ -50,9 +50,9 @@ class Many:
                                 elem_id=f"values-{letter}",
                             )
                         )
-                go = gr.Button("Draw the grid", variant="primary", elem_id="draw-grid")
+                go = gr.Button("Generate grid", variant="primary", elem_id="draw-grid")
             with gr.Column(scale=3):
-                page = gr.Image(label="The grid", format="png", interactive=False, elem_id="grid")
+                page = gr.Image(label="Grid", format="png", interactive=False, elem_id="grid")
                 state = gr.Markdown(elem_id="grid-state")
                 table = gr.File(label="CSV of what made each picture", visible=False, elem_id="grid-table")
         timer = gr.Timer(TICK, active=False)
@@ -60,7 +60,7 @@ class Many:
         go.click(self.begin, fields, self.watched)
         timer.tick(self.look, asked, [page, state, table, timer], show_progress="hidden", concurrency_limit=None)
 
-        gr.Markdown("### A table of requests")
+        gr.Markdown("### Batch: a table of requests")
         with gr.Row():
             with gr.Column(scale=2):
                 file = gr.File(
@@ -71,7 +71,7 @@ class Many:
                 other = gr.Dropdown(
                     list(ids), value=ids[0], label="Model of rows that name none", elem_id="batch-model"
                 )
-                send = gr.Button("Put all of it into the queue", variant="primary", elem_id="batch-go")
+                send = gr.Button("Queue all rows", variant="primary", elem_id="batch-go")
             with gr.Column(scale=3):
                 told = gr.Markdown(
                     "The pictures will be in the gallery. What waits is on disk: it goes on after a restart, too.",
