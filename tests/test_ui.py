@@ -271,6 +271,7 @@ def test_a_drawing_is_followed(page, site):
     for across, down in ((0.7, 0.3), (0.7, 0.7), (0.3, 0.7), (0.3, 0.3)):
         page.mouse.move(box["x"] + across * box["width"], box["y"] + down * box["height"], steps=10)
     page.mouse.up()
+    page.wait_for_timeout(2000)  # Gradio sends a stroke a moment after it ends
     page.get_by_role("button", name="Show the control picture").click()
     seen = page.locator("#seen img")
     seen.wait_for(timeout=60_000)
