@@ -384,7 +384,7 @@ def control(args: argparse.Namespace) -> None:
 
 
 def _pipeline(args: argparse.Namespace, settings: dict):
-    """A pipeline of diffusers, the judge, and the luck of a picture; the folder is claimed for `settings`."""
+    """A pipeline of diffusers, the judge, and the generator of an image; the folder is locked for `settings`."""
     from argen.device import pick
     from argen.eval import run
     from argen.eval.run_dir import lock_run_dir

@@ -95,9 +95,9 @@ class View:
         """Values of `watched` that show a job from now on."""
         return id, -1, gr.Timer(active=id is not None)
 
-    def ask(self, wish: Request, request: gr.Request) -> tuple:
-        """Put a wish into the line and show it."""
-        return self.begin(self.studio.submit(wish, self.context.owner(request)))
+    def ask(self, asked: Request, request: gr.Request) -> tuple:
+        """Put a request into the queue and show it."""
+        return self.begin(self.studio.submit(asked, self.context.owner(request)))
 
     def restore(self, request: gr.Request) -> tuple:
         """Show the job that was asked for last, if it is not over: the page was loaded anew."""

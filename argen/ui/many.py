@@ -87,8 +87,8 @@ class Many:
                 for name, values in zip(fields[::2], fields[1::2], strict=True)
                 if name != NONE
             ]
-            wishes = varied(Request(prompt.strip(), model=model, seed=int(seed or 0)), axes)
-            ids = self.studio.submit_all(wishes, self.context.owner(request))
+            requests = varied(Request(prompt.strip(), model=model, seed=int(seed or 0)), axes)
+            ids = self.studio.submit_all(requests, self.context.owner(request))
             self.studio.store.keep_grid(self.context.owner(request), [(axis.name, axis.values) for axis in axes], ids)
             return (axes, ids), gr.Timer(active=True)
 
@@ -130,6 +130,6 @@ class Many:
         with user_errors():
             if path is None:
                 raise ValueError("there is no table: drop a CSV or JSON lines file")
-            wishes = read_table(Path(path), model=model)
-            self.studio.submit_all(wishes, self.context.owner(request))
-        return f"{len(wishes)} requests are in the queue; their pictures will be in the gallery."
+            requests = read_table(Path(path), model=model)
+            self.studio.submit_all(requests, self.context.owner(request))
+        return f"{len(requests)} requests are in the queue; their pictures will be in the gallery."
