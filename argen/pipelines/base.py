@@ -109,8 +109,9 @@ class TokenPipeline(DiffusionPipeline):
 
     @property
     def samplers(self) -> list[str]:
-        """Names of the samplers that fit."""
-        return samplers_of("tokens")
+        """Names of the samplers that fit, less those that need a part that this model has not, e.g. a drafter."""
+        parts = {name: getattr(samplers[name], "needs", "") for name in samplers_of("tokens")}
+        return [name for name, part in parts.items() if not part or getattr(self, part, None) is not None]
 
     @property
     def defaults(self) -> Defaults:

@@ -106,6 +106,7 @@ class Create:
                 fields.append(
                     gr.Dropdown(label="Sampler", elem_id="sampler", info="`argen samplers` explains each", **how)
                 )
+                self.sampling = SamplerSettings(list(samplers))
             else:
                 low = {"minimum": 0 if name == "num_beams" else KNOWN[name].low}
                 step = {"step": 0.05 if KNOWN[name].kind is float else 1}
@@ -114,7 +115,6 @@ class Create:
                 fields.append(
                     gr.Slider(**low | {"maximum": SLIDER[name]} | step | how, label=label, info=info, elem_id=elem_id)
                 )
-        self.sampling = SamplerSettings(list(samplers))
         return fields
 
     def values(self, pipe: TokenPipeline, saved: Request | None) -> list[dict]:
