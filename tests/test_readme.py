@@ -8,6 +8,7 @@ import pytest
 
 from argen.cli.main import parser
 from argen.hub.cards import all_cards
+from argen.registry import REGISTRIES
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -35,6 +36,9 @@ def commands(text: str) -> list[list[str]]:
 @pytest.mark.parametrize("page", RUNNING, ids=lambda page: page.name)
 def test_python_blocks_run(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(ROOT / "tests/data/plugin"))  # what docs/extending.md shows
+    for registry in REGISTRIES.values():  # what a page registers is forgotten
+        monkeypatch.setattr(registry, "added", {})
     names = run_page(page)
     if page.name in ("README.md", "python.md"):
         assert (tmp_path / "apple.png").exists()
