@@ -6,7 +6,7 @@ from importlib import import_module
 # transformers says at each start that without torchvision it uses Pillow, which is what argen wants: torchvision is no dependency.
 logging.getLogger("transformers.utils.import_utils").addFilter(lambda one: "torchvision" not in one.getMessage())
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 _PUBLIC = {"load": "argen.hub.loading", "list_models": "argen.hub.cards", "register": "argen.registry"}
 __all__ = list(_PUBLIC)
 

@@ -8,7 +8,7 @@ import difflib
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
 from importlib import import_module
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
 MAX_SHOWN = 60  # characters of an unknown name in an error
@@ -26,7 +26,7 @@ class Registry(Mapping[str, Any]):
         self.kind, self.built_in, self.added = kind, dict(built_in), {}
 
     @cached_property
-    def installed(self) -> dict[str, Any]:
+    def installed(self) -> dict[str, EntryPoint]:
         """The entry points of installed packages."""
         return {point.name: point for point in entry_points(group=f"argen.{self.kind}s")}
 
@@ -53,7 +53,7 @@ class Registry(Mapping[str, Any]):
         """The component.
 
         Raises:
-            ValueError: there is none of this name; says which are near.
+            ValueError: there is none of this name; says which are near. An installed package cannot be imported; says which.
         """
         if name in self.added:
             found = self.added[name]
@@ -61,10 +61,18 @@ class Registry(Mapping[str, Any]):
         if name in self.built_in:
             return resolve(self.built_in[name])
         if name in self.installed:
-            return self.installed[name].load()
+            return self._load(self.installed[name])
         raise ValueError(
             f"unknown {self.kind} {str(name)[:MAX_SHOWN]!r}: expected one of {', '.join(self)}{nearest(name, self)}"
         )
+
+    def _load(self, point: EntryPoint) -> Any:
+        try:
+            return point.load()
+        except (ImportError, AttributeError) as error:
+            raise ValueError(
+                f"the {self.kind} {point.name} of the package {point.dist.name} cannot be used ({error}): update or uninstall it"
+            ) from error
 
 
 def nearest(name: str, names: Iterable[str]) -> str:

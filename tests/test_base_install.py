@@ -1,4 +1,4 @@
-"""The README's first lines with nothing installed but what `pip install .` brings."""
+"""The commands of docs/command-line.md with nothing installed but what `pip install .` brings."""
 
 import json
 import re
@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-README = (Path(__file__).parent.parent / "README.md").read_text()
+PAGE = (Path(__file__).parent.parent / "docs/command-line.md").read_text()
 HUB = ("AILab-CVC/", "stabilityai/", "CompVis/")  # what a hub is needed for
 MODULES = {  # of the extras, where a package and its module have different names
     "opencv-python-headless": "cv2",
@@ -47,8 +47,8 @@ for line in json.loads(sys.argv[2]):
 
 
 def lines() -> list[list[str]]:
-    """The commands of the first block of the section Use that need no hub, and no end."""
-    block = README.partition("**Shell**")[2].partition("\n\nEvery command")[0]
+    """The commands of the page's first block that need no hub, and no end."""
+    block = PAGE.partition(":\n\n")[2].partition("\n\nEvery command")[0]
     commands = [
         part.strip() for line in block.splitlines() for part in line.partition("  #")[0].split("&&") if part.strip()
     ]
@@ -64,12 +64,12 @@ def blocked() -> list[str]:
 
 
 @pytest.mark.slow
-def test_the_readme_runs_with_the_base_dependencies_alone(tmp_path):
+def test_the_commands_run_with_the_base_dependencies_alone(tmp_path):
     assert {"cv2", "scipy", "datasets", "torchmetrics"} <= set(blocked())
     image = Image.new("RGB", (160, 120), "white")
     image.paste("red", (40, 30, 120, 90))
     image.save(tmp_path / "photo.jpg")
-    (tmp_path / "wishes.csv").write_text("prompt,seed\na taxi,4\n")
+    (tmp_path / "requests.csv").write_text("prompt,seed\na taxi,4\n")
     commands = lines()
     assert len(commands) > 18
     command = [sys.executable, "-W", "default", "-c", CHILD, json.dumps(blocked()), json.dumps(commands)]

@@ -1,0 +1,94 @@
+"""Write the tables of the pages that come from cards, samplers, settings and commands: ``python docs/generate.py``."""
+
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from argen.hub.cards import FOLDER, Card, read_card
+from argen.registry import commands, samplers
+from argen.request import Request
+from samplers.settings import Setting, settings_of
+
+DOCS = Path(__file__).parent
+MARKS = re.compile(r"(<!-- generated: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def table(heads: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    lines = [heads, ["---"] * len(heads), *rows]
+    cells = ([str(cell).replace("|", "\\|") for cell in line] for line in lines)
+    return "".join(f"| {' | '.join(line)} |\n" for line in cells)
+
+
+def about(name: str) -> str:
+    """The first paragraph of a sampler's docstring."""
+    return " ".join(samplers[name].__doc__.strip().split("\n\n")[0].split())
+
+
+def sampler_rows() -> str:
+    rows = []
+    for name in samplers.built_in:
+        sampler = samplers[name]()
+        kept = "yes" if sampler.lossless else "relaxed"
+        rows.append(
+            (f"`{name}`", about(name), getattr(sampler, "draws", "tokens"), kept, getattr(sampler, "needs", ""))
+        )
+    return table(("sampler", "what it does", "draws", "lossless", "needs"), rows)
+
+
+def setting_row(setting: Setting) -> tuple[str, ...]:
+    default = "" if setting.default in (None, {}) else f"`{setting.default}`"
+    return f"`{setting.name}`", setting.help, setting.expected if setting.kind else "", default
+
+
+def setting_rows() -> str:
+    known = [(name, one) for name in samplers.built_in for one in settings_of(samplers[name]).values() if one.kind]
+    rows = [(f"`{name}`", *setting_row(setting)) for name, setting in known]
+    return table(("sampler", "setting", "what it is", "expected", "default"), rows)
+
+
+def request_rows() -> str:
+    return table(("setting", "what it is", "expected", "default"), map(setting_row, settings_of(Request).values()))
+
+
+def command_rows() -> str:
+    return table(("command", "what it does"), ((f"`argen {name}`", commands[name].HELP) for name in commands.built_in))
+
+
+def own_cards() -> list[Card]:
+    found = [read_card(path) for path in FOLDER.glob("*.toml")]
+    return sorted(found, key=lambda card: (card.order, card.kind, card.id.lower()))
+
+
+def card_rows(ships: bool) -> str:
+    rows = [
+        (
+            f"`{card.id}`",
+            card.kind,
+            card.about,
+            f"{card.parameters:,.{0 if card.parameters > 100 else 1}f}M",
+            card.licence,
+        )
+        for card in own_cards()
+        if card.ships == ships
+    ]
+    return table(("id", "kind", "what it is", "parameters", "licence"), rows)
+
+
+TABLES = {
+    "samplers": sampler_rows,
+    "settings": setting_rows,
+    "request": request_rows,
+    "commands": command_rows,
+    "shipped": lambda: card_rows(True),
+    "published": lambda: card_rows(False),
+}
+
+
+def rendered(text: str) -> str:
+    """A page with its tables written anew."""
+    return MARKS.sub(lambda found: found[1] + "\n" + TABLES[found[2]]() + "\n" + found[3], text)
+
+
+if __name__ == "__main__":
+    for path in sorted(DOCS.glob("*.md")):
+        path.write_text(rendered(path.read_text(encoding="utf-8")), encoding="utf-8")

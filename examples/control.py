@@ -1,0 +1,25 @@
+"""Draw after the edges of another image: the shape stays, the thing changes."""
+
+import torch
+from PIL import Image
+
+import argen
+from argen.models.annotators import annotate, as_image
+
+source = argen.load("argen/emoji-parti")("a red apple", generator=torch.Generator().manual_seed(0)).images[0]
+edges = annotate(source, "canny")
+as_image(edges).save("edges.png")
+
+pipe = argen.load("argen/emoji-control")
+sheet = Image.new("RGB", (4 * 128, 128))
+sheet.paste(source, (0, 0))
+for column, strength in enumerate((0.0, 0.5, 1.0), start=1):
+    drawn = pipe(
+        "a green apple, flat style",
+        control_image=source,
+        control_type="canny",
+        control_strength=strength,
+        generator=torch.Generator().manual_seed(3),
+    )
+    sheet.paste(drawn.images[0], (128 * column, 0))
+sheet.save("control.png")  # the source; then without, with half and with the whole control

@@ -1,0 +1,37 @@
+"""A sampler of one's own: where the network is sure, its first choice is taken; elsewhere a token is drawn."""
+
+from pathlib import Path
+
+import torch
+
+import argen
+from argen.metadata import save_images
+from argen.request import Request
+from samplers.settings import Field, settings
+from samplers.steps import START, Step, next_logits, pick
+
+
+@settings
+class Careful:
+    """Sequential, without chance where the network is sure."""
+
+    sure: float = Field(0.7, ge=0, le=1, description="probability from which on the most probable token is taken")
+    name = "careful"
+    lossless = False
+
+    def __call__(self, session, tokens, sampling, guidance_scale, noise):
+        tokens, waiting = tokens.clone(), [START]
+        for cell in range(session.length):
+            logits = next_logits(session, tokens, waiting, guidance_scale, cell)
+            chance, greedy = sampling.filter(logits)[:, 0].softmax(dim=-1).max(dim=-1)
+            drawn = pick(logits, sampling, noise, torch.tensor([cell]))[:, 0]
+            drawn = torch.where(chance >= self.sure, greedy, drawn)
+            tokens[:, cell] = torch.where(tokens[:, cell] < 0, drawn, tokens[:, cell])
+            waiting = [cell]
+            yield Step(tokens.clone(), cell + 1)
+
+
+argen.register("sampler", "careful", Careful)  # from here on the page, the APIs and the axes have it, too
+pipe = argen.load("argen/emoji-llamagen")
+*_, job = pipe.run(Request("a pizza", sampler="careful:sure=0.5", seed=1))
+save_images(list(zip(job.images, job.requests, strict=True)), [Path("careful.png")])

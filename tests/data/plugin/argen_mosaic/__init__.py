@@ -1,0 +1,1 @@
+"""Mosaics for argen: a sampler, a tokenizer, a generator and a command."""

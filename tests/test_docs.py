@@ -1,0 +1,96 @@
+"""The pages of docs/: their tables are those of the code, their examples files that run, their links lead somewhere."""
+
+import importlib.util
+import re
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+import yaml
+from test_imports import LAYERS
+
+import argen
+
+ROOT = Path(__file__).parent.parent
+DOCS, PLUGIN = ROOT / "docs", ROOT / "tests/data/plugin"
+TOP = [ROOT / name for name in ("README.md", "weights.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "CHANGELOG.md")]
+PAGES = [*TOP, ROOT / "examples/README.md", *sorted(DOCS.glob("*.md"))]
+LINK = re.compile(r"\]\((?!https?:|mailto:)([^)#\s]*)(?:#([^)\s]+))?\)")
+
+
+@pytest.fixture(scope="module")
+def generate():
+    spec = importlib.util.spec_from_file_location("docs_generate", DOCS / "generate.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def slugs(text: str) -> set[str]:
+    """The anchors of a page's headings, as GitHub makes them."""
+    heads = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in heads}
+
+
+@pytest.mark.parametrize("page", sorted(DOCS.glob("*.md")), ids=lambda page: page.name)
+def test_tables_are_those_of_the_code(page, generate):
+    text = page.read_text()
+    assert text == generate.rendered(text), f"run python docs/generate.py: {page.name} is old"
+
+
+def test_every_table_is_on_a_page(generate):
+    named = [name for page in DOCS.glob("*.md") for _, name, _ in generate.MARKS.findall(page.read_text())]
+    assert sorted(named) == sorted(generate.TABLES)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    for path, anchor in LINK.findall(page.read_text()):
+        target = page.parent / path if path else page
+        assert target.exists(), f"{page.name} links {path}"
+        assert not anchor or anchor in slugs(target.read_text()), f"{page.name} links {path}#{anchor}"
+
+
+def test_every_page_is_in_the_contents():
+    def leaves(nav):
+        for one in nav:
+            if isinstance(one, str):
+                yield one
+            else:
+                for inside in one.values():
+                    yield from leaves(inside)
+
+    named = list(leaves(yaml.safe_load((ROOT / "mkdocs.yml").read_text())["nav"]))
+    assert len(named) == len(set(named))
+    assert set(named) == {page.name for page in DOCS.glob("*.md")} | {page.name for page in TOP} - {"README.md"}
+
+
+def test_the_reference_names_what_there_is():
+    names = re.findall(r"^::: (\S+)$", (DOCS / "api.md").read_text(), re.MULTILINE)
+    assert len(names) > 30
+    for name in names:
+        try:
+            found = import_module(name)
+        except ModuleNotFoundError:
+            module, _, attribute = name.rpartition(".")
+            found = getattr(import_module(module), attribute)
+        assert found.__doc__, name
+
+
+def test_examples_of_extending_are_the_files_that_the_tests_install():
+    blocks = re.findall(r'```\w+ title="([^"]+)"\n(.*?)```', (DOCS / "extending.md").read_text(), re.DOTALL)
+    assert len(blocks) == 8
+    for name, block in blocks:
+        file = next(folder / name for folder in (PLUGIN, ROOT) if (folder / name).is_file())
+        assert block == file.read_text(), name
+
+
+def test_architecture_has_the_levels_of_the_imports():
+    drawn = re.search(r"from the top:\n\n(.*?)\n\n", (ROOT / "ARCHITECTURE.md").read_text(), re.DOTALL)[1]
+    levels = [re.split(r"\s{2,}", line.strip())[0].split(", ") for line in drawn.splitlines()]
+    assert [set(level) for level in levels[::-1]] == [set(level) for level in LAYERS]
+
+
+def test_the_release_has_its_entry_and_its_citation():
+    assert f"\n## {argen.__version__}\n" in (ROOT / "CHANGELOG.md").read_text()
+    assert yaml.safe_load((ROOT / "CITATION.cff").read_text())["version"] == argen.__version__
