@@ -1,15 +1,15 @@
 """How fast pictures are made, and what it costs: ``python -m argen.bench WHAT``.
 
-``decode``: the same network with random weights, in turns: our plain loop, and transformers' own Llama of the same sizes with its
+``decode``: the same network with random weights, interleaved: our sequential loop, and transformers' own Llama of the same sizes with its
 eager loop and growing cache. Both draw with the same guidance and filters. Ratios of one run on one machine; the number of
 tokens a second depends on the machine.
 
-``models``: seconds a picture of whole generators, from prompt to pixels, in turns.
+``models``: seconds a picture of whole generators, from prompt to pixels, interleaved.
 
 ``speculative``: the shipped generator with every sampler, one picture at a time: passes, tokens a pass, tokens a second, and what
 the judge and FID-emoji say of the pictures.
 
-``law``: how sure a generator is of its next token, which says what relaxed samplers can gain.
+``entropy``: how sure a generator is of its next token, which says what relaxed samplers can gain.
 """
 
 import argparse
@@ -212,14 +212,14 @@ def speculative(args: argparse.Namespace) -> None:
 
 
 @torch.no_grad()
-def law(args: argparse.Namespace) -> None:
-    """Print how wide the law of the next token is: its entropy, its largest probability, and what neighbours in the codebook have."""
+def entropy(args: argparse.Namespace) -> None:
+    """Print how wide the distribution of the next token is: its entropy, its largest probability, and what neighbours in the codebook have."""
     pipe = load_model(args.model, args.device, "generator")
     pipe.set_progress_bar_config(disable=True)
     own = pipe.defaults
     sampling = Sampling(own.temperature, own.top_k, own.top_p)
     table = table_of(pipe.image_tokenizer.codebook, args.k)
-    print(f"{'':10} {'nats':>8} {'likeliest':>10} {f'{args.k} neighbours of the token':>30}")
+    print(f"{'':10} {'nats':>8} {'most probable':>10} {f'{args.k} neighbours of the token':>30}")
     for kind in KINDS:
         prompts = [truth.prompt for truth in read_prompts() if truth.kind == kind][: args.num]
         generator = [torch.Generator().manual_seed(index) for index in range(len(prompts))]
@@ -298,12 +298,12 @@ def main(argv: list[str] | None = None) -> int:
     add.add_argument("--plot", type=Path, metavar="PNG", help="also draw quality against tokens per step")
     add.add_argument("--device", metavar="NAME", help="cpu, cuda, mps (default: the best one here)")
     add.set_defaults(run=speculative)
-    add = commands.add_parser("law", help="how sure the shipped generator is of its next token, by kind of prompt")
+    add = commands.add_parser("entropy", help="how sure the shipped generator is of its next token, by kind of prompt")
     add.add_argument("--model", default="argen/emoji-llamagen", metavar="ID")
     add.add_argument("--num", type=int, default=48, help="prompts of each of the judge's kinds (default: 48)")
     add.add_argument("--k", type=int, default=10, help="neighbours (default: 10)")
     add.add_argument("--device", metavar="NAME", help="cpu, cuda, mps (default: the best one here)")
-    add.set_defaults(run=law)
+    add.set_defaults(run=entropy)
     args = parser.parse_args(argv)
     return guarded("argen.bench", args.run, args)
 

@@ -9,10 +9,10 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from io import BytesIO
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from diffusers import DiffusionPipeline
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
@@ -20,6 +20,9 @@ from argen import __version__
 from argen.files import replacing
 from argen.images import fitted, open_image
 from argen.request import Grid, Request, check_grid
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
 
 # PNG texts, as JSON: the request, the grid, the version of argen and a digest of the weights
 KEY, TOKENS, MADE_BY = "argen", "argen tokens", "argen version"
@@ -75,7 +78,7 @@ def _info(image: Image.Image, request: Request | None, grid: Grid | None = None)
     return info
 
 
-def fingerprint(pipe: DiffusionPipeline) -> str:
+def fingerprint(pipe: "DiffusionPipeline") -> str:
     """A digest of the weights of a pipeline: of names, shapes and some values of each tensor, so that it costs milliseconds."""
     digest = hashlib.sha256()
     for name, part in sorted(pipe.components.items()):
@@ -86,7 +89,7 @@ def fingerprint(pipe: DiffusionPipeline) -> str:
     return digest.hexdigest()[:16]
 
 
-def differences(path: str | Path, pipe: DiffusionPipeline) -> str | None:
+def differences(path: str | Path, pipe: "DiffusionPipeline") -> str | None:
     """What was another when the image in a file was made, in words; None if nothing is known to be."""
     try:
         made_by = read_json(open_image(path), MADE_BY)

@@ -194,7 +194,7 @@ class Request:
         return self.sampler_args | ({} if self.steps is None else {"steps": self.steps})
 
     def generators(self) -> list[torch.Generator]:
-        """A source of luck for each picture that is drawn; with `num_beams`, for each that is searched for."""
+        """A generator for each image that is drawn; with `num_beams`, for each that is searched for."""
         count = self.num_images if self.num_beams else self.drawn
         return [torch.Generator().manual_seed(self.seed + i) for i in range(count)]
 
@@ -353,11 +353,11 @@ class Job:
     Attributes:
         request: with every value left to the model filled in.
         tokens: [drawn, h, w] int64, -1 where nothing is decided yet; of a model of continuous latents [drawn, C, h, w], NaN there.
-        kept: what `run` takes to go on from here; None before the first step.
+        resume_state: what `run` takes to go on from here; None before the first step.
         decided: cells of a picture that are, in every one.
         forward_passes: of the network, so far.
         origins: [drawn, h, w] int8, how each cell came by its token (`samplers.steps.Origin`); None where all were drawn.
-        lossless: whether the sampler keeps the law of the network.
+        lossless: whether tokens follow the network's own distribution.
         pictures: PIL pictures, best first where candidates were ranked; empty until they are ready.
         requests: what makes each of `pictures` again, alone.
         scores: cosine of each of `pictures` to the prompt, where candidates were ranked.
@@ -366,7 +366,7 @@ class Job:
 
     request: Request
     tokens: torch.Tensor
-    kept: torch.Tensor | None = None
+    resume_state: torch.Tensor | None = None
     decided: int = 0
     forward_passes: int = 0
     origins: torch.Tensor | None = None

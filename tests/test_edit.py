@@ -1,4 +1,4 @@
-"""Pictures written anew in part: by a mask, from a grid in the request, from where a job was left."""
+"""Pictures redrawn in part: by a mask, from a grid in the request, from where a job was left."""
 
 import io
 from dataclasses import replace
@@ -85,7 +85,7 @@ def test_a_request_holds_the_grid_it_goes_on_from(pipe, drawn):
 def test_a_job_that_was_left_is_gone_on_with(pipe, drawn):
     request = replace(drawn.request, sampler="sequential")
     job = next(job for job in pipe.run(request) if job.decided == 20)
-    *_, rest = pipe.run(request, tokens=job.kept)
+    *_, rest = pipe.run(request, tokens=job.resume_state)
     assert rest.forward_passes == 44
     assert torch.equal(rest.tokens, drawn.tokens)
 
@@ -107,8 +107,8 @@ def test_bad_masks_are_refused(pipe, drawn):
     image = drawn.images[0]
     for mask, told in (
         (Image.new("L", (64, 64), 255), "the mask is 64 x 64 and the picture 128 x 128"),
-        (Image.new("L", (128, 128), 0), "nothing is to be written anew"),
-        (None, "nothing is to be written anew"),
+        (Image.new("L", (128, 128), 0), "nothing to inpaint"),
+        (None, "nothing to inpaint"),
     ):
         with pytest.raises(ValueError, match=told):
             pipe.edit("a pizza", image, mask)
@@ -151,7 +151,7 @@ def test_what_the_buttons_of_the_page_leave_to_write(pipe, drawn):
     layer = Image.new("RGBA", (256, 256), (0, 0, 0, 0))
     layer.paste((255, 0, 0, 255), (0, 0, 64, 32))
     canvas = {"background": drawn.images[0].resize((256, 256)).convert("RGBA"), "layers": [layer]}
-    wish, before = replace(drawn.request, seed=0), drawn.tokens[0]
+    request, before = replace(drawn.request, seed=0), drawn.tokens[0]
     tokens = pipe.read_tokens(edit.shown(canvas), tuple(map(tuple, before.tolist())))
     assert torch.equal(tokens[0], before)  # the stored grid, though the image was enlarged
     painted = torch.zeros(8, 8, dtype=torch.bool)
@@ -166,19 +166,19 @@ def test_what_the_buttons_of_the_page_leave_to_write(pipe, drawn):
         (edit.forked, (0.25,), ~first),
         (edit.extended, ("right", 3), torch.arange(8).expand(8, 8) >= 5),
     ):
-        grid = change(pipe, wish, tokens, canvas, *how)
+        grid = change(pipe, request, tokens, canvas, *how)
         assert torch.equal(grid[0] < 0, empty)
-    assert torch.equal(edit.forked(pipe, wish, tokens, canvas, 0.25)[0][first], before[first])
-    assert int((edit.varied(pipe, wish, tokens, canvas, 0.25) < 0).sum()) == 16
+    assert torch.equal(edit.forked(pipe, request, tokens, canvas, 0.25)[0][first], before[first])
+    assert int((edit.varied(pipe, request, tokens, canvas, 0.25) < 0).sum()) == 16
     with pytest.raises(ValueError, match="there is no picture"):
-        edit.inpaint(pipe, wish, tokens, None, False, "")
-    with pytest.raises(ValueError, match="nothing is to be written anew"):
-        edit.inpaint(pipe, wish, tokens, canvas | {"layers": []}, False, "")
+        edit.inpaint(pipe, request, tokens, None, False, "")
+    with pytest.raises(ValueError, match="nothing to inpaint"):
+        edit.inpaint(pipe, request, tokens, canvas | {"layers": []}, False, "")
     for wrong in ("9 x 1", "5-3 x 1", "all", "0 x 2"):
         with pytest.raises(ValueError, match=f"'{wrong}' names no cells: expected ROWS x COLUMNS of 8 x 8"):
-            edit.inpaint(pipe, wish, tokens, canvas, False, wrong)
+            edit.inpaint(pipe, request, tokens, canvas, False, wrong)
     wide = {"background": drawn.images[0].resize((256, 128)).convert("RGBA"), "layers": []}
-    grid = edit.inpaint(pipe, wish, tokens, wide, False, "4-5 x 1")  # of the square that it is padded to
+    grid = edit.inpaint(pipe, request, tokens, wide, False, "4-5 x 1")  # of the square that it is padded to
     assert (grid[0] < 0).nonzero().tolist() == [[3, 0], [4, 0]]
 
 

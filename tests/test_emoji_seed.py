@@ -78,7 +78,7 @@ def test_pictures_are_seen_as_the_encoders_see_them(tokenizer, clip):
         tokenizer.prepare(Image.new("RGB", (4, 90)))
 
 
-def test_the_likeliest_caption_names_a_picture(pipe):
+def test_the_most_probable_caption_names_a_picture(pipe):
     """Likelihoods are those of the whole sequence, less those of the caption alone."""
     image, captions = read_split(SAMPLE, "validation")[0]["image"], ["an apple", "a very red house, noto style"]
     found = pipe.likelihoods([image], captions)

@@ -49,9 +49,9 @@ def test_teacher_forcing(case):
     model, io = tiny(case), case.io
     encoded, mask = condition(model, case)
     ids, n = io["ids"], io["ids"].shape[1]
-    read, places = F.pad(ids[:, :-1], (1, 0), value=-1), torch.arange(-1, n - 1)
+    read, positions = F.pad(ids[:, :-1], (1, 0), value=-1), torch.arange(-1, n - 1)
     projected = model.project_text(encoded[:2])
-    embedded = model.embed(read, places, projected)
+    embedded = model.embed(read, positions, projected)
     torch.testing.assert_close(embedded, io["input_embeddings"], **CLOSE)
     hidden = model.hidden(embedded, causal_mask(n, n, ids.device), projected, mask[:2])
     torch.testing.assert_close(hidden, io["trunk_out"], **CLOSE)

@@ -53,7 +53,7 @@ def test_a_picture_of_the_truth_is_right_and_another_is_not():
     apple, pear = ("apple", "red"), ("pear", "green")
     one = painted((50, 50, RED))
     assert verdict(one, "single", (("apple", ""),)) == {"identity": 1, "name": 1}
-    assert verdict(one, "single", (("cherry", ""),)) == {"identity": 1, "name": 0}  # among the likeliest
+    assert verdict(one, "single", (("cherry", ""),)) == {"identity": 1, "name": 0}  # among the most probable
     assert verdict(one, "single", (("pear", ""),)) == {"identity": 0, "name": 0}
     assert verdict(painted(), "colour", (apple,)) == {"identity": 0, "name": 0, "colour": 0}
 

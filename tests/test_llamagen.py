@@ -103,17 +103,17 @@ def test_chunks_trees_and_rollback_equal_single_steps(case):
     model = tiny(case)
     embedded, _, mask = condition(model, case)
     model.double()
-    ids, places = case.io["image_ids"], torch.arange(-1, model.length - 1)
+    ids, positions = case.io["image_ids"], torch.arange(-1, model.length - 1)
     read = torch.cat([torch.full_like(ids[:, :1], -1), ids[:, :-1]], dim=1)
     straight = LlamaGenSession(model, embedded.double(), mask, guided=False)
-    one = torch.cat([straight.forward(read[:, i : i + 1], places[i : i + 1])[0] for i in range(8)], dim=1)
+    one = torch.cat([straight.forward(read[:, i : i + 1], positions[i : i + 1])[0] for i in range(8)], dim=1)
     chunked = LlamaGenSession(model, embedded.double(), mask, guided=False)
-    first, _ = chunked.forward(read[:, :5], places[:5])
+    first, _ = chunked.forward(read[:, :5], positions[:5])
     wrong = torch.zeros_like(read[:, 5:7])
-    chunked.forward(wrong, places[5:7])
+    chunked.forward(wrong, positions[5:7])
     branch = torch.tensor([[True, False, False], [False, True, False], [True, False, True]])  # 5 | 5' -> 6 after 5
     tree = torch.cat([read[:, 5:6], wrong[:, :1], read[:, 6:7]], dim=1)
-    more, _ = chunked.forward(tree, torch.tensor([places[5], places[5], places[6]]), branch)
+    more, _ = chunked.forward(tree, torch.tensor([positions[5], positions[5], positions[6]]), branch)
     torch.testing.assert_close(torch.cat([first, more[:, [0, 2]]], dim=1), one[:, :7])
 
 
@@ -130,9 +130,9 @@ def test_words_that_attend_are_read_one_by_one(golden):
     torch.testing.assert_close(model(unread, mask, ids), logits)
 
     read = torch.cat([torch.full_like(ids[:, :1], -1), ids[:, :-1]], dim=1)
-    places = torch.arange(-1, model.length - 1)
+    positions = torch.arange(-1, model.length - 1)
     session = LlamaGenSession(model, model.cls_embedding(features), mask, guided=False)
-    steps = [session.forward(read[:, part], places[part])[0] for part in (slice(0, 1), slice(1, 4), slice(4, None))]
+    steps = [session.forward(read[:, part], positions[part])[0] for part in (slice(0, 1), slice(1, 4), slice(4, None))]
     torch.testing.assert_close(torch.cat(steps, dim=1), logits)
 
 

@@ -23,10 +23,10 @@ def opened(page, name):  # noqa: F811
 
 @browser
 def test_a_grid_of_settings_is_drawn(page, tmp_path):  # noqa: F811
-    opened(page, "Many")
+    opened(page, "X/Y/Z plot and Batch")
     page.locator("#grid-prompt textarea").fill("a red apple, noto style")
     page.locator("#values-x input, #values-x textarea").first.fill("1, 6")
-    page.get_by_role("button", name="Draw the grid").click()
+    page.get_by_role("button", name="Generate grid").click()
     page.get_by_text("4 pictures, also in the gallery").wait_for(timeout=90_000)
     with page.expect_download() as loaded:
         page.locator("#grid-table a").first.click()
@@ -40,19 +40,19 @@ def test_a_grid_of_settings_is_drawn(page, tmp_path):  # noqa: F811
     ]
     assert page.locator("#grid img").is_visible()
     page.reload()
-    opened(page, "Many")
+    opened(page, "X/Y/Z plot and Batch")
     page.get_by_text("4 pictures, also in the gallery").wait_for(timeout=30_000)
     assert page.locator("#grid img").is_visible()
 
 
 @browser
 def test_a_table_goes_into_the_queue(page, site, tmp_path):  # noqa: F811
-    opened(page, "Many")
+    opened(page, "X/Y/Z plot and Batch")
     table = tmp_path / "wishes.csv"
     table.write_text("prompt,seed\na taxi,11\na tomato,12\n")
     page.locator("#batch-file input[type=file]").set_input_files(table)
     page.get_by_text("wishes.csv").first.wait_for()
-    page.get_by_role("button", name="Put all of it into the queue").click()
+    page.get_by_role("button", name="Queue all rows").click()
     page.get_by_text("2 requests are in the queue").wait_for(timeout=60_000)
     folder = site[1]
     for _ in range(120):
@@ -63,7 +63,7 @@ def test_a_table_goes_into_the_queue(page, site, tmp_path):  # noqa: F811
     table.write_text("prompt,seed\na taxi,eleven\n")
     page.locator("#batch-file button[aria-label='Remove'], #batch-file button[aria-label='Clear']").first.click()
     page.locator("#batch-file input[type=file]").set_input_files(table)
-    page.get_by_role("button", name="Put all of it into the queue").click()
+    page.get_by_role("button", name="Queue all rows").click()
     page.get_by_text("seed is 'eleven': expected a whole number").first.wait_for(timeout=30_000)
 
 
@@ -93,7 +93,17 @@ def test_the_models_are_listed_and_checked(page):  # noqa: F811
     page.get_by_text("ships with argen and cannot be deleted").first.wait_for(timeout=30_000)
 
 
-TABS = ("Generate", "Edit", "Control", "Many", "Gallery", "Diffusion", "Tokenizers", "Evaluate", "Models")
+TABS = (
+    "Generate",
+    "Edit",
+    "Control",
+    "X/Y/Z plot and Batch",
+    "Gallery",
+    "Diffusion",
+    "Tokenizers",
+    "Evaluate",
+    "Models",
+)
 NAMELESS = """() => [...document.querySelectorAll("button, input, textarea, select, [role=tab], [role=slider]")]
     .filter(one => one.checkVisibility() && one.type !== "file")
     .filter(one => !(one.getAttribute("aria-label") || one.getAttribute("aria-labelledby") || one.title

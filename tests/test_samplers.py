@@ -87,10 +87,10 @@ def test_a_wrong_guess_is_written_over(exact):
     straight = fresh.forward(torch.cat([torch.full((2, 1), START), chain], dim=1), torch.arange(-1, 6))
     for one, other in zip(again, straight, strict=True):
         torch.testing.assert_close(one, other[:, 4:], atol=1e-9, rtol=1e-9)
-    places = torch.stack([torch.arange(2, 5), torch.arange(3, 6)])  # each picture at cells of its own
-    apart = session.forward(chain.gather(1, places), places)
+    positions = torch.stack([torch.arange(2, 5), torch.arange(3, 6)])  # each picture at cells of its own
+    apart = session.forward(chain.gather(1, positions), positions)
     for one, other in zip(apart, straight, strict=True):
-        wanted = torch.stack([row[place + 1] for row, place in zip(other, places, strict=True)])
+        wanted = torch.stack([row[place + 1] for row, place in zip(other, positions, strict=True)])
         torch.testing.assert_close(one, wanted, atol=1e-9, rtol=1e-9)
 
 

@@ -9,7 +9,7 @@ from PIL import Image
 from test_seed import decoder
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from argen.models.seed_llama import SeedLlamaSession, Vocabulary, picture_text, read_tokenizer
+from argen.models.seed_llama import SeedLlamaSession, Vocabulary, image_text, read_tokenizer
 from argen.pipelines.seed_llama import SeedLlamaPipeline
 from tokenizers_img import seed
 from tokenizers_img.checkpoint import load_strict
@@ -77,7 +77,7 @@ def test_prompts_have_the_ids_of_the_authors(golden):
         assert tokenizer(text, add_special_tokens=False).input_ids == told["ids"][name], name
     words = Vocabulary.of(tokenizer)
     assert (words.shift, words.codes) == (480, 64)
-    text = tokenizer("<s>" + picture_text([5, 63, 0]), add_special_tokens=False).input_ids
+    text = tokenizer("<s>" + image_text([5, 63, 0]), add_special_tokens=False).input_ids
     assert words.images(text, 3) == [[5, 63, 0]]
     assert words.images(text, 4) == []
     assert words.images([words.begin, 3, words.end, words.begin, 480], 1) == []

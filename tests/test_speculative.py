@@ -144,8 +144,8 @@ def test_what_is_written_has_the_targets_law(sampling, exact):
     }[exact]
     for _ in range(3):
         probs, draft = (sampling.filter(row).double().softmax(-1) for row in 2 * torch.randn(2, 5, generator=generator))
-        likeliest = draft.topk(2).indices.tolist()
-        torch.testing.assert_close(outcome(probs, draft, likeliest, rule, drawn=False), probs, atol=1e-9, rtol=0)
+        candidates = draft.topk(2).indices.tolist()
+        torch.testing.assert_close(outcome(probs, draft, candidates, rule, drawn=False), probs, atol=1e-9, rtol=0)
         total, pairs = torch.zeros_like(probs), 0.0
         for pair in product(range(5), repeat=2):  # every pair that can be drawn without replacement
             left = 1 - draft[pair[0]]

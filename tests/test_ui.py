@@ -83,7 +83,7 @@ def page(site, chromium):
 
 def test_a_prompt_becomes_pictures_that_keep_their_settings(page, site):
     page.get_by_placeholder("a red apple").fill("a pizza")
-    page.get_by_role("button", name="Draw").click()
+    page.get_by_role("button", name="Generate", exact=True).first.click()
     page.locator("#state", has_text="4 pictures in").wait_for(timeout=60_000)
     assert page.locator("#pictures img").count() >= 4
     shown = page.locator("#pictures img").first
@@ -108,14 +108,14 @@ def test_the_database_is_not_served(site):
 
 
 def test_an_empty_prompt_is_answered_with_one_line(page):
-    page.get_by_role("button", name="Draw").click()
+    page.get_by_role("button", name="Generate", exact=True).first.click()
     page.get_by_text("the prompt is empty").first.wait_for(timeout=30_000)
 
 
 def test_a_stopped_picture_goes_on_after_the_page_was_loaded_anew(page, site):
     before = len(list(site[1].glob("*.png")))
     page.get_by_placeholder("a red apple").fill("a rocket")
-    page.get_by_label("Pictures").first.fill("9")
+    page.get_by_label("Images").first.fill("9")
     page.get_by_text("More", exact=True).first.click()
     page.get_by_label("Candidates").first.fill("32")  # long enough to be stopped in the middle
     page.locator("#draw").click()
@@ -147,7 +147,7 @@ def test_a_stopped_picture_goes_on_after_the_page_was_loaded_anew(page, site):
 def test_a_file_and_a_preset_restore_settings(page, site):
     expect = pytest.importorskip("playwright.sync_api").expect
     file = next(file for file in sorted(site[1].glob("*.png")) if read_request(file).prompt == "a pizza")
-    page.get_by_role("button", name="Settings of a picture, and presets").click()
+    page.get_by_role("button", name="Settings from an image, and presets").click()
     page.locator("#restore input[type=file]").set_input_files(file)
     page.locator("#restored", has_text="a pizza").wait_for(timeout=30_000)
     box = page.locator("#prompt textarea, #prompt input").first
@@ -160,7 +160,7 @@ def test_a_file_and_a_preset_restore_settings(page, site):
     page.locator("#keep").click()
     time.sleep(2)
     page.reload()
-    page.get_by_role("button", name="Settings of a picture, and presets").click()
+    page.get_by_role("button", name="Settings from an image, and presets").click()
     page.locator("#preset input").click()
     page.get_by_role("option", name="mine").click()
     page.locator("#restored", has_text="a pizza").wait_for(timeout=30_000)
@@ -177,11 +177,11 @@ def test_the_gallery_finds_compares_and_deletes(page, site):
     page.locator("#about", has_text="a pizza").wait_for(timeout=30_000)
     page.locator("#star").click()
     page.locator("#about", has_text="true").wait_for(timeout=30_000)
-    page.get_by_role("button", name="What the network thought").click()
+    page.get_by_role("button", name="Token confidence").click()
     page.locator("#think").click()
     page.locator("#sure img").nth(1).wait_for(timeout=60_000)
     tiles.nth(1).click()
-    page.get_by_role("button", name="Compare with the one chosen before").click()
+    page.get_by_role("button", name="Compare with the previous one").click()
     page.locator("#pair img").nth(1).wait_for(timeout=30_000)
     middle = page.locator("#pair .outer").bounding_box()["x"]
     page.locator("#meet input[type=range]").focus()
@@ -271,6 +271,7 @@ def test_a_drawing_is_followed(page, site):
     for across, down in ((0.7, 0.3), (0.7, 0.7), (0.3, 0.7), (0.3, 0.3)):
         page.mouse.move(box["x"] + across * box["width"], box["y"] + down * box["height"], steps=10)
     page.mouse.up()
+    page.wait_for_timeout(2000)  # Gradio sends a stroke a moment after it ends
     page.get_by_role("button", name="Show the control picture").click()
     seen = page.locator("#seen img")
     seen.wait_for(timeout=60_000)
@@ -293,7 +294,7 @@ def test_a_picture_is_taken_apart(page, tmp_path):
     page.locator("#lab-go").click()
     page.locator("#lab-scores", has_text="64 tokens").wait_for(timeout=60_000)
     assert page.locator("#lab-pictures img").count() >= 2
-    page.get_by_text("Its tokens").click()
+    page.get_by_role("button", name="Tokens").click()
     page.locator("#lab-look").click()
     page.locator("#lab-caption", has_text="64 tokens, 768 bits").wait_for(timeout=60_000)
     assert page.locator("#lab-tokens td").count() >= 8

@@ -38,7 +38,7 @@ def test_training_pass_and_gradients(case):
     model, io = tiny(case).train(), case.io
     for parameter in model.parameters():
         parameter.requires_grad_(True)
-    x = model.entities.cut(io["latents"])
+    x = model.entities.patchify(io["latents"])
     times = io["train_time"].view(-1, len(x)).T  # [B, K]
     spread = times[:, model.entity, None]
     noise = io["train_noise"].transpose(0, 1).flatten(1, 2)
@@ -66,10 +66,10 @@ def test_sampling(case, precise):
             return start, io[f"step_noise_{steps}"][entity] if stochastic else torch.zeros(0)
 
         session = XARSession(model, io["class_ids"], sampler.times(0, 1), run["cfg"] != 1)
-        given = torch.full_like(model.entities.cut(io["latents"]), torch.nan)
+        given = torch.full_like(model.entities.patchify(io["latents"]), torch.nan)
         *_, last = sampler(session, given, model.entities.lengths, run["cfg"], noise)
         expected = io[f"sampled_{run['tag']}"]
-        torch.testing.assert_close(model.entities.join(last.sequence), expected, atol=2e-3, rtol=2e-3)
+        torch.testing.assert_close(model.entities.unpatchify(last.sequence), expected, atol=2e-3, rtol=2e-3)
         assert last.finished == last.decided == given.shape[1]
         entities = len(model.entities.lengths)
         assert last.forward_passes == steps * entities + entities - 1
@@ -98,8 +98,8 @@ def test_any_x_is_cut_joined_and_cached(kind, size, lengths):
     entities = Entities(kind, size, 8)
     assert entities.lengths == lengths
     latents = torch.randn(2, 4, 8, 8)
-    sequence = entities.cut(latents)
-    assert torch.equal(entities.join(sequence), latents)
+    sequence = entities.patchify(latents)
+    assert torch.equal(entities.unpatchify(sequence), latents)
     model = XAR(32, 1, 1, 2, grid=8, kind=kind, size=size, channels=4, classes=3).eval()
     times, asked = torch.rand(2, len(lengths)), torch.tensor([0, 2])
     times[0] = times[1]  # a session asks for one time at once
@@ -136,9 +136,15 @@ def test_a_caption_is_read_and_its_absence_is_the_empty_one():
 
 
 def test_positions_of_a_subsample_lie_far_apart():
-    places = Entities("subsample", 2, 4).places
-    assert places[:4].tolist() == [[0, 0], [0, 2], [2, 0], [2, 2]]
-    assert Entities("scale", 2, 4).places[:5].tolist() == [[1.5, 1.5], [0.5, 0.5], [0.5, 2.5], [2.5, 0.5], [2.5, 2.5]]
+    positions = Entities("subsample", 2, 4).positions
+    assert positions[:4].tolist() == [[0, 0], [0, 2], [2, 0], [2, 2]]
+    assert Entities("scale", 2, 4).positions[:5].tolist() == [
+        [1.5, 1.5],
+        [0.5, 0.5],
+        [0.5, 2.5],
+        [2.5, 0.5],
+        [2.5, 2.5],
+    ]
 
 
 def test_what_is_no_x_is_refused():

@@ -91,7 +91,7 @@ class KLVAE(nn.Module):
 
     def forward(self, pixels: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """In training: pixels [B, 3, H, W] in [0, 1] and what is drawn of their posteriors (by default the mean), by normal
-        `noise` [B, C, h, w] -> what comes back, and the divergence from the normal law, a mean over the latent numbers [B]."""
+        `noise` [B, C, h, w] -> what comes back, and the divergence from the standard normal distribution, a mean over the latent numbers [B]."""
         posterior = self.posterior(pixels)
         mean, logvar = posterior.mean.float(), posterior.logvar.float()
         drawn = mean if noise is None else mean + (0.5 * logvar).exp() * noise

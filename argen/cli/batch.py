@@ -11,7 +11,7 @@ from argen.command import (
     writable_folder,
 )
 
-HELP = "draw a table of prompts and settings; asked again, it goes on where it was"
+HELP = "draw a table of prompts and settings; resumes where it stopped"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

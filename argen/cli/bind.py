@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--bind",
         action="append",
         metavar="OBJECT=WORDS",
-        help="what belongs to an object, both as in the prompt, as robot=blue; again for each (default: found by rules)",
+        help="what belongs to an object, both as in the prompt, e.g. robot=blue; again for each (default: found by rules)",
     )
     parser.add_argument("--settings", help=BINDING)
     diffusion_arguments(parser, 50, 7.5)
@@ -44,7 +44,7 @@ def run(args: argparse.Namespace) -> None:
     given = None
     if args.bind:
         if not all(part.partition("=")[1] for part in args.bind):
-            raise ValueError(f"--bind {' '.join(args.bind)}: expected OBJECT=WORDS, as robot=blue")
+            raise ValueError(f"--bind {' '.join(args.bind)}: expected OBJECT=WORDS, e.g. robot=blue")
         given = {noun: words for noun, _, words in (part.partition("=") for part in args.bind)}
     binding = parse(args.prompt, given)
     settings = check_settings(args.settings or tools.binding(args.model))

@@ -11,7 +11,7 @@ from argen.command import (
     writable_all,
 )
 
-HELP = "draw so many things, by optimising the token of their number"
+HELP = "generate an exact number of objects (count-token optimisation)"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -7,7 +7,7 @@ from argen.command import (
     DEFAULTS,
 )
 
-HELP = "build the picture sets"
+HELP = "build datasets"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

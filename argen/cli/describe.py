@@ -17,7 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("question", nargs="?", default="", help="about the picture (default: none, it is described)")
     parser.add_argument("--model", default="argen/emoji-seed-lm", metavar="ID", help="(default: argen/emoji-seed-lm)")
     parser.add_argument(
-        "--temperature", type=float, default=1.0, metavar="T", help="0: the likeliest words (default: 1)"
+        "--temperature", type=float, default=1.0, metavar="T", help="0: the most probable words (default: 1)"
     )
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="(default: 0)")
     device_and_json(parser)

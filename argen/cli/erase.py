@@ -12,7 +12,7 @@ from argen.command import (
     writable_folder,
 )
 
-HELP = "write a pipeline that cannot draw some concepts any more (RECE)"
+HELP = "save a pipeline with concepts erased (RECE)"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -191,14 +191,14 @@ def _looking(add: argparse.ArgumentParser) -> None:
         "--features",
         default="inception",
         metavar="NAME",
-        help="what looks at the pictures: inception (FID as published), emoji (ships) or clip:ID (default: inception)",
+        help="feature extractor: inception (FID as published), emoji (ships) or clip:ID (default: inception)",
     )
     add.add_argument("--inception-weights", type=Path, metavar="FILE", help="(default: torch's cache, or fetched)")
     add.add_argument(
         "--protocol",
         default="adm",
         metavar="NAME",
-        help="whose way of resizing for inception: adm, pytorch-fid, clean or torchmetrics (default: adm)",
+        help="resizing protocol for inception: adm, pytorch-fid, clean or torchmetrics (default: adm)",
     )
     add.add_argument("--crop", metavar="NAME-SIZE", help="of the real pictures: adm-256 (ImageNet), square-256 (COCO)")
     add.add_argument("--batch-size", type=int, default=32, metavar="B", help="pictures at a time (default: 32)")
@@ -384,7 +384,7 @@ def control(args: argparse.Namespace) -> None:
 
 
 def _pipeline(args: argparse.Namespace, settings: dict):
-    """A pipeline of diffusers, the judge, and the luck of a picture; the folder is claimed for `settings`."""
+    """A pipeline of diffusers, the judge, and the generator of an image; the folder is locked for `settings`."""
     from argen.device import pick
     from argen.eval import run
     from argen.eval.run_dir import lock_run_dir

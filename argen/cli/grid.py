@@ -20,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "-o", "--out", type=Path, required=True, metavar="FILE", help="PNG file; the CSV lies beside it"
     )
     for name, what in (("x", "columns"), ("y", "rows"), ("z", "tables below each other")):
-        how = f"the {what}, as guidance_scale=1,3,5 or prompt=a cat|a dog"
+        how = f"the {what}, e.g. guidance_scale=1,3,5 or prompt=a cat|a dog"
         parser.add_argument(f"--{name}", required=name == "x", metavar="SETTING=VALUES", help=how)
     parser.add_argument("--model", default="argen/emoji-parti", metavar="ID", help="(default: argen/emoji-parti)")
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="(default: 0)")

@@ -1,9 +1,12 @@
 """The command `argen`: finds a command by its name and runs it."""
 
 import argparse
+import atexit
+import gc
 import sys
 
 from argen import __version__
+from argen.collector import uncollected
 from argen.command import DEFAULTS, Parser, check_numbers, guarded
 from argen.registry import commands
 
@@ -30,7 +33,9 @@ def parser(argv: list[str]) -> Parser:
 def main(argv: list[str] | None = None) -> int:
     """Run a command; bad input is one line on stderr and the exit code 2."""
     argv = sys.argv[1:] if argv is None else list(map(str, argv))
-    args = parser(argv).parse_args(argv)
+    atexit.register(gc.freeze)  # or Python, when it ends, searches all that was imported for garbage several times
+    with uncollected():
+        args = parser(argv).parse_args(argv)
 
     def run(args: argparse.Namespace) -> None:
         if args.command != "train":  # its steps are those of a schedule

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-HELP = "train a shipped model anew"
+HELP = "train a model"
 SHOWS_DEFAULTS = True
 
 

@@ -24,7 +24,7 @@ from tokenizers_img.pixels import from_pil
 PROMPTS = Path(scenes.__file__).with_name("judge_prompts.jsonl")
 COMMON_PROMPTS = PROMPTS.with_name("judge_prompts_common.jsonl")  # as many, of `argen.data.scenes.COMMON`
 AT_MOST = 8  # objects that are looked at
-AMONG = 5  # an object is what it should be if that is among so many of the judge's likeliest names
+AMONG = 5  # an object is what it should be if that is among so many of the judge's most probable names
 SHARES = {"single": 100, "colour": 50, "pair": 125, "count": 125, "relation": 100}  # of the 500 prompts
 
 
@@ -70,8 +70,8 @@ def subject(image: ImageArray) -> Tensor:
 def verdict(judge: Judge, image: ImageArray, truth: Truth) -> dict[str, float]:
     """What is right about a picture: {question: 0 to 1}, the questions being those of the truth's kind.
 
-    "identity" is the share of the objects that are what they should be: among the judge's `AMONG` likeliest names; "name" is
-    that of single objects whose likeliest name is right.
+    "identity" is the share of the objects that are what they should be: among the judge's `AMONG` most probable names; "name" is
+    that of single objects whose most probable name is right.
     """
     found = scenes.boxes(image)[:AT_MOST]
     looked = torch.stack([crop(image, box) for box in found]) if found else None
@@ -134,7 +134,7 @@ def evaluate(judge: Judge, images: ImageSet, truths: Sequence[Truth]) -> dict[st
 
 def recognised(judge: Judge, made: ImageSet, real: ImageSet, icons) -> dict[str, dict]:
     """Shares of pictures of icons whose group the judge tells and, where it knows the name, whose name is among its `AMONG`
-    likeliest; beside each that of the real pictures.
+    most probable; beside each that of the real pictures.
 
     Args:
         icons: table made by ``argen data emoji`` with the pictures of `real`, in its order.

@@ -59,7 +59,7 @@ def elsewhere(truth: Truth, truths: Sequence[Truth]) -> str:
     return counted(next(other for other in after if len(other.objects) == len(truth.objects)))[1]
 
 
-Draw = Callable[..., list[Image.Image]]  # what a pipeline's call takes, without its luck -> pictures
+Draw = Callable[..., list[Image.Image]]  # what a pipeline's call takes, without its generator -> images
 SHOWN = 0.1  # below it pictures do not show a concept, and nothing can be taken away from them
 Recognise = Callable[[list[Image.Image], str], float]  # pictures, a concept -> how far they show it
 

@@ -6,18 +6,21 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from diffusers import DiffusionPipeline
 from safetensors import SafetensorError
 
+from argen.collector import uncollected
 from argen.device import LOADING, silent
 from argen.files import WEIGHTS
 from argen.hub.cards import CARD_FILE, Card, all_cards, check_known, find_card
 from argen.registry import pipelines, resolve
 from tokenizers_img.checkpoint import refuse_placeholder
 from tokenizers_img.hub import hub_folder
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
 
 NOT_READ = OSError, ValueError, RuntimeError, SafetensorError  # by files that do not fit
 UNUSABLE = (*NOT_READ, TypeError, AttributeError, LookupError)  # by settings beside them that do not
@@ -85,7 +88,7 @@ def _read(folder: Path, card: Card | None, read: Callable[[], Any]) -> Any:
     return loaded
 
 
-def load_diffusion(model: str | Path) -> DiffusionPipeline:
+def load_diffusion(model: str | Path) -> "DiffusionPipeline":
     """A Stable Diffusion (XL) pipeline for the tools of `argen.diffusion`, on the CPU in float32, without a safety checker.
 
     Args:
@@ -112,7 +115,7 @@ def load_diffusion(model: str | Path) -> DiffusionPipeline:
         raise ValueError(f"the pipeline in {folder} cannot be used ({' '.join(str(error).split())[:300]})") from error
 
 
-def _pipeline(folder: Path, names: tuple[str, ...]) -> DiffusionPipeline:
+def _pipeline(folder: Path, names: tuple[str, ...]) -> "DiffusionPipeline":
     """A pipeline of one of the classes called `names`, as ``save_pretrained`` wrote it."""
     index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
     name = index.get("_class_name") if isinstance(index, dict) else None
@@ -128,7 +131,7 @@ def _pipeline(folder: Path, names: tuple[str, ...]) -> DiffusionPipeline:
 
 def networks_of(model: Any) -> list[torch.nn.Module]:
     """Those of a pipeline, or the one network that a model is."""
-    parts = model.components.values() if isinstance(model, DiffusionPipeline) else [model]
+    parts = getattr(model, "components", {"": model}).values()
     return [part for part in parts if isinstance(part, torch.nn.Module)]
 
 
@@ -145,5 +148,5 @@ def _in_float32(model: Any) -> Any:
 @contextmanager
 def _alone() -> Iterator[None]:
     """No other model is loaded meanwhile, and no progress bars are shown: the weights load faster than one is drawn."""
-    with LOADING, silent():
+    with LOADING, uncollected(), silent():
         yield

@@ -194,10 +194,10 @@ class DalleMiniDecoder(ModelMixin, ConfigMixin):
         -1 stands for the start token and its place. `mask` is [R or 1, 1, n, m] bool, `text_mask` [R, T] bool.
         """
         x = self.embed_tokens(torch.where(tokens < 0, self.start, tokens))
-        places = (positions + 1).clamp(
+        positions = (positions + 1).clamp(
             max=self.length - 1
         )  # the start token stands at 0; the last cell is read by nobody
-        x = self.layernorm_embedding(x + self.embed_positions(places))
+        x = self.layernorm_embedding(x + self.embed_positions(positions))
         for index, layer in enumerate(self.layers):
             x = layer(x, mask, text_keys_values[index], text_mask[:, None, None, :], cache, index)
         return self.lm_head(self.final_ln(x))[..., : self.codes]

@@ -57,12 +57,12 @@ class Layer(nn.Module):
         value = split_heads(self.self_attn.v_proj(prefix).mean(dim=1, keepdim=True), self.self_attn.heads)
         return torch.zeros_like(value), value
 
-    def forward(self, x: Tensor, turns: Tensor, mask: Tensor, stored) -> Tensor:
+    def forward(self, x: Tensor, freqs_cis: Tensor, mask: Tensor, stored) -> Tensor:
         """x [R, n, D]; `stored` takes keys and values [R, n, H, D/H] and gives all that the mask [R or 1, 1, n, m] is for."""
         part = self.self_attn
         query, key, value = (split_heads(project(x), part.heads) for project in (part.q_proj, part.k_proj, part.v_proj))
-        key, value = stored(rotate(key, turns), value)
-        attended = dispatch_attention_fn(rotate(query, turns), key, value, attn_mask=mask)
+        key, value = stored(rotate(key, freqs_cis), value)
+        attended = dispatch_attention_fn(rotate(query, freqs_cis), key, value, attn_mask=mask)
         x = x + part.o_proj(attended.flatten(2))
         return x + self.mlp(self.post_attention_layernorm(x))
 
@@ -84,7 +84,7 @@ class Drafter(ModelMixin, ConfigMixin):
         self.fc = Linear(2 * dim, dim)
         self.layers = nn.ModuleList([Layer(dim, heads, hidden)])
         self.length = grid * grid
-        self.register_buffer("turns", rotary_table(dim // heads, grid_places(grid)), persistent=False)
+        self.register_buffer("freqs_cis", rotary_table(dim // heads, grid_places(grid)), persistent=False)
 
     @classmethod
     def from_original(cls, path: str | Path, grid: int, heads: int = 20) -> "Drafter":
@@ -109,19 +109,21 @@ class Drafter(ModelMixin, ConfigMixin):
     def angles(self, cells: Tensor) -> Tensor:
         """Rotation of tokens at `cells` [n] or [R, n]; those behind the picture count as its last."""
         cells = cells.clamp(max=self.length - 1)
-        return self.turns[cells if cells.ndim == 2 else cells[None]][:, :, None]
+        return self.freqs_cis[cells if cells.ndim == 2 else cells[None]][:, :, None]
 
     def forward(self, condition: Tensor, hidden: Tensor, tokens: Tensor) -> Tensor:
         """Teacher forcing: hidden states of the condition [R, T, D]; those [R, n, D] that predicted tokens [R, n] -> guesses
         [R, n, D] of the hidden states that predict the tokens after them."""
         layer, n = self.layers[0], tokens.shape[1]
         slot, mask = layer.slot(self.prefix(condition)), causal_mask(n, n, tokens.device)
-        turns = self.angles(torch.arange(n, device=tokens.device))
+        freqs_cis = self.angles(torch.arange(n, device=tokens.device))
 
         def stored(key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
             return torch.cat([slot[0], key], dim=1), torch.cat([slot[1], value], dim=1)
 
-        return layer(self.join(hidden, tokens), turns, self._mask(mask, condition.shape[1] - 1, hidden.dtype), stored)
+        return layer(
+            self.join(hidden, tokens), freqs_cis, self._mask(mask, condition.shape[1] - 1, hidden.dtype), stored
+        )
 
     @staticmethod
     def _mask(visible: Tensor, weight: int, dtype: torch.dtype) -> Tensor:
@@ -165,8 +167,8 @@ class DraftSession:
         if self.guided:
             tokens, cells = torch.cat([tokens, tokens]), torch.cat([cells, cells])
         mask = self.drafter._mask(visible[..., 1:], self.weight, hidden.dtype)
-        turns, joined = self.drafter.angles(cells), self.drafter.join(hidden, tokens)
-        return self.drafter.layers[0](joined, turns, mask, lambda key, value: self.cache.append(0, key, value))
+        freqs_cis, joined = self.drafter.angles(cells), self.drafter.join(hidden, tokens)
+        return self.drafter.layers[0](joined, freqs_cis, mask, lambda key, value: self.cache.append(0, key, value))
 
     def logits(self, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
         """See `samplers.trees.Drafting.logits`."""

@@ -53,7 +53,7 @@ class Judge(ModelMixin, ConfigMixin):
 
     @torch.no_grad()
     def answers(self, pixels: Tensor, among: int = 1) -> tuple[list[list[str]], list[str]]:
-        """The `among` likeliest names, likeliest first, and the likeliest colour of each of [B, 3, 64, 64]."""
+        """The `among` most probable names, most probable first, and the most probable colour of each of [B, 3, 64, 64]."""
         name, colour = self(pixels.to(self.device, self.dtype))
         names = [[self.config.names[i] for i in row] for row in name.topk(among, dim=1).indices.tolist()]
         return names, [self.config.colours[i] for i in colour.argmax(dim=1).tolist()]
@@ -65,6 +65,6 @@ class Judge(ModelMixin, ConfigMixin):
 
     @torch.no_grad()
     def group_of(self, pixels: Tensor) -> list[str]:
-        """The likeliest group of each of [B, 3, 64, 64]."""
+        """The most probable group of each of [B, 3, 64, 64]."""
         logits = self.group(self.hints(pixels.to(self.device, self.dtype)))
         return [self.config.groups[i] for i in logits.argmax(dim=1).tolist()]

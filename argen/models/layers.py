@@ -71,21 +71,21 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x.float(), (x.shape[-1],), eps=self.eps).to(x.dtype) * self.weight
 
 
-def rotate(x: Tensor, turns: Tensor) -> Tensor:
-    """Turn neighbouring pairs of x [R, n, H, D/H] by the angles whose (cos, sin) `turns` [R or 1, n, 1, D/2H, 2] holds."""
+def rotate(x: Tensor, freqs_cis: Tensor) -> Tensor:
+    """Turn neighbouring pairs of x [R, n, H, D/H] by the angles whose (cos, sin) `freqs_cis` [R or 1, n, 1, D/2H, 2] holds."""
     a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)
-    cos, sin = turns.unbind(-1)
+    cos, sin = freqs_cis.unbind(-1)
     return torch.stack([a * cos - b * sin, b * cos + a * sin], dim=-1).flatten(-2).to(x.dtype)
 
 
 def grid_places(side: int) -> Tensor:
     """Row and column [side * side, 2] of each cell of a square grid."""
-    places = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
-    return torch.stack(places, dim=-1).flatten(0, 1)
+    positions = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
+    return torch.stack(positions, dim=-1).flatten(0, 1)
 
 
-def rotary_table(head_dim: int, places: Tensor) -> Tensor:
+def rotary_table(head_dim: int, positions: Tensor) -> Tensor:
     """(cos, sin) [N, head_dim / 2, 2] of each of N places (row, column): the first half of the angles turns with the row."""
     rates = 10000.0 ** (-2 * torch.arange(head_dim // 4, dtype=torch.float32) / (head_dim // 2))
-    angles = (places[..., None] * rates).flatten(1)  # [N, 2, head_dim / 4]
+    angles = (positions[..., None] * rates).flatten(1)  # [N, 2, head_dim / 4]
     return torch.stack([angles.cos(), angles.sin()], dim=-1)

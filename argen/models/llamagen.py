@@ -50,11 +50,11 @@ class Attention(nn.Module):
         self.wo = Linear(dim, dim, bias=False)
 
     def forward(
-        self, x: Tensor, turns: Tensor, mask: Tensor, layer: int, cache: KeyValueCache | None, prefix: Pair | None
+        self, x: Tensor, freqs_cis: Tensor, mask: Tensor, layer: int, cache: KeyValueCache | None, prefix: Pair | None
     ) -> Tensor:
         """x [R, n, D]; `mask` [R, 1, n, m]; `prefix`: from `condition`, where no cache holds it."""
         query, key, value = self._heads(x)
-        query, key = rotate(query, turns), rotate(key, turns)
+        query, key = rotate(query, freqs_cis), rotate(key, freqs_cis)
         if cache is not None:
             key, value = cache.append(layer, key, value)
         else:
@@ -185,7 +185,7 @@ class LlamaGen(ModelMixin, ConfigMixin):
         self.output = Linear(dim, n_embed, bias=False)
         self.drop = nn.Dropout(dropout)
         self.length, self.depth = grid * grid, depth
-        self.register_buffer("turns", rotary_table(dim // heads, grid_places(grid)), persistent=False)
+        self.register_buffer("freqs_cis", rotary_table(dim // heads, grid_places(grid)), persistent=False)
         self.apply(_init)
         nn.init.zeros_(self.output.weight)
 
@@ -252,13 +252,13 @@ class LlamaGen(ModelMixin, ConfigMixin):
             control: [J, R, n, D] of the cells that are predicted.
         """
         cells = positions.clamp(max=self.length - 1)  # a draft may reach behind the picture
-        turns = self.turns[cells if cells.ndim == 2 else cells[None]][:, :, None]
+        freqs_cis = self.freqs_cis[cells if cells.ndim == 2 else cells[None]][:, :, None]
         mask = torch.zeros(len(scores), 1, *visible.shape[2:], device=tokens.device).masked_fill(~visible, -torch.inf)
         x = self.drop(self.tok_embeddings(tokens))
         mask = torch.cat([scores[:, None, None].expand(-1, 1, tokens.shape[1], -1), mask], dim=-1).to(x.dtype)
         for index, layer in enumerate(self.layers):
             x = self.controlled(x, index, control)
-            x = layer(x, turns, mask, index, cache, None if prefixes is None else prefixes[index])
+            x = layer(x, freqs_cis, mask, index, cache, None if prefixes is None else prefixes[index])
         return self.norm(x)
 
     def unconditional(self, condition: Tensor) -> Tensor:
@@ -282,9 +282,9 @@ class LlamaGen(ModelMixin, ConfigMixin):
         parts = (None, None) if control is None else (control[:, :, :1], control[:, :, 1:])
         hidden, scores, prefixes = self.condition(self.cls_embedding(condition), mask, parts[0])
         read = tokens[:, :-1]
-        places = torch.arange(read.shape[1], device=tokens.device)
-        visible = causal_mask(len(places), len(places), tokens.device)
-        rest = self.decode(read, places, visible, scores, prefixes, control=parts[1])
+        positions = torch.arange(read.shape[1], device=tokens.device)
+        visible = causal_mask(len(positions), len(positions), tokens.device)
+        rest = self.decode(read, positions, visible, scores, prefixes, control=parts[1])
         return self.output(torch.cat([hidden[:, -1:], rest], dim=1)).float()
 
 

@@ -23,16 +23,16 @@ def read_generator(path: Path, stride: int, image_size: int | None = None) -> Ll
         ValueError: it is no LlamaGen, or does not say what is needed.
     """
     state = read_state_dict(path, averaged=False)
-    turns = state.get("freqs_cis")  # [T + N, D / 2H, 2], in files of some scripts
-    turns = turns if turns is not None and turns.ndim == 3 else None
+    freqs_cis = state.get("freqs_cis")  # [T + N, D / 2H, 2], in files of some scripts
+    freqs_cis = freqs_cis if freqs_cis is not None and freqs_cis.ndim == 3 else None
     state, settings = converted(state), read_settings(path)
-    sizes = sizes_of(state, path, turns)
-    length = None if turns is None else len(turns) - sizes.get("caption_length", 1)
+    sizes = sizes_of(state, path, freqs_cis)
+    length = None if freqs_cis is None else len(freqs_cis) - sizes.get("caption_length", 1)
     grid = _grid(path, stride, image_size or settings.get("image_size"), length)
     return load_strict(LlamaGen(grid=grid, **sizes), state, source=path)
 
 
-def sizes_of(state: dict[str, Tensor], path: Path, turns: Tensor | None = None) -> dict:
+def sizes_of(state: dict[str, Tensor], path: Path, freqs_cis: Tensor | None = None) -> dict:
     """What `LlamaGen` takes, but for the grid, of tensors under its own names.
 
     Raises:
@@ -46,8 +46,8 @@ def sizes_of(state: dict[str, Tensor], path: Path, turns: Tensor | None = None) 
     (codes, dim), depth = state[wanted[0]].shape, max(layers) + 1
     hidden, usual = state[wanted[1]].shape[0], 256 * -(-int(8 * dim / 3) // 256)
     known = [size["heads"] for size in SIZES.values() if (size["dim"], size["depth"]) == (dim, depth)]
-    if turns is not None:
-        heads = dim // (2 * turns.shape[1])
+    if freqs_cis is not None:
+        heads = dim // (2 * freqs_cis.shape[1])
     elif known or dim % 64 == 0:
         heads = known[0] if known else dim // 64
     else:

@@ -148,8 +148,8 @@ class Parti(ModelMixin, ConfigMixin):
             text_keys_values: of each decoder layer, from `project_text`.
         """
         start = self.embed_tokens.num_embeddings - 1
-        places = self.embed_positions((positions + 1).clamp(max=self.length - 1))  # the cell that is predicted
-        x = self.embed_tokens(torch.where(tokens < 0, start, tokens)) + places
+        positions = self.embed_positions((positions + 1).clamp(max=self.length - 1))  # the cell that is predicted
+        x = self.embed_tokens(torch.where(tokens < 0, start, tokens)) + positions
         x = self.drop(x)
         for index, layer in enumerate(self.decoder_layers):
             x = layer(x, mask, text_keys_values[index], text_mask[:, None, None, :], cache, index)

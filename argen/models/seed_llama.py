@@ -30,7 +30,7 @@ def codes_among(words: Iterable[str]) -> int:
     return sum(bool(re.fullmatch(r"<img_\d+>", word)) for word in words)
 
 
-def picture_text(ids: Sequence[int]) -> str:
+def image_text(ids: Sequence[int]) -> str:
     """Codes of a picture -> its words, for a prompt."""
     return OPEN + "".join(map(code_word, ids)) + CLOSE
 
@@ -160,9 +160,9 @@ class SeedLlamaSession:
         width, first = self.mask.shape[1], int(positions[0]) + 1
         if late := self.cache.get_seq_length() - width - first:
             self.cache.crop(-late)
-        places = self.mask.sum(dim=1, keepdim=True) + (positions.to(ids.device) + 1)
+        positions = self.mask.sum(dim=1, keepdim=True) + (positions.to(ids.device) + 1)
         visible = torch.cat([self.mask, self.mask.new_ones(len(ids), first + ids.shape[1])], dim=1)
-        logits = self._pass(ids, places, visible)[..., self.words.shift : self.words.shift + self.words.codes]
+        logits = self._pass(ids, positions, visible)[..., self.words.shift : self.words.shift + self.words.codes]
         return logits.chunk(2) if self.guided else (logits, None)
 
     def keep(self, nodes: Tensor) -> None:

@@ -83,20 +83,20 @@ class Entities:
         return rearrange(grid, pattern, **sizes)
 
     @cached_property
-    def places(self) -> Tensor:
+    def positions(self) -> Tensor:
         """Row and column [N, 2] of each position of the sequence, in those of the latent."""
         if self.kind != "scale":
             return grid_places(self.side)[self.order]
         return torch.cat([(grid_places(side) + 0.5) * self.side / side - 0.5 for side in self.sides])
 
-    def cut(self, latents: Tensor) -> Tensor:
+    def patchify(self, latents: Tensor) -> Tensor:
         """Latents [B, C, S, S] -> sequence [B, N, C]."""
         if self.kind != "scale":
             return latents.flatten(2).transpose(1, 2)[:, self.order.to(latents.device)]
         scales = [F.interpolate(latents, (side, side), mode="area") for side in self.sides]
         return torch.cat([scale.flatten(2) for scale in scales], dim=2).transpose(1, 2)
 
-    def join(self, sequence: Tensor) -> Tensor:
+    def unpatchify(self, sequence: Tensor) -> Tensor:
         """Sequence [B, N, C] -> latents [B, C, S, S]."""
         if self.kind == "scale":
             whole = sequence[:, -(self.side**2) :]
@@ -125,10 +125,10 @@ class Attention(nn.Module):
         self.heads, self.dropout = heads, dropout
         self.qkv, self.proj = Linear(dim, 3 * dim), Linear(dim, dim)
 
-    def forward(self, x: Tensor, turns: Tensor, mask: Tensor | None, cached: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, freqs_cis: Tensor, mask: Tensor | None, cached: Tensor | None) -> Tensor:
         """x [R, n, D]; `mask` [1, 1, n, n]; `cached` [2, R, m, H, D/H]: what the pass sees, whose last n slots are its own."""
         query, key, value = (split_heads(part, self.heads) for part in self.qkv(x).chunk(3, dim=-1))
-        query, key = rotate(query, turns), rotate(key, turns)
+        query, key = rotate(query, freqs_cis), rotate(key, freqs_cis)
         if cached is not None:
             cached[0, :, -x.shape[1] :], cached[1, :, -x.shape[1] :] = key, value
             key, value = cached
@@ -189,14 +189,14 @@ class Block(nn.Module):
         self,
         x: Tensor,
         modulation: Tensor,
-        turns: Tensor,
+        freqs_cis: Tensor,
         mask: Tensor | None,
         cached: Tensor | None,
         words: tuple[Tensor, Tensor, Tensor] | None,
     ) -> Tensor:
         """x [R, n, D], modulation [6, R, n or 1, D]; `words` are keys, values and mask of `Words`."""
         gate1, gate2, scale1, scale2, shift1, shift2 = modulation
-        x = x + gate1 * self.attn(_norm(x) * (1 + scale1) + shift1, turns, mask, cached)
+        x = x + gate1 * self.attn(_norm(x) * (1 + scale1) + shift1, freqs_cis, mask, cached)
         if words is not None:
             x = x + self.cross_attn(_norm(x), *words)
         return x + gate2 * self.mlp(_norm(x) * (1 + scale2) + shift2)
@@ -259,7 +259,7 @@ class XAR(ModelMixin, ConfigMixin):
         self.pred = Linear(dim, channels)
         entity = [index for index, positions in enumerate(self.entities.lengths) for _ in range(positions)]
         self.register_buffer("entity", torch.tensor(entity), persistent=False)  # [N], the entity of each position
-        self.register_buffer("turns", rotary_table(dim // heads, self.entities.places), persistent=False)
+        self.register_buffer("freqs_cis", rotary_table(dim // heads, self.entities.positions), persistent=False)
         self.apply(_init)
         for table in (self.encoder_pos_embed_learned, self.decoder_pos_embed_learned):
             nn.init.normal_(table, std=0.02)
@@ -321,14 +321,14 @@ class XAR(ModelMixin, ConfigMixin):
             cache: [layers, 2, R, N, H, D/H], filled up to the pass, which writes its own part.
             words: of R captions.
         """
-        turns = self.turns[None, where, None]
+        freqs_cis = self.freqs_cis[None, where, None]
         x = self.z_proj_ln(self.z_proj(x) + self.encoder_pos_embed_learned[:, where])
         for index, block in enumerate(self.blocks):
             if index == len(self.encoder_blocks):
                 x = self.decoder_embed(self.encoder_norm(x)) + self.decoder_pos_embed_learned[:, where]
             cached = None if cache is None else cache[index, ..., : where.stop, :, :]
             caption = None if words is None else (*words.keys_values[index], words.mask)
-            x = block(x, modulations[index], turns, mask, cached, caption)
+            x = block(x, modulations[index], freqs_cis, mask, cached, caption)
         return self.pred(self.decoder_norm(x))
 
     def forward(

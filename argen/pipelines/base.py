@@ -109,8 +109,9 @@ class TokenPipeline(DiffusionPipeline):
 
     @property
     def samplers(self) -> list[str]:
-        """Names of the samplers that fit."""
-        return samplers_of("tokens")
+        """Names of the samplers that fit, less those that need a part that this model has not, e.g. a drafter."""
+        parts = {name: getattr(samplers[name], "needs", "") for name in samplers_of("tokens")}
+        return [name for name, part in parts.items() if not part or getattr(self, part, None) is not None]
 
     @property
     def defaults(self) -> Defaults:
@@ -170,8 +171,7 @@ class TokenPipeline(DiffusionPipeline):
         Raises:
             ValueError: there is no such sampler, it is not for this model, or it has no such settings.
         """
-        if name not in self.samplers or "steps" in settings:
-            samplers[name]  # says if there is none
+        if name in samplers_of("latents") or "steps" in settings:
             raise ValueError(
                 f"this model writes tokens, and the sampler {name} and its steps are for continuous latents: choose "
                 f"one of {', '.join(self.samplers)}, without steps"
@@ -186,11 +186,11 @@ class TokenPipeline(DiffusionPipeline):
         """Tokens [B, N] as `stream` gives them -> as `blank` gives them."""
         return tokens.unflatten(1, shape)
 
-    def kept(self, step: Step) -> Tensor:
+    def resume_state(self, step: Step) -> Tensor:
         """The tokens of a last state, as `stream` takes them to go on from."""
         return step.tokens
 
-    def filled(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    def fill_masked(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Tokens [B, h, w] with something that can be decoded in undecided cells; which are decided, [B, h, w] bool."""
         decided = tokens >= 0
         if decided.all():
@@ -378,9 +378,9 @@ class TokenPipeline(DiffusionPipeline):
                     forward_passes, last = forward_passes + step.forward_passes, replace(step, tokens=changed)
                     for one, state in zip(generators, states, strict=True):
                         one.set_state(state)
-                    steps = self.stream(prompts, generators, **settings, **given | {"tokens": self.kept(last)})
+                    steps = self.stream(prompts, generators, **settings, **given | {"tokens": self.resume_state(last)})
             step = replace(last, forward_passes=forward_passes + last.forward_passes)
-        grid, origins, scores = self.kept(step), step.origins, None
+        grid, origins, scores = self.resume_state(step), step.origins, None
         if num_candidates is not None:
             kept, scores = self._best(asked, self.to_grid(grid, shape), each, num_images_per_prompt)
             grid, origins = grid[kept], None if origins is None else origins[kept]
@@ -393,11 +393,11 @@ class TokenPipeline(DiffusionPipeline):
     def edit(
         self, prompt: str, image: ImageLike, mask: ImageLike | None = None, **settings
     ) -> TokenPipelineOutput | tuple:
-        """A picture with a part of it written anew, all that the cells of the token grid touch.
+        """A picture with a part of it redrawn, all that the cells of the token grid touch.
 
         Args:
             image: of any size; padded to a square; of Pillow, or an array or a tensor, see `tokenizers_img.pixels.as_image`.
-            mask: as large, white where the picture is written anew; None takes what is transparent in `image`.
+            mask: as large, white where the picture is redrawn; None takes what is transparent in `image`.
             settings: see `__call__`; with num_images_per_prompt several, each from the same beginning.
 
         Raises:
@@ -409,7 +409,7 @@ class TokenPipeline(DiffusionPipeline):
         return self(prompt, tokens=grid.expand(drawn, *grid.shape[1:]), **settings)
 
     def without(self, image: ImageLike, mask: ImageLike | None = None) -> Tensor:
-        """The tokens of a picture, undecided where it is to be written anew: ids [1, h, w]. See `edit`."""
+        """The tokens of a picture, undecided where it is to be redrawn: ids [1, h, w]. See `edit`."""
         image, mask = as_image(image), mask if mask is None else as_image(mask, "the mask")
         cells = masked_cells(image, mask, self.shape_of())
         known = self._stored(read_grid(image), image, visible=mask is None)
@@ -475,7 +475,7 @@ class TokenPipeline(DiffusionPipeline):
 
     @torch.no_grad()
     def certainty(self, request: Request, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """How sure the network is of each cell of a finished picture: the entropy of its law there in nats, and the probability of
+        """How sure the network is of each cell of a finished picture: the entropy of its distribution there in nats, and the probability of
         the token, both [h, w]. One pass.
 
         Args:
@@ -505,7 +505,7 @@ class TokenPipeline(DiffusionPipeline):
         Close the iterator to cancel.
 
         Args:
-            tokens: `Job.kept` of the same request, to go on from where it was left.
+            tokens: `Job.resume_state` of the same request, to go on from where it was left.
         """
         self.check(request)
         request = self.resolved(request)
@@ -514,7 +514,7 @@ class TokenPipeline(DiffusionPipeline):
         sampler = self.make_sampler(request.sampler, **request.sampler_settings())
         job = Job(request, self.empty_grid(len(generators), shape), lossless=sampler.lossless)
         if tokens is None and request.tokens is not None:
-            tokens = self.begun(request.tokens, shape).expand(len(generators), -1)
+            tokens = self.tokens_from_request(request.tokens, shape).expand(len(generators), -1)
         prompts, controls = [request.prompt] * len(generators), [control] * len(generators) if control else None
         given = {"sampler": sampler, "controls": controls, "shape": shape, "every": every, "tokens": tokens}
         for step in self.stream(prompts, generators, **settings, **given):
@@ -523,7 +523,7 @@ class TokenPipeline(DiffusionPipeline):
                 step.forward_passes,
                 step.decided,
             )
-            job.kept = self.kept(step)
+            job.resume_state = self.resume_state(step)
             job.origins = None if step.origins is None else step.origins.unflatten(1, shape)
             yield job
         kept = list(range(len(generators)))
@@ -552,7 +552,7 @@ class TokenPipeline(DiffusionPipeline):
         shape = self.shape_of(request.control, request.num_tokens)
         self.make_sampler(request.sampler, **request.sampler_settings())
         if request.tokens is not None:
-            self.begun(request.tokens, shape)
+            self.tokens_from_request(request.tokens, shape)
         if getattr(self, "text_encoder", self) is None:
             self.class_of(request.prompt)
         else:
@@ -566,7 +566,7 @@ class TokenPipeline(DiffusionPipeline):
         """
         return class_id(prompt)
 
-    def begun(self, rows: Grid, shape: tuple[int, int]) -> Tensor:
+    def tokens_from_request(self, rows: Grid, shape: tuple[int, int]) -> Tensor:
         """Rows of a grid as a request has them -> [1, N], as `stream` takes them.
 
         Raises:
@@ -604,7 +604,7 @@ class TokenPipeline(DiffusionPipeline):
             tokens = self.to_grid(tokens, self.shape_of())
         if output_type == "latent":
             return tokens.flatten(1)
-        filled, decided = self.filled(tokens)
+        filled, decided = self.fill_masked(tokens)
         pixels = torch.cat(
             [self.decode_tokens(row) for row in filled.split(1)]
         )  # alone, so that no bit feels the batch
@@ -643,9 +643,7 @@ def masked_cells(image: Image.Image, mask: Image.Image | None, shape: tuple[int,
     painted = torch.from_numpy(np.array(square)).float()[None, None] / 255
     cells = F.adaptive_max_pool2d(painted, shape)[0, 0] > 0.5
     if not cells.any():
-        raise InvalidValue(
-            "nothing is to be written anew: expected white in the mask, or something transparent", "mask"
-        )
+        raise InvalidValue("nothing to inpaint: expected white in the mask, or something transparent", "mask")
     return cells
 
 

@@ -130,8 +130,8 @@ class FlexARPipeline(TokenPipeline):
         """See `TokenPipeline.to_grid`: one row, of whatever length."""
         return tokens[:, None]
 
-    def filled(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """See `TokenPipeline.filled`: a picture of which something is decided is shown whole."""
+    def fill_masked(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """See `TokenPipeline.fill_masked`: a picture of which something is decided is shown whole."""
         begun = (tokens[..., :1] >= 0).expand_as(tokens)
         return tokens, begun
 
@@ -181,8 +181,8 @@ class FlexARPipeline(TokenPipeline):
             num_beams: candidates that are kept each time.
             num_candidates: that are drawn each time, as many from each of those kept.
             num_tokens: of the picture; None is the model's own.
-            generator: of all luck.
-            settings: of `stream`, as guidance_scale.
+            generator: of all random numbers.
+            settings: of `stream`, e.g. guidance_scale.
 
         Yields:
             What is kept after each number of tokens, the last being a single picture.

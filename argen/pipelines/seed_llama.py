@@ -19,8 +19,8 @@ from argen.models.seed_llama import (
     OPEN,
     SeedLlamaSession,
     Vocabulary,
+    image_text,
     likelihoods,
-    picture_text,
     read_tokenizer,
 )
 from argen.models.tokenizers import SEED_FILE, read_emoji_seed, read_seed
@@ -112,8 +112,8 @@ class SeedLlamaPipeline(TokenPipeline):
         """See `TokenPipeline.to_grid`: one row."""
         return tokens[:, None]
 
-    def filled(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """See `TokenPipeline.filled`: nothing is shown before all is written, since each code stands for the whole picture."""
+    def fill_masked(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """See `TokenPipeline.fill_masked`: nothing is shown before all is written, since each code stands for the whole picture."""
         whole = (tokens >= 0).all(dim=2, keepdim=True).expand_as(tokens)
         return tokens.clamp(min=0), whole
 
@@ -173,7 +173,7 @@ class SeedLlamaPipeline(TokenPipeline):
 
         Args:
             turns: what was said, the user first and then in turn, each a list of texts and pictures.
-            max_new_tokens, temperature, top_p: of the answer; 0 takes the likeliest word each time.
+            max_new_tokens, temperature, top_p: of the answer; 0 takes the most probable word each time.
 
         Raises:
             ValueError: a number is out of bounds, or a text of the user longer than `argen.words.MAX_PROMPT` characters.
@@ -183,7 +183,7 @@ class SeedLlamaPipeline(TokenPipeline):
             check_length(part, "the question")
         text = ""
         for index, turn in enumerate(turns):
-            said = "".join(part if isinstance(part, str) else picture_text(self.read(part)) for part in turn)
+            said = "".join(part if isinstance(part, str) else image_text(self.read(part)) for part in turn)
             text += (self.format.answer if index % 2 else self.format.ask).format(said)
         ids = torch.tensor([self.encode_text(text)], device=self.device)
         torch.manual_seed(seed)

@@ -182,10 +182,10 @@ class XARPipeline(TokenPipeline):
 
         given = latents.isfinite().all(dim=1)
         step, shown = LatentStep(latents, given, 0, 0), -every
-        for found in sampler(session, entities.cut(latents), lengths, scale, noise):
-            finished = entities.join((torch.arange(sum(lengths)) < found.finished)[None, :, None])[0, 0]
+        for found in sampler(session, entities.patchify(latents), lengths, scale, noise):
+            finished = entities.unpatchify((torch.arange(sum(lengths)) < found.finished)[None, :, None])[0, 0]
             step = LatentStep(
-                entities.join(found.sequence),
+                entities.unpatchify(found.sequence),
                 finished.to(given.device) | given,
                 self._cells(found.decided),
                 found.forward_passes,
@@ -213,9 +213,9 @@ class XARPipeline(TokenPipeline):
         """See `TokenPipeline.mask_tokens`, of latents [B, C, h, w]: NaN."""
         return tokens.masked_fill(cells.to(tokens.device).expand(len(tokens), *tokens.shape[2:])[:, None], math.nan)
 
-    def begun(self, rows: Grid, shape: tuple[int, int]) -> Tensor:
+    def tokens_from_request(self, rows: Grid, shape: tuple[int, int]) -> Tensor:
         """Raises:
-        ValueError: always; see `TokenPipeline.begun`.
+        ValueError: always; see `TokenPipeline.tokens_from_request`.
         """
         raise ValueError(
             "this model writes numbers, not tokens: leave tokens out, or give latents to its call in Python"
@@ -225,14 +225,14 @@ class XARPipeline(TokenPipeline):
         """Raises:
         ValueError: always; see `TokenPipeline.certainty`.
         """
-        raise ValueError("this model writes numbers, whose law it does not tell: choose a model of tokens")
+        raise ValueError("this model writes latents, whose probabilities are not known: choose a model of tokens")
 
-    def kept(self, step: LatentStep) -> Tensor:
-        """See `TokenPipeline.kept`: what is still noisy is begun anew."""
+    def resume_state(self, step: LatentStep) -> Tensor:
+        """See `TokenPipeline.resume_state`: what is still noisy is begun anew."""
         return torch.where(step.finished[:, None], step.tokens, math.nan)
 
-    def filled(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """See `TokenPipeline.filled`, of latents [B, C, h, w]."""
+    def fill_masked(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """See `TokenPipeline.fill_masked`, of latents [B, C, h, w]."""
         return tokens.nan_to_num(0.0), tokens.isfinite().all(dim=1)
 
     def images(self, tokens: Tensor, output_type: str = "pil") -> list[Image.Image] | np.ndarray | Tensor:

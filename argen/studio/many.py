@@ -48,7 +48,9 @@ class Axis:
         name = name.strip()
         parts = [part.strip() for part in values.split(BETWEEN.get(name, ","))]
         if not values.strip() or not all(parts):
-            raise ValueError(f"the axis {text!r} has no values: expected SETTING=VALUE,VALUE, as guidance_scale=1,3,5")
+            raise ValueError(
+                f"the axis {text!r} has no values: expected SETTING=VALUE,VALUE, e.g. guidance_scale=1,3,5"
+            )
         setting = setting_of(name)
         return cls(name, tuple(setting.parse(part) for part in parts))
 

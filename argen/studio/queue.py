@@ -447,10 +447,10 @@ class Studio:
                 if (self.cancelled or self.closing) and not job.images:
                     break
         if job is None or not job.images:
-            if job is not None and job.kept is not None:
+            if job is not None and job.resume_state is not None:
                 live.preview = pipe.images(job.tokens[:PREVIEWED])
                 with replacing(left) as file:
-                    np.savez(file, tokens=job.kept.cpu().numpy())
+                    np.savez(file, tokens=job.resume_state.cpu().numpy())
             return False
         with self.changed:
             live.stage = "saving"

@@ -20,7 +20,7 @@ SCHEDULES = {
 }
 HIDDEN = 512  # of the feed-forward layer
 NOISE = 0.2  # what the hidden states that are read are off by lies in a range so wide, as guesses will be off, too
-TOKENS_SHARE = 1.0  # of the loss on the tokens' law, beside that on the hidden states
+TOKENS_SHARE = 1.0  # of the loss on the tokens' distribution, beside that on the hidden states
 
 
 class DraftTask(LlamaGenTask):
@@ -61,8 +61,8 @@ class DraftTask(LlamaGenTask):
         return super().held_out(rows) | {"noise": torch.zeros(1)}
 
     def parts(self, network: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """Smooth L1 distance of the guesses [B, N - 1], cross-entropy of their law to the target's [B, N - 1], and how
-        often [B, N - 1] the likeliest tokens agree."""
+        """Smooth L1 distance of the guesses [B, N - 1], cross-entropy of their distribution to the target's [B, N - 1], and how
+        often [B, N - 1] the most probable tokens agree."""
         prefix, hidden = self.hidden(batch)
         read = hidden + batch["noise"]
         guesses, wanted = network(prefix, read[:, :-1], batch["read"][:, :-1]), hidden[:, 1:]
@@ -78,7 +78,7 @@ class DraftTask(LlamaGenTask):
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
-        """How often drafter and target find the same token likeliest, on held-out (style, concept) combinations."""
+        """How often drafter and target find the same token most probable, on held-out (style, concept) combinations."""
         found, model = [], self._model()
         for first in range(0, len(self.held_out_captions), 64):
             batch = {key: value.to(model.device) for key, value in self.held_out(slice(first, first + 64)).items()}

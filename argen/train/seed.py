@@ -4,7 +4,7 @@ encoder of `argen.train.seed_encoder` see.
 The first trains the causal queries so that the last of them knows the caption, the second the codebook and the way back to the picture's
 embedding by `emoji-clip`. What is not published: the first also learns to name what a picture shows. In the second the queries go on
 learning, and the codes shall tell what the encoder sees of the picture as it was varied, not what the queries found: of the few
-pictures there are, what they find would be learnt by heart. The embedding of the codes shall find the caption, too. The codebook starts
+pictures there are, what they find would be memorised. The embedding of the codes shall find the caption, too. The codebook starts
 from outputs of the queries, and codes that nothing uses are replaced, since with the official start most stay unused at this scale; the
 first tokens alone are trained, too (nested dropout, arXiv 1402.0915), without which the order of the tokens says little.
 """

@@ -113,7 +113,7 @@ class SeedLMTask(ImagesTask):
         return wrong[(ids[:, 1:] >= 0).flatten()]
 
     def evaluate(self) -> dict[str, float]:
-        """The loss on held-out combinations, and how often a picture's own caption is the likeliest of 100."""
+        """The loss on held-out combinations, and how often a picture's own caption is the most probable of 100."""
         rows = held_out_sample(len(self.held_out_captions))[:100]
         model = self._model()
         codes = self.codes(

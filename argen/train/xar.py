@@ -51,7 +51,7 @@ class XARTask(LatentsTask):
 
     def error(self, network: nn.Module, batch: dict[str, Tensor]) -> Tensor:
         model = self._model()
-        x, noise = model.entities.cut(batch["tokens"]), batch["noise"]
+        x, noise = model.entities.patchify(batch["tokens"]), batch["noise"]
         times = batch["times"][:, model.entity, None]
         states, mask = self.encode_text(batch)
         made = network((1 - times) * x + times * noise, batch["times"], states, mask=mask.bool())

@@ -87,7 +87,7 @@ def build(context: AppContext, device: torch.device, limit: int | None = None) -
             Edit(models, [name for name in free if all_cards()[name].grid], context)
         with gr.Tab("Control"):
             control.tab(models, controlled, context)
-        with gr.Tab("Many") as tab:
+        with gr.Tab("X/Y/Z plot and Batch") as tab:
             many = Many(free, context)
             tab.select(many.restore, None, many.watched)
         with gr.Tab("Gallery") as tab:

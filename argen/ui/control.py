@@ -50,11 +50,11 @@ def tab(models: Models, ids: Sequence[str], context: AppContext) -> None:
                 )
                 strength = gr.Slider(0, 2, value=1, step=0.05, label="Strength", info="0: none")
             with gr.Row():
-                num = gr.Slider(1, 9, value=4, step=1, label="Pictures")
+                num = gr.Slider(1, 9, value=4, step=1, label="Images")
                 seed = gr.Number(0, precision=0, minimum=0, label="Seed")
             with gr.Row():
                 look = gr.Button("Show the control picture", elem_id="look")
-                go = gr.Button("Draw", variant="primary", elem_id="control-draw")
+                go = gr.Button("Generate", variant="primary", elem_id="control-draw")
             seen = gr.Image(label="What the generator sees", height=256, elem_id="seen")
         view = View(context, "-control")
 

@@ -39,15 +39,15 @@ class Edit:
             with gr.Column(scale=2):
                 model = gr.Dropdown(list(ids), value=ids[0], label="Model")
                 prompt = gr.Textbox(label="Prompt", placeholder="a red apple", elem_id="edit-prompt")
-                last, source = gr.Button("Take the latest picture", elem_id="edit-latest"), gr.State(None)
+                last, source = gr.Button("Use latest image", elem_id="edit-latest"), gr.State(None)
                 image = canvas_input(
                     image_mode="RGBA",
                     canvas_size=(CANVAS, CANVAS),
-                    label="A picture, and paint on it",
+                    label="Image (paint the selection)",
                     elem_id="edit-canvas",
                 )
                 with gr.Row():
-                    num = gr.Slider(1, 9, value=4, step=1, label="Pictures")
+                    num = gr.Slider(1, 9, value=4, step=1, label="Images")
                     seed = gr.Number(0, precision=0, minimum=0, label="Seed")
                 with gr.Accordion("More", open=False):
                     own = models(ids[0]).defaults
@@ -55,21 +55,23 @@ class Edit:
                     temperature = gr.Slider(0, 2, value=own.temperature, step=0.05, label="Temperature")
                     sampler = gr.Dropdown(samplers_of("tokens"), value=Request.sampler, label="Sampler")
                     sampling = SamplerSettings(samplers_of("tokens"), "edit-")
-                locked = gr.Checkbox(False, label="These cells stay, the rest is written anew", elem_id="edit-locked")
+                locked = gr.Checkbox(
+                    False, label="Invert selection", info="keep these cells, redraw the rest", elem_id="edit-locked"
+                )
                 numbers = gr.Textbox(
                     label="Cells by number, beside those that are painted on",
-                    info="rows x columns from the top left, as 3-5 x 2-7; several between commas",
+                    info="rows x columns from the top left, e.g. 3-5 x 2-7; several between commas",
                     elem_id="edit-cells",
                 )
-                paint = gr.Button("Write these cells anew", variant="primary", elem_id="edit-paint")
+                paint = gr.Button("Inpaint selection", variant="primary", elem_id="edit-paint")
                 share = gr.Slider(0.05, 1, value=0.25, step=0.05, label="Share of the cells")
-                vary = gr.Button("Vary the least certain cells", elem_id="edit-vary")
+                vary = gr.Button("Variation (resample low-confidence tokens)", elem_id="edit-vary")
                 first = gr.Slider(0.05, 0.95, value=0.5, step=0.05, label="Share of the tokens, from the first")
-                fork = gr.Button("Keep the first tokens, and write on", elem_id="edit-fork")
+                fork = gr.Button("Keep prefix and continue", elem_id="edit-fork")
                 with gr.Row():
                     side = gr.Radio(list(SIDES), value="right", label="Side")
                     cells = gr.Slider(1, 7, value=2, step=1, label="Cells")
-                extend = gr.Button("Move it, and draw more on that side", elem_id="edit-extend")
+                extend = gr.Button("Outpaint", elem_id="edit-extend")
             self.view = View(context, "-edit")
         how = [model, prompt, image, num, seed, source, guidance, temperature, sampler, *sampling.widgets]
         self.sampling = sampling
@@ -186,7 +188,7 @@ def named(numbers: str, shape: tuple[int, int]) -> Tensor:
         top, bottom, left, right = (int(found[i] or found[i - 1]) for i in (1, 2, 3, 4)) if found else (0, 0, 0, 0)
         if not (1 <= top <= bottom <= shape[0] and 1 <= left <= right <= shape[1]):
             raise ValueError(
-                f"{part!r} names no cells: expected ROWS x COLUMNS of {shape[0]} x {shape[1]}, as 3-5 x 2-7 (both from 1)"
+                f"{part!r} names no cells: expected ROWS x COLUMNS of {shape[0]} x {shape[1]}, e.g. 3-5 x 2-7 (both from 1)"
             )
         cells[top - 1 : bottom, left - 1 : right] = True
     return cells

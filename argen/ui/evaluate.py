@@ -34,7 +34,7 @@ def tab(studio: Studio, ids: Sequence[str]) -> None:
         with gr.Column(scale=2):
             what = gr.Radio([FID, JUDGE], value=FID, label="What", elem_id="eval-what")
             model = gr.Dropdown(list(ids), value=ids[0], label="Model", elem_id="eval-model")
-            num = gr.Slider(2, MOST, value=200, step=1, label="Pictures", info="FID wants 2,000", elem_id="eval-num")
+            num = gr.Slider(2, MOST, value=200, step=1, label="Images", info="FID wants 2,000", elem_id="eval-num")
             seed = gr.Number(0, precision=0, minimum=0, label="Seed", elem_id="eval-seed")
             with gr.Row():
                 go = gr.Button("Measure", variant="primary", elem_id="eval-go")

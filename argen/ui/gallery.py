@@ -34,21 +34,21 @@ class Gallery:
                 )
                 told = gr.Markdown(elem_id="found-state")
                 load, pack = (
-                    gr.Button("Look again", elem_id="gallery-look"),
-                    gr.Button("Pack what is found", elem_id="pack"),
+                    gr.Button("Refresh", elem_id="gallery-look"),
+                    gr.Button("Download ZIP", elem_id="pack"),
                 )
                 packed = gr.File(label="ZIP, with the settings as JSON lines", visible=False, elem_id="packed")
             with gr.Column(scale=2):
-                large = gr.Image(label="The picture", height=320, interactive=False, elem_id="chosen")
+                large = gr.Image(label="Image", height=320, interactive=False, elem_id="chosen")
                 with gr.Row():
-                    star = gr.Button("Favourite, or not", elem_id="star")
+                    star = gr.Button("Favourite", elem_id="star")
                     drop = gr.Button("Delete", variant="stop", elem_id="delete")
                 about = gr.JSON(show_label=False, elem_id="about")
-                with gr.Accordion("Compare with the one chosen before", open=False):
+                with gr.Accordion("Compare with the previous one", open=False):
                     pair = gr.ImageSlider(label="before, now", height=320, interactive=False, elem_id="pair")
-                    meet = gr.Slider(0, 100, value=50, step=5, label="Where they meet, in percent", elem_id="meet")
-                with gr.Accordion("What the network thought", open=False):
-                    think = gr.Button("Look at its cells", elem_id="think")
+                    meet = gr.Slider(0, 100, value=50, step=5, label="Divider (percent)", elem_id="meet")
+                with gr.Accordion("Token confidence", open=False):
+                    think = gr.Button("Show confidence", elem_id="think")
                     sure = gr.Gallery(
                         label="entropy (dark: unsure), probability (dark: unlikely), guesses accepted (green) and relaxed (orange)",
                         columns=3,

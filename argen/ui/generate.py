@@ -67,16 +67,16 @@ class Create:
                 group = gr.Dropdown(names, value=None, label="Or a class", visible=bool(names), elem_id="class")
                 with gr.Row():
                     style = gr.Dropdown([ANY_STYLE, *STYLES], value=ANY_STYLE, label="Style")
-                    num = gr.Slider(1, 9, value=4, step=1, label="Pictures")
+                    num = gr.Slider(1, 9, value=4, step=1, label="Images")
                     seed = gr.Number(0, precision=0, minimum=0, label="Seed", info="picture i has seed + i")
                 with gr.Accordion("More", open=False):
                     settings = self.settings(shown)
                 with gr.Row():
-                    go = gr.Button("Draw", variant="primary", elem_id="draw")
-                    reset = gr.Button("Reset to the model's own", elem_id="reset")
+                    go = gr.Button("Generate", variant="primary", elem_id="draw")
+                    reset = gr.Button("Reset to model defaults", elem_id="reset")
                 examples = ["a red apple", "a blue robot", "three yellow ducks", "a cat to the left of a pizza"]
                 gr.Examples(examples, prompt)
-                with gr.Accordion("Settings of a picture, and presets", open=False):
+                with gr.Accordion("Settings from an image, and presets", open=False):
                     saved, self.name, keep, use, found, told = self.restoring()
             self.view = View(context)
         with gr.Accordion("Queue", open=True):
@@ -106,6 +106,7 @@ class Create:
                 fields.append(
                     gr.Dropdown(label="Sampler", elem_id="sampler", info="`argen samplers` explains each", **how)
                 )
+                self.sampling = SamplerSettings(list(samplers))
             else:
                 low = {"minimum": 0 if name == "num_beams" else KNOWN[name].low}
                 step = {"step": 0.05 if KNOWN[name].kind is float else 1}
@@ -114,7 +115,6 @@ class Create:
                 fields.append(
                     gr.Slider(**low | {"maximum": SLIDER[name]} | step | how, label=label, info=info, elem_id=elem_id)
                 )
-        self.sampling = SamplerSettings(list(samplers))
         return fields
 
     def values(self, pipe: TokenPipeline, saved: Request | None) -> list[dict]:
@@ -140,7 +140,7 @@ class Create:
         saved = gr.File(label="A PNG file made here", file_types=[".png"], elem_id="restore")
         name = gr.Dropdown([], label="Preset", allow_custom_value=True, elem_id="preset")
         with gr.Row():
-            keep = gr.Button("Save the settings as this preset", elem_id="keep")
+            keep = gr.Button("Save as preset", elem_id="keep")
             use = gr.Button("Use these settings", elem_id="use")
         return saved, name, keep, use, gr.State(None), gr.JSON(show_label=False, elem_id="restored")
 

@@ -52,7 +52,7 @@ class user_errors:
 
     def __exit__(self, kind, error, trace) -> None:
         if isinstance(error, ValueError | TypeError | OSError | ModuleNotFoundError | KeyError | sqlite3.Error):
-            raise gr.Error(said(error), title="That cannot be done", print_exception=False) from error
+            raise gr.Error(said(error), title="Invalid request", print_exception=False) from error
 
 
 class View:
@@ -67,13 +67,13 @@ class View:
         self.job, self.seen = gr.State(None), gr.State(-1)
         with gr.Column(scale=3):
             self.gallery = gr.Gallery(
-                label="Pictures", columns=2, object_fit="contain", format="png", elem_id=f"pictures{suffix}"
+                label="Images", columns=2, object_fit="contain", format="png", elem_id=f"pictures{suffix}"
             )
             self.state = gr.Markdown(elem_id=f"state{suffix}")
             with gr.Row():
                 stop = gr.Button("Stop", elem_id=f"stop{suffix}")
                 resume = gr.Button("Resume", elem_id=f"resume{suffix}")
-                again = gr.Button("Again with the next seeds", elem_id=f"again{suffix}")
+                again = gr.Button("Generate with next seeds", elem_id=f"again{suffix}")
             with gr.Accordion("Settings of each picture, also inside its file", open=False):
                 self.settings = gr.JSON(show_label=False, elem_id=f"settings{suffix}")
             with gr.Accordion("How the cells were written", open=False):
@@ -95,9 +95,9 @@ class View:
         """Values of `watched` that show a job from now on."""
         return id, -1, gr.Timer(active=id is not None)
 
-    def ask(self, wish: Request, request: gr.Request) -> tuple:
-        """Put a wish into the line and show it."""
-        return self.begin(self.studio.submit(wish, self.context.owner(request)))
+    def ask(self, asked: Request, request: gr.Request) -> tuple:
+        """Put a request into the queue and show it."""
+        return self.begin(self.studio.submit(asked, self.context.owner(request)))
 
     def restore(self, request: gr.Request) -> tuple:
         """Show the job that was asked for last, if it is not over: the page was loaded anew."""
@@ -152,7 +152,7 @@ def line(context: AppContext) -> None:
 
     def rows(request: gr.Request, seen: list | None) -> tuple:
         found = [row(one) for one in studio.line(context.owner(request))]
-        note = "The queue rests." if studio.paused else f"{len(found)} in the queue."
+        note = "Queue paused." if studio.paused else f"{len(found)} in the queue."
         note = note if studio.alive else "**Nothing is drawn any more: start argen again.** What waits is kept."
         state = [note, *found]
         return (gr.skip(), gr.skip(), seen) if state == seen else (found, note, state)
@@ -175,13 +175,13 @@ def line(context: AppContext) -> None:
     with gr.Row():
         actions = {
             "Cancel": studio.cancel,
-            "To the front": lambda id, owner: studio.move(id, -(10**9), owner),
-            "One up": lambda id, owner: studio.move(id, -1, owner),
-            "One down": lambda id, owner: studio.move(id, 1, owner),
+            "Move to top": lambda id, owner: studio.move(id, -(10**9), owner),
+            "Move up": lambda id, owner: studio.move(id, -1, owner),
+            "Move down": lambda id, owner: studio.move(id, 1, owner),
         }
         for name, do in actions.items():
             gr.Button(name, elem_id=f"line-{name.replace(' ', '-').lower()}").click(act(do), chosen)
-        rest = gr.Button("Pause or go on", elem_id="line-pause")
+        rest = gr.Button("Pause / Resume", elem_id="line-pause")
 
     def pause(request: gr.Request) -> None:
         with user_errors():
@@ -203,9 +203,9 @@ def told(now: Progress) -> str:
     if now.state == WAITING:
         return f"waiting, number {now.place} in the queue"
     if now.state == FAILED:
-        return f"**It failed:** {now.error}"
+        return f"**Failed:** {now.error}"
     if now.state == CANCELLED:
-        return f"stopped at {now.share:.0%}: what is written is kept, Resume goes on"
+        return f"stopped at {now.share:.0%}: finished tokens are kept, Resume continues"
     left = f" · {now.eta:.0f} s left" if now.eta is not None else ""
     return f"{now.share:.0%} · {now.stage} · {how(now)}{left}"
 

@@ -59,15 +59,15 @@ def tab(tokenizers: Callable[[str], Tokenizer], ids: Sequence[str], shipped: Seq
 
     with gr.Row():
         with gr.Column(scale=2):
-            image = image_input(label="A picture", elem_id="lab-picture")
+            image = image_input(label="Input image", elem_id="lab-picture")
             chosen = gr.Dropdown(list(ids), value=list(shipped), multiselect=True, label="Tokenizers")
             go = gr.Button("Reconstruct", variant="primary", elem_id="lab-go")
         with gr.Column(scale=3):
-            gallery = gr.Gallery(label="What they keep", columns=3, object_fit="contain", elem_id="lab-pictures")
+            gallery = gr.Gallery(label="Reconstructions", columns=3, object_fit="contain", elem_id="lab-pictures")
             scores = gr.Dataframe(
                 headers=["tokenizer", "PSNR (dB)", "SSIM", "size", "bits"], label="Measured", elem_id="lab-scores"
             )
-    with gr.Accordion("Its tokens", open=False), gr.Row():
+    with gr.Accordion("Tokens", open=False), gr.Row():
         with gr.Column(scale=2):
             name = gr.Dropdown(list(ids), value=shipped[0], label="Tokenizer", elem_id="lab-tokenizer")
             count = gr.Slider(1, 2, value=1, step=1, visible=False, label="Tokens to decode", elem_id="lab-count")

@@ -24,7 +24,7 @@ class Many:
         self.context, self.studio = context, context.studio
         asked = gr.State(None)  # the axes, and the ids of the jobs
         names = [name for name in SETTINGS if name != "num_images"]
-        gr.Markdown("### One prompt under several settings")
+        gr.Markdown("### X/Y/Z plot: one prompt under several settings")
         with gr.Row():
             with gr.Column(scale=2):
                 model = gr.Dropdown(list(ids), value=ids[0], label="Model", elem_id="grid-model")
@@ -50,9 +50,9 @@ class Many:
                                 elem_id=f"values-{letter}",
                             )
                         )
-                go = gr.Button("Draw the grid", variant="primary", elem_id="draw-grid")
+                go = gr.Button("Generate grid", variant="primary", elem_id="draw-grid")
             with gr.Column(scale=3):
-                page = gr.Image(label="The grid", format="png", interactive=False, elem_id="grid")
+                page = gr.Image(label="Grid", format="png", interactive=False, elem_id="grid")
                 state = gr.Markdown(elem_id="grid-state")
                 table = gr.File(label="CSV of what made each picture", visible=False, elem_id="grid-table")
         timer = gr.Timer(TICK, active=False)
@@ -60,7 +60,7 @@ class Many:
         go.click(self.begin, fields, self.watched)
         timer.tick(self.look, asked, [page, state, table, timer], show_progress="hidden", concurrency_limit=None)
 
-        gr.Markdown("### A table of requests")
+        gr.Markdown("### Batch: a table of requests")
         with gr.Row():
             with gr.Column(scale=2):
                 file = gr.File(
@@ -71,7 +71,7 @@ class Many:
                 other = gr.Dropdown(
                     list(ids), value=ids[0], label="Model of rows that name none", elem_id="batch-model"
                 )
-                send = gr.Button("Put all of it into the queue", variant="primary", elem_id="batch-go")
+                send = gr.Button("Queue all rows", variant="primary", elem_id="batch-go")
             with gr.Column(scale=3):
                 told = gr.Markdown(
                     "The pictures will be in the gallery. What waits is on disk: it goes on after a restart, too.",
@@ -87,8 +87,8 @@ class Many:
                 for name, values in zip(fields[::2], fields[1::2], strict=True)
                 if name != NONE
             ]
-            wishes = varied(Request(prompt.strip(), model=model, seed=int(seed or 0)), axes)
-            ids = self.studio.submit_all(wishes, self.context.owner(request))
+            requests = varied(Request(prompt.strip(), model=model, seed=int(seed or 0)), axes)
+            ids = self.studio.submit_all(requests, self.context.owner(request))
             self.studio.store.keep_grid(self.context.owner(request), [(axis.name, axis.values) for axis in axes], ids)
             return (axes, ids), gr.Timer(active=True)
 
@@ -130,6 +130,6 @@ class Many:
         with user_errors():
             if path is None:
                 raise ValueError("there is no table: drop a CSV or JSON lines file")
-            wishes = read_table(Path(path), model=model)
-            self.studio.submit_all(wishes, self.context.owner(request))
-        return f"{len(wishes)} requests are in the queue; their pictures will be in the gallery."
+            requests = read_table(Path(path), model=model)
+            self.studio.submit_all(requests, self.context.owner(request))
+        return f"{len(requests)} requests are in the queue; their pictures will be in the gallery."

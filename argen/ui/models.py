@@ -47,7 +47,7 @@ def tab(context: AppContext) -> tuple:
     with gr.Row():
         check = gr.Button("Check its files", elem_id="models-verify")
         drop = gr.Button("Delete what was downloaded", variant="stop", elem_id="models-delete")
-        look = gr.Button("Look again", elem_id="models-look")
+        look = gr.Button("Refresh", elem_id="models-look")
         offline = gr.Checkbox(local_cache.is_offline(), label="Offline: fetch nothing", elem_id="models-offline")
     told = gr.Markdown(elem_id="models-state")
     table.select(choose, table, [chosen, which])

@@ -74,7 +74,7 @@ def drawn(pipe: DiffusionPipeline, prompt: str, asked: dict, call: Callable | No
 
 
 def understand(prompt: str) -> str:
-    """What belongs together in a prompt, a line of OBJECT=WORDS for each object."""
+    """Bindings in a prompt, a line of OBJECT=WORDS for each object."""
     check_prompt(prompt)
     found, words = parse(prompt.strip()), words_of(prompt.strip())
     parts = [[" ".join(words[i] for i in part) for part in (group.noun, group.modifiers)] for group in found.groups]
@@ -90,9 +90,9 @@ def bind(pipe: DiffusionPipeline, prompt: str, pairs: str, strength: str, asked:
         asked: see `drawn`.
     """
     check_prompt(prompt)
-    lines = [line.partition("=") for line in check_length(pairs, "what belongs together").splitlines() if line.strip()]
+    lines = [line.partition("=") for line in check_length(pairs, "bindings").splitlines() if line.strip()]
     if any(not right.strip() for _, _, right in lines):
-        raise ValueError("what belongs together: expected a line of OBJECT=WORDS for each, as robot=blue")
+        raise ValueError("bindings: expected a line of OBJECT=WORDS for each, e.g. robot=blue")
     parsed = parse(prompt.strip(), {noun.strip(): right.strip() for noun, _, right in lines} or None)
     bound, before = SemanticBinding(pipe), None
     for before in drawn(pipe, parsed.prompt, asked):
@@ -190,9 +190,9 @@ def tab(pipelines: Pipelines) -> None:
         seed = gr.Number(0, precision=0, minimum=0, label="Seed")
     with gr.Tab("Bind"):
         prompt = gr.Textbox("a blue robot and a green pizza", label="Prompt", elem_id="bind-prompt")
-        pairs = gr.Textbox(label="What belongs together", lines=2, placeholder="robot=blue", elem_id="bind-pairs")
+        pairs = gr.Textbox(label="Bindings", lines=2, placeholder="robot=blue", elem_id="bind-pairs")
         strength = gr.Dropdown(list(STRENGTHS), value=binding("argen/emoji-sd"), label="Settings")
-        look = gr.Button("Understand the prompt", elem_id="bind-look")
+        look = gr.Button("Parse prompt", elem_id="bind-look")
         look.click(on_look, prompt, pairs)
         buttons(on_bind, [model, prompt, pairs, strength, steps, guidance, seed], "bind")
     with gr.Tab("Erase"):
