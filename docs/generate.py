@@ -74,11 +74,25 @@ def card_rows(ships: bool) -> str:
     return table(("id", "kind", "what it is", "parameters", "licence"), rows)
 
 
+def recipe_rows() -> str:
+    from argen.train.recipes import SCHEDULES, TASKS  # late: they bring every task
+
+    def lengths(name: str) -> list[str]:
+        return [f"{one.steps:,} x {one.batch_size}" for one in (SCHEDULES[name]["cpu"], SCHEDULES[name]["gpu"])]
+
+    rows = [
+        (f"`{name}`", ", ".join(f"`--{part}`" for part in takes if part not in ("total", "x")), *lengths(name))
+        for name, (_, takes) in TASKS.items()
+    ]
+    return table(("recipe", "takes beside `--data` and `--out`", "cpu: steps x batch", "gpu: steps x batch"), rows)
+
+
 TABLES = {
     "samplers": sampler_rows,
     "settings": setting_rows,
     "request": request_rows,
     "commands": command_rows,
+    "recipes": recipe_rows,
     "shipped": lambda: card_rows(True),
     "published": lambda: card_rows(False),
 }

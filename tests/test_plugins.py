@@ -172,12 +172,25 @@ def test_its_pipeline_is_saved_and_loaded(site, tmp_path):
     assert torch.equal(*drawn)
 
 
-def test_a_package_that_cannot_be_imported_is_one_line(tmp_path, monkeypatch):
+@pytest.fixture
+def broken(tmp_path, monkeypatch):
+    """A package on `sys.path` that names what cannot be imported, once under the name of a built-in component."""
     info = tmp_path / "broken-1.0.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: broken\nVersion: 1.0\n")
-    (info / "entry_points.txt").write_text("[argen.things]\nlost = no_such_module:Thing\n")
+    (info / "entry_points.txt").write_text(
+        "[argen.things]\nlost = no_such_module:Thing\ntensor = no_such_module:Thing\n"
+    )
     monkeypatch.syspath_prepend(str(tmp_path))
+
+
+def test_a_built_in_name_cannot_be_taken(broken):
+    registry = Registry("thing", {"tensor": "torch:Tensor"})
+    assert list(registry) == ["tensor", "lost"]
+    assert registry["tensor"] is torch.Tensor
+
+
+def test_a_package_that_cannot_be_imported_is_one_line(broken):
     with pytest.raises(
         ValueError, match="the thing lost of the package broken cannot be used .*no_such_module.*uninstall"
     ):
