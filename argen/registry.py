@@ -150,14 +150,32 @@ commands = Registry(
             "samplers",
             "data",
             "train",
-            "score",
             "eval",
             "ui",
         )
     },
 )
+measures = Registry(
+    "measure",
+    {
+        name: f"argen.cli.measures.{name.replace('-', '_')}"
+        for name in (
+            "fid",
+            "rfid",
+            "clip",
+            "emoji",
+            "control",
+            "bind",
+            "erase",
+            "count",
+            "nudity",
+            "held-out",
+            "stats",
+        )
+    },
+)
 cards = Registry("card", {})  # of installed packages and of running programs; those of argen lie in argen/cards
-REGISTRIES = {registry.kind: registry for registry in (samplers, pipelines, commands, cards)}
+REGISTRIES = {registry.kind: registry for registry in (samplers, pipelines, commands, measures, cards)}
 
 
 def samplers_of(draws: str) -> list[str]:

@@ -145,7 +145,7 @@ def test_both_are_scored(capsys):
         ("emoji-seed-lm", "concept named among 8"),
         ("emoji-seed", "first 8 tokens: recall@1 of 100"),
     ):
-        assert argen(["score", "--model", f"argen/{model}", "--data", str(SAMPLE), "--json"]) == 0
+        assert argen(["eval", "held-out", "--model", f"argen/{model}", "--data", str(SAMPLE), "--json"]) == 0
         assert json.loads(capsys.readouterr().out)[wanted] >= 0.25
 
 

@@ -1,4 +1,4 @@
-"""The measures, on cases whose answer is known, and `argen score` on the shipped sample."""
+"""The measures, on cases whose answer is known, and `argen eval held-out` on the shipped sample."""
 
 import json
 from pathlib import Path
@@ -59,14 +59,16 @@ def test_reconstruction_scores():
     [("argen/emoji-clip", "recall@5 of 100", 0.6), ("argen/emoji-vitvqgan", "psnr", 18.0)],
 )
 def test_score(capsys, model, name, least):
-    assert main(["score", "--model", model, "--data", str(SAMPLE), "--json"]) == 0
+    assert main(["eval", "held-out", "--model", model, "--data", str(SAMPLE), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)[name] >= least
 
 
 def test_score_of_the_generator_draws_a_grid(capsys, monkeypatch, tmp_path):
     monkeypatch.setattr(prompts, "COMMON", ["a red apple", "a pizza", "a rocket"])
     grid = tmp_path / "grid.png"
-    assert main(["score", "--data", str(SAMPLE), "--num-candidates", "2", "--grid", str(grid), "--json"]) == 0
+    assert (
+        main(["eval", "held-out", "--data", str(SAMPLE), "--num-candidates", "2", "--grid", str(grid), "--json"]) == 0
+    )
     scores = json.loads(capsys.readouterr().out)
     assert scores["common prompts, best of 2: mean rank of 100"] < 30
     assert Image.open(grid).width == 8 * 136

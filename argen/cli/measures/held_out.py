@@ -1,4 +1,4 @@
-"""`argen score`."""
+"""`argen eval held-out`."""
 
 import argparse
 import json
@@ -10,17 +10,18 @@ from argen.command import (
     writable,
 )
 
-HELP = "measure a model on held-out data"
+HELP = "quick scores of any shipped model on held-out data"
 DESCRIPTION = "Measure a model on held-out data: a generator by the ranks of its prompts, a tokenizer by what it keeps, an encoder by what it finds."
-SHOWS_DEFAULTS = True
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="made by `argen data emoji`")
-    parser.add_argument("--model", default="argen/emoji-parti", metavar="ID")
-    parser.add_argument("--num-candidates", type=int, default=16, metavar="C", help="for the scores with re-ranking")
+    parser.add_argument("--model", default="argen/emoji-parti", metavar="ID", help="(default: argen/emoji-parti)")
+    parser.add_argument(
+        "--num-candidates", type=int, default=16, metavar="C", help="for the scores with re-ranking (default: 16)"
+    )
     parser.add_argument("--grid", type=Path, metavar="PNG", help="also write a labelled grid of 32 images")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="(default: 0)")
     device_and_json(parser)
 
 

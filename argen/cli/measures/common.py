@@ -1,0 +1,124 @@
+"""What the measures of `argen eval` share: options, drawing, reports."""
+
+import argparse
+import json
+from functools import partial
+from pathlib import Path
+
+from argen.command import device_and_json, load_model
+
+IMAGES = "images: a folder, or a .zip, .npz or .parquet file"
+REAL = f"real {IMAGES}, or .npz statistics; emoji: those of the training images, for --features emoji"
+
+
+def drawing_arguments(add: argparse.ArgumentParser, num: str, prompts: str | None) -> None:
+    add.add_argument("--num", type=int, metavar="N", help=num)
+    default = f" (default: {prompts})" if prompts else ""
+    add.add_argument(
+        "--prompts", type=Path, required=not prompts, metavar="FILE", help=f"one prompt a line, taken in turn{default}"
+    )
+    add.add_argument("--seed", type=int, default=0, help="image i is drawn from (seed, i) alone (default: 0)")
+    add.add_argument("--guidance-scale", type=float, metavar="G", help="(default: the model's)")
+
+
+def looking_arguments(add: argparse.ArgumentParser) -> None:
+    add.add_argument(
+        "--features",
+        default="inception",
+        metavar="NAME",
+        help="feature extractor: inception (FID as published), emoji (ships) or clip:ID (default: inception)",
+    )
+    add.add_argument("--inception-weights", type=Path, metavar="FILE", help="(default: torch's cache, or fetched)")
+    add.add_argument(
+        "--protocol",
+        default="adm",
+        metavar="NAME",
+        help="resizing protocol for inception: adm, pytorch-fid, clean or torchmetrics (default: adm)",
+    )
+    add.add_argument("--crop", metavar="NAME-SIZE", help="of the real images: adm-256 (ImageNet), square-256 (COCO)")
+    add.add_argument("--batch-size", type=int, default=32, metavar="B", help="images at a time (default: 32)")
+
+
+def tool_arguments(add: argparse.ArgumentParser, num: int) -> None:
+    add.add_argument(
+        "--model", default="argen/emoji-sd", metavar="DIR", help="Stable Diffusion of emoji (default: argen/emoji-sd)"
+    )
+    add.add_argument("--num", type=int, default=num, metavar="N", help=f"prompts (default: {num})")
+    add.add_argument("--seed", type=int, default=0, help="image i is drawn from (seed, i) alone (default: 0)")
+    add.add_argument("--steps", type=int, metavar="N", help="of the sampler")
+    add.add_argument("--guidance-scale", type=float, metavar="G")
+
+
+def output_arguments(add: argparse.ArgumentParser) -> None:
+    add.add_argument(
+        "--out",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="report.json, grid.png, images and features; goes on from what is there",
+    )
+    device_and_json(add)
+
+
+def extractor_of(args: argparse.Namespace):
+    from argen.device import pick
+    from argen.eval import features
+
+    device = pick(args.device)
+    if args.features == "inception":
+        return features.inception_features(args.inception_weights, args.protocol, device)
+    if args.features == "emoji":
+        return features.encoder_features("emoji", load_model("argen/emoji-clip", args.device))
+    if args.features.startswith("clip:"):
+        name = args.features.removeprefix("clip:")
+        return features.clip_features(name, features.PublishedCLIP(name, device))
+    raise ValueError(f"unknown features {args.features!r}: expected inception, emoji or clip: and a hub id or folder")
+
+
+def draw_samples(
+    args: argparse.Namespace, prompts: list[str], num: int, settings: dict, folder="samples", more=lambda _: {}
+):
+    """The images of ``--model`` for `prompts` in turn, kept in `folder`.
+
+    Args:
+        more: numbers of images -> what else the call for them is given.
+    """
+    from argen.eval import run
+    from argen.eval.run_dir import lock_run_dir
+
+    if num < 2:
+        raise ValueError(f"--num is {num}: expected at least 2")
+    settings |= {"model": args.model, "num": num, "seed": args.seed, "guidance_scale": args.guidance_scale}
+    settings |= {"prompts": run.digest(prompts), "prompt_order": "i % prompts", "uint8": "rounded"}
+    lock_run_dir(args.out, settings)
+    pipe = load_model(args.model, args.device, "generator")
+    pipe.set_progress_bar_config(disable=True)
+
+    def sample(rows: range):
+        generator_of = [run.generator_of(args.seed, index) for index in rows]
+        texts = [prompts[index % len(prompts)] for index in rows]
+        return pipe(texts, guidance_scale=args.guidance_scale, generator=generator_of, **more(rows)).images
+
+    return run.draw(sample, num, args.out / folder)
+
+
+def finish(args: argparse.Namespace, settings: dict, scores: dict, seconds: dict, shown) -> None:
+    from argen.eval import run
+
+    table = run.report(args.out, settings, scores, seconds, shown)
+    if table:
+        print(json.dumps(scores) if args.json else table)
+
+
+def pipeline_of(args: argparse.Namespace, settings: dict):
+    """A pipeline of diffusers, the judge, and the generator of an image; the folder is locked for `settings`."""
+    from argen.device import pick
+    from argen.eval import run
+    from argen.eval.run_dir import lock_run_dir
+    from argen.hub.loading import load_diffusion
+
+    names = ("model", "num", "seed", "steps", "guidance_scale")
+    lock_run_dir(args.out, settings | {name: getattr(args, name) for name in names})
+    pipe = load_diffusion(args.model).to(pick(args.device))
+    pipe.set_progress_bar_config(disable=True)
+    return pipe, load_model("argen/emoji-judge", args.device), partial(run.generator_of, args.seed)

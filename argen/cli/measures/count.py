@@ -1,0 +1,81 @@
+"""`argen eval count`."""
+
+import argparse
+from collections.abc import Callable
+
+from argen.cli.measures.common import (
+    finish,
+    output_arguments,
+    pipeline_of,
+    tool_arguments,
+)
+from argen.command import COUNT_RATE
+
+HELP = "what count tokens change: exact counts before, after, and with the token of another prompt"
+DESCRIPTION = "Draw the judge's prompts of one to six things, plainly, with a token optimised for each, and with that token on other things, on other noise and on both, beside plain images of these."
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    tool_arguments(parser, 100)
+    parser.add_argument("--iterations", type=int, default=50, metavar="N", help="at most, of each token (default: 50)")
+    parser.add_argument("--noises", type=int, default=1, metavar="N", help="images that share a token (default: 1)")
+    parser.add_argument("--learning-rate", type=float, metavar="R", help=COUNT_RATE)
+    output_arguments(parser)
+
+
+def run(args: argparse.Namespace) -> None:
+    import torch
+
+    from argen.diffusion import CountToken
+    from argen.diffusion.base import unit_noise
+    from argen.diffusion.count_token import check_noises, read_token
+    from argen.diffusion.tools import counters, counting, counting_rate
+    from argen.eval import run as runs
+    from argen.eval import tools
+
+    check_noises(args.noises)
+    truths, seconds = tools.of_kind("count", args.num), {}
+    rate = counting_rate(args.model, args.learning_rate)
+    settings = {"iterations": args.iterations, "learning_rate": rate, "noises": args.noises}
+    pipe, judge, generator_of = pipeline_of(args, settings)
+    judged = counters(args.model, pipe.device)
+    (args.out / "tokens").mkdir(exist_ok=True)
+
+    def fresh(index: int) -> CountToken:
+        number = len(truths[index].objects)
+        return CountToken(pipe, **judged, **counting(args.model, number, args.steps, args.guidance_scale))
+
+    def noise(index: int, number: int = 0) -> torch.Tensor:
+        return unit_noise(pipe, generator_of(index + number * len(truths)))
+
+    def optimised(index: int):
+        (number, things), token = tools.counted(truths[index]), fresh(index)
+        together = torch.cat([noise(index), *(noise(index, more) for more in range(2, args.noises + 1))])
+        for step in token.optimise(things, number, together, steps=args.iterations, learning_rate=rate):
+            if step.best and set(step.detected) == {number}:
+                break
+        token.save(args.out / f"tokens/{index:06d}.safetensors", f"<{number}-things>", count=number, things=things)
+        return token.draw(things, number, noise(index))
+
+    def drawn(index: int, used: bool, other_things: bool, other_noise: bool):
+        (number, things), token = tools.counted(truths[index]), fresh(index)
+        if used:
+            token.use(read_token(args.out / f"tokens/{index:06d}.safetensors")[0])
+        things = tools.elsewhere(truths[index], truths) if other_things else things
+        return token.draw(things, number, noise(index, int(other_noise)))
+
+    def images(name: str, draw: Callable):
+        with runs.timed(seconds, name):
+            return runs.draw(lambda rows: [draw(index) for index in rows], len(truths), args.out / name, 8)
+
+    plain = images("before", lambda index: drawn(index, False, False, False))
+    after = images("after", optimised)
+    scores = tools.before_and_after(judge, truths, before=plain, after=after)
+    for way, where in {"other things": (True, False), "other noise": (False, True), "both": (True, True)}.items():
+        pair = {
+            name: images(f"{name}, {way}", lambda index, used=used, where=where: drawn(index, used, *where))
+            for name, used in (("plain", False), ("reused", True))
+        }
+        told = tools.before_and_after(judge, truths, **pair)
+        scores |= {f"{way}, {name}": entry for name, entry in told.items() if name.startswith("count: count")}
+    finish(args, settings, scores, seconds, after)
