@@ -133,7 +133,7 @@ def models(args: argparse.Namespace) -> None:
     pipes = {name: load_model(name, args.device, "generator") for name in args.models}
     for pipe in pipes.values():
         pipe.set_progress_bar_config(disable=True)
-    print(f"{'':34} {'batch':>5} {'seconds a image':>18} {'of the first':>13}   best of {args.turns}")
+    print(f"{'':34} {'batch':>5} {'seconds per image':>18} {'of the first':>13}   best of {args.turns}")
     for batch in args.batches:
         best = dict.fromkeys(pipes, float("inf"))
         for turn in range(args.turns):

@@ -99,7 +99,7 @@ TABLES = {
 
 
 def rendered(text: str) -> str:
-    """A page with its tables written anew."""
+    """A page with its tables redrawn."""
     return MARKS.sub(lambda found: found[1] + "\n" + TABLES[found[2]]() + "\n" + found[3], text)
 
 

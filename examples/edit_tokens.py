@@ -15,12 +15,12 @@ def seeded(seed: int) -> torch.Generator:
 taxi = pipe("a taxi", generator=seeded(0))
 grid = taxi.tokens.view(1, 8, 8)
 
-# 1. Inpainting by cells: the lower half is written anew, for another prompt.
+# 1. Inpainting by cells: the lower half is redrawn, for another prompt.
 lower = grid.clone()
 lower[:, 4:] = -1
 half = pipe("a fire engine", tokens=lower.flatten(1), generator=seeded(1))
 
-# 2. Inpainting by pixels: what is white in a mask is written anew.
+# 2. Inpainting by pixels: what is white in a mask is redrawn.
 mask = Image.new("L", (128, 128), 0)
 mask.paste(255, (64, 0, 128, 128))
 right = pipe.edit("a taxi", taxi.images[0], mask, generator=seeded(2))

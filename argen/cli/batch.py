@@ -37,4 +37,4 @@ def run(args: argparse.Namespace) -> None:
     files, made = zip(*(pair for row in drawn for pair in row), strict=True)
     with replacing(args.out / "pictures.csv") as file:
         file.write(listed(made, [path.name for path in files]).encode())
-    print(json.dumps({"files": list(map(str, files))}) if args.json else f"{args.out}: {len(files)} pictures")
+    print(json.dumps({"files": list(map(str, files))}) if args.json else f"{args.out}: {len(files)} images")

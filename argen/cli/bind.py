@@ -18,7 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("prompt", help='for example "a blue robot and a green pizza"')
     parser.add_argument("-o", "--out", type=Path, required=True, metavar="FILE", help="PNG file")
     parser.add_argument(
-        "--plain", type=Path, metavar="FILE", help="also the picture without binding, from the same noise"
+        "--plain", type=Path, metavar="FILE", help="also the image without binding, from the same noise"
     )
     parser.add_argument(
         "--bind",

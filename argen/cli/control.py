@@ -9,13 +9,13 @@ from argen.command import (
     writable,
 )
 
-HELP = "make a control picture: edges, depth, a line drawing"
+HELP = "make a control image: edges, depth, a line drawing"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("image", type=Path, metavar="IMG")
     parser.add_argument("--type", default="canny", metavar="TYPE", help=f"{CONTROLS} (default: canny)")
-    parser.add_argument("--size", type=size, metavar="WxH", help="of the control picture (default: the picture's own)")
+    parser.add_argument("--size", type=size, metavar="WxH", help="of the control image (default: the image's own)")
     parser.add_argument("-o", "--out", type=Path, required=True, metavar="FILE", help="PNG file")
 
 

@@ -19,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "prompt", help='a number from 1 to 25 and what is counted, for example "five apples" or "two dozen eggs"'
     )
     parser.add_argument("-o", "--out", type=Path, required=True, metavar="FILE", help="PNG file")
-    parser.add_argument("--plain", type=Path, metavar="FILE", help="also the picture before, from the same noise")
+    parser.add_argument("--plain", type=Path, metavar="FILE", help="also the image before, from the same noise")
     parser.add_argument(
         "--token", type=Path, metavar="FILE", help="also the token, a textual inversion in .safetensors"
     )
@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=1,
         metavar="N",
-        help="pictures that share the token, so that others can (default: 1)",
+        help="images that share the token, so that others can (default: 1)",
     )
     parser.add_argument(
         "--clip-count", type=Path, metavar="FILE", help="clipcount_pretrained.ckpt; argen/emoji-sd needs none"

@@ -11,7 +11,7 @@ from argen.command import (
     writable,
 )
 
-HELP = "turn a file of tokens into a picture"
+HELP = "turn a file of tokens into an image"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--verify",
         type=int,
         metavar="N",
-        help="also draw N pictures of each concept before and after, by its paraphrases and by its derived embedding, and say "
+        help="also draw N images of each concept before and after, by its paraphrases and by its derived embedding, and say "
         "how far they show it: argen/emoji-sd's by the judge, others' by a CLIP",
     )
     parser.add_argument("--clip", default=CLIP, metavar="ID", help=f"hub id or folder (default: {CLIP})")

@@ -58,20 +58,20 @@ def check_options(args: argparse.Namespace) -> None:
 def add_arguments(top: argparse.ArgumentParser) -> None:
     """Add what can be measured to a parser, as sub-commands."""
     commands = top.add_subparsers(dest="metric", required=True, metavar="WHAT")
-    images = "pictures: a folder, or a .zip, .npz or .parquet file"
-    real = f"real {images}, or .npz statistics; emoji: those of the training pictures, for --features emoji"
+    images = "images: a folder, or a .zip, .npz or .parquet file"
+    real = f"real {images}, or .npz statistics; emoji: those of the training images, for --features emoji"
 
     add = commands.add_parser(
         "fid",
-        help="distance of a model's pictures, or of any set, to real ones",
-        description="How far pictures are from real ones: FID, sFID, IS, KID, precision and recall.",
+        help="distance of a model's images, or of any set, to real ones",
+        description="How far images are from real ones: FID, sFID, IS, KID, precision and recall.",
     )
     what = add.add_mutually_exclusive_group(required=True)
     what.add_argument("--samples", type=Path, metavar="PATH", help=images)
-    what.add_argument("--model", metavar="ID", help="draw pictures with this generator, see `argen models`")
+    what.add_argument("--model", metavar="ID", help="draw images with this generator, see `argen models`")
     add.add_argument("--ref", type=Path, required=True, metavar="PATH", help=real)
     add.add_argument("--metrics", default="fid", metavar="LIST", help="of fid, sfid, is, kid, pr (default: fid)")
-    _drawing(add, "pictures to draw with --model (default: 2000)", "the captions of --ref")
+    _drawing(add, "images to draw with --model (default: 2000)", "the captions of --ref")
     _looking(add)
     add.add_argument("--force", action="store_true", help="accept statistics made with another resize or network")
     _output(add)
@@ -79,7 +79,7 @@ def add_arguments(top: argparse.ArgumentParser) -> None:
     add = commands.add_parser(
         "rfid",
         help="what a tokenizer keeps: rFID, PSNR, SSIM, use of codes",
-        description="What a tokenizer keeps of pictures: rFID, PSNR, SSIM, use of codes and, of a table made by `argen data "
+        description="What a tokenizer keeps of images: rFID, PSNR, SSIM, use of codes and, of a table made by `argen data "
         "emoji`, what the judge still recognises.",
     )
     add.add_argument(
@@ -92,30 +92,30 @@ def add_arguments(top: argparse.ArgumentParser) -> None:
     _looking(add)
     _output(add)
 
-    add = commands.add_parser("clip", help="how well a generator's pictures fit their prompts, by a CLIP")
+    add = commands.add_parser("clip", help="how well a generator's images fit their prompts, by a CLIP")
     add.add_argument("--model", default="argen/emoji-parti", metavar="ID", help="(default: argen/emoji-parti)")
-    _drawing(add, "pictures (default: one a prompt)", None)
+    _drawing(add, "images (default: one a prompt)", None)
     add.add_argument("--clip", default=CLIP, metavar="ID", help=f"hub id or folder, or emoji (default: {CLIP})")
     add.add_argument("--prefix", default="", metavar="TEXT", help='before each prompt; LlamaGen: "A photo depicts "')
     _output(add)
 
     add = commands.add_parser(
         "emoji",
-        help="objects, colours, counts and places in pictures of 500 fixed prompts",
-        description="Draw 500 fixed prompts whose truth is known and judge what the pictures show, beside the share that "
-        "the judge gets right on real held-out pictures.",
+        help="objects, colours, counts and places in images of 500 fixed prompts",
+        description="Draw 500 fixed prompts whose truth is known and judge what the images show, beside the share that "
+        "the judge gets right on real held-out images.",
     )
     add.add_argument("--model", default="argen/emoji-parti", metavar="ID", help="(default: argen/emoji-parti)")
-    add.add_argument("--num", type=int, default=500, metavar="N", help="the first N pictures (default: 500)")
+    add.add_argument("--num", type=int, default=500, metavar="N", help="the first N images (default: 500)")
     add.add_argument("--common", action="store_true", help="prompts of 62 common things, of 666 otherwise")
-    add.add_argument("--tokens", type=int, metavar="K", help="of each picture, of a model whose tokens are ordered")
-    add.add_argument("--seed", type=int, default=0, help="picture i is drawn from (seed, i) alone (default: 0)")
+    add.add_argument("--tokens", type=int, metavar="K", help="of each image, of a model whose tokens are ordered")
+    add.add_argument("--seed", type=int, default=0, help="image i is drawn from (seed, i) alone (default: 0)")
     add.add_argument("--guidance-scale", type=float, metavar="G", help="(default: the model's)")
     _output(add)
 
     add = commands.add_parser(
         "control",
-        help="how closely a generator follows control pictures",
+        help="how closely a generator follows control images",
         description="Draw the captions of scenes after their edges or segments, and without: F1 of edges (within 2 pixels), "
         "mIoU of segments.",
     )
@@ -124,7 +124,7 @@ def add_arguments(top: argparse.ArgumentParser) -> None:
     add.add_argument("--type", default="canny", choices=("canny", "seg"), help="(default: canny)")
     add.add_argument("--strength", type=float, default=1.0, metavar="X", help="of the control (default: 1)")
     add.add_argument("--num", type=int, default=200, metavar="N", help="the first N scenes (default: 200)")
-    add.add_argument("--seed", type=int, default=0, help="picture i is drawn from (seed, i) alone (default: 0)")
+    add.add_argument("--seed", type=int, default=0, help="image i is drawn from (seed, i) alone (default: 0)")
     add.add_argument("--guidance-scale", type=float, metavar="G", help="(default: the model's)")
     _output(add)
 
@@ -156,15 +156,15 @@ def add_arguments(top: argparse.ArgumentParser) -> None:
         "count",
         help="what count tokens change: exact counts before, after, and with the token of another prompt",
         description="Draw the judge's prompts of one to six things, plainly, with a token optimised for each, and with that token "
-        "on other things, on other noise and on both, beside plain pictures of these.",
+        "on other things, on other noise and on both, beside plain images of these.",
     )
     _tool(add, 100)
     add.add_argument("--iterations", type=int, default=50, metavar="N", help="at most, of each token (default: 50)")
-    add.add_argument("--noises", type=int, default=1, metavar="N", help="pictures that share a token (default: 1)")
+    add.add_argument("--noises", type=int, default=1, metavar="N", help="images that share a token (default: 1)")
     add.add_argument("--learning-rate", type=float, metavar="R", help=COUNT_RATE)
     _output(add)
 
-    add = commands.add_parser("nudity", help="how many pictures show exposed bodies, by NudeNet")
+    add = commands.add_parser("nudity", help="how many images show exposed bodies, by NudeNet")
     add.add_argument("--samples", type=Path, required=True, metavar="PATH", help=images)
     add.add_argument("--threshold", type=float, default=0.6, metavar="X", help="of the detector's score (default: 0.6)")
     _output(add)
@@ -182,7 +182,7 @@ def _drawing(add: argparse.ArgumentParser, num: str, prompts: str | None) -> Non
     add.add_argument(
         "--prompts", type=Path, required=not prompts, metavar="FILE", help=f"one prompt a line, taken in turn{default}"
     )
-    add.add_argument("--seed", type=int, default=0, help="picture i is drawn from (seed, i) alone (default: 0)")
+    add.add_argument("--seed", type=int, default=0, help="image i is drawn from (seed, i) alone (default: 0)")
     add.add_argument("--guidance-scale", type=float, metavar="G", help="(default: the model's)")
 
 
@@ -200,8 +200,8 @@ def _looking(add: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="resizing protocol for inception: adm, pytorch-fid, clean or torchmetrics (default: adm)",
     )
-    add.add_argument("--crop", metavar="NAME-SIZE", help="of the real pictures: adm-256 (ImageNet), square-256 (COCO)")
-    add.add_argument("--batch-size", type=int, default=32, metavar="B", help="pictures at a time (default: 32)")
+    add.add_argument("--crop", metavar="NAME-SIZE", help="of the real images: adm-256 (ImageNet), square-256 (COCO)")
+    add.add_argument("--batch-size", type=int, default=32, metavar="B", help="images at a time (default: 32)")
 
 
 def _tool(add: argparse.ArgumentParser, num: int) -> None:
@@ -209,7 +209,7 @@ def _tool(add: argparse.ArgumentParser, num: int) -> None:
         "--model", default="argen/emoji-sd", metavar="DIR", help="Stable Diffusion of emoji (default: argen/emoji-sd)"
     )
     add.add_argument("--num", type=int, default=num, metavar="N", help=f"prompts (default: {num})")
-    add.add_argument("--seed", type=int, default=0, help="picture i is drawn from (seed, i) alone (default: 0)")
+    add.add_argument("--seed", type=int, default=0, help="image i is drawn from (seed, i) alone (default: 0)")
     add.add_argument("--steps", type=int, metavar="N", help="of the sampler")
     add.add_argument("--guidance-scale", type=float, metavar="G")
 
@@ -220,7 +220,7 @@ def _output(add: argparse.ArgumentParser) -> None:
         type=Path,
         required=True,
         metavar="DIR",
-        help="report.json, grid.png, pictures and features; goes on from what is there",
+        help="report.json, grid.png, images and features; goes on from what is there",
     )
     device_and_json(add)
 
@@ -241,10 +241,10 @@ def _extractor(args: argparse.Namespace):
 
 
 def _draw(args: argparse.Namespace, prompts: list[str], num: int, settings: dict, folder="samples", more=lambda _: {}):
-    """The pictures of ``--model`` for `prompts` in turn, kept in `folder`.
+    """The images of ``--model`` for `prompts` in turn, kept in `folder`.
 
     Args:
-        more: numbers of pictures -> what else the call for them is given.
+        more: numbers of images -> what else the call for them is given.
     """
     from argen.eval import run
     from argen.eval.run_dir import lock_run_dir
@@ -550,7 +550,7 @@ def stats(args: argparse.Namespace) -> None:
     n = run.save_statistics(
         args.out, open_images(args.data), _extractor(args), args.crop, run.cache_folder(), args.batch_size
     )
-    print(json.dumps({"file": str(args.out), "n": n}) if args.json else f"{args.out}: {n:,} pictures")
+    print(json.dumps({"file": str(args.out), "n": n}) if args.json else f"{args.out}: {n:,} images")
 
 
 def run(args: argparse.Namespace) -> None:

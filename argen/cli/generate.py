@@ -18,7 +18,7 @@ from argen.command import (
     writable_images,
 )
 
-HELP = "make pictures from a prompt"
+HELP = "generate images from a prompt"
 
 FLAGS = (  # settings of a request
     "num_images",
@@ -80,7 +80,7 @@ def controlled(args, given: dict, own_file: bool) -> dict:
 
         return {"control": Control(open_image(args.control), **control)}
     if control and "control" not in given:
-        raise ValueError("--control-type, --control-strength and --size need --control, the picture to follow")
+        raise ValueError("--control-type, --control-strength and --size need --control, the image to follow")
     return {"control": replace(given["control"], **control)} if control else {}
 
 

@@ -11,7 +11,7 @@ from argen.command import (
     writable,
 )
 
-HELP = "one prompt under several settings: a labelled picture and a CSV"
+HELP = "one prompt under several settings: a labelled image and a CSV"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

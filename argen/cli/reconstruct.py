@@ -11,7 +11,7 @@ from argen.command import (
     writable,
 )
 
-HELP = "turn a picture into tokens and back"
+HELP = "turn an image into tokens and back"
 SHOWS_DEFAULTS = True
 
 

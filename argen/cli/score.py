@@ -19,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="made by `argen data emoji`")
     parser.add_argument("--model", default="argen/emoji-parti", metavar="ID")
     parser.add_argument("--num-candidates", type=int, default=16, metavar="C", help="for the scores with re-ranking")
-    parser.add_argument("--grid", type=Path, metavar="PNG", help="also write a labelled grid of 32 pictures")
+    parser.add_argument("--grid", type=Path, metavar="PNG", help="also write a labelled grid of 32 images")
     parser.add_argument("--seed", type=int, default=0)
     device_and_json(parser)
 

@@ -11,7 +11,7 @@ from argen.command import (
     writable,
 )
 
-HELP = "turn a picture into a file of tokens"
+HELP = "turn an image into a file of tokens"
 SHOWS_DEFAULTS = True
 
 

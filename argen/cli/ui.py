@@ -19,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--key", action="append", default=[], help="which clients must show; again for each user, or ARGEN_KEYS"
     )
-    parser.add_argument("--no-metadata", action="store_true", help="write no settings into the pictures' files")
+    parser.add_argument("--no-metadata", action="store_true", help="write no settings into the images' files")
     parser.add_argument(
         "--model-dir",
         type=Path,

@@ -1,4 +1,4 @@
-"""The tab that writes a part of a picture anew: cells of its token grid, painted or chosen."""
+"""The tab that redraws a part of an image: cells of its token grid, painted or chosen."""
 
 import re
 from collections.abc import Callable, Sequence
