@@ -1,13 +1,17 @@
 """A small convolutional picture encoder, of `argen/emoji-seed`: what is in a picture, so few pictures teach convolutions better than a
 transformer."""
 
+from typing import TYPE_CHECKING
+
 import torch
 import torch.nn.functional as F
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
-from transformers import CLIPVisionModel
 from transformers.modeling_outputs import BaseModelOutput
+
+if TYPE_CHECKING:
+    from transformers import CLIPVisionModel
 
 
 class ResidualBlock(nn.Module):
@@ -60,7 +64,7 @@ class TwoEncoders(nn.Module):
         conv: pixels of the same size.
     """
 
-    def __init__(self, clip: CLIPVisionModel, conv: ConvEncoder):
+    def __init__(self, clip: "CLIPVisionModel", conv: ConvEncoder):
         super().__init__()
         self.clip, self.conv, self.config = clip, conv, clip.config
 

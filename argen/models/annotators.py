@@ -9,18 +9,21 @@ Letters in shape comments: B pictures, H W pixels.
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
-from transformers import DPTForDepthEstimation, MaskFormerForInstanceSegmentation, PreTrainedModel
 
 from argen.device import LOADING
 from tokenizers_img.checkpoint import load_strict, read_state_dict
 from tokenizers_img.hub import hub_file, model_folder
 from tokenizers_img.pixels import on_white, upright
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 class HEDBlock(nn.Module):
@@ -161,6 +164,8 @@ def _lineart(image: Tensor) -> Tensor:
 
 
 def _depth(image: Tensor, recipe: str) -> Tensor:
+    from transformers import DPTForDepthEstimation
+
     network = _pretrained(DPTForDepthEstimation, DEPTH[recipe])
     depth = network(pixel_values=image[None].float() / 127.5 - 1).predicted_depth
     depth = F.interpolate(depth[:, None], image.shape[1:], mode="bicubic", align_corners=False)[:, 0]
@@ -169,6 +174,7 @@ def _depth(image: Tensor, recipe: str) -> Tensor:
 
 def _segments(image: Tensor) -> Tensor:
     import scipy  # noqa: F401  MaskFormer needs it, and would say so only once it is fetched
+    from transformers import MaskFormerForInstanceSegmentation
 
     network = _pretrained(MaskFormerForInstanceSegmentation, SEGMENTER)
     pixels, short = image[None].float(), min(image.shape[1:])
@@ -192,7 +198,7 @@ def segment_colours(names: dict[int, str]) -> Tensor:
     return torch.tensor([colours.get(names[number], [0, 0, 0]) for number in sorted(names)], dtype=torch.uint8)
 
 
-def _pretrained(cls: type[PreTrainedModel], repo: str) -> PreTrainedModel:
+def _pretrained(cls: type["PreTrainedModel"], repo: str) -> "PreTrainedModel":
     try:
         folder = model_folder(repo)
         with LOADING:

@@ -4,22 +4,25 @@ Letters in shape comments: P prompts, B pictures, E width of the common space.
 """
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
-from transformers import CLIPModel, PreTrainedTokenizerFast
 
 from tokenizers_img.pixels import from_pil
+
+if TYPE_CHECKING:
+    from transformers import CLIPModel, PreTrainedTokenizerFast
 
 
 @dataclass
 class TextImageEncoder:
     """Both halves and the text tokenizer."""
 
-    clip: CLIPModel
-    tokenizer: PreTrainedTokenizerFast
+    clip: "CLIPModel"
+    tokenizer: "PreTrainedTokenizerFast"
 
     def to(self, device: torch.device | str) -> "TextImageEncoder":
         self.clip.to(device)

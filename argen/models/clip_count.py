@@ -9,17 +9,20 @@ Letters in shape comments: B pictures, L text ids, D width of the common space, 
 import re
 from collections import OrderedDict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
-from transformers import CLIPModel
 
 from argen.models.layers import split_heads
 from tokenizers_img.checkpoint import load_strict, read_state_dict
 from tokenizers_img.pixels import CLIP_MEAN, CLIP_STD
+
+if TYPE_CHECKING:
+    from transformers import CLIPModel
 
 SIZE, DENSITY = 224, 384  # sides of what is looked at and of the answer
 SCALE = 60  # the density of one thing sums up to it
@@ -206,7 +209,7 @@ class CLIPCount(ModelMixin, ConfigMixin):
         self.register_buffer("std", torch.tensor(CLIP_STD).view(3, 1, 1), persistent=False)
 
     @classmethod
-    def from_original(cls, path: str | Path, clip: CLIPModel) -> "CLIPCount":
+    def from_original(cls, path: str | Path, clip: "CLIPModel") -> "CLIPCount":
         """Load the released checkpoint; `clip` is OpenAI's ViT-B/16 as transformers has it."""
         own = {key.removeprefix("model."): value for key, value in read_state_dict(path).items()}
         own = {key: value for key, value in own.items() if not key.startswith(FROZEN)}
@@ -268,7 +271,7 @@ class CLIPCount(ModelMixin, ConfigMixin):
         return self.density_decoder(*maps)[:, 0]
 
 
-def from_transformers(clip: CLIPModel) -> dict[str, Tensor]:
+def from_transformers(clip: "CLIPModel") -> dict[str, Tensor]:
     """The weights of a CLIP of transformers under OpenAI's names."""
     state, converted = clip.state_dict(), {}
     for key, value in state.items():

@@ -1,20 +1,23 @@
 """Networks out of their folders: those that ship, and the text encoders that published generators share."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from diffusers import ModelMixin
-from transformers import AutoTokenizer, CLIPModel, PreTrainedTokenizerFast, T5EncoderModel
 
 from argen.data.emoji import GROUPS
 from argen.files import WEIGHTS
 from argen.models.clip import TextImageEncoder
 from argen.registry import resolve
 
+if TYPE_CHECKING:
+    from diffusers import ModelMixin
+    from transformers import PreTrainedTokenizerFast, T5EncoderModel
+
 T5 = "google/flan-t5-xl"
 
 
-def load_network(cls: type[ModelMixin], folder: Path) -> ModelMixin:
+def load_network(cls: type["ModelMixin"], folder: Path) -> "ModelMixin":
     """A network of ours or of diffusers in float32, in evaluation mode.
 
     Raises:
@@ -24,13 +27,15 @@ def load_network(cls: type[ModelMixin], folder: Path) -> ModelMixin:
     return complete(model, info)
 
 
-def read_network(folder: Path, network: str) -> ModelMixin:
+def read_network(folder: Path, network: str) -> "ModelMixin":
     """`load_network` of the class called "module:Class"."""
     return load_network(resolve(network), folder)
 
 
 def read_encoder(folder: Path) -> TextImageEncoder:
     """A CLIP with its text tokenizer."""
+    from transformers import AutoTokenizer, CLIPModel
+
     model, info = CLIPModel.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
     return TextImageEncoder(complete(model, info), AutoTokenizer.from_pretrained(folder))
 
@@ -53,6 +58,8 @@ def emoji_text() -> dict:
     return {"text_encoder": encoder.clip, "tokenizer": encoder.tokenizer, "groups": list(GROUPS)}
 
 
-def read_t5() -> tuple[T5EncoderModel, PreTrainedTokenizerFast]:
+def read_t5() -> "tuple[T5EncoderModel, PreTrainedTokenizerFast]":
     """Flan-T5 XL in bfloat16, as LlamaGen was trained: it overflows in float16."""
+    from transformers import AutoTokenizer, T5EncoderModel
+
     return T5EncoderModel.from_pretrained(T5, dtype=torch.bfloat16).eval(), AutoTokenizer.from_pretrained(T5)

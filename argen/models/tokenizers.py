@@ -1,22 +1,20 @@
-"""Image tokenizers out of their folders, as the cards name them."""
+"""Image tokenizers out of their folders, as the cards name them; each imports what it alone needs."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
-from diffusers.pipelines.stable_diffusion.stable_unclip_image_normalizer import StableUnCLIPImageNormalizer
 
 from argen.files import WEIGHTS
-from argen.models.emoji_diffusion import EMOJI_SEED, unclip
 from argen.models.files import load_network, read_encoder
-from tokenizers_img import seed
-from tokenizers_img.conv_encoder import ConvEncoder, TwoEncoders
-from tokenizers_img.flextok import FlexTok, FlexTokenizer
 from tokenizers_img.hub import hub_folder
-from tokenizers_img.kl_vae import KLVAE
-from tokenizers_img.llamagen_vq import LlamaGenVQ
-from tokenizers_img.seed import Seed, SeedTokenizer, UnCLIP
-from tokenizers_img.vit_vqgan import ViTVQGAN
+
+if TYPE_CHECKING:
+    from tokenizers_img.flextok import FlexTokenizer
+    from tokenizers_img.kl_vae import KLVAE
+    from tokenizers_img.llamagen_vq import LlamaGenVQ
+    from tokenizers_img.seed import SeedTokenizer, UnCLIP
+    from tokenizers_img.vit_vqgan import ViTVQGAN
 
 EMOJI_FLOW = {"steps": 12, "guidance_scale": 3.0}  # of emoji-flextok, from tokens to an image
 SEED_FILE = "seed_quantizer.pt"
@@ -30,51 +28,76 @@ UNCLIP_FILES = (
 )
 
 
-def read_vitvqgan(folder: Path, size: str) -> ViTVQGAN:
+def read_vitvqgan(folder: Path, size: str) -> "ViTVQGAN":
     """The released ``.ckpt`` of a folder; `size` is "small" or "base"."""
+    from tokenizers_img.vit_vqgan import ViTVQGAN
+
     files = sorted(folder.glob("*.ckpt"))
     if len(files) != 1:
         raise FileNotFoundError(f"{len(files)} .ckpt files in {folder}: expected one")
     return ViTVQGAN.from_original(files[0], size)
 
 
-def read_llamagen_vq(folder: Path, name: str) -> LlamaGenVQ:
+def read_llamagen_vq(folder: Path, name: str) -> "LlamaGenVQ":
     """`name` is that of the released file, e.g. "vq_ds16_c2i"."""
+    from tokenizers_img.llamagen_vq import LlamaGenVQ
+
     stride = int(name.split("_")[1].removeprefix("ds"))
     return LlamaGenVQ.from_original(folder / f"{name}.pt", stride)
 
 
-def read_flextok(folder: Path) -> FlexTokenizer:
+def read_flextok(folder: Path) -> "FlexTokenizer":
     """A released FlexTok, with its configuration beside it."""
+    from tokenizers_img.flextok import FlexTokenizer
+
     return FlexTokenizer.from_original(folder / "model.safetensors")
 
 
-def read_emoji_flextok(folder: Path) -> FlexTokenizer:
+def read_emoji_flextok(folder: Path) -> "FlexTokenizer":
     """argen/emoji-flextok."""
+    from diffusers import AutoencoderKL
+
+    from tokenizers_img.flextok import FlexTok, FlexTokenizer
+
     return FlexTokenizer(
         load_network(FlexTok, folder), load_network(AutoencoderKL, WEIGHTS / "emoji-vae"), **EMOJI_FLOW
     )
 
 
-def read_vae(folder: Path) -> KLVAE:
+def read_vae(folder: Path) -> "KLVAE":
     """A VAE in diffusers' layout."""
+    from diffusers import AutoencoderKL
+
+    from tokenizers_img.kl_vae import KLVAE
+
     return KLVAE(load_network(AutoencoderKL, folder))
 
 
-def read_kl16(folder: Path) -> KLVAE:
+def read_kl16(folder: Path) -> "KLVAE":
     """The released KL-16."""
+    from tokenizers_img.kl_vae import KLVAE
+
     return KLVAE.from_original(folder / "kl16.ckpt")
 
 
-def read_seed(folder: Path) -> SeedTokenizer:
+def read_seed(folder: Path) -> "SeedTokenizer":
     """The released SEED-2; its vision transformer may lie beside the file."""
+    from tokenizers_img import seed
+
     vision = folder / "eva_vit_g.pth"
     network, encoder = seed.from_original(folder / SEED_FILE, vision if vision.is_file() else seed.eva_file())
-    return SeedTokenizer(network, encoder, _published_unclip)
+    return seed.SeedTokenizer(network, encoder, _published_unclip)
 
 
-def read_emoji_seed(folder: Path) -> SeedTokenizer:
+def read_emoji_seed(folder: Path) -> "SeedTokenizer":
     """argen/emoji-seed."""
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from diffusers.pipelines.stable_diffusion.stable_unclip_image_normalizer import StableUnCLIPImageNormalizer
+
+    from argen.models.emoji_diffusion import EMOJI_SEED, unclip
+    from tokenizers_img.conv_encoder import ConvEncoder, TwoEncoders
+    from tokenizers_img.seed import Seed, SeedTokenizer
+
     encoder = read_encoder(WEIGHTS / "emoji-clip")
     decoder = unclip(
         load_network(UNet2DConditionModel, folder / "unet"),
@@ -87,5 +110,7 @@ def read_emoji_seed(folder: Path) -> SeedTokenizer:
     return SeedTokenizer(load_network(Seed, folder), vision, decoder, **EMOJI_SEED)
 
 
-def _published_unclip() -> UnCLIP:
-    return UnCLIP.from_pretrained(hub_folder(seed.UNCLIP, UNCLIP_FILES), torch_dtype=torch.float32)
+def _published_unclip() -> "UnCLIP":
+    from tokenizers_img.seed import UNCLIP, UnCLIP
+
+    return UnCLIP.from_pretrained(hub_folder(UNCLIP, UNCLIP_FILES), torch_dtype=torch.float32)

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import torch
-from diffusers import PixArtAlphaPipeline, VQModel
+from diffusers import VQModel
 from torch import Tensor
 from transformers import CLIPModel, PreTrainedTokenizerFast, T5EncoderModel
 
@@ -156,6 +156,8 @@ class LlamaGenPipeline(TokenPipeline):
 
 def clean_caption(text: str) -> str:
     """What the official code hands to T5: the PixArt clean-up, twice (it needs ftfy and beautifulsoup4)."""
+    from diffusers import PixArtAlphaPipeline
+
     for _ in range(2):
         text = PixArtAlphaPipeline._clean_caption(PixArtAlphaPipeline, text)
     return text
