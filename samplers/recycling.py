@@ -60,7 +60,7 @@ class Table:
 
 @settings
 class TokenRecycling:
-    """Lossless, for any generator."""
+    """Drafts from what followed each token before (Token Recycling); lossless, for any generator."""
 
     width: int = Field(8, ge=1, le=1024, description="tokens that are kept of each distribution")
     tree: Shape | TreeName = Field("static", description="shape of the drafted trees", json_schema_extra=TREE_CHOICES)

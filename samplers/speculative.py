@@ -128,7 +128,7 @@ def drafter_of(session: Session, sampler: str) -> Drafter:
 
 @settings
 class Speculative:
-    """The target looks at a tree of drafted tokens in one pass, and keeps a path of it.
+    """Speculative decoding: the target looks at a tree of drafted tokens in one forward pass, and keeps a path of it.
 
     In Python `tree` may be any `samplers.trees.Shape`, `rule` any `samplers.rules.Rule`, and `drafter` another than the one that the
     generator brings; for `reject_in` see `verify`.

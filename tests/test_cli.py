@@ -184,7 +184,7 @@ def test_a_missing_part_of_the_weights_is_noticed(monkeypatch, tmp_path):
     state.pop("post_quant.weight")
     save_file(state, folder / name, metadata={"format": "pt"})
     (folder / "config.json").write_bytes((WEIGHTS / "emoji-vitvqgan" / "config.json").read_bytes())
-    monkeypatch.setattr("argen.hub.loading.WEIGHTS", tmp_path)
+    monkeypatch.setattr("argen.hub.cards.WEIGHTS", tmp_path)
     with pytest.raises(ValueError, match="post_quant.weight"):
         argen.load("argen/emoji-vitvqgan")
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 
-from argen.pipelines.base import masked_cells
+from argen.pipelines.editing import masked_cells
 from argen.request import Request
 from argen.ui import edit
 

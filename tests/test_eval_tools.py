@@ -30,7 +30,7 @@ def untrained(tmp_path, monkeypatch):
     unet = UNet2DConditionModel(sample_size=8, in_channels=16, out_channels=16, cross_attention_dim=192, **sizes)
     unet.save_pretrained(folder / "emoji-sd")
     Counter().save_pretrained(folder / "emoji-counter")
-    monkeypatch.setattr("argen.hub.loading.WEIGHTS", folder)
+    monkeypatch.setattr("argen.hub.cards.WEIGHTS", folder)
 
 
 def report(folder) -> dict[str, float]:

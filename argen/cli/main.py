@@ -7,7 +7,7 @@ import sys
 
 from argen import __version__
 from argen.collector import uncollected
-from argen.command import DEFAULTS, Parser, check_numbers, guarded
+from argen.command import DEFAULTS, Parser, check_numbers, guarded, printable
 from argen.registry import commands
 
 
@@ -35,7 +35,11 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else list(map(str, argv))
     atexit.register(gc.freeze)  # or Python, when it ends, searches all that was imported for garbage several times
     with uncollected():
-        args = parser(argv).parse_args(argv)
+        try:
+            args = parser(argv).parse_args(argv)
+        except (ValueError, ImportError) as error:  # a command of a package that cannot be imported
+            print(f"argen: error: {printable(str(error))}", file=sys.stderr)
+            return 2
 
     def run(args: argparse.Namespace) -> None:
         if args.command != "train":  # its steps are those of a schedule

@@ -14,7 +14,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from argen.files import replacing
+from argen.files import WEIGHTS, replacing
 from argen.registry import MAX_SHOWN, cards, nearest
 from argen.words import cut, visible
 
@@ -38,6 +38,7 @@ class Card:
         repo: hub repository of published weights; None for those that ship or lie in a folder.
         files: glob patterns of the files in `repo` that are read.
         revision: commit of `repo` that is fetched; None for the one at the first fetch.
+        folder: where the files of a package's card lie, relative to the card.
         takes: what a generator is asked with: "text", "class", "control" (an image to follow).
         grid: whether its images are grids of tokens, each with its position, which can be read from images, too.
         unproven: whether no key list is public that would prove that its files fit.
@@ -55,6 +56,7 @@ class Card:
     repo: str | None = None
     files: tuple[str, ...] = ()
     revision: str | None = None
+    folder: str | None = None
     takes: tuple[str, ...] = ("text",)
     grid: bool = False
     unproven: bool = False
@@ -69,8 +71,13 @@ class Card:
 
     @property
     def ships(self) -> bool:
-        """Whether the weights are a part of the package."""
+        """Whether the weights are a part of argen, or of the package that brings the card."""
         return self.repo is None
+
+    @property
+    def path(self) -> Path:
+        """The folder of weights that ship."""
+        return Path(self.folder) if self.folder else WEIGHTS / self.id.removeprefix("argen/")
 
     def tool(self, name: str) -> dict[str, Any]:
         """The card's settings of a tool, none where it has none."""
@@ -86,7 +93,8 @@ def read_card(path: Path) -> Card:
     try:
         content = tomllib.loads(path.read_text(encoding="utf-8"))
         lists = {name: tuple(value) for name, value in content.items() if isinstance(value, list)}
-        return Card(**content | lists)
+        folder = {"folder": str((path.parent / content["folder"]).resolve())} if "folder" in content else {}
+        return Card(**content | lists | folder)
     except (TypeError, ValueError, OSError) as error:
         names = ", ".join(item.name for item in fields(Card))
         raise ValueError(f"{path} is no card ({error}): expected TOML with some of {names}") from error

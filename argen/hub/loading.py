@@ -13,7 +13,6 @@ from safetensors import SafetensorError
 
 from argen.collector import uncollected
 from argen.device import LOADING, silent
-from argen.files import WEIGHTS
 from argen.hub.cards import CARD_FILE, Card, all_cards, check_known, find_card
 from argen.registry import pipelines, resolve
 from tokenizers_img.checkpoint import refuse_placeholder
@@ -52,7 +51,7 @@ def load(model: str | Path, tokenizer: str | Path | None = None, image_size: int
     check_known(model)
     card, path = all_cards().get(str(model)), Path(model)
     if card is not None:
-        folder = hub_folder(card.repo, card.files) if card.repo else WEIGHTS / card.id.removeprefix("argen/")
+        folder = hub_folder(card.repo, card.files) if card.repo else card.path
         return _read(folder, card, lambda: resolve(card.target)(folder, **card.arguments))
     if (path / "model_index.json").is_file():
         card = find_card(str(path)) if (path / CARD_FILE).is_file() else None

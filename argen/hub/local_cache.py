@@ -41,7 +41,7 @@ def local_cache() -> list[Holding]:
     repos, found = _cached(), []
     for name, model in all_cards().items():
         if model.repo is None:
-            folder = WEIGHTS / name.removeprefix("argen/")
+            folder = model.path
             size = sum(file.stat().st_size for file in folder.rglob("*.safetensors"))
             found.append(Holding(name, folder, size))
         else:
@@ -60,7 +60,10 @@ def verify(id: str) -> dict[str, bool]:
     if find_card(id).repo is None:
         lines = (line.split("  ", 1) for line in SUMS.read_text().splitlines())
         own = f"{id.removeprefix('argen/')}/"
-        return {name: _digest(WEIGHTS / name, "sha256") == digest for digest, name in lines if name.startswith(own)}
+        known = {name: digest for digest, name in lines if name.startswith(own)}
+        if not known:
+            raise ValueError(f"no checksums of {id} are known: only those of argen's own weights and of hub files are")
+        return {name: _digest(WEIGHTS / name, "sha256") == digest for name, digest in known.items()}
     files = {file.file_name: file.blob_path for revision in _repo(id).revisions for file in revision.files}
     return {name: _as_named(path) for name, path in sorted(files.items())}
 

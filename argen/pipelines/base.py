@@ -16,28 +16,24 @@ import torch.nn.functional as F
 from diffusers import DiffusionPipeline
 from diffusers.utils import BaseOutput, numpy_to_pil
 from einops import rearrange
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 from transformers import CLIPModel
 
 from argen import __version__
 from argen.data.imagenet import class_id
 from argen.hub.cards import Card, write_card
-from argen.images import fitted, fitted_box
-from argen.metadata import MADE_BY, TOKENS, fingerprint, read_grid
+from argen.metadata import MADE_BY, TOKENS, fingerprint
 from argen.models.clip import TextImageEncoder
+from argen.pipelines.editing import Editing
 from argen.registry import samplers, samplers_of
 from argen.request import Control, Grid, Job, Request
 from argen.words import check_prompt
-from samplers.errors import InvalidValue
 from samplers.logits import Gumbel, Sampling, keys_of
 from samplers.settings import make
-from samplers.steps import START, GuidanceScale, Sampler, Session, Step, guided
-from tokenizers_img.pixels import as_image, from_pil, normalized, on_white, to_mask, upright
+from samplers.steps import GuidanceScale, Sampler, Session, Step
 
 SAMPLING = ("guidance_scale", "temperature", "top_k", "top_p")  # what a request may leave to the model
-COMPARED = 1024  # pixels on a side at which an image is compared with its tokens, at most
-SAME = 0.06  # mean difference of a cell, 0 to 1, up to which an image is what its tokens show: sizes and file formats change it
 UNDECIDED = 230 / 255  # brightness of the cells that are not written yet
 
 
@@ -50,9 +46,6 @@ class Defaults:
     top_k: int = 0
     top_p: float = 1.0
     steps: int | None = None  # of a flow
-
-
-ImageLike = Image.Image | np.ndarray | Tensor
 
 
 @dataclass
@@ -72,7 +65,7 @@ class TokenPipelineOutput(BaseOutput):
     origins: Tensor | None = None
 
 
-class TokenPipeline(DiffusionPipeline):
+class TokenPipeline(Editing, DiffusionPipeline):
     """Base of the pipelines: a subclass says how a prompt is read and how tokens become pixels.
 
     Attributes:
@@ -390,115 +383,6 @@ class TokenPipeline(DiffusionPipeline):
         )
         return output if return_dict else output.to_tuple()
 
-    def edit(
-        self, prompt: str, image: ImageLike, mask: ImageLike | None = None, **settings
-    ) -> TokenPipelineOutput | tuple:
-        """A picture with a part of it redrawn, all that the cells of the token grid touch.
-
-        Args:
-            image: of any size; padded to a square; of Pillow, or an array or a tensor, see `tokenizers_img.pixels.as_image`.
-            mask: as large, white where the picture is redrawn; None takes what is transparent in `image`.
-            settings: see `__call__`; with num_images_per_prompt several, each from the same beginning.
-
-        Raises:
-            ValueError: the mask has another size, or is black; this model's tokens have no place in the picture.
-        """
-        grid = self.without(image, mask)
-        drawn = settings.get("num_candidates") or settings.get("num_images_per_prompt", 1)
-        grid = grid if grid.is_floating_point() else grid.flatten(1)
-        return self(prompt, tokens=grid.expand(drawn, *grid.shape[1:]), **settings)
-
-    def without(self, image: ImageLike, mask: ImageLike | None = None) -> Tensor:
-        """The tokens of a picture, undecided where it is to be redrawn: ids [1, h, w]. See `edit`."""
-        image, mask = as_image(image), mask if mask is None else as_image(mask, "the mask")
-        cells = masked_cells(image, mask, self.shape_of())
-        known = self._stored(read_grid(image), image, visible=mask is None)
-        if known is None:
-            return self.mask_tokens(self.encode_images(from_pil(image, self.image_size)[None]), cells)
-        tokens, box = known
-        inside = upright(image).crop(box), None if mask is None else to_mask(mask).crop(box)
-        return self.mask_tokens(tokens, masked_cells(*inside, self.shape_of()))
-
-    def read_tokens(self, image: Image.Image, grid: Grid | None = None) -> Tensor:
-        """The tokens of an image of any size, padded to a square: ids [1, h, w]. Raises as `encode_pictures` does.
-
-        Args:
-            grid: that the image was made of, where it is known (images of argen carry theirs): it is taken if it shows this image,
-                so that nothing is lost by encoding.
-        """
-        if (stored := self._stored(grid or read_grid(image), image)) is not None:
-            return stored[0]
-        return self.encode_images(from_pil(image, self.image_size)[None])
-
-    def _stored(
-        self, grid: Grid | None, image: Image.Image, visible: bool = False
-    ) -> tuple[Tensor, tuple[int, int, int, int]] | None:
-        """A grid as ids [1, h, w], and the part (left, top, right, bottom) of an image that it shows, if it is one of this model's and
-        each of its cells shows what the image does; the image may have been scaled and padded by `argen.images.fitted`.
-
-        Args:
-            visible: whether only what is not transparent is looked at.
-        """
-        if grid is None:
-            return None
-        shape, tokens = self.shape_of(), torch.tensor(grid)[None]
-        known = getattr(self.image_tokenizer.config, "n_embed", 0) if hasattr(self, "image_tokenizer") else 0
-        if tuple(tokens.shape[1:]) != tuple(shape) or not 0 <= tokens.min() <= tokens.max() < known:
-            return None
-        (decoded,) = self.images(tokens.to(self.device))
-        image = upright(image).copy()
-        whole = image.size
-        image.thumbnail((COMPARED, COMPARED))
-        made, seen = (np.asarray(one, np.float32) for one in (fitted(decoded, image.size), on_white(image)))
-        difference = torch.from_numpy(np.abs(made - seen).mean(axis=2) / 255)
-        if visible:
-            difference *= torch.from_numpy(np.asarray(image.getchannel("A")) > 0)
-        left, top, right, bottom = fitted_box(decoded.size, image.size)
-        cells = F.adaptive_avg_pool2d(difference[None, top:bottom, left:right], shape)
-        difference[top:bottom, left:right] = 0
-        same = cells.max() <= SAME and difference.max() <= SAME
-        return (tokens.to(self.device), fitted_box(decoded.size, whole)) if same else None
-
-    def mask_low_confidence(self, request: Request, tokens: Tensor, share: float) -> Tensor:
-        """The tokens of a picture with a share of its cells undecided, one at least: those that the network finds least likely.
-
-        Args:
-            request: what the picture shall be.
-            tokens: ids [1, h, w].
-            share: 0 to 1.
-        """
-        _, own = self.certainty(request, tokens[0])
-        order = own.flatten().argsort()
-        chosen = torch.zeros(own.numel(), dtype=torch.bool)
-        chosen[order[: max(1, round(share * own.numel()))]] = True
-        return self.mask_tokens(tokens, chosen.view(own.shape))
-
-    @torch.no_grad()
-    def certainty(self, request: Request, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """How sure the network is of each cell of a finished picture: the entropy of its distribution there in nats, and the probability of
-        the token, both [h, w]. One pass.
-
-        Args:
-            request: that made the picture.
-            tokens: its ids [h, w].
-
-        Raises:
-            ValueError: cells are undecided.
-        """
-        if (tokens < 0).any():
-            raise ValueError("the picture is not finished: expected a token in each cell")
-        request = self.resolved(request)
-        controls = [request.control] if request.control else None
-        session = self.start([request.prompt], request.guidance_scale != 1, tuple(tokens.shape), controls)
-        cells, flat = torch.arange(tokens.numel()), tokens.flatten().to(self.device)
-        read = torch.cat([torch.full_like(flat[:1], START), flat[:-1]])[None]
-        logits = guided(*session.forward(read, cells - 1), request.guidance_scale, cells)
-        sampling = Sampling(request.temperature or 1.0, request.top_k, request.top_p)
-        shares = sampling.filter(logits)[0].softmax(dim=-1)
-        entropy = torch.special.entr(shares).sum(dim=-1)
-        own = shares.gather(1, flat[:, None])[:, 0]
-        return entropy.view(tokens.shape).cpu(), own.view(tokens.shape).cpu()
-
     def run(self, request: Request, every: int = 1, tokens: Tensor | None = None) -> Iterator[Job]:
         """Carry out a request; yields its job, the same object, after each step, and at last with its pictures.
 
@@ -624,27 +508,6 @@ class TokenPipeline(DiffusionPipeline):
                 if not tokens.is_floating_point():
                     image.info[TOKENS] = json.dumps(rows.tolist())
         return images
-
-
-def masked_cells(image: Image.Image, mask: Image.Image | None, shape: tuple[int, int]) -> Tensor:
-    """Which cells of a token grid a mask touches, [h, w] bool; the arguments are those of `TokenPipeline.edit`."""
-    if shape[0] == 1:
-        raise ValueError("the tokens of this model have no place in the picture: choose another model to edit with")
-    image = normalized(image)
-    if mask is None:
-        mask = ImageOps.invert(upright(image).getchannel("A"))
-    elif (mask := to_mask(mask)).size != image.size:
-        raise InvalidValue(
-            f"the mask is {mask.width} x {mask.height} and the picture {image.width} x {image.height}: expected the same",
-            "mask",
-        )
-    side = max(mask.size)
-    square = ImageOps.pad(mask, (side, side), color=0)  # as the picture is padded
-    painted = torch.from_numpy(np.array(square)).float()[None, None] / 255
-    cells = F.adaptive_max_pool2d(painted, shape)[0, 0] > 0.5
-    if not cells.any():
-        raise InvalidValue("nothing to inpaint: expected white in the mask, or something transparent", "mask")
-    return cells
 
 
 def distinct_first(order: list[int], tokens: Tensor) -> list[int]:

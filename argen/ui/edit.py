@@ -10,7 +10,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from argen.pipelines.base import TokenPipeline, masked_cells
+from argen.pipelines.base import TokenPipeline
+from argen.pipelines.editing import masked_cells
 from argen.registry import samplers_of
 from argen.request import Grid, Request, rows_of
 from argen.ui.generate import Models
