@@ -80,7 +80,7 @@ def build(context: AppContext, device: torch.device, limit: int | None = None) -
     free = [name for name in generators if "control" not in all_cards()[name].takes]
     controlled = [name for name in generators if "control" in all_cards()[name].takes]
     with Page(title="argen", analytics_enabled=False, delete_cache=(CLEANED_EVERY, KEPT_FOR)) as page:
-        gr.Markdown("# argen\nPictures written token by token, from words.")
+        gr.Markdown("# argen\nImages written token by token, from words.")
         with gr.Tab("Generate"):
             create = Create(models, free, context)
         with gr.Tab("Edit"):
