@@ -5,6 +5,7 @@ import gc
 import json
 import subprocess
 import sys
+import weakref
 
 import pytest
 
@@ -90,3 +91,23 @@ def test_the_collector_is_as_it_was(capsys):
     with pytest.raises(SystemExit):  # of argparse, while it is off
         main(["generate", "--nonsense"])
     assert gc.isenabled()
+
+
+def test_what_was_made_meanwhile_can_be_collected():
+    class Ring:
+        def __init__(self):
+            self.me = self
+
+    with uncollected():
+        gone = weakref.ref(Ring())
+        assert gone() is not None
+    gc.collect()
+    assert gone() is None
+    assert gc.get_freeze_count() == 0
+    gc.freeze()
+    try:
+        with uncollected():
+            pass
+        assert gc.get_freeze_count()  # of a program that keeps some out of all searches
+    finally:
+        gc.unfreeze()
