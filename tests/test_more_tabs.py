@@ -27,7 +27,7 @@ def test_a_grid_of_settings_is_drawn(page, tmp_path):  # noqa: F811
     page.locator("#grid-prompt textarea").fill("a red apple, noto style")
     page.locator("#values-x input, #values-x textarea").first.fill("1, 6")
     page.get_by_role("button", name="Generate grid").click()
-    page.get_by_text("4 pictures, also in the gallery").wait_for(timeout=90_000)
+    page.get_by_text("4 images, also in the gallery").wait_for(timeout=90_000)
     with page.expect_download() as loaded:
         page.locator("#grid-table a").first.click()
     loaded.value.save_as(tmp_path / "grid.csv")
@@ -41,7 +41,7 @@ def test_a_grid_of_settings_is_drawn(page, tmp_path):  # noqa: F811
     assert page.locator("#grid img").is_visible()
     page.reload()
     opened(page, "X/Y/Z plot and Batch")
-    page.get_by_text("4 pictures, also in the gallery").wait_for(timeout=30_000)
+    page.get_by_text("4 images, also in the gallery").wait_for(timeout=30_000)
     assert page.locator("#grid img").is_visible()
 
 
@@ -73,7 +73,7 @@ def test_a_model_is_measured(page):  # noqa: F811
     page.get_by_label("the judge, on its 500 prompts").check()
     page.locator("#eval-num input[type=number]").fill("4")
     page.get_by_role("button", name="Measure").click()
-    page.locator("#eval-state").get_by_text(re.compile(r"4 pictures in \d+ s")).wait_for(timeout=90_000)
+    page.locator("#eval-state").get_by_text(re.compile(r"4 images in \d+ s")).wait_for(timeout=90_000)
     assert page.locator("#eval").get_by_text("single: identity").first.is_visible()
 
 
@@ -129,7 +129,7 @@ def test_a_picture_is_drawn_and_chosen_by_keyboard_alone(page, site):  # noqa: F
         page.keyboard.press("Tab")
     page.keyboard.type("a taxi, noto style")
     page.keyboard.press("Enter")
-    page.get_by_text(re.compile(r"4 pictures in ")).wait_for(timeout=90_000)
+    page.get_by_text(re.compile(r"4 images in ")).wait_for(timeout=90_000)
     for _ in range(200):
         if page.evaluate("document.activeElement.innerText === 'Gallery'"):
             break

@@ -84,11 +84,11 @@ def page(site, chromium):
 def test_a_prompt_becomes_pictures_that_keep_their_settings(page, site):
     page.get_by_placeholder("a red apple").fill("a pizza")
     page.get_by_role("button", name="Generate", exact=True).first.click()
-    page.locator("#state", has_text="4 pictures in").wait_for(timeout=60_000)
+    page.locator("#state", has_text="4 images in").wait_for(timeout=60_000)
     assert page.locator("#pictures img").count() >= 4
     shown = page.locator("#pictures img").first
     assert shown.evaluate("img => img.decode().then(() => img.naturalWidth)") == 128
-    page.get_by_role("button", name="Settings of each picture").click()
+    page.get_by_role("button", name="Settings of each image").click()
     page.locator("#settings", has_text="a pizza").wait_for(timeout=10_000)
 
     files = sorted(site[1].glob("*.png"))
@@ -131,7 +131,7 @@ def test_a_stopped_picture_goes_on_after_the_page_was_loaded_anew(page, site):
     assert len(list(site[1].glob("*.png"))) == before
     page.locator("#line-pause").click()
     page.locator("#resume").click()
-    page.locator("#state", has_text="9 pictures in").wait_for(timeout=60_000)
+    page.locator("#state", has_text="9 images in").wait_for(timeout=60_000)
     assert len(list(site[1].glob("*.png"))) == before + 9
     page.locator("#again").click()
     for _ in range(240):
@@ -234,7 +234,7 @@ def test_what_is_painted_is_written_anew(page, site):
     painted_on(page)
     page.locator("#edit-prompt textarea").fill("a robot")
     request, undecided = drawn_after(page, site, "#edit-paint")
-    page.locator("#state-edit", has_text="4 pictures in").wait_for(timeout=60_000)
+    page.locator("#state-edit", has_text="4 images in").wait_for(timeout=60_000)
     assert request.prompt == "a robot"
     assert 1 <= sum(undecided) < 40
     page.locator("#edit-locked input").check()
@@ -278,7 +278,7 @@ def test_a_drawing_is_followed(page, site):
     assert seen.evaluate("img => img.decode().then(() => img.naturalWidth)") == 128
     page.locator("#control-prompt textarea").fill("a pizza")
     page.locator("#control-draw").click()
-    page.locator("#state-control", has_text="4 pictures in").wait_for(timeout=60_000)
+    page.locator("#state-control", has_text="4 images in").wait_for(timeout=60_000)
     request = read_request(max(site[1].glob("*.png")))
     assert request.model == "argen/emoji-control"
     assert min(min(pair) for pair in request.control.image.convert("RGB").getextrema()) < 100  # the line is in it

@@ -68,7 +68,7 @@ class Create:
                 with gr.Row():
                     style = gr.Dropdown([ANY_STYLE, *STYLES], value=ANY_STYLE, label="Style")
                     num = gr.Slider(1, 9, value=4, step=1, label="Images")
-                    seed = gr.Number(0, precision=0, minimum=0, label="Seed", info="picture i has seed + i")
+                    seed = gr.Number(0, precision=0, minimum=0, label="Seed", info="image i has seed + i")
                 with gr.Accordion("More", open=False):
                     settings = self.settings(shown)
                 with gr.Row():

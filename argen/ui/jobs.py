@@ -74,7 +74,7 @@ class View:
                 stop = gr.Button("Stop", elem_id=f"stop{suffix}")
                 resume = gr.Button("Resume", elem_id=f"resume{suffix}")
                 again = gr.Button("Generate with next seeds", elem_id=f"again{suffix}")
-            with gr.Accordion("Settings of each picture, also inside its file", open=False):
+            with gr.Accordion("Settings of each image, also inside its file", open=False):
                 self.settings = gr.JSON(show_label=False, elem_id=f"settings{suffix}")
             with gr.Accordion("How the cells were written", open=False):
                 self.cells = gr.Gallery(

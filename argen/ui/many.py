@@ -54,7 +54,7 @@ class Many:
             with gr.Column(scale=3):
                 page = gr.Image(label="Grid", format="png", interactive=False, elem_id="grid")
                 state = gr.Markdown(elem_id="grid-state")
-                table = gr.File(label="CSV of what made each picture", visible=False, elem_id="grid-table")
+                table = gr.File(label="CSV of what made each image", visible=False, elem_id="grid-table")
         timer = gr.Timer(TICK, active=False)
         self.watched = [asked, timer]
         go.click(self.begin, fields, self.watched)
@@ -74,7 +74,7 @@ class Many:
                 send = gr.Button("Queue all rows", variant="primary", elem_id="batch-go")
             with gr.Column(scale=3):
                 told = gr.Markdown(
-                    "The pictures will be in the gallery. What waits is on disk: it goes on after a restart, too.",
+                    "The images will be in the gallery. What waits is on disk: it goes on after a restart, too.",
                     elem_id="batch-state",
                 )
         send.click(self.batch, [file, other], told)
@@ -120,7 +120,7 @@ class Many:
         made = sheet([self.studio.store.opened(one.id) for one in saved], axes)
         return (
             made,
-            f"{done} pictures, also in the gallery",
+            f"{done} images, also in the gallery",
             gr.update(value=str(csv), visible=True),
             gr.Timer(active=False),
         )
@@ -132,4 +132,4 @@ class Many:
                 raise ValueError("there is no table: drop a CSV or JSON lines file")
             requests = read_table(Path(path), model=model)
             self.studio.submit_all(requests, self.context.owner(request))
-        return f"{len(requests)} requests are in the queue; their pictures will be in the gallery."
+        return f"{len(requests)} requests are in the queue; their images will be in the gallery."
