@@ -1,14 +1,17 @@
 """Cards: what ships is read, what is saved is read again, a bad one is one line."""
 
+import shutil
 from dataclasses import replace
 
 import pytest
 import torch
 
 import argen
+from argen.files import WEIGHTS
 from argen.hub.cards import CARD_FILE, FOLDER, Card, all_cards, find_card, read_card, write_card
 from argen.hub.loading import load
 from argen.registry import Registry, cards, register, resolve
+from argen.train.recipes import write_card_of
 
 
 def test_every_card_names_a_reader_and_says_what_it_is():
@@ -79,3 +82,16 @@ def test_a_registry_imports_on_first_use():
 def test_the_public_names_are_shown():
     assert {"load", "list_models", "register"} <= set(dir(argen))
     assert argen.load is load
+
+
+def test_a_trained_folder_loads_by_path(tmp_path):
+    for recipe, model in (("emoji-parti-second", "emoji-parti"), ("emoji-judge", "emoji-judge")):
+        final = tmp_path / recipe
+        shutil.copytree(WEIGHTS / model, final)
+        write_card_of(recipe, final)
+        loaded = argen.load(final)
+        assert type(loaded) is type(argen.load(f"argen/{model}"))
+    assert loaded.config.names
+    assert argen.load(tmp_path / "emoji-parti-second").defaults.temperature == 0.9
+    write_card_of("emoji-seed-contrastive", tmp_path)
+    assert not (tmp_path / CARD_FILE).exists()

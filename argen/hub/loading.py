@@ -38,7 +38,7 @@ def load(model: str | Path, tokenizer: str | Path | None = None, image_size: int
     its files have; T5 and SEED-LLaMA are in bfloat16.
 
     Args:
-        model: an id that `argen models` lists, a folder written by a pipeline's ``save_pretrained``, the released file of a ControlAR or
+        model: an id that `argen models` lists, a folder written by a pipeline's ``save_pretrained`` or by `argen train`, the released file of a ControlAR or
             xAR beside its tokenizer's, or a checkpoint of a LlamaGen, released or of one's own training. Published weights are taken
             from the hub's cache, or fetched into it.
         tokenizer: of a LlamaGen's checkpoint: the file of its image tokenizer; None where a released one lies beside it.
@@ -56,6 +56,9 @@ def load(model: str | Path, tokenizer: str | Path | None = None, image_size: int
     if (path / "model_index.json").is_file():
         card = find_card(str(path)) if (path / CARD_FILE).is_file() else None
         return _read(path, card, lambda: _pipeline(path, tuple(pipelines)))
+    if (path / CARD_FILE).is_file():  # as `argen train` writes it
+        card = find_card(str(path))
+        return _read(path, card, lambda: resolve(card.target)(path, **card.arguments))
     if path.is_file() and (card := _released(path)):
         return _read(path.parent, card, lambda: resolve(card.target)(path.parent, **card.arguments))
     with _alone():

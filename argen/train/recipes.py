@@ -1,7 +1,10 @@
 """The recipes by name: which task and schedule `argen train RECIPE` runs, and what it needs."""
 
+import re
+from dataclasses import replace
 from pathlib import Path
 
+from argen.hub.cards import all_cards, write_card
 from argen.train import clip as clip_recipe
 from argen.train import (
     controlar,
@@ -152,4 +155,15 @@ def run(
     if compile:
         for network in task.networks.values():
             network.compile()
-    return train(task, schedule, out, seed=seed, steps=steps)
+    scores = train(task, schedule, out, seed=seed, steps=steps)
+    if (out / "final").is_dir() and not any(parts.values()):  # what the card's reader puts beside it is what ships
+        write_card_of(recipe, out / "final")
+    return scores
+
+
+def write_card_of(recipe: str, final: Path) -> None:
+    """Give a trained folder the card of the shipped model that the recipe trains, so that ``argen.load(folder)`` reads it; parts of
+    emoji-seed have none, since it takes three of them."""
+    id = f"argen/{re.sub('-(second|third|decoder)$', '', recipe)}"
+    if id in all_cards() and not recipe.startswith("emoji-seed"):
+        write_card(replace(all_cards()[id], id=f"{recipe}, trained", order=1000), final)
