@@ -16,6 +16,7 @@ from argen.models.dalle_mini import DalleMiniDecoder, DalleMiniEncoder, text_tok
 from argen.pipelines.base import distinct_first
 from argen.pipelines.dalle_mini import DalleMiniPipeline
 from argen.request import Request
+from samplers.jacobi import Jacobi
 from samplers.steps import Origin
 from tokenizers_img.vqgan import VQGANDetokenizer
 
@@ -215,3 +216,20 @@ def test_an_image_knows_what_made_it(pipe, tmp_path):
         finally:
             weight.div_(2)
     assert fingerprint(pipe) == before
+
+
+def test_what_other_pipelines_take_is_refused_with_what_to_use(pipe):
+    for name, said in (("negative_prompt", "guidance_scale"), ("height", "size="), ("num_inference_steps", "steps=40")):
+        with pytest.raises(ValueError, match=f"{name} is not an argument of PartiPipeline: .*{said}"):
+            pipe("a pizza", **{name: 1})
+    with pytest.raises(ValueError, match="colour is not an argument"):
+        pipe("a pizza", colour="red")
+
+
+def test_a_sampler_with_its_settings_is_a_text(pipe):
+    typed = pipe("a pizza", generator=generators(0), sampler="jacobi:window=4", output_type="latent")
+    given = pipe("a pizza", generator=generators(0), sampler=Jacobi(4), output_type="latent")
+    assert torch.equal(typed.tokens, given.tokens)
+    assert typed.forward_passes == given.forward_passes
+    with pytest.raises(ValueError, match="window is 0"):
+        pipe("a pizza", sampler="jacobi:window=0")

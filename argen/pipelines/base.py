@@ -27,13 +27,22 @@ from argen.metadata import MADE_BY, TOKENS, fingerprint
 from argen.models.clip import TextImageEncoder
 from argen.pipelines.editing import Editing
 from argen.registry import samplers, samplers_of
-from argen.request import Control, Grid, Job, Request
+from argen.request import Control, Grid, Job, Request, parse_sampler
 from argen.words import check_prompt
 from samplers.logits import Gumbel, Sampling, keys_of
 from samplers.settings import make
 from samplers.steps import GuidanceScale, Sampler, Session, Step
 
 SAMPLING = ("guidance_scale", "temperature", "top_k", "top_p")  # what a request may leave to the model
+INSTEAD = {  # of arguments that other pipelines of diffusers take
+    "negative_prompt": "its guidance leads away from no prompt at all, raise or lower guidance_scale",
+    "height": "its images have one size, or under a control that of size=(width, height)",
+    "width": "its images have one size, or under a control that of size=(width, height)",
+    "num_inference_steps": "tokens take as many steps as there are; of a flow give the sampler's, sampler='sde:steps=40'",
+    "latents": "give tokens, with -1 in the cells to fill",
+    "image": "to change an image use edit(prompt, image, mask), to follow one control_image",
+    "mask_image": "to change an image use edit(prompt, image, mask)",
+}
 UNDECIDED = 230 / 255  # brightness of the cells that are not written yet
 
 
@@ -164,6 +173,9 @@ class TokenPipeline(Editing, DiffusionPipeline):
         Raises:
             ValueError: there is no such sampler, it is not for this model, or it has no such settings.
         """
+        if ":" in name:
+            name, typed = parse_sampler(name)
+            settings = typed | settings
         if name in samplers_of("latents") or "steps" in settings:
             raise ValueError(
                 f"this model writes tokens, and the sampler {name} and its steps are for continuous latents: choose "
@@ -306,8 +318,9 @@ class TokenPipeline(Editing, DiffusionPipeline):
         output_type: str = "pil",
         return_dict: bool = True,
         callback_on_step_end: Callable[["TokenPipeline", int, int, dict], dict | None] | None = None,
+        **others,
     ) -> TokenPipelineOutput | tuple:
-        """Make pictures.
+        """Generate images.
 
         Args:
             prompt: one, or a list.
@@ -315,7 +328,7 @@ class TokenPipeline(Editing, DiffusionPipeline):
             guidance_scale: classifier-free guidance, 1 for none; a function of the cell is allowed. None, here and
                 for the next three, is the model's own.
             temperature, top_k, top_p: see `samplers.logits.Sampling`.
-            sampler: a name in `argen.registry.samplers`, or a sampler.
+            sampler: a name in `argen.registry.samplers`, with its settings behind it or not ("jacobi:window=8"), or a sampler.
             num_candidates: pictures drawn for each prompt; the best by `rank` are given back, best first.
             generator: one, which draws the first image and gives seeds for the others, or a list with one for each
                 image drawn. None draws a new one.
@@ -329,7 +342,14 @@ class TokenPipeline(Editing, DiffusionPipeline):
             callback_on_step_end: called as ``callback(pipe, step, cells decided, {"tokens": [drawn, N]})`` after each
                 step; tokens in what it returns take the place of those, with -1 in cells to redraw. Set
                 ``pipe._interrupt = True`` in it to stop there and keep what is written.
+            others: nothing; what other pipelines of diffusers take is refused with what to use instead.
+
+        Raises:
+            ValueError: says which argument does not fit and what is expected.
         """
+        for name in others:
+            instead = INSTEAD.get(name, "see the arguments of its call")
+            raise ValueError(f"{name} is not an argument of {type(self).__name__}: {instead}")
         if output_type not in ("pil", "np", "pt", "latent"):
             raise ValueError(f"unknown output_type {output_type!r}: expected pil, np, pt or latent")
         each = num_images_per_prompt if num_candidates is None else num_candidates

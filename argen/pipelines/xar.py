@@ -17,7 +17,7 @@ from argen.models.files import emoji_text, load_network
 from argen.models.xar import SIZES, XAR, XARSession
 from argen.pipelines.base import Defaults, TokenPipeline, check_asked, distinct
 from argen.registry import samplers, samplers_of
-from argen.request import Control, Grid, Request
+from argen.request import Control, Grid, Request, parse_sampler
 from samplers.next_x import NextX
 from samplers.settings import make
 from tokenizers_img.hub import hub_file
@@ -89,6 +89,9 @@ class XARPipeline(TokenPipeline):
 
     def make_sampler(self, name: str, **settings) -> NextX:
         """See `TokenPipeline.make_sampler`."""
+        if ":" in name:
+            name, typed = parse_sampler(name)
+            settings = typed | settings
         if name not in self.samplers:
             samplers[name]  # says if there is none
             raise ValueError(

@@ -15,6 +15,7 @@ from PIL import Image, ImageDraw, ImageFont
 from argen.command import check_model
 from argen.metadata import read_request, save_images
 from argen.pipelines.base import TokenPipeline
+from argen.registry import samplers
 from argen.request import Request, setting_of
 from argen.words import cut, read_lines, read_text
 from samplers.settings import MOST_DIGITS, settings_of
@@ -53,6 +54,17 @@ class Axis:
             )
         setting = setting_of(name)
         return cls(name, tuple(setting.parse(part) for part in parts))
+
+
+def axis_names() -> list[str]:
+    """What may be an axis: settings of a request, and those of the samplers, e.g. "lantern.k"."""
+    own = [name for name in SETTINGS if name != "num_images"]
+    return own + [
+        f"{sampler}.{name}"
+        for sampler in samplers
+        for name, setting in settings_of(samplers[sampler]).items()
+        if setting.kind
+    ]
 
 
 def read_table(path: Path, **given) -> list[Request]:

@@ -6,7 +6,7 @@ from pathlib import Path
 import gradio as gr
 
 from argen.request import Request
-from argen.studio.many import SETTINGS, Axis, listed, read_table, sheet, varied
+from argen.studio.many import Axis, axis_names, listed, read_table, sheet, varied
 from argen.studio.store import DONE, OVER
 from argen.ui.jobs import TICK, AppContext, user_errors
 
@@ -23,7 +23,7 @@ class Many:
     def __init__(self, ids: Sequence[str], context: AppContext):
         self.context, self.studio = context, context.studio
         asked = gr.State(None)  # the axes, and the ids of the jobs
-        names = [name for name in SETTINGS if name != "num_images"]
+        names = axis_names()
         gr.Markdown("### X/Y/Z plot: one prompt under several settings")
         with gr.Row():
             with gr.Column(scale=2):
