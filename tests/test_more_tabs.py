@@ -172,7 +172,7 @@ def test_a_measurement_tells_how_far_it_is(what, tmp_path):
     assert [text.split(",")[0] for text, *_ in told[1:3]] == ["4 of 6 pictures", "6 of 6 pictures"]
     assert isinstance(sheet, Image.Image)
     assert rows[0][2] <= 6
-    assert state.startswith("6 pictures in")
+    assert state.startswith("6 images in")
     if what == "fid":
         assert rows[0][0] == "FID-emoji"
         assert "biased" in state

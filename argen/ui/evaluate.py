@@ -42,7 +42,7 @@ def tab(studio: Studio, ids: Sequence[str]) -> None:
         with gr.Column(scale=3):
             state = gr.Markdown(elem_id="eval-state")
             table = gr.Dataframe(
-                headers=["what", "value", "pictures", "of real pictures"],
+                headers=["what", "value", "images", "of real images"],
                 interactive=False,
                 show_label=False,
                 elem_id="eval",
@@ -94,4 +94,4 @@ def measured(studio: Studio, what: str, model: str, num: int, seed: int) -> Iter
             scores = run.compare(samples, reference, looks, ["fid"], place, place / "cache")
     rows = [[name, round(one["value"], 3), one["n"], one.get("judge_on_real")] for name, one in scores.items()]
     notes = "; ".join(one["warning"] for one in scores.values() if "warning" in one)
-    yield f"{num} pictures in {time.time() - started:.0f} s{f'; {notes}' if notes else ''}", rows, sheet
+    yield f"{num} images in {time.time() - started:.0f} s{f'; {notes}' if notes else ''}", rows, sheet

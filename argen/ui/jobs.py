@@ -141,7 +141,7 @@ class View:
         files = [(str(store.shown(saved.id)), saved.request.prompt) for saved in here]
         cells = [written(store.opened(saved.id), saved.origins) for saved in here if saved.origins]
         where = f" in {store.folder}" if self.context.admin is None else ""  # where all are at this machine
-        text = f"{len(images)} picture{'s' if len(images) > 1 else ''}{where} ({how(now)})"
+        text = f"{len(images)} image{'s' if len(images) > 1 else ''}{where} ({how(now)})"
         return files, text, settings, cells or None, seen, gr.Timer(active=False)
 
 
