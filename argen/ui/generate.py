@@ -74,7 +74,12 @@ class Create:
                 with gr.Row():
                     go = gr.Button("Generate", variant="primary", elem_id="draw")
                     reset = gr.Button("Reset to model defaults", elem_id="reset")
-                examples = ["a red apple", "a blue robot", "three yellow ducks", "a cat to the left of a pizza"]
+                examples = [
+                    "a red apple",
+                    "a sunflower",
+                    "a penguin",
+                    "a pizza, flat style",
+                ]  # what the first model draws well
                 gr.Examples(examples, prompt)
                 with gr.Accordion("Settings from an image, and presets", open=False):
                     saved, self.name, keep, use, found, told = self.restoring()
