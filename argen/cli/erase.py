@@ -61,8 +61,8 @@ def run(args: argparse.Namespace) -> None:
 
     if args.verify:
         known = None
-        if args.model == "argen/emoji-sd":
-            judge = load_model("argen/emoji-judge", args.device)
+        if name := card_of(args.model).tool("erase").get("judge"):
+            judge = load_model(name, args.device)
             look, known = tools.by_judge(judge), judge.config.names
         else:
             look = tools.by_clip(features.PublishedCLIP(args.clip, pipe.device))

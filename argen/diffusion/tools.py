@@ -63,7 +63,7 @@ def counting_rate(model: str, rate: float | None = None) -> float:
 def concepts_of(model: str, texts: Sequence[str]) -> list[str]:
     """The concepts that texts name, each once; several may stand in one text with commas between. For a model whose card has a vocabulary
     they are named as its captions name them ("The Pizzas!" is "pizza")."""
-    names, vocabulary = split_names(texts), _vocabulary(model)
+    names, vocabulary = split_names(texts), vocabulary_of(model)
     if vocabulary:
         styles = {style.prompt for style in STYLES.values()}  # which a caption names, too, and which are no concepts
         judged = json.loads((WEIGHTS / "emoji-judge/config.json").read_text(encoding="utf-8"))["names"]
@@ -73,7 +73,7 @@ def concepts_of(model: str, texts: Sequence[str]) -> list[str]:
     return list(dict.fromkeys(names))
 
 
-def _vocabulary(model: str) -> Sequence[str]:
+def vocabulary_of(model: str) -> Sequence[str]:
     """Names of all things that a model knows, where its card says them."""
     target = card_of(model).tool("erase").get("vocabulary")
     return resolve(target) if target else ()
@@ -92,7 +92,7 @@ def erasing(
     Raises:
         ValueError: targets that do not fit.
     """
-    vocabulary, usual = _vocabulary(model), card_of(model).tool("erase").get("preset", "object")
+    vocabulary, usual = vocabulary_of(model), card_of(model).tool("erase").get("preset", "object")
     if not vocabulary:
         return {
             "concepts": list(concepts),

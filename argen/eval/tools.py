@@ -9,7 +9,8 @@ from PIL import Image
 from torch import Tensor
 
 from argen.data.emoji import STYLES, with_article
-from argen.data.scenes import COMMON, thing_of
+from argen.data.scenes import thing_of
+from argen.diffusion.tools import vocabulary_of
 from argen.eval.features import PublishedCLIP
 from argen.eval.images import ImageSet
 from argen.eval.judge import COMMON_PROMPTS, Truth, evaluate, read_prompts, verdict
@@ -85,9 +86,10 @@ def drawn_name(model: str, names: Collection[str], concept: str) -> str:
         ValueError: it does not, so that nothing could be seen to go.
     """
     name = judged_name(names, concept)
-    if model == "argen/emoji-sd" and not thing_of(name, COMMON):
+    drawn = vocabulary_of(model)
+    if drawn and not thing_of(name, drawn):
         raise ValueError(
-            f"argen/emoji-sd does not draw {concept!r}: expected one of {', '.join(COMMON[:5])} and other common things"
+            f"{model} does not draw {concept!r}: expected one of {', '.join(drawn[:5])} and other common things"
         )
     return name
 
