@@ -4,7 +4,6 @@ They are checked before anything is built or allocated by such a number.
 """
 
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 from argen.words import cut
@@ -81,13 +80,6 @@ def check(name: str, value: float | None, called: str | None = None) -> None:
         kind = "integer" if bound.whole else "decimal"
         side = "below_min" if value < bound.low else "above_max"
         raise InvalidValue(f"{called or name} is {shown}: expected {bound}", name, f"{kind}_{side}_value")
-
-
-def check_all(settings: Iterable[tuple[str, object]]) -> None:
-    """`check` of every setting of which the name has bounds; of steps for two parts each."""
-    for name, value in settings:
-        for each in value if isinstance(value, tuple) and name == "steps" else (value,):
-            check(name, each)
 
 
 def check_size(size: tuple[int, int] | None, high: int = MAX_SIDE) -> tuple[int, int] | None:

@@ -178,6 +178,11 @@ cards = Registry("card", {})  # of installed packages and of running programs; t
 REGISTRIES = {registry.kind: registry for registry in (samplers, pipelines, commands, measures, cards)}
 
 
+def draws_of(sampler: str) -> str:
+    """What a sampler decides: "tokens" or "latents"."""
+    return getattr(samplers[sampler], "draws", "tokens")
+
+
 def samplers_of(draws: str) -> list[str]:
     """Names of the samplers that decide "tokens", or of those that decide "latents"."""
-    return [name for name in samplers if getattr(samplers[name], "draws", "tokens") == draws]
+    return [name for name in samplers if draws_of(name) == draws]

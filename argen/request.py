@@ -12,7 +12,7 @@ from pydantic import SkipValidation
 
 from argen.bounds import MAX_CANDIDATES, MAX_CELLS, MAX_IMAGES, MAX_SEED, check, check_size
 from argen.images import from_base64
-from argen.registry import nearest, samplers
+from argen.registry import draws_of, nearest, samplers, samplers_of
 from argen.words import check_prompt, cut, visible
 from samplers.errors import InvalidValue
 from samplers.next_x import Steps
@@ -31,7 +31,7 @@ class Control:
     """What a controlled generator follows.
 
     Attributes:
-        picture: of any mode, turned as its EXIF says; one that is as large as the picture asked for is taken as it is.
+        image: of any mode, turned as its EXIF says; one that is as large as the image asked for is taken as it is.
         kind: how the control picture is made of it, see `argen.models.annotators.KINDS`.
         strength: of the control, 0 for none.
         size: width and height of the picture that is asked for; None for the model's own.
@@ -164,10 +164,10 @@ class Request:
                 f"unknown sampler {cut(self.sampler)!r}: expected one of {', '.join(samplers)}{near}", "sampler"
             )
         make(samplers[self.sampler], self.sampler_args)  # refuses what it cannot use
-        if self.steps is not None and self.sampler != "auto" and not _is_flow(self.sampler):
+        if self.steps is not None and self.sampler != "auto" and draws_of(self.sampler) == "tokens":
             raise ValueError(
                 f"steps are those of a flow, but the sampler is {self.sampler}: leave them out, or choose one of "
-                f"{', '.join(filter(_is_flow, samplers))} with a model of continuous latents"
+                f"{', '.join(samplers_of('latents'))} with a model of continuous latents"
             )
         if self.num_candidates is not None and not self.num_images <= self.num_candidates:
             raise InvalidValue(
@@ -300,11 +300,6 @@ def parse_sampler(text: str) -> tuple[str, dict[str, Any]]:
     return name.strip(), arguments
 
 
-def _is_flow(name: str) -> bool:
-    """Whether a sampler is one of flows."""
-    return getattr(samplers[name], "draws", "tokens") == "latents"
-
-
 def to_base64(image: Image.Image) -> str:
     """A picture as a PNG file, in base64."""
     buffer = BytesIO()
@@ -358,9 +353,9 @@ class Job:
         forward_passes: of the network, so far.
         origins: [drawn, h, w] int8, how each cell came by its token (`samplers.steps.Origin`); None where all were drawn.
         lossless: whether tokens follow the network's own distribution.
-        pictures: PIL pictures, best first where candidates were ranked; empty until they are ready.
-        requests: what makes each of `pictures` again, alone.
-        scores: cosine of each of `pictures` to the prompt, where candidates were ranked.
+        images: PIL images, best first where candidates were ranked; empty until they are ready.
+        requests: what makes each of `images` again, alone.
+        scores: cosine of each of `images` to the prompt, where candidates were ranked.
         log: lines about what happened.
     """
 

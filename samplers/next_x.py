@@ -38,7 +38,7 @@ class NextXStep:
         sequence: [B, N, C] float32; the entity under way is still noisy, what follows is NaN.
         finished: positions of the entities that are finished.
         decided: the same, and of those under way the share of the steps that is done.
-        passes: of the network, so far.
+        forward_passes: of the network, so far.
     """
 
     sequence: Tensor

@@ -72,7 +72,7 @@ class Step:
 
     Attributes:
         tokens: [B, N] int64, -1 where nothing is decided yet; a copy that the caller may keep.
-        passes: passes of the network so far.
+        forward_passes: of the network, so far.
         origins: [B, N] int8 on the CPU, see `Origin`; None where every token was drawn.
     """
 

@@ -47,7 +47,7 @@ class Statistics:
         moments: of each array of features; "spatial" where it is known.
         n: pictures, None where the file does not say.
         settings: what they depend on (protocol, crop, weights); empty for files of other tools.
-        pictures: real pictures of the file, for precision and recall (guided-diffusion's reference batches).
+        images: real images of the file, for precision and recall (guided-diffusion's reference batches).
         captions: of the pictures; None where the file has none.
     """
 

@@ -182,7 +182,7 @@ class ControlAR(LlamaGen):
         """See `LlamaGen.forward`.
 
         Args:
-            pictures: control pictures [R, 3, H, W] in [-1, 1]; None is no control.
+            images: control images [R, 3, H, W] in [-1, 1]; None is no control.
             dropped: [R] bool, the rows whose control picture is not looked at.
         """
         control = None if images is None else self.control(images)

@@ -107,7 +107,7 @@ def likelihoods(
     """How likely the model finds each caption after each picture, and its end after it, in nats [B, captions].
 
     Args:
-        pictures: codes of each; without any it is the caption alone.
+        images: codes of each; without any it is the caption alone.
         captions: of 28 text tokens at most; what is longer is cut.
     """
     rows = tokenizer(list(captions), add_special_tokens=False, truncation=True, max_length=28).input_ids

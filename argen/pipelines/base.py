@@ -26,7 +26,7 @@ from argen.hub.cards import Card, write_card
 from argen.metadata import MADE_BY, TOKENS, fingerprint
 from argen.models.clip import TextImageEncoder
 from argen.pipelines.editing import Editing
-from argen.registry import samplers, samplers_of
+from argen.registry import draws_of, samplers, samplers_of
 from argen.request import Control, Grid, Job, Request, parse_sampler
 from argen.words import check_prompt
 from samplers.logits import Gumbel, Sampling, keys_of
@@ -63,7 +63,7 @@ class TokenPipelineOutput(BaseOutput):
     images: as `output_type` says.
     tokens: [B, N] int64, the ids of each picture; -1 in cells left undecided by an interruption.
     scores: cosine of each picture to its prompt where candidates were ranked, else None.
-    passes: of the network, for the whole batch.
+    forward_passes: of the network, for the whole batch.
     origins: [B, N] int8, how each cell came by its token (`samplers.steps.Origin`); None where all were drawn.
     """
 
@@ -173,10 +173,9 @@ class TokenPipeline(Editing, DiffusionPipeline):
         Raises:
             ValueError: there is no such sampler, it is not for this model, or it has no such settings.
         """
-        if ":" in name:
-            name, typed = parse_sampler(name)
-            settings = typed | settings
-        if name in samplers_of("latents") or "steps" in settings:
+        name, typed = parse_sampler(name)
+        settings = typed | settings
+        if draws_of(name) == "latents" or "steps" in settings:
             raise ValueError(
                 f"this model writes tokens, and the sampler {name} and its steps are for continuous latents: choose "
                 f"one of {', '.join(self.samplers)}, without steps"
@@ -188,7 +187,7 @@ class TokenPipeline(Editing, DiffusionPipeline):
         return torch.full((count, *shape), -1)
 
     def to_grid(self, tokens: Tensor, shape: tuple[int, int]) -> Tensor:
-        """Tokens [B, N] as `stream` gives them -> as `blank` gives them."""
+        """Tokens [B, N] as `stream` gives them -> as `empty_grid` gives them."""
         return tokens.unflatten(1, shape)
 
     def resume_state(self, step: Step) -> Tensor:

@@ -70,7 +70,7 @@ class DalleMiniPipeline(TokenPipeline):
 
     def encode_images(self, pixels: Tensor) -> Tensor:
         """Raises:
-        ValueError: always; see `TokenPipeline.encode_pictures`.
+        ValueError: always; see `TokenPipeline.encode_images`.
         """
         raise ValueError("DALL-E mini was published without its picture encoder: choose another model to edit with")
 

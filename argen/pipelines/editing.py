@@ -57,7 +57,7 @@ class Editing:
         return self.mask_tokens(tokens, masked_cells(*inside, self.shape_of()))
 
     def read_tokens(self, image: Image.Image, grid: Grid | None = None) -> Tensor:
-        """The tokens of an image of any size, padded to a square: ids [1, h, w]. Raises as `encode_pictures` does.
+        """The tokens of an image of any size, padded to a square: ids [1, h, w]. Raises as `encode_images` does.
 
         Args:
             grid: that the image was made of, where it is known (images of argen carry theirs): it is taken if it shows this image,

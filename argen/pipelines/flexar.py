@@ -212,7 +212,7 @@ class Beams:
     Attributes:
         tokens: [kept, decided] int64.
         scores: see `TokenPipeline.rank`.
-        passes: of the network, for this stage.
+        forward_passes: of the network, for this stage.
     """
 
     tokens: Tensor

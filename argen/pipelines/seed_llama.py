@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerBase, TextIteratorStreamer
 
-from argen.bounds import check_all
+from argen.bounds import check
 from argen.files import WEIGHTS
 from argen.models.files import complete
 from argen.models.seed_llama import (
@@ -178,7 +178,8 @@ class SeedLlamaPipeline(TokenPipeline):
         Raises:
             ValueError: a number is out of bounds, or a text of the user longer than `argen.words.MAX_PROMPT` characters.
         """
-        check_all({"temperature": temperature, "top_p": top_p, "seed": seed}.items())
+        for name, value in {"temperature": temperature, "top_p": top_p, "seed": seed}.items():
+            check(name, value)
         for part in [part for turn in turns[::2] for part in turn if isinstance(part, str)]:
             check_length(part, "the question")
         text = ""

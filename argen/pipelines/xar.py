@@ -89,11 +89,9 @@ class XARPipeline(TokenPipeline):
 
     def make_sampler(self, name: str, **settings) -> NextX:
         """See `TokenPipeline.make_sampler`."""
-        if ":" in name:
-            name, typed = parse_sampler(name)
-            settings = typed | settings
+        name, typed = parse_sampler(name)
+        settings = typed | settings
         if name not in self.samplers:
-            samplers[name]  # says if there is none
             raise ValueError(
                 f"this model writes continuous latents, and the sampler {name} tokens: choose one of {', '.join(self.samplers)}"
             )
@@ -209,7 +207,7 @@ class XARPipeline(TokenPipeline):
 
     @torch.no_grad()
     def encode_images(self, pixels: Tensor) -> Tensor:
-        """See `TokenPipeline.encode_pictures`: latents [B, C, h, w]."""
+        """See `TokenPipeline.encode_images`: latents [B, C, h, w]."""
         return KLVAE(self.vae).encode(pixels.to(self.device, self.vae.dtype)).to(self.transformer.dtype)
 
     def mask_tokens(self, tokens: Tensor, cells: Tensor) -> Tensor:
@@ -231,7 +229,7 @@ class XARPipeline(TokenPipeline):
         raise ValueError("this model writes latents, whose probabilities are not known: choose a model of tokens")
 
     def resume_state(self, step: LatentStep) -> Tensor:
-        """See `TokenPipeline.resume_state`: what is still noisy is begun anew."""
+        """See `TokenPipeline.resume_state`: what is still noisy starts afresh."""
         return torch.where(step.finished[:, None], step.tokens, math.nan)
 
     def fill_masked(self, tokens: Tensor) -> tuple[Tensor, Tensor]:

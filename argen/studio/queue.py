@@ -64,11 +64,11 @@ class Progress:
     Attributes:
         stage: what is done just now.
         decided, cells: of each picture, so far and in all.
-        passes: of the network.
+        forward_passes: of the network.
         seconds: of work so far.
         preview: images as far as they are written; None where nobody looked.
         partials: the first image at each of the shares asked for in `Studio.submit`.
-        pictures: what was made, once it is done.
+        images: what was made, once it is done.
         place: in the line, from 1; 0 when it is not waiting.
         eta: seconds to the end; None while unknown.
     """

@@ -191,7 +191,7 @@ def refit_codes(model: ViTVQGAN, images: Tensor, rounds: int = 12) -> float:
     Codes that nothing chooses take the place of the vectors that are served worst.
 
     Args:
-        pictures: [B, H, W, 3] uint8.
+        images: [B, H, W, 3] uint8.
 
     Returns:
         The mean cosine of the vectors to their codes.

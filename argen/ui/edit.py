@@ -31,7 +31,7 @@ class Edit:
     Args:
         models: gives a generator by its id.
         ids: of generators whose tokens have a place in the picture.
-        desk: where requests are handed in.
+        context: where requests are handed in.
     """
 
     def __init__(self, models: Models, ids: Sequence[str], context: AppContext):

@@ -48,7 +48,7 @@ class Create:
     Args:
         models: gives a generator by its id.
         ids: of the generators to choose from; the first is shown.
-        desk: where requests are handed in.
+        context: where requests are handed in.
 
     Attributes:
         view: where its pictures are seen.
