@@ -1,4 +1,4 @@
-"""The bounds of every number of the tools; those of a generation stand in `argen.request.Request`, of a sampler in its class.
+"""The bounds of every number of the tools; a generation's others stand in `argen.request.Request`, a sampler's in its class.
 
 They are checked before anything is built or allocated by such a number.
 """
@@ -43,7 +43,7 @@ BOUNDS = {
     "seed": Bound(0, MAX_SEED),
     "num_candidates": Bound(1, MAX_CANDIDATES),
     "num_tokens": Bound(1, MAX_CELLS),
-    "temperature": Bound(0, 100, False, "0: the most probable token"),
+    "temperature": Bound(0, 100, False, "0: always the most probable token"),
     "top_p": Bound(0, 1, False, "1: all"),
     "guidance_scale": Bound(0, 100, False, "1: no guidance"),
     "steps": Bound(1, 1000),

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from pydantic import SkipValidation
 
-from argen.bounds import MAX_CANDIDATES, MAX_CELLS, MAX_IMAGES, MAX_SEED, check, check_size
+from argen.bounds import BOUNDS, MAX_CANDIDATES, MAX_CELLS, MAX_IMAGES, check, check_size
 from argen.images import from_base64
 from argen.registry import draws_of, nearest, samplers, samplers_of
 from argen.words import check_prompt, cut, visible
@@ -82,6 +82,16 @@ class Control:
         return cls(**given | {"image": from_base64(saved["image"], "the control image"), "size": size and tuple(size)})
 
 
+def _within(name: str, **extra) -> dict[str, Any]:
+    """The bounds of a number that tools ask for, too, as arguments of a `Field`."""
+    bound = BOUNDS[name]
+    return {
+        "ge": bound.low,
+        "le": bound.high,
+        "json_schema_extra": extra | ({"note": bound.note} if bound.note else {}),
+    }
+
+
 @settings
 class Request:
     """A generation request, checked when it is made.
@@ -102,17 +112,11 @@ class Request:
     num_images: int = Field(
         1, ge=1, le=MAX_IMAGES, description="images to give back", json_schema_extra={"flags": ["-n", "--num"]}
     )
-    seed: int = Field(0, ge=0, le=MAX_SEED, description="image i is drawn with seed + i")
+    seed: int = Field(0, **_within("seed"), description="image i is drawn with seed + i")
     guidance_scale: float | None = Field(
-        None, ge=0, le=100, description="how closely to follow the prompt", json_schema_extra={"note": "1: no guidance"}
+        None, **_within("guidance_scale"), description="how closely to follow the prompt"
     )
-    temperature: float | None = Field(
-        None,
-        ge=0,
-        le=100,
-        description="divides the logits",
-        json_schema_extra={"note": "0: always the most probable token"},
-    )
+    temperature: float | None = Field(None, **_within("temperature"), description="divides the logits")
     top_k: int | None = Field(
         None, ge=0, le=2**20, description="draw among the K most probable tokens", json_schema_extra={"note": "0: all"}
     )
@@ -132,13 +136,11 @@ class Request:
     )
     num_tokens: int | None = Field(
         None,
-        ge=1,
-        le=MAX_CELLS,
+        **_within("num_tokens", flags=["--tokens"]),
         description="of an image, for a model whose images may have any number",
-        json_schema_extra={"flags": ["--tokens"]},
     )
     num_candidates: int | None = Field(
-        None, ge=1, le=MAX_CANDIDATES, description="draw so many images and keep those that fit the prompt best"
+        None, **_within("num_candidates"), description="draw so many images and keep those that fit the prompt best"
     )
     num_beams: int | None = Field(
         None,
