@@ -174,8 +174,25 @@ measures = Registry(
         )
     },
 )
+tabs = Registry(
+    "tab",
+    {
+        name: f"argen.ui.tabs.{name}"
+        for name in (
+            "generate",
+            "edit",
+            "control",
+            "plot",
+            "gallery",
+            "diffusion",
+            "tokenizers",
+            "evaluate",
+            "models",
+        )
+    },
+)
 cards = Registry("card", {})  # of installed packages and of running programs; those of argen lie in argen/cards
-REGISTRIES = {registry.kind: registry for registry in (samplers, pipelines, commands, measures, cards)}
+REGISTRIES = {registry.kind: registry for registry in (samplers, pipelines, commands, measures, tabs, cards)}
 
 
 def draws_of(sampler: str) -> str:

@@ -1,8 +1,8 @@
-"""Pictures a second through the FID network: ours against pytorch-fid's own loop, in turns, on the same random weights.
+"""Images per second through the FID network: ours against pytorch-fid's own loop, interleaved, on the same random weights.
 
     pip install . pytorch-fid && python benchmarks/inception.py
 
-Prints the ratio of each turn and the largest difference of a feature (both resize as pytorch-fid does).
+Prints the ratio of each round and the largest difference of a feature (both resize as pytorch-fid does).
 """
 
 import argparse
@@ -37,7 +37,7 @@ def main() -> None:
     parser.add_argument("--num", type=int, default=64, help="pictures")
     parser.add_argument("--size", type=int, default=256, help="side of the pictures")
     parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--turns", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
 
@@ -59,9 +59,9 @@ def main() -> None:
         images = open_images(where / "pictures")
         files = sorted((where / "pictures").glob("*.png"))
         print(f"{args.num} pictures of {args.size} x {args.size}, {args.device}, {torch.get_num_threads()} threads")
-        for turn in range(args.turns):
+        for index in range(args.rounds):
             start = time.perf_counter()
-            mine = run.features(images, extractor, ["features"], where / f"turn-{turn}", None, args.batch_size)
+            mine = run.features(images, extractor, ["features"], where / f"round-{index}", None, args.batch_size)
             middle = time.perf_counter()
             other = fid_score.get_activations(files, network, args.batch_size, device=args.device)
             end = time.perf_counter()

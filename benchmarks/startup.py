@@ -1,4 +1,4 @@
-"""How long argen takes to start, beside Python and `import torch`: each command in a process of its own, in turns.
+"""How long argen takes to start, beside Python and `import torch`: each command in a process of its own, interleaved.
 
     pip install . && python benchmarks/startup.py --rounds 5
 

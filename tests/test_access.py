@@ -9,20 +9,19 @@ import time
 import urllib.request
 
 import pytest
-import torch
 from PIL import Image
 from test_faults import run_event
 from test_server import KEYS, Served
 
+from argen.jobs.access import UnknownModel
+from argen.jobs.messages import said
+from argen.jobs.queue import Studio
+from argen.jobs.store import Store
 from argen.request import Request
 from argen.server.app import KEPT_FILES, OnceAMinute, max_connections
 from argen.server.guard import check_keys, owner_of
-from argen.studio.access import UnknownModel
-from argen.studio.messages import said
-from argen.studio.queue import Studio
-from argen.studio.store import Store
 from argen.ui.build import build
-from argen.ui.jobs import AppContext
+from argen.ui.context import AppContext
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +29,7 @@ def page(tmp_path_factory, pipe):
     """A server with two keys and its page."""
     models = tmp_path_factory.mktemp("models")
     studio = Studio(tmp_path_factory.mktemp("page"), lambda name: pipe, folders=[models])
-    served = Served(studio, KEYS, build(AppContext(studio, owner_of(KEYS[0])), torch.device("cpu")))
+    served = Served(studio, KEYS, build(AppContext(studio, owner_of(KEYS[0]))))
     yield served
     served.close()
 
@@ -123,7 +122,7 @@ def test_a_name_belongs_to_no_key(page):
 @pytest.mark.parametrize("path", ["/login", "/login/", "/v1/models"])
 def test_wrong_keys_are_answered_late_on_every_path(tmp_path, pipe, path):
     studio = Studio(tmp_path, lambda name: pipe)
-    served = Served(studio, KEYS, build(AppContext(studio, owner_of(KEYS[0])), torch.device("cpu")))
+    served = Served(studio, KEYS, build(AppContext(studio, owner_of(KEYS[0]))))
     try:
         started = time.monotonic()
         for _ in range(6):
@@ -239,7 +238,7 @@ JUNK = {
 @pytest.mark.parametrize("name", list(JUNK))
 def test_a_row_that_cannot_be_read_fails_alone(tmp_path, pipe, name):
     studio = Studio(tmp_path, lambda name: pipe)
-    served = Served(studio, (), build(AppContext(studio), torch.device("cpu")))
+    served = Served(studio, (), build(AppContext(studio)))
     try:
         done = studio.result(studio.submit(Request("a pizza")), timeout=60).images[0]
         other = studio.result(studio.submit(Request("a robot")), timeout=60).images[0]
@@ -273,7 +272,7 @@ def test_a_row_that_cannot_be_read_fails_alone(tmp_path, pipe, name):
 
 def test_a_full_disk_is_said(tmp_path, pipe, monkeypatch):
     studio = Studio(tmp_path, lambda name: pipe)
-    served = Served(studio, (), build(AppContext(studio), torch.device("cpu")))
+    served = Served(studio, (), build(AppContext(studio)))
 
     def full(*given, **more):
         raise OSError(errno.ENOSPC, "No space left on device", "/srv/secret/file")

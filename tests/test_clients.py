@@ -12,9 +12,9 @@ from PIL import Image, PngImagePlugin
 from test_server import Served, opened, png
 
 from argen.images import fitted
+from argen.jobs.queue import Studio
 from argen.metadata import differences, read_grid, read_request
 from argen.request import Request
-from argen.studio.queue import Studio
 
 BODIES = {  # of clients that send null for what they leave out
     "/v1/images/generations": [

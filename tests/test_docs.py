@@ -79,7 +79,7 @@ def test_the_reference_names_what_there_is():
 
 def test_examples_of_extending_are_the_files_that_the_tests_install():
     blocks = re.findall(r'```\w+ title="([^"]+)"\n(.*?)```', (DOCS / "extending.md").read_text(), re.DOTALL)
-    assert len(blocks) == 8
+    assert len(blocks) == 9
     for name, block in blocks:
         file = next(folder / name for folder in (PLUGIN, ROOT) if (folder / name).is_file())
         assert block == file.read_text(), name

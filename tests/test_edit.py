@@ -9,7 +9,7 @@ from PIL import Image, ImageDraw
 
 from argen.pipelines.editing import masked_cells
 from argen.request import Request
-from argen.ui import edit
+from argen.ui.tabs import edit
 
 
 @pytest.fixture(scope="module")

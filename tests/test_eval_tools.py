@@ -15,7 +15,7 @@ from argen.files import WEIGHTS
 from argen.hub.loading import load_diffusion
 from argen.models.counter import Counter
 from argen.train.sd import UNET
-from argen.ui import tools as page
+from argen.ui.tabs import diffusion as page
 
 
 @pytest.fixture

@@ -16,15 +16,14 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-import torch
 from test_server import KEYS, Served
 
+from argen.jobs.queue import Studio
+from argen.jobs.store import Store
 from argen.request import Request
 from argen.server.guard import FREE_TRIES, owner_of
-from argen.studio.queue import Studio
-from argen.studio.store import Store
 from argen.ui.build import build
-from argen.ui.jobs import AppContext
+from argen.ui.context import AppContext
 
 
 @pytest.fixture(scope="module", params=[(), KEYS], ids=["open", "keys"])
@@ -32,7 +31,7 @@ def page(request, tmp_path_factory, pipe):
     """A server with its page."""
     studio = Studio(tmp_path_factory.mktemp("page"), lambda name: pipe, folders=[Path("/nonexistent")])
     admin = owner_of(KEYS[0]) if request.param else None
-    served = Served(studio, request.param, build(AppContext(studio, admin), torch.device("cpu")))
+    served = Served(studio, request.param, build(AppContext(studio, admin)))
     yield served
     served.close()
 
@@ -300,8 +299,8 @@ def test_a_full_disk_fails_the_job_and_not_the_worker(tmp_path, pipe, monkeypatc
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(studio.store, "update_job", updated)
-    monkeypatch.setattr("argen.studio.store.save_images", saved)
-    monkeypatch.setattr("argen.studio.queue.RETRY_AFTER", 0.1)
+    monkeypatch.setattr("argen.jobs.store.save_images", saved)
+    monkeypatch.setattr("argen.jobs.queue.RETRY_AFTER", 0.1)
     id = studio.submit(Request("a pizza"))
     try:
         failed = studio.result(id, timeout=60)  # told although nothing can be written

@@ -13,9 +13,9 @@ from PIL.PngImagePlugin import PngInfo
 
 from argen.hub.loading import load
 from argen.images import open_image
+from argen.jobs.tables import read_table
 from argen.metadata import KEY, MADE_BY, TOKENS, differences, read_grid, read_request, read_tokens, save_tokens
 from argen.request import Request
-from argen.studio.many import read_table
 
 TRIES = 2000
 NO_PIPELINE = SimpleNamespace(components={})

@@ -21,13 +21,15 @@ LAYERS = [
     ["argen.eval"],
     ["argen.train"],
     ["argen.command"],
-    ["argen.studio"],
+    ["argen.jobs"],
     ["argen.ui", "argen.server"],
     ["argen.cli"],
-    ["argen.bench", "argen.stress", "argen.__main__", "app"],
+    ["argen.__main__", "app", "benchmarks"],
 ]
 NAMES = {name: (level, name) for level, names in enumerate(LAYERS) for name in names}
-FILES = [path for top in ("samplers", "tokenizers_img", "argen") for path in sorted((ROOT / top).rglob("*.py"))]
+FILES = [
+    path for top in ("samplers", "tokenizers_img", "argen", "benchmarks") for path in sorted((ROOT / top).rglob("*.py"))
+]
 
 
 def home(module: str) -> tuple[int, str] | None:

@@ -7,7 +7,6 @@ from pathlib import Path
 import gradio as gr
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 from test_access import event_of
 from test_faults import run_event
@@ -15,19 +14,19 @@ from test_server import Served
 
 from argen.hub.loading import load
 from argen.hub.model_cache import ModelCache
-from argen.studio.queue import Studio
+from argen.jobs.queue import Studio
 from argen.ui.build import build
-from argen.ui.edit import named
+from argen.ui.context import AppContext
 from argen.ui.inputs import canvas_input, image_input
-from argen.ui.jobs import AppContext
-from argen.ui.tools import understand
+from argen.ui.tabs.diffusion import understand
+from argen.ui.tabs.edit import named
 
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory, pipe):
     cache = ModelCache("cpu")
     studio = Studio(tmp_path_factory.mktemp("site"), lambda name: pipe if name == "argen/emoji-parti" else cache(name))
-    served = Served(studio, (), build(AppContext(studio), torch.device("cpu")))
+    served = Served(studio, (), build(AppContext(studio)))
     yield served
     served.close()
 

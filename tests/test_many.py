@@ -8,8 +8,8 @@ import pytest
 from PIL import Image
 
 from argen.cli.main import main
+from argen.jobs.tables import Axis, read_table, sheet, varied
 from argen.request import Request
-from argen.studio.many import Axis, read_table, sheet, varied
 
 
 def test_a_table_is_drawn_and_gone_on_with(tmp_path, capsys):

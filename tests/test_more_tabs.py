@@ -159,8 +159,8 @@ def test_the_page_fits_a_phone(page):  # noqa: F811
 @pytest.mark.parametrize("what", ["judge", "fid"])
 def test_a_measurement_tells_how_far_it_is(what, tmp_path):
     from argen.hub.loading import load
-    from argen.studio.queue import Studio
-    from argen.ui import evaluate
+    from argen.jobs.queue import Studio
+    from argen.ui.tabs import evaluate
 
     studio = Studio(tmp_path, load)
     try:

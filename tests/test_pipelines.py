@@ -138,7 +138,7 @@ def test_dalle_mini_says_that_it_cannot_rank(dalle):
 
 
 def test_the_map_of_cells_shows_how_each_was_written():
-    from argen.ui.jobs import TINTS, written
+    from argen.ui.context import TINTS, written
 
     origins = ((Origin.DRAWN, Origin.ACCEPTED), (Origin.RELAXED, Origin.GIVEN))
     shown = np.asarray(written(Image.new("RGB", (128, 128), "white"), origins))

@@ -16,13 +16,13 @@ from test_server import Served
 
 import argen
 from argen.cli.main import main
+from argen.jobs.queue import Studio
+from argen.jobs.tables import Axis, varied
 from argen.metadata import read_request
 from argen.registry import REGISTRIES, Registry, samplers
 from argen.request import Request
-from argen.studio.many import Axis, varied
-from argen.studio.queue import Studio
 from argen.ui.build import build
-from argen.ui.jobs import AppContext
+from argen.ui.context import AppContext
 
 PLUGIN = Path(__file__).parent / "data/plugin"
 TYPED = "annealed:start=1.0,end=0.4"
@@ -123,11 +123,13 @@ def test_its_settings_are_axes(site):
 
 
 def test_the_page_has_its_widgets(studio):
-    blocks = build(AppContext(studio), torch.device("cpu")).blocks.values()
+    blocks = build(AppContext(studio)).blocks.values()
     widgets = {block.elem_id: block for block in blocks if getattr(block, "elem_id", None)}
     for name, setting in (("annealed-start", 1.2), ("annealed-end", 0.6), ("edit-annealed-curve", 1.0)):
         assert isinstance(widgets[name], gr.Number)
         assert widgets[name].value == setting
+    assert "Palette" in {block.label for block in blocks if isinstance(block, gr.Tab)}
+    assert widgets["palette-image"].label == "Image"
     choices = [[value for _, value in block.choices] for block in blocks if isinstance(block, gr.Dropdown)]
     for known in ("annealed", "mosaic/bigram", "mosaic/tokenizer"):
         assert any(known in offered for offered in choices)

@@ -15,10 +15,10 @@ import pytest
 import uvicorn
 from PIL import Image
 
+from argen.jobs.queue import Studio
 from argen.request import Request
 from argen.server.app import configured, create
 from argen.server.guard import owner_of
-from argen.studio.queue import Studio
 
 KEYS = ("first-key", "second-key")
 

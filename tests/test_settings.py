@@ -7,9 +7,9 @@ from typing import Literal
 import pytest
 
 from argen.cli.main import main, parser
+from argen.jobs.tables import Axis, listed, read_table, varied
 from argen.registry import samplers
 from argen.request import Request, parse_sampler, setting_of
-from argen.studio.many import Axis, listed, read_table, varied
 from samplers.errors import InvalidValue
 from samplers.lantern import Lantern
 from samplers.settings import Field, make, settings, settings_of

@@ -10,10 +10,10 @@ import pytest
 import torch
 from PIL import Image
 
+from argen.jobs.queue import MOST_WAITING, Forbidden, QueueFull, Studio
+from argen.jobs.store import CANCELLED, DONE, FAILED, MISSING, WAITING, Store
 from argen.metadata import read_grid, read_request
 from argen.request import Request
-from argen.studio.queue import MOST_WAITING, Forbidden, QueueFull, Studio
-from argen.studio.store import CANCELLED, DONE, FAILED, MISSING, WAITING, Store
 from argen.words import MAX_PROMPT
 
 SEQUENTIAL = Request("a pizza", sampler="sequential", seed=3)
@@ -155,7 +155,7 @@ def test_what_cannot_be_drawn_fails_alone(tmp_path, pipe):
 
 
 def test_everybody_has_a_line_of_their_own(studio, monkeypatch):
-    monkeypatch.setattr("argen.studio.queue.MOST_WAITING", 2)
+    monkeypatch.setattr("argen.jobs.queue.MOST_WAITING", 2)
     assert MOST_WAITING == 1000
     studio.pause()
     mine = [studio.submit(SEQUENTIAL, "a") for _ in range(2)]

@@ -5,7 +5,7 @@ import torch
 from conftest import tiny_pipeline
 
 from argen.diffusion.rece import matrices_of
-from argen.ui import tools
+from argen.ui.tabs import diffusion
 
 ASKED = {"num_inference_steps": 3, "guidance_scale": 4.0, "generator": 0}
 
@@ -17,22 +17,22 @@ def pipe(golden):
 
 def test_bind_shows_both_pictures_and_how_far_it_is(pipe):
     prompt = "a white dog and a black bird"
-    assert tools.understand(prompt) == "dog=white\nbird=black"
-    told = list(tools.bind(pipe, prompt, "dog=white", "merge", ASKED))
+    assert diffusion.understand(prompt) == "dog=white\nbird=black"
+    told = list(diffusion.bind(pipe, prompt, "dog=white", "merge", ASKED))
     assert [state for *_, state in told[:3]] == ["before: 33%", "before: 67%", "before: 100%"]
     before, after, state = told[-1]
     assert before.tobytes() != after.tobytes()
     assert state.startswith("dog <- white; merged: a dog and a black bird")
     with pytest.raises(ValueError, match="expected a line of OBJECT=WORDS"):
-        next(tools.bind(pipe, prompt, "dog", "merge", ASKED))
+        next(diffusion.bind(pipe, prompt, "dog", "merge", ASKED))
 
 
 def test_erase_leaves_the_pipeline_as_it_was(pipe):
     weights = {name: weight.clone() for name, weight in matrices_of(pipe.unet).items()}
-    *_, (before, after, state) = tools.erase(pipe, "somewhere", "teapot, dog", "object", "", "a teapot", ASKED)
+    *_, (before, after, state) = diffusion.erase(pipe, "somewhere", "teapot, dog", "object", "", "a teapot", ASKED)
     assert before.tobytes() != after.tobytes()
     assert "RECE 1" in state
-    work = tools.erase(pipe, "somewhere", "teapot", "object", "", "a teapot", ASKED)
+    work = diffusion.erase(pipe, "somewhere", "teapot", "object", "", "a teapot", ASKED)
     while not next(work)[2].startswith("after"):
         pass
     assert any(not torch.equal(weight, weights[name]) for name, weight in matrices_of(pipe.unet).items())
@@ -43,7 +43,7 @@ def test_erase_leaves_the_pipeline_as_it_was(pipe):
 def test_a_call_that_is_left_ends(pipe):
     steps = []
     pipe.unet.register_forward_hook(lambda *_: steps.append(1))
-    work = tools.drawn(pipe, "a dog", ASKED | {"num_inference_steps": 50})
+    work = diffusion.drawn(pipe, "a dog", ASKED | {"num_inference_steps": 50})
     next(work)
     work.close()
     assert len(steps) < 50
@@ -51,4 +51,4 @@ def test_a_call_that_is_left_ends(pipe):
 
 def test_an_error_inside_a_call_comes_out(pipe):
     with pytest.raises(ValueError, match="divisible by 8"):
-        list(tools.drawn(pipe, "a dog", ASKED | {"height": 7}))
+        list(diffusion.drawn(pipe, "a dog", ASKED | {"height": 7}))

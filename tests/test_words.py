@@ -256,7 +256,7 @@ def test_other_names_are_kept():
 
 def test_settings_keep_their_json(tmp_path):
     """Separators of lines inside of JSON strings are no ends of rows."""
-    from argen.studio.many import read_table
+    from argen.jobs.tables import read_table
 
     rows = [{"prompt": "a red apple\u2028flat\x85style", "seed": 1}, {"prompt": "a taxi"}]
     path = tmp_path / "t.jsonl"
@@ -279,7 +279,7 @@ def test_settings_keep_their_json(tmp_path):
     ],
 )
 def test_tables_of_other_programs(tmp_path, text, wanted):
-    from argen.studio.many import read_table
+    from argen.jobs.tables import read_table
 
     plain = {"prompt": "a taxi", "model": "argen/emoji-parti", "num_images": 1, "seed": 0, "sampler": "auto"}
     for encoding in ("utf-8", "utf-8-sig", "utf-16"):
@@ -288,7 +288,7 @@ def test_tables_of_other_programs(tmp_path, text, wanted):
 
 
 def test_tables_of_tabs_and_of_json_with_words_for_numbers(tmp_path):
-    from argen.studio.many import read_table
+    from argen.jobs.tables import read_table
 
     (tmp_path / "t.tsv").write_text("prompt\tseed\na taxi, flat style\t4\n")
     (tmp_path / "t.jsonl").write_text('{"prompt": "a taxi, flat style", "seed": "4", "top_k": NaN}\n')
@@ -298,8 +298,8 @@ def test_tables_of_tabs_and_of_json_with_words_for_numbers(tmp_path):
 
 
 def test_what_batch_writes_is_read(tmp_path):
+    from argen.jobs.tables import listed, read_table
     from argen.request import Request
-    from argen.studio.many import listed, read_table
 
     requests = [
         Request('a "red" apple, flat', steps=(12, 8), model="argen/emoji-xar"),
@@ -322,7 +322,7 @@ def test_what_batch_writes_is_read(tmp_path):
     ],
 )
 def test_tables_that_cannot_be_read(tmp_path, name, text, wanted):
-    from argen.studio.many import read_table
+    from argen.jobs.tables import read_table
 
     (tmp_path / name).write_text(text)
     with pytest.raises(ValueError, match=wanted):

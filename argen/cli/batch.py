@@ -27,7 +27,7 @@ def run(args: argparse.Namespace) -> None:
     from tqdm import tqdm
 
     from argen.files import replacing
-    from argen.studio.many import check_requests, draw_table, listed, read_table
+    from argen.jobs.tables import check_requests, draw_table, listed, read_table
 
     writable_folder(args.out, new=False)
     requests = read_table(args.table, **({"model": args.model} if args.model is not None else {}))

@@ -31,8 +31,8 @@ def run(args: argparse.Namespace) -> None:
     from tqdm import tqdm
 
     from argen.files import replacing
+    from argen.jobs.tables import Axis, check_requests, listed, sheet, varied
     from argen.request import Request
-    from argen.studio.many import Axis, check_requests, listed, sheet, varied
 
     table = writable(writable(args.out).with_suffix(".csv"), ".csv")
     axes = [Axis.parse(text) for text in (args.x, args.y, args.z) if text]

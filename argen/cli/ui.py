@@ -39,11 +39,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     from argen.device import pick
     from argen.hub.model_cache import ModelCache
+    from argen.jobs.queue import Studio
     from argen.server.app import create, serve
     from argen.server.guard import HERE, check_keys, owner_of
-    from argen.studio.queue import Studio
     from argen.ui.build import build
-    from argen.ui.jobs import AppContext
+    from argen.ui.context import AppContext
 
     keys = [key for key in [*args.key, *os.environ.get("ARGEN_KEYS", "").split(",")] if key]
     if args.host not in HERE and not keys:
@@ -61,7 +61,7 @@ def run(args: argparse.Namespace) -> None:
     device = pick(args.device)
     studio = Studio(args.data_dir, ModelCache(device, limit=limit), not args.no_metadata, folders)
     try:
-        page = build(AppContext(studio, owner_of(keys[0]) if keys else None), device, limit)
+        page = build(AppContext(studio, owner_of(keys[0]) if keys else None, device, limit))
         serve(create(studio, page, keys, args.host in HERE), args.host, args.port)
     finally:
         studio.close()

@@ -25,6 +25,8 @@ from starlette.exceptions import HTTPException
 from argen.bounds import MAX_SCALED, check_pixels, check_size
 from argen.hub.cards import ids
 from argen.images import from_base64
+from argen.jobs.queue import Progress, Studio
+from argen.jobs.store import CANCELLED, RUNNING
 from argen.metadata import encoded, infotext
 from argen.registry import samplers
 from argen.request import Request as Asked
@@ -34,8 +36,6 @@ from argen.server.jobs import finished, shown
 from argen.server.openai import Body
 from argen.server.scaling import UPSCALER
 from argen.server.waiting import prepare, result
-from argen.studio.queue import Progress, Studio
-from argen.studio.store import CANCELLED, RUNNING
 from tokenizers_img.pixels import to_mask
 
 router = APIRouter(prefix="/sdapi/v1", tags=["A1111"])

@@ -12,9 +12,9 @@ from fastapi import FastAPI
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 import argen
+from argen.jobs.queue import Studio
 from argen.server import a1111, errors, jobs, openai, scaling
 from argen.server.guard import ADDRESS, MAX_BYTES, Guard, Links, Sessions, Tries, check_keys, knows, owner_of
-from argen.studio.queue import Studio
 
 try:
     import resource

@@ -12,10 +12,10 @@ from starlette.exceptions import HTTPException
 from starlette.types import Receive, Scope, Send
 
 from argen.images import TooLarge
-from argen.studio.access import UnknownModel
-from argen.studio.following import Gone, Stopping
-from argen.studio.messages import FULL, said
-from argen.studio.queue import Forbidden, QueueFull
+from argen.jobs.access import UnknownModel
+from argen.jobs.following import Gone, Stopping
+from argen.jobs.messages import FULL, said
+from argen.jobs.queue import Forbidden, QueueFull
 
 logger = logging.getLogger(__name__)
 MAX_MESSAGE = 600  # characters of an error

@@ -21,8 +21,8 @@ from starlette.requests import cookie_parser
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from argen.images import MOST_BYTES
+from argen.jobs.queue import LOCAL, Studio
 from argen.server.errors import refuse
-from argen.studio.queue import LOCAL, Studio
 
 MAX_BYTES = MOST_BYTES  # of a request, of which an image is the largest part
 BODY_TIMEOUT = 30.0  # seconds without a byte of a body that was announced

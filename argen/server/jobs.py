@@ -9,11 +9,11 @@ from fastapi import APIRouter, Body, HTTPException
 from fastapi.responses import JSONResponse, Response
 
 from argen.bounds import MAX_SCALED, check_size
+from argen.jobs.queue import Forbidden, Progress, Studio
+from argen.jobs.store import DONE, WAITING, Saved
 from argen.metadata import encoded
 from argen.request import Request as Asked
 from argen.server.guard import Here, Owner, Viewer
-from argen.studio.queue import Forbidden, Progress, Studio
-from argen.studio.store import DONE, WAITING, Saved
 from samplers.errors import InvalidValue
 
 router = APIRouter(tags=["queue"])

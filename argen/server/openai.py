@@ -24,15 +24,15 @@ from starlette.exceptions import HTTPException
 
 from argen.hub.cards import ids
 from argen.images import TooLarge, read_image
+from argen.jobs.following import last
+from argen.jobs.queue import Progress, Studio
+from argen.jobs.store import DONE
 from argen.metadata import encoded
 from argen.request import Request as Asked
 from argen.request import rows_of
 from argen.server.guard import Here, Links, Owner
 from argen.server.jobs import asked, finished, pixels_of, shown
 from argen.server.waiting import prepare, queued
-from argen.studio.following import last
-from argen.studio.queue import Progress, Studio
-from argen.studio.store import DONE
 from samplers.errors import InvalidValue
 from tokenizers_img.pixels import to_mask, upright
 

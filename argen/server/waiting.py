@@ -8,9 +8,9 @@ import anyio
 from anyio.to_thread import run_sync
 from fastapi import Request
 
+from argen.jobs.following import follow, last
+from argen.jobs.queue import Progress, QueueFull, Studio
 from argen.request import Request as Asked
-from argen.studio.following import follow, last
-from argen.studio.queue import Progress, QueueFull, Studio
 
 MAX_WAITING = 1000  # clients
 Answer = TypeVar("Answer")
@@ -37,7 +37,7 @@ async def queued(
 
     Raises:
         QueueFull: too many clients wait.
-        Stopping, Gone: see `argen.studio.following`.
+        Stopping, Gone: see `argen.jobs.following`.
     """
     state = request.app.state
     if state.waiting >= MAX_WAITING:

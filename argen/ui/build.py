@@ -2,23 +2,13 @@
 
 import os
 from collections.abc import Iterator
-from functools import partial
 
 import gradio as gr
-import torch
-from diffusers import DiffusionPipeline
 from gradio.utils import get_upload_folder, is_in_or_equal
 
-from argen.hub.cards import all_cards, ids
-from argen.hub.loading import load_diffusion
-from argen.hub.model_cache import ModelCache
-from argen.ui import control, endpoints, evaluate, lab, tools
-from argen.ui import models as manager
-from argen.ui.edit import Edit
-from argen.ui.gallery import Gallery
-from argen.ui.generate import Create
-from argen.ui.jobs import AppContext, user_errors
-from argen.ui.many import Many
+from argen.registry import tabs
+from argen.ui import endpoints
+from argen.ui.context import AppContext, user_errors
 
 CLEANED_EVERY, KEPT_FOR = 3600, 86400  # seconds: what was uploaded and shown
 
@@ -61,53 +51,15 @@ def check_uploaded(file: dict) -> None:
         raise gr.Error("that file was not uploaded: send it to /gradio_api/upload first", title="Invalid request")
 
 
-def build(context: AppContext, device: torch.device, limit: int | None = None) -> gr.Blocks:
-    """The page with every generator to choose from; each is loaded when it is first asked for.
-
-    Args:
-        limit: bytes of the pipelines of the diffusion tools, see `argen.hub.model_cache.ModelCache`.
-    """
-    models = context.studio.models
+def build(context: AppContext) -> gr.Blocks:
+    """The page with every tab of the registry; models are loaded when they are first asked for."""
     os.environ["GRADIO_TEMP_DIR"] = str(context.studio.store.exports.resolve())  # uploads, and copies of what is shown
-
-    def silent(name: str) -> DiffusionPipeline:
-        pipe = load_diffusion(name)
-        pipe.set_progress_bar_config(disable=True)
-        return pipe
-
-    pipelines = ModelCache(device, silent, limit)
-    generators, tokenizers = ids("generator"), ids("tokenizer")
-    free = [name for name in generators if "control" not in all_cards()[name].takes]
-    controlled = [name for name in generators if "control" in all_cards()[name].takes]
     with Page(title="argen", analytics_enabled=False, delete_cache=(CLEANED_EVERY, KEPT_FOR)) as page:
         gr.Markdown("# argen\nImages written token by token, from words.")
-        with gr.Tab("Generate"):
-            create = Create(models, free, context)
-        with gr.Tab("Edit"):
-            Edit(models, [name for name in free if all_cards()[name].grid], context)
-        with gr.Tab("Control"):
-            control.tab(models, controlled, context)
-        with gr.Tab("X/Y/Z plot and Batch") as tab:
-            many = Many(free, context)
-            tab.select(many.restore, None, many.watched)
-        with gr.Tab("Gallery") as tab:
-            gallery = Gallery(context)
-            tab.select(*gallery.first)
-        with gr.Tab("Diffusion"):
-            tools.tab(lambda name: pipelines(models.check_pipeline(name)))
-        with gr.Tab("Tokenizers"):
-            lab.tab(
-                partial(models, kind="tokenizer"),
-                tokenizers,
-                [name for name in tokenizers if all_cards()[name].ships],
-            )
-        with gr.Tab("Evaluate"):
-            evaluate.tab(context.studio, free)
-        with gr.Tab("Models") as tab:
-            tab.select(*manager.tab(context))
-        page.load(create.view.restore, None, create.view.watched)
-        page.load(create.presets, None, create.name)
-        endpoints.Endpoints(context, free, controlled)
+        for module in tabs.values():
+            with gr.Tab(module.TITLE) as tab:
+                module.layout(context, tab)
+        endpoints.Endpoints(context)
     for event in page.fns.values():
         if event.api_name not in endpoints.NAMES:
             event.api_visibility = "private"

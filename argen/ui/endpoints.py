@@ -9,14 +9,14 @@ from anyio.to_thread import run_sync
 from PIL import Image
 
 from argen.eval.reconstruction import decoded, encoded
-from argen.hub.cards import all_cards, ids
+from argen.hub.cards import all_cards, generators, ids
+from argen.jobs.following import follow, last
+from argen.jobs.store import DONE
 from argen.models.annotators import KINDS
 from argen.registry import samplers
 from argen.request import Control, Request, rows_of, setting_of
-from argen.studio.following import follow, last
-from argen.studio.store import DONE
+from argen.ui.context import AppContext, readable, user_errors
 from argen.ui.inputs import image_input
-from argen.ui.jobs import AppContext, readable, user_errors
 from tokenizers_img.pixels import to_pil
 
 DESCRIBER, TOKENIZER = "argen/emoji-seed-lm", "argen/emoji-vitvqgan"
@@ -24,14 +24,11 @@ NAMES = ("generate", "edit", "control", "describe", "reconstruct", "models")
 
 
 class Endpoints:
-    """Lay them out inside the current `gr.Blocks`, where nobody sees them.
+    """Lay them out inside the current `gr.Blocks`, where nobody sees them."""
 
-    Args:
-        free, controlled: ids of generators without and with a control image.
-    """
-
-    def __init__(self, context: AppContext, free: Sequence[str], controlled: Sequence[str]):
+    def __init__(self, context: AppContext):
         self.context, self.studio = context, context.studio
+        free, controlled = generators(), generators(control=True)
         grids = [name for name in free if all_cards()[name].grid]
         with gr.Column(visible=False):
             kinds = gr.Dropdown(list(KINDS), value="canny", label="Control")

@@ -1,16 +1,15 @@
-"""The tab that makes pictures: they grow while they are written, and keep their settings."""
-
-from collections.abc import Callable, Sequence
+"""The tab *Generate*: images grow while they are written, and keep their settings."""
 
 import gradio as gr
 
 from argen.data.emoji import STYLES
 from argen.data.imagenet import class_names
+from argen.hub.cards import generators
 from argen.metadata import read_request
 from argen.pipelines.base import TokenPipeline
 from argen.registry import samplers
 from argen.request import Request
-from argen.ui.jobs import AppContext, View, line, readable, user_errors
+from argen.ui.context import AppContext, View, line, readable, user_errors
 from argen.ui.widgets import SamplerSettings
 from argen.words import check_length
 from samplers.settings import settings_of
@@ -39,28 +38,30 @@ SLIDER = {
     "num_beams": 8,
     "num_candidates": 32,
 }
-Models = Callable[[str], TokenPipeline]  # id -> the generator
+TITLE = "Generate"
 
 
-class Create:
+def layout(context: AppContext, tab: gr.Tab) -> None:
+    create = Generate(context)
+    gr.on(None, create.view.restore, None, create.view.watched)
+    gr.on(None, create.presets, None, create.name)
+
+
+class Generate:
     """The tab; lay it out inside the current `gr.Blocks`.
 
-    Args:
-        models: gives a generator by its id.
-        ids: of the generators to choose from; the first is shown.
-        context: where requests are handed in.
-
     Attributes:
-        view: where its pictures are seen.
+        view: where its images are seen.
         name: of a preset.
     """
 
-    def __init__(self, models: Models, ids: Sequence[str], context: AppContext):
-        self.models, self.context = models, context
-        shown = models(ids[0])
+    def __init__(self, context: AppContext):
+        self.models, self.context = context.studio.models, context
+        ids = generators()
+        shown = self.models(ids[0])
         with gr.Row():
             with gr.Column(scale=2):
-                model = gr.Dropdown(list(ids), value=ids[0], label="Model", elem_id="model")
+                model = gr.Dropdown(ids, value=ids[0], label="Model", elem_id="model")
                 prompt = gr.Textbox(label="Prompt", placeholder="a red apple", autofocus=True, elem_id="prompt")
                 length = gr.Markdown(elem_id="length")
                 names = classes(shown)

@@ -2,7 +2,7 @@
 
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 import gradio as gr
@@ -12,10 +12,11 @@ from PIL import Image
 from argen.eval import judge, run
 from argen.eval.features import encoder_features
 from argen.eval.images import open_images
+from argen.hub.cards import generators
 from argen.hub.loading import load
+from argen.jobs.queue import Studio
 from argen.metadata import save_images
-from argen.studio.queue import Studio
-from argen.ui.jobs import user_errors
+from argen.ui.context import AppContext, user_errors
 from tokenizers_img.pixels import opaque
 
 FID, JUDGE = "FID-emoji, against the 12,853 pictures of training", "the judge, on its 500 prompts"
@@ -23,8 +24,11 @@ A_BATCH = 4  # pictures, after which the queue has its turn
 MOST = 2000
 
 
-def tab(studio: Studio, ids: Sequence[str]) -> None:
-    """Lay the tab out inside the current `gr.Blocks`; `ids` are those of the generators to choose from."""
+TITLE = "Evaluate"
+
+
+def layout(context: AppContext, tab: gr.Tab) -> None:
+    studio, ids = context.studio, generators()
 
     def measure(what: str, model: str, num: float, seed: float) -> Iterator[tuple]:
         with user_errors():
@@ -33,7 +37,7 @@ def tab(studio: Studio, ids: Sequence[str]) -> None:
     with gr.Row():
         with gr.Column(scale=2):
             what = gr.Radio([FID, JUDGE], value=FID, label="What", elem_id="eval-what")
-            model = gr.Dropdown(list(ids), value=ids[0], label="Model", elem_id="eval-model")
+            model = gr.Dropdown(ids, value=ids[0], label="Model", elem_id="eval-model")
             num = gr.Slider(2, MOST, value=200, step=1, label="Images", info="FID wants 2,000", elem_id="eval-num")
             seed = gr.Number(0, precision=0, minimum=0, label="Seed", elem_id="eval-seed")
             with gr.Row():

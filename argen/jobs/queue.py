@@ -22,11 +22,9 @@ import torch
 from PIL import Image
 
 from argen.files import replacing
-from argen.pipelines.base import TokenPipeline
-from argen.request import Job, Request, rows_of
-from argen.studio.access import ModelAccess, UnknownModel
-from argen.studio.messages import said
-from argen.studio.store import (
+from argen.jobs.access import ModelAccess, UnknownModel
+from argen.jobs.messages import said
+from argen.jobs.store import (
     CANCELLED,
     DONE,
     FAILED,
@@ -39,6 +37,8 @@ from argen.studio.store import (
     request_of,
     unreadable,
 )
+from argen.pipelines.base import TokenPipeline
+from argen.request import Job, Request, rows_of
 
 logger = logging.getLogger(__name__)
 LOCAL = "local"  # owner of what no key asked for

@@ -16,11 +16,9 @@ from argen.diffusion.prompts import parse, words_of
 from argen.diffusion.rece import PRESETS
 from argen.diffusion.tome import PRESETS as STRENGTHS
 from argen.diffusion.tools import binding, concepts_of, counters, counting, counting_rate, erasing
-from argen.ui.jobs import enlarge, user_errors
+from argen.ui.context import AppContext, enlarge, user_errors
 from argen.words import check_length, check_prompt, parse_count, split_names
 from tokenizers_img.pixels import to_pil
-
-Pipelines = Callable[[str], DiffusionPipeline]  # folder, hub id or argen/emoji-sd -> the pipeline
 
 
 class Stopped(Exception):
@@ -152,8 +150,12 @@ def count(pipe: DiffusionPipeline, model: str, prompt: str, iterations: int, rat
         yield before, best, f"step {step.index + 1}: counted {step.count:.1f}, loss {step.loss:.2f}"
 
 
-def tab(pipelines: Pipelines) -> None:
-    """Lay the tab out inside the current `gr.Blocks`."""
+TITLE = "Diffusion"
+
+
+def layout(context: AppContext, tab: gr.Tab) -> None:
+    def pipelines(name: str) -> DiffusionPipeline:
+        return context.diffusion(context.studio.models.check_pipeline(name))
 
     def asked(steps, guidance, seed) -> dict:
         return {"num_inference_steps": int(steps), "guidance_scale": guidance, "generator": int(seed)}

@@ -1,33 +1,37 @@
 """The tab that asks for many pictures at once: one prompt under several settings, and tables of requests."""
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import gradio as gr
 
+from argen.hub.cards import generators
+from argen.jobs.store import DONE, OVER
+from argen.jobs.tables import Axis, axis_names, listed, read_table, sheet, varied
 from argen.request import Request
-from argen.studio.many import Axis, axis_names, listed, read_table, sheet, varied
-from argen.studio.store import DONE, OVER
-from argen.ui.jobs import TICK, AppContext, user_errors
+from argen.ui.context import TICK, AppContext, user_errors
 
 NONE = "none"
 
 
-class Many:
-    """The tab; lay it out inside the current `gr.Blocks`.
+TITLE = "X/Y/Z plot and Batch"
 
-    Args:
-        ids: of the generators to choose from.
-    """
 
-    def __init__(self, ids: Sequence[str], context: AppContext):
-        self.context, self.studio = context, context.studio
+def layout(context: AppContext, tab: gr.Tab) -> None:
+    plot = Plot(context)
+    tab.select(plot.restore, None, plot.watched)
+
+
+class Plot:
+    """The tab; lay it out inside the current `gr.Blocks`."""
+
+    def __init__(self, context: AppContext):
+        self.context, self.studio, ids = context, context.studio, generators()
         asked = gr.State(None)  # the axes, and the ids of the jobs
         names = axis_names()
         gr.Markdown("### X/Y/Z plot: one prompt under several settings")
         with gr.Row():
             with gr.Column(scale=2):
-                model = gr.Dropdown(list(ids), value=ids[0], label="Model", elem_id="grid-model")
+                model = gr.Dropdown(ids, value=ids[0], label="Model", elem_id="grid-model")
                 prompt = gr.Textbox(label="Prompt", placeholder="a pizza", elem_id="grid-prompt")
                 seed = gr.Number(0, precision=0, minimum=0, label="Seed", elem_id="grid-seed")
                 fields = [model, prompt, seed]
@@ -68,9 +72,7 @@ class Many:
                     file_types=[".csv", ".jsonl"],
                     elem_id="batch-file",
                 )
-                other = gr.Dropdown(
-                    list(ids), value=ids[0], label="Model of rows that name none", elem_id="batch-model"
-                )
+                other = gr.Dropdown(ids, value=ids[0], label="Model of rows that name none", elem_id="batch-model")
                 send = gr.Button("Queue all rows", variant="primary", elem_id="batch-go")
             with gr.Column(scale=3):
                 told = gr.Markdown(

@@ -4,14 +4,15 @@ import gradio as gr
 
 from argen.hub import local_cache
 from argen.hub.cards import all_cards
-from argen.ui.jobs import AppContext, user_errors
+from argen.ui.context import AppContext, user_errors
 
 HEAD = ["id", "kind", "where", "MB here", "million parameters", "licence", "what"]
 
 
-def tab(context: AppContext) -> tuple:
-    """Lay the tab out inside the current `gr.Blocks`; what fills its table when it is opened, as an event takes it."""
+TITLE = "Models"
 
+
+def layout(context: AppContext, tab: gr.Tab) -> None:
     def rows() -> list[list]:
         found = []
         for one in local_cache.local_cache():
@@ -55,7 +56,7 @@ def tab(context: AppContext) -> tuple:
     drop.click(delete, chosen, [told, table])
     look.click(rows, None, table)
     offline.input(set_offline, offline, None)
-    return rows, None, table
+    tab.select(rows, None, table)
 
 
 def _chosen(id: str | None) -> str:

@@ -1,4 +1,6 @@
-"""Many clients at once, and faults: ``python -m argen.stress`` starts a server, kills it in the middle, and counts what is lost.
+"""Many clients at once, and faults: start a server, kill it in the middle, and count what is lost.
+
+    pip install . && python benchmarks/server_load.py --jobs 200 --clients 8
 
 Each of the clients submits its jobs over HTTP and waits for them; meanwhile the page is loaded again and again. In the middle the
 server is killed and started again. At the end each job must have the image of its own seed, and no other. Then the server meets what
@@ -81,7 +83,7 @@ def client(server: Server, number: int, jobs: int, kill: threading.Barrier) -> d
 
 
 def main() -> int:
-    top = argparse.ArgumentParser(prog="python -m argen.stress", description=__doc__)
+    top = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     top.add_argument("--clients", type=int, default=8)
     top.add_argument("--jobs", type=int, default=200, help="of all clients together (default: 200)")
     args = top.parse_args()

@@ -1,21 +1,22 @@
 """The tab that follows a control picture: draw one or give one, see what the generator will see, and draw after it."""
 
-from collections.abc import Sequence
-
 import gradio as gr
 from PIL import Image
 
+from argen.hub.cards import generators
 from argen.models.annotators import KINDS, annotate, as_image
 from argen.request import Control, Request
-from argen.ui.generate import Models
+from argen.ui.context import AppContext, View, user_errors
 from argen.ui.inputs import canvas_input
-from argen.ui.jobs import AppContext, View, user_errors
 
 CANVAS = 512  # pixels
 
 
-def tab(models: Models, ids: Sequence[str], context: AppContext) -> None:
-    """Lay the tab out inside the current `gr.Blocks`; the arguments are those of `argen.ui.generate.Create`."""
+TITLE = "Control"
+
+
+def layout(context: AppContext, tab: gr.Tab) -> None:
+    models, ids = context.studio.models, generators(control=True)
 
     def control(image, kind, strength=1.0) -> Control:
         drawn = (image or {}).get("composite")
@@ -35,7 +36,7 @@ def tab(models: Models, ids: Sequence[str], context: AppContext) -> None:
 
     with gr.Row():
         with gr.Column(scale=2):
-            model = gr.Dropdown(list(ids), value=ids[0], label="Model")
+            model = gr.Dropdown(ids, value=ids[0], label="Model")
             prompt = gr.Textbox(label="Prompt", placeholder="a pizza", elem_id="control-prompt")
             image = canvas_input(
                 value=Image.new("RGB", (CANVAS, CANVAS), "white"),

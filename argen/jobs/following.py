@@ -5,7 +5,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 
 from anyio.to_thread import run_sync
 
-from argen.studio.queue import Progress, Studio
+from argen.jobs.queue import Progress, Studio
 
 LISTEN_EVERY = 1.0  # seconds between looks whether anybody still waits
 

@@ -1,7 +1,7 @@
 """The tab that redraws a part of an image: cells of its token grid, painted or chosen."""
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 
 import gradio as gr
@@ -10,13 +10,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from argen.hub.cards import all_cards, generators
 from argen.pipelines.base import TokenPipeline
 from argen.pipelines.editing import masked_cells
 from argen.registry import samplers_of
 from argen.request import Grid, Request, rows_of
-from argen.ui.generate import Models
+from argen.ui.context import AppContext, View, user_errors
 from argen.ui.inputs import canvas_input
-from argen.ui.jobs import AppContext, View, user_errors
 from argen.ui.widgets import SamplerSettings
 from argen.words import check_length
 from tokenizers_img.pixels import on_white, upright
@@ -25,20 +25,22 @@ CANVAS = 512  # pixels
 SIDES = {"right": (0, 1), "left": (0, -1), "bottom": (1, 0), "top": (-1, 0)}  # where new cells come: rows, columns
 
 
+TITLE = "Edit"
+
+
+def layout(context: AppContext, tab: gr.Tab) -> None:
+    Edit(context)
+
+
 class Edit:
-    """The tab; lay it out inside the current `gr.Blocks`.
+    """The tab; lay it out inside the current `gr.Blocks`. Its generators are those whose tokens have a place in the image."""
 
-    Args:
-        models: gives a generator by its id.
-        ids: of generators whose tokens have a place in the picture.
-        context: where requests are handed in.
-    """
-
-    def __init__(self, models: Models, ids: Sequence[str], context: AppContext):
-        self.context = context
+    def __init__(self, context: AppContext):
+        self.context, models = context, context.studio.models
+        ids = [name for name in generators() if all_cards()[name].grid]
         with gr.Row():
             with gr.Column(scale=2):
-                model = gr.Dropdown(list(ids), value=ids[0], label="Model")
+                model = gr.Dropdown(ids, value=ids[0], label="Model")
                 prompt = gr.Textbox(label="Prompt", placeholder="a red apple", elem_id="edit-prompt")
                 last, source = gr.Button("Use latest image", elem_id="edit-latest"), gr.State(None)
                 image = canvas_input(

@@ -4,15 +4,20 @@ import math
 import sqlite3
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 import gradio as gr
 import numpy as np
+import torch
+from diffusers import DiffusionPipeline
 from PIL import Image
 
+from argen.hub.loading import load_diffusion
+from argen.hub.model_cache import ModelCache
+from argen.jobs.messages import said
+from argen.jobs.queue import LOCAL, Forbidden, Progress, Studio
+from argen.jobs.store import CANCELLED, DONE, FAILED, RUNNING, WAITING
 from argen.request import Grid, Request
-from argen.studio.messages import said
-from argen.studio.queue import LOCAL, Forbidden, Progress, Studio
-from argen.studio.store import CANCELLED, DONE, FAILED, RUNNING, WAITING
 from samplers.steps import Origin
 from tokenizers_img.pixels import opaque, upright
 
@@ -28,14 +33,23 @@ class AppContext:
     Attributes:
         studio: the queue.
         admin: owner who may do what concerns all; None where nobody logs in, so that everybody may.
+        device: of the pipelines of the diffusion tools.
+        memory: bytes that those may take, see `argen.hub.model_cache.ModelCache`.
     """
 
     studio: Studio
     admin: str | None = None
+    device: torch.device = torch.device("cpu")
+    memory: int | None = None
 
     def owner(self, request: gr.Request) -> str:
         """Who asks: a session is kept under its owner's name, see `argen.server.app.Sessions`."""
         return request.username or LOCAL
+
+    @cached_property
+    def diffusion(self) -> ModelCache:
+        """The diffusers pipelines of the tools, each loaded when it is first needed."""
+        return ModelCache(self.device, load_silent, self.memory)
 
     def check_admin(self, request: gr.Request) -> None:
         """Raises:
@@ -43,6 +57,13 @@ class AppContext:
         """
         if self.admin is not None and self.owner(request) != self.admin:
             raise Forbidden("this concerns everybody here: only the holder of the server's first key may do it")
+
+
+def load_silent(name: str) -> DiffusionPipeline:
+    """A diffusers pipeline without progress bars."""
+    pipe = load_diffusion(name)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
 
 
 class user_errors:

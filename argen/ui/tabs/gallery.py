@@ -5,11 +5,19 @@ import numpy as np
 import torch
 
 from argen.hub.cards import ids
-from argen.studio.store import Saved
-from argen.ui.jobs import AppContext, enlarge, readable, tinted, user_errors, written
+from argen.jobs.store import Saved
+from argen.ui.context import AppContext, enlarge, readable, tinted, user_errors, written
 
 ON_A_PAGE = 48
 MOST_ZIPPED = 1000
+
+
+TITLE = "Gallery"
+
+
+def layout(context: AppContext, tab: gr.Tab) -> None:
+    gallery = Gallery(context)
+    tab.select(*gallery.first)
 
 
 class Gallery:
