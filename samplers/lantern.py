@@ -6,9 +6,9 @@ Papers: LANTERN (arXiv 2410.03355, the bound `delta`) and LANTERN++ (arXiv 2502.
 token, or of an image, is from the target's.
 """
 
-import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -41,16 +41,15 @@ def neighbours(codebook: Tensor, k: int) -> Tensor:
     return torch.cat(nearest)
 
 
-_TABLES: dict[tuple[str, int], Tensor] = {}  # (codebook's SHA-256, k) -> `neighbours`
-
-
 def table_of(codebook: Tensor, k: int) -> Tensor:
     """`neighbours`, computed once for a codebook and k."""
     codes = codebook.detach().float().cpu().contiguous()
-    key = hashlib.sha256(codes.numpy().tobytes()).hexdigest(), k
-    if key not in _TABLES:
-        _TABLES[key] = neighbours(codes, k)
-    return _TABLES[key]
+    return _table_of(codes.numpy().tobytes(), len(codes), k)
+
+
+@lru_cache(maxsize=8)
+def _table_of(codebook: bytes, codes: int, k: int) -> Tensor:
+    return neighbours(torch.frombuffer(bytearray(codebook), dtype=torch.float32).view(codes, -1), k)
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from argen.hub.cards import all_cards, ids
 from argen.images import open_image
 from argen.metadata import differences, fingerprint, save_images
 from argen.models.dalle_mini import DalleMiniDecoder, DalleMiniEncoder, text_tokenizer
-from argen.pipelines.base import distinct_first
+from argen.pipelines.ranking import distinct_first
 from argen.pipelines.dalle_mini import DalleMiniPipeline
 from argen.request import Request
 from samplers.jacobi import Jacobi

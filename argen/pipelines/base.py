@@ -18,22 +18,22 @@ from diffusers.utils import BaseOutput, numpy_to_pil
 from einops import rearrange
 from PIL import Image
 from torch import Tensor
-from transformers import CLIPModel
 
 from argen import __version__
 from argen.data.imagenet import class_id
 from argen.hub.cards import Card, write_card
 from argen.metadata import MADE_BY, TOKENS, fingerprint
-from argen.models.clip import TextImageEncoder
+from argen.pipelines.canvas import TokenGrid
 from argen.pipelines.editing import Editing
+from argen.pipelines.ranking import Ranking
+from argen.pipelines.running import Running
 from argen.registry import draws_of, samplers, samplers_of
-from argen.request import Control, Grid, Job, Request, parse_sampler
+from argen.request import Control, parse_sampler
 from argen.words import check_prompt
 from samplers.logits import Gumbel, Sampling, keys_of
 from samplers.settings import make
 from samplers.steps import GuidanceScale, Sampler, Session, Step
 
-SAMPLING = ("guidance_scale", "temperature", "top_k", "top_p")  # what a request may leave to the model
 INSTEAD = {  # of arguments that other pipelines of diffusers take
     "negative_prompt": "its guidance leads away from no prompt at all, raise or lower guidance_scale",
     "height": "its images have one size, or under a control that of size=(width, height)",
@@ -74,18 +74,20 @@ class TokenPipelineOutput(BaseOutput):
     origins: Tensor | None = None
 
 
-class TokenPipeline(Editing, DiffusionPipeline):
+class TokenPipeline(Editing, Ranking, Running, DiffusionPipeline):
     """Base of the pipelines: a subclass says how a prompt is read and how tokens become pixels.
 
     Attributes:
         official: the authors' sampling settings.
         card: what was loaded, if it has one.
+        canvas: what the pipeline fills.
         ordered: whether any first tokens of a picture are a picture, so that it may have any number and be searched for.
         length: N, cells of a picture of the model's own size, which is square.
     """
 
     official: Defaults
     card: Card | None = None
+    canvas: TokenGrid = TokenGrid()
     ordered = False
     length: int
     _interrupt = False
@@ -140,11 +142,7 @@ class TokenPipeline(Editing, DiffusionPipeline):
         Raises:
             ValueError: the published model came without a picture encoder.
         """
-        return self.to_grid(self.image_tokenizer.encode(pixels.to(self.device)), self.shape_of())
-
-    def mask_tokens(self, tokens: Tensor, cells: Tensor) -> Tensor:
-        """Ids [B, h, w] with `cells` ([B, h, w] or [h, w] bool) undecided."""
-        return torch.where(cells.to(tokens.device), -1, tokens)
+        return self.canvas.to_grid(self.image_tokenizer.encode(pixels.to(self.device)), self.shape_of())
 
     def prepare(self, control: Control) -> Control:
         """The control with its picture in the size of the picture asked for.
@@ -182,38 +180,13 @@ class TokenPipeline(Editing, DiffusionPipeline):
             )
         return make(samplers[name], settings)
 
-    def empty_grid(self, count: int, shape: tuple[int, int]) -> Tensor:
-        """The tokens [B, h, w] of pictures of which nothing is decided."""
-        return torch.full((count, *shape), -1)
-
-    def to_grid(self, tokens: Tensor, shape: tuple[int, int]) -> Tensor:
-        """Tokens [B, N] as `stream` gives them -> as `empty_grid` gives them."""
-        return tokens.unflatten(1, shape)
-
-    def resume_state(self, step: Step) -> Tensor:
-        """The tokens of a last state, as `stream` takes them to go on from."""
-        return step.tokens
-
-    def fill_masked(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """Tokens [B, h, w] with something that can be decoded in undecided cells; which are decided, [B, h, w] bool."""
-        decided = tokens >= 0
-        if decided.all():
-            return tokens, decided
-        return torch.where(decided, tokens, self.blank_tokens(tuple(tokens.shape[1:])).to(tokens.device)), decided
-
-    @property
-    def text_image_encoder(self) -> TextImageEncoder | None:
-        """What embeds prompts and pictures in one space; None where the model has no such."""
-        clip = next((part for part in self.components.values() if isinstance(part, CLIPModel)), None)
-        return None if clip is None else TextImageEncoder(clip, self.tokenizer)
-
     def text_tokens(self, prompt: str) -> tuple[int, int] | None:
         """How many text tokens a prompt has, and how many are read; None of a model that reads no text."""
         tokenizer = self.components.get("tokenizer")
         if tokenizer is None:
             return None
-        own = (getattr(self.transformer.config, name, None) for name in ("caption_length", "max_position_embeddings"))
-        most = min(filter(None, (*own, tokenizer.model_max_length)))
+        config, limits = self.transformer.config, ("caption_length", "max_position_embeddings")
+        most = min(filter(None, (*(getattr(config, name, None) for name in limits), tokenizer.model_max_length)))
         return len(tokenizer(self.caption(prompt), truncation=False, verbose=False).input_ids), most
 
     def caption(self, prompt: str) -> str:
@@ -223,27 +196,6 @@ class TokenPipeline(Editing, DiffusionPipeline):
             ValueError: there is no such group.
         """
         return group_caption(prompt, self.config.get("groups"))
-
-    def rank(self, prompt: str, images: list[Image.Image]) -> list[float]:
-        """How well each picture fits the prompt: its cosine (higher is better).
-
-        Raises:
-            ValueError: there is nothing to rank with.
-        """
-        text, embeds = self.check_ranking().embed([self.caption(prompt)], images)
-        return (embeds @ text[0]).tolist()
-
-    def check_ranking(self) -> TextImageEncoder:
-        """What candidates are ranked with.
-
-        Raises:
-            ValueError: there is nothing to rank with.
-        """
-        if (encoder := self.text_image_encoder) is None:
-            raise ValueError(
-                f"{type(self).__name__} has no picture encoder to rank candidates with: leave num_candidates out"
-            )
-        return encoder
 
     def stream(
         self,
@@ -271,10 +223,10 @@ class TokenPipeline(Editing, DiffusionPipeline):
             shape: of the token grid, from `shape_of`; None for the model's own.
         """
         scale = self.defaults.guidance_scale if guidance_scale is None else guidance_scale
-        given = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
-        sampling = Sampling(**{k: getattr(self.defaults, k) if v is None else v for k, v in given.items()})
+        settings = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+        sampling = Sampling(**{k: getattr(self.defaults, k) if v is None else v for k, v in settings.items()})
         sampler = self.make_sampler(sampler) if isinstance(sampler, str) else sampler
-        check_asked(prompts, generators)
+        check_prompts(prompts, generators)
         if controls and len({control.image.size for control in controls}) > 1:
             raise ValueError("the control pictures have several sizes: expected one")
         shape = shape or self.shape_of(controls[0] if controls else None)
@@ -287,14 +239,14 @@ class TokenPipeline(Editing, DiffusionPipeline):
 
     @torch.no_grad()
     def _write(self, prompts, controls, shape, grid, sampling, scale, sampler, noise, every) -> Iterator[Step]:
-        shown = -every
+        emitted = -every
         step = Step(grid.clone(), forward_passes=0)
         session = self.start(prompts, callable(scale) or scale != 1, shape, controls)
         for step in sampler(session, grid, sampling, scale, noise):
-            if step.decided - shown >= every:
-                shown = step.decided
+            if step.decided - emitted >= every:
+                emitted = step.decided
                 yield step
-        if step.decided != shown:
+        if step.decided != emitted:
             yield step
 
     def __call__(
@@ -346,120 +298,63 @@ class TokenPipeline(Editing, DiffusionPipeline):
         Raises:
             ValueError: says which argument does not fit and what is expected.
         """
-        for name in others:
-            instead = INSTEAD.get(name, "see the arguments of its call")
-            raise ValueError(f"{name} is not an argument of {type(self).__name__}: {instead}")
-        if output_type not in ("pil", "np", "pt", "latent"):
-            raise ValueError(f"unknown output_type {output_type!r}: expected pil, np, pt or latent")
-        each = num_images_per_prompt if num_candidates is None else num_candidates
-        if not 1 <= num_images_per_prompt <= each:
-            raise ValueError(
-                f"num_images_per_prompt is {num_images_per_prompt} and num_candidates {num_candidates}: "
-                "expected at least 1 picture, and at least as many candidates"
-            )
-        asked = [prompt] if isinstance(prompt, str) else prompt
-        prompts = [text for text in asked for _ in range(each)]
+        check_call(type(self).__name__, others, output_type, num_images_per_prompt, num_candidates)
+        candidates = num_images_per_prompt if num_candidates is None else num_candidates
+        texts = [prompt] if isinstance(prompt, str) else prompt
+        prompts = [text for text in texts for _ in range(candidates)]
         controls = None
         if control_image is not None:
-            given = control_image if isinstance(control_image, list) else [control_image] * len(asked)
-            if len(given) != len(asked):
-                raise ValueError(f"got {len(given)} control pictures for {len(asked)} prompts: expected one for each")
-            ready = [self.prepare(Control(image, control_type, control_strength, size)) for image in given]
-            controls = [control for control in ready for _ in range(each)]
+            images = control_image if isinstance(control_image, list) else [control_image] * len(texts)
+            controls = self._prepare_all(images, len(texts), candidates, control_type, control_strength, size)
         shape = self.shape_of(controls[0] if controls else None, num_tokens)
         generators = generator if isinstance(generator, list) else own_generators(generator, len(prompts))
-        states = [one.get_state() for one in generators]
         settings = {"guidance_scale": guidance_scale, "temperature": temperature, "top_k": top_k, "top_p": top_p}
+        settings |= {"sampler": sampler, "controls": controls, "shape": shape}
+        step = self._last_step(prompts, generators, settings, tokens, callback_on_step_end)
+        grid, origins, scores = self.canvas.resume_state(step), step.origins, None
+        if num_candidates is not None:
+            cells = self.canvas.to_grid(grid, shape)
+            selected, scores = self.select_best(texts, cells, candidates, num_images_per_prompt)
+            grid, origins = grid[selected], None if origins is None else origins[selected]
+        output = TokenPipelineOutput(
+            images=self.images(self.canvas.to_grid(grid, shape), output_type),
+            tokens=grid,
+            scores=scores,
+            forward_passes=step.forward_passes,
+            origins=origins,
+        )
+        return output if return_dict else output.to_tuple()
+
+    def _prepare_all(self, images, prompts: int, candidates: int, kind: str, strength: float, size) -> list[Control]:
+        """A prepared control for each image that is drawn, from one image for each prompt."""
+        if len(images) != prompts:
+            raise ValueError(f"got {len(images)} control pictures for {prompts} prompts: expected one for each")
+        prepared = [self.prepare(Control(image, kind, strength, size)) for image in images]
+        return [control for control in prepared for _ in range(candidates)]
+
+    def _last_step(self, prompts, generators, settings: dict, tokens: Tensor | None, callback) -> Step:
+        """Write to the end, or until the callback interrupts; what the callback changes is gone on with, under the same noise."""
+        states = [generator.get_state() for generator in generators]
         self._interrupt = False
-        with self.progress_bar(total=math.prod(shape)) as bar:
-            given = {"sampler": sampler, "tokens": tokens, "controls": controls, "shape": shape}
-            steps, index, forward_passes = self.stream(prompts, generators, **settings, **given), 0, 0
+        index, forward_passes = 0, 0
+        with self.progress_bar(total=math.prod(settings["shape"])) as bar:
+            steps = self.stream(prompts, generators, tokens=tokens, **settings)
             while (step := next(steps, None)) is not None:
                 last = step
                 bar.update(step.decided - bar.n)
-                told = callback_on_step_end and callback_on_step_end(self, index, step.decided, {"tokens": step.tokens})
-                changed = (told or {}).get("tokens", step.tokens)
+                returned = callback and callback(self, index, step.decided, {"tokens": step.tokens})
+                changed = (returned or {}).get("tokens", step.tokens)
                 index += 1
                 if self._interrupt:
                     last = replace(step, tokens=changed)
                     break
-                if changed is not step.tokens and not torch.equal(
-                    changed, step.tokens
-                ):  # gone on with, with the same noise
+                if changed is not step.tokens and not torch.equal(changed, step.tokens):
                     steps.close()
                     forward_passes, last = forward_passes + step.forward_passes, replace(step, tokens=changed)
-                    for one, state in zip(generators, states, strict=True):
-                        one.set_state(state)
-                    steps = self.stream(prompts, generators, **settings, **given | {"tokens": self.resume_state(last)})
-            step = replace(last, forward_passes=forward_passes + last.forward_passes)
-        grid, origins, scores = self.resume_state(step), step.origins, None
-        if num_candidates is not None:
-            kept, scores = self._best(asked, self.to_grid(grid, shape), each, num_images_per_prompt)
-            grid, origins = grid[kept], None if origins is None else origins[kept]
-        images = self.images(self.to_grid(grid, shape), output_type)
-        output = TokenPipelineOutput(
-            images=images, tokens=grid, scores=scores, forward_passes=step.forward_passes, origins=origins
-        )
-        return output if return_dict else output.to_tuple()
-
-    def run(self, request: Request, every: int = 1, tokens: Tensor | None = None) -> Iterator[Job]:
-        """Carry out a request; yields its job, the same object, after each step, and at last with its pictures.
-
-        Close the iterator to cancel.
-
-        Args:
-            tokens: `Job.resume_state` of the same request, to go on from where it was left.
-        """
-        self.check(request)
-        request = self.resolved(request)
-        settings, control = {name: getattr(request, name) for name in SAMPLING}, request.control
-        generators, shape = request.generators(), self.shape_of(control, request.num_tokens)
-        sampler = self.make_sampler(request.sampler, **request.sampler_settings())
-        job = Job(request, self.empty_grid(len(generators), shape), lossless=sampler.lossless)
-        if tokens is None and request.tokens is not None:
-            tokens = self.tokens_from_request(request.tokens, shape).expand(len(generators), -1)
-        prompts, controls = [request.prompt] * len(generators), [control] * len(generators) if control else None
-        given = {"sampler": sampler, "controls": controls, "shape": shape, "every": every, "tokens": tokens}
-        for step in self.stream(prompts, generators, **settings, **given):
-            job.tokens, job.forward_passes, job.decided = (
-                self.to_grid(step.tokens, shape),
-                step.forward_passes,
-                step.decided,
-            )
-            job.resume_state = self.resume_state(step)
-            job.origins = None if step.origins is None else step.origins.unflatten(1, shape)
-            yield job
-        kept = list(range(len(generators)))
-        if request.num_candidates is not None:
-            kept, job.scores = self._best([request.prompt], job.tokens, len(generators), request.num_images)
-            job.log.append(f"kept {len(kept)} of {len(generators)} candidates")
-        job.requests = [request.for_image(index) for index in kept]
-        job.tokens = job.tokens[kept]
-        job.origins = None if job.origins is None else job.origins[kept]
-        job.images = self.images(job.tokens)
-        yield job
-
-    def check(self, request: Request) -> None:
-        """Whether this model can carry out a request, before anything is drawn.
-
-        Raises:
-            ValueError: it cannot; says which setting is not for it.
-        """
-        if request.num_beams is not None and not hasattr(self, "search"):
-            raise ValueError(
-                f"num_beams is {request.num_beams}: only pictures of ordered tokens can be searched for (FlexAR's), leave it out"
-            )
-        if (request.num_beams, request.num_candidates) != (None, None):
-            self.check_ranking()
-        request = self.resolved(request)
-        shape = self.shape_of(request.control, request.num_tokens)
-        self.make_sampler(request.sampler, **request.sampler_settings())
-        if request.tokens is not None:
-            self.tokens_from_request(request.tokens, shape)
-        if getattr(self, "text_encoder", self) is None:
-            self.class_of(request.prompt)
-        else:
-            self.caption(request.prompt)
+                    for generator, state in zip(generators, states, strict=True):
+                        generator.set_state(state)
+                    steps = self.stream(prompts, generators, tokens=self.canvas.resume_state(last), **settings)
+        return replace(last, forward_passes=forward_passes + last.forward_passes)
 
     def class_of(self, prompt: str) -> int:
         """The class that a prompt names, of a model that reads no text.
@@ -469,45 +364,15 @@ class TokenPipeline(Editing, DiffusionPipeline):
         """
         return class_id(prompt)
 
-    def tokens_from_request(self, rows: Grid, shape: tuple[int, int]) -> Tensor:
-        """Rows of a grid as a request has them -> [1, N], as `stream` takes them.
-
-        Raises:
-            ValueError: a grid of another shape, or an id that this model does not know.
-        """
-        grid, most = torch.tensor(rows), self.image_tokenizer.config.n_embed
-        if tuple(grid.shape) != tuple(shape):
-            raise ValueError(
-                f"tokens are {grid.shape[0]} x {grid.shape[1]}: expected {shape[0]} x {shape[1]}, as this model writes them"
-            )
-        if grid.max() >= most:
-            raise ValueError(f"token {int(grid.max())} does not exist: expected ids below {most}")
-        return grid.flatten()[None]
-
-    def resolved(self, request: Request) -> Request:
-        """A request with what is left to the model filled in, and its control prepared."""
-        own = {key: getattr(self.defaults, key) for key in SAMPLING if getattr(request, key) is None}
-        return replace(request, **own, control=self.prepare(request.control) if request.control else None)
-
-    def _best(self, prompts: list[str], tokens: Tensor, each: int, keep: int) -> tuple[list[int], list[float]]:
-        """Of `each` pictures of every prompt the `keep` that fit it best: their indices, best first, and scores."""
-        images, kept, scores = self.images(tokens), [], []
-        for first, prompt in zip(range(0, len(images), each), prompts, strict=True):
-            ranked = self.rank(prompt, images[first : first + each])
-            order = sorted(range(each), key=lambda index: -ranked[index])
-            order = distinct_first(order, tokens[first : first + each])[:keep]
-            kept += [first + index for index in order]
-            scores += [ranked[index] for index in order]
-        return kept, scores
-
     @torch.no_grad()
     def images(self, tokens: Tensor, output_type: str = "pil") -> list[Image.Image] | np.ndarray | Tensor:
         """Ids [B, h, w], or [B, N] of a square, -> pictures as `__call__` gives them; undecided cells (-1) are grey."""
         if tokens.ndim == 2:
-            tokens = self.to_grid(tokens, self.shape_of())
+            tokens = self.canvas.to_grid(tokens, self.shape_of())
         if output_type == "latent":
-            return tokens.flatten(1)
-        filled, decided = self.fill_masked(tokens)
+            return tokens.flatten(1) if self.canvas.discrete else tokens
+        decided = self.canvas.decided(tokens)
+        filled = tokens if decided.all() else self.canvas.fill(tokens, self.blank_tokens(tuple(tokens.shape[-2:])))
         pixels = torch.cat(
             [self.decode_tokens(row) for row in filled.split(1)]
         )  # alone, so that no bit feels the batch
@@ -529,17 +394,25 @@ class TokenPipeline(Editing, DiffusionPipeline):
         return images
 
 
-def distinct_first(order: list[int], tokens: Tensor) -> list[int]:
-    """Candidates in an order -> those that an earlier one equals at the end, taken only where there are not enough others."""
-    seen, first, again = set(), [], []
-    for index in order:
-        key = tokens[index].cpu().numpy().tobytes()
-        (again if key in seen else first).append(index)
-        seen.add(key)
-    return first + again
+def check_call(
+    pipeline: str, others: dict, output_type: str, num_images_per_prompt: int, num_candidates: int | None
+) -> None:
+    """Raises:
+    ValueError: an argument of other pipelines, with what to use instead; numbers or a type that do not fit.
+    """
+    for name in others:
+        instead = INSTEAD.get(name, "see the arguments of its call")
+        raise ValueError(f"{name} is not an argument of {pipeline}: {instead}")
+    if output_type not in ("pil", "np", "pt", "latent"):
+        raise ValueError(f"unknown output_type {output_type!r}: expected pil, np, pt or latent")
+    if not 1 <= num_images_per_prompt <= (num_images_per_prompt if num_candidates is None else num_candidates):
+        raise ValueError(
+            f"num_images_per_prompt is {num_images_per_prompt} and num_candidates {num_candidates}: "
+            "expected at least 1 picture, and at least as many candidates"
+        )
 
 
-def check_asked(prompts: list[str], generators: list[torch.Generator]) -> None:
+def check_prompts(prompts: list[str], generators: list[torch.Generator]) -> None:
     """Raises:
     ValueError: an empty or endless prompt, or not one generator for each.
     """

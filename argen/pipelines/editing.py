@@ -51,10 +51,10 @@ class Editing:
         cells = masked_cells(image, mask, self.shape_of())
         known = self._stored(read_grid(image), image, visible=mask is None)
         if known is None:
-            return self.mask_tokens(self.encode_images(from_pil(image, self.image_size)[None]), cells)
+            return self.canvas.mask(self.encode_images(from_pil(image, self.image_size)[None]), cells)
         tokens, box = known
         inside = upright(image).crop(box), None if mask is None else to_mask(mask).crop(box)
-        return self.mask_tokens(tokens, masked_cells(*inside, self.shape_of()))
+        return self.canvas.mask(tokens, masked_cells(*inside, self.shape_of()))
 
     def read_tokens(self, image: Image.Image, grid: Grid | None = None) -> Tensor:
         """The tokens of an image of any size, padded to a square: ids [1, h, w]. Raises as `encode_images` does.
@@ -79,8 +79,8 @@ class Editing:
         if grid is None:
             return None
         shape, tokens = self.shape_of(), torch.tensor(grid)[None]
-        known = getattr(self.image_tokenizer.config, "n_embed", 0) if hasattr(self, "image_tokenizer") else 0
-        if tuple(tokens.shape[1:]) != tuple(shape) or not 0 <= tokens.min() <= tokens.max() < known:
+        codes = getattr(self.image_tokenizer.config, "n_embed", 0) if self.canvas.discrete else 0
+        if tuple(tokens.shape[1:]) != tuple(shape) or not 0 <= tokens.min() <= tokens.max() < codes:
             return None
         (decoded,) = self.images(tokens.to(self.device))
         image = upright(image).copy()
@@ -108,7 +108,7 @@ class Editing:
         order = own.flatten().argsort()
         chosen = torch.zeros(own.numel(), dtype=torch.bool)
         chosen[order[: max(1, round(share * own.numel()))]] = True
-        return self.mask_tokens(tokens, chosen.view(own.shape))
+        return self.canvas.mask(tokens, chosen.view(own.shape))
 
     @torch.no_grad()
     def certainty(self, request: Request, tokens: Tensor) -> tuple[Tensor, Tensor]:
@@ -120,8 +120,10 @@ class Editing:
             tokens: its ids [h, w].
 
         Raises:
-            ValueError: cells are undecided.
+            ValueError: cells are undecided; this model writes latents, whose probabilities are not known.
         """
+        if not self.canvas.discrete:
+            raise ValueError("this model writes latents, whose probabilities are not known: choose a model of tokens")
         if (tokens < 0).any():
             raise ValueError("the picture is not finished: expected a token in each cell")
         request = self.resolved(request)

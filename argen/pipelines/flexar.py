@@ -13,7 +13,9 @@ from argen.files import WEIGHTS
 from argen.models.files import emoji_text, load_network, read_t5
 from argen.models.flexar import FlexAR, FlexARSession
 from argen.models.tokenizers import read_emoji_flextok
-from argen.pipelines.base import SAMPLING, Defaults, TokenPipeline, distinct, own_generators
+from argen.pipelines.base import Defaults, TokenPipeline, distinct, own_generators
+from argen.pipelines.canvas import TokenSequence
+from argen.pipelines.running import SAMPLING
 from argen.request import Control, Job, Request, check_beams
 from tokenizers_img.flextok import FlexTok, FlexTokenizer
 from tokenizers_img.hub import hub_folder
@@ -34,6 +36,7 @@ class FlexARPipeline(TokenPipeline):
 
     model_cpu_offload_seq = "text_encoder->transformer->flextok->vae"
     _optional_components = ["text_encoder", "tokenizer"]
+    canvas = TokenSequence(progressive=True)
     ordered = True
 
     def __init__(
@@ -49,8 +52,8 @@ class FlexARPipeline(TokenPipeline):
         official_null: bool = False,
     ):
         super().__init__()
-        own = {"steps": steps, "tokenizer_guidance": tokenizer_guidance, "official_null": official_null}
-        self.register_to_config(groups=groups, **own)
+        flow = {"steps": steps, "tokenizer_guidance": tokenizer_guidance, "official_null": official_null}
+        self.register_to_config(groups=groups, **flow)
         self.register_modules(
             transformer=transformer, flextok=flextok, vae=vae, text_encoder=text_encoder, tokenizer=tokenizer
         )
@@ -126,14 +129,9 @@ class FlexARPipeline(TokenPipeline):
             states, mask = self.text_encoder(**text).last_hidden_state, text.attention_mask.bool()
         return states.to(self.transformer.dtype), mask
 
-    def to_grid(self, tokens: Tensor, shape: tuple[int, int]) -> Tensor:
-        """See `TokenPipeline.to_grid`: one row, of whatever length."""
-        return tokens[:, None]
-
-    def fill_masked(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """See `TokenPipeline.fill_masked`: a picture of which something is decided is shown whole."""
-        begun = (tokens[..., :1] >= 0).expand_as(tokens)
-        return tokens, begun
+    def blank_tokens(self, shape: tuple[int, int]) -> Tensor:
+        """See `TokenPipeline.blank_tokens`: none, `decode_tokens` reads the decided ones only."""
+        return torch.full(shape, -1)
 
     def decode_tokens(self, tokens: Tensor) -> Tensor:
         """Ids [B, 1, k] -> pixels [B, 3, H, W] in [0, 1], of the decided tokens at the beginning of each."""
@@ -149,11 +147,13 @@ class FlexARPipeline(TokenPipeline):
             return
         request = self.resolved(request)
         sampler = self.make_sampler(request.sampler, **request.sampler_settings())
-        own = {"sampler": sampler, **{name: getattr(request, name) for name in SAMPLING}}
+        settings = {"sampler": sampler, **{name: getattr(request, name) for name in SAMPLING}}
         shape = self.shape_of(None, request.num_tokens)
-        job = Job(request, self.empty_grid(request.num_images, shape), lossless=sampler.lossless)
-        asked = request.prompt, request.num_beams, request.drawn, request.num_tokens
-        for stage in zip(*(self.search(*asked, generators, **own) for generators in request.generators()), strict=True):
+        job = Job(request, self.canvas.empty(request.num_images, shape), lossless=sampler.lossless)
+        arguments = request.prompt, request.num_beams, request.drawn, request.num_tokens
+        for stage in zip(
+            *(self.search(*arguments, generators, **settings) for generators in request.generators()), strict=True
+        ):
             job.decided = stage[0].decided
             job.forward_passes += max(step.forward_passes for step in stage)
             job.tokens[:, 0, : job.decided] = torch.stack([step.tokens[0].cpu() for step in stage])

@@ -25,6 +25,7 @@ from argen.models.seed_llama import (
 )
 from argen.models.tokenizers import SEED_FILE, read_emoji_seed, read_seed
 from argen.pipelines.base import Defaults, TokenPipeline
+from argen.pipelines.canvas import TokenSequence
 from argen.request import Control
 from argen.words import check_length
 from tokenizers_img.hub import hub_folder
@@ -67,6 +68,7 @@ class SeedLlamaPipeline(TokenPipeline):
         ValueError: an unknown format; a language model without pictures, or with those of another tokenizer.
     """
 
+    canvas = TokenSequence()
     samplers = ("auto", "sequential")  # its codes have no rows, and it no drafter
     model_cpu_offload_seq = "transformer->image_tokenizer"
 
@@ -107,15 +109,6 @@ class SeedLlamaPipeline(TokenPipeline):
         """See `TokenPipeline.shape_of`: one row."""
         super().shape_of(control, num_tokens)
         return 1, self.length
-
-    def to_grid(self, tokens: Tensor, shape: tuple[int, int]) -> Tensor:
-        """See `TokenPipeline.to_grid`: one row."""
-        return tokens[:, None]
-
-    def fill_masked(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """See `TokenPipeline.fill_masked`: nothing is shown before all is written, since each code stands for the whole picture."""
-        whole = (tokens >= 0).all(dim=2, keepdim=True).expand_as(tokens)
-        return tokens.clamp(min=0), whole
 
     def start(
         self, prompts: list[str], guided: bool, shape: tuple[int, int] | None = None, controls: None = None

@@ -1,23 +1,21 @@
 """Pictures from classes or captions with xAR (arXiv 2502.20388): continuous latents, entity by entity."""
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from diffusers import AutoencoderKL
-from PIL import Image
 from torch import Tensor
 from transformers import CLIPModel, PreTrainedTokenizerFast
 
 from argen.files import WEIGHTS
 from argen.models.files import emoji_text, load_network
 from argen.models.xar import SIZES, XAR, XARSession
-from argen.pipelines.base import Defaults, TokenPipeline, check_asked, distinct
+from argen.pipelines.base import Defaults, TokenPipeline, check_prompts, distinct
+from argen.pipelines.canvas import LatentGrid
 from argen.registry import samplers, samplers_of
-from argen.request import Control, Grid, Request, parse_sampler
+from argen.request import Control, Request, parse_sampler
 from samplers.next_x import NextX
 from samplers.settings import make
 from tokenizers_img.hub import hub_file
@@ -33,7 +31,7 @@ class LatentStep:
 
     Attributes:
         tokens: [B, C, h, w] float32; what is under way is still noisy, what is not begun is NaN.
-        finished: [B, h, w] bool, those and the given ones.
+        finished: [B, h, w] bool, those and the known ones.
     """
 
     tokens: Tensor
@@ -74,8 +72,8 @@ class XARPipeline(TokenPipeline):
     @property
     def official(self) -> Defaults:
         """Those of the paper for each size; for others those of the smallest."""
-        own = self.transformer.config
-        size = next((name for name, sizes in SIZES.items() if sizes["dim"] == own.dim), None)
+        dim = self.transformer.config.dim
+        size = next((name for name, sizes in SIZES.items() if sizes["dim"] == dim), None)
         return OFFICIAL[size or "B"]
 
     @property
@@ -95,22 +93,18 @@ class XARPipeline(TokenPipeline):
             raise ValueError(
                 f"this model writes continuous latents, and the sampler {name} tokens: choose one of {', '.join(self.samplers)}"
             )
-        own = {"steps": self.defaults.steps, "precise": self.device.type != "mps"}  # which has no float64
+        defaults = {"steps": self.defaults.steps, "precise": self.device.type != "mps"}  # which has no float64
         auto = "sde" if self.text_encoder is None else "euler"  # as published; as good in half of the steps
-        return make(samplers[auto if name == "auto" else name], own | settings)
+        return make(samplers[auto if name == "auto" else name], defaults | settings)
+
+    @property
+    def canvas(self) -> LatentGrid:
+        return LatentGrid(self.transformer.config.channels)
 
     def check(self, request: Request) -> None:
         """See `TokenPipeline.check`."""
         _check_undrawn(request.temperature, request.top_k, request.top_p)
         super().check(request)
-
-    def empty_grid(self, count: int, shape: tuple[int, int]) -> Tensor:
-        """See `TokenPipeline.empty_grid`: NaN."""
-        return torch.full((count, self.transformer.config.channels, *shape), math.nan)
-
-    def to_grid(self, tokens: Tensor, shape: tuple[int, int]) -> Tensor:
-        """See `TokenPipeline.to_grid`: they are so already."""
-        return tokens
 
     def start(self, prompts: list[str], guided: bool, times: list[float]) -> XARSession:
         """A fresh session for one picture of each prompt, which will be asked at `times`.
@@ -119,11 +113,11 @@ class XARPipeline(TokenPipeline):
             ValueError: there is no such class.
         """
         if self.text_encoder is None:
-            asked = torch.tensor([self.class_of(prompt) for prompt in prompts], device=self.device)
+            condition = torch.tensor([self.class_of(prompt) for prompt in prompts], device=self.device)
         else:
             texts, rows = distinct(prompts, guided)
-            asked = self.transformer.read(*self.encode_text(texts))[rows]
-        return XARSession(self.transformer, asked, times, guided)
+            condition = self.transformer.read(*self.encode_text(texts))[rows]
+        return XARSession(self.transformer, condition, times, guided)
 
     def encode_text(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
         """Captions -> hidden states [B, T, C], mask [B, T] bool."""
@@ -156,8 +150,8 @@ class XARPipeline(TokenPipeline):
         sampler = self.make_sampler(sampler) if isinstance(sampler, str) else sampler
         if not isinstance(sampler, NextX):
             self.make_sampler(sampler.name)
-        check_asked(prompts, generators)
-        empty = self.empty_grid(len(prompts), self.shape_of())
+        check_prompts(prompts, generators)
+        empty = self.canvas.empty(len(prompts), self.shape_of())
         latents = empty if tokens is None else tokens
         if latents.shape != empty.shape:
             raise ValueError(f"latents are {list(latents.shape)}: expected {list(empty.shape)}")
@@ -181,20 +175,20 @@ class XARPipeline(TokenPipeline):
             stacked = stacked if sampler.precise else stacked.float()
             return torch.stack(start).to(self.device), stacked.to(self.device)
 
-        given = latents.isfinite().all(dim=1)
-        step, shown = LatentStep(latents, given, 0, 0), -every
-        for found in sampler(session, entities.patchify(latents), lengths, scale, noise):
-            finished = entities.unpatchify((torch.arange(sum(lengths)) < found.finished)[None, :, None])[0, 0]
+        known = self.canvas.decided(latents)
+        step, emitted = LatentStep(latents, known, 0, 0), -every
+        for state in sampler(session, entities.patchify(latents), lengths, scale, noise):
+            finished = entities.unpatchify((torch.arange(sum(lengths)) < state.finished)[None, :, None])[0, 0]
             step = LatentStep(
-                entities.unpatchify(found.sequence),
-                finished.to(given.device) | given,
-                self._cells(found.decided),
-                found.forward_passes,
+                entities.unpatchify(state.sequence),
+                finished.to(known.device) | known,
+                self._cells(state.decided),
+                state.forward_passes,
             )
-            if step.decided - shown >= every:
-                shown = step.decided
+            if step.decided - emitted >= every:
+                emitted = step.decided
                 yield step
-        if step.decided != shown:
+        if step.decided != emitted:
             yield step
 
     def _cells(self, positions: int) -> int:
@@ -209,36 +203,6 @@ class XARPipeline(TokenPipeline):
     def encode_images(self, pixels: Tensor) -> Tensor:
         """See `TokenPipeline.encode_images`: latents [B, C, h, w]."""
         return KLVAE(self.vae).encode(pixels.to(self.device, self.vae.dtype)).to(self.transformer.dtype)
-
-    def mask_tokens(self, tokens: Tensor, cells: Tensor) -> Tensor:
-        """See `TokenPipeline.mask_tokens`, of latents [B, C, h, w]: NaN."""
-        return tokens.masked_fill(cells.to(tokens.device).expand(len(tokens), *tokens.shape[2:])[:, None], math.nan)
-
-    def tokens_from_request(self, rows: Grid, shape: tuple[int, int]) -> Tensor:
-        """Raises:
-        ValueError: always; see `TokenPipeline.tokens_from_request`.
-        """
-        raise ValueError(
-            "this model writes numbers, not tokens: leave tokens out, or give latents to its call in Python"
-        )
-
-    def certainty(self, request: Request, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """Raises:
-        ValueError: always; see `TokenPipeline.certainty`.
-        """
-        raise ValueError("this model writes latents, whose probabilities are not known: choose a model of tokens")
-
-    def resume_state(self, step: LatentStep) -> Tensor:
-        """See `TokenPipeline.resume_state`: what is still noisy starts afresh."""
-        return torch.where(step.finished[:, None], step.tokens, math.nan)
-
-    def fill_masked(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """See `TokenPipeline.fill_masked`, of latents [B, C, h, w]."""
-        return tokens.nan_to_num(0.0), tokens.isfinite().all(dim=1)
-
-    def images(self, tokens: Tensor, output_type: str = "pil") -> list[Image.Image] | np.ndarray | Tensor:
-        """See `TokenPipeline.pictures`, of latents [B, C, h, w]; what is NaN is grey."""
-        return tokens if output_type == "latent" else super().images(tokens, output_type)
 
     def decode_tokens(self, tokens: Tensor) -> Tensor:
         """Latents [B, C, h, w] -> pixels [B, 3, H, W] in [0, 1]."""
@@ -260,7 +224,7 @@ def _check_undrawn(temperature: float | None, top_k: int | None, top_p: float | 
     """Raises:
     ValueError: a temperature, top-k or top-p that would change something.
     """
-    given = {"temperature": (temperature, 1.0), "top_k": (top_k, 0), "top_p": (top_p, 1.0)}
-    for name, (value, neutral) in given.items():
+    known = {"temperature": (temperature, 1.0), "top_k": (top_k, 0), "top_p": (top_p, 1.0)}
+    for name, (value, neutral) in known.items():
         if value not in (None, neutral):
             raise ValueError(f"{name} is {value}: this model draws no tokens, leave it out")

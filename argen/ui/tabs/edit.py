@@ -142,7 +142,7 @@ def inpaint(
     image, strokes, cells = shown(canvas), painted(canvas), named(numbers, pipe.shape_of())
     if strokes.getbbox() or not cells.any():
         cells |= masked_cells(image, strokes, pipe.shape_of())  # says so if there is nothing
-    return pipe.mask_tokens(tokens, ~cells if locked else cells)
+    return pipe.canvas.mask(tokens, ~cells if locked else cells)
 
 
 def varied(pipe: TokenPipeline, wanted: Request, tokens: Tensor, canvas: dict | None, share: float) -> Tensor:
@@ -153,7 +153,7 @@ def varied(pipe: TokenPipeline, wanted: Request, tokens: Tensor, canvas: dict | 
 def forked(pipe: TokenPipeline, wanted: Request, tokens: Tensor, canvas: dict | None, share: float) -> Tensor:
     """A share of the tokens, from the first."""
     cells = torch.arange(tokens[0].numel(), device=tokens.device).view_as(tokens)
-    return pipe.mask_tokens(tokens, cells >= round(share * cells.numel()))
+    return pipe.canvas.mask(tokens, cells >= round(share * cells.numel()))
 
 
 def extended(

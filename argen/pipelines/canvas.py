@@ -1,0 +1,120 @@
+"""What a generator fills: a grid of token ids, an ordered sequence of them, or a grid of latents.
+
+Letters in shape comments: B images, h w cells, N = h*w (row-major), C channels of latents. A cell is undecided where its id is -1, or where
+its latents are NaN.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from argen.request import Grid
+
+
+@dataclass(frozen=True)
+class TokenGrid:
+    """Token ids [B, h, w], each in its place in the image.
+
+    Attributes:
+        discrete: whether cells hold ids, whose probabilities are known.
+        placed: whether a cell has a place in the image, so that a mask can select it.
+    """
+
+    discrete = True
+    placed = True
+
+    def empty(self, count: int, shape: tuple[int, int]) -> Tensor:
+        """The cells of images of which nothing is decided."""
+        return torch.full((count, *shape), -1)
+
+    def to_grid(self, tokens: Tensor, shape: tuple[int, int]) -> Tensor:
+        """Tokens [B, N] as a pipeline's `stream` gives them -> as `empty` gives them."""
+        return tokens.unflatten(1, shape)
+
+    def mask(self, tokens: Tensor, cells: Tensor) -> Tensor:
+        """Tokens with `cells` ([B, h, w] or [h, w] bool) undecided."""
+        return torch.where(cells.to(tokens.device), -1, tokens)
+
+    def resume_state(self, step: Any) -> Tensor:
+        """The tokens of a last step, as `stream` takes them to go on from."""
+        return step.tokens
+
+    def decided(self, tokens: Tensor) -> Tensor:
+        """Which cells can be shown, [B, h, w] bool."""
+        return tokens >= 0
+
+    def fill(self, tokens: Tensor, blank: Tensor) -> Tensor:
+        """Tokens that can be decoded: `blank` ([h, w]) where nothing can be shown."""
+        return torch.where(self.decided(tokens), tokens, blank.to(tokens.device))
+
+    def parse(self, rows: Grid, shape: tuple[int, int], codes: int) -> Tensor:
+        """Rows of a grid as a request has them -> [1, N], as `stream` takes them.
+
+        Raises:
+            ValueError: a grid of another shape; an id that is not below `codes`.
+        """
+        grid = torch.tensor(rows)
+        if tuple(grid.shape) != tuple(shape):
+            raise ValueError(
+                f"tokens are {grid.shape[0]} x {grid.shape[1]}: expected {shape[0]} x {shape[1]}, as this model writes them"
+            )
+        if grid.max() >= codes:
+            raise ValueError(f"token {int(grid.max())} does not exist: expected ids below {codes}")
+        return grid.flatten()[None]
+
+
+@dataclass(frozen=True)
+class TokenSequence(TokenGrid):
+    """Token ids [B, 1, k], each of which concerns the image as a whole.
+
+    Args:
+        progressive: whether the first tokens alone are an image, as FlexTok's are.
+    """
+
+    progressive: bool = False
+    placed = False
+
+    def to_grid(self, tokens: Tensor, shape: tuple[int, int]) -> Tensor:
+        """See `TokenGrid.to_grid`: one row, of whatever length."""
+        return tokens[:, None]
+
+    def decided(self, tokens: Tensor) -> Tensor:
+        """See `TokenGrid.decided`: an image is shown as a whole, from its first token on or with its last."""
+        known = tokens >= 0
+        shown = known[..., :1] if self.progressive else known.all(dim=2, keepdim=True)
+        return shown.expand_as(tokens)
+
+
+@dataclass(frozen=True)
+class LatentGrid(TokenGrid):
+    """Latents [B, C, h, w] of `channels`."""
+
+    channels: int
+    discrete = False
+
+    def empty(self, count: int, shape: tuple[int, int]) -> Tensor:
+        """See `TokenGrid.empty`."""
+        return torch.full((count, self.channels, *shape), math.nan)
+
+    def to_grid(self, tokens: Tensor, shape: tuple[int, int]) -> Tensor:
+        """See `TokenGrid.to_grid`: `stream` gives a grid already."""
+        return tokens
+
+    def mask(self, tokens: Tensor, cells: Tensor) -> Tensor:
+        """See `TokenGrid.mask`."""
+        return tokens.masked_fill(cells.to(tokens.device).expand(len(tokens), *tokens.shape[2:])[:, None], math.nan)
+
+    def resume_state(self, step: Any) -> Tensor:
+        """See `TokenGrid.resume_state`: what is still noisy starts afresh."""
+        return torch.where(step.finished[:, None], step.tokens, math.nan)
+
+    def decided(self, tokens: Tensor) -> Tensor:
+        """See `TokenGrid.decided`."""
+        return tokens.isfinite().all(dim=1)
+
+    def fill(self, tokens: Tensor, blank: Tensor) -> Tensor:
+        """See `TokenGrid.fill`: zeros."""
+        return tokens.nan_to_num(0.0)

@@ -1,0 +1,61 @@
+"""Ranking: of several candidates of a prompt those that fit it best, by a model that embeds texts and images in one space."""
+
+from PIL import Image
+from torch import Tensor
+from transformers import CLIPModel
+
+from argen.models.clip import TextImageEncoder
+
+
+class Ranking:
+    """How a `TokenPipeline` chooses among candidates."""
+
+    @property
+    def text_image_encoder(self) -> TextImageEncoder | None:
+        """What embeds prompts and images in one space; None where the model has none."""
+        clip = next((part for part in self.components.values() if isinstance(part, CLIPModel)), None)
+        return None if clip is None else TextImageEncoder(clip, self.tokenizer)
+
+    def check_ranking(self) -> TextImageEncoder:
+        """What candidates are ranked with.
+
+        Raises:
+            ValueError: there is nothing to rank with.
+        """
+        if (encoder := self.text_image_encoder) is None:
+            raise ValueError(
+                f"{type(self).__name__} has no picture encoder to rank candidates with: leave num_candidates out"
+            )
+        return encoder
+
+    def rank(self, prompt: str, images: list[Image.Image]) -> list[float]:
+        """How well each image fits the prompt: its cosine (higher is better).
+
+        Raises:
+            ValueError: there is nothing to rank with.
+        """
+        text, embeds = self.check_ranking().embed([self.caption(prompt)], images)
+        return (embeds @ text[0]).tolist()
+
+    def select_best(
+        self, prompts: list[str], tokens: Tensor, candidates: int, num_images: int
+    ) -> tuple[list[int], list[float]]:
+        """Of the `candidates` of each prompt the `num_images` that fit it best: their indices, best first, and scores."""
+        images, selected, scores = self.images(tokens), [], []
+        for first, prompt in zip(range(0, len(images), candidates), prompts, strict=True):
+            ranked = self.rank(prompt, images[first : first + candidates])
+            order = sorted(range(candidates), key=lambda index: -ranked[index])
+            order = distinct_first(order, tokens[first : first + candidates])[:num_images]
+            selected += [first + index for index in order]
+            scores += [ranked[index] for index in order]
+        return selected, scores
+
+
+def distinct_first(order: list[int], tokens: Tensor) -> list[int]:
+    """Candidates in an order -> those that an earlier one equals at the end, taken only where there are not enough others."""
+    seen, first, again = set(), [], []
+    for index in order:
+        key = tokens[index].cpu().numpy().tobytes()
+        (again if key in seen else first).append(index)
+        seen.add(key)
+    return first + again
