@@ -133,8 +133,8 @@ class Sequential:
                 waiting.append(cell)
                 continue
             logits = next_logits(session, tokens, waiting, guidance_scale, cell)
-            drawn = pick(logits, sampling, noise, torch.tensor([cell]))[:, 0]
-            tokens[:, cell] = torch.where(tokens[:, cell] < 0, drawn.to(tokens.device), tokens[:, cell])
+            sampled = pick(logits, sampling, noise, torch.tensor([cell]))[:, 0]
+            tokens[:, cell] = torch.where(tokens[:, cell] < 0, sampled.to(tokens.device), tokens[:, cell])
             waiting, forward_passes = [cell], forward_passes + 1
             yield Step(tokens.clone(), forward_passes)
 

@@ -7,7 +7,7 @@ from conftest import published_keys, shapes, tiny_pipeline
 from torch import nn
 from transformers import CLIPConfig, CLIPModel
 
-from argen.diffusion.count_token import CountToken, looked_at
+from argen.diffusion.count_token import CountToken, centre_crop
 from argen.models.clip_count import FROZEN, SCALE, CLIPCount
 from tokenizers_img.checkpoint import load_strict
 
@@ -176,5 +176,5 @@ def test_what_cannot_be_counted_is_refused(golden):
 
 def test_counters_see_the_middle_square():
     wide = torch.rand(1, 3, 64, 128)
-    assert looked_at(wide).shape == (1, 3, 224, 224)
-    torch.testing.assert_close(looked_at(wide), F.interpolate(wide, (224, 448), mode="bilinear")[..., 112:336])
+    assert centre_crop(wide).shape == (1, 3, 224, 224)
+    torch.testing.assert_close(centre_crop(wide), F.interpolate(wide, (224, 448), mode="bilinear")[..., 112:336])

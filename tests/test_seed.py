@@ -155,7 +155,7 @@ def test_an_embedding_becomes_the_official_picture(golden, monkeypatch, name, gu
     draws, plain = iter([io["noise"], io["negative_noise"]]), pipe.noise_image_embeddings
     recorded = lambda embeds, level, generator=None: plain(embeds, int(level), next(draws))  # noqa: E731
     monkeypatch.setattr(pipe, "noise_image_embeddings", recorded)
-    pipe.away = io["negative_image_embeds"] if "negative" in name else None
+    pipe.negative_image_embeds = io["negative_image_embeds"] if "negative" in name else None
     empty = io["empty_prompt_embeds"]
     asked = {"image_embeds": io["image_embeds"], "prompt_embeds": empty, "negative_prompt_embeds": empty}
     asked |= {"num_inference_steps": case.config["num_inference_steps"], "guidance_scale": guidance}

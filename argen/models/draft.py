@@ -141,10 +141,10 @@ class DraftSession:
 
     def __init__(self, drafter: Drafter, target: LlamaGenSession):
         if drafter.config.dim != target.model.config.dim or drafter.config.n_embed != target.model.config.n_embed:
-            own, other = ((part.config.dim, part.config.n_embed) for part in (drafter, target.model))
+            drafter_sizes, target_sizes = ((part.config.dim, part.config.n_embed) for part in (drafter, target.model))
             raise ValueError(
-                f"the drafter is {own[0]} wide with {own[1]} codes, the generator {other[0]} with {other[1]}: "
-                "expected a drafter that was trained for this generator"
+                f"the drafter is {drafter_sizes[0]} wide with {drafter_sizes[1]} codes, the generator "
+                f"{target_sizes[0]} with {target_sizes[1]}: expected a drafter that was trained for this generator"
             )
         self.drafter, self.target, self.guided = drafter, target, target.guided
         self.weight = target.prefix.shape[1] - 1

@@ -76,10 +76,10 @@ class Attention(nn.Module):
             others = causal_mask(x.shape[1], x.shape[1], x.device) & mask[:, None, None]
             visible = others | torch.eye(x.shape[1], dtype=torch.bool, device=x.device)
             return self.wo(dispatch_attention_fn(query, key, value, attn_mask=visible).flatten(2)), (key, value)
-        value, seen = F.linear(x, self.wqkv.weight[2 * x.shape[-1] :]), mask[..., None].to(x.dtype)
-        means, padding = (running_mean(value, part) for part in (seen, 1 - seen))
-        whole = split_heads(means[:, -1:], self.heads)
-        return self.wo(torch.where(mask[..., None], means, padding)), (torch.zeros_like(whole), whole)
+        value, weights = F.linear(x, self.wqkv.weight[2 * x.shape[-1] :]), mask[..., None].to(x.dtype)
+        means, padding = (running_mean(value, part) for part in (weights, 1 - weights))
+        mean = split_heads(means[:, -1:], self.heads)
+        return self.wo(torch.where(mask[..., None], means, padding)), (torch.zeros_like(mean), mean)
 
 
 class FeedForward(nn.Module):

@@ -14,7 +14,7 @@ from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionMod
 from torch import Tensor, nn
 
 from argen.data.scenes import COMMON, HUES, NUMBERS
-from argen.models.emoji_diffusion import DRAWN, NOISE, assembled
+from argen.models.emoji_diffusion import NOISE, SAMPLED, assembled
 from argen.train.loop import Schedule
 from argen.train.tokens import LatentsTask
 
@@ -98,7 +98,7 @@ class StableDiffusionTask(LatentsTask):
         return assembled(self._model(), self.vae.vae, self.clip, self.text_tokenizer)
 
     def pipeline_kwargs(self) -> dict:
-        return super().pipeline_kwargs() | DRAWN
+        return super().pipeline_kwargs() | SAMPLED
 
 
 class ThirdStableDiffusionTask(StableDiffusionTask):
