@@ -47,7 +47,7 @@ def from_image(image: Image.Image) -> torch.Tensor:
     return from_pil(image, 128)
 
 
-def test_what_is_transparent_is_drawn_around_a_picture(pipe, drawn):
+def test_what_is_transparent_is_drawn_around_a_image(pipe, drawn):
     """A picture on a larger canvas: only what it does not cover is written."""
     canvas = Image.new("RGBA", (256, 256), (0, 0, 0, 0))
     canvas.paste(drawn.images[0].resize((128, 128)), (64, 64))
@@ -68,13 +68,13 @@ def test_a_request_holds_the_grid_it_goes_on_from(pipe, drawn):
     assert (job.tokens >= 0).all()
     *_, alone = pipe.run(job.requests[1])
     assert torch.equal(alone.tokens[0], job.tokens[1])
-    for wrong, told in (
+    for wrong, message in (
         ([[1, -1], [2]], "tokens are no grid"),
         ([[1, -2]], "something else than ids"),
         ([[1, 2]], "nothing to write"),
         ([[True, -1]], "something else than ids"),
     ):
-        with pytest.raises(ValueError, match=told):
+        with pytest.raises(ValueError, match=message):
             Request("a pizza", tokens=tuple(map(tuple, wrong)))
     with pytest.raises(ValueError, match="tokens are 1 x 2: expected 8 x 8"):
         next(pipe.run(Request("a pizza", tokens=((1, -1),))))
@@ -91,26 +91,26 @@ def test_a_job_that_was_left_is_gone_on_with(pipe, drawn):
 
 
 def test_the_network_tells_how_sure_it_is(pipe, drawn):
-    entropy, own = pipe.certainty(drawn.request, drawn.tokens[0])
-    assert entropy.shape == own.shape == (8, 8)
+    entropy, token_probs = pipe.certainty(drawn.request, drawn.tokens[0])
+    assert entropy.shape == token_probs.shape == (8, 8)
     assert entropy.min() >= 0
-    assert (own > 0).all()
-    assert own.max() <= 1 + 1e-6
+    assert (token_probs > 0).all()
+    assert token_probs.max() <= 1 + 1e-6
     swapped = drawn.tokens[0].clone()
     swapped[4, 4] = (swapped[4, 4] + 7) % 4096
-    assert pipe.certainty(drawn.request, swapped)[1][4, 4] < own[4, 4]
+    assert pipe.certainty(drawn.request, swapped)[1][4, 4] < token_probs[4, 4]
     with pytest.raises(ValueError, match="not finished"):
         pipe.certainty(drawn.request, torch.full((8, 8), -1))
 
 
 def test_bad_masks_are_refused(pipe, drawn):
     image = drawn.images[0]
-    for mask, told in (
+    for mask, message in (
         (Image.new("L", (64, 64), 255), "the mask is 64 x 64 and the picture 128 x 128"),
         (Image.new("L", (128, 128), 0), "nothing to inpaint"),
         (None, "nothing to inpaint"),
     ):
-        with pytest.raises(ValueError, match=told):
+        with pytest.raises(ValueError, match=message):
             pipe.edit("a pizza", image, mask)
 
 

@@ -163,7 +163,7 @@ def test_inception_score(features):
     assert metrics.inception_score(io["logits"], 1)[0] == pytest.approx(io["is_one_split"].item(), rel=1e-9)
 
 
-def test_the_inception_score_does_not_know_the_order_of_the_pictures(features):
+def test_the_inception_score_does_not_know_the_order_of_the_images(features):
     logits = features[0]["logits"]
     by_class = logits[logits.argmax(dim=1).argsort(stable=True)]
     scores = [
@@ -182,6 +182,6 @@ def test_precision_and_recall(features):
 
 def test_reconstruction_metrics(golden):
     io = golden("fid_eval/preprocess").io
-    made, real = (io[f"recon/{name}"].permute(2, 0, 1)[None] / 255 for name in ("restored", "image"))
-    assert metrics.psnr(made, real).item() == pytest.approx(io["recon/psnr"].item(), abs=1e-4)
-    assert metrics.ssim(made, real).item() == pytest.approx(io["recon/ssim_skimage"].item(), abs=1e-6)
+    restored, real = (io[f"recon/{name}"].permute(2, 0, 1)[None] / 255 for name in ("restored", "image"))
+    assert metrics.psnr(restored, real).item() == pytest.approx(io["recon/psnr"].item(), abs=1e-4)
+    assert metrics.ssim(restored, real).item() == pytest.approx(io["recon/ssim_skimage"].item(), abs=1e-6)

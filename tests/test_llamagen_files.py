@@ -81,19 +81,19 @@ def test_sizes_and_classes_are_read_from_the_tensors(files, name, half):
 @pytest.mark.parametrize("form", ["lightning", "metric", "averaged", "ema", "params", "net"])
 def test_files_of_every_trainer_are_read(files, form):
     folder, model = files
-    own = model.state_dict()
-    under = {f"model.{key}": value for key, value in own.items()}
+    state = model.state_dict()
+    under = {f"model.{key}": value for key, value in state.items()}
     held = {
         "lightning": {"state_dict": under | {"loss.w": torch.ones(1)}, "epoch": 3},
         "metric": {"state_dict": under | {"fid.sum": torch.ones(4, 4)}},
-        "averaged": {f"module.{key}": value for key, value in own.items()} | {"n_averaged": torch.tensor(3)},
-        "ema": {f"ema_model.{key}": value for key, value in own.items()},
-        "params": {"params": own},
-        "net": {"net_state_dict": own},
+        "averaged": {f"module.{key}": value for key, value in state.items()} | {"n_averaged": torch.tensor(3)},
+        "ema": {f"ema_model.{key}": value for key, value in state.items()},
+        "params": {"params": state},
+        "net": {"net_state_dict": state},
     }
     torch.save(held[form], folder / "a.pt")
     pipe = argen.load(folder / "a.pt", tokenizer=folder / "tokenizer.pt", image_size=16)
-    assert all(torch.equal(value, own[key]) for key, value in pipe.transformer.state_dict().items())
+    assert all(torch.equal(value, state[key]) for key, value in pipe.transformer.state_dict().items())
 
 
 def test_the_settings_of_the_training_say_the_size(files):

@@ -155,14 +155,14 @@ class DraftSession:
     def read(self, tokens: Tensor, cells: Tensor, nodes: Tensor, ahead: Tensor) -> Tensor:
         """See `samplers.trees.Drafting.read`."""
         led = of_images(self.target.hidden, nodes)
-        guesses = self._pass(tokens, cells, led, self.cache.place(cells, None, self.guided, tokens.device))
+        guesses = self._forward(tokens, cells, led, self.cache.place(cells, None, self.guided, tokens.device))
         return of_images(guesses, ahead[:, None] - 1)
 
     def guess(self, tokens: Tensor, cells: Tensor, hidden: Tensor, tree: Tensor, root: Tensor) -> Tensor:
         """See `samplers.trees.Drafting.guess`."""
-        return self._pass(tokens, cells, hidden, self.cache.place(cells, tree, self.guided, tokens.device, root))
+        return self._forward(tokens, cells, hidden, self.cache.place(cells, tree, self.guided, tokens.device, root))
 
-    def _pass(self, tokens: Tensor, cells: Tensor, hidden: Tensor, visible: Tensor) -> Tensor:
+    def _forward(self, tokens: Tensor, cells: Tensor, hidden: Tensor, visible: Tensor) -> Tensor:
         cells = cells.to(tokens.device)
         if self.guided:
             tokens, cells = torch.cat([tokens, tokens]), torch.cat([cells, cells])
