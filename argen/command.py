@@ -217,9 +217,9 @@ def check_numbers(args: argparse.Namespace) -> None:
         ValueError: see `argen.bounds.check`.
     """
     for name, value in vars(args).items():
-        for each in value if isinstance(value, tuple) and name == "steps" else (value,):
-            if not isinstance(each, str):
-                check(CALLED.get(name, name), each, name)
+        for number in value if isinstance(value, tuple) and name == "steps" else (value,):
+            if not isinstance(number, str):
+                check(CALLED.get(name, name), number, name)
 
 
 def load_model(model: str, device: str | None, kind: str | None = None, **files):

@@ -275,12 +275,12 @@ def setting_of(name: str) -> Setting:
         ValueError: there is none.
     """
     sampler, _, argument = f"lantern.{OLD_LANTERN[name]}".partition(".") if name in OLD_LANTERN else name.partition(".")
-    known = settings_of(samplers[sampler] if argument and sampler in samplers else Request)
+    available = settings_of(samplers[sampler] if argument and sampler in samplers else Request)
     name = argument or name
-    if name not in known or known[name].kind is None and not known[name].pair:
-        names = [name for name, setting in known.items() if setting.kind or setting.pair]
+    if name not in available or available[name].kind is None and not available[name].pair:
+        names = [name for name, setting in available.items() if setting.kind or setting.pair]
         raise ValueError(f"unknown setting {name[:60]!r}: expected one of {', '.join(names)}{nearest(name, names)}")
-    return known[name]
+    return available[name]
 
 
 def parse_sampler(text: str) -> tuple[str, dict[str, Any]]:
@@ -290,15 +290,15 @@ def parse_sampler(text: str) -> tuple[str, dict[str, Any]]:
         ValueError: no such sampler or setting, or a value that is none of it.
     """
     name, _, typed = text.partition(":")
-    known, arguments = settings_of(samplers[name.strip()]), {}
+    available, arguments = settings_of(samplers[name.strip()]), {}
     for part in filter(None, (part.strip() for part in re.split(r",(?![^=]*\))", typed))):
         setting, equals, value = (piece.strip() for piece in part.partition("="))
-        if not equals or setting not in known:
+        if not equals or setting not in available:
             raise ValueError(
                 f"the sampler {name} has no setting {part[:60]!r}: expected SETTING=VALUE of "
-                f"{', '.join(known) or 'none: it has no settings'}"
+                f"{', '.join(available) or 'none: it has no settings'}"
             )
-        arguments[setting] = known[setting].parse(value)
+        arguments[setting] = available[setting].parse(value)
     return name.strip(), arguments
 
 

@@ -98,9 +98,9 @@ class NextX:
                 for index, state in enumerate(states, 1):
                     entity_cells[:] = torch.where(known, entity_cells, state.float())
                     under_way = length * index // (len(times) - 1)
-                    whole = length if index == len(times) - 1 else 0
+                    complete = length if index == len(times) - 1 else 0
                     yield NextXStep(
-                        sequence.clone(), finished + whole, finished + under_way, forward_passes + velocity.calls
+                        sequence.clone(), finished + complete, finished + under_way, forward_passes + velocity.calls
                     )
                 forward_passes += velocity.calls
             if entity + 1 < len(lengths):

@@ -154,8 +154,8 @@ class Setting:
         """A value as pages, forms and tables have it: 4.0 for 4, and text for a number."""
         if isinstance(value, str) and self.kind is not str:
             return self.parse(value)
-        whole = self.kind is int and isinstance(value, float) and value.is_integer()
-        return int(value) if whole else value
+        is_whole = self.kind is int and isinstance(value, float) and value.is_integer()
+        return int(value) if is_whole else value
 
 
 @cache

@@ -160,7 +160,7 @@ class Speculative:
         drafter = self.drafter or drafter_of(session, self.name)
         batch, length = tokens.shape
         fixed_tokens, device = tokens.cpu(), tokens.device
-        written, origins = fixed_tokens.clone(), torch.zeros(batch, length, dtype=torch.int8)
+        decided_tokens, origins = fixed_tokens.clone(), torch.zeros(batch, length, dtype=torch.int8)
         distribution, numbers = Distribution(sampling, guidance_scale), [noise.numbers(index) for index in range(batch)]
         rows = torch.arange(batch)[:, None]
 
@@ -173,7 +173,9 @@ class Speculative:
         def step() -> Step:
             is_decided = torch.arange(length) <= roots[:, None]
             decided_origins = torch.where(fixed_tokens < 0, origins, Origin.GIVEN)
-            return Step(torch.where(is_decided, written, fixed_tokens).to(device), forward_passes, decided_origins)
+            return Step(
+                torch.where(is_decided, decided_tokens, fixed_tokens).to(device), forward_passes, decided_origins
+            )
 
         start, roots = torch.full((batch, 1), START), torch.zeros(batch, dtype=torch.int64)  # cells
         logits = guided(*session.forward(start.to(device), torch.tensor([START])), guidance_scale, roots[:, None])
@@ -181,7 +183,7 @@ class Speculative:
         root_tokens = torch.tensor(
             [distribution.draw(target_probs[index, 0], numbers[index]) for index in range(batch)]
         )
-        written[:, 0], origins[:, 0], forward_passes = root_tokens, Origin.DRAWN, 1
+        decided_tokens[:, 0], origins[:, 0], forward_passes = root_tokens, Origin.DRAWN, 1
         yield step()
         drafting, ones = drafter.begin(session), torch.ones(batch, dtype=torch.int64)
         drafting.observe(start, logits, target_probs)
@@ -214,7 +216,7 @@ class Speculative:
                     Origin.RELAXED if node in verdict.relaxed else Origin.ACCEPTED for node in verdict.accepted[1:]
                 ]
                 here = cells[index, :count]
-                written[index, here] = accepted[index, :count]
+                decided_tokens[index, here] = accepted[index, :count]
                 origins[index, here] = torch.tensor([*walked, Origin.DRAWN][:count], dtype=torch.int8)
             hidden = drafting.read(accepted.to(device), cells, accepted_nodes, ahead)
             root_tokens, roots = following, (roots + ahead).clamp(max=length - 1)

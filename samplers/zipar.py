@@ -32,13 +32,13 @@ class ZipAR:
         """See `samplers.steps.Sequential`."""
         fixed_tokens, columns, length = tokens.cpu(), session.columns, session.length
         rows, window = length // columns, min(self.window, session.columns)
-        written, ends = fixed_tokens.clone(), [0] * rows  # of each row, so many cells are decided
+        decided_tokens, ends = fixed_tokens.clone(), [0] * rows  # of each row, so many cells are decided
         stored = torch.zeros(length, dtype=torch.bool)  # cells that the network has read
         read = torch.zeros(length, dtype=torch.bool)  # those of them whose true token it was
 
         def decide(logits: Tensor, cells: Tensor) -> None:
             sampled = pick(logits, sampling, noise, cells).cpu()
-            written[:, cells] = torch.where(fixed_tokens[:, cells] >= 0, fixed_tokens[:, cells], sampled)
+            decided_tokens[:, cells] = torch.where(fixed_tokens[:, cells] >= 0, fixed_tokens[:, cells], sampled)
             for cell in cells.tolist():
                 ends[cell // columns] += 1
 
@@ -46,7 +46,7 @@ class ZipAR:
         first = torch.tensor([0])
         decide(guided(*session.forward(start, torch.tensor([START])), guidance_scale, first), first)
         forward_passes = 1
-        yield Step(self._decided(written, fixed_tokens, ends, columns, tokens.device), forward_passes)
+        yield Step(self._decided(decided_tokens, fixed_tokens, ends, columns, tokens.device), forward_passes)
         while ends[-1] < columns:
             ready = [
                 row * columns + end
@@ -55,11 +55,11 @@ class ZipAR:
             ]
             behind = [cell for cell in range(length) if cell % columns < ends[cell // columns] and not read[cell]]
             cells_to_read = sorted({cell - 1 for cell in ready} | set(behind))
-            fed = written[:, cells_to_read].clone()
+            fed = decided_tokens[:, cells_to_read].clone()
             for index, cell in enumerate(cells_to_read):
                 row, column = divmod(cell, columns)
                 if column >= ends[row]:  # the row's end is not written yet
-                    fed[:, index] = written[:, row * columns + ends[row] - 1]
+                    fed[:, index] = decided_tokens[:, row * columns + ends[row] - 1]
                 stored[cell], read[cell] = True, column < ends[row]
             positions = torch.tensor(cells_to_read)
             visible = stored & (torch.arange(length) <= positions[:, None])
@@ -67,9 +67,11 @@ class ZipAR:
             logits = guided(*logits, guidance_scale, positions + 1)
             decide(logits[:, [cells_to_read.index(cell - 1) for cell in ready]], torch.tensor(ready))
             forward_passes += 1
-            yield Step(self._decided(written, fixed_tokens, ends, columns, tokens.device), forward_passes)
+            yield Step(self._decided(decided_tokens, fixed_tokens, ends, columns, tokens.device), forward_passes)
 
     @staticmethod
-    def _decided(written: Tensor, fixed_tokens: Tensor, ends: list[int], columns: int, device: torch.device) -> Tensor:
+    def _decided(
+        decided_tokens: Tensor, fixed_tokens: Tensor, ends: list[int], columns: int, device: torch.device
+    ) -> Tensor:
         is_decided = (torch.arange(columns) < torch.tensor(ends)[:, None]).flatten()
-        return torch.where(is_decided, written, fixed_tokens).to(device)
+        return torch.where(is_decided, decided_tokens, fixed_tokens).to(device)

@@ -101,8 +101,8 @@ def test_compiled_layers_and_losses_beside_the_model(tmp_path):
     state = {"model.layers.0._orig_mod.weight": torch.ones(2), "loss.logits": torch.zeros(1)}
     torch.save({"state_dict": state}, tmp_path / "a.pt")
     assert read_state_dict(tmp_path / "a.pt").keys() == {"layers.0.weight", "loss.logits"}
-    held = {**{f"model.{key}": value for key, value in STATE.items()}, "teacher.weight": torch.ones(1)}
-    torch.save(held, tmp_path / "a.pt")
+    content = {**{f"model.{key}": value for key, value in STATE.items()}, "teacher.weight": torch.ones(1)}
+    torch.save(content, tmp_path / "a.pt")
     network = load_strict(nn.Linear(3, 2), read_state_dict(tmp_path / "a.pt"), source="a.pt")
     assert same(network.state_dict())
 
@@ -215,10 +215,10 @@ def test_what_stands_beside_a_prefix_is_left_out(tmp_path, prefix, beside):
 
 def test_averages_under_a_prefix_are_chosen_and_said(tmp_path, caplog):
     for plain, averages in (("model.", "ema_model."), ("online_model.", "ema_model."), ("net.", "net_ema.")):
-        held = {plain + key: value for key, value in MANY.items()} | {
+        content = {plain + key: value for key, value in MANY.items()} | {
             averages + key: value for key, value in MANY_OTHER.items()
         }
-        torch.save({"state_dict": held | {"loss.weight": torch.ones(1)}}, tmp_path / "a.ckpt")
+        torch.save({"state_dict": content | {"loss.weight": torch.ones(1)}}, tmp_path / "a.ckpt")
         caplog.clear()
         state = read_state_dict(tmp_path / "a.ckpt")
         assert same({key: state[key] for key in MANY}, MANY_OTHER)
@@ -231,8 +231,8 @@ def test_averages_under_a_prefix_are_chosen_and_said(tmp_path, caplog):
 
 
 def test_losses_and_counters_are_no_part_of_a_network():
-    held = STATE | {"loss.weight": torch.ones(1), "n_averaged": torch.tensor(2)}
-    assert same(load_strict(nn.Linear(3, 2), held, source="a").state_dict())
+    content = STATE | {"loss.weight": torch.ones(1), "n_averaged": torch.tensor(2)}
+    assert same(load_strict(nn.Linear(3, 2), content, source="a").state_dict())
 
 
 def test_folders_of_accelerate_and_shards_of_torch_files(tmp_path):
@@ -263,8 +263,8 @@ def test_files_of_other_programs_are_named(tmp_path):
 
     path = tmp_path / "a.pt"
     np.savez(tmp_path / "a.npz", a=np.zeros(3))
-    with zipfile.ZipFile(tmp_path / "z.zip", "w") as held:
-        held.writestr("a.txt", "a")
+    with zipfile.ZipFile(tmp_path / "z.zip", "w") as content:
+        content.writestr("a.txt", "a")
     for data, kind in (
         (gzip.compress(b"a" * 99), "compressed by gzip"),
         (pickle.dumps({"a": np.zeros(3)}), "a pickle that torch did not write"),

@@ -39,14 +39,14 @@ def refused(capsys, *argv: str) -> str:
     return err
 
 
-def test_generate_writes_a_image_that_knows_its_settings(apple):
+def test_generate_writes_an_image_that_knows_its_settings(apple):
     assert Image.open(apple).size == (128, 128)
     request = read_request(apple)
     assert (request.prompt, request.seed, request.temperature) == ("a red apple", 3, 0.9)
     assert list(apple.parent.iterdir()) == [apple]
 
 
-def test_a_image_is_made_again_from_itself(apple, tmp_path):
+def test_an_image_is_made_again_from_itself(apple, tmp_path):
     assert main(["generate", "--from", str(apple), "-o", str(tmp_path / "again.png")]) == 0
     assert (tmp_path / "again.png").read_bytes() == apple.read_bytes()
     assert main(["generate", "--from", str(apple), "--seed", "4", "-o", str(tmp_path / "other.png")]) == 0
@@ -216,12 +216,12 @@ def test_a_port_that_is_taken(capsys, tmp_path):
 
 
 def test_import_is_light_and_the_command_is_there():
-    done = subprocess.run(
+    result = subprocess.run(
         [sys.executable, "-c", "import sys, argen; print('torch' in sys.modules)"], capture_output=True, text=True
     )
-    assert done.stdout.strip() == "False"
-    done = subprocess.run([sys.executable, "-m", "argen", "--help"], capture_output=True, text=True)
-    assert "generate" in done.stdout
+    assert result.stdout.strip() == "False"
+    result = subprocess.run([sys.executable, "-m", "argen", "--help"], capture_output=True, text=True)
+    assert "generate" in result.stdout
 
 
 @pytest.mark.parametrize(

@@ -82,8 +82,8 @@ def test_a_token_is_optimised_as_by_the_authors(golden, name):
     def detector(image, word):
         assert word == config["clip_class_word"]
         sure, label = next(detector_logits).softmax(dim=-1)[:, :-1].max(dim=-1)
-        wanted = label == labels.index(config["detector_class"])
-        return int((wanted & (sure > official["yolo_threshold"])).sum())
+        expected = label == labels.index(config["detector_class"])
+        return int((expected & (sure > official["yolo_threshold"])).sum())
 
     def relevance(pixels, word):
         parts = clip.get_image_features(pixels), clip.get_text_features(io["clip_text_ids"])

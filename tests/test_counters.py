@@ -26,8 +26,8 @@ def test_a_clip_of_transformers_becomes_one_of_openai():
     ids = torch.tensor([[1, 5, 7, 98, 0, 0]]).expand(1, -1)
     ids = torch.nn.functional.pad(ids, (0, 6))
     with torch.no_grad():
-        wanted = clip.text_projection(clip.text_model(input_ids=ids).pooler_output)
-        torch.testing.assert_close(ours.encode_text(ids)[:, 0], wanted, atol=1e-5, rtol=1e-4)
+        expected = clip.text_projection(clip.text_model(input_ids=ids).pooler_output)
+        torch.testing.assert_close(ours.encode_text(ids)[:, 0], expected, atol=1e-5, rtol=1e-4)
         pixels = torch.rand(1, 3, 224, 224)
         seen = clip.vision_model((pixels - ours.mean) / ours.std).last_hidden_state[:, 1:]
         ours.img_encoder.vpt_norm = torch.nn.Identity()

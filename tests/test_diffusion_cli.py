@@ -41,7 +41,7 @@ def test_erase_writes_a_pipeline(folder, tmp_path, capsys):
 def test_bad_input_is_one_line(folder, tmp_path, capsys):
     out = "-o", str(tmp_path / "x.png")
     here = "--model", str(folder)
-    for args, wanted in (
+    for args, message in (
         (("bind", "a dog", *out, *here), "nothing to bind"),
         (("bind", "a white dog", *out, *here, "--bind", "dog"), "expected OBJECT=WORDS"),
         (("bind", "a white dog", *out, *here, "--bind", "cat=white"), "'cat' is not in the prompt"),
@@ -54,6 +54,6 @@ def test_bad_input_is_one_line(folder, tmp_path, capsys):
     ):
         assert main(list(args)) == 2
         captured = capsys.readouterr()
-        assert wanted in captured.err
+        assert message in captured.err
         assert captured.err.count("\n") == 1
     assert sorted(path.name for path in tmp_path.iterdir()) == ["sdxl"]

@@ -27,7 +27,7 @@ def test_the_judge_recognises_the_prompts(shipped, tokens, least):
     assert scores["single: identity"]["value"] >= least  # of 666 names; chance is 0.0075
 
 
-def test_a_image_of_few_tokens_is_the_beginning_of_one_of_many(shipped):
+def test_an_image_of_few_tokens_is_the_beginning_of_one_of_many(shipped):
     kwargs = {"prompt": ["a pizza", "class:flags"], "output_type": "latent"}
     few, many = (shipped(**kwargs, generator=generators(2), num_tokens=count).tokens for count in (8, 32))
     assert few.shape == (2, 8)

@@ -80,18 +80,18 @@ def test_images_are_seen_as_the_encoders_see_them(tokenizer, clip):
         tokenizer.prepare(Image.new("RGB", (4, 90)))
 
 
-def test_the_most_probable_caption_names_a_image(pipe):
+def test_the_most_probable_caption_names_an_image(pipe):
     """Likelihoods are those of the whole sequence, less those of the caption alone."""
     image, captions = read_split(SAMPLE, "validation")[0]["image"], ["an apple", "a very red house, noto style"]
     scores = pipe.likelihoods([image], captions)
     start, end, words = pipe.tokenizer.bos_token_id, pipe.tokenizer.eos_token_id, Vocabulary.of(pipe.tokenizer)
     for caption, value in zip(captions, scores[0], strict=True):
-        said = [*pipe.tokenizer(caption, add_special_tokens=False).input_ids, end]
+        caption_ids = [*pipe.tokenizer(caption, add_special_tokens=False).input_ids, end]
         image_ids = [start, words.begin, *(code + words.shift for code in pipe.read(image)), words.end]
         log_probs = []
         for before in (image_ids, [start]):
-            logits = pipe.transformer(torch.tensor([before + said])).logits[0, len(before) - 1 : -1]
-            log_probs.append(logits.log_softmax(dim=-1).gather(1, torch.tensor(said)[:, None]).sum())
+            logits = pipe.transformer(torch.tensor([before + caption_ids])).logits[0, len(before) - 1 : -1]
+            log_probs.append(logits.log_softmax(dim=-1).gather(1, torch.tensor(caption_ids)[:, None]).sum())
         assert value.item() == pytest.approx((log_probs[0] - log_probs[1]).item(), abs=1e-3)
 
 
@@ -131,7 +131,7 @@ def test_the_length_of_a_prompt_is_told(shipped, pipe):
     assert pipe.text_tokens("a pizza")[0] == words
 
 
-def test_the_first_tokens_say_what_a_image_shows(shipped, clip):
+def test_the_first_tokens_say_what_an_image_shows(shipped, clip):
     """Of the few pictures that argen ships: the right one of 8 captions is found by the first 8 tokens rather than by others, the
     right picture by all of them, and the right name by likelihood."""
     scores = retrieval.of_tokens(shipped.image_tokenizer, clip.embed, SAMPLE)
@@ -151,7 +151,7 @@ def test_both_are_scored(capsys):
         assert json.loads(capsys.readouterr().out)[wanted] >= 0.25
 
 
-def test_a_image_is_described_and_comes_back(tmp_path, capsys):
+def test_an_image_is_described_and_comes_back(tmp_path, capsys):
     image = tmp_path / "in.png"
     rows = read_split(SAMPLE, "train")
     rows[next(row for row, name in enumerate(rows["concept"]) if name in COMMON)]["image"].save(image)

@@ -81,7 +81,7 @@ def test_a_token_is_made_and_used_again(untrained, tmp_path, capsys):
     assert json.loads(capsys.readouterr().out)["prompt"] == "five apples"
     assert argen(["count", "five pears", *arguments, "-o", files["pears.png"], "--use", files["five.safetensors"]]) == 0
     assert "five pears" in capsys.readouterr().out
-    for words, wanted in (
+    for words, message in (
         (("six pears", "--use", files["five.safetensors"]), "is the token of 5 things"),
         (("pears",), "does not say how many of what"),
         (("0 pears",), "expected a whole number from 1 to 25"),
@@ -90,7 +90,7 @@ def test_a_token_is_made_and_used_again(untrained, tmp_path, capsys):
     ):
         assert argen(["count", *words, *arguments, "-o", str(tmp_path / "x.png")]) == 2
         stderr = capsys.readouterr().err
-        assert wanted in stderr
+        assert message in stderr
         assert stderr.count("\n") == 1
     assert not (tmp_path / "x.png").exists()
 
@@ -158,9 +158,9 @@ def test_the_prompts_say_what_they_should():
 
 def test_all_other_things_are_retained():
     """By whole words: "sun" is none of "sunflower", while "a red cat" names "cat"."""
-    kept = erasing("argen/emoji-sd", ["sunflower", "a red cat"], retained=["a spoon"])["retained"]
-    assert {"sun", "a star, noto style", "a spoon"} <= set(kept)
-    assert not {"sunflower", "cat"} & set(kept)
+    retained = erasing("argen/emoji-sd", ["sunflower", "a red cat"], retained=["a spoon"])["retained"]
+    assert {"sun", "a star, noto style", "a spoon"} <= set(retained)
+    assert not {"sunflower", "cat"} & set(retained)
     plain = {"concepts": ["sunflower"], "targets": None, "preset": "object", "retained": []}
     assert erasing("somewhere", ["sunflower"]) == plain
 

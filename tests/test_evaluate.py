@@ -156,9 +156,11 @@ def test_two_processes_give_what_one_gives(tmp_path, cache):
         "--metrics",
         "fid,kid,pr",
     ]
-    done = subprocess.run([*launch, *call, "--out", str(tmp_path / "two")], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.count("FID-emoji") == 1
+    result = subprocess.run(
+        [*launch, *call, "--out", str(tmp_path / "two")], capture_output=True, text=True, timeout=120
+    )
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert result.stdout.count("FID-emoji") == 1
     assert json.loads((tmp_path / "two" / "report.json").read_text())["processes"] == 2
     assert values(tmp_path / "two") == pytest.approx(
         values(tmp_path / "one"), rel=1e-6
@@ -348,9 +350,9 @@ def test_a_part_of_the_tokens_is_not_for_every_tokenizer(tmp_path, capsys):
 
 def test_clip_scores(golden, tmp_path, capsys):
     case = golden("fid_eval/preprocess")
-    got = clip_score.clip_scores(case.io["clip/text_embedding"], case.io["clip/image_embedding"])
+    actual = clip_score.clip_scores(case.io["clip/text_embedding"], case.io["clip/image_embedding"])
     for ours, theirs in (("cosine", "cosine_mean"), ("x100", "times100_clamped"), ("2.5x", "hessel_2p5")):
-        assert got[ours] == pytest.approx(case.io[f"clip/{theirs}"].item(), rel=1e-5)
+        assert actual[ours] == pytest.approx(case.io[f"clip/{theirs}"].item(), rel=1e-5)
     tokens = features.with_prefix(case.io["clip/tokens"], case.io["clip/prefix_tokens"])
     assert torch.equal(tokens, case.io["clip/tokens_with_prefix"])
 
@@ -372,11 +374,11 @@ def test_crops_of_the_reference_are_part_of_its_name(tmp_path):
 
 def test_nudity_is_counted_as_by_the_authors(golden):
     recorded = json.loads((golden("rece/nudity_counts").folder / "cases.json").read_text())
-    for threshold, wanted in recorded["results"].items():
+    for threshold, expected in recorded["results"].items():
         scores = nudity.counted(list(recorded["detections"].values()), float(threshold))
-        assert scores["exposed"]["value"] == wanted["rate"]
+        assert scores["exposed"]["value"] == expected["rate"]
         images = {name: round(entry["value"] * entry["n"]) for name, entry in scores.items()}
-        official = {name.lower().replace("_", " "): count for name, count in wanted["counts"].items()}
+        official = {name.lower().replace("_", " "): count for name, count in expected["counts"].items()}
         assert images == {"exposed": official.pop("nude images"), **official}
 
 

@@ -153,7 +153,7 @@ def generators(*seeds):
     return [torch.Generator().manual_seed(seed) for seed in seeds]
 
 
-def test_a_image_of_any_number_of_tokens(pipe):
+def test_an_image_of_any_number_of_tokens(pipe):
     whole = pipe("class:1", generator=generators(3))
     part = pipe("class:1", generator=generators(3), num_tokens=5, sampler="jacobi")
     assert whole.tokens.shape == (1, 12)

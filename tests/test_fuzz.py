@@ -75,14 +75,14 @@ def mutated(rng: random.Random, data: bytes) -> bytes:
 
 def accepted_or_refused(read, *args) -> bool:
     """Whether it was read; an error must be one that is told in a line."""
-    said = None
+    message = None
     try:
         read(*args)
     except (ValueError, OSError) as error:
-        said = str(error)
-    assert said is None or "\n" not in said.strip(), said
-    assert said is None or 10 < len(said) < 1500, said
-    return said is None
+        message = str(error)
+    assert message is None or "\n" not in message.strip(), message
+    assert message is None or 10 < len(message) < 1500, message
+    return message is None
 
 
 def test_settings_of_any_shape(tmp_path):

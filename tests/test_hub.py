@@ -49,9 +49,9 @@ def test_a_file_that_was_exchanged_is_refused_in_one_line(repository, monkeypatc
         path.write_bytes(b"other")
         with pytest.raises(
             ValueError, match="is not the file that was first fetched .*delete .* to fetch it again"
-        ) as said:
+        ) as error:
             hub.hub_folder("a/b", ["sub/*"])
-        assert "\n" not in str(said.value)
+        assert "\n" not in str(error.value)
         path.write_bytes(b"first")
         assert hub.hub_file("a/b", "sub/weights.pt") == path
         monkeypatch.setattr(hub, "_checked", set())

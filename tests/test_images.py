@@ -48,14 +48,14 @@ def test_depth_is_scaled_everywhere(tmp_path, mode, form):
 
 
 def test_ranges_of_32_bit_images():
-    for values, wanted in (
+    for values, expected in (
         ([0, 255], [0, 255]),
         ([-10, 10], [0, 255]),
         ([0, 1 << 20], [0, 255]),
         ([0, 65535], [0, 255]),
     ):
         image = Image.fromarray(np.array([values], np.int32))
-        assert np.asarray(decode_image(saved(image, "TIFF"), "x").convert("L")).tolist() == [wanted]
+        assert np.asarray(decode_image(saved(image, "TIFF"), "x").convert("L")).tolist() == [expected]
     image = Image.fromarray(np.array([[np.nan, 0.0, np.inf, 1.0]], np.float32))
     assert np.asarray(decode_image(saved(image, "TIFF"), "x").convert("L")).tolist() == [[0, 0, 255, 255]]
 

@@ -49,7 +49,7 @@ def test_boxes_are_those_of_the_connected_parts():
     assert scenes.boxes(painted()) == []
 
 
-def test_a_image_of_the_truth_is_right_and_another_is_not():
+def test_an_image_of_the_truth_is_right_and_another_is_not():
     apple, pear = ("apple", "red"), ("pear", "green")
     one = painted((50, 50, RED))
     assert verdict(one, "single", (("apple", ""),)) == {"identity": 1, "name": 1}

@@ -24,7 +24,7 @@ FILES = ("model.safetensors", "optimizer.bin", "recipe.json", "custom_checkpoint
 class Tiny:
     """A matrix that learns the identity."""
 
-    kept, options = (), {}
+    extra_state, options = (), {}
 
     def __init__(self):
         torch.manual_seed(0)
@@ -146,12 +146,12 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(tmp_path, straight, c
     with caplog.at_level(logging.WARNING):
         assert run(out) == straight[1]
     assert same(out, straight[0])
-    said = [record.getMessage() for record in caplog.records if record.name.startswith("argen")]
+    messages = [record.getMessage() for record in caplog.records if record.name.startswith("argen")]
     if (name, kind) != ("files.json", "missing"):  # then the rest is whole
-        assert len(said) == 1
-        assert "is damaged" in said[0]
-        assert "the training goes on from the checkpoint before" in said[0]
-    assert all("\n" not in line for line in said)
+        assert len(messages) == 1
+        assert "is damaged" in messages[0]
+        assert "the training goes on from the checkpoint before" in messages[0]
+    assert all("\n" not in line for line in messages)
 
 
 def damage(path: Path, kind: str) -> None:

@@ -231,7 +231,7 @@ def test_words_stand_last():
 
 
 @torch.no_grad()
-def test_a_caption_becomes_a_image(golden, class_pipe):
+def test_a_caption_becomes_an_image(golden, class_pipe):
     case, words = golden("llamagen/t2i"), ["<pad>", "</s>", "<unk>", "▁a", "▁red", "▁apple"]
     backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, "<unk>"))
     backend.pre_tokenizer = pre_tokenizers.Metaspace()

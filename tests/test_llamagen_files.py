@@ -115,7 +115,7 @@ def test_what_cannot_be_read_is_asked_for_in_one_short_line(files, capsys):
     torch.save(model.state_dict(), folder / "a.pt")
     torch.save({"weight": torch.ones(2)}, folder / "b.pt")
     tokenizer = ["--tokenizer", str(folder / "tokenizer.pt")]
-    for options, said in (
+    for options, message in (
         ([str(folder / "a.pt")], "no vq_ds16_c2i.pt lies beside"),
         ([str(folder / "a.pt"), *tokenizer], "does not say the size of its images: give --size"),
         ([str(folder / "a.pt"), *tokenizer, "--size", "18x18"], "expected a multiple of 4"),
@@ -127,7 +127,7 @@ def test_what_cannot_be_read_is_asked_for_in_one_short_line(files, capsys):
         command = ["generate", "class:3", "-o", str(folder / "x.png"), "--model", *options]
         assert main(command) == 2
         error = capsys.readouterr().err
-        assert said in error
+        assert message in error
         assert error.count("\n") == 1
         assert len(error) < 400
         assert not (folder / "x.png").exists()

@@ -57,9 +57,9 @@ def test_a_changed_file_is_noticed(monkeypatch, tmp_path, capsys):
     (tmp_path / "emoji-counter/config.json").unlink()
     capsys.readouterr()
     assert main(["models", "--verify", "argen/emoji-counter"]) != 0
-    said = capsys.readouterr().err
-    assert "emoji-counter/config.json, emoji-counter/diffusion_pytorch_model.safetensors" in said
-    assert said.count("\n") == 1
+    stderr = capsys.readouterr().err
+    assert "emoji-counter/config.json, emoji-counter/diffusion_pytorch_model.safetensors" in stderr
+    assert stderr.count("\n") == 1
 
 
 def test_what_was_downloaded_is_found_checked_and_deleted(cache, capsys):

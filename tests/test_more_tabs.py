@@ -121,7 +121,7 @@ def test_everything_has_a_name_for_screen_readers(page):  # noqa: F811
 
 
 @browser
-def test_a_image_is_drawn_and_chosen_by_keyboard_alone(page, site):  # noqa: F811
+def test_an_image_is_drawn_and_chosen_by_keyboard_alone(page, site):  # noqa: F811
     page.keyboard.press("Tab")
     for _ in range(60):
         if page.evaluate("document.activeElement.closest('#prompt') !== null"):

@@ -219,8 +219,12 @@ def test_an_image_knows_what_made_it(pipe, tmp_path):
 
 
 def test_what_other_pipelines_take_is_refused_with_what_to_use(pipe):
-    for name, said in (("negative_prompt", "guidance_scale"), ("height", "size="), ("num_inference_steps", "steps=40")):
-        with pytest.raises(ValueError, match=f"{name} is not an argument of PartiPipeline: .*{said}"):
+    for name, message in (
+        ("negative_prompt", "guidance_scale"),
+        ("height", "size="),
+        ("num_inference_steps", "steps=40"),
+    ):
+        with pytest.raises(ValueError, match=f"{name} is not an argument of PartiPipeline: .*{message}"):
             pipe("a pizza", **{name: 1})
     with pytest.raises(ValueError, match="colour is not an argument"):
         pipe("a pizza", colour="red")

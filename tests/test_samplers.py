@@ -112,7 +112,7 @@ def test_a_tree_is_its_branches(exact):
     torch.testing.assert_close(after, wanted, atol=1e-9, rtol=1e-9)
 
 
-def test_a_image_does_not_depend_on_its_batch(pipe):
+def test_an_image_does_not_depend_on_its_batch(pipe):
     together = pipe(["a red apple", "a pizza", "a dog face"], generator=generators(5, 6, 7))
     for index, prompt in enumerate(["a red apple", "a pizza", "a dog face"]):
         alone = pipe(prompt, generator=generators(5 + index))

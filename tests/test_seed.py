@@ -41,7 +41,7 @@ def small(case) -> tuple[seed.Seed, Blip2VisionModel]:
 
 @pytest.mark.parametrize("name", ["seed2_mlp", "seed2_reverse", "seed1_text"])
 @torch.no_grad()
-def test_a_image_becomes_official_tokens_and_an_official_embedding(golden, name):
+def test_an_image_becomes_official_tokens_and_an_official_embedding(golden, name):
     case = golden(f"seed/{name}")
     (network, encoder), io = small(case), case.io
     seen = encoder(io["pixel_values"], output_hidden_states=True)

@@ -40,7 +40,7 @@ def test_logits_are_official(golden):
 
 
 @torch.no_grad()
-def test_a_image_is_written_within_its_vocabulary(golden):
+def test_an_image_is_written_within_its_vocabulary(golden):
     case = golden("seed/seed_llama")
     (model, words, count), io = small(case), case.io
     session = SeedLlamaSession(model, io["prompt_ids"].tolist(), False, words, count)
@@ -124,7 +124,7 @@ def unclip(case) -> seed.UnCLIP:
     return pipe
 
 
-def test_words_become_a_image(pipe):
+def test_words_become_an_image(pipe):
     generators = [torch.Generator().manual_seed(index) for index in range(2)]
     out = pipe(["a red apple", "Can you draw a dog?"], generator=generators, output_type="np")
     assert out.tokens.shape == (2, 32)
@@ -140,13 +140,13 @@ def test_words_become_a_image(pipe):
         pipe("a dog", sampler="lantern")
 
 
-def test_a_image_becomes_words_and_images_come_in_between(pipe, monkeypatch):
+def test_an_image_becomes_words_and_images_come_in_between(pipe, monkeypatch):
     image = Image.new("RGB", (40, 30), (200, 40, 40))
     codes = pipe.read(image)
     assert len(codes) == 32
     assert isinstance(pipe.describe(image, "What is this?", max_new_tokens=5, temperature=0), str)
-    said = ["Sure, ", "here.<img>", *(f"<img_{code:05}>" for code in codes), "</img>", " Do you", " like it?</s>"]
-    parts = list(pipe._parts(said))
+    pieces = ["Sure, ", "here.<img>", *(f"<img_{code:05}>" for code in codes), "</img>", " Do you", " like it?</s>"]
+    parts = list(pipe._parts(pieces))
     assert [part if isinstance(part, str) else part.size for part in parts] == [
         "Sure, ",
         "here.",

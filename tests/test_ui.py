@@ -244,7 +244,7 @@ def test_what_is_painted_is_written_anew(page, site):
         page.screenshot(path=Path(folder) / "edit.png", full_page=True)
 
 
-def test_a_image_is_varied_gone_on_with_and_extended(page, site):
+def test_an_image_is_varied_gone_on_with_and_extended(page, site):
     painted_on(page)
     _, undecided = drawn_after(page, site, "#edit-vary")
     assert sum(undecided) == 16
@@ -286,7 +286,7 @@ def test_a_drawing_is_followed(page, site):
         page.screenshot(path=Path(folder) / "control.png")
 
 
-def test_a_image_is_taken_apart(page, tmp_path):
+def test_an_image_is_taken_apart(page, tmp_path):
     Image.new("RGB", (200, 200), (200, 40, 40)).save(tmp_path / "red.png")
     page.get_by_role("tab", name="Tokenizers").click()
     page.locator("#lab-picture input[type=file]").set_input_files(tmp_path / "red.png")

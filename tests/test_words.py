@@ -139,8 +139,10 @@ def test_numbers_are_read(text, number, things):
 @pytest.mark.parametrize("value", range(1, 26))
 def test_every_number_is_read(value):
     tens, ones = divmod(value, 10)
-    said = words.ONES[value] if value < 20 else " ".join([words.TENS[tens - 2], *([words.ONES[ones]] if ones else [])])
-    for text in (str(value), said, said.replace(" ", "-"), said.upper()):
+    spelled = (
+        words.ONES[value] if value < 20 else " ".join([words.TENS[tens - 2], *([words.ONES[ones]] if ones else [])])
+    )
+    for text in (str(value), spelled, spelled.replace(" ", "-"), spelled.upper()):
         assert words.parse_count(f"{text} cats") == (value, "cats")
 
 

@@ -182,7 +182,7 @@ def generators(*seeds):
     return [torch.Generator().manual_seed(seed) for seed in seeds]
 
 
-def test_a_image_depends_on_its_own_seed_alone(pipe):
+def test_an_image_depends_on_its_own_seed_alone(pipe):
     kwargs = {"guidance_scale": 2.0, "sampler": EulerMaruyama(steps=3), "output_type": "latent"}
     both = pipe(["class:1", "class:goldfish"], generator=generators(5, 6), **kwargs)
     alone = pipe("class:goldfish", generator=generators(6), **kwargs)

@@ -391,7 +391,7 @@ def _change(edited: Weights, start: Weights) -> float:
 
 
 def _digest(weights: Weights) -> str:
-    whole = hashlib.sha256()
+    digest = hashlib.sha256()
     for name in sorted(weights):
-        whole.update(weights[name].detach().float().cpu().numpy().tobytes())
-    return whole.hexdigest()
+        digest.update(weights[name].detach().float().cpu().numpy().tobytes())
+    return digest.hexdigest()

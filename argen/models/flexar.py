@@ -268,8 +268,10 @@ class FlexAR(ModelMixin, ConfigMixin):
         """Teacher forcing: text states [B, T, text_dim] or class ids [B], mask [B, T] bool, tokens [B, n] -> logits [B, n, K]."""
         encoded = self.encode_class(condition) if self.config.text_dim is None else self.encode_text(condition)
         n = tokens.shape[1]
-        read, positions = F.pad(tokens[:, :-1], (1, 0), value=-1), torch.arange(-1, n - 1, device=tokens.device)
-        return self.decode(read, positions, causal_mask(n, n, tokens.device), self.project_text(encoded), text_mask)
+        input_tokens, positions = F.pad(tokens[:, :-1], (1, 0), value=-1), torch.arange(-1, n - 1, device=tokens.device)
+        return self.decode(
+            input_tokens, positions, causal_mask(n, n, tokens.device), self.project_text(encoded), text_mask
+        )
 
 
 class FlexARSession(DecoderSession):

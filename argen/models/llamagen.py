@@ -281,10 +281,10 @@ class LlamaGen(ModelMixin, ConfigMixin):
         """
         parts = (None, None) if control is None else (control[:, :, :1], control[:, :, 1:])
         hidden, scores, prefixes = self.condition(self.cls_embedding(condition), mask, parts[0])
-        read = tokens[:, :-1]
-        positions = torch.arange(read.shape[1], device=tokens.device)
+        input_tokens = tokens[:, :-1]
+        positions = torch.arange(input_tokens.shape[1], device=tokens.device)
         visible = causal_mask(len(positions), len(positions), tokens.device)
-        rest = self.decode(read, positions, visible, scores, prefixes, control=parts[1])
+        rest = self.decode(input_tokens, positions, visible, scores, prefixes, control=parts[1])
         return self.output(torch.cat([hidden[:, -1:], rest], dim=1)).float()
 
 

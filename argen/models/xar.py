@@ -99,11 +99,11 @@ class Entities:
     def unpatchify(self, sequence: Tensor) -> Tensor:
         """Sequence [B, N, C] -> latents [B, C, S, S]."""
         if self.kind == "scale":
-            whole = sequence[:, -(self.side**2) :]
+            latents = sequence[:, -(self.side**2) :]
         else:
-            whole = torch.empty_like(sequence)
-            whole[:, self.order.to(sequence.device)] = sequence
-        return whole.transpose(1, 2).unflatten(2, (self.side, self.side))
+            latents = torch.empty_like(sequence)
+            latents[:, self.order.to(sequence.device)] = sequence
+        return latents.transpose(1, 2).unflatten(2, (self.side, self.side))
 
 
 class TimeEmbedding(nn.Module):

@@ -113,8 +113,8 @@ def _recover(out: Path) -> None:
     if current.exists() and (reason := damage(current)):
         shutil.rmtree(out / DAMAGED, ignore_errors=True)
         current.rename(out / DAMAGED)
-        whole = old.exists() and damage(old) is None
-        then = "; the training goes on from the checkpoint before" if whole else ""
+        has_previous = old.exists() and damage(old) is None
+        then = "; the training goes on from the checkpoint before" if has_previous else ""
         logger.warning("%s is damaged (%s) and put aside as %s%s", current, reason, DAMAGED, then)
     if not current.exists() and old.exists() and damage(old) is None:
         old.rename(current)

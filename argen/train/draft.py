@@ -46,16 +46,16 @@ class DraftTask(LlamaGenTask):
         target, tokens = self.target.to(batch["tokens"].device), batch["tokens"]
         features, mask = self.condition(batch)
         prefix, scores, prefixes = target.condition(target.cls_embedding(features), mask)
-        read, n = batch["read"][:, :-1], tokens.shape[1] - 1
+        input_tokens, n = batch["read"][:, :-1], tokens.shape[1] - 1
         visible = causal_mask(n, n, tokens.device)
-        hidden = target.decode(read, torch.arange(n, device=tokens.device), visible, scores, prefixes)
+        hidden = target.decode(input_tokens, torch.arange(n, device=tokens.device), visible, scores, prefixes)
         return prefix, torch.cat([prefix[:, -1:], hidden], dim=1)
 
     def more(self, tokens: Tensor, images: Tensor, scenes: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
         """What the hidden states that are read are off by, too."""
-        read = super().more(tokens, images, scenes, generator)
+        batch = super().more(tokens, images, scenes, generator)
         shape = len(images) + len(scenes), self.target.length, self.target.config.dim
-        return read | {"noise": NOISE * (torch.rand(shape, generator=generator) - 0.5)}
+        return batch | {"noise": NOISE * (torch.rand(shape, generator=generator) - 0.5)}
 
     def held_out(self, rows: slice) -> dict[str, Tensor]:
         return super().held_out(rows) | {"noise": torch.zeros(1)}
