@@ -70,16 +70,16 @@ def check(name: str, value: float | None, called: str | None = None) -> None:
     bound = BOUNDS.get(name)
     if bound is None or value is None:
         return
-    shown = cut(value if isinstance(value, int | float) else repr(value))
+    value_text = cut(value if isinstance(value, int | float) else repr(value))
     kinds = int if bound.whole else int | float
     unbounded = isinstance(value, float) and not math.isfinite(value)  # an int of any length is compared as it is
     if isinstance(value, bool) or not isinstance(value, kinds) or unbounded:
-        message = f"{called or name} is {shown}: expected a {'whole ' if bound.whole else ''}number, {bound}"
+        message = f"{called or name} is {value_text}: expected a {'whole ' if bound.whole else ''}number, {bound}"
         raise InvalidValue(message, name, "invalid_type")
     if not bound.low <= value <= bound.high:
         kind = "integer" if bound.whole else "decimal"
         side = "below_min" if value < bound.low else "above_max"
-        raise InvalidValue(f"{called or name} is {shown}: expected {bound}", name, f"{kind}_{side}_value")
+        raise InvalidValue(f"{called or name} is {value_text}: expected {bound}", name, f"{kind}_{side}_value")
 
 
 def check_size(size: tuple[int, int] | None, high: int = MAX_SIDE) -> tuple[int, int] | None:

@@ -72,19 +72,19 @@ def size(text: str) -> tuple[int, int]:
 
 def diffusion_arguments(add: argparse.ArgumentParser, steps: int, guidance: float) -> None:
     """What the tools on diffusers' pipelines share; `steps` and `guidance` are those that are usual."""
-    own = "of argen/emoji-sd its own"
+    default_note = "of argen/emoji-sd its own"
     add.add_argument("--model", default="argen/emoji-sd", metavar="DIR", help=PIPELINE)
     add.add_argument("--seed", type=int, default=0, metavar="S", help="(default: 0)")
-    add.add_argument("--steps", type=int, metavar="N", help=f"of the sampler (default: {steps}; {own})")
-    add.add_argument("--guidance-scale", type=float, metavar="G", help=f"(default: {guidance}; {own})")
+    add.add_argument("--steps", type=int, metavar="N", help=f"of the sampler (default: {steps}; {default_note})")
+    add.add_argument("--guidance-scale", type=float, metavar="G", help=f"(default: {guidance}; {default_note})")
     device_and_json(add)
 
 
-def add_settings(parser: argparse.ArgumentParser, cls: type, names: Iterable[str], own: str) -> None:
+def add_settings(parser: argparse.ArgumentParser, cls: type, names: Iterable[str], default_text: str) -> None:
     """Add a flag for each of the settings called `names` of a class of `samplers.settings`; what is left out is None.
 
     Args:
-        own: what the help says of a default that is None, e.g. "the model's".
+        default_text: what the help says of a default that is None, e.g. "the model's".
     """
     from samplers.settings import settings_of
 
@@ -96,7 +96,7 @@ def add_settings(parser: argparse.ArgumentParser, cls: type, names: Iterable[str
             dest=name,
             type=partial(_typed, setting),
             metavar=setting.metavar,
-            help=f"{setting.help}: {setting.expected} (default: {own if setting.default is None else setting.default})",
+            help=f"{setting.help}: {setting.expected} (default: {default_text if setting.default is None else setting.default})",
         )
 
 
@@ -150,10 +150,10 @@ def writable_all(*paths: Path | None, suffix: str = ".png") -> list[Path]:
     Raises:
         ValueError: see `writable`; two are the same.
     """
-    found = [writable(path, suffix) for path in paths if path]
-    if len({path.resolve() for path in found}) < len(found):
-        raise ValueError(f"{found[0]} is given for two files: choose another name for one")
-    return found
+    writable_paths = [writable(path, suffix) for path in paths if path]
+    if len({path.resolve() for path in writable_paths}) < len(writable_paths):
+        raise ValueError(f"{writable_paths[0]} is given for two files: choose another name for one")
+    return writable_paths
 
 
 def writable_images(path: Path, count: int) -> list[Path]:
@@ -177,8 +177,8 @@ def writable_folder(path: Path, new: bool = True) -> Path:
     check_name(path)
     if path.exists() and new:
         raise ValueError(f"{path} is there already: choose another --out")
-    whole = path.absolute()
-    above = next(one for one in (whole, *whole.parents) if os.path.lexists(one))
+    absolute = path.absolute()
+    above = next(ancestor for ancestor in (absolute, *absolute.parents) if os.path.lexists(ancestor))
     if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK) or not _takes_files(above):
         raise ValueError(
             f"cannot write {path}: expected the name of a {'new ' if new else ''}folder where one may be made"
@@ -203,9 +203,11 @@ def check_model(model: str, kind: str | None = None) -> None:
     from argen.hub.cards import all_cards, check_known
 
     check_known(model)
-    if kind and model in all_cards() and (found := all_cards()[model].kind) != kind:
-        found = "diffusion pipeline" if found == "diffusion" else found
-        raise ValueError(f"{model} is {with_article(found)}, expected {with_article(kind)}: `argen models` lists them")
+    if kind and model in all_cards() and (model_kind := all_cards()[model].kind) != kind:
+        model_kind = "diffusion pipeline" if model_kind == "diffusion" else model_kind
+        raise ValueError(
+            f"{model} is {with_article(model_kind)}, expected {with_article(kind)}: `argen models` lists them"
+        )
 
 
 def check_numbers(args: argparse.Namespace) -> None:
@@ -215,9 +217,9 @@ def check_numbers(args: argparse.Namespace) -> None:
         ValueError: see `argen.bounds.check`.
     """
     for name, value in vars(args).items():
-        for each in value if isinstance(value, tuple) and name == "steps" else (value,):
-            if not isinstance(each, str):
-                check(CALLED.get(name, name), each, name)
+        for number in value if isinstance(value, tuple) and name == "steps" else (value,):
+            if not isinstance(number, str):
+                check(CALLED.get(name, name), number, name)
 
 
 def load_model(model: str, device: str | None, kind: str | None = None, **files):

@@ -20,13 +20,13 @@ LOADING = threading.RLock()
 def silent() -> Iterator[None]:
     """No progress bars of diffusers and transformers meanwhile."""
     libraries = [importlib.import_module(f"{name}.utils.logging") for name in ("diffusers", "transformers")]
-    shown = [library for library in libraries if library.is_progress_bar_enabled()]
-    for library in shown:
+    enabled = [library for library in libraries if library.is_progress_bar_enabled()]
+    for library in enabled:
         library.disable_progress_bar()
     try:
         yield
     finally:
-        for library in shown:
+        for library in enabled:
             library.enable_progress_bar()
 
 

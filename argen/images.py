@@ -88,13 +88,13 @@ def _opened(data: bytes, name: str, formats: tuple[str, ...], max_pixels: int | 
 
 def without_text(data: bytes) -> bytes:
     """A PNG file without its compressed texts and colour profile."""
-    kept, at = [PNG_START], len(PNG_START)
+    chunks, at = [PNG_START], len(PNG_START)
     while at + 12 <= len(data):
         end = at + 12 + int.from_bytes(data[at : at + 4])
         if data[at + 4 : at + 8] not in TEXT_CHUNKS:
-            kept.append(data[at:end])
+            chunks.append(data[at:end])
         at = end
-    return b"".join(kept)
+    return b"".join(chunks)
 
 
 def read_image(data: bytes, name: str = "the picture") -> Image.Image:
@@ -127,9 +127,9 @@ def fitted(image: Image.Image, size: tuple[int, int] | None) -> Image.Image:
     return ImageOps.pad(on_white(upright(image)), size, Image.Resampling.LANCZOS, color="white")
 
 
-def fitted_box(own: tuple[int, int], size: tuple[int, int]) -> tuple[int, int, int, int]:
-    """Where `fitted` puts an image of the size `own` inside one of `size`: left, top, right, bottom."""
-    (width, height), (most_wide, most_high) = own, size
+def fitted_box(image_size: tuple[int, int], size: tuple[int, int]) -> tuple[int, int, int, int]:
+    """Where `fitted` puts an image of `image_size` inside one of `size`: left, top, right, bottom."""
+    (width, height), (most_wide, most_high) = image_size, size
     if width * most_high > most_wide * height:
         wide, high = most_wide, round(height / width * most_wide)
     else:

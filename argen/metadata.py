@@ -55,9 +55,9 @@ def encoded(
         quality: of the last two, 0 to 100.
     """
     buffer = BytesIO()
-    known = image.info
+    original_info = image.info
     image = fitted(image, size)
-    image.info |= {name: known[name] for name in (TOKENS, MADE_BY, PARAMETERS) if name in known}
+    image.info |= {name: original_info[name] for name in (TOKENS, MADE_BY, PARAMETERS) if name in original_info}
     how = {"pnginfo": _info(image, request)} if form == "png" else {"quality": quality}
     image.save(buffer, form.upper(), **how)
     return base64.b64encode(buffer.getvalue()).decode()
@@ -71,8 +71,8 @@ def _info(image: Image.Image, request: Request | None, grid: Grid | None = None)
         return info
     info.add_text(KEY, json.dumps(request.to_dict()))
     info.add_itxt(PARAMETERS, infotext(request, image.size))
-    if known := json.dumps(grid) if grid else image.info.get(TOKENS):
-        info.add_text(TOKENS, known)
+    if tokens := json.dumps(grid) if grid else image.info.get(TOKENS):
+        info.add_text(TOKENS, tokens)
     if MADE_BY in image.info:
         info.add_text(MADE_BY, image.info[MADE_BY])
     return info
@@ -103,20 +103,20 @@ def differences(path: str | Path, pipe: "DiffusionPipeline") -> str | None:
 
 def infotext(request: Request, size: tuple[int, int]) -> str:
     """The settings of a picture as A1111 writes them."""
-    named = {
+    settings = {
         "Steps": request.steps,
         "Sampler": request.sampler,
         "CFG scale": request.guidance_scale,
         "Seed": request.seed,
     }
-    named |= {
+    settings |= {
         "Size": f"{size[0]}x{size[1]}",
         "Model": request.model,
         "Temperature": request.temperature,
         "Top-k": request.top_k,
     }
-    told = ", ".join(f"{name}: {value}" for name, value in named.items() if value is not None)
-    return f"{request.prompt}\n{told}"
+    text = ", ".join(f"{name}: {value}" for name, value in settings.items() if value is not None)
+    return f"{request.prompt}\n{text}"
 
 
 def save_tokens(path: Path, tokenizer: str, tokens: np.ndarray) -> None:

@@ -56,8 +56,8 @@ class Registry(Mapping[str, Any]):
             ValueError: there is none of this name; says which are near. An installed package cannot be imported; says which.
         """
         if name in self.added:
-            found = self.added[name]
-            return resolve(found) if isinstance(found, str) else found
+            component = self.added[name]
+            return resolve(component) if isinstance(component, str) else component
         if name in self.built_in:
             return resolve(self.built_in[name])
         if name in self.installed:
@@ -84,10 +84,10 @@ def nearest(name: str, names: Iterable[str]) -> str:
 def resolve(target: str) -> Any:
     """The object called "module:attribute", where the attribute may have dots, or a module."""
     module, _, path = target.partition(":")
-    found = import_module(module)
+    value = import_module(module)
     for part in filter(None, path.split(".")):
-        found = getattr(found, part)
-    return found
+        value = getattr(value, part)
+    return value
 
 
 def register(kind: str, name: str, component: Any) -> None:

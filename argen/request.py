@@ -59,8 +59,8 @@ class Control:
 
     def to_dict(self) -> dict:
         """For JSON: the picture as base64 of a PNG file."""
-        own = {"kind": self.kind, "strength": self.strength, "size": self.size}
-        return {"image": to_base64(self.image), **own}
+        values = {"kind": self.kind, "strength": self.strength, "size": self.size}
+        return {"image": to_base64(self.image), **values}
 
     @classmethod
     def from_dict(cls, saved: dict) -> "Control":
@@ -78,8 +78,8 @@ class Control:
         size = saved.get("size")
         if size is not None and not (isinstance(size, list | tuple) and len(size) == 2):
             raise ValueError(f"size is {str(size)[:60]}: expected width and height in pixels")
-        given = {name: value for name, value in saved.items() if value is not None}
-        return cls(**given | {"image": from_base64(saved["image"], "the control image"), "size": size and tuple(size)})
+        values = {name: value for name, value in saved.items() if value is not None}
+        return cls(**values | {"image": from_base64(saved["image"], "the control image"), "size": size and tuple(size)})
 
 
 def _within(name: str, **extra) -> dict[str, Any]:
@@ -216,8 +216,8 @@ class Request:
         sampler, _, argument = name.partition(".")
         if not argument:
             return replace(self, **{name: value} | ({"sampler_args": {}} if name == "sampler" else {}))
-        kept = self.sampler_args if self.sampler == sampler else {}
-        return replace(self, sampler=sampler, sampler_args=kept | {argument: value})
+        sampler_args = self.sampler_args if self.sampler == sampler else {}
+        return replace(self, sampler=sampler, sampler_args=sampler_args | {argument: value})
 
     def given(self) -> dict:
         """The values by name, without those left to the model."""
@@ -240,9 +240,9 @@ class Request:
         saved = _migrated(saved)
         if "prompt" not in saved:
             raise ValueError('no prompt: say what to draw, for example "a red apple"')
-        known = {item.name for item in fields(cls)}
-        if unknown := [name for name in saved if name not in known]:
-            raise ValueError(f"unknown setting {unknown[0][:60]!r}: expected some of {', '.join(sorted(known))}")
+        field_names = {item.name for item in fields(cls)}
+        if unknown := [name for name in saved if name not in field_names]:
+            raise ValueError(f"unknown setting {unknown[0][:60]!r}: expected some of {', '.join(sorted(field_names))}")
         parts = {"control": Control.from_dict(saved["control"])} if saved.get("control") is not None else {}
         if isinstance(saved.get("steps"), list):
             parts["steps"] = tuple(saved["steps"])
@@ -275,12 +275,12 @@ def setting_of(name: str) -> Setting:
         ValueError: there is none.
     """
     sampler, _, argument = f"lantern.{OLD_LANTERN[name]}".partition(".") if name in OLD_LANTERN else name.partition(".")
-    known = settings_of(samplers[sampler] if argument and sampler in samplers else Request)
+    available = settings_of(samplers[sampler] if argument and sampler in samplers else Request)
     name = argument or name
-    if name not in known or known[name].kind is None and not known[name].pair:
-        names = [name for name, setting in known.items() if setting.kind or setting.pair]
+    if name not in available or available[name].kind is None and not available[name].pair:
+        names = [name for name, setting in available.items() if setting.kind or setting.pair]
         raise ValueError(f"unknown setting {name[:60]!r}: expected one of {', '.join(names)}{nearest(name, names)}")
-    return known[name]
+    return available[name]
 
 
 def parse_sampler(text: str) -> tuple[str, dict[str, Any]]:
@@ -290,15 +290,15 @@ def parse_sampler(text: str) -> tuple[str, dict[str, Any]]:
         ValueError: no such sampler or setting, or a value that is none of it.
     """
     name, _, typed = text.partition(":")
-    known, arguments = settings_of(samplers[name.strip()]), {}
+    available, arguments = settings_of(samplers[name.strip()]), {}
     for part in filter(None, (part.strip() for part in re.split(r",(?![^=]*\))", typed))):
         setting, equals, value = (piece.strip() for piece in part.partition("="))
-        if not equals or setting not in known:
+        if not equals or setting not in available:
             raise ValueError(
                 f"the sampler {name} has no setting {part[:60]!r}: expected SETTING=VALUE of "
-                f"{', '.join(known) or 'none: it has no settings'}"
+                f"{', '.join(available) or 'none: it has no settings'}"
             )
-        arguments[setting] = known[setting].parse(value)
+        arguments[setting] = available[setting].parse(value)
     return name.strip(), arguments
 
 

@@ -187,10 +187,10 @@ def read_prompts(path: Path) -> list[str]:
     Raises:
         ValueError: it is no text, or holds none.
     """
-    found = [line for _, line in read_lines(path.read_bytes(), str(path))]
-    if not found:
+    prompts = [line for _, line in read_lines(path.read_bytes(), str(path))]
+    if not prompts:
         raise ValueError(f"{path} holds no prompts: expected one a line")
-    return found
+    return prompts
 
 
 def check_count(count: int) -> int:
@@ -222,22 +222,22 @@ def parse_count(prompt: str) -> tuple[int, str]:
     check_length(prompt, "the prompt")
     check_unweighted(prompt)
     text = unicodedata.normalize("NFKC", re.sub(f"[{HYPHENS}]", "-", without_invisible(prompt)))
-    found = AMOUNT.match(text)
-    rest = text[found.end() :].strip().rstrip(" .!?") if found else ""
+    match = AMOUNT.match(text)
+    things = text[match.end() :].strip().rstrip(" .!?") if match else ""
     exponent = any(unicodedata.decomposition(char).startswith(("<super>", "<sub>")) for char in prompt)
-    vague = found and found["one"] and VAGUE.match(rest)
-    named = any(unicodedata.category(char)[0] == "L" or unicodedata.category(char) == "So" for char in rest)
-    if not named or vague or exponent:
+    vague = match and match["one"] and VAGUE.match(things)
+    has_things = any(unicodedata.category(char)[0] == "L" or unicodedata.category(char) == "So" for char in things)
+    if not has_things or vague or exponent:
         raise ValueError(
             f"{cut(prompt)!r} does not say how many of what: begin with a number from 1 to {MOST_COUNTED}, as in 'five apples'"
         )
-    if FRACTION.match(rest) or NO_THING.match(rest) or ANOTHER.search(rest):
+    if FRACTION.match(things) or NO_THING.match(things) or ANOTHER.search(things):
         raise ValueError(f"{cut(prompt)!r} does not name one number: expected one whole number, as in 'five apples'")
-    return check_count(_amount(found)), rest
+    return check_count(_amount(match)), things
 
 
-def _amount(found: re.Match) -> int:
-    parts = {name: (value or "").lower() for name, value in found.groupdict().items()}
+def _amount(match: re.Match) -> int:
+    parts = {name: (value or "").lower() for name, value in match.groupdict().items()}
     number = int(parts["digits"]) if parts["digits"] else GROUPS.get(parts["group"], 1)
     for name in ("tens", "small"):
         if parts[name]:
@@ -291,13 +291,13 @@ def singular(name: str) -> str:
 def _keys(text: str) -> set[str]:
     """What a name may be in the singular."""
     *others, last = bare_name(text).split() or [""]
-    found = {last, singular(last)}
+    forms = {last, singular(last)}
     if last.endswith("s") and not last.endswith("ss") and len(last) > 2:
-        found.add(last[:-1])
+        forms.add(last[:-1])
         for ending, single in (("ies", "y"), ("ves", "f"), ("ves", "fe"), ("es", "")):
             if last.endswith(ending) and len(last) > len(ending) + 1:
-                found.add(last.removesuffix(ending) + single)
-    return {" ".join([*others, word]) for word in found}
+                forms.add(last.removesuffix(ending) + single)
+    return {" ".join([*others, word]) for word in forms}
 
 
 def same_concept(first: str, second: str) -> bool:

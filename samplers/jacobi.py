@@ -29,37 +29,38 @@ class Jacobi:
     ) -> Iterator[Step]:
         """See `samplers.steps.Sequential`."""
         batch, length = tokens.shape
-        given = tokens.cpu()
-        prefix = int((given >= 0).cumprod(dim=1).sum(dim=1).max())
-        guesses = _guessed(given, session.columns)  # of every cell; right before `known`
-        known, forward_passes = (
-            torch.zeros(batch, 1, dtype=torch.int64),
-            0,
-        )  # [B, 1] cells from the first on that are decided
+        fixed_tokens = tokens.cpu()
+        prefix = int((fixed_tokens >= 0).cumprod(dim=1).sum(dim=1).max())
+        guesses = _guessed(fixed_tokens, session.columns)  # of every cell; correct before `decided`
+        # [B, 1] number of cells from the first on that are decided
+        decided, forward_passes = torch.zeros(batch, 1, dtype=torch.int64), 0
         origins = torch.zeros(batch, length, dtype=torch.int8)
-        first, n = known + START, min(length, prefix + self.window)  # the first token that is read, and how many are
-        while (known < length).any():
+        first, n = decided + START, min(length, prefix + self.window)  # the first token that is read, and how many are
+        while (decided < length).any():
             positions = first + torch.arange(n)
-            read = guesses.gather(1, positions.clamp(min=0)).masked_fill(positions < 0, START)
+            read_tokens = guesses.gather(1, positions.clamp(min=0)).masked_fill(positions < 0, START)
             cells = positions + 1
-            logits = session.forward(read.to(tokens.device), positions)
-            drawn = pick(guided(*logits, guidance_scale, cells), sampling, noise, cells).cpu()
-            guessed, fixed = guesses.gather(1, cells), given.gather(1, cells)
-            drawn = torch.where(fixed >= 0, fixed, torch.where(cells < known, guessed, drawn))
-            right = (
-                (drawn == guessed)[:, :-1].cumprod(dim=1).sum(dim=1, keepdim=True)
-            )  # guesses that were read, and right
-            before, known, forward_passes = known, cells[:, :1] + right + 1, forward_passes + 1
-            new = _before(known, length) & ~_before(before, length) & (given < 0)
+            logits = session.forward(read_tokens.to(tokens.device), positions)
+            sampled = pick(guided(*logits, guidance_scale, cells), sampling, noise, cells).cpu()
+            guessed, fixed = guesses.gather(1, cells), fixed_tokens.gather(1, cells)
+            sampled = torch.where(fixed >= 0, fixed, torch.where(cells < decided, guessed, sampled))
+            # guesses that were read, and correct
+            num_correct = (sampled == guessed)[:, :-1].cumprod(dim=1).sum(dim=1, keepdim=True)
+            before, decided, forward_passes = decided, cells[:, :1] + num_correct + 1, forward_passes + 1
+            new = _before(decided, length) & ~_before(before, length) & (fixed_tokens < 0)
             origins[new] = Origin.ACCEPTED
-            origins[new & ~_before(known - 1, length)] = Origin.DRAWN
-            guesses = guesses.scatter(1, cells, drawn)
-            guesses = _guessed(guesses.where(_before(cells[:, -1:] + 1, length) | (given >= 0), -1), session.columns)
+            origins[new & ~_before(decided - 1, length)] = Origin.DRAWN
+            guesses = guesses.scatter(1, cells, sampled)
+            guesses = _guessed(
+                guesses.where(_before(cells[:, -1:] + 1, length) | (fixed_tokens >= 0), -1), session.columns
+            )
             yield Step(
-                torch.where(_before(known, length), guesses, given).to(tokens.device), forward_passes, origins.clone()
+                torch.where(_before(decided, length), guesses, fixed_tokens).to(tokens.device),
+                forward_passes,
+                origins.clone(),
             )
             n = max(1, min(length - 1, self.window + 1))
-            first = (known - 1).clamp(max=length - 1 - n)
+            first = (decided - 1).clamp(max=length - 1 - n)
 
 
 def _before(cells: Tensor, length: int) -> Tensor:

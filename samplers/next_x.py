@@ -60,8 +60,8 @@ class NextX:
     def times(self, entity: int, entities: int) -> list[float]:
         """Of one of the entities."""
         first, last = (self.steps, self.steps) if isinstance(self.steps, int) else self.steps
-        left = (entities - 1 - entity) / max(1, entities - 1)
-        return (stochastic_times if self.noisy else even_times)(int(left * (first - last) + last))
+        remaining = (entities - 1 - entity) / max(1, entities - 1)
+        return (stochastic_times if self.noisy else even_times)(int(remaining * (first - last) + last))
 
     def states(self, velocity: Velocity, state: Tensor, times: list[float], draws: Tensor) -> Iterator[Tensor]:
         """The states [B, T, C] after every step of a flow."""
@@ -70,21 +70,21 @@ class NextX:
     def __call__(
         self,
         session: NextXSession,
-        given: Tensor,
+        latents: Tensor,
         lengths: Sequence[int],
         guidance_scale: float,
         noise: Callable[[int, int], tuple[Tensor, Tensor]],
     ) -> Iterator[NextXStep]:
-        """Write the positions of `given` that are NaN.
+        """Fill the positions of `latents` that are NaN.
 
         Args:
             session: fresh.
-            given: [B, N, C] float32; what is known of an entity is kept, and shown to the network with the noise of the time.
+            latents: [B, N, C] float32; what is known of an entity is kept, and shown to the network with the noise of the time.
             lengths: T of each entity.
             guidance_scale: of the last entity; it grows evenly from 1 at the first.
             noise: entity, number n of draws -> [B, T, C] to start from, and [n, B, T, C] for the stochastic steps.
         """
-        sequence, forward_passes, finished = given.clone(), 0, 0
+        sequence, forward_passes, finished = latents.clone(), 0, 0
         for entity, length in enumerate(lengths):
             entity_cells = sequence[:, finished : finished + length]  # a view
             known, times = entity_cells.isfinite(), self.times(entity, len(lengths))
@@ -98,9 +98,9 @@ class NextX:
                 for index, state in enumerate(states, 1):
                     entity_cells[:] = torch.where(known, entity_cells, state.float())
                     under_way = length * index // (len(times) - 1)
-                    whole = length if index == len(times) - 1 else 0
+                    complete = length if index == len(times) - 1 else 0
                     yield NextXStep(
-                        sequence.clone(), finished + whole, finished + under_way, forward_passes + velocity.calls
+                        sequence.clone(), finished + complete, finished + under_way, forward_passes + velocity.calls
                     )
                 forward_passes += velocity.calls
             if entity + 1 < len(lengths):
@@ -150,13 +150,13 @@ class _Guided:
     session: NextXSession
     entity: int
     scale: float
-    given: Tensor
+    latents: Tensor
     known: Tensor
     start: Tensor
     calls: int = 0
 
     def __call__(self, state: Tensor, time: float) -> Tensor:
         self.calls += 1
-        seen = torch.where(self.known, (1 - time) * self.given + time * self.start, state.float())
-        conditional, unconditional = self.session.velocity(self.entity, seen, time, self.scale > 1)
+        noisy = torch.where(self.known, (1 - time) * self.latents + time * self.start, state.float())
+        conditional, unconditional = self.session.velocity(self.entity, noisy, time, self.scale > 1)
         return conditional if unconditional is None else guide(conditional, unconditional, self.scale)

@@ -51,9 +51,9 @@ class Table:
     def observe(self, tokens: Tensor, logits: Tensor, target_probs: Tensor) -> None:
         """See `samplers.trees.Drafting.observe`."""
         self.codes = logits.shape[-1]
-        values, kept = logits.cpu().log_softmax(dim=-1).topk(min(self.width, logits.shape[-1]), dim=-1)
+        values, indices = logits.cpu().log_softmax(dim=-1).topk(min(self.width, logits.shape[-1]), dim=-1)
         for token, likely, log_probs in zip(
-            tokens.flatten().tolist(), kept.flatten(0, 1), values.flatten(0, 1), strict=True
+            tokens.flatten().tolist(), indices.flatten(0, 1), values.flatten(0, 1), strict=True
         ):
             self.rows[token] = (likely, log_probs)
 

@@ -29,34 +29,34 @@ def settings(cls: type) -> type:
     Integers are taken for floats, and nothing else for anything: no text for a number, no 4.0 for 4, no NaN.
     """
     config = ConfigDict(arbitrary_types_allowed=True, strict=True, allow_inf_nan=False)
-    made = pydantic_dataclass(cls, frozen=True, config=config)
-    construct = made.__init__
+    wrapped = pydantic_dataclass(cls, frozen=True, config=config)
+    construct = wrapped.__init__
 
     def __init__(self, *args, **kwargs):
         try:
             construct(self, *args, **kwargs)
         except ValidationError as error:
-            raise _in_words(made, error) from None
+            raise _in_words(wrapped, error) from None
 
-    made.__init__ = __init__
-    return made
+    wrapped.__init__ = __init__
+    return wrapped
 
 
 def _in_words(cls: type, error: ValidationError) -> ValueError:
     """The first thing that is wrong, in one line."""
     first = error.errors()[0]
     where = first["loc"][0] if first["loc"] else ""
-    known = settings_of(cls)
-    name = list(known)[where] if isinstance(where, int) else str(where).removesuffix("_")
+    available = settings_of(cls)
+    name = list(available)[where] if isinstance(where, int) else str(where).removesuffix("_")
     if first["type"] == "value_error" and not first["loc"]:  # of a check of several settings
         return first["ctx"]["error"]
-    if name not in known:
-        names = ", ".join(known) or "none, there are no settings"
+    if name not in available:
+        names = ", ".join(available) or "none, there are no settings"
         return InvalidValue(f"unknown setting {name[:SHOWN]!r}: expected some of {names}", name)
     if first["type"] == "missing":
-        message = f"{name} is missing: expected {known[name].expected}"
+        message = f"{name} is missing: expected {available[name].expected}"
         return InvalidValue(message, name, "missing_required_parameter")
-    kind = "integer" if known[name].kind is int else "decimal"
+    kind = "integer" if available[name].kind is int else "decimal"
     side = {"greater_than": "below_min", "less_than": "above_max"}.get(first["type"].removesuffix("_equal"))
     code = (
         f"{kind}_{side}_value"
@@ -65,10 +65,10 @@ def _in_words(cls: type, error: ValidationError) -> ValueError:
         if first["type"].endswith(("_type", "finite_number"))
         else "invalid_value"
     )
-    return InvalidValue(f"{name} is {_shown(first['input'])}: expected {known[name].expected}", name, code)
+    return InvalidValue(f"{name} is {_preview(first['input'])}: expected {available[name].expected}", name, code)
 
 
-def _shown(value: Any) -> str:
+def _preview(value: Any) -> str:
     """A wrong value, as an error shows it."""
     try:
         return repr(value)[:SHOWN]
@@ -145,38 +145,38 @@ class Setting:
                 raise ValueError
             return TypeAdapter(self.kind).validate_python(text)
         except ValueError:
-            shown = text if len(text) <= SHOWN else f"{text[: SHOWN - 3]}..."
+            preview = text if len(text) <= SHOWN else f"{text[: SHOWN - 3]}..."
             raise InvalidValue(
-                f"{self.name} is {shown!r}: expected {self.expected}", self.name, "invalid_type"
+                f"{self.name} is {preview!r}: expected {self.expected}", self.name, "invalid_type"
             ) from None
 
     def lenient(self, value: Any) -> Any:
         """A value as pages, forms and tables have it: 4.0 for 4, and text for a number."""
         if isinstance(value, str) and self.kind is not str:
             return self.parse(value)
-        whole = self.kind is int and isinstance(value, float) and value.is_integer()
-        return int(value) if whole else value
+        is_whole = self.kind is int and isinstance(value, float) and value.is_integer()
+        return int(value) if is_whole else value
 
 
 @cache
 def settings_of(cls: type) -> dict[str, Setting]:
     """The settings of a class of `settings`, by the names that users write."""
-    found = [_setting(name, field) for name, field in cls.__pydantic_fields__.items()]
-    return {setting.name: setting for setting in found}
+    all_settings = [_setting(name, field) for name, field in cls.__pydantic_fields__.items()]
+    return {setting.name: setting for setting in all_settings}
 
 
 def _setting(name: str, field: FieldInfo) -> Setting:
     parts = get_args(field.annotation) if get_origin(field.annotation) in (Union, UnionType) else (field.annotation,)
-    limits = [*field.metadata, *(one for part in parts for one in _limits(part))]
+    limits = [*field.metadata, *(limit for part in parts for limit in _limits(part))]
     parts = tuple(get_args(part)[0] if get_origin(part) is Annotated else part for part in parts)
     choices = next((get_args(part) for part in parts if get_origin(part) is Literal), ())
     extra = field.json_schema_extra if isinstance(field.json_schema_extra, Mapping) else {}
     choices = tuple(extra.get("choices", choices))
     kind = str if choices else next((part for part in parts if part in (int, float, bool, str)), None)
-    low = next((one.ge for one in limits if isinstance(one, Ge)), None)
-    open_low = next((one.gt for one in limits if isinstance(one, Gt)), None)
-    high = next((one.le for one in limits if isinstance(one, Le)), None)
-    high = next((one.lt for one in limits if isinstance(one, Lt)), high)
+    low = next((limit.ge for limit in limits if isinstance(limit, Ge)), None)
+    open_low = next((limit.gt for limit in limits if isinstance(limit, Gt)), None)
+    high = next((limit.le for limit in limits if isinstance(limit, Le)), None)
+    high = next((limit.lt for limit in limits if isinstance(limit, Lt)), high)
     return Setting(
         name.removesuffix("_"),
         name,
@@ -196,9 +196,13 @@ def _setting(name: str, field: FieldInfo) -> Setting:
 
 
 def _limits(part: Any) -> list:
-    """What is annotated to a type, in a ``Field`` or plainly."""
-    given = get_args(part)[1:] if get_origin(part) is Annotated else ()
-    return [limit for one in given for limit in (one.metadata if isinstance(one, FieldInfo) else [one])]
+    """Constraints that annotate a type, in a ``Field`` or directly."""
+    annotations = get_args(part)[1:] if get_origin(part) is Annotated else ()
+    return [
+        limit
+        for annotation in annotations
+        for limit in (annotation.metadata if isinstance(annotation, FieldInfo) else [annotation])
+    ]
 
 
 def make(cls: type, arguments: Mapping[str, Any]) -> Any:
@@ -207,8 +211,8 @@ def make(cls: type, arguments: Mapping[str, Any]) -> Any:
     Raises:
         ValueError: an unknown name, or a wrong value.
     """
-    known = settings_of(cls)
-    if unknown := [name for name in arguments if name not in known]:
-        names = ", ".join(known) or "none: it has no settings"
+    available = settings_of(cls)
+    if unknown := [name for name in arguments if name not in available]:
+        names = ", ".join(available) or "none: it has no settings"
         raise ValueError(f"unknown setting {str(unknown[0])[:SHOWN]!r} of {cls.name}: expected {names}")
-    return cls(**{known[name].field: value for name, value in arguments.items()})
+    return cls(**{available[name].field: value for name, value in arguments.items()})

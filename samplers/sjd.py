@@ -25,7 +25,7 @@ class LastPass:
     def begin(self, session: Session) -> "LastPass":
         """See `samplers.speculative.Drafter.begin`."""
         fresh = LastPass()
-        fresh.columns, fresh.probs, fresh.left, fresh.written = session.columns, None, None, None
+        fresh.columns, fresh.probs, fresh.unused_probs, fresh.written = session.columns, None, None, None
         return fresh
 
     def read(self, tokens: Tensor, cells: Tensor, nodes: Tensor, ahead: Tensor) -> Tensor:
@@ -34,7 +34,7 @@ class LastPass:
             self.written = [{} for _ in tokens]
         for row, (ids, where, count) in enumerate(zip(tokens.tolist(), cells.tolist(), ahead.tolist(), strict=True)):
             self.written[row] |= dict(zip(where[:count], ids[:count], strict=True))
-        self.left = [list(self.probs[row, count:]) for row, count in enumerate(ahead.tolist())]
+        self.unused_probs = [list(self.probs[row, count:]) for row, count in enumerate(ahead.tolist())]
         return torch.empty(len(tokens), 1, 0)
 
     def observe(self, tokens: Tensor, logits: Tensor, probs: Tensor) -> None:
@@ -61,19 +61,19 @@ class Window:
         """See `samplers.trees.Shape.grow`."""
         tree, drafts = Tree((-1, *range(self.length))), []
         for row, (root, token) in enumerate(zip(roots.tolist(), tokens.tolist(), strict=True)):
-            guesses, probs, proposal_probs, known = [token], {}, [1.0], dict(drafting.written[row])
+            guesses, probs, proposal_probs, written = [token], {}, [1.0], dict(drafting.written[row])
             for offset in range(self.length):
-                cell, given = root + 1 + offset, offset < len(drafting.left[row])
-                if given:
-                    one = drafting.left[row][offset]
-                    guess = distribution.draw(one, numbers[row])
+                cell, has_draft = root + 1 + offset, offset < len(drafting.unused_probs[row])
+                if has_draft:
+                    draft_probs = drafting.unused_probs[row][offset]
+                    guess = distribution.draw(draft_probs, numbers[row])
                 else:
-                    guess = known.get(cell - drafting.columns, guesses[-1])
-                    one = F.one_hot(torch.tensor(guess), drafting.probs.shape[-1]).float()
+                    guess = written.get(cell - drafting.columns, guesses[-1])
+                    draft_probs = F.one_hot(torch.tensor(guess), drafting.probs.shape[-1]).float()
                 guesses.append(guess)
-                known[cell] = guess
-                probs[offset] = one
-                proposal_probs.append(float(one[guess]) if given else 1.0)
+                written[cell] = guess
+                probs[offset] = draft_probs
+                proposal_probs.append(float(draft_probs[guess]) if has_draft else 1.0)
             drafts.append(Draft(tree, guesses, None if distribution.greedy else Drafted(probs, proposal_probs)))
         return drafts
 

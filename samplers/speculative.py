@@ -22,15 +22,15 @@ from samplers.trees import TREE_CHOICES, Distribution, Draft, Drafted, Drafting,
 
 
 class Verdict(NamedTuple):
-    """What is kept of a tree.
+    """Accepted path of a tree.
 
     Attributes:
-        kept: nodes, the root first.
+        accepted: its nodes, the root first.
         probs: probabilities [K] of the token after the last of them.
         relaxed: those of the nodes that the lossless rule would not have kept.
     """
 
-    kept: list[int]
+    accepted: list[int]
     probs: Tensor
     relaxed: set[int]
 
@@ -53,7 +53,7 @@ def verify(
         drafted: None for candidates that a rule chose (e.g. the most probable ones), without chance.
         reject_in: with `drafted`, what is rejected with a candidate: its neighbours in the "draft" distribution, or in the "target" distribution.
     """
-    node, kept, relaxed = 0, [0], set()
+    node, accepted, relaxed = 0, [0], set()
     while tree.children[node]:
         children = tree.children[node]
         proposal_probs = [1.0 if drafted is None else drafted.proposal_probs[child] for child in children]
@@ -61,11 +61,11 @@ def verify(
         candidates = Candidates(children, [tokens[child] for child in children], draft_probs, proposal_probs)
         choice = rule.choose(target_probs[node], candidates, uniforms, reject_in)
         if choice.node is None:
-            return Verdict(kept, choice.probs, relaxed)
+            return Verdict(accepted, choice.probs, relaxed)
         node = choice.node
-        kept.append(node)
+        accepted.append(node)
         relaxed |= {node} if choice.relaxed else set()
-    return Verdict(kept, target_probs[node], relaxed)
+    return Verdict(accepted, target_probs[node], relaxed)
 
 
 def verify_greedy(target_probs: Tensor, tree: Tree, tokens: Sequence[int], rule: OneByOne) -> list[int]:
@@ -159,21 +159,23 @@ class Speculative:
         """
         drafter = self.drafter or drafter_of(session, self.name)
         batch, length = tokens.shape
-        given, device = tokens.cpu(), tokens.device
-        written, origins = given.clone(), torch.zeros(batch, length, dtype=torch.int8)
+        fixed_tokens, device = tokens.cpu(), tokens.device
+        decided_tokens, origins = fixed_tokens.clone(), torch.zeros(batch, length, dtype=torch.int8)
         distribution, numbers = Distribution(sampling, guidance_scale), [noise.numbers(index) for index in range(batch)]
         rows = torch.arange(batch)[:, None]
 
         def decided(target_probs: Tensor, cells: Tensor) -> Tensor:
-            """Probabilities [B, n, K] of `cells`, one-hot where a token is given."""
-            fixed = torch.where(cells < length, given.gather(1, cells.clamp(max=length - 1)), -1)
+            """Probabilities [B, n, K] of `cells`, one-hot where the token is fixed."""
+            fixed = torch.where(cells < length, fixed_tokens.gather(1, cells.clamp(max=length - 1)), -1)
             certain = F.one_hot(fixed.clamp(min=0), target_probs.shape[-1]).to(target_probs)
             return torch.where(fixed[..., None] >= 0, certain, target_probs)
 
         def step() -> Step:
-            done = torch.arange(length) <= roots[:, None]
-            decided_origins = torch.where(given < 0, origins, Origin.GIVEN)
-            return Step(torch.where(done, written, given).to(device), forward_passes, decided_origins)
+            is_decided = torch.arange(length) <= roots[:, None]
+            decided_origins = torch.where(fixed_tokens < 0, origins, Origin.GIVEN)
+            return Step(
+                torch.where(is_decided, decided_tokens, fixed_tokens).to(device), forward_passes, decided_origins
+            )
 
         start, roots = torch.full((batch, 1), START), torch.zeros(batch, dtype=torch.int64)  # cells
         logits = guided(*session.forward(start.to(device), torch.tensor([START])), guidance_scale, roots[:, None])
@@ -181,11 +183,11 @@ class Speculative:
         root_tokens = torch.tensor(
             [distribution.draw(target_probs[index, 0], numbers[index]) for index in range(batch)]
         )
-        written[:, 0], origins[:, 0], forward_passes = root_tokens, Origin.DRAWN, 1
+        decided_tokens[:, 0], origins[:, 0], forward_passes = root_tokens, Origin.DRAWN, 1
         yield step()
-        drafting, one = drafter.begin(session), torch.ones(batch, dtype=torch.int64)
+        drafting, ones = drafter.begin(session), torch.ones(batch, dtype=torch.int64)
         drafting.observe(start, logits, target_probs)
-        hidden = drafting.read(root_tokens[:, None].to(device), roots[:, None], torch.zeros(batch, 1).long(), one)
+        hidden = drafting.read(root_tokens[:, None].to(device), roots[:, None], torch.zeros(batch, 1).long(), ones)
         while (roots < length - 1).any():
             drafts = tree_of(self.tree).grow(drafting, hidden, roots, root_tokens, distribution, numbers)
             nodes = torch.tensor([draft.tokens for draft in drafts])
@@ -201,20 +203,22 @@ class Speculative:
             following = torch.tensor(
                 [distribution.draw(verdict.probs, numbers[index]) for index, verdict in enumerate(verdicts)]
             )
-            ahead = torch.tensor([len(verdict.kept) for verdict in verdicts])
+            ahead = torch.tensor([len(verdict.accepted) for verdict in verdicts])
             longest = int(ahead.max())
-            kept = torch.tensor([path + path[-1:] * (longest - len(path)) for path, *_ in verdicts])
-            session.keep(kept.to(device))
-            accepted = nodes[rows, kept].roll(-1, dims=1)  # at the cells after the root
+            accepted_nodes = torch.tensor([path + path[-1:] * (longest - len(path)) for path, *_ in verdicts])
+            session.keep(accepted_nodes.to(device))
+            accepted = nodes[rows, accepted_nodes].roll(-1, dims=1)  # at the cells after the root
             accepted[torch.arange(batch), ahead - 1] = following
             cells = roots[:, None] + 1 + torch.arange(longest)
             for index, verdict in enumerate(verdicts):
                 count = min(int(ahead[index]), length - 1 - int(roots[index]))
-                walked = [Origin.RELAXED if node in verdict.relaxed else Origin.ACCEPTED for node in verdict.kept[1:]]
+                walked = [
+                    Origin.RELAXED if node in verdict.relaxed else Origin.ACCEPTED for node in verdict.accepted[1:]
+                ]
                 here = cells[index, :count]
-                written[index, here] = accepted[index, :count]
+                decided_tokens[index, here] = accepted[index, :count]
                 origins[index, here] = torch.tensor([*walked, Origin.DRAWN][:count], dtype=torch.int8)
-            hidden = drafting.read(accepted.to(device), cells, kept, ahead)
+            hidden = drafting.read(accepted.to(device), cells, accepted_nodes, ahead)
             root_tokens, roots = following, (roots + ahead).clamp(max=length - 1)
             yield step()
 
@@ -226,7 +230,7 @@ class Speculative:
             return verify(
                 target_probs, draft.tree, draft.tokens, rule_of(self.rule), numbers, draft.drafted, self.reject_in
             )
-        kept = verify_greedy(target_probs, draft.tree, draft.tokens, rule_of(self.rule))
+        accepted = verify_greedy(target_probs, draft.tree, draft.tokens, rule_of(self.rule))
         most_probable = target_probs.argmax(dim=-1).tolist()
-        relaxed = {node for above, node in pairwise(kept) if most_probable[above] != draft.tokens[node]}
-        return Verdict(kept, target_probs[kept[-1]], relaxed)
+        relaxed = {node for above, node in pairwise(accepted) if most_probable[above] != draft.tokens[node]}
+        return Verdict(accepted, target_probs[accepted[-1]], relaxed)

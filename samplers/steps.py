@@ -133,8 +133,8 @@ class Sequential:
                 waiting.append(cell)
                 continue
             logits = next_logits(session, tokens, waiting, guidance_scale, cell)
-            drawn = pick(logits, sampling, noise, torch.tensor([cell]))[:, 0]
-            tokens[:, cell] = torch.where(tokens[:, cell] < 0, drawn.to(tokens.device), tokens[:, cell])
+            sampled = pick(logits, sampling, noise, torch.tensor([cell]))[:, 0]
+            tokens[:, cell] = torch.where(tokens[:, cell] < 0, sampled.to(tokens.device), tokens[:, cell])
             waiting, forward_passes = [cell], forward_passes + 1
             yield Step(tokens.clone(), forward_passes)
 
@@ -143,8 +143,10 @@ def next_logits(
     session: Session, tokens: Tensor, waiting: list[int], guidance_scale: GuidanceScale, cell: int
 ) -> Tensor:
     """Let the session read the `waiting` cells; guided float32 logits [B, 1, K] of `cell`."""
-    read = torch.stack([tokens[:, c] if c >= 0 else torch.full_like(tokens[:, 0], START) for c in waiting], dim=1)
-    logits = [logits[:, -1:] if logits is not None else None for logits in session.forward(read, torch.tensor(waiting))]
+    inputs = torch.stack([tokens[:, c] if c >= 0 else torch.full_like(tokens[:, 0], START) for c in waiting], dim=1)
+    logits = [
+        logits[:, -1:] if logits is not None else None for logits in session.forward(inputs, torch.tensor(waiting))
+    ]
     return guided(*logits, guidance_scale, torch.tensor([cell]))
 
 

@@ -54,10 +54,10 @@ class Tree:
     @cached_property
     def mask(self) -> Tensor:
         """[M, M] bool: each node sees its ancestors and itself."""
-        seen = torch.eye(len(self.parents), dtype=torch.bool)
+        visible = torch.eye(len(self.parents), dtype=torch.bool)
         for node, parent in enumerate(self.parents[1:], 1):
-            seen[node] |= seen[parent]
-        return seen
+            visible[node] |= visible[parent]
+        return visible
 
 
 @dataclass(frozen=True)
@@ -88,14 +88,14 @@ def without_replacement(probs: Tensor, uniforms: Sequence[float]) -> tuple[list[
     Returns:
         The tokens, and of each its probability given that the earlier ones are out.
     """
-    left = probs.double().clone()
+    remaining = probs.double().clone()
     tokens, proposal_probs = [], []
     for number in uniforms:
-        total = left.cumsum(0)
+        total = remaining.cumsum(0)
         token = int((total >= number * total[-1]).to(torch.uint8).argmax())
         tokens.append(token)
-        proposal_probs.append(float(left[token] / total[-1]) if total[-1] > 0 else -1.0)
-        left[token] = 0
+        proposal_probs.append(float(remaining[token] / total[-1]) if total[-1] > 0 else -1.0)
+        remaining[token] = 0
     return tokens, proposal_probs
 
 
@@ -222,28 +222,26 @@ class StaticTree:
             for index, node in enumerate(level):
                 children = tree.children[node]
                 for b in range(batch):
-                    drawn = self._drawn(rows[b, index], len(children), distribution.greedy, numbers[b])
+                    draws = self._draw(rows[b, index], len(children), distribution.greedy, numbers[b])
                     draft_probs[b][node] = rows[b, index]
-                    for child, token, proposal_prob in zip(children, *drawn, strict=False):
+                    for child, token, proposal_prob in zip(children, *draws, strict=False):
                         drafted[b][child], proposal_probs[b][child] = token, proposal_prob
             grown = [child for node in level for child in tree.children[node] if tree.children[child]]
             if not grown:
                 break
             read += grown
             above = torch.tensor([level.index(tree.parents[node]) for node in grown])
-            seen = tree.mask[grown][:, read].expand(batch, -1, -1)
+            visible = tree.mask[grown][:, read].expand(batch, -1, -1)
             fed = torch.tensor([[row[node] for node in grown] for row in drafted], device=hidden.device)
             positions = (roots[:, None] + tree.depths[grown]).expand(batch, -1)
-            hidden, level = drafting.guess(fed, positions, hidden[:, above], seen, roots + 1), grown
+            hidden, level = drafting.guess(fed, positions, hidden[:, above], visible, roots + 1), grown
         drafts = zip(drafted, draft_probs, proposal_probs, strict=True)
         return [
             Draft(tree, row, None if distribution.greedy else Drafted(probs, proposals))
             for row, probs, proposals in drafts
         ]
 
-    def _drawn(
-        self, probs: Tensor, count: int, greedy: bool, numbers: Iterator[float]
-    ) -> tuple[list[int], list[float]]:
+    def _draw(self, probs: Tensor, count: int, greedy: bool, numbers: Iterator[float]) -> tuple[list[int], list[float]]:
         if greedy:
             return probs.topk(count).indices.tolist(), [1.0] * count
         return without_replacement(probs, [next(numbers) for _ in range(self.draws or count)])
@@ -253,11 +251,9 @@ class StaticTree:
 class IndependentTree(StaticTree):
     """The same with every child drawn independently of its siblings, as `KSeq` wants it."""
 
-    def _drawn(
-        self, probs: Tensor, count: int, greedy: bool, numbers: Iterator[float]
-    ) -> tuple[list[int], list[float]]:
+    def _draw(self, probs: Tensor, count: int, greedy: bool, numbers: Iterator[float]) -> tuple[list[int], list[float]]:
         if greedy:
-            return super()._drawn(probs, count, greedy, numbers)
+            return super()._draw(probs, count, greedy, numbers)
         uniforms = torch.tensor([next(numbers) for _ in range(count)], dtype=torch.float64)
         tokens = inverse_transform(probs.double().expand(count, -1), uniforms)
         return tokens.tolist(), probs[tokens].tolist()
@@ -289,16 +285,16 @@ class DynamicTree:
         """See `Shape.grow`; nothing is drawn."""
         batch, width = len(roots), self.width
         start = distribution(*drafting.logits(hidden), roots[:, None] + 1).log()[:, 0]
-        scores, picked = start.topk(width)  # of the beam [B, width]
-        pool_scores, pool_tokens = [scores], [picked]
+        scores, top_tokens = start.topk(width)  # of the beam [B, width]
+        pool_scores, pool_tokens = [scores], [top_tokens]
         pool_parents = [torch.full((batch, width), -1)]  # place in the pool, -1 for the root
         beam = torch.arange(width).expand(batch, -1)  # places in the pool
         hidden = hidden.expand(-1, width, -1)
-        seen = torch.eye(width, dtype=torch.bool).expand(batch, -1, -1)
-        ids, rows = picked, torch.arange(batch)[:, None]
+        visible = torch.eye(width, dtype=torch.bool).expand(batch, -1, -1)
+        ids, rows = top_tokens, torch.arange(batch)[:, None]
         for level in range(self.depth):
             positions = (roots[:, None] + 1 + level).expand(batch, width)
-            out = drafting.guess(ids.to(hidden.device), positions, hidden, seen, roots + 1)
+            out = drafting.guess(ids.to(hidden.device), positions, hidden, visible, roots + 1)
             draft_probs = distribution(*drafting.logits(out), positions + 1).log()
             best, children = draft_probs.topk(width)  # [B, width, width]
             total = (scores[:, :, None] + best).flatten(1)
@@ -306,22 +302,22 @@ class DynamicTree:
             first = sum(part.shape[1] for part in pool_scores)
             pool_scores.append(total)
             pool_tokens.append(children.flatten(1))
-            scores, chosen = total.topk(width)
-            beam, ids = first + chosen, children.flatten(1)[rows, chosen]
-            above = chosen // width
+            scores, top = total.topk(width)
+            beam, ids = first + top, children.flatten(1)[rows, top]
+            above = top // width
             hidden = of_images(out, above)
             itself = torch.eye(width, dtype=torch.bool).expand(batch, -1, -1)
-            seen = torch.cat([seen[:, -width:][rows, above], itself], dim=2)
+            visible = torch.cat([visible[:, -width:][rows, above], itself], dim=2)
         order = torch.cat(pool_scores, dim=1).argsort(
             dim=1, descending=True, stable=True
         )  # of equals the parents first
-        kept = order[:, : self.nodes].sort().values
+        selected = order[:, : self.nodes].sort().values
         parents, tokens_of = torch.cat(pool_parents, dim=1), torch.cat(pool_tokens, dim=1)
         drafts = []
         for b in range(batch):
-            numbers_of = {-1: 0} | {place: index for index, place in enumerate(kept[b].tolist(), 1)}
-            above = [numbers_of[parent] for parent in parents[b, kept[b]].tolist()]
-            drafts.append(Draft(Tree((-1, *above)), [int(tokens[b]), *tokens_of[b, kept[b]].tolist()], None))
+            numbers_of = {-1: 0} | {place: index for index, place in enumerate(selected[b].tolist(), 1)}
+            above = [numbers_of[parent] for parent in parents[b, selected[b]].tolist()]
+            drafts.append(Draft(Tree((-1, *above)), [int(tokens[b]), *tokens_of[b, selected[b]].tolist()], None))
         return drafts
 
 
@@ -357,33 +353,33 @@ class DrawnTree:
         for depth in range(self.depth):
             cells = (roots[:, None] + depth + 1).expand(batch, hidden.shape[1])
             rows, children = distribution(*drafting.logits(hidden), cells), []
-            for b, one in enumerate(grown):
-                drawn = [
-                    one.draw(node, rows[b, i], self.nodes, distribution, numbers[b]) for i, node in enumerate(level[b])
+            for b, tree in enumerate(grown):
+                draws = [
+                    tree.draw(node, rows[b, i], self.nodes, distribution, numbers[b]) for i, node in enumerate(level[b])
                 ]
-                children.append([child for part in drawn for child in part])
+                children.append([child for part in draws for child in part])
             width = max(map(len, children))
             if not width or depth + 1 == self.depth:
                 break
-            fed, above, seen = [], [], torch.zeros(batch, width, len(read[0]) + width, dtype=torch.bool)
-            for b, (one, part) in enumerate(zip(grown, children, strict=True)):
+            fed, above, visible = [], [], torch.zeros(batch, width, len(read[0]) + width, dtype=torch.bool)
+            for b, (tree, part) in enumerate(zip(grown, children, strict=True)):
                 idle = width - len(part)  # reads of the root's token, which no node sees
-                fed.append([one.tokens[node] for node in part] + [one.tokens[0]] * idle)
-                above.append([level[b].index(one.parents[node]) for node in part] + [0] * idle)
+                fed.append([tree.tokens[node] for node in part] + [tree.tokens[0]] * idle)
+                above.append([level[b].index(tree.parents[node]) for node in part] + [0] * idle)
                 read[b] += part + [0] * idle
                 positions = {node: place for place, node in enumerate(read[b])}
                 for i in range(width):
-                    seen[b, i, len(read[b]) - width + i] = True
+                    visible[b, i, len(read[b]) - width + i] = True
                     node = part[i] if i < len(part) else 0
                     while node > 0:
-                        seen[b, i, positions[node]] = True
-                        node = one.parents[node]
+                        visible[b, i, positions[node]] = True
+                        node = tree.parents[node]
             led = of_images(hidden, torch.tensor(above))
             where = (roots[:, None] + depth + 1).expand(batch, width)
-            hidden = drafting.guess(torch.tensor(fed, device=tokens.device), where, led, seen, roots + 1)
+            hidden = drafting.guess(torch.tensor(fed, device=tokens.device), where, led, visible, roots + 1)
             level = children
-        most = max(len(one.tokens) for one in grown)
-        return [one.draft(most, distribution.greedy) for one in grown]
+        most = max(len(tree.tokens) for tree in grown)
+        return [tree.draft(most, distribution.greedy) for tree in grown]
 
 
 class _Growing:
@@ -398,18 +394,18 @@ class _Growing:
     ) -> list[int]:
         """The children of a node, drawn without replacement (the most probable ones at temperature 0)."""
         self.draft_probs[node] = probs
-        left, acceptance, children = probs.double().clone(), self.acceptance[node], []
-        while acceptance > 1 / nodes and len(self.tokens) <= nodes and left.sum() > 0:
-            left = left / left.sum()
-            token = distribution.draw(left, numbers)
-            proposal_prob = float(left[token])
+        residual, acceptance, children = probs.double().clone(), self.acceptance[node], []
+        while acceptance > 1 / nodes and len(self.tokens) <= nodes and residual.sum() > 0:
+            residual = residual / residual.sum()
+            token = distribution.draw(residual, numbers)
+            proposal_prob = float(residual[token])
             children.append(len(self.tokens))
             self.parents.append(node)
             self.tokens.append(token)
             self.acceptance.append(acceptance * proposal_prob)
             self.proposal_probs.append(proposal_prob)
             acceptance *= 1 - proposal_prob
-            left[token] = 0
+            residual[token] = 0
         return children
 
     def draft(self, most: int, greedy: bool) -> Draft:

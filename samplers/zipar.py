@@ -30,15 +30,15 @@ class ZipAR:
         self, session: Session, tokens: Tensor, sampling: Sampling, guidance_scale: GuidanceScale, noise: Noise
     ) -> Iterator[Step]:
         """See `samplers.steps.Sequential`."""
-        given, columns, length = tokens.cpu(), session.columns, session.length
+        fixed_tokens, columns, length = tokens.cpu(), session.columns, session.length
         rows, window = length // columns, min(self.window, session.columns)
-        written, ends = given.clone(), [0] * rows  # of each row, so many cells are decided
+        decided_tokens, ends = fixed_tokens.clone(), [0] * rows  # of each row, so many cells are decided
         stored = torch.zeros(length, dtype=torch.bool)  # cells that the network has read
         read = torch.zeros(length, dtype=torch.bool)  # those of them whose true token it was
 
         def decide(logits: Tensor, cells: Tensor) -> None:
-            drawn = pick(logits, sampling, noise, cells).cpu()
-            written[:, cells] = torch.where(given[:, cells] >= 0, given[:, cells], drawn)
+            sampled = pick(logits, sampling, noise, cells).cpu()
+            decided_tokens[:, cells] = torch.where(fixed_tokens[:, cells] >= 0, fixed_tokens[:, cells], sampled)
             for cell in cells.tolist():
                 ends[cell // columns] += 1
 
@@ -46,7 +46,7 @@ class ZipAR:
         first = torch.tensor([0])
         decide(guided(*session.forward(start, torch.tensor([START])), guidance_scale, first), first)
         forward_passes = 1
-        yield Step(self._shown(written, given, ends, columns, tokens.device), forward_passes)
+        yield Step(self._decided(decided_tokens, fixed_tokens, ends, columns, tokens.device), forward_passes)
         while ends[-1] < columns:
             ready = [
                 row * columns + end
@@ -54,22 +54,24 @@ class ZipAR:
                 if end < columns and (row == 0 or ends[row - 1] >= min(end + window, columns))
             ]
             behind = [cell for cell in range(length) if cell % columns < ends[cell // columns] and not read[cell]]
-            places = sorted({cell - 1 for cell in ready} | set(behind))
-            fed = written[:, places].clone()
-            for index, place in enumerate(places):
-                row, column = divmod(place, columns)
+            cells_to_read = sorted({cell - 1 for cell in ready} | set(behind))
+            fed = decided_tokens[:, cells_to_read].clone()
+            for index, cell in enumerate(cells_to_read):
+                row, column = divmod(cell, columns)
                 if column >= ends[row]:  # the row's end is not written yet
-                    fed[:, index] = written[:, row * columns + ends[row] - 1]
-                stored[place], read[place] = True, column < ends[row]
-            positions = torch.tensor(places)
-            seen = stored & (torch.arange(length) <= positions[:, None])
-            logits = session.forward(fed.to(tokens.device), positions, seen=seen)
+                    fed[:, index] = decided_tokens[:, row * columns + ends[row] - 1]
+                stored[cell], read[cell] = True, column < ends[row]
+            positions = torch.tensor(cells_to_read)
+            visible = stored & (torch.arange(length) <= positions[:, None])
+            logits = session.forward(fed.to(tokens.device), positions, seen=visible)
             logits = guided(*logits, guidance_scale, positions + 1)
-            decide(logits[:, [places.index(cell - 1) for cell in ready]], torch.tensor(ready))
+            decide(logits[:, [cells_to_read.index(cell - 1) for cell in ready]], torch.tensor(ready))
             forward_passes += 1
-            yield Step(self._shown(written, given, ends, columns, tokens.device), forward_passes)
+            yield Step(self._decided(decided_tokens, fixed_tokens, ends, columns, tokens.device), forward_passes)
 
     @staticmethod
-    def _shown(written: Tensor, given: Tensor, ends: list[int], columns: int, device: torch.device) -> Tensor:
-        done = (torch.arange(columns) < torch.tensor(ends)[:, None]).flatten()
-        return torch.where(done, written, given).to(device)
+    def _decided(
+        decided_tokens: Tensor, fixed_tokens: Tensor, ends: list[int], columns: int, device: torch.device
+    ) -> Tensor:
+        is_decided = (torch.arange(columns) < torch.tensor(ends)[:, None]).flatten()
+        return torch.where(is_decided, decided_tokens, fixed_tokens).to(device)

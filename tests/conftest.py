@@ -82,14 +82,14 @@ def tiny_pipeline(case: Case) -> DiffusionPipeline:
         filled(parts["vae"], "vae")
     if "text_encoder_2" in sizes:
         second = CLIPTextModelWithProjection(CLIPTextConfig(**sizes["text_encoder_2"]))
-        own = {
+        components = {
             "text_encoder_2": filled(second, "text_encoder_2"),
             "tokenizer_2": CLIPTokenizer.from_pretrained(case.folder / "tokenizer_2"),
         }
-        pipe = StableDiffusionXLPipeline(**parts, **own, add_watermarker=False)
+        pipe = StableDiffusionXLPipeline(**parts, **components, add_watermarker=False)
     else:
-        own = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
-        pipe = StableDiffusionPipeline(**parts, **own)
+        components = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+        pipe = StableDiffusionPipeline(**parts, **components)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

@@ -37,8 +37,8 @@ def page(tmp_path_factory, pipe):
 def log_in(page, name: str, key: str, path: str = "/login") -> dict[str, str]:
     """The headers of somebody who is at the page."""
     form = {"content-type": "application/x-www-form-urlencoded"}
-    asked = urllib.request.Request(f"{page.address}{path}", f"username={name}&password={key}".encode(), form)
-    with urllib.request.urlopen(asked) as answer:
+    login = urllib.request.Request(f"{page.address}{path}", f"username={name}&password={key}".encode(), form)
+    with urllib.request.urlopen(login) as answer:
         cookies = [line.partition(";")[0] for line in answer.headers.get_all("set-cookie")]
     return {"cookie": "; ".join(cookies)}
 
@@ -55,9 +55,9 @@ def event_of(page, elem_id: str, headers: dict) -> tuple[int, list]:
 def uploaded(page, name: str, data: bytes, headers: dict) -> dict:
     body = b'--xyz\r\nContent-Disposition: form-data; name="files"; filename="%s"\r\n\r\n' % name.encode()
     kind = "multipart/form-data; boundary=xyz"
-    status, told = page.ask("/gradio_api/upload", body + data + b"\r\n--xyz--\r\n", content_type=kind, **headers)
+    status, answer = page.ask("/gradio_api/upload", body + data + b"\r\n--xyz--\r\n", content_type=kind, **headers)
     assert status == 200
-    return {"path": told[0], "orig_name": name, "meta": {"_type": "gradio.FileData"}}
+    return {"path": answer[0], "orig_name": name, "meta": {"_type": "gradio.FileData"}}
 
 
 def test_no_front_end_loads_a_model_by_a_path(page, tmp_path):
@@ -75,9 +75,9 @@ def test_no_front_end_loads_a_model_by_a_path(page, tmp_path):
         assert "there is no model" in answer or "expected a name" in answer
         with pytest.raises(UnknownModel):
             page.studio.models(path)
-        status, told = page.ask("/api/jobs", {"prompt": "a", "model": path}, authorization=f"Bearer {KEYS[0]}")
+        status, answer = page.ask("/api/jobs", {"prompt": "a", "model": path}, authorization=f"Bearer {KEYS[0]}")
         assert status in (400, 404)
-        assert "there is no model" in told["error"]["message"] or "expected a name" in told["error"]["message"]
+        assert "there is no model" in answer["error"]["message"] or "expected a name" in answer["error"]["message"]
     assert page.studio.models("argen/emoji-vae", "tokenizer")
 
 
@@ -106,9 +106,9 @@ def test_only_images_of_the_owner_are_served(page):
     for path in (letter, image):
         for who in (mine, other):
             assert page.ask(f"/gradio_api/file={path}", **who)[0] == 403
-    shown = page.studio.store.shown(done.images[0].id)
-    assert page.ask(f"/gradio_api/file={shown}", **mine) == (200, image.read_bytes())
-    assert len(shown.parent.name) == 16  # random: nobody else knows it
+    path = page.studio.store.shown(done.images[0].id)
+    assert page.ask(f"/gradio_api/file={path}", **mine) == (200, image.read_bytes())
+    assert len(path.parent.name) == 16  # random: nobody else knows it
 
 
 def test_a_name_belongs_to_no_key(page):
@@ -253,14 +253,14 @@ def test_a_row_that_cannot_be_read_fails_alone(tmp_path, pipe, name):
         studio.pause(False)
         assert studio.result(waiting, timeout=60).state == "failed"
         assert studio.result(studio.submit(Request("a pizza")), timeout=60).state == "done"
-        found = {saved.id: saved for saved in studio.store.images()}
-        assert "cannot be read" in found[done.id].fault
-        assert found[done.id].request.prompt == "a pizza"
-        assert found[other.id].fault == ""
+        saved_images = {saved.id: saved for saved in studio.store.images()}
+        assert "cannot be read" in saved_images[done.id].fault
+        assert saved_images[done.id].request.prompt == "a pizza"
+        assert saved_images[other.id].fault == ""
         number, _ = event_of(served, "gallery-look", {})
         assert '"success":true' in run_event(served, number, ["", "", False, 1], {})
         assert served.ask(f"/pictures/{done.id}.png")[0] == 200
-        assert studio.store.zipped(list(found)).stat().st_size > 1000
+        assert studio.store.zipped(list(saved_images)).stat().st_size > 1000
         studio.store.save_preset("local", "bad", {})
         studio.store.ask("update presets set settings = ?", (JUNK[name],))
         studio.store.ask("insert into grids values ('local', ?, '[]')", (JUNK[name],))
@@ -274,15 +274,15 @@ def test_a_full_disk_is_said(tmp_path, pipe, monkeypatch):
     studio = Studio(tmp_path, lambda name: pipe)
     served = Served(studio, (), build(AppContext(studio)))
 
-    def full(*given, **more):
+    def full(*args, **more):
         raise OSError(errno.ENOSPC, "No space left on device", "/srv/secret/file")
 
     try:
         studio.result(studio.submit(Request("a pizza")), timeout=60)
         monkeypatch.setattr("gradio.routes.upload_fn", full)
         body = b'--xyz\r\nContent-Disposition: form-data; name="files"; filename="a"\r\n\r\nx\r\n--xyz--\r\n'
-        status, told = served.ask("/gradio_api/upload", body, content_type="multipart/form-data; boundary=xyz")
-        assert (status, "disk of the server is full" in told["detail"]) == (507, True)
+        status, answer = served.ask("/gradio_api/upload", body, content_type="multipart/form-data; boundary=xyz")
+        assert (status, "disk of the server is full" in answer["detail"]) == (507, True)
         monkeypatch.setattr("gradio.processing_utils.save_pil_to_cache", full)
         number, _ = event_of(served, "gallery-look", {})
         answer = run_event(served, number, ["", "", False, 1], {})
@@ -295,12 +295,12 @@ def test_a_full_disk_is_said(tmp_path, pipe, monkeypatch):
 def test_errors_name_no_path_of_the_server(page):
     done = page.studio.result(page.studio.submit(Request("a pizza"), owner_of(KEYS[1])), timeout=60)
     page.studio.store.file(done.images[0].id).write_bytes(b"junk")
-    status, told = page.ask(f"/pictures/{done.images[0].id}.png", authorization=f"Bearer {KEYS[1]}")
+    status, answer = page.ask(f"/pictures/{done.images[0].id}.png", authorization=f"Bearer {KEYS[1]}")
     assert status == 400
-    assert f"the image {done.images[0].id} could not be read" in told["detail"]
-    assert str(page.studio.store.folder) not in str(told)
-    told = page.ask("/gradio_api/file=/etc/passwd", **log_in(page, "me", KEYS[1]))
-    assert told == (403, {"detail": "File not allowed"})
+    assert f"the image {done.images[0].id} could not be read" in answer["detail"]
+    assert str(page.studio.store.folder) not in str(answer)
+    answer = page.ask("/gradio_api/file=/etc/passwd", **log_in(page, "me", KEYS[1]))
+    assert answer == (403, {"detail": "File not allowed"})
     texts = {
         "no file at /srv/a/x.png: send one": "no file at x.png: send one",
         "'/srv/data/.studio/page' is gone": "'page' is gone",
@@ -313,8 +313,8 @@ def test_errors_name_no_path_of_the_server(page):
 
 def test_links_of_answers_open_without_a_key_for_a_while(page, monkeypatch):
     key = {"authorization": f"Bearer {KEYS[1]}"}
-    asked = {"prompt": "a pizza", "response_format": "url", "size": "64x64"}
-    url = page.ask("/v1/images/generations", asked, **key)[1]["data"][0]["url"].removeprefix(page.address)
+    body = {"prompt": "a pizza", "response_format": "url", "size": "64x64"}
+    url = page.ask("/v1/images/generations", body, **key)[1]["data"][0]["url"].removeprefix(page.address)
     status, data = page.ask(url)
     assert (status, Image.open(io.BytesIO(data)).size) == (200, (64, 64))
     assert page.ask(url.replace(".png", ".webp"))[0] == 401  # another path
@@ -328,5 +328,5 @@ def test_links_of_answers_open_without_a_key_for_a_while(page, monkeypatch):
 
 @pytest.mark.parametrize("path", ["/v1", "/v1/", "/sdapi", "/sdapi/v1", "/api", "/pictures", "/v1/images/none"])
 def test_every_path_of_the_apis_has_one_form_of_error(page, path):
-    status, told = page.ask(path, authorization=f"Bearer {KEYS[1]}")
-    assert (status, bool(told["error"]["message"])) == (404, True)
+    status, answer = page.ask(path, authorization=f"Bearer {KEYS[1]}")
+    assert (status, bool(answer["error"]["message"])) == (404, True)

@@ -73,7 +73,7 @@ def test_depth(io):
         torch.testing.assert_close(control, io[f"control_depth_{recipe}"], atol=1e-4, rtol=0)
 
 
-def test_every_kind_makes_a_control_picture(io, monkeypatch):
+def test_every_kind_makes_a_control_image(io, monkeypatch):
     image = Image.fromarray(io["image_rgb_uint8"].numpy())
     monkeypatch.setattr(annotators, "_network", lambda cls, *where: filled(cls()))
     monkeypatch.setattr(annotators, "_pretrained", lambda cls, repo: Depth())
@@ -105,25 +105,25 @@ def test_segments_have_the_colours_of_coco_stuff(monkeypatch):
     config.id2label = {0: "tree", 1: "person", 2: "sky-other", 3: "no such thing"}
     network = MaskFormerForInstanceSegmentation(config).eval()
     monkeypatch.setattr(annotators, "_pretrained", lambda cls, repo: network)
-    made = annotate(Image.effect_noise((80, 48), 80).convert("RGB"), "segments")
-    assert made.shape == (3, 48, 80)
+    control = annotate(Image.effect_noise((80, 48), 80).convert("RGB"), "segments")
+    assert control.shape == (3, 48, 80)
     known = {(64, 160, 192), (0, 192, 64), (64, 224, 64), (0, 0, 0)}
-    assert {tuple(colour) for colour in made.flatten(1).T.tolist()} <= known
+    assert {tuple(colour) for colour in control.flatten(1).T.tolist()} <= known
 
     def certain(pixel_values):
         """The left half is a person, the rest sky."""
         assert pixel_values.shape == (1, 3, 640, 1056)
-        law = torch.full((1, 2, 5), -20.0)
-        law[0, 0, 1] = law[0, 1, 2] = 20
+        class_logits = torch.full((1, 2, 5), -20.0)
+        class_logits[0, 0, 1] = class_logits[0, 1, 2] = 20
         masks = torch.full((1, 2, 12, 20), 9.0)
         masks[0, 0, :, 10:] = masks[0, 1, :, :10] = -9
-        return SimpleNamespace(class_queries_logits=law, masks_queries_logits=masks)
+        return SimpleNamespace(class_queries_logits=class_logits, masks_queries_logits=masks)
 
     certain.config = config
     monkeypatch.setattr(annotators, "_pretrained", lambda cls, repo: certain)
-    made = annotate(Image.new("RGB", (80, 48)), "segments")
-    assert made[:, 20, 5].tolist() == [0, 192, 64]
-    assert made[:, 20, 75].tolist() == [64, 224, 64]
+    control = annotate(Image.new("RGB", (80, 48)), "segments")
+    assert control[:, 20, 5].tolist() == [0, 192, 64]
+    assert control[:, 20, 75].tolist() == [64, 224, 64]
 
 
 class Depth(nn.Module):
@@ -134,7 +134,7 @@ class Depth(nn.Module):
         return self
 
 
-def test_pictures_of_any_mode_come_flat_and_in_size():
+def test_images_of_any_mode_come_flat_and_in_size():
     glass = Image.new("RGBA", (40, 20), (255, 0, 0, 0))
     assert resized(glass, "canny", (32, 16)).getpixel((5, 5)) == (255, 255, 255)
     assert resized(Image.new("L", (40, 20), 7), "map", (40, 20)).getpixel((0, 0)) == (7, 7, 7)

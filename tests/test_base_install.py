@@ -73,10 +73,10 @@ def test_the_commands_run_with_the_base_dependencies_alone(tmp_path):
     commands = lines()
     assert len(commands) > 18
     command = [sys.executable, "-W", "default", "-c", CHILD, json.dumps(blocked()), json.dumps(commands)]
-    made = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=580)
-    assert made.returncode == 0, made.stderr[-2000:]
-    assert not made.stderr.strip(), made.stderr[:2000]  # nothing is said while modules are imported
-    answers = [json.loads(line) for line in made.stdout.splitlines()]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=580)
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert not result.stderr.strip(), result.stderr[:2000]  # nothing is said while modules are imported
+    answers = [json.loads(line) for line in result.stdout.splitlines()]
     assert len(answers) == len(commands)
     for answer in answers:
         assert answer["code"] == 0, answer

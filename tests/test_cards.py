@@ -31,7 +31,7 @@ def test_a_card_is_written_and_read_again(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         ("id = ", "is no card"),
         ('id = "a"\nkind = "zebra"\nabout = ""\ntarget = ""', "expected one of generator"),
@@ -39,9 +39,9 @@ def test_a_card_is_written_and_read_again(tmp_path):
         ("\xff", "is no card"),
     ],
 )
-def test_a_bad_card_is_one_line(tmp_path, text, said):
+def test_a_bad_card_is_one_line(tmp_path, text, message):
     (tmp_path / CARD_FILE).write_bytes(text.encode("latin-1"))
-    with pytest.raises(ValueError, match=said) as error:
+    with pytest.raises(ValueError, match=message) as error:
         find_card(str(tmp_path))
     assert "\n" not in str(error.value)
 

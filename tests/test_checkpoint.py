@@ -18,8 +18,8 @@ OTHER = {key: value + 10 for key, value in STATE.items()}
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935c943f9e0ff69d22eadbb8f32b1258daaa5e2ca24d17e2393\nsize 12345\n"
 
 
-def same(found: dict, wanted: dict = STATE) -> bool:
-    return found.keys() == wanted.keys() and all(torch.equal(found[key], wanted[key]) for key in wanted)
+def same(state: dict, expected: dict = STATE) -> bool:
+    return state.keys() == expected.keys() and all(torch.equal(state[key], expected[key]) for key in expected)
 
 
 @pytest.mark.parametrize("name", ["a.pt", "a.pth", "a.ckpt", "a.bin", "a.safetensors", "0050000"])
@@ -36,7 +36,7 @@ def test_safetensors_are_known_by_their_content(tmp_path):
 
 @pytest.mark.parametrize("suffix", ["pt", "pth", "ckpt", "bin", "safetensors"])
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "message"),
     [
         (POINTER, "is a pointer of Git LFS, not the checkpoint: run `git lfs pull`"),
         ("<!DOCTYPE html>\n<html><body>Sign in</body></html>", r"is a web page \(HTML\), not a checkpoint"),
@@ -46,10 +46,10 @@ def test_safetensors_are_known_by_their_content(tmp_path):
         ("", "is empty: fetch it again"),
     ],
 )
-def test_what_downloads_leave_is_named(tmp_path, suffix, content, said):
+def test_what_downloads_leave_is_named(tmp_path, suffix, content, message):
     path = tmp_path / f"a.{suffix}"
     path.write_text(content)
-    with pytest.raises(ValueError, match=said) as refused:
+    with pytest.raises(ValueError, match=message) as refused:
         read_state_dict(path)
     assert "\n" not in str(refused.value)
 
@@ -101,8 +101,8 @@ def test_compiled_layers_and_losses_beside_the_model(tmp_path):
     state = {"model.layers.0._orig_mod.weight": torch.ones(2), "loss.logits": torch.zeros(1)}
     torch.save({"state_dict": state}, tmp_path / "a.pt")
     assert read_state_dict(tmp_path / "a.pt").keys() == {"layers.0.weight", "loss.logits"}
-    held = {**{f"model.{key}": value for key, value in STATE.items()}, "teacher.weight": torch.ones(1)}
-    torch.save(held, tmp_path / "a.pt")
+    content = {**{f"model.{key}": value for key, value in STATE.items()}, "teacher.weight": torch.ones(1)}
+    torch.save(content, tmp_path / "a.pt")
     network = load_strict(nn.Linear(3, 2), read_state_dict(tmp_path / "a.pt"), source="a.pt")
     assert same(network.state_dict())
 
@@ -215,15 +215,15 @@ def test_what_stands_beside_a_prefix_is_left_out(tmp_path, prefix, beside):
 
 def test_averages_under_a_prefix_are_chosen_and_said(tmp_path, caplog):
     for plain, averages in (("model.", "ema_model."), ("online_model.", "ema_model."), ("net.", "net_ema.")):
-        held = {plain + key: value for key, value in MANY.items()} | {
+        content = {plain + key: value for key, value in MANY.items()} | {
             averages + key: value for key, value in MANY_OTHER.items()
         }
-        torch.save({"state_dict": held | {"loss.weight": torch.ones(1)}}, tmp_path / "a.ckpt")
+        torch.save({"state_dict": content | {"loss.weight": torch.ones(1)}}, tmp_path / "a.ckpt")
         caplog.clear()
-        found = read_state_dict(tmp_path / "a.ckpt")
-        assert same({key: found[key] for key in MANY}, MANY_OTHER)
-        found = read_state_dict(tmp_path / "a.ckpt", averaged=False)
-        assert same({key: found[key] for key in MANY}, MANY)
+        state = read_state_dict(tmp_path / "a.ckpt")
+        assert same({key: state[key] for key in MANY}, MANY_OTHER)
+        state = read_state_dict(tmp_path / "a.ckpt", averaged=False)
+        assert same({key: state[key] for key in MANY}, MANY)
         assert [text.partition(": the weights under ")[2] for text in caplog.messages] == [
             f"{averages!r} are taken, not those under {plain!r}",
             f"{plain!r} are taken, not those under {averages!r}",
@@ -231,8 +231,8 @@ def test_averages_under_a_prefix_are_chosen_and_said(tmp_path, caplog):
 
 
 def test_losses_and_counters_are_no_part_of_a_network():
-    held = STATE | {"loss.weight": torch.ones(1), "n_averaged": torch.tensor(2)}
-    assert same(load_strict(nn.Linear(3, 2), held, source="a").state_dict())
+    content = STATE | {"loss.weight": torch.ones(1), "n_averaged": torch.tensor(2)}
+    assert same(load_strict(nn.Linear(3, 2), content, source="a").state_dict())
 
 
 def test_folders_of_accelerate_and_shards_of_torch_files(tmp_path):
@@ -263,8 +263,8 @@ def test_files_of_other_programs_are_named(tmp_path):
 
     path = tmp_path / "a.pt"
     np.savez(tmp_path / "a.npz", a=np.zeros(3))
-    with zipfile.ZipFile(tmp_path / "z.zip", "w") as held:
-        held.writestr("a.txt", "a")
+    with zipfile.ZipFile(tmp_path / "z.zip", "w") as content:
+        content.writestr("a.txt", "a")
     for data, kind in (
         (gzip.compress(b"a" * 99), "compressed by gzip"),
         (pickle.dumps({"a": np.zeros(3)}), "a pickle that torch did not write"),

@@ -39,45 +39,45 @@ def refused(capsys, *argv: str) -> str:
     return err
 
 
-def test_generate_writes_a_picture_that_knows_its_settings(apple):
+def test_generate_writes_an_image_that_knows_its_settings(apple):
     assert Image.open(apple).size == (128, 128)
     request = read_request(apple)
     assert (request.prompt, request.seed, request.temperature) == ("a red apple", 3, 0.9)
     assert list(apple.parent.iterdir()) == [apple]
 
 
-def test_a_picture_is_made_again_from_itself(apple, tmp_path):
+def test_an_image_is_made_again_from_itself(apple, tmp_path):
     assert main(["generate", "--from", str(apple), "-o", str(tmp_path / "again.png")]) == 0
     assert (tmp_path / "again.png").read_bytes() == apple.read_bytes()
     assert main(["generate", "--from", str(apple), "--seed", "4", "-o", str(tmp_path / "other.png")]) == 0
     assert (tmp_path / "other.png").read_bytes() != apple.read_bytes()
 
 
-def test_many_pictures_and_json(capsys, tmp_path):
+def test_many_images_and_json(capsys, tmp_path):
     command = ["generate", "a pizza", "-n", "2", "--num-candidates", "4", "-o", str(tmp_path / "p.png"), "--json"]
     assert main(command) == 0
-    told = json.loads(capsys.readouterr().out)
+    report = json.loads(capsys.readouterr().out)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["p-1.png", "p-2.png"]
-    assert [len(image["tokens"]) for image in told["images"]] == [64, 64]
-    assert told["images"][0]["score"] >= told["images"][1]["score"]
-    second = told["images"][1]
+    assert [len(image["tokens"]) for image in report["images"]] == [64, 64]
+    assert report["images"][0]["score"] >= report["images"][1]["score"]
+    second = report["images"][1]
     assert main(["generate", "--from", second["file"], "-o", str(tmp_path / "alone.png")]) == 0
     assert (tmp_path / "alone.png").read_bytes() == (tmp_path / "p-2.png").read_bytes()
 
 
 def test_reconstruct(capsys, apple, tmp_path):
     assert main(["reconstruct", str(apple), "-o", str(tmp_path / "r.png"), "--json"]) == 0
-    told = json.loads(capsys.readouterr().out)
-    assert len(told["tokens"]) == 64
-    assert told["psnr"] > 18
+    report = json.loads(capsys.readouterr().out)
+    assert len(report["tokens"]) == 64
+    assert report["psnr"] > 18
     assert Image.open(tmp_path / "r.png").size == (128, 128)
 
 
-def test_tokens_in_a_file_give_the_picture_back(capsys, apple, tmp_path):
+def test_tokens_in_a_file_give_the_image_back(capsys, apple, tmp_path):
     tokens = tmp_path / "apple.npz"
     assert main(["tokenize", str(apple), "-o", str(tokens), "--json"]) == 0
-    told = json.loads(capsys.readouterr().out)
-    assert len(told["tokens"]) == 64
+    report = json.loads(capsys.readouterr().out)
+    assert len(report["tokens"]) == 64
     assert main(["detokenize", str(tokens)]) == 0
     assert "apple.png (64 tokens of argen/emoji-vitvqgan)" in capsys.readouterr().out
     assert main(["reconstruct", str(apple), "-o", str(tmp_path / "r.png")]) == 0
@@ -86,7 +86,7 @@ def test_tokens_in_a_file_give_the_picture_back(capsys, apple, tmp_path):
     other = refused(capsys, "detokenize", str(tokens), "--tokenizer", "dalle")
     assert "was made by argen/emoji-vitvqgan, not by dalle" in other
     assert "this tokenizer needs all of them" in refused(capsys, "detokenize", str(tokens), "--tokens", "8")
-    wrong = {"few": told["tokens"][:9], "outside": [*told["tokens"][:63], 4096], "none": []}
+    wrong = {"few": report["tokens"][:9], "outside": [*report["tokens"][:63], 4096], "none": []}
     for name, ids in wrong.items():
         save_tokens(tmp_path / f"{name}.npz", "argen/emoji-vitvqgan", np.array(ids, dtype=np.int64))
     assert "got 9 tokens for a picture: expected 64" in refused(capsys, "detokenize", str(tmp_path / "few.npz"))
@@ -100,7 +100,7 @@ def test_tokens_in_a_file_give_the_picture_back(capsys, apple, tmp_path):
     assert not list(tmp_path.glob(".*"))
 
 
-def test_reconstruct_takes_any_picture(tmp_path):
+def test_reconstruct_takes_any_image(tmp_path):
     Image.new("LA", (300, 50), (0, 128)).save(tmp_path / "wide.png")
     assert main(["reconstruct", str(tmp_path / "wide.png")]) == 0
     assert (tmp_path / "wide-reconstructed.png").exists()
@@ -148,7 +148,7 @@ def test_bad_input_is_one_line(capsys, apple, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_pictures_that_are_none_of_ours(capsys, tmp_path):
+def test_images_that_are_none_of_ours(capsys, tmp_path):
     plain, text, cut = tmp_path / "plain.png", tmp_path / "text.png", tmp_path / "cut.png"
     Image.effect_noise((64, 64), 50).save(plain)
     text.write_text("no picture")
@@ -216,16 +216,16 @@ def test_a_port_that_is_taken(capsys, tmp_path):
 
 
 def test_import_is_light_and_the_command_is_there():
-    done = subprocess.run(
+    result = subprocess.run(
         [sys.executable, "-c", "import sys, argen; print('torch' in sys.modules)"], capture_output=True, text=True
     )
-    assert done.stdout.strip() == "False"
-    done = subprocess.run([sys.executable, "-m", "argen", "--help"], capture_output=True, text=True)
-    assert "generate" in done.stdout
+    assert result.stdout.strip() == "False"
+    result = subprocess.run([sys.executable, "-m", "argen", "--help"], capture_output=True, text=True)
+    assert "generate" in result.stdout
 
 
 @pytest.mark.parametrize(
-    ("command", "said"),
+    ("command", "message"),
     [
         (["bind", "a dog", "--steps", "-5"], "steps is -5: expected 1 to 1,000"),
         (["count", "five apples", "--iterations", "-1"], "iterations is -1: expected 1 to 1,000"),
@@ -241,9 +241,9 @@ def test_import_is_light_and_the_command_is_there():
         (["erase", "pizza", "--epochs", "-1"], "epochs is -1: expected 0 to 1,000"),
     ],
 )
-def test_numbers_have_bounds(capsys, tmp_path, command, said):
+def test_numbers_have_bounds(capsys, tmp_path, command, message):
     out = tmp_path / ("out" if command[0] == "erase" else "a.png")
-    assert said in refused(capsys, *command, "-o", out)
+    assert message in refused(capsys, *command, "-o", out)
     assert not list(tmp_path.iterdir())
 
 
@@ -255,7 +255,7 @@ def test_describe_ends_with_an_error(capsys, tmp_path):
 
 def test_an_error_while_a_model_writes_words_reaches_who_reads(monkeypatch):
     pipe = argen.load("argen/emoji-seed-lm")
-    monkeypatch.setattr(pipe.transformer, "generate", lambda **given: 1 / 0)
+    monkeypatch.setattr(pipe.transformer, "generate", lambda **kwargs: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         pipe.describe(Image.new("RGB", (64, 64)))
 
@@ -280,7 +280,7 @@ def test_where_a_pipeline_goes_is_checked_before_the_work(capsys, tmp_path, monk
 
 
 @pytest.mark.parametrize(
-    ("tokenizer", "tokens", "said"),
+    ("tokenizer", "tokens", "message"),
     [
         ("argen/emoji-vitvqgan", np.full(64, 0.5), "expected a row of whole numbers"),
         ("argen/emoji-vitvqgan", np.zeros((8, 8), int), "expected a row of whole numbers"),
@@ -294,7 +294,7 @@ def test_where_a_pipeline_goes_is_checked_before_the_work(capsys, tmp_path, monk
         ("argen/emoji-vae", np.zeros((16, 2000, 2000), np.float16), "expected finite latents of 16 channels"),
     ],
 )
-def test_tokens_of_another_kind_are_refused(capsys, tmp_path, tokenizer, tokens, said):
+def test_tokens_of_another_kind_are_refused(capsys, tmp_path, tokenizer, tokens, message):
     save_tokens(tmp_path / "a.npz", tokenizer, tokens)
-    assert said in refused(capsys, "detokenize", tmp_path / "a.npz", "-o", tmp_path / "a.png")
+    assert message in refused(capsys, "detokenize", tmp_path / "a.npz", "-o", tmp_path / "a.png")
     assert not (tmp_path / "a.png").exists()

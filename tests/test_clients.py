@@ -80,8 +80,8 @@ def test_every_route_answers(site):
             if path == "/v1/images/edits":
                 continue  # a form, below
             body = NEEDED.get(path, {}) if method == "post" else None
-            status, told = site.ask(address, body, method.upper())
-            assert status in (200, 201), (method, address, status, told)
+            status, answer = site.ask(address, body, method.upper())
+            assert status in (200, 201), (method, address, status, answer)
             called += 1
     assert called > 35
     for name in LISTS:
@@ -95,12 +95,12 @@ def test_null_means_left_out(site, path, more):
 
 def test_what_is_not_there_says_so(site):
     for path in ("/v1/chat/completions", "/v1/none", "/sdapi/v1/none", "/api/none"):
-        status, told = site.ask(path, {})
-        assert (status, bool(told["error"]["message"])) == (404, True)
+        status, answer = site.ask(path, {})
+        assert (status, bool(answer["error"]["message"])) == (404, True)
 
 
 @pytest.mark.parametrize(
-    ("given", "param", "code"),
+    ("fields", "param", "code"),
     [
         ({"n": 0}, "n", "integer_below_min_value"),
         ({"n": 11}, "n", "integer_above_max_value"),
@@ -111,13 +111,13 @@ def test_what_is_not_there_says_so(site):
         ({"prompt": None}, "prompt", "missing_required_parameter"),
     ],
 )
-def test_openai_names_the_parameter(client, site, given, param, code):
+def test_openai_names_the_parameter(client, site, fields, param, code):
     openai = pytest.importorskip("openai")
-    status, told = site.ask("/v1/images/generations", {"prompt": "a", **given})
-    assert (status, told["error"]["param"], told["error"]["code"]) == (400, param, code)
-    if given.get("n") in (0, 11):
+    status, answer = site.ask("/v1/images/generations", {"prompt": "a", **fields})
+    assert (status, answer["error"]["param"], answer["error"]["code"]) == (400, param, code)
+    if fields.get("n") in (0, 11):
         with pytest.raises(openai.BadRequestError) as caught:
-            client.images.generate(prompt="a", **given)
+            client.images.generate(prompt="a", **fields)
         assert caught.value.param == param
 
 
@@ -131,15 +131,15 @@ def test_without_a_seed_images_differ_and_have_an_address(client, site):
 
 @pytest.mark.parametrize("form", ["jpeg", "webp", "png"])
 def test_output_formats_and_sizes(client, form):
-    found = client.images.generate(prompt="a pizza", output_format=form, size="192x128")
-    image = opened(found.data[0].b64_json)
+    response = client.images.generate(prompt="a pizza", output_format=form, size="192x128")
+    image = opened(response.data[0].b64_json)
     assert (image.format, image.size) == (form.upper(), (192, 128))  # another shape is padded
-    assert found.output_format == form
+    assert response.output_format == form
 
 
 def test_partial_images_are_new_each_time(client):
-    asked = {"prompt": "a pizza", "extra_body": {"sampler": "sequential", "seed": 1}}
-    events = list(client.images.generate(**asked, stream=True, partial_images=3))
+    kwargs = {"prompt": "a pizza", "extra_body": {"sampler": "sequential", "seed": 1}}
+    events = list(client.images.generate(**kwargs, stream=True, partial_images=3))
     assert [event.type.rpartition(".")[2] for event in events] == ["partial_image"] * 3 + ["completed"]
     images = [opened(event.b64_json).convert("RGB") for event in events]
     assert len({image.tobytes() for image in images}) == 4
@@ -156,14 +156,14 @@ def test_wrapped_and_unpadded_base64_is_read(site):
 
 
 def test_a1111_images_know_how_they_were_made(site):
-    status, told = site.ask("/sdapi/v1/txt2img", {"prompt": "a pizza", "seed": 3, "negative_prompt": "blurry"})
+    status, answer = site.ask("/sdapi/v1/txt2img", {"prompt": "a pizza", "seed": 3, "negative_prompt": "blurry"})
     assert status == 200
-    image, info = opened(told["images"][0]), json.loads(told["info"])
+    image, info = opened(answer["images"][0]), json.loads(answer["info"])
     assert image.info["parameters"] == info["infotexts"][0]
     assert "Seed: 3" in image.info["parameters"]
     assert "negative_prompt is not used" in info["comments"][0]
-    status, told = site.ask("/sdapi/v1/extra-single-image", {"image": told["images"][0], "upscaling_resize": 0.5})
-    assert opened(told["image"]).size == (256, 256)
+    status, answer = site.ask("/sdapi/v1/extra-single-image", {"image": answer["images"][0], "upscaling_resize": 0.5})
+    assert opened(answer["image"]).size == (256, 256)
 
 
 def test_edits_by_a_form_that_names_its_image_as_a_list(site):
@@ -177,16 +177,16 @@ def test_edits_by_a_form_that_names_its_image_as_a_list(site):
     for name, data in parts.items():
         more = b'; filename="a.png"' if name in ("image[]", "mask") else b""
         body += b'--xyz\r\nContent-Disposition: form-data; name="%s"%s\r\n\r\n%s\r\n' % (name.encode(), more, data)
-    status, told = site.ask(
+    status, answer = site.ask(
         "/v1/images/edits", body + b"--xyz--\r\n", content_type=f"multipart/form-data; boundary={border}"
     )
-    assert (status, len(told["data"])) == (200, 2)
-    status, told = site.ask("/v1/images/edits", b"--xyz--\r\n", content_type="multipart/form-data; boundary=xyz")
-    assert (status, told["error"]["param"]) == (400, "image")
+    assert (status, len(answer["data"])) == (200, 2)
+    status, answer = site.ask("/v1/images/edits", b"--xyz--\r\n", content_type="multipart/form-data; boundary=xyz")
+    assert (status, answer["error"]["param"]) == (400, "image")
 
 
 @pytest.mark.parametrize(
-    ("given", "size"),
+    ("fields", "size"),
     [
         ({"resize_mode": 0, "upscaling_resize": 2}, (256, 192)),
         ({"resize_mode": 1, "upscaling_resize_w": 300, "upscaling_resize_h": 100, "upscaling_crop": False}, (300, 225)),
@@ -194,17 +194,17 @@ def test_edits_by_a_form_that_names_its_image_as_a_list(site):
         ({"resize_mode": 1, "upscaling_resize_w": 100, "upscaling_resize_h": 96, "upscaling_crop": True}, (100, 96)),
     ],
 )
-def test_a1111_scaling_keeps_the_shape(site, given, size):
+def test_a1111_scaling_keeps_the_shape(site, fields, size):
     """The left half is red: in the middle of what is cropped, too."""
     image = Image.new("RGB", (128, 96), "white")
     image.paste("red", (0, 0, 64, 96))
     buffer = io.BytesIO()
     image.save(buffer, "PNG")
     text = base64.b64encode(buffer.getvalue()).decode()
-    status, told = site.ask("/sdapi/v1/extra-single-image", {"image": text, **given})
-    made = opened(told["image"])
-    assert (status, made.size) == (200, size)
-    red = [made.getpixel((x, size[1] // 2))[1] < 128 for x in range(size[0])]
+    status, answer = site.ask("/sdapi/v1/extra-single-image", {"image": text, **fields})
+    image = opened(answer["image"])
+    assert (status, image.size) == (200, size)
+    red = [image.getpixel((x, size[1] // 2))[1] < 128 for x in range(size[0])]
     assert sum(red) == pytest.approx(size[0] / 2, abs=1)
 
 
@@ -212,11 +212,11 @@ def test_a_request_scales_so_many_pixels_and_no_more(site):
     text = base64.b64encode(png()).decode()
     images = [{"data": text, "name": None}] * 4
     body = {"imageList": images, "resize_mode": 1, "upscaling_resize_w": 4096, "upscaling_resize_h": 4096}
-    status, told = site.ask("/sdapi/v1/extra-batch-images", body)
+    status, answer = site.ask("/sdapi/v1/extra-batch-images", body)
     assert status == 400
-    assert "67 million pixels together: expected at most 51 million" in told["detail"]
-    status, told = site.ask("/sdapi/v1/txt2img", {"prompt": "a", "width": 2048, "height": 2048, "batch_size": 64})
-    assert (status, "million pixels together" in told["detail"]) == (400, True)
+    assert "67 million pixels together: expected at most 51 million" in answer["detail"]
+    status, answer = site.ask("/sdapi/v1/txt2img", {"prompt": "a", "width": 2048, "height": 2048, "batch_size": 64})
+    assert (status, "million pixels together" in answer["detail"]) == (400, True)
     body |= {"upscaling_resize_w": 64, "upscaling_resize_h": 64}
     assert len(site.ask("/sdapi/v1/extra-batch-images", body)[1]["images"]) == 4
 
@@ -233,14 +233,14 @@ def form(fields: dict[str, bytes]) -> dict:
 def test_forms_take_the_numbers_of_every_field(site):
     fields = {"image": png(), "prompt": b"a pizza", "temperature": b"0.5", "guidance_scale": b"2", "top_k": b"20"}
     fields |= {"top_p": b"0.9", "seed": b"7", "n": b"1", "output_compression": b"90", "stream": b"false"}
-    status, told = site.ask("/v1/images/edits", **form(fields))
-    assert status == 200, told
+    status, answer = site.ask("/v1/images/edits", **form(fields))
+    assert status == 200, answer
     (saved,) = site.studio.store.images(limit=1)
     request = saved.request
     assert (request.temperature, request.guidance_scale, request.top_k, request.top_p) == (0.5, 2.0, 20, 0.9)
     assert request.seed == 7
-    status, told = site.ask("/v1/images/edits", **form(fields | {"temperature": b"warm"}))
-    assert (status, told["error"]["param"], told["error"]["code"]) == (400, "temperature", "invalid_type")
+    status, answer = site.ask("/v1/images/edits", **form(fields | {"temperature": b"warm"}))
+    assert (status, answer["error"]["param"], answer["error"]["code"]) == (400, "temperature", "invalid_type")
 
 
 @pytest.mark.parametrize("size", ["1536x1024", "300x200", "90x200", "128x128"])
@@ -267,36 +267,36 @@ def test_edits_of_padded_images_keep_what_is_not_painted(site, client, size, alp
         over.save(buffer, "PNG", pnginfo=info)
         files["image" if alpha else "mask"] = buffer.getvalue()
         fields = {"prompt": b"a robot", "size": size.encode(), "seed": b"%d" % number}
-        status, told = site.ask("/v1/images/edits", **form(files | fields))
-        assert status == 200, told
+        status, answer = site.ask("/v1/images/edits", **form(files | fields))
+        assert status == 200, answer
         (saved,) = site.studio.store.images(limit=1)
         assert [row[4:] for row in saved.tokens] == kept
         assert all(cell == -1 for row in saved.request.tokens for cell in row[:4])
-        text = told["data"][0]["b64_json"]
+        text = answer["data"][0]["b64_json"]
         assert opened(text).size == tuple(map(int, size.split("x")))
 
 
 def test_a1111_edits_of_padded_images_keep_what_is_not_painted(site):
-    asked = {"prompt": "a pizza", "width": 300, "height": 200, "seed": 3}
-    text = site.ask("/sdapi/v1/txt2img", asked)[1]["images"][0]
+    settings = {"prompt": "a pizza", "width": 300, "height": 200, "seed": 3}
+    text = site.ask("/sdapi/v1/txt2img", settings)[1]["images"][0]
     (before,) = site.studio.store.images(limit=1)
     mask = Image.new("L", (300, 200))
     mask.paste(255, (0, 0, 150, 200))
     buffer = io.BytesIO()
     mask.save(buffer, "PNG")
     more = {"init_images": [text], "mask": base64.b64encode(buffer.getvalue()).decode()}
-    assert site.ask("/sdapi/v1/img2img", asked | more | {"prompt": "a robot"})[0] == 200
+    assert site.ask("/sdapi/v1/img2img", settings | more | {"prompt": "a robot"})[0] == 200
     (after,) = site.studio.store.images(limit=1)
     assert [row[4:] for row in after.tokens] == [row[4:] for row in before.tokens]
 
 
 def test_what_was_drawn_beside_a_padded_image_is_part_of_it(pipe):
-    (own,) = pipe("a pizza", generator=torch.Generator().manual_seed(1)).images
-    info, image = own.info, fitted(own, (256, 128))
+    (original,) = pipe("a pizza", generator=torch.Generator().manual_seed(1)).images
+    info, image = original.info, fitted(original, (256, 128))
     image.info = info
-    assert torch.equal(pipe.read_tokens(image)[0], torch.tensor(read_grid(own)))
+    assert torch.equal(pipe.read_tokens(image)[0], torch.tensor(read_grid(original)))
     image.paste("red", (0, 0, 40, 128))
-    assert not torch.equal(pipe.read_tokens(image)[0], torch.tensor(read_grid(own)))
+    assert not torch.equal(pipe.read_tokens(image)[0], torch.tensor(read_grid(original)))
 
 
 WRONG = {
@@ -315,9 +315,9 @@ WRONG = {
 
 @pytest.mark.parametrize("name", list(WRONG))
 def test_argens_own_checks_name_the_parameter(site, name):
-    given, param, code = WRONG[name]
-    status, told = site.ask("/v1/images/generations", {"prompt": "a", **given})
-    assert (status, told["error"]["param"], told["error"]["code"]) == (400, param, code)
+    fields, param, code = WRONG[name]
+    status, answer = site.ask("/v1/images/generations", {"prompt": "a", **fields})
+    assert (status, answer["error"]["param"], answer["error"]["code"]) == (400, param, code)
 
 
 def test_edits_name_the_file_that_is_wrong(site):
@@ -327,33 +327,33 @@ def test_edits_name_the_file_that_is_wrong(site):
         ({"image": png(), "mask": png((64, 64))}, "mask"),
         ({"image": png(), "mask": png(mode="RGB", colour="white")}, "mask"),
     ):
-        status, told = site.ask("/v1/images/edits", **form({"prompt": b"a", **fields}))
-        assert (status, told["error"]["param"], told["error"]["code"]) == (400, param, "invalid_value")
+        status, answer = site.ask("/v1/images/edits", **form({"prompt": b"a", **fields}))
+        assert (status, answer["error"]["param"], answer["error"]["code"]) == (400, param, "invalid_value")
 
 
 def test_not_a_number_names_the_parameter(site):
-    told = site.ask("/v1/images/generations", b'{"prompt": "a", "temperature": NaN}')[1]
-    assert (told["error"]["param"], told["error"]["code"]) == ("temperature", "invalid_type")
+    answer = site.ask("/v1/images/generations", b'{"prompt": "a", "temperature": NaN}')[1]
+    assert (answer["error"]["param"], answer["error"]["code"]) == ("temperature", "invalid_type")
 
 
 def test_no_model_is_the_usual_one_and_an_unknown_one_is_not_found(site):
     assert site.ask("/v1/images/generations", {"prompt": "a pizza", "model": ""})[0] == 200
-    status, told = site.ask("/v1/images/generations", {"prompt": "a", "model": "dall-e-3"})
-    assert (status, told["error"]["code"]) == (404, "model_not_found")
+    status, answer = site.ask("/v1/images/generations", {"prompt": "a", "model": "dall-e-3"})
+    assert (status, answer["error"]["code"]) == (404, "model_not_found")
 
 
 def test_a1111_takes_what_its_clients_send(site):
     text = base64.b64encode(png()).decode()
     body = {"prompt": "a pizza", "init_images": [text, text], "mask": "", "width": 128, "height": 128}
-    status, told = site.ask("/sdapi/v1/img2img", body)
-    assert (status, "2 init_images were sent" in told["info"]) == (200, True)
+    status, answer = site.ask("/sdapi/v1/img2img", body)
+    assert (status, "2 init_images were sent" in answer["info"]) == (200, True)
     for name in ("Sequential", "SEQUENTIAL", " sequential "):
-        status, told = site.ask("/sdapi/v1/txt2img", {"prompt": "a pizza", "sampler_name": name, "batch_size": 2})
-        info = json.loads(told["info"])
+        status, answer = site.ask("/sdapi/v1/txt2img", {"prompt": "a pizza", "sampler_name": name, "batch_size": 2})
+        info = json.loads(answer["info"])
         assert (info["sampler_name"], info["comments"]) == ("sequential", [])
         assert (info["all_subseeds"], info["styles"], len(info["job_timestamp"])) == ([0, 0], [], 14)
-    told = site.ask("/sdapi/v1/txt2img", {"prompt": "a pizza", "sampler_name": "DPM++ 2M"})[1]
-    assert "there is no sampler 'DPM++ 2M'" in told["info"]
+    answer = site.ask("/sdapi/v1/txt2img", {"prompt": "a pizza", "sampler_name": "DPM++ 2M"})[1]
+    assert "there is no sampler 'DPM++ 2M'" in answer["info"]
 
 
 def test_an_interrupted_batch_says_what_came_of_it(site):
@@ -364,13 +364,13 @@ def test_an_interrupted_batch_says_what_came_of_it(site):
         while not 0 < site.ask("/sdapi/v1/progress")[1]["progress"] < 1:
             assert time.monotonic() < end
         site.ask("/sdapi/v1/interrupt", {})
-        _, told = running.result(timeout=60)
-    info = json.loads(told["info"])
+        _, answer = running.result(timeout=60)
+    info = json.loads(answer["info"])
     assert info["comments"][0].endswith(": 9 of 16 images")
-    assert len(told["images"]) == 9
-    assert opened(told["images"][3]).info["parameters"] == info["infotexts"][3]
+    assert len(answer["images"]) == 9
+    assert opened(answer["images"][3]).info["parameters"] == info["infotexts"][3]
     assert "Seed: 5" in info["infotexts"][3]
-    assert "argen" not in opened(told["images"][3]).info
+    assert "argen" not in opened(answer["images"][3]).info
 
 
 def test_a_deeply_nested_text_in_a_file_is_no_grid(site, tmp_path):

@@ -33,32 +33,32 @@ def test_edges_count_as_found_within_two_pixels():
 
 
 def test_segments_are_compared_object_by_object():
-    asked = np.minimum(square(10, 40), square(80, 40))
+    target = np.minimum(square(10, 40), square(80, 40))
     boxes = [(10, 40, 50, 80), (80, 40, 120, 80)]
-    assert control.segment_iou(asked, asked, boxes) == 1
-    assert control.segment_iou(square(10, 40), asked, boxes) == 0.5
+    assert control.segment_iou(target, target, boxes) == 1
+    assert control.segment_iou(square(10, 40), target, boxes) == 0.5
     shifted = np.minimum(square(10, 60), square(80, 40))  # half of the first is where it should be: 1/3
-    assert control.segment_iou(shifted, asked, boxes) == pytest.approx((1 / 3 + 1) / 2)
-    assert control.segment_iou(square(10, 40) * 0 + 255, asked, boxes) == 0
+    assert control.segment_iou(shifted, target, boxes) == pytest.approx((1 / 3 + 1) / 2)
+    assert control.segment_iou(square(10, 40) * 0 + 255, target, boxes) == 0
 
 
 def test_the_map_of_segments_has_a_colour_for_each_object():
     image = np.minimum(square(10, 40), square(80, 40))
-    found = segments(image, [(10, 40, 50, 80), (80, 40, 120, 80)])
-    assert tuple(found[50, 20]) == PALETTE[0]
-    assert tuple(found[50, 90]) == PALETTE[1]
-    assert tuple(found[5, 5]) == (0, 0, 0)
+    segment_map = segments(image, [(10, 40, 50, 80), (80, 40, 120, 80)])
+    assert tuple(segment_map[50, 20]) == PALETTE[0]
+    assert tuple(segment_map[50, 90]) == PALETTE[1]
+    assert tuple(segment_map[5, 5]) == (0, 0, 0)
 
 
 def test_what_follows_scores_better_than_what_does_not(tmp_path):
     scenes.build(SAMPLE, tmp_path / "scenes", num=10)
-    found = control.Scenes(next((tmp_path / "scenes" / "data").glob("train-*")))
-    real, empty_grid = [found[i] for i in range(4)], [np.full((128, 128, 3), 255, np.uint8)] * 4
+    dataset = control.Scenes(next((tmp_path / "scenes" / "data").glob("train-*")))
+    real, empty_grid = [dataset[i] for i in range(4)], [np.full((128, 128, 3), 255, np.uint8)] * 4
     for kind, name in (("canny", "edge F1"), ("seg", "segment mIoU")):
-        scores = control.evaluate(found, kind, real, empty_grid)
+        scores = control.evaluate(dataset, kind, real, empty_grid)
         assert scores[name] == {"value": 1.0, "n": 4}
         assert scores[f"{name}, without control"]["value"] < 0.1
-        assert np.asarray(found.control(0, kind)).shape == (128, 128, 3)
+        assert np.asarray(dataset.control(0, kind)).shape == (128, 128, 3)
 
 
 def test_other_tables_are_refused(tmp_path, capsys):

@@ -46,7 +46,7 @@ def tiny(case) -> ControlAR:
 
 
 @torch.no_grad()
-def test_what_the_control_picture_adds(case):
+def test_what_the_control_image_adds(case):
     model, io = tiny(case), case.io
     torch.testing.assert_close(model.adapter(io["control_image"]), io["control_features"], **CLOSE)
     torch.testing.assert_close(model.adapter_mlp(io["control_features"]), io["control_tokens"], **CLOSE)
@@ -60,12 +60,12 @@ def test_training_logits_and_loss(case):
     if "train_logits" not in case.io:
         pytest.skip("this case has none")
     model, io = tiny(case), case.io
-    asked = io["class_ids" if "class_ids" in io else "caption_features"]
-    dropped = torch.zeros(len(asked), dtype=torch.bool)
+    labels = io["class_ids" if "class_ids" in io else "caption_features"]
+    dropped = torch.zeros(len(labels), dtype=torch.bool)
     for suffix in ("", "_sample0_dropped"):
         if suffix:  # the condition and its control are dropped together
-            asked, dropped = torch.cat([model.unconditional(asked)[:1], asked[1:]]), torch.arange(len(asked)) == 0
-        logits = model(asked, condition(model, case)[2], io["image_ids"], io["control_image"], dropped)
+            labels, dropped = torch.cat([model.unconditional(labels)[:1], labels[1:]]), torch.arange(len(labels)) == 0
+        logits = model(labels, condition(model, case)[2], io["image_ids"], io["control_image"], dropped)
         torch.testing.assert_close(logits, io[f"train_logits{suffix}"], **CLOSE)
         loss = F.cross_entropy(logits.flatten(0, 1), io["image_ids"].flatten())
         torch.testing.assert_close(loss, io[f"train_loss{suffix}"], **CLOSE)
@@ -157,7 +157,7 @@ def piped(case, any_size: bool = True) -> ControlARPipeline:
     return pipe
 
 
-def test_the_pipeline_follows_the_picture_and_keeps_its_shape(golden, tmp_path):
+def test_the_pipeline_follows_the_image_and_keeps_its_shape(golden, tmp_path):
     torch.manual_seed(0)
     pipe = piped(golden("controlar/c2i_canny"))
     side = pipe.transformer.config.grid * 16
@@ -193,7 +193,7 @@ def test_the_pipeline_follows_the_picture_and_keeps_its_shape(golden, tmp_path):
     assert torch.equal(same.tokens, out.tokens)
 
 
-def test_a_request_with_a_control_is_made_again_from_its_picture(golden, tmp_path):
+def test_a_request_with_a_control_is_made_again_from_its_image(golden, tmp_path):
     torch.manual_seed(0)
     pipe = piped(golden("controlar/c2i_canny"))
     grey = code(300, 300).convert("LA")
@@ -207,7 +207,7 @@ def test_a_request_with_a_control_is_made_again_from_its_picture(golden, tmp_pat
     assert torch.equal(again.tokens[0], job.tokens[1])
 
 
-def test_control_pictures_that_do_not_fit_are_refused_in_one_line(golden):
+def test_control_images_that_do_not_fit_are_refused_in_one_line(golden):
     pipe = piped(golden("controlar/c2i_canny"), any_size=False)
     side = pipe.transformer.config.grid * 16
 

@@ -7,7 +7,7 @@ from conftest import published_keys, shapes, tiny_pipeline
 from torch import nn
 from transformers import CLIPConfig, CLIPModel
 
-from argen.diffusion.count_token import CountToken, looked_at
+from argen.diffusion.count_token import CountToken, centre_crop
 from argen.models.clip_count import FROZEN, SCALE, CLIPCount
 from tokenizers_img.checkpoint import load_strict
 
@@ -49,12 +49,12 @@ def test_clip_count(golden):
 def test_every_published_key_has_its_place():
     published = published_keys("count_token")
     with torch.device("meta"):
-        found = shapes(CLIPCount())
-    own = {f"model.{key}": shape for key, shape in found.items() if not key.startswith(FROZEN)}
-    assert own == published["clip_count"]
+        key_shapes = shapes(CLIPCount())
+    trained_shapes = {f"model.{key}": shape for key, shape in key_shapes.items() if not key.startswith(FROZEN)}
+    assert trained_shapes == published["clip_count"]
     scalars = ("input_resolution", "context_length", "vocab_size")
     clip = {key: shape for key, shape in published["openai_clip_vit_b16"].items() if key not in scalars}
-    assert {key.removeprefix("clip."): shape for key, shape in found.items() if key.startswith("clip.")} == clip
+    assert {key.removeprefix("clip."): shape for key, shape in key_shapes.items() if key.startswith("clip.")} == clip
 
 
 class StandIn(nn.Module):
@@ -77,13 +77,13 @@ def test_a_token_is_optimised_as_by_the_authors(golden, name):
     official, labels = config["official_parameters"], config["labels"]
     clip = CLIPModel(CLIPConfig(**config["components"]["clip"])).eval().requires_grad_(False)
     clip.load_state_dict({key[5:]: value for key, value in case.weights.items() if key.startswith("clip.")})
-    told = iter(io.get("det_logits", []))
+    detector_logits = iter(io.get("det_logits", []))
 
     def detector(image, word):
         assert word == config["clip_class_word"]
-        sure, label = next(told).softmax(dim=-1)[:, :-1].max(dim=-1)
-        wanted = label == labels.index(config["detector_class"])
-        return int((wanted & (sure > official["yolo_threshold"])).sum())
+        sure, label = next(detector_logits).softmax(dim=-1)[:, :-1].max(dim=-1)
+        expected = label == labels.index(config["detector_class"])
+        return int((expected & (sure > official["yolo_threshold"])).sum())
 
     def relevance(pixels, word):
         parts = clip.get_image_features(pixels), clip.get_text_features(io["clip_text_ids"])
@@ -94,7 +94,7 @@ def test_a_token_is_optimised_as_by_the_authors(golden, name):
     assert token.prompt(official["clazz"], official["amount"]) == config["prompt"]
     rows = pipe.text_encoder.get_input_embeddings().weight
     pipe.scheduler.set_timesteps(1)
-    asked = {
+    kwargs = {
         "latents": io["latents_scaled"] / pipe.scheduler.init_noise_sigma,
         "steps": official["num_train_epochs"],
         "learning_rate": official["lr"],
@@ -103,7 +103,7 @@ def test_a_token_is_optimised_as_by_the_authors(golden, name):
         "patience": official["early_stopping"],
     }
     done, saved = 0, []
-    for step in token.optimise(official["clazz"], official["amount"], height=64, width=64, **asked):
+    for step in token.optimise(official["clazz"], official["amount"], height=64, width=64, **kwargs):
         at = f"epoch{step.index}."
         close = {"atol": 1e-4, "rtol": 1e-3}
         for ours, theirs in (("loss", "total_loss"), ("count_loss",) * 2, ("count",) * 2, ("relevance", "clip_cosine")):
@@ -123,7 +123,7 @@ def test_a_token_is_optimised_as_by_the_authors(golden, name):
     torch.testing.assert_close(token.vector, io["saved_token"], atol=5e-3, rtol=0)
 
 
-def test_several_pictures_share_a_token(golden):
+def test_several_images_share_a_token(golden):
     """Their losses count alike, and the token goes where the mean of them leads."""
     case = golden("count_token/token_static_scale")
     noises = torch.randn(2, *case.io["latents_scaled"].shape[1:], generator=torch.Generator().manual_seed(0))
@@ -147,13 +147,18 @@ def test_a_token_is_an_ordinary_textual_inversion(golden, tmp_path):
     pipe = tiny_pipeline(case)
     token = CountToken(pipe, StandIn(case.weights))
     token.vector = torch.full_like(token.vector, 0.5)
-    asked = {"latents": case.io["latents_scaled"], "num_inference_steps": 1, "guidance_scale": 0.0, "output_type": "pt"}
-    asked |= {"height": 64, "width": 64}
-    plain = pipe("a photo of some 7 birds", **asked).images
+    kwargs = {
+        "latents": case.io["latents_scaled"],
+        "num_inference_steps": 1,
+        "guidance_scale": 0.0,
+        "output_type": "pt",
+    }
+    kwargs |= {"height": 64, "width": 64}
+    plain = pipe("a photo of some 7 birds", **kwargs).images
     with token.applied():
-        changed = pipe("a photo of some 7 birds", **asked).images
+        changed = pipe("a photo of some 7 birds", **kwargs).images
     assert not torch.allclose(plain, changed, atol=1e-4)
-    assert torch.equal(pipe("a photo of some 7 birds", **asked).images, plain)
+    assert torch.equal(pipe("a photo of some 7 birds", **kwargs).images, plain)
     token.save(tmp_path / "seven.safetensors", "<seven>", count=7)
     pipe.load_textual_inversion(
         tmp_path / "seven.safetensors", text_encoder=pipe.text_encoder, tokenizer=pipe.tokenizer
@@ -176,5 +181,5 @@ def test_what_cannot_be_counted_is_refused(golden):
 
 def test_counters_see_the_middle_square():
     wide = torch.rand(1, 3, 64, 128)
-    assert looked_at(wide).shape == (1, 3, 224, 224)
-    torch.testing.assert_close(looked_at(wide), F.interpolate(wide, (224, 448), mode="bilinear")[..., 112:336])
+    assert centre_crop(wide).shape == (1, 3, 224, 224)
+    torch.testing.assert_close(centre_crop(wide), F.interpolate(wide, (224, 448), mode="bilinear")[..., 112:336])

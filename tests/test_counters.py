@@ -26,8 +26,8 @@ def test_a_clip_of_transformers_becomes_one_of_openai():
     ids = torch.tensor([[1, 5, 7, 98, 0, 0]]).expand(1, -1)
     ids = torch.nn.functional.pad(ids, (0, 6))
     with torch.no_grad():
-        wanted = clip.text_projection(clip.text_model(input_ids=ids).pooler_output)
-        torch.testing.assert_close(ours.encode_text(ids)[:, 0], wanted, atol=1e-5, rtol=1e-4)
+        expected = clip.text_projection(clip.text_model(input_ids=ids).pooler_output)
+        torch.testing.assert_close(ours.encode_text(ids)[:, 0], expected, atol=1e-5, rtol=1e-4)
         pixels = torch.rand(1, 3, 224, 224)
         seen = clip.vision_model((pixels - ours.mean) / ours.std).last_hidden_state[:, 1:]
         ours.img_encoder.vpt_norm = torch.nn.Identity()
@@ -37,16 +37,16 @@ def test_a_clip_of_transformers_becomes_one_of_openai():
 @pytest.fixture
 def detector():
     torch.manual_seed(0)
-    own = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 1}
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 1}
     names = {0: "apple", 1: "person", 2: "knife"}
-    config = YolosConfig(**own, image_size=[32, 32], num_detection_tokens=5, id2label=names)
+    config = YolosConfig(**sizes, image_size=[32, 32], num_detection_tokens=5, id2label=names)
     size = {"shortest_edge": 32, "longest_edge": 32}
     return Detected(YolosForObjectDetection(config), YolosImageProcessorPil(size=size), threshold=0.2)
 
 
 def test_a_detector_knows_things_by_their_plural(detector):
-    told = [detector.label(things) for things in ("apples", "red apples", "people", "Knives", "pineapples", "pears")]
-    assert told == [0, 0, 1, 2, None, None]
+    labels = [detector.label(things) for things in ("apples", "red apples", "people", "Knives", "pineapples", "pears")]
+    assert labels == [0, 0, 1, 2, None, None]
     assert detector(torch.rand(1, 3, 40, 60), "apples") in range(6)
     with pytest.raises(ValueError, match="does not know 'pears': leave it out, or ask for one of apple, knife, person"):
         detector(torch.rand(1, 3, 40, 60), "pears")

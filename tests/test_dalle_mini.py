@@ -71,12 +71,12 @@ def test_a_wrong_weight_is_noticed(case):
 @torch.no_grad()
 def test_sampling_gives_the_official_ids(case, kind):
     io, config = case.io, case.config
-    wanted = io[f"ids_{kind}"]
-    drawn = session(case, *networks(case), images=len(wanted))
+    expected = io[f"ids_{kind}"]
+    sampled = session(case, *networks(case), images=len(expected))
     sampling = Sampling(**config["sampled"]) if kind == "sampled" else Sampling(temperature=0)
-    grid = torch.full_like(wanted, -1)
-    *_, last = Sequential()(drawn, grid, sampling, config["supercondition"], Recorded(io["uniform_draws"]))
-    assert torch.equal(last.tokens, wanted)
+    grid = torch.full_like(expected, -1)
+    *_, last = Sequential()(sampled, grid, sampling, config["supercondition"], Recorded(io["uniform_draws"]))
+    assert torch.equal(last.tokens, expected)
 
 
 @pytest.mark.parametrize("size", SIZES)

@@ -100,9 +100,9 @@ def test_the_shipped_sample():
     rows = [row for split in emoji.SPLITS for row in read_split(SAMPLE, split)]
     assert len(rows) == 64
     for style, source in STYLES.items():
-        own = [row for row in rows if row["style"] == style]
-        assert len(own) == 16
-        assert {row["licence"] for row in own} == {source.licence}
+        rows_of_style = [row for row in rows if row["style"] == style]
+        assert len(rows_of_style) == 16
+        assert {row["licence"] for row in rows_of_style} == {source.licence}
     for split in emoji.SPLITS:
         for row in read_split(SAMPLE, split):
             assert split_of(row["style"], row["concept"], 4) == split

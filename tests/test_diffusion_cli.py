@@ -16,15 +16,17 @@ def folder(golden, tmp_path):
     return tmp_path / "sdxl"
 
 
-def test_bind_writes_both_pictures_and_says_what_it_understood(folder, tmp_path, capsys):
-    asked = "--model", str(folder), "--steps", "2", "--seed", "3"
+def test_bind_writes_both_images_and_says_what_it_understood(folder, tmp_path, capsys):
+    arguments = "--model", str(folder), "--steps", "2", "--seed", "3"
     out, plain = tmp_path / "bound.png", tmp_path / "plain.png"
-    assert main(["bind", "a white dog and a black bird", "-o", str(out), "--plain", str(plain), *asked, "--json"]) == 0
-    told = json.loads(capsys.readouterr().out)
-    assert [group["anchor"] for group in told["binding"]["groups"]] == ["a white dog", "a black bird"]
-    assert len(told["steps"]) == 2
+    assert (
+        main(["bind", "a white dog and a black bird", "-o", str(out), "--plain", str(plain), *arguments, "--json"]) == 0
+    )
+    report = json.loads(capsys.readouterr().out)
+    assert [group["anchor"] for group in report["binding"]["groups"]] == ["a white dog", "a black bird"]
+    assert len(report["steps"]) == 2
     assert Image.open(out).tobytes() != Image.open(plain).tobytes()
-    assert main(["bind", "dog and bird, white", "-o", str(out), "--bind", "dog=white", *asked]) == 0
+    assert main(["bind", "dog and bird, white", "-o", str(out), "--bind", "dog=white", *arguments]) == 0
     assert "dog <- white; merged: dog and bird" in capsys.readouterr().out
 
 
@@ -39,7 +41,7 @@ def test_erase_writes_a_pipeline(folder, tmp_path, capsys):
 def test_bad_input_is_one_line(folder, tmp_path, capsys):
     out = "-o", str(tmp_path / "x.png")
     here = "--model", str(folder)
-    for args, wanted in (
+    for args, message in (
         (("bind", "a dog", *out, *here), "nothing to bind"),
         (("bind", "a white dog", *out, *here, "--bind", "dog"), "expected OBJECT=WORDS"),
         (("bind", "a white dog", *out, *here, "--bind", "cat=white"), "'cat' is not in the prompt"),
@@ -52,6 +54,6 @@ def test_bad_input_is_one_line(folder, tmp_path, capsys):
     ):
         assert main(list(args)) == 2
         captured = capsys.readouterr()
-        assert wanted in captured.err
+        assert message in captured.err
         assert captured.err.count("\n") == 1
     assert sorted(path.name for path in tmp_path.iterdir()) == ["sdxl"]

@@ -70,11 +70,11 @@ def test_the_reference_names_what_there_is():
     assert len(names) > 30
     for name in names:
         try:
-            found = import_module(name)
+            documented = import_module(name)
         except ModuleNotFoundError:
             module, _, attribute = name.rpartition(".")
-            found = getattr(import_module(module), attribute)
-        assert found.__doc__, name
+            documented = getattr(import_module(module), attribute)
+        assert documented.__doc__, name
 
 
 def test_examples_of_extending_are_the_files_that_the_tests_install():

@@ -136,7 +136,7 @@ RUNS = [
 
 @torch.no_grad()
 @pytest.mark.parametrize("run", RUNS)
-def test_whole_pictures(case, target, drafter, run):
+def test_whole_images(case, target, drafter, run):
     io, settings = case.io, case.config["runs"][run]
     paths = tuple(map(tuple, case.config["static_tree"]["tree_choices"]))
     shape = StaticTree(paths, 10) if settings.get("static_tree") else DynamicTree()
@@ -186,9 +186,9 @@ def run(sampler, opened, temperature=1.0):
 def test_relaxation_without_a_bound_to_spend_is_none(case, target, drafter):
     expected = run(Speculative(), session(case, target, drafter))
     for nothing in (Lantern(0), Lantern(5, delta=0.0), Lantern(5, lambda_=1.0)):
-        found = run(nothing, session(case, target, drafter))
-        assert torch.equal(found.tokens, expected.tokens)
-        assert found.forward_passes == expected.forward_passes
+        actual = run(nothing, session(case, target, drafter))
+        assert torch.equal(actual.tokens, expected.tokens)
+        assert actual.forward_passes == expected.forward_passes
     relaxed = run(Lantern(20, delta=0.5), session(case, target, drafter))
     assert relaxed.forward_passes < expected.forward_passes
 

@@ -13,7 +13,7 @@ from argen.ui.tabs import edit
 
 
 @pytest.fixture(scope="module")
-def drawn(pipe):
+def generated(pipe):
     """A finished job of one pizza."""
     *_, job = pipe.run(Request("a pizza", seed=3))
     return job
@@ -25,14 +25,14 @@ def half(size: int, box: tuple[int, int, int, int]) -> Image.Image:
     return mask
 
 
-def test_only_the_cells_under_the_mask_are_written_anew(pipe, drawn):
-    image = drawn.images[0]
+def test_only_the_cells_under_the_mask_are_written_anew(pipe, generated):
+    image = generated.images[0]
     kept = pipe.encode_images(torch.tensor([[[0.5]]]).expand(1, 3, 128, 128))
     assert kept.shape == (1, 8, 8)
     mask = half(128, (0, 64, 127, 127))
     generators = [torch.Generator().manual_seed(seed) for seed in range(2)]
     out = pipe.edit("a robot", image, mask, num_images_per_prompt=2, generator=generators)
-    before = drawn.tokens[0]  # the very tokens that it was made of, not what encoding makes of it
+    before = generated.tokens[0]  # the very tokens that it was made of, not what encoding makes of it
     grids = out.tokens.unflatten(1, (8, 8))
     assert torch.equal(grids[:, :4], before[:4].expand(2, -1, -1))
     assert not torch.equal(grids[0, 4:], before[4:])
@@ -47,10 +47,10 @@ def from_image(image: Image.Image) -> torch.Tensor:
     return from_pil(image, 128)
 
 
-def test_what_is_transparent_is_drawn_around_a_picture(pipe, drawn):
+def test_what_is_transparent_is_drawn_around_an_image(pipe, generated):
     """A picture on a larger canvas: only what it does not cover is written."""
     canvas = Image.new("RGBA", (256, 256), (0, 0, 0, 0))
-    canvas.paste(drawn.images[0].resize((128, 128)), (64, 64))
+    canvas.paste(generated.images[0].resize((128, 128)), (64, 64))
     out = pipe.edit("a pizza", canvas, generator=[torch.Generator().manual_seed(0)])
     before = pipe.encode_images(from_image(canvas)[None])[0]
     grid = out.tokens[0].unflatten(0, (8, 8))
@@ -58,23 +58,23 @@ def test_what_is_transparent_is_drawn_around_a_picture(pipe, drawn):
     assert not torch.equal(grid, before)
 
 
-def test_a_request_holds_the_grid_it_goes_on_from(pipe, drawn):
-    grid = drawn.tokens[0].clone()
+def test_a_request_holds_the_grid_it_goes_on_from(pipe, generated):
+    grid = generated.tokens[0].clone()
     grid[3:5, 2:6] = -1
     request = Request("a pizza", seed=9, num_images=2, tokens=tuple(map(tuple, grid.tolist())))
     assert Request.from_dict(request.to_dict()) == request
     *_, job = pipe.run(request)
-    assert torch.equal(job.tokens[:, :3], drawn.tokens[:, :3].expand(2, -1, -1))
+    assert torch.equal(job.tokens[:, :3], generated.tokens[:, :3].expand(2, -1, -1))
     assert (job.tokens >= 0).all()
     *_, alone = pipe.run(job.requests[1])
     assert torch.equal(alone.tokens[0], job.tokens[1])
-    for wrong, told in (
+    for wrong, message in (
         ([[1, -1], [2]], "tokens are no grid"),
         ([[1, -2]], "something else than ids"),
         ([[1, 2]], "nothing to write"),
         ([[True, -1]], "something else than ids"),
     ):
-        with pytest.raises(ValueError, match=told):
+        with pytest.raises(ValueError, match=message):
             Request("a pizza", tokens=tuple(map(tuple, wrong)))
     with pytest.raises(ValueError, match="tokens are 1 x 2: expected 8 x 8"):
         next(pipe.run(Request("a pizza", tokens=((1, -1),))))
@@ -82,35 +82,35 @@ def test_a_request_holds_the_grid_it_goes_on_from(pipe, drawn):
         next(pipe.run(Request("a pizza", tokens=((99999, *[-1] * 7), *[(-1,) * 8] * 7))))
 
 
-def test_a_job_that_was_left_is_gone_on_with(pipe, drawn):
-    request = replace(drawn.request, sampler="sequential")
+def test_a_job_that_was_left_is_gone_on_with(pipe, generated):
+    request = replace(generated.request, sampler="sequential")
     job = next(job for job in pipe.run(request) if job.decided == 20)
     *_, rest = pipe.run(request, tokens=job.resume_state)
     assert rest.forward_passes == 44
-    assert torch.equal(rest.tokens, drawn.tokens)
+    assert torch.equal(rest.tokens, generated.tokens)
 
 
-def test_the_network_tells_how_sure_it_is(pipe, drawn):
-    entropy, own = pipe.certainty(drawn.request, drawn.tokens[0])
-    assert entropy.shape == own.shape == (8, 8)
+def test_the_network_tells_how_sure_it_is(pipe, generated):
+    entropy, token_probs = pipe.certainty(generated.request, generated.tokens[0])
+    assert entropy.shape == token_probs.shape == (8, 8)
     assert entropy.min() >= 0
-    assert (own > 0).all()
-    assert own.max() <= 1 + 1e-6
-    swapped = drawn.tokens[0].clone()
+    assert (token_probs > 0).all()
+    assert token_probs.max() <= 1 + 1e-6
+    swapped = generated.tokens[0].clone()
     swapped[4, 4] = (swapped[4, 4] + 7) % 4096
-    assert pipe.certainty(drawn.request, swapped)[1][4, 4] < own[4, 4]
+    assert pipe.certainty(generated.request, swapped)[1][4, 4] < token_probs[4, 4]
     with pytest.raises(ValueError, match="not finished"):
-        pipe.certainty(drawn.request, torch.full((8, 8), -1))
+        pipe.certainty(generated.request, torch.full((8, 8), -1))
 
 
-def test_bad_masks_are_refused(pipe, drawn):
-    image = drawn.images[0]
-    for mask, told in (
+def test_bad_masks_are_refused(pipe, generated):
+    image = generated.images[0]
+    for mask, message in (
         (Image.new("L", (64, 64), 255), "the mask is 64 x 64 and the picture 128 x 128"),
         (Image.new("L", (128, 128), 0), "nothing to inpaint"),
         (None, "nothing to inpaint"),
     ):
-        with pytest.raises(ValueError, match=told):
+        with pytest.raises(ValueError, match=message):
             pipe.edit("a pizza", image, mask)
 
 
@@ -146,12 +146,12 @@ def test_a_grid_is_moved_to_make_room():
         edit.moved(grid, "top", 3)
 
 
-def test_what_the_buttons_of_the_page_leave_to_write(pipe, drawn):
+def test_what_the_buttons_of_the_page_leave_to_write(pipe, generated):
     """Painted cells, or all others; a share of the least certain; all but the first; room at a side."""
     layer = Image.new("RGBA", (256, 256), (0, 0, 0, 0))
     layer.paste((255, 0, 0, 255), (0, 0, 64, 32))
-    canvas = {"background": drawn.images[0].resize((256, 256)).convert("RGBA"), "layers": [layer]}
-    request, before = replace(drawn.request, seed=0), drawn.tokens[0]
+    canvas = {"background": generated.images[0].resize((256, 256)).convert("RGBA"), "layers": [layer]}
+    request, before = replace(generated.request, seed=0), generated.tokens[0]
     tokens = pipe.read_tokens(edit.shown(canvas), tuple(map(tuple, before.tolist())))
     assert torch.equal(tokens[0], before)  # the stored grid, though the image was enlarged
     painted = torch.zeros(8, 8, dtype=torch.bool)
@@ -177,21 +177,21 @@ def test_what_the_buttons_of_the_page_leave_to_write(pipe, drawn):
     for wrong in ("9 x 1", "5-3 x 1", "all", "0 x 2"):
         with pytest.raises(ValueError, match=f"'{wrong}' names no cells: expected ROWS x COLUMNS of 8 x 8"):
             edit.inpaint(pipe, request, tokens, canvas, False, wrong)
-    wide = {"background": drawn.images[0].resize((256, 128)).convert("RGBA"), "layers": []}
+    wide = {"background": generated.images[0].resize((256, 128)).convert("RGBA"), "layers": []}
     grid = edit.inpaint(pipe, request, tokens, wide, False, "4-5 x 1")  # of the square that it is padded to
     assert (grid[0] < 0).nonzero().tolist() == [[3, 0], [4, 0]]
 
 
-def test_a_grid_is_the_source_only_of_the_image_that_it_shows(pipe, drawn):
+def test_a_grid_is_the_source_only_of_the_image_that_it_shows(pipe, generated):
     """The stored tokens count for the image as it was, not for one that was painted on since, nor for another."""
-    image, grid = drawn.images[0], tuple(map(tuple, drawn.tokens[0].tolist()))
-    assert torch.equal(pipe.read_tokens(image), drawn.tokens)  # it carries its grid
+    image, grid = generated.images[0], tuple(map(tuple, generated.tokens[0].tolist()))
+    assert torch.equal(pipe.read_tokens(image), generated.tokens)  # it carries its grid
     changed = image.copy()
     ImageDraw.Draw(changed).rectangle((48, 48, 63, 63), fill="blue")
-    assert not torch.equal(pipe.read_tokens(changed), drawn.tokens)
+    assert not torch.equal(pipe.read_tokens(changed), generated.tokens)
     assert torch.equal(pipe.read_tokens(changed), pipe.encode_images(from_image(changed)[None]))
     other = Image.new("RGB", (128, 128), "green")
-    assert not torch.equal(pipe.read_tokens(other, grid), drawn.tokens)
+    assert not torch.equal(pipe.read_tokens(other, grid), generated.tokens)
     assert not torch.equal(pipe.read_tokens(image, ((1, 2), (3, 4))), torch.tensor([[[1, 2], [3, 4]]]))
 
 

@@ -23,49 +23,49 @@ def shipped():
 
 
 @pytest.fixture(scope="module")
-def shown():
+def scenes():
     table = Table(next(SAMPLE.glob("train-*.parquet")))
     rows = range(0, len(table), max(1, len(table) // 8))[:8]
     return [(table.captions[row], Image.fromarray(table[row])) for row in rows]
 
 
-def drawn(pipe, prompts: list[str], **asked) -> list[np.ndarray]:
+def generated(pipe, prompts: list[str], **kwargs) -> list[np.ndarray]:
     generators = [torch.Generator().manual_seed(index) for index in range(len(prompts))]
-    return [np.asarray(image) for image in pipe(prompts, generator=generators, **asked).images]
+    return [np.asarray(image) for image in pipe(prompts, generator=generators, **kwargs).images]
 
 
-def test_edges_are_followed(shipped, shown):
-    prompts, images = map(list, zip(*shown, strict=True))
+def test_edges_are_followed(shipped, scenes):
+    prompts, images = map(list, zip(*scenes, strict=True))
     edges = [canny(np.asarray(image)) for image in images]
-    found = {
+    scores = {
         strength: np.mean(
             [
-                edge_f1(canny(made), asked)
-                for made, asked in zip(
-                    drawn(shipped, prompts, control_image=images, control_strength=strength), edges, strict=True
+                edge_f1(canny(image), target)
+                for image, target in zip(
+                    generated(shipped, prompts, control_image=images, control_strength=strength), edges, strict=True
                 )
             ]
         )
         for strength in (0.0, 1.0)
     }
-    assert found[1.0] >= 0.7
-    assert found[1.0] >= found[0.0] + 0.3
+    assert scores[1.0] >= 0.7
+    assert scores[1.0] >= scores[0.0] + 0.3
 
 
-def test_segments_are_followed(shipped, shown):
+def test_segments_are_followed(shipped, scenes):
     box = [(0, 0, 128, 128)]
-    prompts, images = map(list, zip(*shown, strict=True))
+    prompts, images = map(list, zip(*scenes, strict=True))
     maps = [Image.fromarray(segments(np.asarray(image), box)) for image in images]
-    made = drawn(shipped, prompts, control_image=maps, control_type="seg")
-    found = [segment_iou(one, np.asarray(asked), box) for one, asked in zip(made, images, strict=True)]
-    assert np.mean(found) >= 0.7
+    results = generated(shipped, prompts, control_image=maps, control_type="seg")
+    ious = [segment_iou(result, np.asarray(image), box) for result, image in zip(results, images, strict=True)]
+    assert np.mean(ious) >= 0.7
 
 
 @pytest.mark.parametrize("size", [(128, 64), (64, 128), (96, 64)])
-def test_other_shapes(shipped, shown, size):
-    asked = Image.new("RGB", size, "white")
-    for (_, image), place in zip(shown[:2], ((0, 0), (size[0] - 64, size[1] - 64)), strict=True):
-        asked.paste(image.resize((64, 64)), place)
-    (made,) = drawn(shipped, [" and ".join(prompt for prompt, _ in shown[:2])], control_image=asked, size=size)
-    assert made.shape == (size[1], size[0], 3)
-    assert edge_f1(canny(made), canny(np.asarray(asked))) >= 0.5
+def test_other_shapes(shipped, scenes, size):
+    control = Image.new("RGB", size, "white")
+    for (_, image), place in zip(scenes[:2], ((0, 0), (size[0] - 64, size[1] - 64)), strict=True):
+        control.paste(image.resize((64, 64)), place)
+    (image,) = generated(shipped, [" and ".join(prompt for prompt, _ in scenes[:2])], control_image=control, size=size)
+    assert image.shape == (size[1], size[0], 3)
+    assert edge_f1(canny(image), canny(np.asarray(control))) >= 0.5

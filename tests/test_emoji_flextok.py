@@ -22,7 +22,7 @@ def test_more_tokens_keep_more():
 def test_eight_tokens_show_the_group():
     icons = read_split(SAMPLE, "train").select(range(32))
     real = torch.from_numpy(pixels(icons))
-    made = reconstruct(argen.load("argen/emoji-flextok"), real, 8)[0]
-    made = [(255 * image).round().byte().permute(1, 2, 0).numpy() for image in made]
-    told = recognised(argen.load("argen/emoji-judge"), made, list(real.numpy()), icons)["judge: group"]
-    assert told["value"] >= 0.35  # things alone, which are harder than people; chance is 0.11, of the real ones 0.94
+    images = reconstruct(argen.load("argen/emoji-flextok"), real, 8)[0]
+    images = [(255 * image).round().byte().permute(1, 2, 0).numpy() for image in images]
+    score = recognised(argen.load("argen/emoji-judge"), images, list(real.numpy()), icons)["judge: group"]
+    assert score["value"] >= 0.35  # things alone, which are harder than people; chance is 0.11, of the real ones 0.94

@@ -14,13 +14,13 @@ def shipped():
     return pipe
 
 
-def test_the_judge_finds_what_was_asked_for(shipped):
+def test_the_judge_recognises_the_prompts(shipped):
     judge = argen.load("argen/emoji-judge")
     truths = [truth for truth in read_prompts() if truth.kind == "single"][:16]
     generators = [torch.Generator().manual_seed(index) for index in range(len(truths))]
-    made = shipped([truth.prompt for truth in truths], generator=generators, output_type="np").images
-    told = evaluate(judge, list((255 * made).round().astype("uint8")), truths)
-    assert told["single: identity"]["value"] >= 0.5  # of 666 names; chance is 0.0075
+    images = shipped([truth.prompt for truth in truths], generator=generators, output_type="np").images
+    scores = evaluate(judge, list((255 * images).round().astype("uint8")), truths)
+    assert scores["single: identity"]["value"] >= 0.5  # of 666 names; chance is 0.0075
 
 
 def test_a_group_is_drawn_as_a_class(shipped):
@@ -33,10 +33,10 @@ def test_a_group_is_drawn_as_a_class(shipped):
         shipped("class:fod-drink")
 
 
-def test_fewer_passes_give_the_plain_pictures(shipped):
-    asked = {"prompt": ["a red apple", "two green pears"], "output_type": "latent"}
+def test_fewer_forward_passes_match_sequential_images(shipped):
+    kwargs = {"prompt": ["a red apple", "two green pears"], "output_type": "latent"}
     generators = lambda: [torch.Generator().manual_seed(index) for index in range(2)]  # noqa: E731
-    sequential = shipped(**asked, generator=generators(), sampler="sequential")
-    fewer = shipped(**asked, generator=generators(), sampler="jacobi")
+    sequential = shipped(**kwargs, generator=generators(), sampler="sequential")
+    fewer = shipped(**kwargs, generator=generators(), sampler="jacobi")
     assert torch.equal(sequential.tokens, fewer.tokens)
     assert fewer.forward_passes <= sequential.forward_passes / 2

@@ -40,8 +40,10 @@ def pipe(tokenizer):
     words = AutoTokenizer.from_pretrained(WEIGHTS / "emoji-clip")
     add_words(words, recipe.SIZES["n_embed"])
     torch.manual_seed(0)
-    own = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
-    return SeedLlamaPipeline(LlamaForCausalLM(LlamaConfig(vocab_size=len(words), **own)), words, tokenizer, "pretrain")
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    return SeedLlamaPipeline(
+        LlamaForCausalLM(LlamaConfig(vocab_size=len(words), **sizes)), words, tokenizer, "pretrain"
+    )
 
 
 @torch.no_grad()
@@ -50,10 +52,10 @@ def test_a_token_says_nothing_of_those_after_it(tokenizer):
     network = tokenizer.network
     features = torch.randn(2, 81, 192, generator=torch.Generator().manual_seed(0))
     whole = network.queries(features)
-    asked = network.query_tokens.clone()
-    network.query_tokens.data[:, 9:] = asked[:, 9:].flip(2)
+    queries = network.query_tokens.clone()
+    network.query_tokens.data[:, 9:] = queries[:, 9:].flip(2)
     changed = network.queries(features)
-    network.query_tokens.data.copy_(asked)
+    network.query_tokens.data.copy_(queries)
     torch.testing.assert_close(changed[:, :9], whole[:, :9])
     assert not torch.allclose(changed[:, 9:], whole[:, 9:], atol=1e-3)
     ids = network.ids(features)
@@ -65,7 +67,7 @@ def test_a_token_says_nothing_of_those_after_it(tokenizer):
 
 
 @torch.no_grad()
-def test_pictures_are_seen_as_the_encoders_see_them(tokenizer, clip):
+def test_images_are_seen_as_the_encoders_see_them(tokenizer, clip):
     image = read_split(SAMPLE, "validation")[0]["image"]
     pixels = tokenizer.prepare(image)[None]
     assert pixels.shape == (1, 3, 128, 128)
@@ -78,26 +80,26 @@ def test_pictures_are_seen_as_the_encoders_see_them(tokenizer, clip):
         tokenizer.prepare(Image.new("RGB", (4, 90)))
 
 
-def test_the_most_probable_caption_names_a_picture(pipe):
+def test_the_most_probable_caption_names_an_image(pipe):
     """Likelihoods are those of the whole sequence, less those of the caption alone."""
     image, captions = read_split(SAMPLE, "validation")[0]["image"], ["an apple", "a very red house, noto style"]
-    found = pipe.likelihoods([image], captions)
+    scores = pipe.likelihoods([image], captions)
     start, end, words = pipe.tokenizer.bos_token_id, pipe.tokenizer.eos_token_id, Vocabulary.of(pipe.tokenizer)
-    for caption, value in zip(captions, found[0], strict=True):
-        said = [*pipe.tokenizer(caption, add_special_tokens=False).input_ids, end]
-        shown = [start, words.begin, *(code + words.shift for code in pipe.read(image)), words.end]
-        told = []
-        for before in (shown, [start]):
-            logits = pipe.transformer(torch.tensor([before + said])).logits[0, len(before) - 1 : -1]
-            told.append(logits.log_softmax(dim=-1).gather(1, torch.tensor(said)[:, None]).sum())
-        assert value.item() == pytest.approx((told[0] - told[1]).item(), abs=1e-3)
+    for caption, value in zip(captions, scores[0], strict=True):
+        caption_ids = [*pipe.tokenizer(caption, add_special_tokens=False).input_ids, end]
+        image_ids = [start, words.begin, *(code + words.shift for code in pipe.read(image)), words.end]
+        log_probs = []
+        for before in (image_ids, [start]):
+            logits = pipe.transformer(torch.tensor([before + caption_ids])).logits[0, len(before) - 1 : -1]
+            log_probs.append(logits.log_softmax(dim=-1).gather(1, torch.tensor(caption_ids)[:, None]).sum())
+        assert value.item() == pytest.approx((log_probs[0] - log_probs[1]).item(), abs=1e-3)
 
 
 @torch.no_grad()
 def test_meaning_is_measured(tokenizer, clip, pipe):
-    told = retrieval.of_tokens(tokenizer, clip.embed, SAMPLE)
-    assert {f"first {count} tokens: recall@1 of 100" for count in (1, 2, 4, 8, 16)} <= set(told)
-    assert told["first 16 tokens: recall@1 of 100"] == told["16 tokens at random places: recall@1 of 100"]
+    scores = retrieval.of_tokens(tokenizer, clip.embed, SAMPLE)
+    assert {f"first {count} tokens: recall@1 of 100" for count in (1, 2, 4, 8, 16)} <= set(scores)
+    assert scores["first 16 tokens: recall@1 of 100"] == scores["16 tokens at random places: recall@1 of 100"]
     named = retrieval.of_captions(lambda images, captions: torch.eye(len(images)), SAMPLE, 5)
     assert named == {"concept named among 5": 1.0, "among the first five": 1.0}
 
@@ -116,10 +118,10 @@ def generators(count: int) -> list[torch.Generator]:
     return [torch.Generator().manual_seed(index) for index in range(count)]
 
 
-def test_the_judge_finds_what_was_written(shipped):
-    made = shipped([truth.prompt for truth in SINGLES], generator=generators(16), output_type="np").images
-    told = evaluate(load("argen/emoji-judge"), list((255 * made).round().astype("uint8")), SINGLES)
-    assert told["single: identity"]["value"] >= 0.5  # of 666 names; chance is 0.0075
+def test_the_judge_recognises_the_prompts(shipped):
+    images = shipped([truth.prompt for truth in SINGLES], generator=generators(16), output_type="np").images
+    scores = evaluate(load("argen/emoji-judge"), list((255 * images).round().astype("uint8")), SINGLES)
+    assert scores["single: identity"]["value"] >= 0.5  # of 666 names; chance is 0.0075
 
 
 def test_the_length_of_a_prompt_is_told(shipped, pipe):
@@ -129,13 +131,13 @@ def test_the_length_of_a_prompt_is_told(shipped, pipe):
     assert pipe.text_tokens("a pizza")[0] == words
 
 
-def test_the_first_tokens_say_what_a_picture_shows(shipped, clip):
+def test_the_first_tokens_say_what_an_image_shows(shipped, clip):
     """Of the few pictures that argen ships: the right one of 8 captions is found by the first 8 tokens rather than by others, the
     right picture by all of them, and the right name by likelihood."""
-    told = retrieval.of_tokens(shipped.image_tokenizer, clip.embed, SAMPLE)
-    assert told["first 8 tokens: recall@1 of 100"] >= 0.25
-    assert told["first 8 tokens: recall@1 of 100"] > told["8 tokens at random places: recall@1 of 100"]
-    assert told["16 tokens: own picture among 100"] >= 0.7
+    scores = retrieval.of_tokens(shipped.image_tokenizer, clip.embed, SAMPLE)
+    assert scores["first 8 tokens: recall@1 of 100"] >= 0.25
+    assert scores["first 8 tokens: recall@1 of 100"] > scores["8 tokens at random places: recall@1 of 100"]
+    assert scores["16 tokens: own picture among 100"] >= 0.7
     named = retrieval.of_captions(shipped.likelihoods, SAMPLE, 8)
     assert named["concept named among 8"] >= 0.7
 
@@ -149,16 +151,16 @@ def test_both_are_scored(capsys):
         assert json.loads(capsys.readouterr().out)[wanted] >= 0.25
 
 
-def test_a_picture_is_described_and_comes_back(tmp_path, capsys):
+def test_an_image_is_described_and_comes_back(tmp_path, capsys):
     image = tmp_path / "in.png"
     rows = read_split(SAMPLE, "train")
     rows[next(row for row, name in enumerate(rows["concept"]) if name in COMMON)]["image"].save(image)
     assert argen(["describe", str(image), "--temperature", "0"]) == 0
     assert len(capsys.readouterr().out.split()) >= 1
-    asked = [str(image), "--tokenizer", "argen/emoji-seed"]
-    assert argen(["tokenize", *asked, "-o", str(tmp_path / "ids.npz")]) == 0
+    arguments = [str(image), "--tokenizer", "argen/emoji-seed"]
+    assert argen(["tokenize", *arguments, "-o", str(tmp_path / "ids.npz")]) == 0
     assert argen(["detokenize", str(tmp_path / "ids.npz"), "-o", str(tmp_path / "again.png")]) == 0
-    assert argen(["reconstruct", *asked, "-o", str(tmp_path / "other.png")]) == 0
+    assert argen(["reconstruct", *arguments, "-o", str(tmp_path / "other.png")]) == 0
     again, other = (Image.open(tmp_path / name).convert("RGB") for name in ("again.png", "other.png"))
     assert again.size == (128, 128)
     assert again.tobytes() == other.tobytes()

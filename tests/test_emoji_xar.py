@@ -18,11 +18,11 @@ def generators(count: int) -> list[torch.Generator]:
     return [torch.Generator().manual_seed(index) for index in range(count)]
 
 
-def test_the_judge_finds_what_was_asked_for(shipped):
+def test_the_judge_recognises_the_prompts(shipped):
     truths = [truth for truth in read_prompts() if truth.kind == "single"][:16]
-    made = shipped([truth.prompt for truth in truths], generator=generators(16), output_type="np").images
-    told = evaluate(argen.load("argen/emoji-judge"), list((255 * made).round().astype("uint8")), truths)
-    assert told["single: identity"]["value"] >= 0.15  # of 666 names; chance is 0.0075
+    images = shipped([truth.prompt for truth in truths], generator=generators(16), output_type="np").images
+    scores = evaluate(argen.load("argen/emoji-judge"), list((255 * images).round().astype("uint8")), truths)
+    assert scores["single: identity"]["value"] >= 0.15  # of 666 names; chance is 0.0075
 
 
 def test_a_group_is_drawn_as_a_class(shipped):
@@ -35,7 +35,7 @@ def test_a_group_is_drawn_as_a_class(shipped):
 
 def test_the_words_decide(shipped):
     """The same noise, and other words: red pixels for "red", blue ones for "blue"."""
-    asked = {"generator": generators(2), "output_type": "pt"}
-    made = shipped(["one red apple on a white background", "one blue apple on a white background"], **asked).images
-    red, blue = (made[:, 0] - made[:, 2]).mean(dim=(1, 2)).tolist()
+    kwargs = {"generator": generators(2), "output_type": "pt"}
+    images = shipped(["one red apple on a white background", "one blue apple on a white background"], **kwargs).images
+    red, blue = (images[:, 0] - images[:, 2]).mean(dim=(1, 2)).tolist()
     assert red > blue

@@ -31,8 +31,8 @@ def test_ranks_are_among_a_hundred():
             return torch.tensor([[1.0, float(text)] for text in texts]), torch.tensor([[0.0, 1.0]] * len(images))
 
     others = [str(value) for value in range(200)]
-    found = prompts.ranks(Table(), ["50", "99.5", "-1"], [Image.new("RGB", (1, 1))] * 3, others)
-    assert found.tolist() == [50, 1, 100]  # 51 to 99 are above 50; nothing of the first 99 above 99.5; all above -1
+    ranks = prompts.ranks(Table(), ["50", "99.5", "-1"], [Image.new("RGB", (1, 1))] * 3, others)
+    assert ranks.tolist() == [50, 1, 100]  # 51 to 99 are above 50; nothing of the first 99 above 99.5; all above -1
 
 
 def test_reconstruction_scores():

@@ -38,34 +38,36 @@ def report(folder) -> dict[str, float]:
 
 
 def test_binding_is_measured_before_and_after(untrained, tmp_path):
-    asked = ["--num", "3", "--steps", "2", "--out", str(tmp_path / "b")]
-    assert main(["eval", "bind", *asked]) == 0
-    told = report(tmp_path / "b")
+    arguments = ["--num", "3", "--steps", "2", "--out", str(tmp_path / "b")]
+    assert main(["eval", "bind", *arguments]) == 0
+    scores = report(tmp_path / "b")
     for name in ("pair: binding", "pair: colour", "pair: identity"):
-        assert told[f"{name}, after: points"] == pytest.approx(100 * (told[f"{name}, after"] - told[f"{name}, before"]))
+        assert scores[f"{name}, after: points"] == pytest.approx(
+            100 * (scores[f"{name}, after"] - scores[f"{name}, before"])
+        )
     images = [(tmp_path / "b" / when / "000000.png").read_bytes() for when in ("before", "after")]
     assert images[0] != images[1]
 
 
 def test_erasing_is_measured_before_and_after(untrained, tmp_path):
-    asked = ["--num", "3", "--others", "4", "--steps", "2", "--out", str(tmp_path / "e")]
-    assert main(["eval", "erase", "Pizzas, taxi", *asked]) == 0
-    told = report(tmp_path / "e")
-    assert {"erased: identity, before", "erased: identity, after", "erased: identity, derived embedding"} <= set(told)
-    assert {"others: identity, before", "others: identity, after"} <= set(told)
+    arguments = ["--num", "3", "--others", "4", "--steps", "2", "--out", str(tmp_path / "e")]
+    assert main(["eval", "erase", "Pizzas, taxi", *arguments]) == 0
+    scores = report(tmp_path / "e")
+    assert {"erased: identity, before", "erased: identity, after", "erased: identity, derived embedding"} <= set(scores)
+    assert {"others: identity, before", "others: identity, after"} <= set(scores)
     assert len(list((tmp_path / "e/after").glob("*/derived/*.png"))) == 6
 
 
 def test_counting_is_measured_before_after_and_with_the_token_again(untrained, tmp_path):
-    asked = ["--num", "2", "--steps", "2", "--iterations", "2", "--noises", "2", "--out", str(tmp_path / "c")]
-    assert main(["eval", "count", *asked]) == 0
-    told = report(tmp_path / "c")
+    arguments = ["--num", "2", "--steps", "2", "--iterations", "2", "--noises", "2", "--out", str(tmp_path / "c")]
+    assert main(["eval", "count", *arguments]) == 0
+    scores = report(tmp_path / "c")
     ways = {
         f"{way}, count: count, {name}"
         for way in ("other things", "other noise", "both")
         for name in ("plain", "reused")
     }
-    assert {"count: count, before", "count: count, after", *ways} <= set(told)
+    assert {"count: count, before", "count: count, after", *ways} <= set(scores)
     truths = tools.of_kind("count", 2)
     _, notes = read_token(tmp_path / "c/tokens/000000.safetensors")
     assert notes["count"] == str(len(truths[0].objects))
@@ -73,43 +75,43 @@ def test_counting_is_measured_before_after_and_with_the_token_again(untrained, t
 
 def test_a_token_is_made_and_used_again(untrained, tmp_path, capsys):
     files = {name: str(tmp_path / name) for name in ("five.png", "plain.png", "five.safetensors", "pears.png")}
-    asked = ["--model", "argen/emoji-sd", "--steps", "2"]
-    made = ["-o", files["five.png"], "--plain", files["plain.png"], "--token", files["five.safetensors"]]
-    assert argen(["count", "five apples", *asked, *made, "--iterations", "2", "--noises", "2", "--json"]) == 0
+    arguments = ["--model", "argen/emoji-sd", "--steps", "2"]
+    outputs = ["-o", files["five.png"], "--plain", files["plain.png"], "--token", files["five.safetensors"]]
+    assert argen(["count", "five apples", *arguments, *outputs, "--iterations", "2", "--noises", "2", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["prompt"] == "five apples"
-    assert argen(["count", "five pears", *asked, "-o", files["pears.png"], "--use", files["five.safetensors"]]) == 0
+    assert argen(["count", "five pears", *arguments, "-o", files["pears.png"], "--use", files["five.safetensors"]]) == 0
     assert "five pears" in capsys.readouterr().out
-    for words, wanted in (
+    for words, message in (
         (("six pears", "--use", files["five.safetensors"]), "is the token of 5 things"),
         (("pears",), "does not say how many of what"),
         (("0 pears",), "expected a whole number from 1 to 25"),
         (("5 pears", "--noises", "0"), "noises is 0: expected 1 to 64"),
         (("5 pears", "--use", str(tmp_path / "none.safetensors")), "no token at"),
     ):
-        assert argen(["count", *words, *asked, "-o", str(tmp_path / "x.png")]) == 2
-        told = capsys.readouterr().err
-        assert wanted in told
-        assert told.count("\n") == 1
+        assert argen(["count", *words, *arguments, "-o", str(tmp_path / "x.png")]) == 2
+        stderr = capsys.readouterr().err
+        assert message in stderr
+        assert stderr.count("\n") == 1
     assert not (tmp_path / "x.png").exists()
 
 
 def test_an_erasure_is_verified(untrained, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(tools, "SHOWN", 0)  # networks without training show nothing
-    asked = ["erase", "pizza", "--model", "argen/emoji-sd", "--steps", "2", "-o", str(tmp_path / "clean")]
-    assert argen([*asked, "--verify", "3"]) == 0
-    told = capsys.readouterr().out
-    assert "without pizza" in told
-    assert "pizza: before 0." in told
-    assert "derived embedding 0." in told
-    assert argen([*asked[:-1], str(tmp_path / "again"), "--verify", "0"]) == 2
+    arguments = ["erase", "pizza", "--model", "argen/emoji-sd", "--steps", "2", "-o", str(tmp_path / "clean")]
+    assert argen([*arguments, "--verify", "3"]) == 0
+    stdout = capsys.readouterr().out
+    assert "without pizza" in stdout
+    assert "pizza: before 0." in stdout
+    assert "derived embedding 0." in stdout
+    assert argen([*arguments[:-1], str(tmp_path / "again"), "--verify", "0"]) == 2
     assert "verify is 0: expected 1 to 1,000" in capsys.readouterr().err
 
 
 def test_what_is_not_drawn_cannot_be_verified():
     """The judge knows a unicorn, which argen/emoji-sd does not draw: no score is given that cannot fail."""
     sums = {"unicorn": 0.0, "pizza": 0.75}
-    told = tools.verified(
-        lambda **asked: asked,
+    scores = tools.verified(
+        lambda **kwargs: kwargs,
         lambda: None,
         lambda concept: {},
         ["unicorn", "pizza", "nothing"],
@@ -117,12 +119,12 @@ def test_what_is_not_drawn_cannot_be_verified():
         lambda _, name: sums[name],
         sums,
     )
-    assert told == {
+    assert scores == {
         "unicorn": {"before": 0.0},
         "pizza": {"before": 0.75, "after": 0.75, "derived embedding": 0.75},
         "nothing": {},
     }
-    assert [tools.in_words(told[name]) for name in told] == [
+    assert [tools.in_words(scores[name]) for name in scores] == [
         "not verified, the model does not draw it (before 0.00)",
         "before 0.75, after 0.75, derived embedding 0.75",
         "not verified, the judge does not know it",
@@ -137,9 +139,9 @@ def test_what_is_not_drawn_cannot_be_verified():
 def test_the_page_shows_how_a_token_gets_better(untrained):
     pipe = load_diffusion("argen/emoji-sd")
     pipe.set_progress_bar_config(disable=True)
-    told = list(page.count(pipe, "argen/emoji-sd", "five apples", 2, 0.01, 0))
-    assert [state.partition(":")[0] for *_, state in told] == ["step 1", "step 2"]
-    assert told[0][0].size == told[1][0].size == (256, 256)
+    updates = list(page.count(pipe, "argen/emoji-sd", "five apples", 2, 0.01, 0))
+    assert [state.partition(":")[0] for *_, state in updates] == ["step 1", "step 2"]
+    assert updates[0][0].size == updates[1][0].size == (256, 256)
 
 
 def test_the_prompts_say_what_they_should():
@@ -156,16 +158,16 @@ def test_the_prompts_say_what_they_should():
 
 def test_all_other_things_are_retained():
     """By whole words: "sun" is none of "sunflower", while "a red cat" names "cat"."""
-    kept = erasing("argen/emoji-sd", ["sunflower", "a red cat"], retained=["a spoon"])["retained"]
-    assert {"sun", "a star, noto style", "a spoon"} <= set(kept)
-    assert not {"sunflower", "cat"} & set(kept)
+    retained = erasing("argen/emoji-sd", ["sunflower", "a red cat"], retained=["a spoon"])["retained"]
+    assert {"sun", "a star, noto style", "a spoon"} <= set(retained)
+    assert not {"sunflower", "cat"} & set(retained)
     plain = {"concepts": ["sunflower"], "targets": None, "preset": "object", "retained": []}
     assert erasing("somewhere", ["sunflower"]) == plain
 
 
 def test_a_concept_is_erased_as_captions_have_it():
-    found = erasing("argen/emoji-sd", ["cat", "an apple"], targets=["dog", "pear"])
-    assert found["concepts"] == ["cat", "a cat", "apple", "an apple"]
-    assert found["targets"] == ["dog", "dog", "pear", "pear"]
+    kwargs = erasing("argen/emoji-sd", ["cat", "an apple"], targets=["dog", "pear"])
+    assert kwargs["concepts"] == ["cat", "a cat", "apple", "an apple"]
+    assert kwargs["targets"] == ["dog", "dog", "pear", "pear"]
     with pytest.raises(ValueError, match="1 targets for 2 concepts"):
         erasing("argen/emoji-sd", ["cat", "apple"], targets=["dog"])

@@ -62,19 +62,19 @@ def sources(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", ["folder", "set.zip", "batch.npz", "packed.npz"])
-def test_sources_give_the_same_pictures(sources, name):
+def test_sources_give_the_same_images(sources, name):
     where, images = sources
-    found = open_images(where / name)
-    assert len(found) == 12
+    dataset = open_images(where / name)
+    assert len(dataset) == 12
     for index in (0, 1, 9, 11):
-        assert np.array_equal(found[index], images[index])
+        assert np.array_equal(dataset[index], images[index])
 
 
 def test_a_batch_is_mapped_and_not_read(sources):
     assert isinstance(open_images(sources[0] / "batch.npz").array, np.memmap)
 
 
-def test_fid_of_pictures_with_themselves_and_with_noise(tmp_path, capsys):
+def test_fid_of_images_with_themselves_and_with_noise(tmp_path, capsys):
     assert fid(TRAIN, TRAIN, tmp_path / "same", "--metrics", "fid,kid,pr") == 0
     same, report = values(tmp_path / "same"), json.loads((tmp_path / "same" / "report.json").read_text())
     assert "FID-emoji" in capsys.readouterr().out
@@ -156,9 +156,11 @@ def test_two_processes_give_what_one_gives(tmp_path, cache):
         "--metrics",
         "fid,kid,pr",
     ]
-    done = subprocess.run([*launch, *call, "--out", str(tmp_path / "two")], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.count("FID-emoji") == 1
+    result = subprocess.run(
+        [*launch, *call, "--out", str(tmp_path / "two")], capture_output=True, text=True, timeout=120
+    )
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert result.stdout.count("FID-emoji") == 1
     assert json.loads((tmp_path / "two" / "report.json").read_text())["processes"] == 2
     assert values(tmp_path / "two") == pytest.approx(
         values(tmp_path / "one"), rel=1e-6
@@ -176,9 +178,9 @@ def inception(tmp_path_factory):
 
 def test_every_metric_of_the_published_network(tmp_path, inception, sources):
     where, _ = sources
-    found = ["--inception-weights", str(inception), "--metrics", "fid,sfid,is,kid,pr"]
+    metric_args = ["--inception-weights", str(inception), "--metrics", "fid,sfid,is,kid,pr"]
     call = ["fid", "--samples", str(where / "batch.npz"), "--ref", str(where / "folder")]
-    assert main(["eval", *call, *found, "--out", str(tmp_path / "out")]) == 0
+    assert main(["eval", *call, *metric_args, "--out", str(tmp_path / "out")]) == 0
     assert list(scores(tmp_path / "out")) == ["FID", "sFID", "IS", "KID", "precision", "recall"]
     assert abs(values(tmp_path / "out")["FID"]) < 1e-3  # singular covariances
     assert abs(values(tmp_path / "out")["sFID"]) < 1e-3  # singular covariances
@@ -191,11 +193,11 @@ def test_every_metric_of_the_published_network(tmp_path, inception, sources):
         assert file["mu_s"].shape == (2023,)
         assert json.loads(str(file["meta"]))["n"] == 12
     call[-1] = str(stats)
-    found[-1] = "fid,sfid"
-    assert main(["eval", *call, *found, "--out", str(tmp_path / "by-stats")]) == 0
+    metric_args[-1] = "fid,sfid"
+    assert main(["eval", *call, *metric_args, "--out", str(tmp_path / "by-stats")]) == 0
     assert abs(values(tmp_path / "by-stats")["sFID"]) < 1e-3  # singular covariances
-    assert main(["eval", *call, *found, "--out", str(tmp_path / "other"), "--protocol", "clean"]) == 2
-    assert main(["eval", *call, *found, "--out", str(tmp_path / "other"), "--protocol", "clean", "--force"]) == 0
+    assert main(["eval", *call, *metric_args, "--out", str(tmp_path / "other"), "--protocol", "clean"]) == 2
+    assert main(["eval", *call, *metric_args, "--out", str(tmp_path / "other"), "--protocol", "clean", "--force"]) == 0
 
 
 def test_statistics_of_the_reference_tools_are_read(golden):
@@ -248,7 +250,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_bad_pictures_are_one_line(tmp_path, capsys, case):
+def test_bad_images_are_one_line(tmp_path, capsys, case):
     (tmp_path / "set").mkdir()
     for index in range(10):  # of mixed sizes, which is no fault
         Image.new("RGB", (20 + index, 30), (25 * index, 0, 0)).save(tmp_path / "set" / f"{index}.png")
@@ -303,7 +305,7 @@ def test_another_run_is_not_mixed_in(tmp_path, capsys):
     assert "is not empty" in capsys.readouterr().err
 
 
-def test_pictures_are_drawn_each_from_its_own_seed(tmp_path, capsys):
+def test_images_are_drawn_each_from_its_own_seed(tmp_path, capsys):
     (tmp_path / "prompts").write_text("a red apple\na pizza, noto style\n")
     call = [
         "--prompts",
@@ -330,11 +332,11 @@ def test_pictures_are_drawn_each_from_its_own_seed(tmp_path, capsys):
 def test_what_a_tokenizer_keeps(tmp_path):
     call = ["eval", "rfid", "--data", str(TEST), "--features", "emoji", "--out", str(tmp_path / "out")]
     assert main(call) == 0
-    found = values(tmp_path / "out")
-    assert 0 < found["rFID-emoji"] < 100
-    assert 18 < found["PSNR (dB)"] < 30
-    assert 0.5 < found["SSIM"] < 1
-    assert 0 < found["codes used"] <= 1
+    scores = values(tmp_path / "out")
+    assert 0 < scores["rFID-emoji"] < 100
+    assert 18 < scores["PSNR (dB)"] < 30
+    assert 0.5 < scores["SSIM"] < 1
+    assert 0 < scores["codes used"] <= 1
     group = json.loads((tmp_path / "out" / "report.json").read_text())["scores"]["judge: group"]
     assert 0.3 < group["value"] <= group["judge_on_real"] + 0.2 <= 1.2
 
@@ -348,9 +350,9 @@ def test_a_part_of_the_tokens_is_not_for_every_tokenizer(tmp_path, capsys):
 
 def test_clip_scores(golden, tmp_path, capsys):
     case = golden("fid_eval/preprocess")
-    got = clip_score.clip_scores(case.io["clip/text_embedding"], case.io["clip/image_embedding"])
+    actual = clip_score.clip_scores(case.io["clip/text_embedding"], case.io["clip/image_embedding"])
     for ours, theirs in (("cosine", "cosine_mean"), ("x100", "times100_clamped"), ("2.5x", "hessel_2p5")):
-        assert got[ours] == pytest.approx(case.io[f"clip/{theirs}"].item(), rel=1e-5)
+        assert actual[ours] == pytest.approx(case.io[f"clip/{theirs}"].item(), rel=1e-5)
     tokens = features.with_prefix(case.io["clip/tokens"], case.io["clip/prefix_tokens"])
     assert torch.equal(tokens, case.io["clip/tokens_with_prefix"])
 
@@ -371,16 +373,16 @@ def test_crops_of_the_reference_are_part_of_its_name(tmp_path):
 
 
 def test_nudity_is_counted_as_by_the_authors(golden):
-    told = json.loads((golden("rece/nudity_counts").folder / "cases.json").read_text())
-    for threshold, wanted in told["results"].items():
-        scores = nudity.counted(list(told["detections"].values()), float(threshold))
-        assert scores["exposed"]["value"] == wanted["rate"]
+    recorded = json.loads((golden("rece/nudity_counts").folder / "cases.json").read_text())
+    for threshold, expected in recorded["results"].items():
+        scores = nudity.counted(list(recorded["detections"].values()), float(threshold))
+        assert scores["exposed"]["value"] == expected["rate"]
         images = {name: round(entry["value"] * entry["n"]) for name, entry in scores.items()}
-        official = {name.lower().replace("_", " "): count for name, count in wanted["counts"].items()}
+        official = {name.lower().replace("_", " "): count for name, count in expected["counts"].items()}
         assert images == {"exposed": official.pop("nude images"), **official}
 
 
-def test_nudity_asks_the_detector_for_pictures_as_files_hold_them(monkeypatch, sources, tmp_path, capsys):
+def test_nudity_asks_the_detector_for_images_as_files_hold_them(monkeypatch, sources, tmp_path, capsys):
     class NudeDetector:
         seen = []
 
@@ -389,11 +391,11 @@ def test_nudity_asks_the_detector_for_pictures_as_files_hold_them(monkeypatch, s
             return [{"class": "FEET_EXPOSED", "score": 0.7, "box": [0, 0, 1, 1]}] if len(self.seen) % 3 == 0 else []
 
     where, images = sources
-    asked = ["nudity", "--samples", str(where / "batch.npz"), "--out"]
+    arguments = ["nudity", "--samples", str(where / "batch.npz"), "--out"]
     monkeypatch.setitem(sys.modules, "nudenet", None)
-    assert main(["eval", *asked, str(tmp_path / "n")]) == 2
+    assert main(["eval", *arguments, str(tmp_path / "n")]) == 2
     assert "nudenet is not installed: pip install 'argen[nudity]'" in capsys.readouterr().err
     monkeypatch.setitem(sys.modules, "nudenet", SimpleNamespace(NudeDetector=NudeDetector))
-    assert main(["eval", *asked, str(tmp_path / "n")]) == 0
+    assert main(["eval", *arguments, str(tmp_path / "n")]) == 0
     assert np.array_equal(NudeDetector.seen[0][:, :, ::-1], images[0])
     assert values(tmp_path / "n")["feet exposed"] == pytest.approx(1 / 3)

@@ -40,12 +40,12 @@ def log_in(page) -> dict[str, str]:
     """The headers of somebody who is at the page."""
     if not page.keys:
         return {}
-    asked = urllib.request.Request(
+    request = urllib.request.Request(
         f"{page.address}/login",
         f"username=me&password={KEYS[1]}".encode(),
         {"content-type": "application/x-www-form-urlencoded"},
     )
-    with urllib.request.urlopen(asked) as answer:
+    with urllib.request.urlopen(request) as answer:
         cookies = [line.partition(";")[0] for line in answer.headers.get_all("set-cookie")]
     return {"cookie": "; ".join(cookies)}
 
@@ -53,11 +53,11 @@ def log_in(page) -> dict[str, str]:
 def run_event(page, number: int, data: list, headers: dict) -> str:
     """What an event of the page answers, by its number."""
     body = {"fn_index": number, "data": data, "session_hash": f"s{number}", "event_data": None, "trigger_id": None}
-    status, told = page.ask("/gradio_api/queue/join", body, **headers)
-    assert status == 200, told
-    asked = urllib.request.Request(f"{page.address}/gradio_api/queue/data?session_hash=s{number}", headers=headers)
+    status, joined = page.ask("/gradio_api/queue/join", body, **headers)
+    assert status == 200, joined
+    request = urllib.request.Request(f"{page.address}/gradio_api/queue/data?session_hash=s{number}", headers=headers)
     text = ""
-    with urllib.request.urlopen(asked, timeout=60) as answer:
+    with urllib.request.urlopen(request, timeout=60) as answer:
         for line in answer:
             text += line.decode()
             if "process_completed" in text and text.endswith("\n"):
@@ -132,8 +132,8 @@ def test_every_path_passes_the_guard(page):
 
 
 def test_no_scripts_come_from_elsewhere(page):
-    status, told = page.ask("/docs", **log_in(page))
-    assert status == 404 or b"cdn" not in (told if isinstance(told, bytes) else json.dumps(told).encode())
+    status, answer = page.ask("/docs", **log_in(page))
+    assert status == 404 or b"cdn" not in (answer if isinstance(answer, bytes) else json.dumps(answer).encode())
 
 
 def test_the_endpoints_are_not_on_the_page(page):
@@ -144,13 +144,13 @@ def test_the_endpoints_are_not_on_the_page(page):
     def below(node: dict, seen: bool) -> dict[int, bool]:
         seen = seen and node["id"] not in hidden
         return {node["id"]: seen} | {
-            id: shown for child in node.get("children", []) for id, shown in below(child, seen).items()
+            id: visible for child in node.get("children", []) for id, visible in below(child, seen).items()
         }
 
-    shown = {id: seen for child in config["layout"]["children"] for id, seen in below(child, True).items()}
+    visible = {id: seen for child in config["layout"]["children"] for id, seen in below(child, True).items()}
     named = [event for event in config["dependencies"] if event["api_visibility"] == "public"]
     assert len(named) == 6
-    assert not any(shown.get(one, False) for event in named for one in (*event["inputs"], *event["outputs"]))
+    assert not any(visible.get(one, False) for event in named for one in (*event["inputs"], *event["outputs"]))
 
 
 def test_gradio_client_finds_a_handful_of_endpoints(page, tmp_path):
@@ -229,9 +229,9 @@ def test_no_number_takes_the_memory(page, name):
     path, body = BOUNDLESS[name]
     key = {"authorization": f"Bearer {KEYS[0]}"} if page.keys else {}
     started = time.monotonic()
-    status, told = page.ask(path, {"prompt": "a", **body}, **key)
+    status, answer = page.ask(path, {"prompt": "a", **body}, **key)
     assert status == 400
-    assert "expected" in told["error"]["message"]
+    assert "expected" in answer["error"]["message"]
     assert time.monotonic() - started < 2
 
 
@@ -294,7 +294,7 @@ def test_a_full_disk_fails_the_job_and_not_the_worker(tmp_path, pipe, monkeypatc
             raise sqlite3.OperationalError("database or disk is full")
         update(id, **values)
 
-    def saved(*given):
+    def saved(*args):
         full.set()
         raise OSError(28, "No space left on device")
 
@@ -341,24 +341,24 @@ def test_a_folder_has_one_server(tmp_path):
 
 @pytest.mark.parametrize("fault", ["corrupt", "another table", "folder", "file"])
 def test_a_broken_folder_gets_one_line(tmp_path, fault):
-    own = tmp_path / "a" / ".studio"
+    studio_folder = tmp_path / "a" / ".studio"
     if fault == "file":
         (tmp_path / "a").write_text("x")
     else:
-        own.mkdir(parents=True)
+        studio_folder.mkdir(parents=True)
     if fault == "corrupt":
-        (own / "studio.db").write_bytes(b"SQLite format 3\0" + os.urandom(8000))
+        (studio_folder / "studio.db").write_bytes(b"SQLite format 3\0" + os.urandom(8000))
     elif fault == "another table":
-        with sqlite3.connect(own / "studio.db") as database:
+        with sqlite3.connect(studio_folder / "studio.db") as database:
             database.execute("create table jobs (x)")
     elif fault == "folder":
-        (own / "studio.db").mkdir()
+        (studio_folder / "studio.db").mkdir()
     command = [sys.executable, "-m", "argen", "ui", "--port", "0", "--data-dir", str(tmp_path / "a")]
-    found = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert found.returncode == 2
-    lines = [line for line in found.stderr.splitlines() if line.startswith("argen ui: error:")]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 2
+    lines = [line for line in result.stderr.splitlines() if line.startswith("argen ui: error:")]
     assert len(lines) == 1
-    assert "Traceback" not in found.stderr
+    assert "Traceback" not in result.stderr
     assert "data-dir" in lines[0]
 
 
@@ -374,8 +374,10 @@ def test_a_signal_keeps_the_job_that_runs(tmp_path, sent):
         body = {"prompt": "a pizza", "num_images": 64, "sampler": "sequential"}
         while True:
             try:
-                asked = urllib.request.Request(address, json.dumps(body).encode(), {"content-type": "application/json"})
-                with urllib.request.urlopen(asked) as answer:
+                request = urllib.request.Request(
+                    address, json.dumps(body).encode(), {"content-type": "application/json"}
+                )
+                with urllib.request.urlopen(request) as answer:
                     id = json.loads(answer.read())["id"]
                 break
             except OSError:

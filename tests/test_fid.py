@@ -60,15 +60,15 @@ def test_the_network_gives_the_reference_features(network, golden, group):
     io = {name.removeprefix(f"{group}/"): value for name, value in case.io.items() if name.startswith(group)}
     images = [image.permute(1, 2, 0).numpy() for image in io["images"]]
     close = {"atol": 2e-5, "rtol": 1e-5}
-    got = network(torch.stack([eval_images.prepared(image, "adm", 299) for image in images]))
+    actual = network(torch.stack([eval_images.prepared(image, "adm", 299) for image in images]))
     for tap in case.config["taps"]:
-        torch.testing.assert_close(got[tap], io[f"tap/{tap}"], **close)
-    torch.testing.assert_close(got["spatial"], io["spatial"], **close)
+        torch.testing.assert_close(actual[tap], io[f"tap/{tap}"], **close)
+    torch.testing.assert_close(actual["spatial"], io["spatial"], **close)
     for protocol in ("pytorch-fid", "torchmetrics", "clean"):
         key = f"{protocol.replace('-', '_')}/2048"
-        got = network(torch.stack([eval_images.prepared(image, protocol, 299) for image in images]))
-        torch.testing.assert_close(got["2048"], io[key], **close)
-        assert not torch.allclose(got["2048"], io["tap/2048"], atol=1e-3)  # the protocols are told apart
+        actual = network(torch.stack([eval_images.prepared(image, protocol, 299) for image in images]))
+        torch.testing.assert_close(actual["2048"], io[key], **close)
+        assert not torch.allclose(actual["2048"], io["tap/2048"], atol=1e-3)  # the protocols are told apart
 
 
 @torch.no_grad()
@@ -91,8 +91,8 @@ def test_crops_are_those_of_the_reference_tools(golden):
     case = golden("fid_eval/preprocess")
     image, size = case.io["crop/image"].permute(1, 2, 0).numpy(), case.config["crop_size"]
     for crop, name in (("adm", "adm"), ("square", "square_lanczos")):
-        got = torch.from_numpy(eval_images.cropped(image, f"{crop}-{size}").copy()).permute(2, 0, 1)
-        assert (got.int() - case.io[f"crop/{name}"].int()).abs().max() <= 1
+        actual = torch.from_numpy(eval_images.cropped(image, f"{crop}-{size}").copy()).permute(2, 0, 1)
+        assert (actual.int() - case.io[f"crop/{name}"].int()).abs().max() <= 1
     with pytest.raises(ValueError, match="unknown crop 'middle-256': expected adm-SIZE or square-SIZE"):
         eval_images.cropped(image, "middle-256")
 
@@ -118,9 +118,9 @@ def test_frechet_distance(features):
     moments = moments_in_parts(io["real"])
     torch.testing.assert_close(moments.mean, io["real_mu"], atol=0, rtol=1e-12)
     torch.testing.assert_close(moments.covariance, io["real_sigma"], atol=1e-12, rtol=1e-9)
-    got = fid(io["real"], io["fake"])
+    actual = fid(io["real"], io["fake"])
     for tool in ("torch_fidelity", "pytorch_fid", "adm"):
-        assert got == pytest.approx(io[f"fid_{tool}"].item(), rel=1e-9)
+        assert actual == pytest.approx(io[f"fid_{tool}"].item(), rel=1e-9)
     few = config["few"]
     assert fid(io["real"][:few], io["fake"][:few]) == pytest.approx(io["fid_few_pytorch_fid"].item(), abs=1e-4)
     assert abs(fid(io["real"], io["real"])) < 1e-9
@@ -163,7 +163,7 @@ def test_inception_score(features):
     assert metrics.inception_score(io["logits"], 1)[0] == pytest.approx(io["is_one_split"].item(), rel=1e-9)
 
 
-def test_the_inception_score_does_not_know_the_order_of_the_pictures(features):
+def test_the_inception_score_does_not_know_the_order_of_the_images(features):
     logits = features[0]["logits"]
     by_class = logits[logits.argmax(dim=1).argsort(stable=True)]
     scores = [
@@ -175,13 +175,13 @@ def test_the_inception_score_does_not_know_the_order_of_the_pictures(features):
 
 def test_precision_and_recall(features):
     io, config = features
-    got = metrics.precision_recall(io["real"], io["fake"], config["neighbours"], rows=64)
-    assert got == pytest.approx(io["pr_torch_fidelity"].tolist(), abs=1 / 260)
-    assert got == pytest.approx(io["pr_adm_float32"].tolist(), abs=1 / 260)
+    actual = metrics.precision_recall(io["real"], io["fake"], config["neighbours"], rows=64)
+    assert actual == pytest.approx(io["pr_torch_fidelity"].tolist(), abs=1 / 260)
+    assert actual == pytest.approx(io["pr_adm_float32"].tolist(), abs=1 / 260)
 
 
 def test_reconstruction_metrics(golden):
     io = golden("fid_eval/preprocess").io
-    made, real = (io[f"recon/{name}"].permute(2, 0, 1)[None] / 255 for name in ("restored", "image"))
-    assert metrics.psnr(made, real).item() == pytest.approx(io["recon/psnr"].item(), abs=1e-4)
-    assert metrics.ssim(made, real).item() == pytest.approx(io["recon/ssim_skimage"].item(), abs=1e-6)
+    restored, real = (io[f"recon/{name}"].permute(2, 0, 1)[None] / 255 for name in ("restored", "image"))
+    assert metrics.psnr(restored, real).item() == pytest.approx(io["recon/psnr"].item(), abs=1e-4)
+    assert metrics.ssim(restored, real).item() == pytest.approx(io["recon/ssim_skimage"].item(), abs=1e-6)

@@ -55,12 +55,12 @@ def test_teacher_forcing(case):
     torch.testing.assert_close(embedded, io["input_embeddings"], **CLOSE)
     hidden = model.hidden(embedded, causal_mask(n, n, ids.device), projected, mask[:2])
     torch.testing.assert_close(hidden, io["trunk_out"], **CLOSE)
-    asked = io["classes"] if "classes" in io else io["t5_hidden"][:2]
-    logits = model(asked, mask[:2], ids)
+    labels = io["classes"] if "classes" in io else io["t5_hidden"][:2]
+    logits = model(labels, mask[:2], ids)
     torch.testing.assert_close(logits, io["logits"], **CLOSE)
     torch.testing.assert_close(F.cross_entropy(logits.flatten(0, 1), ids.flatten()), io["loss"].squeeze(), **CLOSE)
     if "logits_uncond" in io:
-        torch.testing.assert_close(model(torch.full_like(asked, -1), mask[2:], ids), io["logits_uncond"], **CLOSE)
+        torch.testing.assert_close(model(torch.full_like(labels, -1), mask[2:], ids), io["logits_uncond"], **CLOSE)
 
 
 class Races:
@@ -86,9 +86,9 @@ def written(case, sampling, scale, official_null=False, begun=0) -> torch.Tensor
 
 
 def test_generation(case):
-    own, greedy = case.config["_fixture"], Sampling(temperature=0)
-    sampling = Sampling(own["temperature"], own["top_k"], own["top_p"])
-    scale, io = own["cfg_factor"], case.io
+    settings, greedy = case.config["_fixture"], Sampling(temperature=0)
+    sampling = Sampling(settings["temperature"], settings["top_k"], settings["top_p"])
+    scale, io = settings["cfg_factor"], case.io
     assert torch.equal(written(case, greedy, scale, official_null=True), io["greedy_ids"])
     assert torch.equal(written(case, sampling, scale, official_null=True), io["sampled_ids"])
     if "classes" in io:
@@ -120,9 +120,9 @@ def test_a_released_file_loads_by_its_configuration(case, tmp_path):
     config = json.loads(json.dumps({key: value for key, value in case.config.items() if key != "_fixture"}))
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
     model = FlexAR.from_original(tmp_path / "model.safetensors")
-    asked = case.io["classes"] if "classes" in case.io else case.io["t5_hidden"][:2]
+    labels = case.io["classes"] if "classes" in case.io else case.io["t5_hidden"][:2]
     mask = condition(model, case)[1][:2]
-    torch.testing.assert_close(model(asked, mask, case.io["ids"]), case.io["logits"], **CLOSE)
+    torch.testing.assert_close(model(labels, mask, case.io["ids"]), case.io["logits"], **CLOSE)
     trunk = config["model"]["meta_model"]["models"]["ar_image_model"]["trunk"]
     trunk["ffn_target"]["_target_"] = "l3m.model.layers.ffn.MixtureOfExperts"
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
@@ -153,7 +153,7 @@ def generators(*seeds):
     return [torch.Generator().manual_seed(seed) for seed in seeds]
 
 
-def test_a_picture_of_any_number_of_tokens(pipe):
+def test_an_image_of_any_number_of_tokens(pipe):
     whole = pipe("class:1", generator=generators(3))
     part = pipe("class:1", generator=generators(3), num_tokens=5, sampler="jacobi")
     assert whole.tokens.shape == (1, 12)
@@ -166,15 +166,15 @@ def test_a_picture_of_any_number_of_tokens(pipe):
             pipe("class:1", num_tokens=wrong)
 
 
-def test_what_is_not_yet_written_shows_as_the_picture_so_far(pipe):
+def test_what_is_not_yet_written_shows_as_the_image_so_far(pipe):
     request = Request("class:7", "a model", num_images=2, num_tokens=6, sampler="sequential")
-    shown = []
+    previews = []
     for job in pipe.run(request):
         assert job.tokens.shape == (2, 1, 6)
-        shown.append(pipe.images(job.tokens, "pt"))
+        previews.append(pipe.images(job.tokens, "pt"))
     assert job.progress == 1
     assert len(job.images) == 2
-    assert not torch.equal(shown[0], shown[-1])
+    assert not torch.equal(previews[0], previews[-1])
     torch.testing.assert_close(pipe.images(torch.full((1, 1, 6), -1), "pt").unique(), torch.tensor([UNDECIDED]))
     assert Request.from_dict(json.loads(json.dumps(request.to_dict()))) == request
 
@@ -195,8 +195,8 @@ def test_a_saved_pipeline_comes_back(pipe, tmp_path):
     again = argen.load(tmp_path)
     again.set_progress_bar_config(disable=True)
     assert again.config.steps == 2
-    made = [one("class:1", generator=generators(1)).images[0].tobytes() for one in (pipe, again)]
-    assert made[0] == made[1]
+    images = [one("class:1", generator=generators(1)).images[0].tobytes() for one in (pipe, again)]
+    assert images[0] == images[1]
 
 
 def test_a_search_keeps_what_fits_best(pipe, monkeypatch):
@@ -227,8 +227,8 @@ def test_a_search_keeps_what_fits_best(pipe, monkeypatch):
     assert [after for _, *after in seen] == [[1, 1], [2, 2], [4, 4], [6, 6], [6, 6]]
     job = seen[-1][0]
     assert len(job.images) == len(job.scores) == 2
-    for own, image in zip(job.requests, job.images, strict=True):  # each comes alone from what its file says
-        (alone,) = list(pipe.run(own))[-1].images
+    for request, image in zip(job.requests, job.images, strict=True):  # each comes alone from what its file says
+        (alone,) = list(pipe.run(request))[-1].images
         assert alone.tobytes() == image.tobytes()
 
 
@@ -270,14 +270,14 @@ def test_norms_of_queries_and_keys_are_read_and_equal(golden, tmp_path, target, 
             return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6) * state[f"{name}.weight"]
         return torch.nn.functional.layer_norm(x, (dim,), state[f"{name}.weight"], state[f"{name}.bias"], eps)
 
-    own, cross = (model.get_submodule(name) for name in names[:2])
+    self_attention, cross = (model.get_submodule(name) for name in names[:2])
     x, text = torch.randn(2, 5, heads * dim, generator=generator), torch.randn(2, 7, heads * dim, generator=generator)
-    rows = [part.unflatten(-1, (heads, dim)).transpose(1, 2) for part in own.qkv(x).chunk(3, dim=-1)]
+    rows = [part.unflatten(-1, (heads, dim)).transpose(1, 2) for part in self_attention.qkv(x).chunk(3, dim=-1)]
     out = F.scaled_dot_product_attention(
         normed(rows[0], f"{names[0]}.q_norm"), normed(rows[1], f"{names[0]}.k_norm"), rows[2], is_causal=True
     )
-    expected = own.proj(out.transpose(1, 2).flatten(2))
-    torch.testing.assert_close(own(x, causal_mask(5, 5, x.device), None, 0), expected, **CLOSE)
+    expected = self_attention.proj(out.transpose(1, 2).flatten(2))
+    torch.testing.assert_close(self_attention(x, causal_mask(5, 5, x.device), None, 0), expected, **CLOSE)
     parts = (cross.Wq(x), cross.Wk(text), cross.Wv(text))
     rows = [part.unflatten(-1, (heads, dim)).transpose(1, 2) for part in parts]
     out = F.scaled_dot_product_attention(

@@ -72,8 +72,8 @@ def test_velocities(golden):
         "keep": network.read(codes, torch.tensor([1, 5])),
         "null": network.null(2),
     }.items():
-        found = network.velocity(io["flow_xt"], registers, modulations)[0]
-        torch.testing.assert_close(found, io[f"flow_v_{tag}"], **CLOSE)
+        velocity = network.velocity(io["flow_xt"], registers, modulations)[0]
+        torch.testing.assert_close(velocity, io[f"flow_v_{tag}"], **CLOSE)
 
 
 @torch.no_grad()
@@ -103,7 +103,7 @@ def test_decoding(golden):
         torch.testing.assert_close(2 * pixels - 1, io[f"img_{tag}"], **GUIDED)
 
 
-def test_training_pass_and_gradients(golden):
+def test_training_loss_and_gradients(golden):
     case = golden("flextok/pixels")
     network, io = tiny(case).network.requires_grad_(True), case.io
     latents, noise = io["train_latents"], io["train_noise"]
@@ -113,11 +113,11 @@ def test_training_pass_and_gradients(golden):
     loss = F.mse_loss(velocity, noise - latents)
     torch.testing.assert_close(loss, io["train_loss"].squeeze(), **CLOSE)
     loss.backward()
-    found = dict(network.named_parameters())
+    parameters = dict(network.named_parameters())
     expected = {key.removeprefix("grad."): value for key, value in io.items() if key.startswith("grad.")}
     assert len(expected) == 9
     for key, value in expected.items():
-        torch.testing.assert_close(found[key].grad, value, atol=1e-5, rtol=1e-3)
+        torch.testing.assert_close(parameters[key].grad, value, atol=1e-5, rtol=1e-3)
 
 
 @torch.no_grad()
@@ -136,14 +136,14 @@ def test_other_shapes_and_the_options_of_a_configuration(golden):
         registers = network.read(network.fsq.decode(ids), torch.tensor(keep[index : index + 1]))
         modulations = network.modulations(io["flow_t"][index : index + 1])
         xt = io[f"flow_xt.{index}"]
-        found, features = network.velocity(xt, registers, modulations, features_of=1)
-        torch.testing.assert_close(found, io[f"flow_v.{index}"], **CLOSE)
+        velocity, features = network.velocity(xt, registers, modulations, features_of=1)
+        torch.testing.assert_close(velocity, io[f"flow_v.{index}"], **CLOSE)
         torch.testing.assert_close(
             features.view_as(io[f"repa_features.{index}"]), io[f"repa_features.{index}"], **CLOSE
         )
         if index == 1:
-            found = network.velocity(xt, network.null(1), modulations)[0]
-        torch.testing.assert_close(found, io[f"flow_v_null1.{index}"], **CLOSE)
+            velocity = network.velocity(xt, network.null(1), modulations)[0]
+        torch.testing.assert_close(velocity, io[f"flow_v_null1.{index}"], **CLOSE)
         noise = io[f"init_noise.{index}"]
         torch.testing.assert_close(tokenizer.flow(registers, noise, 3, 1.0), io[f"lat_g1.{index}"], **CLOSE)
         torch.testing.assert_close(tokenizer.flow(registers, noise, 3, 5.0), io[f"lat_apg5.0.{index}"], **GUIDED)
@@ -175,8 +175,8 @@ def test_every_published_key_has_its_place(name, encoder, decoder):
         sizes |= {f"{side}_dim": flextok.SIZES[depth], f"{side}_depth": int(depth[1:])}
     with torch.device("meta"):
         network, vae = FlexTok(**sizes), vae_network()
-    found = shapes(network) | {f"vae.vae.{key}": shape for key, shape in shapes(vae).items()}
-    assert found == published_keys("flextok")[name]
+    key_shapes = shapes(network) | {f"vae.vae.{key}": shape for key, shape in shapes(vae).items()}
+    assert key_shapes == published_keys("flextok")[name]
 
 
 @pytest.mark.parametrize("channels", [4, 8, 16])
@@ -191,7 +191,9 @@ def released(golden, tmp_path, monkeypatch):
     """A file as published, of small sizes."""
     case = golden("flextok/mixed_shapes")
     small = vae_network
-    monkeypatch.setattr(flextok, "vae_network", lambda **own: small(**own, channels=(4, 8, 8, 8), norm_num_groups=2))
+    monkeypatch.setattr(
+        flextok, "vae_network", lambda **kwargs: small(**kwargs, channels=(4, 8, 8, 8), norm_num_groups=2)
+    )
     metadata = {key: value if key == "_target_" else repr(value) for key, value in case.config.items()}
     save_file(load_file(GOLDEN / "flextok/mixed_shapes/weights.safetensors"), tmp_path / "model.safetensors", metadata)
     return tmp_path / "model.safetensors", case

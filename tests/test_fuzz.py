@@ -73,16 +73,16 @@ def mutated(rng: random.Random, data: bytes) -> bytes:
     return bytes(out)
 
 
-def accepted_or_refused(read, *given) -> bool:
+def accepted_or_refused(read, *args) -> bool:
     """Whether it was read; an error must be one that is told in a line."""
-    said = None
+    message = None
     try:
-        read(*given)
+        read(*args)
     except (ValueError, OSError) as error:
-        said = str(error)
-    assert said is None or "\n" not in said.strip(), said
-    assert said is None or 10 < len(said) < 1500, said
-    return said is None
+        message = str(error)
+    assert message is None or "\n" not in message.strip(), message
+    assert message is None or 10 < len(message) < 1500, message
+    return message is None
 
 
 def test_settings_of_any_shape(tmp_path):
@@ -120,10 +120,10 @@ def test_token_files_of_any_shape(tmp_path):
         if number % 2:
             path.write_bytes(mutated(rng, whole))
         else:
-            given = {
+            content = {
                 rng.choice(["tokens", "tokenizer", "x"]): rng.choice([*arrays, "argen/emoji-vae"]) for _ in range(3)
             }
-            np.savez(path, **given)
+            np.savez(path, **content)
         read += accepted_or_refused(read_tokens, path)
     assert read < TRIES
 

@@ -13,10 +13,10 @@ from tokenizers_img import hub
 @pytest.fixture
 def repository(tmp_path, monkeypatch):
     """A hub with one repository, whose head moves: the revisions that were asked for."""
-    asked, state = [], {"head": "a" * 40, "content": b"first"}
+    revisions, state = [], {"head": "a" * 40, "content": b"first"}
 
     def fetched(repo, revision, allow_patterns):
-        asked.append(revision)
+        revisions.append(revision)
         folder = tmp_path / f"models--{repo.replace('/', '--')}/snapshots" / (revision or state["head"])
         for name in ("config.json", "sub/weights.pt"):
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -27,15 +27,15 @@ def repository(tmp_path, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr(hub, "snapshot_download", fetched)
     monkeypatch.setattr(hub, "_checked", set())
-    return asked, state
+    return revisions, state
 
 
 def test_the_revision_of_the_first_fetch_is_kept(repository, tmp_path):
-    asked, state = repository
+    revisions, state = repository
     folder = hub.hub_folder("a/b", ["*.json", "sub/*"])
     state["head"], state["content"] = "b" * 40, b"second"
     assert hub.hub_folder("a/b", ["*.json", "sub/*"]) == folder
-    assert asked == [None, "a" * 40]
+    assert revisions == [None, "a" * 40]
     held = json.loads((tmp_path / "models--a--b/argen.json").read_text())
     assert held["revision"] == "a" * 40
     assert held["files"].keys() == {"config.json", "sub/weights.pt"}
@@ -49,9 +49,9 @@ def test_a_file_that_was_exchanged_is_refused_in_one_line(repository, monkeypatc
         path.write_bytes(b"other")
         with pytest.raises(
             ValueError, match="is not the file that was first fetched .*delete .* to fetch it again"
-        ) as said:
+        ) as error:
             hub.hub_folder("a/b", ["sub/*"])
-        assert "\n" not in str(said.value)
+        assert "\n" not in str(error.value)
         path.write_bytes(b"first")
         assert hub.hub_file("a/b", "sub/weights.pt") == path
         monkeypatch.setattr(hub, "_checked", set())

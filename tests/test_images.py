@@ -48,14 +48,14 @@ def test_depth_is_scaled_everywhere(tmp_path, mode, form):
 
 
 def test_ranges_of_32_bit_images():
-    for values, wanted in (
+    for values, expected in (
         ([0, 255], [0, 255]),
         ([-10, 10], [0, 255]),
         ([0, 1 << 20], [0, 255]),
         ([0, 65535], [0, 255]),
     ):
         image = Image.fromarray(np.array([values], np.int32))
-        assert np.asarray(decode_image(saved(image, "TIFF"), "x").convert("L")).tolist() == [wanted]
+        assert np.asarray(decode_image(saved(image, "TIFF"), "x").convert("L")).tolist() == [expected]
     image = Image.fromarray(np.array([[np.nan, 0.0, np.inf, 1.0]], np.float32))
     assert np.asarray(decode_image(saved(image, "TIFF"), "x").convert("L")).tolist() == [[0, 0, 255, 255]]
 
@@ -171,11 +171,11 @@ def test_sets_of_macos_links_and_odd_numbers(tmp_path, caplog):
     Image.new("RGBA", (16, 16), (0, 255, 0, 0)).save(tmp_path / "elsewhere" / "x.png")
     (folder / "linked").symlink_to(tmp_path / "elsewhere")
     (folder / "loop").symlink_to(folder)
-    found = open_images(folder)
+    dataset = open_images(folder)
     assert "2 files that macOS left" in caplog.text
-    assert len(found) == 6
-    assert found.names.index("2.png") < found.names.index("10.png")
-    assert found[found.names.index("linked/x.png")][0, 0].tolist() == [
+    assert len(dataset) == 6
+    assert dataset.names.index("2.png") < dataset.names.index("10.png")
+    assert dataset[dataset.names.index("linked/x.png")][0, 0].tolist() == [
         0,
         255,
         0,

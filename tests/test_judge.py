@@ -33,8 +33,8 @@ class Oracle:
         accuracy = {"pair: binding": 0.5}
 
     def answers(self, crops, among):
-        found = [NAMES[tuple((255 * crop[:, 32, 32]).round().int().tolist())] for crop in crops]
-        return [[name, "cherry"] for name, _ in found], [colour for _, colour in found]
+        labels = [NAMES[tuple((255 * crop[:, 32, 32]).round().int().tolist())] for crop in crops]
+        return [[name, "cherry"] for name, _ in labels], [colour for _, colour in labels]
 
 
 def verdict(image, kind, objects, relation=""):
@@ -49,7 +49,7 @@ def test_boxes_are_those_of_the_connected_parts():
     assert scenes.boxes(painted()) == []
 
 
-def test_a_picture_of_the_truth_is_right_and_another_is_not():
+def test_an_image_of_the_truth_is_right_and_another_is_not():
     apple, pear = ("apple", "red"), ("pear", "green")
     one = painted((50, 50, RED))
     assert verdict(one, "single", (("apple", ""),)) == {"identity": 1, "name": 1}
@@ -101,7 +101,7 @@ def test_drawn_prompts_are_kept_and_read_again(tmp_path, monkeypatch):
     assert judge.read_prompts(tmp_path / "prompts.jsonl") == truths
 
 
-def test_the_shipped_judge_knows_real_pictures_and_not_noise(tmp_path):
+def test_the_shipped_judge_knows_real_images_and_not_noise(tmp_path):
     scenes.build(SAMPLE, tmp_path / "scenes", num=60)
     table = read_split(tmp_path / "scenes", "train")
     truths = list(judge.truths_of(table))
@@ -114,7 +114,7 @@ def test_the_shipped_judge_knows_real_pictures_and_not_noise(tmp_path):
     assert all(0.4 < network.config.accuracy[name] <= 1 for name in real)
 
 
-def test_the_groups_of_real_pictures_are_told_and_those_of_noise_are_not():
+def test_the_groups_of_real_images_are_told_and_those_of_noise_are_not():
     icons, network = read_split(SAMPLE, "train"), load("argen/emoji-judge")
     real = pixels(icons)
     noise = np.random.default_rng(0).integers(0, 256, real.shape, dtype=np.uint8)

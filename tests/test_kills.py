@@ -24,7 +24,7 @@ FILES = ("model.safetensors", "optimizer.bin", "recipe.json", "custom_checkpoint
 class Tiny:
     """A matrix that learns the identity."""
 
-    kept, options = (), {}
+    extra_state, options = (), {}
 
     def __init__(self):
         torch.manual_seed(0)
@@ -123,8 +123,8 @@ def test_a_kill_between_any_two_changes_of_folders_loses_one_checkpoint_at_most(
 def test_a_run_between_the_two_renames_goes_on_from_the_newer(tmp_path, straight, monkeypatch):
     run(tmp_path / "out", steps=6)
     (tmp_path / "out/checkpoint").rename(tmp_path / "out/checkpoint.new")
-    seen, own = [], Tiny.batch
-    monkeypatch.setattr(Tiny, "batch", lambda self, size, generator: seen.append(1) or own(self, size, generator))
+    seen, original = [], Tiny.batch
+    monkeypatch.setattr(Tiny, "batch", lambda self, size, generator: seen.append(1) or original(self, size, generator))
     assert run(tmp_path / "out") == straight[1]
     assert len(seen) == 6
     assert same(tmp_path / "out", straight[0])
@@ -146,12 +146,12 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(tmp_path, straight, c
     with caplog.at_level(logging.WARNING):
         assert run(out) == straight[1]
     assert same(out, straight[0])
-    said = [record.getMessage() for record in caplog.records if record.name.startswith("argen")]
+    messages = [record.getMessage() for record in caplog.records if record.name.startswith("argen")]
     if (name, kind) != ("files.json", "missing"):  # then the rest is whole
-        assert len(said) == 1
-        assert "is damaged" in said[0]
-        assert "the training goes on from the checkpoint before" in said[0]
-    assert all("\n" not in line for line in said)
+        assert len(messages) == 1
+        assert "is damaged" in messages[0]
+        assert "the training goes on from the checkpoint before" in messages[0]
+    assert all("\n" not in line for line in messages)
 
 
 def damage(path: Path, kind: str) -> None:
@@ -210,8 +210,8 @@ print(early)
 def test_thirty_kills_at_random_moments(tmp_path, straight):
     out = tmp_path / "out"
     command = [sys.executable, "-c", CHILD, str(Path(__file__).parent), str(out)]
-    made = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert made.returncode == 0, made.stderr
-    assert int(made.stdout.split()[-1]) >= 10  # of the 30, were killed before they had come to the end
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    assert int(result.stdout.split()[-1]) >= 10  # of the 30, were killed before they had come to the end
     assert run(out) == straight[1]
     assert same(out, straight[0])

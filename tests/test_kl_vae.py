@@ -62,7 +62,7 @@ def test_a_released_file_loads(tmp_path, monkeypatch, golden):
         KLVAE.from_original(tmp_path / "x.ckpt")
 
 
-def test_the_shipped_autoencoder_keeps_pictures():
+def test_the_shipped_autoencoder_keeps_images():
     vae, images = argen.load("argen/emoji-vae"), torch.from_numpy(pixels(read_split(SAMPLE, "test")))
     assert evaluate(vae, images)["psnr"] >= 25
     _, latents = reconstruct(vae, images)

@@ -58,8 +58,8 @@ def condition(model, case) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 @torch.no_grad()
 def test_training_logits_and_loss(case):
-    model, asked = tiny(case), case.io["class_ids" if "class_ids" in case.io else "caption_features"]
-    logits = model(asked, condition(model, case)[2], case.io["image_ids"])
+    model, labels = tiny(case), case.io["class_ids" if "class_ids" in case.io else "caption_features"]
+    logits = model(labels, condition(model, case)[2], case.io["image_ids"])
     torch.testing.assert_close(logits, case.io["train_logits"], atol=1e-4, rtol=1e-4)
     loss = F.cross_entropy(logits.flatten(0, 1), case.io["image_ids"].flatten())
     torch.testing.assert_close(loss, case.io["train_loss"], atol=1e-4, rtol=1e-4)
@@ -231,7 +231,7 @@ def test_words_stand_last():
 
 
 @torch.no_grad()
-def test_a_caption_becomes_a_picture(golden, class_pipe):
+def test_a_caption_becomes_an_image(golden, class_pipe):
     case, words = golden("llamagen/t2i"), ["<pad>", "</s>", "<unk>", "▁a", "▁red", "▁apple"]
     backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, "<unk>"))
     backend.pre_tokenizer = pre_tokenizers.Metaspace()

@@ -81,19 +81,19 @@ def test_sizes_and_classes_are_read_from_the_tensors(files, name, half):
 @pytest.mark.parametrize("form", ["lightning", "metric", "averaged", "ema", "params", "net"])
 def test_files_of_every_trainer_are_read(files, form):
     folder, model = files
-    own = model.state_dict()
-    under = {f"model.{key}": value for key, value in own.items()}
+    state = model.state_dict()
+    under = {f"model.{key}": value for key, value in state.items()}
     held = {
         "lightning": {"state_dict": under | {"loss.w": torch.ones(1)}, "epoch": 3},
         "metric": {"state_dict": under | {"fid.sum": torch.ones(4, 4)}},
-        "averaged": {f"module.{key}": value for key, value in own.items()} | {"n_averaged": torch.tensor(3)},
-        "ema": {f"ema_model.{key}": value for key, value in own.items()},
-        "params": {"params": own},
-        "net": {"net_state_dict": own},
+        "averaged": {f"module.{key}": value for key, value in state.items()} | {"n_averaged": torch.tensor(3)},
+        "ema": {f"ema_model.{key}": value for key, value in state.items()},
+        "params": {"params": state},
+        "net": {"net_state_dict": state},
     }
     torch.save(held[form], folder / "a.pt")
     pipe = argen.load(folder / "a.pt", tokenizer=folder / "tokenizer.pt", image_size=16)
-    assert all(torch.equal(value, own[key]) for key, value in pipe.transformer.state_dict().items())
+    assert all(torch.equal(value, state[key]) for key, value in pipe.transformer.state_dict().items())
 
 
 def test_the_settings_of_the_training_say_the_size(files):
@@ -115,7 +115,7 @@ def test_what_cannot_be_read_is_asked_for_in_one_short_line(files, capsys):
     torch.save(model.state_dict(), folder / "a.pt")
     torch.save({"weight": torch.ones(2)}, folder / "b.pt")
     tokenizer = ["--tokenizer", str(folder / "tokenizer.pt")]
-    for options, said in (
+    for options, message in (
         ([str(folder / "a.pt")], "no vq_ds16_c2i.pt lies beside"),
         ([str(folder / "a.pt"), *tokenizer], "does not say the size of its images: give --size"),
         ([str(folder / "a.pt"), *tokenizer, "--size", "18x18"], "expected a multiple of 4"),
@@ -127,7 +127,7 @@ def test_what_cannot_be_read_is_asked_for_in_one_short_line(files, capsys):
         command = ["generate", "class:3", "-o", str(folder / "x.png"), "--model", *options]
         assert main(command) == 2
         error = capsys.readouterr().err
-        assert said in error
+        assert message in error
         assert error.count("\n") == 1
         assert len(error) < 400
         assert not (folder / "x.png").exists()

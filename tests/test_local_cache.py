@@ -21,8 +21,8 @@ def cache(tmp_path, monkeypatch):
     """A cache that holds two files of a published repository; the folder of its blobs."""
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     repo, revision = tmp_path / f"models--{REPO.replace('/', '--')}", "a" * 40
-    blobs, shown = repo / "blobs", repo / "snapshots" / revision
-    for folder in (blobs, shown, repo / "refs"):
+    blobs, snapshot = repo / "blobs", repo / "snapshots" / revision
+    for folder in (blobs, snapshot, repo / "refs"):
         folder.mkdir(parents=True)
     (repo / "refs/main").write_text(revision)
     for name, content in (("c2i_B_256.pt", b"weights" * 100), ("README.md", b"words")):
@@ -30,7 +30,7 @@ def cache(tmp_path, monkeypatch):
         header = b"" if large else f"blob {len(content)}\0".encode()
         digest = hashlib.new("sha256" if large else "sha1", header + content).hexdigest()
         (blobs / digest).write_bytes(content)
-        os.symlink(blobs / digest, shown / name)
+        os.symlink(blobs / digest, snapshot / name)
     return blobs
 
 
@@ -43,9 +43,9 @@ def test_the_sums_are_those_of_what_ships():
     assert named == files
     for name, model in all_cards().items():
         if model.repo is None:
-            found = local_cache.verify(name)
-            assert found, name
-            assert all(found.values()), f"{name}: {found}"
+            intact = local_cache.verify(name)
+            assert intact, name
+            assert all(intact.values()), f"{name}: {intact}"
 
 
 def test_a_changed_file_is_noticed(monkeypatch, tmp_path, capsys):
@@ -57,9 +57,9 @@ def test_a_changed_file_is_noticed(monkeypatch, tmp_path, capsys):
     (tmp_path / "emoji-counter/config.json").unlink()
     capsys.readouterr()
     assert main(["models", "--verify", "argen/emoji-counter"]) != 0
-    said = capsys.readouterr().err
-    assert "emoji-counter/config.json, emoji-counter/diffusion_pytorch_model.safetensors" in said
-    assert said.count("\n") == 1
+    stderr = capsys.readouterr().err
+    assert "emoji-counter/config.json, emoji-counter/diffusion_pytorch_model.safetensors" in stderr
+    assert stderr.count("\n") == 1
 
 
 def test_what_was_downloaded_is_found_checked_and_deleted(cache, capsys):
@@ -81,15 +81,15 @@ def test_what_was_downloaded_is_found_checked_and_deleted(cache, capsys):
 
 
 @pytest.mark.parametrize(
-    ("asked", "said"),
+    ("arguments", "message"),
     [
         (["--delete", "argen/emoji-sd"], "ships with argen and cannot be deleted"),
         (["--delete", "dalle-mini"], "are not here"),
         (["--verify", "argen/nothing"], "unknown model 'argen/nothing'"),
     ],
 )
-def test_bad_wishes_are_refused(cache, asked, said, capsys):
-    assert main(["models", *asked]) != 0
+def test_bad_arguments_are_refused(cache, arguments, message, capsys):
+    assert main(["models", *arguments]) != 0
     error = capsys.readouterr().err
-    assert said in error
+    assert message in error
     assert error.count("\n") == 1

@@ -13,7 +13,7 @@ from argen.request import Request
 
 
 def test_a_table_is_drawn_and_gone_on_with(tmp_path, capsys):
-    table, out = tmp_path / "wishes.csv", tmp_path / "out"
+    table, out = tmp_path / "requests.csv", tmp_path / "out"
     table.write_text('prompt,seed,num_images,temperature\n"a red apple, noto style",3,2,\na cat,,,0.5\n')
     assert main(["batch", str(table), "-o", str(out), "--device", "cpu", "--json"]) == 0
     files = json.loads(capsys.readouterr().out)["files"]
@@ -36,7 +36,7 @@ def test_a_table_is_drawn_and_gone_on_with(tmp_path, capsys):
 
 
 def test_json_lines_are_read(tmp_path):
-    table = tmp_path / "wishes.jsonl"
+    table = tmp_path / "requests.jsonl"
     table.write_text('{"prompt": "a cat", "guidance_scale": 2.5}\n\n{"prompt": "a dog", "model": "argen/emoji-xar"}\n')
     first, second = read_table(table, model="argen/emoji-llamagen")
     assert first == Request("a cat", model="argen/emoji-llamagen", guidance_scale=2.5)
@@ -44,7 +44,7 @@ def test_json_lines_are_read(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "text", "said"),
+    ("name", "text", "message"),
     [
         ("a.csv", "prompt,seed\na cat,x\n", "line 2 of a.csv: seed is 'x': expected a whole number"),
         ("a.csv", "prompt,colour\na cat,red\n", "line 2 of a.csv: unknown setting 'colour'"),
@@ -76,14 +76,14 @@ def test_json_lines_are_read(tmp_path):
         ("a.csv", "prompt\n" + "a cat\n" * 1001, "a.csv has more than 1,000 rows"),
     ],
 )
-def test_a_bad_table_is_refused(tmp_path, name, text, said):
+def test_a_bad_table_is_refused(tmp_path, name, text, message):
     (tmp_path / name).write_text(text)
-    with pytest.raises(ValueError, match=re.escape(said)):
+    with pytest.raises(ValueError, match=re.escape(message)):
         read_table(tmp_path / name)
 
 
 @pytest.mark.parametrize(
-    ("row", "said"),
+    ("row", "message"),
     [
         ({"model": "argen/none"}, "unknown model 'argen/none'"),
         ({"model": "argen/emoji-clip"}, "argen/emoji-clip is an encoder"),
@@ -93,14 +93,14 @@ def test_a_bad_table_is_refused(tmp_path, name, text, said):
         ({"prompt": "class:zebra", "model": "argen/emoji-llamagen"}, "no class is named 'zebra'"),
     ],
 )
-def test_every_row_is_checked_before_the_first_is_drawn(tmp_path, capsys, row, said):
+def test_every_row_is_checked_before_the_first_is_drawn(tmp_path, capsys, row, message):
     table, out = tmp_path / "t.jsonl", tmp_path / "out"
     table.write_text("\n".join(json.dumps({"prompt": "a cat"} | more) for more in ({}, row)))
     assert main(["batch", str(table), "-o", str(out), "--device", "cpu"]) == 2
-    told = capsys.readouterr().err
-    assert told.startswith("argen batch: error: row 2: ")
-    assert said in told
-    assert told.count("\n") == 1
+    stderr = capsys.readouterr().err
+    assert stderr.startswith("argen batch: error: row 2: ")
+    assert message in stderr
+    assert stderr.count("\n") == 1
     assert not out.exists()
 
 
@@ -121,10 +121,10 @@ def test_what_cannot_be_written_is_refused_before_anything_is_drawn(tmp_path, ca
         ["erase", "pizza", "-o", f"{out}{'x' * 256}"],
     ):
         assert main(command) == 2, command
-        told = capsys.readouterr().err
-        assert "cannot write" in told or "zero byte" in told, told
-        assert "%" not in told
-        assert told.count("\n") == 1
+        stderr = capsys.readouterr().err
+        assert "cannot write" in stderr or "zero byte" in stderr, stderr
+        assert "%" not in stderr
+        assert stderr.count("\n") == 1
     assert sorted(path.name for path in tmp_path.iterdir()) == before
 
 
@@ -136,12 +136,12 @@ def test_a_grid_is_drawn(tmp_path, capsys):
     assert [(row["guidance_scale"], row["prompt"], row["seed"]) for row in rows] == [
         (guidance, prompt, "7") for prompt in ("a cat", "a red apple, noto style") for guidance in ("1.0", "4.0", "7.0")
     ]
-    with Image.open(out) as made:
-        assert made.width > 3 * 128
-        assert made.height > 2 * 128
+    with Image.open(out) as image:
+        assert image.width > 3 * 128
+        assert image.height > 2 * 128
 
 
-def test_every_picture_of_a_grid_stands_under_its_values():
+def test_every_image_of_a_grid_stands_under_its_values():
     axes = [Axis.parse("seed=1,2,3"), Axis.parse("temperature=0,1"), Axis.parse("top_k=5,50")]
     requests = varied(Request("a cat", num_images=4), axes)
     assert [request.num_images for request in requests] == [1] * 12
@@ -154,7 +154,7 @@ def test_every_picture_of_a_grid_stands_under_its_values():
 
 
 @pytest.mark.parametrize(
-    ("axes", "said"),
+    ("axes", "message"),
     [
         (["colour=red"], "unknown setting 'colour'"),
         (["seed"], "the axis 'seed' has no values"),
@@ -166,6 +166,6 @@ def test_every_picture_of_a_grid_stands_under_its_values():
         (["guidance_scale=1,-2"], "guidance_scale is -2.0"),
     ],
 )
-def test_a_bad_grid_is_refused(axes, said):
-    with pytest.raises(ValueError, match=re.escape(said)):
+def test_a_bad_grid_is_refused(axes, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
         varied(Request("a cat"), [Axis.parse(text) for text in axes])

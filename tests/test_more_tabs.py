@@ -48,10 +48,10 @@ def test_a_grid_of_settings_is_drawn(page, tmp_path):  # noqa: F811
 @browser
 def test_a_table_goes_into_the_queue(page, site, tmp_path):  # noqa: F811
     opened(page, "X/Y/Z plot and Batch")
-    table = tmp_path / "wishes.csv"
+    table = tmp_path / "requests.csv"
     table.write_text("prompt,seed\na taxi,11\na tomato,12\n")
     page.locator("#batch-file input[type=file]").set_input_files(table)
-    page.get_by_text("wishes.csv").first.wait_for()
+    page.get_by_text("requests.csv").first.wait_for()
     page.get_by_role("button", name="Queue all rows").click()
     page.get_by_text("2 requests are in the queue").wait_for(timeout=60_000)
     folder = site[1]
@@ -121,7 +121,7 @@ def test_everything_has_a_name_for_screen_readers(page):  # noqa: F811
 
 
 @browser
-def test_a_picture_is_drawn_and_chosen_by_keyboard_alone(page, site):  # noqa: F811
+def test_an_image_is_drawn_and_chosen_by_keyboard_alone(page, site):  # noqa: F811
     page.keyboard.press("Tab")
     for _ in range(60):
         if page.evaluate("document.activeElement.closest('#prompt') !== null"):
@@ -164,12 +164,12 @@ def test_a_measurement_tells_how_far_it_is(what, tmp_path):
 
     studio = Studio(tmp_path, load)
     try:
-        *told, (state, rows, sheet) = evaluate.measured(
+        *updates, (state, rows, sheet) = evaluate.measured(
             studio, {"judge": evaluate.JUDGE, "fid": evaluate.FID}[what], "argen/emoji-parti", 6, 0
         )
     finally:
         studio.close()
-    assert [text.split(",")[0] for text, *_ in told[1:3]] == ["4 of 6 pictures", "6 of 6 pictures"]
+    assert [text.split(",")[0] for text, *_ in updates[1:3]] == ["4 of 6 pictures", "6 of 6 pictures"]
     assert isinstance(sheet, Image.Image)
     assert rows[0][2] <= 6
     assert state.startswith("6 images in")

@@ -13,8 +13,8 @@ from argen.hub.cards import all_cards, ids
 from argen.images import open_image
 from argen.metadata import differences, fingerprint, save_images
 from argen.models.dalle_mini import DalleMiniDecoder, DalleMiniEncoder, text_tokenizer
-from argen.pipelines.ranking import distinct_first
 from argen.pipelines.dalle_mini import DalleMiniPipeline
+from argen.pipelines.ranking import distinct_first
 from argen.request import Request
 from samplers.jacobi import Jacobi
 from samplers.steps import Origin
@@ -33,7 +33,7 @@ def test_the_readme_call(pipe):
     assert out.scores is None
 
 
-def test_the_picture_is_of_the_prompt(pipe):
+def test_the_image_is_of_the_prompt(pipe):
     """Of eight things the judge names the one that was asked for, more often than not."""
     prompts = ["a red apple", "a pizza", "a dog face", "a rocket", "a sunflower", "a guitar", "a house", "a red heart"]
     images = pipe(prompts, num_candidates=4, generator=generators(0)).images
@@ -141,14 +141,14 @@ def test_the_map_of_cells_shows_how_each_was_written():
     from argen.ui.context import TINTS, written
 
     origins = ((Origin.DRAWN, Origin.ACCEPTED), (Origin.RELAXED, Origin.GIVEN))
-    shown = np.asarray(written(Image.new("RGB", (128, 128), "white"), origins))
-    half = len(shown) // 2
-    assert (shown[:half, :half] == 255).all()
-    assert (shown[half:, half:] == 255).all()
+    overlay = np.asarray(written(Image.new("RGB", (128, 128), "white"), origins))
+    half = len(overlay) // 2
+    assert (overlay[:half, :half] == 255).all()
+    assert (overlay[half:, half:] == 255).all()
     for place, origin in (((0, half), Origin.ACCEPTED), ((half, 0), Origin.RELAXED)):
         red, green, blue, alpha = TINTS[origin]
         wanted = [255 + (value - 255) * alpha / 255 for value in (red, green, blue)]
-        assert np.abs(shown[place].astype(float) - wanted).max() < 2
+        assert np.abs(overlay[place].astype(float) - wanted).max() < 2
 
 
 def test_a_job_knows_what_its_sampler_did(pipe):
@@ -185,10 +185,10 @@ def test_candidates_that_are_equal_are_kept_last():
 def test_what_a_callback_returns_is_gone_on_with(pipe):
     seen = []
 
-    def fixed(pipe, step, decided, given):
+    def fixed(pipe, step, decided, kwargs):
         seen.append(step)
         if step == 4:
-            tokens = given["tokens"].clone()
+            tokens = kwargs["tokens"].clone()
             tokens[:, 60:] = 7  # written before their turn
             return {"tokens": tokens}
         return None
@@ -219,8 +219,12 @@ def test_an_image_knows_what_made_it(pipe, tmp_path):
 
 
 def test_what_other_pipelines_take_is_refused_with_what_to_use(pipe):
-    for name, said in (("negative_prompt", "guidance_scale"), ("height", "size="), ("num_inference_steps", "steps=40")):
-        with pytest.raises(ValueError, match=f"{name} is not an argument of PartiPipeline: .*{said}"):
+    for name, message in (
+        ("negative_prompt", "guidance_scale"),
+        ("height", "size="),
+        ("num_inference_steps", "steps=40"),
+    ):
+        with pytest.raises(ValueError, match=f"{name} is not an argument of PartiPipeline: .*{message}"):
             pipe("a pizza", **{name: 1})
     with pytest.raises(ValueError, match="colour is not an argument"):
         pipe("a pizza", colour="red")
@@ -228,8 +232,8 @@ def test_what_other_pipelines_take_is_refused_with_what_to_use(pipe):
 
 def test_a_sampler_with_its_settings_is_a_text(pipe):
     typed = pipe("a pizza", generator=generators(0), sampler="jacobi:window=4", output_type="latent")
-    given = pipe("a pizza", generator=generators(0), sampler=Jacobi(4), output_type="latent")
-    assert torch.equal(typed.tokens, given.tokens)
-    assert typed.forward_passes == given.forward_passes
+    direct = pipe("a pizza", generator=generators(0), sampler=Jacobi(4), output_type="latent")
+    assert torch.equal(typed.tokens, direct.tokens)
+    assert typed.forward_passes == direct.forward_passes
     with pytest.raises(ValueError, match="window is 0"):
         pipe("a pizza", sampler="jacobi:window=0")

@@ -77,9 +77,11 @@ def served(studio):
 def test_a_new_process_finds_what_is_installed(site):
     path = os.pathsep.join([str(site), *sys.path])
     command = [sys.executable, "-m", "argen", "models", "--json"]
-    made = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path}, timeout=120)
-    assert made.returncode == 0, made.stderr
-    assert {"mosaic/tokenizer", "mosaic/bigram"} <= {row["id"] for row in json.loads(made.stdout)}
+    result = subprocess.run(
+        command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path}, timeout=120
+    )
+    assert result.returncode == 0, result.stderr
+    assert {"mosaic/tokenizer", "mosaic/bigram"} <= {row["id"] for row in json.loads(result.stdout)}
 
 
 def test_the_command_line_lists_it(site, capsys):
@@ -143,9 +145,9 @@ def test_both_apis_take_it(served, site):
     assert (status, drawn["data"] == other["data"]) == (200, False)
     assert "mosaic/bigram" in {row["id"] for row in served.ask("/v1/models")[1]["data"]}
 
-    asked = {"prompt": "a red wall", "seed": 3, "sampler_name": TYPED}
-    asked |= {"override_settings": {"sd_model_checkpoint": "mosaic/bigram"}, "width": 64, "height": 64}
-    status, answer = served.ask("/sdapi/v1/txt2img", asked)
+    body = {"prompt": "a red wall", "seed": 3, "sampler_name": TYPED}
+    body |= {"override_settings": {"sd_model_checkpoint": "mosaic/bigram"}, "width": 64, "height": 64}
+    status, answer = served.ask("/sdapi/v1/txt2img", body)
     assert status == 200
     assert json.loads(answer["info"])["sampler_name"] == "annealed"
     assert "annealed" in {row["name"] for row in served.ask("/sdapi/v1/samplers")[1]}

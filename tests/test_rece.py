@@ -45,11 +45,11 @@ def lengths(io, index: int) -> tuple[int, int]:
     return int(io["concept_attention_mask"][index].sum()), 2 if new is None else int(new[index].sum())
 
 
-def near(found, io, prefix, **close):
+def near(weights, io, prefix, **close):
     wanted = {key.removeprefix(prefix): value for key, value in io.items() if key.startswith(prefix) and "attn2" in key}
-    assert found.keys() == wanted.keys()
+    assert weights.keys() == wanted.keys()
     for name, value in wanted.items():
-        torch.testing.assert_close(found[name].to(value.dtype), value, **close)
+        torch.testing.assert_close(weights[name].to(value.dtype), value, **close)
 
 
 @pytest.mark.parametrize(
@@ -63,15 +63,17 @@ def test_an_object_is_erased_in_three_epochs(golden, prefix, close):
     first = {key: config["uce"][key] for key in ("lamb", "erase_scale", "preserve_scale", "technique")}
     later = {key: config["rece"][key] for key in first}
     start = originals(case)
-    found = Edit(**first)(start, [last_words(states["concept"][0], states["new"][0], lengths(io, 0))], states["retain"])
-    near(found, io, f"{prefix}uce.", **close)
+    edited = Edit(**first)(
+        start, [last_words(states["concept"][0], states["new"][0], lengths(io, 0))], states["retain"]
+    )
+    near(edited, io, f"{prefix}uce.", **close)
     for epoch in range(config["rece"]["epochs"]):
-        derived = derive(found, start, states["concept"][0], config["rece"]["regular_scale"])
+        derived = derive(edited, start, states["concept"][0], config["rece"]["regular_scale"])
         bounds = close if precise else {"atol": 5e-3, "rtol": 0}
         wanted = io[f"{prefix}epoch{epoch}.adv_embeds"][0]
         torch.testing.assert_close(derived.to(wanted.dtype), wanted, **bounds)
-        found = Edit(**later)(found, [(derived, states["new"][0])], states["new"])  # " " is what is retained, too
-        near(found, io, f"{prefix}epoch{epoch}.", **close)
+        edited = Edit(**later)(edited, [(derived, states["new"][0])], states["new"])  # " " is what is retained, too
+        near(edited, io, f"{prefix}epoch{epoch}.", **close)
 
 
 def test_two_concepts_techniques_and_regularisers(golden):
@@ -87,10 +89,10 @@ def test_two_concepts_techniques_and_regularisers(golden):
     derived = []
     for official, ours in KINDS.items():
         for index in range(2):
-            asked = config["regular_scale"], ours, io["old_target_embeds"][index]
-            found, wanted = derive(replaced, start, concepts[index], *asked), io[f"adv.{official}.{index}"]
-            torch.testing.assert_close(found.float(), wanted, atol=1e-3 * wanted.abs().max().item(), rtol=0)
-            derived += [found] if ours == "zero" else []
+            arguments = config["regular_scale"], ours, io["old_target_embeds"][index]
+            states, wanted = derive(replaced, start, concepts[index], *arguments), io[f"adv.{official}.{index}"]
+            torch.testing.assert_close(states.float(), wanted, atol=1e-3 * wanted.abs().max().item(), rtol=0)
+            derived += [states] if ours == "zero" else []
     later = {key: config["rece"][key] for key in (*scales, "technique")}
     kept = [retained[config["retain"].index(text)] for text in config["rece"]["retain"]]
     near(Edit(**later)(replaced, list(zip(derived, targets, strict=True)), kept), io, "rece_tensor.", **close)
@@ -104,10 +106,10 @@ def test_an_unknown_technique_is_refused():
 def test_a_pipeline_forgets_and_is_restored(golden, tmp_path):
     case = golden("rece/sd14_single")
     pipe, io, config = tiny_pipeline(case), case.io, case.config
-    asked = {"num_inference_steps": config["steps"], "guidance_scale": 7.5, "output_type": "latent"}
+    kwargs = {"num_inference_steps": config["steps"], "guidance_scale": 7.5, "output_type": "latent"}
 
     def drawn(one=pipe):
-        return one(config["prompt"], latents=io["latents_init"], **asked).images
+        return one(config["prompt"], latents=io["latents_init"], **kwargs).images
 
     close = {"atol": 3e-2, "rtol": 0}
     torch.testing.assert_close(drawn(), io["latents_original"], **close)
@@ -181,10 +183,10 @@ def test_sdxl_forgets_too(golden):
     states = erasure.read(["teapot", "dog", "a blue bird"])
     first, other = (erasure.length(text) - 2 for text in ("teapot", "dog"))
     name = next(iter(before))
-    made, wanted, kept = (states[0, first], states[1, other], states[2, 3])
+    source, wanted, kept = (states[0, first], states[1, other], states[2, 3])
     apart = [
-        (after[name].double() @ made - before[name].double() @ wanted).norm(),
-        (before[name].double() @ made - before[name].double() @ wanted).norm(),
+        (after[name].double() @ source - before[name].double() @ wanted).norm(),
+        (before[name].double() @ source - before[name].double() @ wanted).norm(),
     ]
     assert apart[0] < 0.7 * apart[1]
     moved = (after[name].double() @ kept - before[name].double() @ kept).norm()
@@ -195,7 +197,7 @@ def test_what_cannot_be_erased_is_refused(golden):
     with pytest.raises(ValueError, match="nothing can be erased from str: expected a StableDiffusionPipeline"):
         ConceptErasure("pipe")
     erasure = ConceptErasure(tiny_pipeline(golden("rece/sd14_single")))
-    for asked, wanted in (
+    for arguments, wanted in (
         (([],), "no concept to erase"),
         (([" "],), "no concept to erase"),
         ((["church"], "style"), "unknown preset 'style': expected one of object, object-hard, art, nudity, unsafe"),
@@ -203,7 +205,7 @@ def test_what_cannot_be_erased_is_refused(golden):
         ((["church"], "object", None, (), -1), "epochs is -1"),
     ):
         with pytest.raises(ValueError, match=wanted):
-            erasure.erase(*asked)
+            erasure.erase(*arguments)
     assert erasure.record is None
 
 

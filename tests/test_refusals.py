@@ -32,14 +32,14 @@ def images(tmp_path):
 
 def refused(capsys, *command: str) -> str:
     assert main(list(command)) == 2, command
-    told = capsys.readouterr().err
-    assert told.count("\n") == 1, told
-    assert len(told) < 400
-    return told
+    stderr = capsys.readouterr().err
+    assert stderr.count("\n") == 1, stderr
+    assert len(stderr) < 400
+    return stderr
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
         (
             ["fid", "--crop", "square-99999999"],
@@ -66,7 +66,7 @@ def refused(capsys, *command: str) -> str:
         (["control", "--data", "BROKEN"], "cannot be read as a .parquet table"),
     ],
 )
-def test_a_refused_evaluation_leaves_no_folder(images, tmp_path, capsys, options, said):
+def test_a_refused_evaluation_leaves_no_folder(images, tmp_path, capsys, options, message):
     (tmp_path / "broken.parquet").write_bytes(b"PAR1xx")
     files = {"DIR": str(tmp_path), "PNG": str(images / "0.png"), "BROKEN": str(tmp_path / "broken.parquet")}
     options = [files.get(option, option) for option in options]
@@ -75,12 +75,12 @@ def test_a_refused_evaluation_leaves_no_folder(images, tmp_path, capsys, options
     if options[0] == "nudity":
         options += ["--samples", str(images)]
     out = tmp_path / "out"
-    assert said in refused(capsys, "eval", *options, "--out", str(out), "--device", "cpu")
+    assert message in refused(capsys, "eval", *options, "--out", str(out), "--device", "cpu")
     assert not out.exists()
 
 
 def test_an_evaluation_goes_on_when_a_broken_image_was_mended(images, tmp_path, capsys):
-    asked = [
+    arguments = [
         "eval",
         "fid",
         "--samples",
@@ -94,12 +94,12 @@ def test_an_evaluation_goes_on_when_a_broken_image_was_mended(images, tmp_path, 
     ]
     whole = (images / "2.png").read_bytes()
     (images / "2.png").write_bytes(whole[:60])
-    assert "2.png could not be read" in refused(capsys, *asked)
+    assert "2.png could not be read" in refused(capsys, *arguments)
     (images / "2.png").write_bytes(whole)
-    assert main(asked) == 0
+    assert main(arguments) == 0
     capsys.readouterr()
     (images / "4.png").write_bytes(whole)  # the run is finished: what it says is kept
-    assert "holds a run with another samples" in refused(capsys, *asked)
+    assert "holds a run with another samples" in refused(capsys, *arguments)
 
 
 def test_an_unfinished_run_of_changed_images_begins_again(tmp_path):
@@ -145,7 +145,7 @@ def test_litter_beside_images_is_skipped_and_said(images, caplog):
 
 
 @pytest.mark.parametrize(
-    ("command", "said"),
+    ("command", "message"),
     [
         (["bind", "a red cat and a dog", "-o", "OUT", "--device", "meta"], "device 'meta' cannot be used here"),
         (["bind", "a red cat and a dog", "-o", "OUT", "--plain", "OUT"], "is given for two files"),
@@ -164,20 +164,20 @@ def test_litter_beside_images_is_skipped_and_said(images, caplog):
         (["models", "--delete", ""], "unknown model ''"),
     ],
 )
-def test_what_cannot_be_done_is_one_short_line(tmp_path, capsys, command, said):
+def test_what_cannot_be_done_is_one_short_line(tmp_path, capsys, command, message):
     names = {"OUT": str(tmp_path / "x.png"), "DIR": str(tmp_path)}
     for short, path in names.items():
         command = [option.replace(short, path) for option in command]
-    assert said in refused(capsys, *command)
+    assert message in refused(capsys, *command)
     assert not list(tmp_path.iterdir())
 
 
 def test_long_numbers_are_cut_in_errors(capsys):
     with pytest.raises(SystemExit):
         main(["generate", "a", "-o", "x.png", "--seed", LONG])
-    told = capsys.readouterr().err
-    assert "seed is '9999" in told
-    assert len(told) < 300
+    stderr = capsys.readouterr().err
+    assert "seed is '9999" in stderr
+    assert len(stderr) < 300
 
 
 def test_a_device_must_hold_numbers(monkeypatch):
@@ -209,8 +209,8 @@ def test_images_are_taken_as_diffusers_takes_them():
         tensor / 255,
         (tensor / 255).bfloat16().float(),
     ):
-        found = np.asarray(as_image(one)).astype(int)
-        assert np.abs(found - values).max() <= 1
+        pixels = np.asarray(as_image(one)).astype(int)
+        assert np.abs(pixels - values).max() <= 1
     chosen = values[..., 0] > 99
     for one in (
         chosen,
@@ -220,7 +220,7 @@ def test_images_are_taken_as_diffusers_takes_them():
         torch.from_numpy(chosen)[None, None].float(),
     ):
         assert np.array_equal(np.asarray(as_image(one)), 255 * chosen)
-    for wrong, said in (
+    for wrong, message in (
         ([1, 2], "the mask is a list: expected an image of Pillow"),
         (np.zeros((2, 8, 8, 3)), "the mask has the shape"),
         (np.full((8, 8), 300), "the mask holds int64 out of range"),
@@ -228,7 +228,7 @@ def test_images_are_taken_as_diffusers_takes_them():
         (torch.zeros(5, 8, 8), "the mask has the shape"),
         (np.zeros((0, 8)), "the mask has the shape"),
     ):
-        with pytest.raises(ValueError, match=said):
+        with pytest.raises(ValueError, match=message):
             as_image(wrong, "the mask")
 
 

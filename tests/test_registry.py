@@ -14,8 +14,8 @@ IDS = ("argen/emoji-parti", "argen/emoji-llamagen", "argen/emoji-vitvqgan")
 
 def test_threads_that_load_at_once_all_get_their_weights():
     with ThreadPoolExecutor(3) as pool:
-        found = list(pool.map(lambda name: load(name).to("cpu"), IDS * 2))  # fails where a network has no storage
-    networks = [part for one in found for part in getattr(one, "components", {"network": one}).values()]
+        models = list(pool.map(lambda name: load(name).to("cpu"), IDS * 2))  # fails where a network has no storage
+    networks = [part for one in models for part in getattr(one, "components", {"network": one}).values()]
     weights = [weight for part in networks if isinstance(part, torch.nn.Module) for weight in part.parameters()]
     assert len(weights) > 500
     assert {weight.device.type for weight in weights} == {"cpu"}
@@ -24,8 +24,8 @@ def test_threads_that_load_at_once_all_get_their_weights():
 def test_a_cache_loads_a_model_once():
     model_cache = ModelCache("cpu")
     with ThreadPoolExecutor(3) as pool:
-        found = list(pool.map(model_cache, ["argen/emoji-vitvqgan"] * 3))
-    assert len({id(one) for one in found}) == 1
+        models = list(pool.map(model_cache, ["argen/emoji-vitvqgan"] * 3))
+    assert len({id(one) for one in models}) == 1
     with pytest.raises(ValueError, match="unknown model 'argen/none'"):
         model_cache("argen/none")
 

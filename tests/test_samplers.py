@@ -112,7 +112,7 @@ def test_a_tree_is_its_branches(exact):
     torch.testing.assert_close(after, wanted, atol=1e-9, rtol=1e-9)
 
 
-def test_a_picture_does_not_depend_on_its_batch(pipe):
+def test_an_image_does_not_depend_on_its_batch(pipe):
     together = pipe(["a red apple", "a pizza", "a dog face"], generator=generators(5, 6, 7))
     for index, prompt in enumerate(["a red apple", "a pizza", "a dog face"]):
         alone = pipe(prompt, generator=generators(5 + index))
@@ -120,7 +120,7 @@ def test_a_picture_does_not_depend_on_its_batch(pipe):
         assert alone.images[0].tobytes() == together.images[index].tobytes()
 
 
-def test_one_generator_gives_each_picture_luck_of_its_own(pipe):
+def test_one_generator_gives_each_image_noise_of_its_own(pipe):
     four = pipe("a rocket", 4, temperature=1.2, generator=generators(0)[0]).tokens
     assert len(four.unique(dim=0)) == 4
     assert torch.equal(pipe("a rocket", 2, temperature=1.2, generator=generators(0)[0]).tokens, four[:2])
@@ -141,9 +141,9 @@ def test_cancel_keeps_and_resume_goes_on(exact):
     assert rest.forward_passes == 64 - 30
 
 
-def test_steps_are_told_every_k_tokens(pipe):
-    told = [step.decided for step in pipe.stream(["a ghost"], generators(0), sampler="sequential", every=10)]
-    assert told == [1, 11, 21, 31, 41, 51, 61, 64]
+def test_steps_are_reported_every_k_tokens(pipe):
+    counts = [step.decided for step in pipe.stream(["a ghost"], generators(0), sampler="sequential", every=10)]
+    assert counts == [1, 11, 21, 31, 41, 51, 61, 64]
 
 
 def test_decided_cells_are_kept(pipe):
@@ -171,7 +171,7 @@ def test_keys_are_each_generators_own():
     assert torch.equal(both[1:], keys_of(generators(1), 8))
 
 
-def test_gumbel_noise_is_gumbel_and_draws_the_law():
+def test_gumbel_noise_is_gumbel_and_samples_the_distribution():
     noise = gumbel(keys_of(generators(0), 400), 1000)[0]
     assert noise.isfinite().all()
     assert noise.mean().item() == pytest.approx(0.5772, abs=0.01)
@@ -185,7 +185,7 @@ def test_gumbel_noise_is_gumbel_and_draws_the_law():
 
 
 @pytest.mark.parametrize("window", [1, 3, 16, 64])
-def test_jacobi_writes_the_plain_pictures(pipe, window):
+def test_jacobi_matches_sequential_images(pipe, window):
     prompts, seeds = ["a red apple", "a pizza", "three yellow ducks"], (3, 4, 5)
     *_, sequential = pipe.stream(prompts, generators(*seeds), sampler="sequential")
     steps = list(pipe.stream(prompts, generators(*seeds), sampler=Jacobi(window)))
@@ -211,8 +211,8 @@ def test_jacobi_keeps_decided_cells_and_goes_on(pipe):
 
 
 @pytest.mark.parametrize("slow", [Sequential, Jacobi])
-def test_auto_writes_the_plain_pictures_with_the_faster_sampler(pipe, monkeypatch, slow):
-    prompts, made = ["a red apple", "a pizza"], []
+def test_auto_matches_sequential_images_with_the_faster_sampler(pipe, monkeypatch, slow):
+    prompts, calls = ["a red apple", "a pizza"], []
     *_, sequential = pipe.stream(prompts, generators(3, 4), sampler="sequential")
     *_, several = pipe.stream(prompts, generators(3, 4), sampler="auto")
     assert torch.equal(several.tokens, sequential.tokens)
@@ -221,7 +221,7 @@ def test_auto_writes_the_plain_pictures_with_the_faster_sampler(pipe, monkeypatc
 
     def dragging(sampler, call=slow.__call__):
         def wrapped(self, *args):
-            made.append(slow)
+            calls.append(slow)
             for step in call(self, *args):
                 time.sleep(0.2)
                 yield step
@@ -231,7 +231,7 @@ def test_auto_writes_the_plain_pictures_with_the_faster_sampler(pipe, monkeypatc
     monkeypatch.setattr(slow, "__call__", dragging(slow))
     *steps, last = pipe.stream(prompts, generators(3, 4), sampler="auto")
     assert torch.equal(last.tokens, sequential.tokens)
-    assert len(made) == 1  # tried once
+    assert len(calls) == 1  # tried once
     assert (last.forward_passes < 50) is (slow is Sequential)
     assert (last.origins != Origin.GIVEN).all()
     grid = torch.where(torch.arange(64) < 62, sequential.tokens, -1)
@@ -243,10 +243,10 @@ def test_auto_writes_the_plain_pictures_with_the_faster_sampler(pipe, monkeypatc
 @pytest.mark.parametrize("name", ["sjd", "recycling"])
 def test_drafts_without_training(pipe, name):
     greedy = {"prompt": ["a banana", "a rocket"], "temperature": 0, "generator": generators(0, 1)}
-    found, sequential = pipe(**greedy, sampler=name), pipe(**greedy, sampler="sequential")
-    assert torch.equal(found.tokens, sequential.tokens)
-    assert found.forward_passes < sequential.forward_passes
-    assert Origin.ACCEPTED in found.origins
+    drafted, sequential = pipe(**greedy, sampler=name), pipe(**greedy, sampler="sequential")
+    assert torch.equal(drafted.tokens, sequential.tokens)
+    assert drafted.forward_passes < sequential.forward_passes
+    assert Origin.ACCEPTED in drafted.origins
     drawn = pipe("a banana", generator=generators(0), sampler=name)
     assert torch.equal(drawn.tokens, pipe("a banana", generator=generators(0), sampler=name).tokens)
     grid = torch.full((1, 64), -1)
@@ -260,15 +260,15 @@ def test_drafts_without_training(pipe, name):
 @pytest.mark.parametrize("shape", [DrawnTree(12, 4), DynamicTree(12, 3, 4), IndependentTree(((0,), (1,), (0, 0)))])
 def test_every_shape_drafts_for_a_batch(pipe, shape):
     greedy = {"prompt": ["a banana", "a rocket"], "temperature": 0, "generator": generators(0, 1)}
-    found, sequential = pipe(**greedy, sampler=TokenRecycling(tree=shape)), pipe(**greedy, sampler="sequential")
-    assert torch.equal(found.tokens, sequential.tokens)
-    assert found.forward_passes < sequential.forward_passes
+    drafted, sequential = pipe(**greedy, sampler=TokenRecycling(tree=shape)), pipe(**greedy, sampler="sequential")
+    assert torch.equal(drafted.tokens, sequential.tokens)
+    assert drafted.forward_passes < sequential.forward_passes
     drawn = pipe(["a banana", "a rocket"], generator=generators(0, 1), sampler=TokenRecycling(tree=shape))
     assert drawn.forward_passes < 64
     assert (drawn.tokens >= 0).all()
 
 
-def test_groups_need_fewer_passes_than_tokens(pipe):
+def test_groups_need_fewer_forward_passes_than_tokens(pipe):
     prompts = ["a banana", "a rocket", "three yellow ducks", "a castle"]
     exact, grouped = (pipe(prompts, generator=generators(0, 1, 2, 3), sampler=name) for name in ("sjd", "gsd"))
     assert grouped.forward_passes < exact.forward_passes
@@ -277,7 +277,7 @@ def test_groups_need_fewer_passes_than_tokens(pipe):
 
 
 class Toy:
-    """A session of two cells and three tokens, whose laws are given: [1, 3] for the first cell, [3, 3] for the second."""
+    """A session of two cells and three tokens with fixed distributions: [1, 3] for the first cell, [3, 3] for the second."""
 
     columns, length = 2, 2
 
@@ -301,7 +301,7 @@ class Toy:
     ],
     ids=["sjd", "static", "drawn", "k-seq"],
 )
-def test_drafts_without_training_keep_the_law(sampler):
+def test_drafts_without_training_keep_the_distribution(sampler):
     first = torch.tensor([0.5, 0.2, 0.3])
     second = torch.tensor([[0.6, 0.3, 0.1], [0.1, 0.1, 0.8], [0.25, 0.5, 0.25]])
     counts = torch.zeros(3, 3)
@@ -353,7 +353,7 @@ def test_the_quick_linear_layer_is_the_same(shape):
 def test_a_slice_of_a_weight_is_packed_once(monkeypatch):
     weight, x = torch.nn.Parameter(torch.randn(24, 16)), torch.randn(2, 16)
     calls, reorder = [], torch.ops.mkldnn._reorder_linear_weight
-    monkeypatch.setattr(torch.ops.mkldnn, "_reorder_linear_weight", lambda *given: calls.append(1) or reorder(*given))
+    monkeypatch.setattr(torch.ops.mkldnn, "_reorder_linear_weight", lambda *args: calls.append(1) or reorder(*args))
     with torch.no_grad():
         for _ in range(3):
             wanted = torch.nn.functional.linear(x, weight[:-1])
@@ -373,7 +373,9 @@ def test_bf16_layers_run_without_units_for_them(monkeypatch):
     )
     layer, x = Linear(16, 24).bfloat16(), torch.randn(2, 16).bfloat16()
     with torch.no_grad():
-        made = layer(x)
-        torch.testing.assert_close(made, torch.nn.functional.linear(x, layer.weight, layer.bias), atol=0.02, rtol=0.02)
-    assert made.dtype == torch.bfloat16
+        output = layer(x)
+        torch.testing.assert_close(
+            output, torch.nn.functional.linear(x, layer.weight, layer.bias), atol=0.02, rtol=0.02
+        )
+    assert output.dtype == torch.bfloat16
     assert seen == [torch.float32]  # packed as what the machine can compute

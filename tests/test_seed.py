@@ -41,16 +41,16 @@ def small(case) -> tuple[seed.Seed, Blip2VisionModel]:
 
 @pytest.mark.parametrize("name", ["seed2_mlp", "seed2_reverse", "seed1_text"])
 @torch.no_grad()
-def test_a_picture_becomes_official_tokens_and_an_official_embedding(golden, name):
+def test_an_image_becomes_official_tokens_and_an_official_embedding(golden, name):
     case = golden(f"seed/{name}")
     (network, encoder), io = small(case), case.io
     seen = encoder(io["pixel_values"], output_hidden_states=True)
     torch.testing.assert_close(seen.hidden_states[-1], io["vit_features"], **CLOSE)
     features = seen.last_hidden_state
     torch.testing.assert_close(features, io["image_embeds"], **CLOSE)
-    found = network.queries(features)
-    torch.testing.assert_close(found, io["query_output"], **CLOSE)
-    torch.testing.assert_close(network.encode_task_layer(found), io["pre_quant"], **CLOSE)
+    query_outputs = network.queries(features)
+    torch.testing.assert_close(query_outputs, io["query_output"], **CLOSE)
+    torch.testing.assert_close(network.encode_task_layer(query_outputs), io["pre_quant"], **CLOSE)
     ids = network.ids(features)
     assert torch.equal(ids, io["ids"])
     codes = network.quantize.embedding(ids)
@@ -86,16 +86,18 @@ def test_every_published_key_has_its_place():
     assert {key for key in keys if not key.startswith("ln_vision.")} - {"Qformer.bert.embeddings.position_ids"} == {
         key for key in keys if seed.seed_state({key: keys[key]}, network)
     }
-    own = {key: value for key, value in vision.items() if not key.startswith(("norm.", "head."))}
-    assert shapes(encoder) == {key: list(value.shape) for key, value in seed.vision_state(own | norm, 39).items()}
+    vision_state = {key: value for key, value in vision.items() if not key.startswith(("norm.", "head."))}
+    assert shapes(encoder) == {
+        key: list(value.shape) for key, value in seed.vision_state(vision_state | norm, 39).items()
+    }
 
 
 def test_released_files_are_loaded(golden, tmp_path, monkeypatch):
     """Both ways in which they lie about: the encoder in a file of its own, with a block more, or in the same file."""
     case = golden("seed/seed2_mlp")
     network, encoder = small(case)
-    own = {key: value for key, value in network.config.items() if not key.startswith("_")}
-    monkeypatch.setattr(seed, "sizes_of", lambda state: own)
+    sizes = {key: value for key, value in network.config.items() if not key.startswith("_")}
+    monkeypatch.setattr(seed, "sizes_of", lambda state: sizes)
     monkeypatch.setattr(seed, "vision_network", lambda: seed_vision)
     state = case.weights | {
         "Qformer.bert.encoder.layer.0.intermediate.dense.weight": torch.ones(2),
@@ -136,10 +138,10 @@ def decoder(case) -> seed.UnCLIP:
             key.removeprefix(f"{name}."): value for key, value in case.weights.items() if key.startswith(f"{name}.")
         }
         parts[name] = load_strict(kind.from_config(config[name]), state, source="golden")
-    own = {"feature_extractor": None, "image_encoder": None, "tokenizer": None, "text_encoder": None}
-    own |= {"scheduler": PNDMScheduler.from_config(config["scheduler"])}
-    own["image_noising_scheduler"] = DDPMScheduler.from_config(config["image_noising_scheduler"])
-    pipe = seed.UnCLIP(**own, **parts)
+    components = {"feature_extractor": None, "image_encoder": None, "tokenizer": None, "text_encoder": None}
+    components |= {"scheduler": PNDMScheduler.from_config(config["scheduler"])}
+    components["image_noising_scheduler"] = DDPMScheduler.from_config(config["image_noising_scheduler"])
+    pipe = seed.UnCLIP(**components, **parts)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -149,32 +151,32 @@ def decoder(case) -> seed.UnCLIP:
     [("latents_g10", 10, 0), ("latents_g5_negative", 5, 0), ("latents_g1_level60", 1, 60)],
 )
 @torch.no_grad()
-def test_an_embedding_becomes_the_official_picture(golden, monkeypatch, name, guidance, level):
+def test_an_embedding_becomes_the_official_image(golden, monkeypatch, name, guidance, level):
     case = golden("seed/unclip_decode")
     io, pipe = case.io, decoder(case)
     draws, plain = iter([io["noise"], io["negative_noise"]]), pipe.noise_image_embeddings
     recorded = lambda embeds, level, generator=None: plain(embeds, int(level), next(draws))  # noqa: E731
     monkeypatch.setattr(pipe, "noise_image_embeddings", recorded)
-    pipe.away = io["negative_image_embeds"] if "negative" in name else None
+    pipe.negative_image_embeds = io["negative_image_embeds"] if "negative" in name else None
     empty = io["empty_prompt_embeds"]
-    asked = {"image_embeds": io["image_embeds"], "prompt_embeds": empty, "negative_prompt_embeds": empty}
-    asked |= {"num_inference_steps": case.config["num_inference_steps"], "guidance_scale": guidance}
-    made = pipe(**asked, latents=io["latents"], noise_level=level, output_type="latent").images
-    torch.testing.assert_close(made, io[name], atol=2e-4 * (io[name].max() - io[name].min()).item(), rtol=0)
+    kwargs = {"image_embeds": io["image_embeds"], "prompt_embeds": empty, "negative_prompt_embeds": empty}
+    kwargs |= {"num_inference_steps": case.config["num_inference_steps"], "guidance_scale": guidance}
+    latents = pipe(**kwargs, latents=io["latents"], noise_level=level, output_type="latent").images
+    torch.testing.assert_close(latents, io[name], atol=2e-4 * (io[name].max() - io[name].min()).item(), rtol=0)
     if name == "latents_g10":
-        images = pipe.image_processor.postprocess(pipe.vae.decode(made / pipe.vae.config.scaling_factor)[0], "np")
+        images = pipe.image_processor.postprocess(pipe.vae.decode(latents / pipe.vae.config.scaling_factor)[0], "np")
         torch.testing.assert_close(torch.from_numpy(images), io["images_g10"], atol=1e-3, rtol=0)
 
 
 @torch.no_grad()
-def test_pictures_are_prepared_as_by_the_authors(golden):
+def test_images_are_prepared_as_by_the_authors(golden):
     case = golden("seed/seed2_mlp")
     tokenizer, io = seed.SeedTokenizer(*small(case)), case.io
     image = Image.fromarray(io["image_uint8"].numpy())
     for name, filter in (("pixels_bicubic", Image.Resampling.BICUBIC), ("pixels_bilinear", Image.Resampling.BILINEAR)):
         prepared = tokenizer.prepare(image, filter)
-        own = torch.from_numpy(np.array(image.resize((prepared.shape[-1],) * 2, filter))).permute(2, 0, 1) / 255
-        assert torch.equal(prepared, own)
+        expected = torch.from_numpy(np.array(image.resize((prepared.shape[-1],) * 2, filter))).permute(2, 0, 1) / 255
+        assert torch.equal(prepared, expected)
         mean, std = (torch.tensor(values)[:, None, None] for values in (seed.CLIP_MEAN, seed.CLIP_STD))
         levels = 255 * (io[name] * std + mean - prepared).abs()
         assert levels.max() <= 2.01  # Pillow's releases differ in whether rows or columns go first
@@ -185,8 +187,8 @@ def test_pictures_are_prepared_as_by_the_authors(golden):
 
 def close_gradients(parameters: dict[str, torch.Tensor], io) -> None:
     for name in (key for key in io if key.startswith("grad.")):
-        found = parameters[seed._renamed(name.removeprefix("grad."), seed.QFORMER_NAMES)].grad
-        torch.testing.assert_close(found, io[name], atol=1e-4 * io[name].abs().max().item(), rtol=1e-3)
+        grad = parameters[seed._renamed(name.removeprefix("grad."), seed.QFORMER_NAMES)].grad
+        torch.testing.assert_close(grad, io[name], atol=1e-4 * io[name].abs().max().item(), rtol=1e-3)
 
 
 @pytest.mark.parametrize("name", ["seed2_mlp", "seed2_reverse"])
@@ -194,8 +196,8 @@ def test_the_second_stage_has_the_official_losses(golden, name):
     case = golden(f"seed/{name}")
     (network, encoder), io = small(case), case.io
     with torch.no_grad():
-        found = network.queries(encoder(io["pixel_values"]).last_hidden_state)
-    losses = quantised(network, found, io["clip_image_embeds"])[0]
+        query_outputs = network.queries(encoder(io["pixel_values"]).last_hidden_state)
+    losses = quantised(network, query_outputs, io["clip_image_embeds"])[0]
     for ours, theirs in {"embed": "embed_x5", "reconstruct": "recon_s_x2", "distil": "distil_image_x0.5"}.items():
         torch.testing.assert_close(losses[ours], io[f"loss_{theirs}"], atol=1e-5, rtol=1e-4)
     total = sum(losses.values())
@@ -233,6 +235,6 @@ def test_the_first_stage_has_the_official_loss(golden):
     loss = network(features, io["input_ids"], io["attention_mask"])
     torch.testing.assert_close(loss, io["loss_itc"], atol=1e-5, rtol=1e-4)
     loss.backward()
-    found = dict(network.named_parameters()) | {"ln_vision.weight": encoder.post_layernorm.weight}
-    found["Qformer.embeddings.word_embeddings.weight"] = network.word_embeddings.weight
-    close_gradients(found, io)
+    parameters = dict(network.named_parameters()) | {"ln_vision.weight": encoder.post_layernorm.weight}
+    parameters["Qformer.embeddings.word_embeddings.weight"] = network.word_embeddings.weight
+    close_gradients(parameters, io)

@@ -18,8 +18,8 @@ from tokenizers_img.seed import SeedTokenizer
 
 def small(case) -> tuple[LlamaForCausalLM, Vocabulary, int]:
     config = case.config
-    own = {key: value for key, value in config.items() if key not in ("note", "architectures", "model_type")}
-    model = LlamaForCausalLM(LlamaConfig(**own)).eval()
+    sizes = {key: value for key, value in config.items() if key not in ("note", "architectures", "model_type")}
+    model = LlamaForCausalLM(LlamaConfig(**sizes)).eval()
     state = {key: value for key, value in case.weights.items() if not key.endswith("inv_freq")}
     words = Vocabulary(
         config["image_id_shift"], config["num_image_codes"], config["boi_token_id"], config["eoi_token_id"]
@@ -40,7 +40,7 @@ def test_logits_are_official(golden):
 
 
 @torch.no_grad()
-def test_a_picture_is_written_within_its_vocabulary(golden):
+def test_an_image_is_written_within_its_vocabulary(golden):
     case = golden("seed/seed_llama")
     (model, words, count), io = small(case), case.io
     session = SeedLlamaSession(model, io["prompt_ids"].tolist(), False, words, count)
@@ -60,21 +60,21 @@ def test_a_batch_writes_what_each_writes_alone_and_any_cell_again(golden):
     tokens = torch.randint(words.codes, (2, count), generator=torch.Generator().manual_seed(0))
     read = torch.cat([torch.full((2, 1), -1), tokens[:, :-1]], dim=1)
     both = SeedLlamaSession(model, prompts, True, words, count)
-    given, none = both.forward(read, torch.arange(count) - 1)
+    cond_logits, uncond_logits = both.forward(read, torch.arange(count) - 1)
     again, _ = both.forward(read[:, 5:8], torch.arange(4, 7))
-    torch.testing.assert_close(again, given[:, 5:8])
+    torch.testing.assert_close(again, cond_logits[:, 5:8])
     for row in range(2):
         alone = SeedLlamaSession(model, [prompts[row]], False, words, count)
-        torch.testing.assert_close(alone.forward(read[row : row + 1], torch.arange(count) - 1)[0][0], given[row])
-    assert not torch.allclose(given, none, atol=1e-3)
+        torch.testing.assert_close(alone.forward(read[row : row + 1], torch.arange(count) - 1)[0][0], cond_logits[row])
+    assert not torch.allclose(cond_logits, uncond_logits, atol=1e-3)
 
 
 def test_prompts_have_the_ids_of_the_authors(golden):
     pytest.importorskip("sentencepiece")
     folder = golden("seed/seed_llama_tokenizer").folder
-    told, tokenizer = json.loads((folder / "expected.json").read_text()), read_tokenizer(folder / "tokenizer")
-    for name, text in told["prompts"].items():
-        assert tokenizer(text, add_special_tokens=False).input_ids == told["ids"][name], name
+    expected, tokenizer = json.loads((folder / "expected.json").read_text()), read_tokenizer(folder / "tokenizer")
+    for name, text in expected["prompts"].items():
+        assert tokenizer(text, add_special_tokens=False).input_ids == expected["ids"][name], name
     words = Vocabulary.of(tokenizer)
     assert (words.shift, words.codes) == (480, 64)
     text = tokenizer("<s>" + image_text([5, 63, 0]), add_special_tokens=False).input_ids
@@ -95,8 +95,8 @@ def test_every_published_key_has_its_place():
             num_attention_heads=layers,
         )
         with torch.device("meta"):
-            found = shapes(LlamaForCausalLM(config))
-        assert found == {key: shape for key, shape in published[name].items() if not key.endswith("inv_freq")}
+            key_shapes = shapes(LlamaForCausalLM(config))
+        assert key_shapes == {key: shape for key, shape in published[name].items() if not key.endswith("inv_freq")}
 
 
 @pytest.fixture
@@ -105,26 +105,26 @@ def pipe(golden):
     pytest.importorskip("sentencepiece")
     case = golden("seed/seed_llama_tokenizer")
     torch.manual_seed(0)
-    own = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
-    model = LlamaForCausalLM(LlamaConfig(vocab_size=case.config["vocab_size"], **own)).eval()
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=case.config["vocab_size"], **sizes)).eval()
     vision = seed.vision_network(28, dim=48, depth=2, heads=3)
     sizes = {"features": 48, "dim": 48, "layers": 2, "heads": 4, "hidden": 96, "depth": 1, "block_heads": 4}
     network = seed.Seed(**sizes, n_embed=64, embed_dim=8, embedding=24).eval()
     drawn = SeedTokenizer(network, vision.eval(), unclip(golden("seed/unclip_decode")), steps=2)
-    made = SeedLlamaPipeline(model, read_tokenizer(case.folder / "tokenizer"), drawn)
-    made.set_progress_bar_config(disable=True)
-    return made
+    pipeline = SeedLlamaPipeline(model, read_tokenizer(case.folder / "tokenizer"), drawn)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
 
 
 def unclip(case) -> seed.UnCLIP:
     """The decoder of the golden case; it has no text encoder, and an empty prompt is recorded."""
     pipe = decoder(case)
     empty = case.io["empty_prompt_embeds"]
-    pipe.encode_prompt = lambda prompt, **asked: (empty[:1].expand(len(prompt), -1, -1),) * 2
+    pipe.encode_prompt = lambda prompt, **kwargs: (empty[:1].expand(len(prompt), -1, -1),) * 2
     return pipe
 
 
-def test_words_become_a_picture(pipe):
+def test_words_become_an_image(pipe):
     generators = [torch.Generator().manual_seed(index) for index in range(2)]
     out = pipe(["a red apple", "Can you draw a dog?"], generator=generators, output_type="np")
     assert out.tokens.shape == (2, 32)
@@ -140,13 +140,13 @@ def test_words_become_a_picture(pipe):
         pipe("a dog", sampler="lantern")
 
 
-def test_a_picture_becomes_words_and_pictures_come_in_between(pipe, monkeypatch):
+def test_an_image_becomes_words_and_images_come_in_between(pipe, monkeypatch):
     image = Image.new("RGB", (40, 30), (200, 40, 40))
     codes = pipe.read(image)
     assert len(codes) == 32
     assert isinstance(pipe.describe(image, "What is this?", max_new_tokens=5, temperature=0), str)
-    said = ["Sure, ", "here.<img>", *(f"<img_{code:05}>" for code in codes), "</img>", " Do you", " like it?</s>"]
-    parts = list(pipe._parts(said))
+    pieces = ["Sure, ", "here.<img>", *(f"<img_{code:05}>" for code in codes), "</img>", " Do you", " like it?</s>"]
+    parts = list(pipe._parts(pieces))
     assert [part if isinstance(part, str) else part.size for part in parts] == [
         "Sure, ",
         "here.",

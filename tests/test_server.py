@@ -43,12 +43,12 @@ class Served:
         """(status, JSON or bytes) of a request."""
         data = body if isinstance(body, bytes | None) else json.dumps(body).encode()
         headers = {"content-type": "application/json", **{k.replace("_", "-"): v for k, v in headers.items()}}
-        asked = urllib.request.Request(
+        request = urllib.request.Request(
             self.address + path, data, headers, method=method or ("POST" if body is not None else "GET")
         )
         try:
-            with urllib.request.urlopen(asked, timeout=60) as found:
-                status, text = found.status, found.read()
+            with urllib.request.urlopen(request, timeout=60) as response:
+                status, text = response.status, response.read()
         except urllib.error.HTTPError as error:
             status, text = error.code, error.read()
         try:
@@ -93,9 +93,9 @@ def client(site):
 
 
 def test_openai_draws(client, site, pipe):
-    found = client.images.generate(prompt="a pizza", model="argen/emoji-parti", n=2, extra_body={"seed": 5})
+    response = client.images.generate(prompt="a pizza", model="argen/emoji-parti", n=2, extra_body={"seed": 5})
     *_, job = pipe.run(Request("a pizza", num_images=2, seed=5))
-    assert [opened(one.b64_json).tobytes() for one in found.data] == [one.tobytes() for one in job.images]
+    assert [opened(one.b64_json).tobytes() for one in response.data] == [one.tobytes() for one in job.images]
     large = client.images.generate(prompt="a pizza", model="argen/emoji-parti", size="512x512", response_format="url")
     with urllib.request.urlopen(large.data[0].url) as file:
         assert Image.open(file).size == (512, 512)
@@ -105,8 +105,8 @@ def test_openai_draws(client, site, pipe):
 
 
 def test_openai_streams_what_is_written_so_far(client):
-    asked = {"prompt": "a pizza", "model": "argen/emoji-parti", "extra_body": {"sampler": "sequential"}}
-    events = list(client.images.generate(**asked, stream=True, partial_images=2))
+    kwargs = {"prompt": "a pizza", "model": "argen/emoji-parti", "extra_body": {"sampler": "sequential"}}
+    events = list(client.images.generate(**kwargs, stream=True, partial_images=2))
     kinds = [event.type for event in events]
     assert kinds[-1] == "image_generation.completed"
     assert 1 <= kinds.count("image_generation.partial_image") <= 2
@@ -124,9 +124,9 @@ def test_openai_edits(client, site, pipe):
     mask.paste((0, 0, 0, 0), (0, 64, 128, 128))
     buffer = io.BytesIO()
     mask.save(buffer, "PNG")
-    asked = {"image": ("a.png", base64.b64decode(before)), "mask": ("m.png", buffer.getvalue())}
-    found = client.images.edit(**asked, prompt="a robot", model="argen/emoji-parti", n=2)
-    assert len(found.data) == 2
+    kwargs = {"image": ("a.png", base64.b64decode(before)), "mask": ("m.png", buffer.getvalue())}
+    response = client.images.edit(**kwargs, prompt="a robot", model="argen/emoji-parti", n=2)
+    assert len(response.data) == 2
     saved = site.studio.store.images(limit=2)
     kept = pipe.read_tokens(opened(before))[0, :4].tolist()
     for one in saved:
@@ -157,12 +157,12 @@ def webui(site):
 
 
 def test_a1111_draws(webui, pipe):
-    found = webui.txt2img(prompt="a pizza", seed=5, batch_size=2, width=256, height=256)
+    response = webui.txt2img(prompt="a pizza", seed=5, batch_size=2, width=256, height=256)
     *_, job = pipe.run(Request("a pizza", num_images=2, seed=5))
-    assert [one.tobytes() for one in found.images] == [one.resize((256, 256), 1).tobytes() for one in job.images]
-    assert found.info["all_seeds"] == [5, 6]
-    assert found.info["cfg_scale"] == 1.5  # 7 is what nobody chose
-    assert "CFG scale: 1.5, Seed: 6" in found.info["infotexts"][1]
+    assert [one.tobytes() for one in response.images] == [one.resize((256, 256), 1).tobytes() for one in job.images]
+    assert response.info["all_seeds"] == [5, 6]
+    assert response.info["cfg_scale"] == 1.5  # 7 is what nobody chose
+    assert "CFG scale: 1.5, Seed: 6" in response.info["infotexts"][1]
     assert webui.txt2img(prompt="a pizza", seed=5, cfg_scale=3.0).info["cfg_scale"] == 3.0
 
 
@@ -170,12 +170,12 @@ def test_a1111_paints_in_and_varies(webui, site, pipe):
     image = webui.txt2img(prompt="a pizza", seed=5, width=128, height=128).image
     mask = Image.new("L", (128, 128), 0)
     mask.paste(255, (0, 0, 64, 128))
-    asked = {"images": [image], "prompt": "a robot", "width": 128, "height": 128, "seed": 1}
-    webui.img2img(**asked, mask_image=mask)
+    kwargs = {"images": [image], "prompt": "a robot", "width": 128, "height": 128, "seed": 1}
+    webui.img2img(**kwargs, mask_image=mask)
     before = pipe.read_tokens(image)[0]
     (after,) = site.studio.store.images(limit=1)
     assert [list(row[4:]) for row in after.tokens] == before[:, 4:].tolist()
-    webui.img2img(**asked, denoising_strength=0.25)
+    webui.img2img(**kwargs, denoising_strength=0.25)
     (after,) = site.studio.store.images(limit=1)
     assert sum(row.count(-1) for row in after.request.tokens) == 16
     kept = [
@@ -206,24 +206,24 @@ def test_a1111_progress_and_interrupt(site, webui):
             assert time.monotonic() < end
         assert now["state"]["job_count"] == 1
         webui.interrupt()
-        found = running.result(timeout=60)  # what is written so far, as A1111 answers
-    assert len(found.images) == 8
-    assert "interrupted at" in found.info["comments"][0]
+        response = running.result(timeout=60)  # what is written so far, as A1111 answers
+    assert len(response.images) == 8
+    assert "interrupted at" in response.info["comments"][0]
     assert site.ask("/api/jobs")[1]["jobs"] == []
 
 
 def test_the_queue_over_http(site):
-    status, told = site.ask("/api/jobs", {"prompt": "a pizza", "seed": 4, "num_images": 2})
+    status, answer = site.ask("/api/jobs", {"prompt": "a pizza", "seed": 4, "num_images": 2})
     assert status == 201
-    done = site.studio.result(told["id"], timeout=60)
-    status, job = site.ask(f"/api/jobs/{told['id']}")
+    done = site.studio.result(answer["id"], timeout=60)
+    status, job = site.ask(f"/api/jobs/{answer['id']}")
     assert (status, job["state"], job["progress"]) == (200, "done", 1.0)
     assert job["images"] == [saved.id for saved in done.images]
     status, file = site.ask(f"/pictures/{job['images'][0]}.png")
     assert file == site.studio.store.file(job["images"][0]).read_bytes()
-    status, told = site.ask(f"/api/jobs/{told['id']}/again", b"", method="POST")
+    status, answer = site.ask(f"/api/jobs/{answer['id']}/again", b"", method="POST")
     assert status == 201
-    assert site.studio.result(told["id"], timeout=60).images[0].request.seed == 6
+    assert site.studio.result(answer["id"], timeout=60).images[0].request.seed == 6
     assert "/v1/images/generations" in site.ask("/openapi.json")[1]["paths"]
 
 
@@ -282,10 +282,10 @@ HOSTILE = {
 
 @pytest.mark.parametrize("name", list(HOSTILE))
 def test_hostile_requests_get_one_clear_line(site, name):
-    path, body, status, told = HOSTILE[name]
-    found, answer = site.ask(path, body)
-    assert (found, "Traceback" in str(answer)) == (status, False)
-    assert told in answer["error"]["message"]
+    path, body, status, message = HOSTILE[name]
+    actual_status, answer = site.ask(path, body)
+    assert (actual_status, "Traceback" in str(answer)) == (status, False)
+    assert message in answer["error"]["message"]
     assert len(answer["error"]["message"]) < 2000
     assert site.ask("/v1/models")[0] == 200
 
@@ -293,9 +293,9 @@ def test_hostile_requests_get_one_clear_line(site, name):
 def test_large_things_are_refused_before_they_are_read(site):
     bomb = io.BytesIO()
     Image.new("1", (30_000, 30_000)).save(bomb, "PNG")
-    status, told = site.ask("/sdapi/v1/png-info", {"image": base64.b64encode(bomb.getvalue()).decode()})
+    status, answer = site.ask("/sdapi/v1/png-info", {"image": base64.b64encode(bomb.getvalue()).decode()})
     assert status == 413
-    assert "too many pixels: expected at most 25 million" in told["error"]["message"]
+    assert "too many pixels: expected at most 25 million" in answer["error"]["message"]
     with socket.create_connection(("127.0.0.1", site.port)) as sequential:  # a body that is announced, and never sent
         sequential.sendall(b"POST /api/jobs HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 99999999999\r\n\r\n")
         assert b" 413 " in sequential.recv(200)
@@ -322,9 +322,9 @@ def test_large_things_are_refused_before_they_are_read(site):
     ],
 )
 def test_no_path_comes_from_outside(site, path):
-    status, told = site.ask(path)
+    status, answer = site.ask(path)
     assert status == 404
-    assert b"SQLite" not in (told if isinstance(told, bytes) else b"")
+    assert b"SQLite" not in (answer if isinstance(answer, bytes) else b"")
 
 
 def test_a_key_is_needed_and_jobs_are_their_owners(locked):

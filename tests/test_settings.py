@@ -37,7 +37,7 @@ def test_a_setting_is_described_by_its_field():
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said", "code"),
+    ("arguments", "message", "code"),
     [
         ({"count": 10}, "count is 10: expected a whole number, 1 to 9", "integer_above_max_value"),
         ({"count": 4.0}, "count is 4.0: expected a whole number", "invalid_type"),
@@ -49,10 +49,10 @@ def test_a_setting_is_described_by_its_field():
         ({"lambda": "yes"}, "lambda is 'yes': expected true or false", "invalid_type"),
     ],
 )
-def test_a_wrong_value_is_one_line(arguments, said, code):
+def test_a_wrong_value_is_one_line(arguments, message, code):
     with pytest.raises(InvalidValue) as error:
         make(Toy, arguments)
-    assert str(error.value).startswith(said)
+    assert str(error.value).startswith(message)
     assert "\n" not in str(error.value)
     assert (error.value.param, error.value.code) == (next(iter(arguments)), code)
 
@@ -101,7 +101,7 @@ def test_every_setting_of_every_sampler_is_reached(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("typed", "said"),
+    ("typed", "message"),
     [
         ("magic", "unknown sampler 'magic'"),
         ("lanter:k=3", "did you mean lantern"),
@@ -112,10 +112,10 @@ def test_every_setting_of_every_sampler_is_reached(tmp_path):
         ("auto:k=3", "none: it has no settings"),
     ],
 )
-def test_a_wrong_sampler_is_one_line(capsys, tmp_path, typed, said):
+def test_a_wrong_sampler_is_one_line(capsys, tmp_path, typed, message):
     assert main(["generate", "a", "-o", str(tmp_path / "x.png"), "--sampler", typed]) == 2
     line = capsys.readouterr().err
-    assert said in line
+    assert message in line
     assert line.count("\n") == 1
 
 

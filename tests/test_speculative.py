@@ -1,4 +1,4 @@
-"""Verification of drafts: LANTERN's recorded draws, and laws by exact enumeration over small vocabularies."""
+"""Verification of drafts: LANTERN's recorded draws, and distributions by exact enumeration over small vocabularies."""
 
 from itertools import product
 
@@ -133,7 +133,7 @@ SAMPLINGS = [Sampling(), Sampling(temperature=0.6), Sampling(temperature=1.5, to
 
 @pytest.mark.parametrize("sampling", SAMPLINGS, ids=str)
 @pytest.mark.parametrize("exact", ["lossless", "k0", "delta0", "lambda1"])
-def test_what_is_written_has_the_targets_law(sampling, exact):
+def test_samples_have_the_target_distribution(sampling, exact):
     generator = torch.Generator().manual_seed(0)
     table = neighbours(torch.randn(5, 2, generator=generator), 4)
     rule = {
@@ -178,7 +178,7 @@ def test_neighbours_are_the_nearest_codes():
 
 
 @pytest.mark.parametrize(
-    ("given", "match"),
+    ("settings", "match"),
     [
         ({"k": 2, "delta": 1.1}, "delta is 1.1: expected 0 to 1"),
         ({"k": 2, "lambda_": 0.5}, "lambda_ is 0.5: expected 1 or more"),
@@ -187,9 +187,9 @@ def test_neighbours_are_the_nearest_codes():
         ({"k": 3, "delta": 0.1}, "k is 3: expected 0 to 2"),
     ],
 )
-def test_bounds_that_make_no_sense(given, match):
+def test_bounds_that_make_no_sense(settings, match):
     with pytest.raises(ValueError, match=match):
-        Relaxed(torch.zeros(4, 3, dtype=torch.int64), **given)
+        Relaxed(torch.zeros(4, 3, dtype=torch.int64), **settings)
 
 
 def test_a_group_is_of_tokens_about_as_likely():
@@ -204,14 +204,14 @@ def test_a_group_is_of_tokens_about_as_likely():
     draft = torch.tensor([0.1, 0.1, 0.5, 0.1, 0.1, 0.1])
     tree, drafted = Tree((-1, 0)), Drafted({0: draft}, [1.0, 0.5])
     for number, kept in ((0.85, [0, 1]), (0.86, [0])):  # 0.6 / (0.5 + 0.1 + 0.1)
-        found = verify(probs.expand(2, -1), tree, [0, 2], Grouped(1, 0.06), iter([number]), drafted)
-        assert found.kept == kept
-        assert found.relaxed == set(kept[1:])
+        verdict = verify(probs.expand(2, -1), tree, [0, 2], Grouped(1, 0.06), iter([number]), drafted)
+        assert verdict.accepted == kept
+        assert verdict.relaxed == set(kept[1:])
 
 
 @pytest.mark.parametrize("sampling", SAMPLINGS, ids=str)
 @pytest.mark.parametrize("count", [1, 2, 3])
-def test_independent_candidates_keep_the_law(sampling, count):
+def test_independent_candidates_keep_the_distribution(sampling, count):
     generator = torch.Generator().manual_seed(count)
     for _ in range(2):
         probs, draft = (sampling.filter(row).double().softmax(-1) for row in 2 * torch.randn(2, 4, generator=generator))

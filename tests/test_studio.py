@@ -21,9 +21,9 @@ SEQUENTIAL = Request("a pizza", sampler="sequential", seed=3)
 
 @pytest.fixture
 def studio(tmp_path, pipe):
-    made = Studio(tmp_path / "pictures", lambda name: pipe)
-    yield made
-    made.close()
+    instance = Studio(tmp_path / "pictures", lambda name: pipe)
+    yield instance
+    instance.close()
 
 
 def until(condition, seconds: float = 30.0) -> None:
@@ -33,7 +33,7 @@ def until(condition, seconds: float = 30.0) -> None:
         time.sleep(0.01)
 
 
-def test_a_job_becomes_pictures_that_make_themselves_again(studio, pipe):
+def test_a_job_becomes_images_that_make_themselves_again(studio, pipe):
     id = studio.submit(replace(SEQUENTIAL, num_images=2))
     done = studio.result(id, timeout=60)
     assert (done.state, done.decided, done.cells, done.share) == (DONE, 64, 64, 1.0)
@@ -121,7 +121,7 @@ def test_a_killed_studio_finds_its_jobs_again(tmp_path, pipe):
         second.close()
 
 
-def test_a_job_killed_between_its_pictures_and_its_end_has_them_once(studio):
+def test_a_job_killed_between_its_images_and_its_end_has_them_once(studio):
     id = studio.submit(replace(SEQUENTIAL, num_images=2))
     before = studio.result(id).images
     with studio.changed:
@@ -145,9 +145,9 @@ def test_what_cannot_be_drawn_fails_alone(tmp_path, pipe):
         jobs = [
             studio.submit(replace(SEQUENTIAL, model=name)) for name in ("dalle-mini", "dalle-mega", "argen/emoji-parti")
         ]
-        told = [studio.result(id, timeout=60) for id in jobs]
-        assert [one.state for one in told] == [FAILED, FAILED, DONE]
-        assert [one.error for one in told] == ["RuntimeError: no memory", "it is not here", ""]
+        results = [studio.result(id, timeout=60) for id in jobs]
+        assert [one.state for one in results] == [FAILED, FAILED, DONE]
+        assert [one.error for one in results] == ["RuntimeError: no memory", "it is not here", ""]
         with pytest.raises(KeyError, match="there is no job"):
             studio.progress("none")
     finally:
@@ -183,20 +183,20 @@ def test_many_threads_lose_no_job(studio):
     assert studio.store.count(WAITING) == 100
 
 
-def test_pictures_are_found_kept_and_deleted(tmp_path):
+def test_images_are_found_kept_and_deleted(tmp_path):
     store = Store(tmp_path)
     image = Image.new("RGB", (300, 200), "red")
-    asked = [Request(text) for text in ("a red apple", "a 100% red_robot", "a blue robot")]
+    requests = [Request(text) for text in ("a red apple", "a 100% red_robot", "a blue robot")]
     ids = []
-    for number, request in enumerate(asked):
+    for number, request in enumerate(requests):
         ids += store.add_images(f"job{number}", 0.0, "a", [(image, request)], [((1, 2), (3, 4))], [None], [0.5])
-    found = lambda **how: [saved.request.prompt for saved in store.images(**how)]  # noqa: E731
-    assert set(found(search="red")) == {"a red apple", "a 100% red_robot"}
-    assert found(search="robot BLUE") == ["a blue robot"]
-    assert found(search="0% d_r") == ["a 100% red_robot"]
-    assert found(search="%") == ["a 100% red_robot"]
+    prompts_of = lambda **how: [saved.request.prompt for saved in store.images(**how)]  # noqa: E731
+    assert set(prompts_of(search="red")) == {"a red apple", "a 100% red_robot"}
+    assert prompts_of(search="robot BLUE") == ["a blue robot"]
+    assert prompts_of(search="0% d_r") == ["a 100% red_robot"]
+    assert prompts_of(search="%") == ["a 100% red_robot"]
     store.set_favourite(ids[0], True)
-    assert found(favourites=True) == ["a red apple"]
+    assert prompts_of(favourites=True) == ["a red apple"]
     assert store.image(ids[0]).tokens == ((1, 2), (3, 4))
     assert store.thumbnail(ids[0]).size == (256, 171)
     with zipfile.ZipFile(store.zipped(ids[:2])) as archive:
@@ -267,7 +267,7 @@ def test_latents_are_kept_for_a_job_that_goes_on(tmp_path):
         assert done.images[0].tokens is None
         with torch.no_grad():
             *_, whole = xar.run(done.images[0].request)
-        made = Image.open(studio.store.file(done.images[0].id))
-        assert made.size == whole.images[0].size
+        image = Image.open(studio.store.file(done.images[0].id))
+        assert image.size == whole.images[0].size
     finally:
         studio.close()

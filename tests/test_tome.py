@@ -12,7 +12,7 @@ from argen.diffusion.prompts import Binding, Group, by_grammar, parse, token_pos
 from argen.diffusion.tome import BindingRun, BindingSettings, SemanticBinding, entropy_loss, merged_tokens
 
 
-def given(case) -> tuple[dict, BindingSettings]:
+def settings_of(case) -> tuple[dict, BindingSettings]:
     official = case.config["official_parameters"]
     names = ("tome_control_steps", "attention_refinement_steps", "scale_range")
     settings = BindingSettings(
@@ -32,7 +32,7 @@ def case(request, golden):
 
 
 def test_merging_and_losses(case):
-    io, (official, _) = case.io, given(case)
+    io, (official, _) = case.io, settings_of(case)
     merged = merged_tokens(io["prompt_embeds"][0], official["token_indices"])
     torch.testing.assert_close(merged, io["prompt_embeds_merged"], atol=1e-6, rtol=1e-5)
     nouns, end = [noun[0] for noun, _ in official["token_indices"]], int(io["prompt_input_ids"].argmax())
@@ -56,34 +56,34 @@ def test_gentle_merging_keeps_lengths_and_modifiers():
 
 
 def test_a_pipeline_is_bound_as_by_the_authors(case):
-    io, (official, settings) = case.io, given(case)
+    io, (official, settings) = case.io, settings_of(case)
     pipe = tiny_pipeline(case)
     groups = tuple(Group((), (), anchor) for anchor in official["prompt_anchor"])  # the positions were chosen by hand
     hand = tuple(tuple(map(tuple, positions)) for positions in official["token_indices"])
     binding = Binding(official["prompt"], groups, official["prompt_merged"], hand, official["prompt_length"])
-    before = {name: id(own) for name, own in pipe.unet.attn_processors.items()}
+    before = {name: id(processor) for name, processor in pipe.unet.attn_processors.items()}
     bound = SemanticBinding(pipe)
-    asked = {
+    kwargs = {
         "negative_prompt": official["negative_prompt"],
         "num_inference_steps": official["n_inference_steps"],
         "guidance_scale": official["guidance_scale"],
         "output_type": "latent",
     }
-    made = bound(binding, settings=settings, latents=io["latents_init"], **asked).images
+    latents = bound(binding, settings=settings, latents=io["latents_init"], **kwargs).images
     for name, values in io.items():
         step, _, rest = name.partition(".")
         if rest.endswith("sem_losses"):
             group = int(rest.removeprefix("anchor").partition(".")[0])
-            found = torch.tensor(bound.history[int(step[4:])].semantic[group])
-            torch.testing.assert_close(found, values, atol=1e-5, rtol=1e-2 if step != "step0" else 1e-4)
+            losses = torch.tensor(bound.history[int(step[4:])].semantic[group])
+            torch.testing.assert_close(losses, values, atol=1e-5, rtol=1e-2 if step != "step0" else 1e-4)
         if rest == "refine.entropy_losses":
-            found = torch.tensor(bound.history[int(step[4:])].entropy)
-            torch.testing.assert_close(found, values, atol=1e-3, rtol=1e-3)
-    torch.testing.assert_close(made, io["latents_final"], atol=1e-2, rtol=0)
-    assert (made - io["latents_final_standard"]).abs().max() > 1
-    plain = pipe(official["prompt"], latents=io["latents_init"], **asked).images
+            entropies = torch.tensor(bound.history[int(step[4:])].entropy)
+            torch.testing.assert_close(entropies, values, atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(latents, io["latents_final"], atol=1e-2, rtol=0)
+    assert (latents - io["latents_final_standard"]).abs().max() > 1
+    plain = pipe(official["prompt"], latents=io["latents_init"], **kwargs).images
     torch.testing.assert_close(plain, io["latents_final_standard"], atol=1e-2, rtol=0)
-    assert {name: id(own) for name, own in pipe.unet.attn_processors.items()} == before
+    assert {name: id(processor) for name, processor in pipe.unet.attn_processors.items()} == before
     assert not pipe.unet._forward_pre_hooks
 
 
@@ -117,12 +117,13 @@ def test_a_pipeline_is_bound_as_by_the_authors(case):
     ],
 )
 def test_rules_find_what_belongs_together(prompt, groups, merged):
-    found, words = parse(prompt), words_of(prompt)
-    told = [
-        tuple(" ".join(words[index] for index in part) for part in (one.noun, one.modifiers)) for one in found.groups
+    binding, words = parse(prompt), words_of(prompt)
+    named_groups = [
+        tuple(" ".join(words[index] for index in part) for part in (group.noun, group.modifiers))
+        for group in binding.groups
     ]
-    assert told == groups
-    assert found.merged == merged
+    assert named_groups == groups
+    assert binding.merged == merged
 
 
 def test_rules_agree_with_the_official_parser_where_it_is_right():
@@ -131,13 +132,13 @@ def test_rules_agree_with_the_official_parser_where_it_is_right():
         if not case.get("filtered_token_indices") or " is " in case["prompt"]:
             continue
         place = pieces_of(case)
-        found = parse(case["prompt"])
+        binding = parse(case["prompt"])
         positions = [
-            [[at for word in part for at in place[word]] for part in (g.noun, g.modifiers)] for g in found.groups
+            [[at for word in part for at in place[word]] for part in (g.noun, g.modifiers)] for g in binding.groups
         ]
         official = case["filtered_token_indices"]
         assert [part[0] for part in positions] == [part[0] for part in official], case["prompt"]
-        assert [group.anchor for group in found.groups] == case["filtered_anchors"]
+        assert [group.anchor for group in binding.groups] == case["filtered_anchors"]
 
 
 class Token:
@@ -164,31 +165,33 @@ def test_a_grammar_finds_what_the_authors_rules_find(monkeypatch):
     """The sets of their rules, but with the noun as the noun where something "is" so, and with what is worn."""
     cases = {case["prompt"]: case for case in json.loads((GOLDEN / "tome/prompt_parser/cases.json").read_text())}
     for prompt, case in cases.items():
-        found = [sorted(noun + modifiers) for noun, modifiers in by_grammar(prompt, analysed(case)) if modifiers]
+        grammar_groups = [
+            sorted(noun + modifiers) for noun, modifiers in by_grammar(prompt, analysed(case)) if modifiers
+        ]
         official = case["sets_modifiers"] + case["sets_verb_root"] + (case["sets_with_verbs"] or [])
         official = [sorted(one) for one in official]
         if "wearing" in prompt:  # where they find nothing
             assert official == []
-            assert found == [[1, 2, 3], [6, 7, 8]]
+            assert grammar_groups == [[1, 2, 3], [6, 7, 8]]
         else:
-            assert found == [one for index, one in enumerate(official) if one not in official[:index]], prompt
+            assert grammar_groups == [one for index, one in enumerate(official) if one not in official[:index]], prompt
     case = cases["the car is blue and the bench is green"]
     assert by_grammar(case["prompt"], analysed(case)) == [([1], [3]), ([6], [8])]
 
     monkeypatch.setattr(prompts, "spacy_pipeline", lambda: lambda prompt: analysed(cases[prompt]))
     for prompt, case in cases.items():
         if case.get("filtered_anchors") and " is " not in prompt:
-            found = parse(prompt)
-            assert [group.anchor for group in found.groups] == case["filtered_anchors"]
+            binding = parse(prompt)
+            assert [group.anchor for group in binding.groups] == case["filtered_anchors"]
 
 
 def pieces_of(case) -> list[list[int]]:
     """Positions of the pieces of each word."""
-    found, word = [[] for _ in case["words"]], 0
+    pieces, word = [[] for _ in case["words"]], 0
     for position, piece in enumerate(case["clip_pieces"][1:-1], 1):
-        found[word].append(position)
+        pieces[word].append(position)
         word += piece.endswith("</w>")
-    return found
+    return pieces
 
 
 def test_words_have_the_positions_of_their_pieces(golden):
@@ -205,8 +208,8 @@ def test_words_have_the_positions_of_their_pieces(golden):
 
 
 def test_words_may_be_given():
-    found = parse("two robots and a pizza, blue and green", {"robots": "blue", "pizza": ["green"]})
-    assert str(found) == "robots <- blue; pizza <- green; merged: two robots and a pizza, and"
+    binding = parse("two robots and a pizza, blue and green", {"robots": "blue", "pizza": ["green"]})
+    assert str(binding) == "robots <- blue; pizza <- green; merged: two robots and a pizza, and"
     twice = parse("a red cat and a red dog", {"dog": "red", "cat": "red"})
     assert [group.modifiers for group in twice.groups] == [(5,), (1,)]
 
@@ -227,23 +230,23 @@ def test_what_cannot_be_bound_is_refused(golden):
 
 def test_a_cancelled_run_leaves_the_pipeline_as_it_was(golden):
     case = golden("tome/sdxl_attribute_binding")
-    pipe, (official, settings) = tiny_pipeline(case), given(case)
+    pipe, (official, settings) = tiny_pipeline(case), settings_of(case)
 
     def stop(pipe, step, time, state):
         raise KeyboardInterrupt
 
     for parameter in pipe.unet.parameters():
         parameter.requires_grad_(True)
-    asked = {"settings": replace(settings, thresholds=None), "num_inference_steps": 3, "callback_on_step_end": stop}
+    kwargs = {"settings": replace(settings, thresholds=None), "num_inference_steps": 3, "callback_on_step_end": stop}
     with pytest.raises(KeyboardInterrupt):
-        SemanticBinding(pipe)(official["prompt"], **asked)
+        SemanticBinding(pipe)(official["prompt"], **kwargs)
     assert not pipe.unet._forward_pre_hooks
     assert all(parameter.requires_grad for parameter in pipe.unet.parameters())
     assert BindingRun.__name__ not in repr(pipe.unet.attn_processors)
 
 
 @pytest.mark.parametrize(
-    ("prompt", "said"),
+    ("prompt", "message"),
     [
         ("a red, shiny apple on a blue table", "apple <- red shiny; table <- blue; merged: an apple on a table"),
         ("a blue robot & a green pizza", "robot <- blue; pizza <- green; merged: a robot & a pizza"),
@@ -285,9 +288,9 @@ def test_a_cancelled_run_leaves_the_pipeline_as_it_was(golden):
         ),
     ],
 )
-def test_separators_and_rows_of_attributes(prompt, said, monkeypatch):
+def test_separators_and_rows_of_attributes(prompt, message, monkeypatch):
     monkeypatch.setattr(prompts, "spacy_pipeline", lambda: None)
-    assert str(prompts.parse(prompt)) == said
+    assert str(prompts.parse(prompt)) == message
 
 
 @pytest.mark.parametrize(

@@ -15,12 +15,12 @@ def pipe(golden):
     return tiny_pipeline(golden("tome/sdxl_attribute_binding"))
 
 
-def test_bind_shows_both_pictures_and_how_far_it_is(pipe):
+def test_bind_shows_both_images_and_how_far_it_is(pipe):
     prompt = "a white dog and a black bird"
     assert diffusion.understand(prompt) == "dog=white\nbird=black"
-    told = list(diffusion.bind(pipe, prompt, "dog=white", "merge", ASKED))
-    assert [state for *_, state in told[:3]] == ["before: 33%", "before: 67%", "before: 100%"]
-    before, after, state = told[-1]
+    updates = list(diffusion.bind(pipe, prompt, "dog=white", "merge", ASKED))
+    assert [state for *_, state in updates[:3]] == ["before: 33%", "before: 67%", "before: 100%"]
+    before, after, state = updates[-1]
     assert before.tobytes() != after.tobytes()
     assert state.startswith("dog <- white; merged: a dog and a black bird")
     with pytest.raises(ValueError, match="expected a line of OBJECT=WORDS"):

@@ -180,7 +180,7 @@ def test_muon_in_float32_is_torchs_but_for_rounding(shape):
     torch.manual_seed(0)
     start = torch.randn(shape)
     schedule = Schedule(steps=4, batch_size=4, learning_rate=0.1, weight_decay=0.1, muon=True)
-    found = []
+    weights = []
     for precision in ("bf16", "fp32"):
         network = nn.Linear(*shape[::-1], bias=False)
         network.weight.data.copy_(start)
@@ -188,9 +188,9 @@ def test_muon_in_float32_is_torchs_but_for_rounding(shape):
         for number in range(3):
             network.weight.grad = torch.randn(shape, generator=torch.Generator().manual_seed(number))
             muon.step()
-        found.append(network.weight.detach())
-    torch.testing.assert_close(found[0], found[1], atol=0.01, rtol=0.01)
-    assert (found[0] - start).abs().mean() > 0.05
+        weights.append(network.weight.detach())
+    torch.testing.assert_close(weights[0], weights[1], atol=0.01, rtol=0.01)
+    assert (weights[0] - start).abs().mean() > 0.05
 
 
 @pytest.mark.parametrize(("dtype", "precision"), [(torch.float32, "fp32"), (torch.bfloat16, "bf16")])
@@ -245,7 +245,7 @@ def test_codes_move_to_the_vectors_they_serve():
     )  # what was measured is in place
 
 
-def test_a_caption_describes_every_picture_it_fits():
+def test_a_caption_describes_every_image_it_fits():
     captions = ["a red apple, noto style", "a red apple", "a pizza, flat style", "an apple, flat style"]
     keys = [("red apple", "noto"), ("red apple", "flat"), ("pizza", "flat"), ("red apple", "flat")]
     assert positives(captions, keys).tolist() == [
@@ -260,8 +260,8 @@ def test_the_straight_through_gradient_reaches_the_encoder():
     model = ViTVQGAN(
         32, 8, *[{"dim": 32, "depth": 1, "heads": 1, "dim_head": 32, "mlp_dim": 32}] * 2, embed_dim=8, n_embed=16
     )
-    made, loss, _ = model(torch.rand(2, 3, 32, 32))
-    (made.square().mean() + loss).backward()
+    decoded, loss, _ = model(torch.rand(2, 3, 32, 32))
+    (decoded.square().mean() + loss).backward()
     assert model.encoder.to_patch_embedding[0].weight.grad.abs().sum() > 0
     assert model.quantizer.embedding.weight.grad.abs().sum() > 0
 
@@ -289,7 +289,7 @@ def test_parti_does_not_look_ahead():
     torch.testing.assert_close(model(states, mask, tokens), masked)  # padding is not read
 
 
-def test_shaped_pictures_and_their_tokens_are_two_halves(composed, small_llamagen, monkeypatch):
+def test_shaped_images_and_their_tokens_are_two_halves(composed, small_llamagen, monkeypatch):
     monkeypatch.setattr(controlar, "SHAPED", 3)
     parts = WEIGHTS / "emoji-vitvqgan", WEIGHTS / "emoji-clip"
     task = controlar.ControlTask(SAMPLE, composed, *parts, small_llamagen)

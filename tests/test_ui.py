@@ -81,13 +81,13 @@ def page(site, chromium):
         yield page
 
 
-def test_a_prompt_becomes_pictures_that_keep_their_settings(page, site):
+def test_a_prompt_becomes_images_that_keep_their_settings(page, site):
     page.get_by_placeholder("a red apple").fill("a pizza")
     page.get_by_role("button", name="Generate", exact=True).first.click()
     page.locator("#state", has_text="4 images in").wait_for(timeout=60_000)
     assert page.locator("#pictures img").count() >= 4
-    shown = page.locator("#pictures img").first
-    assert shown.evaluate("img => img.decode().then(() => img.naturalWidth)") == 128
+    thumbnail = page.locator("#pictures img").first
+    assert thumbnail.evaluate("img => img.decode().then(() => img.naturalWidth)") == 128
     page.get_by_role("button", name="Settings of each image").click()
     page.locator("#settings", has_text="a pizza").wait_for(timeout=10_000)
 
@@ -102,9 +102,9 @@ def test_a_prompt_becomes_pictures_that_keep_their_settings(page, site):
 def test_the_database_is_not_served(site):
     address, folder = site
     for route in ("gradio_api/file", "file"):
-        asked = f"{address}/{route}={folder.resolve()}/.studio/studio.db"
+        url = f"{address}/{route}={folder.resolve()}/.studio/studio.db"
         with pytest.raises(urllib.error.HTTPError, match="40[34]"):
-            urllib.request.urlopen(asked, timeout=10)
+            urllib.request.urlopen(url, timeout=10)
 
 
 def test_an_empty_prompt_is_answered_with_one_line(page):
@@ -112,7 +112,7 @@ def test_an_empty_prompt_is_answered_with_one_line(page):
     page.get_by_text("the prompt is empty").first.wait_for(timeout=30_000)
 
 
-def test_a_stopped_picture_goes_on_after_the_page_was_loaded_anew(page, site):
+def test_a_stopped_image_goes_on_after_the_page_was_loaded_anew(page, site):
     before = len(list(site[1].glob("*.png")))
     page.get_by_placeholder("a red apple").fill("a rocket")
     page.get_by_label("Images").first.fill("9")
@@ -244,7 +244,7 @@ def test_what_is_painted_is_written_anew(page, site):
         page.screenshot(path=Path(folder) / "edit.png", full_page=True)
 
 
-def test_a_picture_is_varied_gone_on_with_and_extended(page, site):
+def test_an_image_is_varied_gone_on_with_and_extended(page, site):
     painted_on(page)
     _, undecided = drawn_after(page, site, "#edit-vary")
     assert sum(undecided) == 16
@@ -286,7 +286,7 @@ def test_a_drawing_is_followed(page, site):
         page.screenshot(path=Path(folder) / "control.png")
 
 
-def test_a_picture_is_taken_apart(page, tmp_path):
+def test_an_image_is_taken_apart(page, tmp_path):
     Image.new("RGB", (200, 200), (200, 40, 40)).save(tmp_path / "red.png")
     page.get_by_role("tab", name="Tokenizers").click()
     page.locator("#lab-picture input[type=file]").set_input_files(tmp_path / "red.png")

@@ -74,9 +74,9 @@ def test_text_that_is_none_is_one_line(tmp_path, capsys):
             ["eval", "clip", "--prompts", out, "--prefix", broken, "--out", str(tmp_path / "d")],
         ):
             assert main(command) == 2, command
-            told = capsys.readouterr().err
-            assert "no UTF-8 text" in told, command
-            assert told.count("\n") == 1
+            stderr = capsys.readouterr().err
+            assert "no UTF-8 text" in stderr, command
+            assert stderr.count("\n") == 1
         with pytest.raises(ValueError, match="no UTF-8 text"):
             check_prompt(broken)
     assert not list(tmp_path.iterdir())
@@ -139,8 +139,10 @@ def test_numbers_are_read(text, number, things):
 @pytest.mark.parametrize("value", range(1, 26))
 def test_every_number_is_read(value):
     tens, ones = divmod(value, 10)
-    said = words.ONES[value] if value < 20 else " ".join([words.TENS[tens - 2], *([words.ONES[ones]] if ones else [])])
-    for text in (str(value), said, said.replace(" ", "-"), said.upper()):
+    spelled = (
+        words.ONES[value] if value < 20 else " ".join([words.TENS[tens - 2], *([words.ONES[ones]] if ones else [])])
+    )
+    for text in (str(value), spelled, spelled.replace(" ", "-"), spelled.upper()):
         assert words.parse_count(f"{text} cats") == (value, "cats")
 
 
@@ -210,9 +212,9 @@ def test_what_is_no_number_is_refused(text, wanted):
 )
 def test_concepts_are_named_as_captions_name_them(text):
     assert tools.concepts_of("argen/emoji-sd", [text]) == ["pizza"]
-    found = tools.erasing("argen/emoji-sd", [text])
-    assert found["concepts"] == ["pizza", "a pizza"]
-    assert not [kept for kept in found["retained"] if "pizza" in kept]
+    kwargs = tools.erasing("argen/emoji-sd", [text])
+    assert kwargs["concepts"] == ["pizza", "a pizza"]
+    assert not [kept for kept in kwargs["retained"] if "pizza" in kept]
 
 
 @pytest.mark.parametrize(

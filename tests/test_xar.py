@@ -34,7 +34,7 @@ def tiny(case) -> XAR:
     return load_strict(model, converted(case.weights), source="golden")
 
 
-def test_training_pass_and_gradients(case):
+def test_training_loss_and_gradients(case):
     model, io = tiny(case).train(), case.io
     for parameter in model.parameters():
         parameter.requires_grad_(True)
@@ -66,11 +66,11 @@ def test_sampling(case, precise):
             return start, io[f"step_noise_{steps}"][entity] if stochastic else torch.zeros(0)
 
         session = XARSession(model, io["class_ids"], sampler.times(0, 1), run["cfg"] != 1)
-        given = torch.full_like(model.entities.patchify(io["latents"]), torch.nan)
-        *_, last = sampler(session, given, model.entities.lengths, run["cfg"], noise)
+        latents = torch.full_like(model.entities.patchify(io["latents"]), torch.nan)
+        *_, last = sampler(session, latents, model.entities.lengths, run["cfg"], noise)
         expected = io[f"sampled_{run['tag']}"]
         torch.testing.assert_close(model.entities.unpatchify(last.sequence), expected, atol=2e-3, rtol=2e-3)
-        assert last.finished == last.decided == given.shape[1]
+        assert last.finished == last.decided == latents.shape[1]
         entities = len(model.entities.lengths)
         assert last.forward_passes == steps * entities + entities - 1
 
@@ -101,15 +101,15 @@ def test_any_x_is_cut_joined_and_cached(kind, size, lengths):
     sequence = entities.patchify(latents)
     assert torch.equal(entities.unpatchify(sequence), latents)
     model = XAR(32, 1, 1, 2, grid=8, kind=kind, size=size, channels=4, classes=3).eval()
-    times, asked = torch.rand(2, len(lengths)), torch.tensor([0, 2])
+    times, class_ids = torch.rand(2, len(lengths)), torch.tensor([0, 2])
     times[0] = times[1]  # a session asks for one time at once
-    whole = model.double()(sequence.double(), torch.zeros_like(times), asked)
-    session = XARSession(model, asked, [0.5], guided=False)
+    whole = model.double()(sequence.double(), torch.zeros_like(times), class_ids)
+    session = XARSession(model, class_ids, [0.5], guided=False)
     for index, part in enumerate(sequence.double().split(lengths, dim=1)):
-        found, none = session.velocity(index, part, 0.0, guided=False)
-        assert none is None
+        velocity, uncond = session.velocity(index, part, 0.0, guided=False)
+        assert uncond is None
         first = session.bounds[index]
-        torch.testing.assert_close(found, whole[:, first : first + lengths[index]].float(), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(velocity, whole[:, first : first + lengths[index]].float(), atol=1e-5, rtol=1e-5)
 
 
 @torch.no_grad()
@@ -129,10 +129,10 @@ def test_a_caption_is_read_and_its_absence_is_the_empty_one():
         model, model.read(states, mask), [0.5], guided=True
     )  # of one picture: the second row is its "none"
     for index, part in enumerate(x[:1].split(4, dim=1)):
-        found, none = session.velocity(index, part, 0.0, guided=True)
+        velocity, uncond = session.velocity(index, part, 0.0, guided=True)
         where = slice(4 * index, 4 * index + 4)
-        torch.testing.assert_close(found, whole[:1, where].float(), atol=1e-5, rtol=1e-5)
-        assert not torch.allclose(found, none, atol=1e-3)
+        torch.testing.assert_close(velocity, whole[:1, where].float(), atol=1e-5, rtol=1e-5)
+        assert not torch.allclose(velocity, uncond, atol=1e-3)
 
 
 def test_positions_of_a_subsample_lie_far_apart():
@@ -182,10 +182,10 @@ def generators(*seeds):
     return [torch.Generator().manual_seed(seed) for seed in seeds]
 
 
-def test_a_picture_depends_on_its_own_seed_alone(pipe):
-    asked = {"guidance_scale": 2.0, "sampler": EulerMaruyama(steps=3), "output_type": "latent"}
-    both = pipe(["class:1", "class:goldfish"], generator=generators(5, 6), **asked)
-    alone = pipe("class:goldfish", generator=generators(6), **asked)
+def test_an_image_depends_on_its_own_seed_alone(pipe):
+    kwargs = {"guidance_scale": 2.0, "sampler": EulerMaruyama(steps=3), "output_type": "latent"}
+    both = pipe(["class:1", "class:goldfish"], generator=generators(5, 6), **kwargs)
+    alone = pipe("class:goldfish", generator=generators(6), **kwargs)
     assert both.tokens.shape == (2, 16, 4, 4)
     torch.testing.assert_close(both.tokens[1:], alone.tokens, atol=1e-4, rtol=1e-4)
     assert both.forward_passes == 3 * 4 + 3
@@ -194,26 +194,26 @@ def test_a_picture_depends_on_its_own_seed_alone(pipe):
 
 
 def test_what_is_given_stays_and_the_rest_is_written(pipe):
-    asked = {"sampler": Euler(4), "output_type": "latent"}
-    whole = pipe("class:1", generator=generators(3), **asked).tokens
+    kwargs = {"sampler": Euler(4), "output_type": "latent"}
+    whole = pipe("class:1", generator=generators(3), **kwargs).tokens
 
     def stop(pipe, index, decided, state):
         pipe._interrupt = decided >= 8
 
-    part = pipe("class:1", generator=generators(3), callback_on_step_end=stop, **asked).tokens
+    part = pipe("class:1", generator=generators(3), callback_on_step_end=stop, **kwargs).tokens
     assert torch.equal(part[..., :2, :], whole[..., :2, :])
     assert part[..., 2:, :].isnan().all()
-    rest = pipe("class:1", generator=generators(4), tokens=part, **asked)
+    rest = pipe("class:1", generator=generators(4), tokens=part, **kwargs)
     assert torch.equal(rest.tokens[..., :2, :], whole[..., :2, :])
     assert rest.tokens.isfinite().all()
     assert rest.forward_passes == 4 * 2 + 3
     hole = whole.clone()
     hole[..., 0, 0] = torch.nan
-    mended = pipe("class:1", generator=generators(9), tokens=hole, **asked)
+    mended = pipe("class:1", generator=generators(9), tokens=hole, **kwargs)
     assert torch.equal(mended.tokens.isclose(whole).all(dim=1), hole.isfinite().all(dim=1))
-    shown = pipe.images(part, "pt")
-    torch.testing.assert_close(shown[:, :, 32:].unique(), torch.tensor([UNDECIDED]))
-    assert (shown[:, :, :32] != 1).any()
+    image = pipe.images(part, "pt")
+    torch.testing.assert_close(image[:, :, 32:].unique(), torch.tensor([UNDECIDED]))
+    assert (image[:, :, :32] != 1).any()
 
 
 def test_a_request_is_carried_out_and_says_its_steps(pipe):
@@ -252,9 +252,9 @@ def test_a_saved_pipeline_comes_back(pipe, tmp_path):
     pipe.save_pretrained(tmp_path)
     again = argen.load(tmp_path)
     again.set_progress_bar_config(disable=True)
-    asked = {"sampler": EulerMaruyama(steps=2), "output_type": "latent"}
-    made = [one("class:1", generator=generators(1), **asked).tokens for one in (pipe, again)]
-    assert torch.equal(*made)
+    kwargs = {"sampler": EulerMaruyama(steps=2), "output_type": "latent"}
+    tokens = [one("class:1", generator=generators(1), **kwargs).tokens for one in (pipe, again)]
+    assert torch.equal(*tokens)
 
 
 def test_released_files_load_by_name(tmp_path, monkeypatch, golden):
@@ -271,6 +271,6 @@ def test_released_files_load_by_name(tmp_path, monkeypatch, golden):
     for pipe in pipes:
         pipe.set_progress_bar_config(disable=True)
         assert pipe.defaults.steps == 40
-    made = [pipe("class:207", generator=generators(1), sampler=EulerMaruyama(steps=2)).images[0] for pipe in pipes]
-    assert made[0].size == (256, 256)
-    assert made[0].tobytes() == made[1].tobytes()
+    images = [pipe("class:207", generator=generators(1), sampler=EulerMaruyama(steps=2)).images[0] for pipe in pipes]
+    assert images[0].size == (256, 256)
+    assert images[0].tobytes() == images[1].tobytes()

@@ -104,19 +104,21 @@ def weight_files(path: Path) -> list[Path]:
         indices = sorted(path.glob("*.index.json"))
         indices = [file for file in indices if ".safetensors." in file.name] or indices
         files = [file for file in sorted(path.iterdir()) if file.suffix in SUFFIXES and not TRAINING.match(file.name)]
-        whole = [file for file in files if not SHARD.search(file.name)]
+        unsharded = [file for file in files if not SHARD.search(file.name)]
         shards = [file for file in files if SHARD.search(file.name)]
         shards = [file for file in shards if file.suffix == ".safetensors"] or shards
-        safe = [file for file in whole if file.suffix == ".safetensors"]  # beside the same weights as a torch file
+        safe = [file for file in unsharded if file.suffix == ".safetensors"]  # beside the same weights as a torch file
         if len(indices) == 1 and not safe:
             path = indices[0]
-        elif len(safe or whole) == 1:
-            return safe or whole
-        elif shards and not whole:
+        elif len(safe or unsharded) == 1:
+            return safe or unsharded
+        elif shards and not unsharded:
             return _all_shards(shards)
         else:
-            found = ", ".join(file.name for file in whole[:5]) or "none"
-            raise ValueError(f"{path} is a folder: expected a checkpoint file, or a folder with one; it holds {found}")
+            file_names = ", ".join(file.name for file in unsharded[:5]) or "none"
+            raise ValueError(
+                f"{path} is a folder: expected a checkpoint file, or a folder with one; it holds {file_names}"
+            )
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint file at {path}")
     if not path.name.endswith(".index.json"):
@@ -163,10 +165,10 @@ def read_file(path: Path) -> Any:
         with torch.serialization.safe_globals(SETTINGS), path.open("rb") as file:
             return torch.load(path if mapped else file, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:
-        held = re.search(r"GLOBAL (\S+)", str(error))
-        if held:
+        match = re.search(r"GLOBAL (\S+)", str(error))
+        if match:
             raise ValueError(
-                f"{path} could not be read as a checkpoint (it holds a {held[1]}, which could run code): save its tensors alone"
+                f"{path} could not be read as a checkpoint (it holds a {match[1]}, which could run code): save its tensors alone"
             ) from error
         lines = re.sub(r"\x1b\[[0-9;]*m", "", str(error)).split()
         reason = re.split(r"(?<=\w)[.:;] ", " ".join(lines))[0][:120] or type(error).__name__
@@ -177,8 +179,8 @@ def read_settings(path: Path) -> dict[str, Any]:
     """The arguments of the training script that a torch file holds beside its tensors; none in other files."""
     if not path.is_file() or path.name.endswith(".json"):
         return {}
-    held = read_file(path)
-    settings = held.get("args", held.get("config")) if isinstance(held, dict) else None
+    content = read_file(path)
+    settings = content.get("args", content.get("config")) if isinstance(content, dict) else None
     settings = vars(settings) if isinstance(settings, Namespace) else settings
     return settings if isinstance(settings, dict) else {}
 
@@ -217,11 +219,11 @@ def _foreign(path: Path, start: bytes) -> str | None:
         return None
     if start[257:262] == b"ustar":
         return "an archive of tar"
-    if start[:1] == b"\x80" and not any(start.startswith(one[: len(start)]) for one in TORCH_PICKLES):
+    if start[:1] == b"\x80" and not any(start.startswith(prefix[: len(start)]) for prefix in TORCH_PICKLES):
         return "a pickle that torch did not write"
     if start.startswith(b"PK") and zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as held:
-            names = [name.rpartition("/")[2] for name in held.namelist()]
+        with zipfile.ZipFile(path) as archive:
+            names = [name.rpartition("/")[2] for name in archive.namelist()]
         if "constants.pkl" in names:
             return "a program of TorchScript"
         if "data.pkl" not in names:
@@ -229,26 +231,26 @@ def _foreign(path: Path, start: bytes) -> str | None:
     return next((kind for magic, kind in FOREIGN.items() if start.startswith(magic)), None)
 
 
-def _tensors(held: Any, path: Path, averaged: bool) -> dict[str, Tensor]:
+def _tensors(content: Any, path: Path, averaged: bool) -> dict[str, Tensor]:
     """The tensors of the innermost wrapper; which one is logged where the file holds averaged weights, too."""
     wrappers = (*AVERAGES, *WRAPPERS) if averaged else (*WRAPPERS, *AVERAGES)
     names = []
-    while isinstance(held, dict) and (inside := [name for name in wrappers if _holds_tensors(held.get(name))]):
+    while isinstance(content, dict) and (inside := [name for name in wrappers if _holds_tensors(content.get(name))]):
         names += inside[:1]
         if len(inside) > 1 and set(inside) & set(AVERAGES):
             logger.warning("%s: the weights under %r are taken, not those under %r", path, inside[0], inside[1])
-        held = held[inside[0]]
-    if not isinstance(held, dict):
-        raise ValueError(f"{path} holds no state dict, but a {type(held).__name__}")
-    tensors = {key: value for key, value in held.items() if isinstance(value, Tensor) and isinstance(key, str)}
+        content = content[inside[0]]
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds no state dict, but a {type(content).__name__}")
+    tensors = {key: value for key, value in content.items() if isinstance(value, Tensor) and isinstance(key, str)}
     if not tensors:
-        keys = ", ".join(map(str, list(held)[:5])) or "nothing"
+        keys = ", ".join(map(str, list(content)[:5])) or "nothing"
         raise ValueError(f"{path} holds no state dict: expected tensors by their names, found {keys}")
     return tensors
 
 
-def _holds_tensors(held: Any) -> bool:
-    return isinstance(held, dict) and any(isinstance(v, Tensor) or _holds_tensors(v) for v in held.values())
+def _holds_tensors(content: Any) -> bool:
+    return isinstance(content, dict) and any(isinstance(v, Tensor) or _holds_tensors(v) for v in content.values())
 
 
 def without_prefixes(state: dict[str, Tensor], averaged: bool = True, source: str | Path = "") -> dict[str, Tensor]:
@@ -259,22 +261,22 @@ def without_prefixes(state: dict[str, Tensor], averaged: bool = True, source: st
     order = (*AVERAGED_PREFIXES, *PREFIXES) if averaged else (*PREFIXES, *AVERAGED_PREFIXES)
     while True:
         under = {prefix: {key.removeprefix(prefix) for key in state if key.startswith(prefix)} for prefix in order}
-        chosen = next((prefix for prefix in order if under[prefix] and _is_wrapper(prefix, under, state)), None)
-        if chosen is None:
+        wrapper = next((prefix for prefix in order if under[prefix] and _is_wrapper(prefix, under, state)), None)
+        if wrapper is None:
             return state
-        other = next((prefix for prefix in order if prefix != chosen and under[prefix] & under[chosen]), None)
+        other = next((prefix for prefix in order if prefix != wrapper and under[prefix] & under[wrapper]), None)
         if other:
-            logger.warning("%s: the weights under %r are taken, not those under %r", source, chosen, other)
+            logger.warning("%s: the weights under %r are taken, not those under %r", source, wrapper, other)
         state = {
-            key.removeprefix(chosen): value
+            key.removeprefix(wrapper): value
             for key, value in state.items()
-            if key.startswith(chosen) or key.startswith("loss.")
+            if key.startswith(wrapper) or key.startswith("loss.")
         }
 
 
 def _is_wrapper(prefix: str, under: dict[str, set[str]], state: dict[str, Tensor]) -> bool:
     """Whether the names under a prefix are those of a network, and few beside them, of which none is a part of it."""
-    same = tuple(one for one in under if under[one] and len(under[one] & under[prefix]) > len(under[one]) / 2)
+    same = tuple(other for other in under if under[other] and len(under[other] & under[prefix]) > len(under[other]) / 2)
     beside = [key for key in state if not key.startswith(same) and not BESIDE.match(key)]
     return 3 * len(beside) < len(under[prefix]) and not any("head" in key for key in beside) if beside else True
 

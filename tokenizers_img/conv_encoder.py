@@ -49,8 +49,8 @@ class ConvEncoder(ModelMixin, ConfigMixin):
 
     def look(self, halves: Tensor) -> Tensor:
         """Pixels of half the sides [B, 3, S / 2, S / 2] -> features [B, (S / 32) ** 2, V]."""
-        found = F.relu(self.norm(self.blocks(self.stem(halves))))  # [B, V, S / 32, S / 32]
-        return found.flatten(2).transpose(1, 2)
+        features = F.relu(self.norm(self.blocks(self.stem(halves))))  # [B, V, S / 32, S / 32]
+        return features.flatten(2).transpose(1, 2)
 
     def forward(self, pixels: Tensor) -> BaseModelOutput:
         return BaseModelOutput(last_hidden_state=self.look(F.avg_pool2d(pixels, 2)))

@@ -286,8 +286,8 @@ class FlexTok(ModelMixin, ConfigMixin):
         x = x + parts["dec_registers_posemb_module"].posembs[0, 0].T.to(x.dtype)
         if keep is None:
             return x
-        shown = torch.arange(x.shape[1], device=x.device) < keep[:, None]
-        return torch.where(shown[..., None], x, parts["dec_nested_dropout"].dropout_mask_token.to(x.dtype))
+        visible = torch.arange(x.shape[1], device=x.device) < keep[:, None]
+        return torch.where(visible[..., None], x, parts["dec_nested_dropout"].dropout_mask_token.to(x.dtype))
 
     def null(self, batch: int) -> Tensor:
         """What the decoder sees without a condition, [B, N or 1, D]."""
@@ -325,8 +325,8 @@ class FlexTok(ModelMixin, ConfigMixin):
             states = block(states, modulation, count)
             features = states[:, :count] if index == features_of else features
         out, p = parts["dec_to_patches"](states[:, :count], last), embedding.patch
-        made = rearrange(out, "b (y x) (p q c) -> b c (y p) (x q)", y=rows, x=columns, p=p, q=p)
-        return made.float(), features
+        output = rearrange(out, "b (y x) (p q c) -> b c (y p) (x q)", y=rows, x=columns, p=p, q=p)
+        return output.float(), features
 
     def forward(
         self,
@@ -368,10 +368,12 @@ class FlexTokenizer(nn.Module):
     def __init__(self, network: FlexTok, vae: AutoencoderKL, steps: int = 25, guidance_scale: float = 7.5):
         super().__init__()
         self.network, self.vae, self.steps, self.guidance_scale = network, vae, steps, guidance_scale
-        own = network.config
+        config = network.config
         stride = 2 ** (len(vae.config.block_out_channels) - 1)
-        self.stride = stride * own.patch
-        self.config = FrozenDict(image_size=self.stride * own.grid, n_embed=network.fsq.n_embed, tokens=own.registers)
+        self.stride = stride * config.patch
+        self.config = FrozenDict(
+            image_size=self.stride * config.grid, n_embed=network.fsq.n_embed, tokens=config.registers
+        )
 
     @classmethod
     def from_original(cls, path: str | Path) -> "FlexTokenizer":
@@ -406,8 +408,8 @@ class FlexTokenizer(nn.Module):
         if pixels.shape[2] % self.stride or pixels.shape[3] % self.stride:
             raise ValueError(f"pictures are {list(pixels.shape[2:])}: expected multiples of {self.stride}")
         posterior = self.vae.encode(2 * pixels.to(self.vae.dtype) - 1).latent_dist
-        drawn = posterior.mode() if generator is None else posterior.sample(generator)
-        return drawn.float() * self.vae.config.scaling_factor
+        latents = posterior.mode() if generator is None else posterior.sample(generator)
+        return latents.float() * self.vae.config.scaling_factor
 
     def encode(self, pixels: Tensor) -> Tensor:
         """Pixels [B, 3, H, W] in [0, 1] -> ids [B, N]."""
@@ -469,21 +471,23 @@ class FlexTokenizer(nn.Module):
         layers, last = network.modulations(torch.tensor(times[:-1], device=noise.device))
         numbers = {time: index for index, time in enumerate(times)}
         guided = callable(guidance_scale) or guidance_scale != 1
-        none = network.null(len(noise))
-        together = guided and none.shape == registers.shape
-        both = torch.cat([registers, none.to(registers.dtype)]) if together else registers
+        null = network.null(len(noise))
+        together = guided and null.shape == registers.shape
+        both = torch.cat([registers, null.to(registers.dtype)]) if together else registers
         precise = noise.device.type != "mps" if precise is None else precise
         combine = NormalisedGuidance(precise=precise) if normalised else guide
 
         def velocity(x: Tensor, time: float) -> Tensor:
             step = numbers[time]
-            own = [layer[step : step + 1] for layer in layers], last[step : step + 1]
+            modulation = [layer[step : step + 1] for layer in layers], last[step : step + 1]
             if not guided:
-                return network.velocity(x, registers, own)[0]
+                return network.velocity(x, registers, modulation)[0]
             if together:
-                conditional, unconditional = network.velocity(torch.cat([x, x]), both, own)[0].chunk(2)
+                conditional, unconditional = network.velocity(torch.cat([x, x]), both, modulation)[0].chunk(2)
             else:
-                conditional, unconditional = (network.velocity(x, seen, own)[0] for seen in (registers, none))
+                conditional, unconditional = (
+                    network.velocity(x, condition, modulation)[0] for condition in (registers, null)
+                )
             return combine(
                 conditional, unconditional, guidance_scale(time) if callable(guidance_scale) else guidance_scale
             )
@@ -546,8 +550,8 @@ def sizes_of(config: dict) -> dict:
         parts |= config[side]["module_dict"]
     for name, part in parts.items():
         target = part["_target_"].rpartition(".")[2]
-        known, settings = ENTRIES.get(name, (None, {}))
-        if target != known and not (known is None and target in WITHOUT_WEIGHTS):
+        expected, settings = ENTRIES.get(name, (None, {}))
+        if target != expected and not (expected is None and target in WITHOUT_WEIGHTS):
             raise ValueError(f"the configuration names {name}: {part['_target_']}, a part that argen does not know")
         for key, value in settings.items():
             if part.get(key, value) != value:
@@ -575,8 +579,8 @@ def sizes_of(config: dict) -> dict:
 
 def vae_sizes(config: dict) -> dict:
     """What `vae_network` takes, of a published configuration."""
-    own = config["vae"]
-    return {"latent_channels": own["latent_channels"], "scaling_factor": own.get("scaling_factor") or 1.0}
+    vae = config["vae"]
+    return {"latent_channels": vae["latent_channels"], "scaling_factor": vae.get("scaling_factor") or 1.0}
 
 
 def vae_network(

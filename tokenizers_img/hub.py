@@ -38,8 +38,8 @@ def hub_folder(repo: str, files: Sequence[str]) -> Path:
             f"{', '.join(files)} of {repo} is not on this machine and could not be fetched from the hub: connect to the "
             "network, or put it into the hub's cache"
         ) from error
-    held = [path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if path.is_file()]
-    check_digests(record, folder, filter_repo_objects(held, allow_patterns=list(files)), folder.name)
+    cached_files = [path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if path.is_file()]
+    check_digests(record, folder, filter_repo_objects(cached_files, allow_patterns=list(files)), folder.name)
     return folder
 
 
@@ -94,8 +94,8 @@ def check_digests(record: Path, folder: Path, names: Sequence[str], revision: st
         ValueError: a file has another digest.
     """
     with _lock:
-        held = _read(record)
-        digests = dict(held.get("files", {}))
+        saved = _read(record)
+        digests = dict(saved.get("files", {}))
         for name in names:
             path = folder / name
             stat = path.stat()
@@ -110,27 +110,27 @@ def check_digests(record: Path, folder: Path, names: Sequence[str], revision: st
                     f"{digests[name][:12]}): delete {path.resolve()} to fetch it again, or {record} to accept it"
                 )
             _checked.add(facts)
-        wanted = ({"revision": revision} if revision else {}) | {"files": digests}
-        if wanted != held:
-            _write(record, wanted)
+        updated = ({"revision": revision} if revision else {}) | {"files": digests}
+        if updated != saved:
+            _write(record, updated)
 
 
 def _read(record: Path) -> dict:
     try:
-        held = json.loads(record.read_text())
+        content = json.loads(record.read_text())
     except FileNotFoundError:
         return {}
     except ValueError:
-        held = None
-    if not isinstance(held, dict) or not isinstance(held.get("files", {}), dict):
+        content = None
+    if not isinstance(content, dict) or not isinstance(content.get("files", {}), dict):
         raise ValueError(f"{record} cannot be read: delete it to accept the files beside it as they are")
-    return held
+    return content
 
 
-def _write(record: Path, held: dict) -> None:
+def _write(record: Path, content: dict) -> None:
     part = record.with_name(f"{RECORD}.part")
     try:
-        part.write_text(json.dumps(held, indent=1))
+        part.write_text(json.dumps(content, indent=1))
         part.replace(record)
     except OSError as error:  # the cache is read-only
         logger.warning("the digests of fetched files could not be kept in %s (%s)", record, error.strerror)

@@ -94,9 +94,9 @@ class KLVAE(nn.Module):
         `noise` [B, C, h, w] -> what comes back, and the divergence from the standard normal distribution, a mean over the latent numbers [B]."""
         posterior = self.posterior(pixels)
         mean, logvar = posterior.mean.float(), posterior.logvar.float()
-        drawn = mean if noise is None else mean + (0.5 * logvar).exp() * noise
+        latents = mean if noise is None else mean + (0.5 * logvar).exp() * noise
         kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean(dim=(1, 2, 3))
-        return (self.vae.decode(drawn).sample + 1) / 2, kl
+        return (self.vae.decode(latents).sample + 1) / 2, kl
 
     def save_pretrained(self, folder: str | Path) -> None:
         """As `diffusers.AutoencoderKL` does."""

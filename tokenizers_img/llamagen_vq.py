@@ -24,8 +24,8 @@ UNUSED, CODES = "quantize.codebook_used", "quantize.embedding.weight"
 
 def converted(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Tensors under their published names -> under those of `diffusers.VQModel`, the codebook normalised."""
-    own = to_diffusers({key: value for key, value in state.items() if key != UNUSED}, levels=0)
-    return own | ({CODES: F.normalize(own[CODES].float(), dim=-1)} if CODES in own else {})
+    renamed = to_diffusers({key: value for key, value in state.items() if key != UNUSED}, levels=0)
+    return renamed | ({CODES: F.normalize(renamed[CODES].float(), dim=-1)} if CODES in renamed else {})
 
 
 def network(
@@ -77,8 +77,8 @@ class LlamaGenVQ(nn.Module):
         if CODES not in state or "encoder.conv_in.weight" not in state:
             raise ValueError(f"{path} holds no VQ tokenizer of LlamaGen: expected encoder, decoder and quantize")
         widths, level = [], 0
-        while (found := state.get(f"encoder.conv_blocks.{level}.res.0.conv1.weight")) is not None:
-            widths.append(found.shape[0])
+        while (weight := state.get(f"encoder.conv_blocks.{level}.res.0.conv1.weight")) is not None:
+            widths.append(weight.shape[0])
             level += 1
         base, (codes, code_width) = state["encoder.conv_in.weight"].shape[0], state[CODES].shape
         latent = state["quant_conv.weight"].shape[1] if "quant_conv.weight" in state else code_width

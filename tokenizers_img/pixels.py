@@ -31,10 +31,10 @@ def as_image(image: Image.Image | np.ndarray | Tensor, what: str = "the image") 
     values = values[..., 0] if values.ndim == 3 and values.shape[2] == 1 else values
     if values.ndim not in (2, 3) or (values.ndim == 3 and values.shape[2] not in (3, 4)) or not values.size:
         raise ValueError(f"{what} has the shape {list(image.shape)}: expected {expected}")
-    whole = values.dtype.kind in "iu" and values.dtype != np.uint8 and values.min() >= 0 and values.max() <= 255
+    is_8_bit = values.dtype.kind in "iu" and values.dtype != np.uint8 and values.min() >= 0 and values.max() <= 255
     if values.dtype.kind == "b" or (values.dtype.kind == "f" and values.min() >= 0 and values.max() <= 1):
         values = np.rint(255 * values.astype(np.float64))
-    elif values.dtype != np.uint8 and not whole:
+    elif values.dtype != np.uint8 and not is_8_bit:
         raise ValueError(f"{what} holds {values.dtype} out of range: expected {expected}")
     return Image.fromarray(values.astype(np.uint8))
 

@@ -66,9 +66,9 @@ class VectorQuantizer(nn.Module):
     def revive(self, dead: Tensor, z: Tensor, generator: torch.Generator | None = None) -> None:
         """Move the codes `dead` [K] bool onto random vectors of `z` [M, C], so that small trainings use them all."""
         count = min(int(dead.sum()), len(z))
-        chosen = torch.randperm(len(z), generator=generator)[:count]
+        indices = torch.randperm(len(z), generator=generator)[:count]
         slots = dead.nonzero().squeeze(1)[:count]
-        self.embedding.weight[slots] = F.normalize(z[chosen].float(), dim=-1).to(self.embedding.weight)
+        self.embedding.weight[slots] = F.normalize(z[indices].float(), dim=-1).to(self.embedding.weight)
 
 
 @dataclass(frozen=True)

@@ -180,10 +180,10 @@ class Seed(ModelMixin, ConfigMixin):
         self.add_module(f"distill_{kind}_proj", nn.Linear(joined, embedding))
 
     def queries(self, features: Tensor) -> Tensor:
-        """Features [B, P, V] -> what the causal queries found [B, N, D]: none has seen those after it."""
-        asked = self.query_tokens.expand(len(features), -1, -1)
-        mask = causal_mask(asked)
-        return self.Qformer(query_embeds=asked, attention_mask=mask, encoder_hidden_states=features).last_hidden_state
+        """Features [B, P, V] -> outputs of the causal queries [B, N, D]: none attends to those after it."""
+        queries = self.query_tokens.expand(len(features), -1, -1)
+        mask = causal_mask(queries)
+        return self.Qformer(query_embeds=queries, attention_mask=mask, encoder_hidden_states=features).last_hidden_state
 
     def ids(self, features: Tensor) -> Tensor:
         """Features [B, P, V] -> ids [B, N]."""
@@ -199,9 +199,9 @@ class Seed(ModelMixin, ConfigMixin):
         if self.config.head == "mlp":
             return self.distill_image_proj(self.image_down(x).flatten(1))
         queries = self.reverse_tokens.expand(len(x), -1, -1)
-        found = self.Reverse_Qformer(query_embeds=queries, encoder_hidden_states=x).last_hidden_state
-        made = getattr(self, f"distill_{kind}_proj")(found)
-        return made if kind == "text" else made.squeeze(1)
+        hidden = self.Reverse_Qformer(query_embeds=queries, encoder_hidden_states=x).last_hidden_state
+        embeds = getattr(self, f"distill_{kind}_proj")(hidden)
+        return embeds if kind == "text" else embeds.squeeze(1)
 
     def reconstruct(self, codes: Tensor) -> Tensor:
         """Codes [B, N, C] -> the output of the causal Q-Former, about [B, N, D]."""
@@ -283,11 +283,11 @@ def vision_state(state: dict[str, Tensor], depth: int) -> dict[str, Tensor]:
 def seed_state(state: dict[str, Tensor], network: Seed) -> dict[str, Tensor]:
     """The tensors that `network` has, out of a published file, under our names; the others are counted in the log."""
     renamed = {_renamed(key, QFORMER_NAMES): value for key, value in state.items()}
-    wanted = network.state_dict().keys()
-    left = len([key for key in renamed if key not in wanted])
-    if left:
-        logger.info("%d tensors of the file are not part of the tokenizer", left)
-    return {key: value for key, value in renamed.items() if key in wanted}
+    names = network.state_dict().keys()
+    num_unused = len([key for key in renamed if key not in names])
+    if num_unused:
+        logger.info("%d tensors of the file are not part of the tokenizer", num_unused)
+    return {key: value for key, value in renamed.items() if key in names}
 
 
 def head_of(state: dict[str, Tensor]) -> str:
@@ -318,11 +318,17 @@ def from_original(path: str | Path, vision: str | Path | None = None) -> tuple[S
     with torch.device("meta"):
         network, encoder = Seed(**sizes_of(state)), vision_network()
     network = load_strict(network, seed_state(state, network), source=path)
-    seen = state if vision is None else read_state_dict(vision)
-    own = {key: value.float() for key, value in seen.items() if vision or key.startswith("visual_encoder.")}
-    own = {key: value for key, value in own.items() if not re.match(r"(norm|fc_norm|head)\.", key)}
-    own |= {key: value for key, value in state.items() if key.startswith("ln_vision.")}
-    return network, load_strict(encoder, vision_state(own, encoder.config.num_hidden_layers), source=vision or path)
+    vision_tensors = state if vision is None else read_state_dict(vision)
+    vision_weights = {
+        key: value.float() for key, value in vision_tensors.items() if vision or key.startswith("visual_encoder.")
+    }
+    vision_weights = {
+        key: value for key, value in vision_weights.items() if not re.match(r"(norm|fc_norm|head)\.", key)
+    }
+    vision_weights |= {key: value for key, value in state.items() if key.startswith("ln_vision.")}
+    return network, load_strict(
+        encoder, vision_state(vision_weights, encoder.config.num_hidden_layers), source=vision or path
+    )
 
 
 def eva_file() -> Path:
@@ -340,11 +346,11 @@ def sizes_of(state: dict[str, Tensor]) -> dict:
     """The sizes of `Seed` that a published file does not share with all others."""
     head = head_of(state)
     layers = {
-        int(found[1]) for key in state if (found := re.match(r"Reverse_Qformer\.bert\.encoder\.layer\.(\d+)", key))
+        int(match[1]) for key in state if (match := re.match(r"Reverse_Qformer\.bert\.encoder\.layer\.(\d+)", key))
     }
-    own = {"head": head, "reconstruct": "pos_embed" in state}
+    sizes = {"head": head, "reconstruct": "pos_embed" in state}
     return (
-        own | ({"reverse_layers": max(layers) + 1} if layers else {}) | ({"embedding": 768} if head == "text" else {})
+        sizes | ({"reverse_layers": max(layers) + 1} if layers else {}) | ({"embedding": 768} if head == "text" else {})
     )
 
 
@@ -352,10 +358,10 @@ class UnCLIP(StableUnCLIPImg2ImgPipeline):
     """Pictures after embeddings, which can be guided away from the embedding of another picture.
 
     Attributes:
-        away: embeddings [B, E] that are not wanted; None guides away from no picture at all, which is all zeros.
+        negative_image_embeds: embeddings [B, E] to guide away from; None: zeros, which stand for no image.
     """
 
-    away: Tensor | None = None
+    negative_image_embeds: Tensor | None = None
 
     def _encode_image(
         self,
@@ -368,14 +374,14 @@ class UnCLIP(StableUnCLIPImg2ImgPipeline):
         generator: torch.Generator | None,
         image_embeds: Tensor,
     ) -> Tensor:
-        wanted = self.noise_image_embeddings(image_embeds, noise_level, generator=generator)
-        wanted = wanted.repeat_interleave(num_images_per_prompt, dim=0)
+        embeds = self.noise_image_embeddings(image_embeds, noise_level, generator=generator)
+        embeds = embeds.repeat_interleave(num_images_per_prompt, dim=0)
         if not do_classifier_free_guidance:
-            return wanted
-        if self.away is None:
-            return torch.cat([torch.zeros_like(wanted), wanted])
-        away = self.noise_image_embeddings(self.away.to(wanted), 0, generator=generator)
-        return torch.cat([away.expand_as(wanted), wanted])
+            return embeds
+        if self.negative_image_embeds is None:
+            return torch.cat([torch.zeros_like(embeds), embeds])
+        negative_embeds = self.noise_image_embeddings(self.negative_image_embeds.to(embeds), 0, generator=generator)
+        return torch.cat([negative_embeds.expand_as(embeds), embeds])
 
 
 class SeedTokenizer(nn.Module):
@@ -407,8 +413,9 @@ class SeedTokenizer(nn.Module):
         self.network, self.vision, self.decoder = network, vision, decoder
         self.steps, self.guidance_scale, self.seed = steps, guidance_scale, seed
         self.mean, self.std, self.squashed = mean, std, squashed
-        own = {"tokens": network.config.tokens} if network.config.nested else {}  # of which the first alone will do
-        self.config = FrozenDict(image_size=vision.config.image_size, n_embed=network.config.n_embed, **own)
+        # nested tokens: the first ones alone can be decoded
+        tokens = {"tokens": network.config.tokens} if network.config.nested else {}
+        self.config = FrozenDict(image_size=vision.config.image_size, n_embed=network.config.n_embed, **tokens)
 
     @property
     def device(self) -> torch.device:
@@ -455,17 +462,19 @@ class SeedTokenizer(nn.Module):
         return (pixels - mean) / std
 
     @torch.no_grad()
-    def decode(self, ids: Tensor, away: Tensor | None = None, generator: torch.Generator | None = None) -> Tensor:
+    def decode(
+        self, ids: Tensor, negative_ids: Tensor | None = None, generator: torch.Generator | None = None
+    ) -> Tensor:
         """Ids [B, N] -> pixels [B, 3, H, W] in [0, 1].
 
         Args:
-            away: ids [1 or B, N] of what is not wanted, as the language model writes without a prompt.
+            negative_ids: ids [1 or B, N] to guide away from, e.g. those that the language model writes without a prompt.
             generator: of the noise; None is the tokenizer's own, the same for all pictures.
 
         Raises:
             ValueError: bad ids, see `Seed.decode`; there is no decoder.
         """
-        wanted = self.network.decode(ids)
+        image_embeds = self.network.decode(ids)
         if self.decoder is None:
             raise ValueError(
                 f"these tokens were read without a decoder, so nothing can be drawn: {UNCLIP} draws them, or a copy of it"
@@ -477,9 +486,9 @@ class SeedTokenizer(nn.Module):
         generator = torch.Generator().manual_seed(self.seed) if generator is None else generator
         shape = 1, pipe.unet.config.in_channels, size, size
         noise = randn_tensor(shape, generator, pipe.device, pipe.unet.dtype).expand(len(ids), -1, -1, -1)
-        pipe.away = None if away is None else self.network.decode(away)
-        made = pipe(
-            image_embeds=wanted.to(pipe.unet.dtype),
+        pipe.negative_image_embeds = None if negative_ids is None else self.network.decode(negative_ids)
+        output = pipe(
+            image_embeds=image_embeds.to(pipe.unet.dtype),
             prompt=[""] * len(ids),
             latents=noise.clone() * pipe.scheduler.init_noise_sigma,
             num_inference_steps=self.steps,
@@ -487,4 +496,4 @@ class SeedTokenizer(nn.Module):
             generator=generator,
             output_type="pt",
         )
-        return made.images
+        return output.images

@@ -138,11 +138,11 @@ def fetch_package(package: str, version: str, cache: Path) -> Path:
         )
     cache.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=cache) as temporary:
-        done = subprocess.run(
+        result = subprocess.run(
             ["npm", "pack", "--silent", f"{package}@{version}"], cwd=temporary, capture_output=True, text=True
         )
-        if done.returncode:
-            raise ConnectionError(f"npm could not fetch {package}@{version}: {done.stderr.strip()[-300:]}")
+        if result.returncode:
+            raise ConnectionError(f"npm could not fetch {package}@{version}: {result.stderr.strip()[-300:]}")
         archive = next(Path(temporary).glob("*.tgz"))
         with tarfile.open(archive) as tar:
             tar.extractall(temporary, filter="data")
@@ -166,15 +166,15 @@ def _names(folder: Path) -> dict[str, dict]:
     return table
 
 
-def split_tone(icon: str, known: dict) -> tuple[str, str]:
+def split_tone(icon: str, known_names: dict) -> tuple[str, str]:
     """Separate skin tones from an icon's name, spelled long or short.
 
     "waving-hand-medium-dark" -> ("waving-hand", "medium dark"); "man-dark-skin-tone-beard" -> ("man-beard", "dark").
     """
     match = _LONG_TONES.search(icon)
-    if not match and icon not in known:
+    if not match and icon not in known_names:
         match = _SHORT_TONES.search(icon)
-    if not match or icon in known:
+    if not match or icon in known_names:
         return icon, ""
     tones = re.findall(_TONE, match.group())
     return icon[: match.start()] + icon[match.end() :], " and ".join(dict.fromkeys(t.replace("-", " ") for t in tones))
@@ -182,7 +182,7 @@ def split_tone(icon: str, known: dict) -> tuple[str, str]:
 
 def icons(cache: Path) -> Iterator[tuple[Icon, str]]:
     """Every visible icon of the four sets with its SVG text, in a fixed order."""
-    known = _names(fetch_package(*NAMES_PACKAGE, cache))
+    known_names = _names(fetch_package(*NAMES_PACKAGE, cache))
     group_names = {
         "Animals & Nature": "animals-nature",
         "Food & Drink": "food-drink",
@@ -201,8 +201,8 @@ def icons(cache: Path) -> Iterator[tuple[Icon, str]]:
         for icon, body in sorted(data["icons"].items()):
             if body.get("hidden"):
                 continue
-            base, tone = split_tone(icon, known)
-            record = known.get(base, {"group": category.get(icon, "other"), "subgroup": "", "tags": []})
+            base, tone = split_tone(icon, known_names)
+            record = known_names.get(base, {"group": category.get(icon, "other"), "subgroup": "", "tags": []})
             concept = base.replace("-", " ")
             name = f"{concept} {tone} skin tone" if tone else concept
             width, height = (body.get(side, data[side]) for side in ("width", "height"))
@@ -232,12 +232,12 @@ def render(svg: str, size: int) -> bytes:
     """An SVG as a `size` x `size` PNG, padded to a square, on white."""
     import resvg_py
 
-    drawn = Image.open(
+    icon = Image.open(
         BytesIO(bytes(resvg_py.svg_to_bytes(svg_string=svg, width=2 * size, skip_system_fonts=True)))
     ).convert("RGBA")
-    drawn.thumbnail((size, size), Image.Resampling.LANCZOS)
+    icon.thumbnail((size, size), Image.Resampling.LANCZOS)
     image = Image.new("RGB", (size, size), "white")
-    image.paste(drawn, ((size - drawn.width) // 2, (size - drawn.height) // 2), drawn)
+    image.paste(icon, ((size - icon.width) // 2, (size - icon.height) // 2), icon)
     buffer = BytesIO()
     image.save(buffer, "PNG")
     return buffer.getvalue()
@@ -290,20 +290,20 @@ def sample(emoji: Path, out: Path, num: int = 64) -> dict[str, int]:
     shares = {"train": num * 3 // 4, "validation": num // 8, "test": num - num * 3 // 4 - num // 8}
     for split, share in shares.items():
         table = read_split(emoji, split)
-        plain = table.remove_columns("image").to_list()
-        chosen = []
-        for index, style in enumerate(STYLES):
+        records = table.remove_columns("image").to_list()
+        indices = []
+        for style_index, style in enumerate(STYLES):
             fits = [
-                place
-                for place, row in enumerate(plain)
+                index
+                for index, row in enumerate(records)
                 if row["style"] == style and row["group"] in THINGS and len(row["name"].split()) <= 2
             ]
-            fits.sort(key=lambda place: hashlib.sha256(plain[place]["source"].encode()).digest())
-            chosen += fits[: (share + index) // len(STYLES)]
+            fits.sort(key=lambda index: hashlib.sha256(records[index]["source"].encode()).digest())
+            indices += fits[: (share + style_index) // len(STYLES)]
         rows[split] = []
-        for place in chosen:
+        for index in indices:
             buffer = BytesIO()
-            table[place]["image"].save(buffer, "PNG", optimize=True)
-            rows[split].append({"image": buffer.getvalue(), **plain[place]})
+            table[index]["image"].save(buffer, "PNG", optimize=True)
+            rows[split].append({"image": buffer.getvalue(), **records[index]})
     write_splits(out, rows)
     return {split: len(part) for split, part in rows.items()}

@@ -96,20 +96,20 @@ def boxes(image: np.ndarray) -> list[tuple[int, int, int, int]]:
         labels = grown
     least = AREA * ink.numel() / 128**2
     ids, areas = labels[ink].unique(return_counts=True)
-    found = []
+    components = []
     for label in ids[areas.argsort(descending=True)][: int((areas >= least).sum())]:
         rows, columns = (labels == label).nonzero(as_tuple=True)
-        found.append((int(columns.min()), int(rows.min()), int(columns.max()) + 1, int(rows.max()) + 1))
-    return found
+        components.append((int(columns.min()), int(rows.min()), int(columns.max()) + 1, int(rows.max()) + 1))
+    return components
 
 
 def segments(image: np.ndarray, boxes: list[tuple[int, int, int, int]]) -> np.ndarray:
     """The map of the objects of [H, W, 3] uint8: the ink inside each box in its colour of `PALETTE`, on black."""
-    found = np.zeros_like(image)
+    segment_map = np.zeros_like(image)
     for (left, top, right, bottom), colour in zip(boxes, cycle(PALETTE), strict=False):
         ink = (image[top:bottom, left:right] < INK).any(-1)
-        found[top:bottom, left:right][ink] = colour
-    return found
+        segment_map[top:bottom, left:right][ink] = colour
+    return segment_map
 
 
 def thing_of(concept: str, only: Collection[str]) -> str:
@@ -155,11 +155,11 @@ class Composer:
         relation = rng.choice(RELATIONS) if kind == "relation" else ""
         coloured = {"count": rng.random() < 0.5 and not few, "relation": False}.get(kind, True)
         pool = self.colourful[style] if coloured else self.icons[style]
-        chosen = rng.sample(pool, 2 if kind in ("pair", "relation") else 1)
-        colours = rng.sample(sorted(HUES), len(chosen)) if coloured else [""] * len(chosen)
+        icons = rng.sample(pool, 2 if kind in ("pair", "relation") else 1)
+        colours = rng.sample(sorted(HUES), len(icons)) if coloured else [""] * len(icons)
         count = {"count": rng.randint(1, 6), "colour": 1}.get(kind, 2)
         if kind == "count":
-            chosen, colours = chosen * count, colours * count
+            icons, colours = icons * count, colours * count
         layout = {"to": (1, 2), "ab": (2, 1), "be": (2, 1)}.get(relation[:2]) or rng.choice(LAYOUTS[count])
         cells = sorted(rng.sample(range(layout[0] * layout[1]), count))
         if relation in ("to the right of", "below"):
@@ -167,16 +167,16 @@ class Composer:
 
         canvas = np.full((self.size, self.size, 3), 255, dtype=np.uint8)
         things = []
-        for (name, image), colour, cell in zip(chosen, colours, cells, strict=True):
-            drawn = recolour(image, colour) if colour else image
-            things.append(Thing(name, colour, self._paste(canvas, drawn, divmod(cell, layout[1]), layout, rng)))
+        for (name, image), colour, cell in zip(icons, colours, cells, strict=True):
+            icon = recolour(image, colour) if colour else image
+            things.append(Thing(name, colour, self._paste(canvas, icon, divmod(cell, layout[1]), layout, rng)))
         scene = Scene(self._caption(things, kind, relation), kind, style, count, relation, things)
         if rng.random() < 0.75:
             scene.caption += f", {STYLES[style].prompt}"
         return scene, Image.fromarray(canvas)
 
     def _paste(self, canvas, image, cell, layout, rng) -> tuple[int, int, int, int]:
-        """Put `picture` somewhere inside its cell of the layout; returns the box of its ink."""
+        """Put `image` somewhere inside its cell of the layout; returns the box of its ink."""
         room = self.size // max(layout)
         side = int(room * rng.uniform(0.78, 0.92))
         small = np.asarray(Image.fromarray(image).resize((side, side), Image.Resampling.LANCZOS))

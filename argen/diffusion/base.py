@@ -22,20 +22,20 @@ def check_pipeline(pipe: StableDiffusion, refusal: str) -> None:
 @torch.no_grad()
 def encode(pipe: StableDiffusion, prompt: str | Sequence[str], negative_prompt: str | None = None) -> dict[str, Tensor]:
     """What the pipeline's call takes for one or more prompts, with their padding; and for what it shall not show, if given."""
-    own = {"device": pipe._execution_device, "num_images_per_prompt": 1}
+    kwargs = {"device": pipe._execution_device, "num_images_per_prompt": 1}
     guided = negative_prompt is not None
-    found = pipe.encode_prompt(
-        prompt=prompt, negative_prompt=negative_prompt, do_classifier_free_guidance=guided, **own
+    embeds = pipe.encode_prompt(
+        prompt=prompt, negative_prompt=negative_prompt, do_classifier_free_guidance=guided, **kwargs
     )
     names = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
-    return {name: value for name, value in zip(names, found, strict=False) if value is not None}
+    return {name: value for name, value in zip(names, embeds, strict=False) if value is not None}
 
 
 def unit_noise(pipe: StableDiffusion, generator: torch.Generator | None) -> Tensor:
     """Noise [1, C, h, w] of a picture of the pipeline's own size, as the pipeline would draw it."""
-    own = pipe.unet.config
-    sides = (own.sample_size,) * 2 if isinstance(own.sample_size, int) else own.sample_size
-    return randn_tensor((1, own.in_channels, *sides), generator, pipe._execution_device, pipe.unet.dtype)
+    config = pipe.unet.config
+    sides = (config.sample_size,) * 2 if isinstance(config.sample_size, int) else config.sample_size
+    return randn_tensor((1, config.in_channels, *sides), generator, pipe._execution_device, pipe.unet.dtype)
 
 
 @contextmanager

@@ -27,7 +27,7 @@ from tokenizers_img.checkpoint import read_file
 logger = logging.getLogger(__name__)
 MOST_NOISES = 64  # pictures that share a token
 ONE_STEP = {"num_inference_steps": 1, "guidance_scale": 0.0}  # of a pipeline's call, as published
-LOOKED_AT = 224  # side of what counters see
+CROP_SIZE = 224  # side of the images that counters read
 STATIC_SCALE = 60.0
 
 Density = Callable[[Tensor, str], Tensor]  # pixels [1, 3, 224, 224] in [0, 1], name of the things -> density [1, h, w]
@@ -37,7 +37,7 @@ Relevance = Callable[[Tensor, str], Tensor]  # pixels [1, 3, 224, 224] in [0, 1]
 
 @dataclass(frozen=True)
 class CountStep:
-    """What a step found, before it changed the token.
+    """Result of a step, before it changed the token.
 
     Attributes:
         image: of each noise, [B, 3, H, W] in [0, 1].
@@ -60,12 +60,12 @@ class CountStep:
 
 
 @dataclass(frozen=True)
-class _Look:
-    """One picture of a step."""
+class _ImageLoss:
+    """Loss of one image of a step, and its parts."""
 
     image: Tensor
     shares: Tensor
-    found: int | None
+    detected: int | None
     count_loss: Tensor
     cosine: Tensor | None
     loss: Tensor
@@ -90,12 +90,12 @@ def read_token(path: str | Path) -> tuple[Tensor, dict[str, str]]:
     if not path.is_file():
         raise FileNotFoundError(f"no token at {path}")
     try:
-        held = read_file(path)
-        found = list(held.values()) if isinstance(held, dict) else [held]
+        content = read_file(path)
+        vectors = list(content.values()) if isinstance(content, dict) else [content]
         if path.suffix == ".safetensors":
             with safe_open(path, "pt") as file:
                 notes = file.metadata() or {}
-        (vector,) = found
+        (vector,) = vectors
         return vector.detach().float().reshape(-1), notes
     except Exception as error:
         raise ValueError(
@@ -103,14 +103,14 @@ def read_token(path: str | Path) -> tuple[Tensor, dict[str, str]]:
         ) from error
 
 
-def looked_at(image: Tensor) -> Tensor:
-    """[1, 3, H, W] -> the square in its middle as counters see it [1, 3, 224, 224]."""
+def centre_crop(image: Tensor) -> Tensor:
+    """Resize and crop an image [1, 3, H, W] to the square in its middle that counters read [1, 3, 224, 224]."""
     height, width = image.shape[2:]
-    scale = LOOKED_AT / min(height, width)
+    scale = CROP_SIZE / min(height, width)
     size = round(height * scale), round(width * scale)
     small = F.interpolate(image, size, mode="bilinear", align_corners=False)
-    top, left = (size[0] - LOOKED_AT) // 2, (size[1] - LOOKED_AT) // 2
-    return small[..., top : top + LOOKED_AT, left : left + LOOKED_AT]
+    top, left = (size[0] - CROP_SIZE) // 2, (size[1] - CROP_SIZE) // 2
+    return small[..., top : top + CROP_SIZE, left : left + CROP_SIZE]
 
 
 class CountToken:
@@ -191,9 +191,9 @@ class CountToken:
 
         Args: see `optimise`.
         """
-        asked = {**self.settings, **others}
+        kwargs = {**self.settings, **others}
         with self.applied():
-            return self.pipe(self.prompt(things, count), latents=latents.clone(), **asked).images[0]
+            return self.pipe(self.prompt(things, count), latents=latents.clone(), **kwargs).images[0]
 
     def optimise(
         self,
@@ -224,46 +224,48 @@ class CountToken:
             ValueError: see `prompt`.
         """
         prompt, word = self.prompt(things, count), things.split()[-1]
-        asked = {**self.settings, "output_type": "pt", **others}
+        kwargs = {**self.settings, "output_type": "pt", **others}
         vector = self.vector.clone().requires_grad_()
         optimizer = torch.optim.AdamW([vector], lr=learning_rate)
-        lowest, left = float("inf"), patience
+        lowest, remaining = float("inf"), patience
         modules = [part for part in self.pipe.components.values() if isinstance(part, torch.nn.Module)]
         with frozen(*modules):
             for index in range(steps):
-                seen = []
+                results = []
                 for noise in latents.split(1):
                     with torch.enable_grad(), self.applied(vector):
                         draw = type(self.pipe).__call__.__wrapped__  # the pipeline's own, without its no_grad
-                        image = draw(self.pipe, prompt, latents=noise.clone(), **asked).images
-                        seen.append(self._look(image, word, count, scale, relevance_scale))
-                        (seen[-1].loss / len(latents)).backward()
-                step = self._together(index, seen, lowest)
+                        image = draw(self.pipe, prompt, latents=noise.clone(), **kwargs).images
+                        results.append(self._image_loss(image, word, count, scale, relevance_scale))
+                        (results[-1].loss / len(latents)).backward()
+                step = self._together(index, results, lowest)
                 if step.best:
-                    lowest, left, self.vector = step.loss, patience, vector.detach().clone()
+                    lowest, remaining, self.vector = step.loss, patience, vector.detach().clone()
                 else:
-                    left -= 1
+                    remaining -= 1
                 optimizer.step()
                 vector.grad = None
                 yield step
-                if left < 0:
+                if remaining < 0:
                     return
 
-    def _look(self, image: Tensor, word: str, count: int, scale: float, relevance_scale: float) -> "_Look":
-        """What the counters find in a picture [1, 3, H, W], and its loss."""
-        seen = looked_at(image)
-        density = self.density(seen, word)
-        found = None if self.detector is None else self.detector(image.detach(), word)
-        one = scale if found is None else density.sum().detach() / found if found else float("inf")
-        if found == 0:
+    def _image_loss(self, image: Tensor, word: str, count: int, scale: float, relevance_scale: float) -> "_ImageLoss":
+        """Count, relevance and loss of an image [1, 3, H, W]."""
+        crop = centre_crop(image)
+        density = self.density(crop, word)
+        detected = None if self.detector is None else self.detector(image.detach(), word)
+        density_per_object = (
+            scale if detected is None else density.sum().detach() / detected if detected else float("inf")
+        )
+        if detected == 0:
             logger.warning("no %s found: this step has no gradient of the count", word)
-        shares = density / one
+        shares = density / density_per_object
         count_loss = (shares.sum() - count).abs()
-        cosine = None if self.relevance is None else self.relevance(seen, word).squeeze()
+        cosine = None if self.relevance is None else self.relevance(crop, word).squeeze()
         loss = count_loss if cosine is None else count_loss + relevance_scale * (1 - cosine)
-        return _Look(image.detach(), shares.detach(), found, count_loss, cosine, loss)
+        return _ImageLoss(image.detach(), shares.detach(), detected, count_loss, cosine, loss)
 
-    def _together(self, index: int, seen: Sequence["_Look"], lowest: float) -> CountStep:
+    def _together(self, index: int, results: Sequence["_ImageLoss"], lowest: float) -> CountStep:
         """A step of several pictures."""
 
         def mean(values: Iterable[Tensor]) -> float:
@@ -271,13 +273,13 @@ class CountToken:
 
         return CountStep(
             index,
-            torch.cat([one.image for one in seen]),
-            torch.cat([one.shares for one in seen]),
-            mean(one.shares.sum() for one in seen),
-            None if self.detector is None else tuple(one.found for one in seen),
-            mean(one.count_loss for one in seen),
-            None if self.relevance is None else mean(one.cosine for one in seen),
-            loss := mean(one.loss for one in seen),
+            torch.cat([result.image for result in results]),
+            torch.cat([result.shares for result in results]),
+            mean(result.shares.sum() for result in results),
+            None if self.detector is None else tuple(result.detected for result in results),
+            mean(result.count_loss for result in results),
+            None if self.relevance is None else mean(result.cosine for result in results),
+            loss := mean(result.loss for result in results),
             loss < lowest,
         )
 

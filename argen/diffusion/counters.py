@@ -137,10 +137,10 @@ class Detected:
 
     def label(self, things: str) -> int | None:
         """The number of the detector's own name of the things, whose last words may be its plural; None if it has none."""
-        said = things.lower()
+        text = things.lower()
         for number, name in self.model.config.id2label.items():
             forms = name, plural(name), IRREGULAR.get(name, name)
-            if any(said == form or said.endswith(f" {form}") for form in forms):
+            if any(text == form or text.endswith(f" {form}") for form in forms):
                 return int(number)
         return None
 
@@ -149,14 +149,14 @@ class Detected:
         """Raises:
         ValueError: it has no name for the things.
         """
-        wanted = self.label(things)
-        if wanted is None:
-            known = sorted(self.model.config.id2label.values())
+        label = self.label(things)
+        if label is None:
+            names = sorted(self.model.config.id2label.values())
             raise ValueError(
-                f"the detector does not know {things!r}: leave it out, or ask for one of {', '.join(known)}"
+                f"the detector does not know {things!r}: leave it out, or ask for one of {', '.join(names)}"
             )
         image = to_pil(pixels[0])
-        seen = self.processor(images=image, return_tensors="pt").to(self.model.device)
+        inputs = self.processor(images=image, return_tensors="pt").to(self.model.device)
         sizes = [(image.height, image.width)]
-        found = self.processor.post_process_object_detection(self.model(**seen), self.threshold, sizes)[0]
-        return int((found["labels"] == wanted).sum())
+        detections = self.processor.post_process_object_detection(self.model(**inputs), self.threshold, sizes)[0]
+        return int((detections["labels"] == label).sum())

@@ -151,13 +151,13 @@ def _more_attributes(low: Sequence[str], segment: Sequence[int], after: int) -> 
     Raises:
         ValueError: a word may be an attribute or an object.
     """
-    said = [low[index] for index in segment if not is_determiner(low[index])]
-    if not said or after >= len(low) or is_determiner(low[after]):
+    words = [low[index] for index in segment if not is_determiner(low[index])]
+    if not words or after >= len(low) or is_determiner(low[after]):
         return False
-    if all(word in ATTRIBUTES for word in said):
+    if all(word in ATTRIBUTES for word in words):
         return True
     following = next((index for index in range(after, len(low)) if _phrase(low, index, BETWEEN)), len(low))
-    open_ended = said[-1].endswith(ADJECTIVE_ENDINGS) and all(word in ATTRIBUTES for word in said[:-1])
+    open_ended = words[-1].endswith(ADJECTIVE_ENDINGS) and all(word in ATTRIBUTES for word in words[:-1])
     if open_ended and following > after and low[following - 1] not in NO_OBJECTS:
         raise unclear(low, [*segment, *range(segment[-1] + 1, following)])
     return False
@@ -189,7 +189,7 @@ def _is_link(low: Sequence[str], before: Sequence[int], index: int) -> bool:
     link = " ".join(_phrase(low, index, LINKS))
     inside = link == "is" and before and low[before[-1]] in ("that", "which")
     behind = not link.endswith("ed") or any(
-        low[one] not in ATTRIBUTES and not is_determiner(low[one]) for one in before
+        low[position] not in ATTRIBUTES and not is_determiner(low[position]) for position in before
     )
     return bool(link) and not inside and behind
 
@@ -199,10 +199,10 @@ def _check_linked(low: Sequence[str], part: list[int]) -> None:
     ValueError: behind a link stands more than attributes, or than one thing.
     """
     link = _phrase(low, part[0], LINKS)
-    said = [low[index] for index in part[len(link) :]]
+    words = [low[index] for index in part[len(link) :]]
     if " ".join(link) not in BEING:
-        said = said[next((place for place, word in enumerate(said) if not is_determiner(word)), len(said)) :]
-    *first, last = said or ["that"]
+        words = words[next((place for place, word in enumerate(words) if not is_determiner(word)), len(words)) :]
+    *first, last = words or ["that"]
     if any(word not in ATTRIBUTES for word in first) or _unread(last) or is_determiner(last):
         raise unclear(low, part)
 
@@ -218,10 +218,10 @@ def _noun_phrase(low: Sequence[str], part: list[int]) -> tuple[list[int], list[i
         return [], []
     *before, head = (low[index] for index in body)
     unknown = [place for place, word in enumerate(before) if word not in ATTRIBUTES and not _participle(word)]
-    one = len(body) < len(part) and low[part[0]] in ("a", "an", "one", "this", "another", "each", "every")
+    singular = len(body) < len(part) and low[part[0]] in ("a", "an", "one", "this", "another", "each", "every")
     verb = head.endswith("s") and not head.endswith(("ss", "us", "is", "as", "ens"))  # "a cat eats"
     wrong = any(_unread(word) or is_determiner(word) for word in (*before, head))
-    last = _participle(head) or head.endswith("ly") or (one and verb)  # is no noun
+    last = _participle(head) or head.endswith("ly") or (singular and verb)  # is no noun
     wrong |= bool(unknown) and (unknown != [len(before) - 1] or last)
     wrong |= head in ATTRIBUTES - OBJECTS_TOO
     wrong |= head in COLOURS and (len(body) == len(part) or bool(COLOURS & set(before)))

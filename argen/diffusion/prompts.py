@@ -45,11 +45,11 @@ class Binding:
 
     def __str__(self) -> str:
         words = words_of(self.prompt)
-        named = [
+        lines = [
             f"{' '.join(words[index] for index in group.noun)} <- {' '.join(words[index] for index in group.modifiers)}"
             for group in self.groups
         ]
-        return f"{'; '.join(named)}; merged: {self.merged}"
+        return f"{'; '.join(lines)}; merged: {self.merged}"
 
 
 def _spans(prompt: str) -> list[tuple[int, int]]:
@@ -61,22 +61,23 @@ def words_of(prompt: str) -> list[str]:
     return [prompt[first:last] for first, last in _spans(prompt)]
 
 
-def _found(words: Sequence[str], phrase: str, taken: set[int], near: int = 0) -> list[int]:
-    """Numbers of the words of a phrase, where it stands nearest to word `near` and is not yet taken.
+def _find_words(words: Sequence[str], phrase: str, used: set[int], near: int = 0) -> list[int]:
+    """Numbers of the words of a phrase, where it stands nearest to word `near` and is not yet used.
 
     Raises:
         ValueError: it does not stand there.
     """
-    wanted, low = words_of(phrase.lower()), [word.lower() for word in words]
+    phrase_words, low = words_of(phrase.lower()), [word.lower() for word in words]
     starts = [
         start
-        for start in range(len(low) - len(wanted) + 1)
-        if low[start : start + len(wanted)] == wanted and not taken & set(range(start, start + len(wanted)))
+        for start in range(len(low) - len(phrase_words) + 1)
+        if low[start : start + len(phrase_words)] == phrase_words
+        and not used & set(range(start, start + len(phrase_words)))
     ]
-    if not wanted or not starts:
+    if not phrase_words or not starts:
         raise ValueError(f"{phrase!r} is not in the prompt {' '.join(words)!r}: give words that stand there")
     start = min(starts, key=lambda index: abs(index - near))
-    return list(range(start, start + len(wanted)))
+    return list(range(start, start + len(phrase_words)))
 
 
 @cache
@@ -105,8 +106,8 @@ def by_grammar(prompt: str, tokens: Sequence) -> list[tuple[list[int], list[int]
         return [n for n, (first, last) in enumerate(spans) if any(first < stop and start < last for start, stop in of)]
 
     def below(token: int, kinds: Sequence[str]) -> set[int]:
-        found = [child for child in children[token] if dep[child] in kinds]
-        return set(found).union(*(below(child, (*MODIFIERS, "conj")) for child in found))
+        matches = [child for child in children[token] if dep[child] in kinds]
+        return set(matches).union(*(below(child, (*MODIFIERS, "conj")) for child in matches))
 
     groups = []
     for token, kind in enumerate(dep):
@@ -120,16 +121,16 @@ def by_grammar(prompt: str, tokens: Sequence) -> list[tuple[list[int], list[int]
             if dep[child] == "relcl" and pos[child] == "AUX":  # "a dog that is red"
                 modifiers |= below(child, MODIFIERS)
             elif dep[child] == "acl":  # "a cat wearing a red hat"
-                things = [one for one in children[child] if dep[one] in OBJECTS]
-                modifiers |= {child, *things}.union(*(below(one, ("det", *MODIFIERS)) for one in things))
+                things = [grandchild for grandchild in children[child] if dep[grandchild] in OBJECTS]
+                modifiers |= {child, *things}.union(*(below(grandchild, ("det", *MODIFIERS)) for grandchild in things))
         groups.append((words({token}), words(modifiers - {token})))
-    taken = {word for _, modifiers in groups for word in modifiers}
-    return [(noun, modifiers) for noun, modifiers in groups if not taken & set(noun)]
+    modifier_words = {word for _, modifiers in groups for word in modifiers}
+    return [(noun, modifiers) for noun, modifiers in groups if not modifier_words & set(noun)]
 
 
 def merged_prompt(prompt: str, groups: Sequence[Group]) -> str:
     """The prompt without the modifiers of its groups; "an orange cat" becomes "a cat"."""
-    words, gone = words_of(prompt), {index for group in groups for index in group.modifiers}
+    words, removed = words_of(prompt), {index for group in groups for index in group.modifiers}
     between: set[int] = set()  # what stands between two modifiers of one object goes with them
     for index, word in enumerate(words):
         following = next(
@@ -137,12 +138,12 @@ def merged_prompt(prompt: str, groups: Sequence[Group]) -> str:
         )
         if normal(word) in JOINING and any({index - 1, following} <= {*group.modifiers, *between} for group in groups):
             between.add(index)
-    gone |= between
-    kept, text = [index for index in range(len(words)) if index not in gone], ""
-    for place, index in enumerate(kept):
+    removed |= between
+    indices, text = [index for index in range(len(words)) if index not in removed], ""
+    for place, index in enumerate(indices):
         word = words[index]
-        if word.lower() in ("a", "an") and index + 1 in gone and place + 1 < len(kept):
-            word = "an" if words[kept[place + 1]][0].lower() in "aeiou" else "a"
+        if word.lower() in ("a", "an") and index + 1 in removed and place + 1 < len(indices):
+            word = "an" if words[indices[place + 1]][0].lower() in "aeiou" else "a"
         text += word if not text or normal(word) in ",.;:!?" else f" {word}"
     return text
 
@@ -173,21 +174,21 @@ def parse(prompt: str, bind: Mapping[str, str | Sequence[str]] | None = None) ->
     check_unweighted(prompt)
     if bind is None:
         analyse = spacy_pipeline()
-        found = by_rules(words) if analyse is None else by_grammar(prompt, analyse(prompt))
+        pairs = by_rules(words) if analyse is None else by_grammar(prompt, analyse(prompt))
     else:
-        taken: set[int] = set()
-        found = []
+        used: set[int] = set()
+        pairs = []
         for noun, modifiers in bind.items():
-            place = _found(words, noun, taken)
-            taken |= set(place)
-            belongs: list[int] = []
+            indices = _find_words(words, noun, used)
+            used |= set(indices)
+            modifier_indices: list[int] = []
             for phrase in [modifiers] if isinstance(modifiers, str) else modifiers:
-                belongs += _found(words, phrase, taken, place[0])
-                taken |= set(belongs)
-            found.append((place, belongs))
+                modifier_indices += _find_words(words, phrase, used, indices[0])
+                used |= set(modifier_indices)
+            pairs.append((indices, modifier_indices))
     groups = tuple(
         Group(tuple(noun), tuple(modifiers), _anchor(prompt, [*noun, *modifiers]))
-        for noun, modifiers in found
+        for noun, modifiers in pairs
         if modifiers
     )
     if not groups:
@@ -199,8 +200,8 @@ def parse(prompt: str, bind: Mapping[str, str | Sequence[str]] | None = None) ->
 
 def token_positions(tokenizer, prompt: str, words: Sequence[int]) -> tuple[int, ...]:
     """Positions of the pieces of some words of a prompt; the start token has position 0."""
-    spans, found = _spans(prompt), []
+    spans, positions = _spans(prompt), []
     for word in words:
         first, last = (len(tokenizer(prompt[:stop].rstrip(), truncation=False).input_ids) - 1 for stop in spans[word])
-        found += range(first, last)
-    return tuple(found)
+        positions += range(first, last)
+    return tuple(positions)

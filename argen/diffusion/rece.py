@@ -59,27 +59,29 @@ class Edit:
             retained: states [L, D] of texts.
         """
         some = next(iter(weights.values()))
-        kept = self.lamb * torch.eye(some.shape[1], dtype=torch.float64, device=some.device)
-        kept = kept + self.preserve_scale * sum(states.T @ states for states in map(torch.Tensor.double, retained))
+        retained_gram = self.lamb * torch.eye(some.shape[1], dtype=torch.float64, device=some.device)
+        retained_gram = retained_gram + self.preserve_scale * sum(
+            states.T @ states for states in map(torch.Tensor.double, retained)
+        )
         pairs = [(source.double(), target.double()) for source, target in pairs]
-        right = kept + self.erase_scale * sum(source.T @ source for source, _ in pairs)
+        right = retained_gram + self.erase_scale * sum(source.T @ source for source, _ in pairs)
         edited = {}
         for name, weight in weights.items():
             weight = weight.double()
-            left = weight @ kept
+            left = weight @ retained_gram
             for source, target in pairs:
-                left = left + self.erase_scale * self._wanted(weight, source, target).T @ source
+                left = left + self.erase_scale * self._target_output(weight, source, target).T @ source
             edited[name] = torch.linalg.solve(right, left.T).T  # `right` is symmetric
         return edited
 
-    def _wanted(self, weight: Tensor, source: Tensor, target: Tensor) -> Tensor:
-        """What a matrix is to give for the tokens of a concept, [l, O]."""
-        wanted = target @ weight.T
+    def _target_output(self, weight: Tensor, source: Tensor, target: Tensor) -> Tensor:
+        """Target output of a matrix for the tokens of a concept, [l, O]."""
+        output = target @ weight.T
         if self.technique == "replace":
-            return wanted
+            return output
         along = source @ weight.T
         along = along / along.norm()
-        return wanted - (along * wanted).sum() * along
+        return output - (along * output).sum() * along
 
 
 REGULARISERS = ("zero", "target", "surrogate-1st", "surrogate-2nd", "surrogate-both")
@@ -102,29 +104,29 @@ def derive(
             in what the edited matrices give of it (1st), in the states (2nd), or in both.
     """
     some = next(iter(weights.values()))
-    one = torch.eye(some.shape[1], dtype=torch.float64, device=some.device)
-    gram, cross = torch.zeros_like(one), torch.zeros_like(one)
+    identity = torch.eye(some.shape[1], dtype=torch.float64, device=some.device)
+    gram, cross = torch.zeros_like(identity), torch.zeros_like(identity)
     for name, weight in weights.items():
         weight = weight.double()
         gram, cross = gram + weight.T @ weight, cross + weight.T @ originals[name].double()
     left = {
-        "zero": scale * one + gram,
-        "target": scale * one + gram,
+        "zero": scale * identity + gram,
+        "target": scale * identity + gram,
         "surrogate-1st": (1 + scale) * gram,
-        "surrogate-2nd": scale * one + gram,
-        "surrogate-both": scale * one + (1 + scale) * gram,
+        "surrogate-2nd": scale * identity + gram,
+        "surrogate-both": scale * identity + (1 + scale) * gram,
     }
     right = {
         "zero": cross,
         "target": cross,
         "surrogate-1st": cross + scale * gram,
-        "surrogate-2nd": cross + scale * one,
-        "surrogate-both": cross + scale * (one + gram),
+        "surrogate-2nd": cross + scale * identity,
+        "surrogate-both": cross + scale * (identity + gram),
     }
-    wanted = right[regulariser] @ concept.double().T
+    rhs = right[regulariser] @ concept.double().T
     if regulariser == "target":
-        wanted = wanted + scale * target.double().T
-    return torch.linalg.solve(left[regulariser], wanted).T
+        rhs = rhs + scale * target.double().T
+    return torch.linalg.solve(left[regulariser], rhs).T
 
 
 def matrices_of(unet: UNet2DConditionModel) -> Weights:
@@ -135,8 +137,10 @@ def matrices_of(unet: UNet2DConditionModel) -> Weights:
         for name, _ in unet.named_modules()
         if name.startswith(part) and name.endswith("attn2")
     ]
-    found = dict(unet.named_parameters())
-    return {f"{name}.{kind}.weight": found[f"{name}.{kind}.weight"] for kind in ("to_v", "to_k") for name in layers}
+    parameters = dict(unet.named_parameters())
+    return {
+        f"{name}.{kind}.weight": parameters[f"{name}.{kind}.weight"] for kind in ("to_v", "to_k") for name in layers
+    }
 
 
 def last_words(concept: Tensor, target: Tensor, lengths: tuple[int, int]) -> tuple[Tensor, Tensor]:
@@ -263,32 +267,32 @@ class ConceptErasure:
     def stages(self, concepts, preset="object", targets=None, retained=(), epochs=None, scale=None) -> Iterator[Erased]:
         """`erase`, stage by stage. The pipeline changes at the end alone: one that is left before stays as it was."""
         check_erasure(concepts, preset, targets, retained)
-        own = PRESETS[preset]
-        epochs, scale = own.epochs if epochs is None else epochs, own.scale if scale is None else scale
-        targets = list(targets) if targets else [own.target] * len(concepts)
+        defaults = PRESETS[preset]
+        epochs, scale = defaults.epochs if epochs is None else epochs, defaults.scale if scale is None else scale
+        targets = list(targets) if targets else [defaults.target] * len(concepts)
         if epochs < 0:
             raise ValueError(f"epochs is {epochs}: expected 0 or more")
         targets = [target or " " for target in targets]
-        sources, wanted = self.read(concepts), self.read(targets)
-        kept = self.read(list(retained) or [""])
-        preserve = max(0.1, round(1 / len(kept), 3))
+        sources, target_states = self.read(concepts), self.read(targets)
+        retained_states = self.read(list(retained) or [""])
+        preserve = max(0.1, round(1 / len(retained_states), 3))
         lengths = [
             (self.length(concept), self.length(target)) for concept, target in zip(concepts, targets, strict=True)
         ]
-        pairs = [last_words(*states) for states in zip(sources, wanted, lengths, strict=True)]
+        pairs = [last_words(*states) for states in zip(sources, target_states, lengths, strict=True)]
         start = {name: weight.double().cpu() for name, weight in self.originals.items()}
-        edited = Edit(0.5, 1.0, preserve)(start, pairs, kept)
+        edited = Edit(0.5, 1.0, preserve)(start, pairs, retained_states)
         yield Erased("UCE", _change(edited, start), [])
         if preset in ("nudity", "unsafe") and not retained:
-            kept = kept.expand(len(concepts), -1, -1)  # one for each concept
+            retained_states = retained_states.expand(len(concepts), -1, -1)  # one for each concept
         for epoch in range(epochs):
             derived = [derive(edited, start, states, scale) for states in sources]
-            edited = Edit()(edited, list(zip(derived, wanted, strict=True)), kept)
-            norms = [(one.norm() / states.norm()).item() for one, states in zip(derived, sources, strict=True)]
+            edited = Edit()(edited, list(zip(derived, target_states, strict=True)), retained_states)
+            norms = [(vector.norm() / states.norm()).item() for vector, states in zip(derived, sources, strict=True)]
             yield Erased(f"RECE {epoch + 1}", _change(edited, start), norms)
         self._write(edited)
-        chosen = {"concepts": list(concepts), "targets": targets, "retained": list(retained)}
-        self.record = chosen | {
+        settings = {"concepts": list(concepts), "targets": targets, "retained": list(retained)}
+        self.record = settings | {
             "preset": preset,
             "epochs": epochs,
             "scale": scale,
@@ -306,15 +310,15 @@ class ConceptErasure:
             FileNotFoundError: there is no such file.
             ValueError: it is no U-Net of this kind, or differs in more than what an erasure changes.
         """
-        state, own = read_state_dict(path), self.pipe.unet.state_dict()
-        wrong = [name for name in own if name not in state or state[name].shape != own[name].shape]
-        wrong += [name for name in state if name not in own]
+        state, expected = read_state_dict(path), self.pipe.unet.state_dict()
+        wrong = [name for name in expected if name not in state or state[name].shape != expected[name].shape]
+        wrong += [name for name in state if name not in expected]
         if wrong:
             raise ValueError(
                 f"{path} does not fit the U-Net of this pipeline, as in {wrong[0]}: load its own base model"
             )
-        for name in own.keys() - self.originals.keys():
-            if not torch.allclose(state[name].to(own[name]), own[name], atol=1e-2, rtol=1e-2):
+        for name in expected.keys() - self.originals.keys():
+            if not torch.allclose(state[name].to(expected[name]), expected[name], atol=1e-2, rtol=1e-2):
                 raise ValueError(f"{path} differs from this pipeline in {name}, too: load its own base model")
         self._write({name: state[name] for name in self.originals})
         self.record = {"loaded": Path(path).name, "originals": _digest(self.originals)}
@@ -329,9 +333,9 @@ class ConceptErasure:
         """
         start = {name: weight.cpu() for name, weight in self.originals.items()}
         now = {name: weight.detach().cpu() for name, weight in matrices_of(self.pipe.unet).items()}
-        given = encode(self.pipe, concept, "")
-        derived = derive(now, start, given["prompt_embeds"][0].double().cpu(), scale)
-        return given | {"prompt_embeds": derived[None].to(given["prompt_embeds"])}
+        embeds = encode(self.pipe, concept, "")
+        derived = derive(now, start, embeds["prompt_embeds"][0].double().cpu(), scale)
+        return embeds | {"prompt_embeds": derived[None].to(embeds["prompt_embeds"])}
 
     def restore(self) -> None:
         """The pipeline as it was, bit by bit."""
@@ -376,8 +380,8 @@ class ConceptErasure:
 def _delete_unfinished(parent: Path) -> None:
     """Delete what `ConceptErasure.save` left in a folder when its program was killed: its name has that program's id."""
     for work in parent.glob(".argen-*"):
-        left = re.fullmatch(r"\.argen-(\d+)-[a-z0-9_]{8}", work.name)
-        if left and not psutil.pid_exists(int(left[1])):
+        match = re.fullmatch(r"\.argen-(\d+)-[a-z0-9_]{8}", work.name)
+        if match and not psutil.pid_exists(int(match[1])):
             shutil.rmtree(work, ignore_errors=True)
 
 
@@ -387,7 +391,7 @@ def _change(edited: Weights, start: Weights) -> float:
 
 
 def _digest(weights: Weights) -> str:
-    whole = hashlib.sha256()
+    digest = hashlib.sha256()
     for name in sorted(weights):
-        whole.update(weights[name].detach().float().cpu().numpy().tobytes())
-    return whole.hexdigest()
+        digest.update(weights[name].detach().float().cpu().numpy().tobytes())
+    return digest.hexdigest()

@@ -80,12 +80,14 @@ def merged_tokens(
     """
     states = states.clone()
     for noun, modifiers in groups:
-        own, others = states[list(noun)].sum(dim=0), states[list(modifiers)].sum(dim=0)
+        noun_state, modifier_state = states[list(noun)].sum(dim=0), states[list(modifiers)].sum(dim=0)
         if gentle:
-            states[noun[0]] = (own + others) * states[noun[0]].norm() / (own + others).norm()
+            states[noun[0]] = (
+                (noun_state + modifier_state) * states[noun[0]].norm() / (noun_state + modifier_state).norm()
+            )
             continue
         states[[*noun, *modifiers]] = 0
-        states[noun[0]] = NOUN_WEIGHT * own + MODIFIER_WEIGHT * others
+        states[noun[0]] = NOUN_WEIGHT * noun_state + MODIFIER_WEIGHT * modifier_state
     return states
 
 
@@ -101,14 +103,14 @@ def entropy_loss(maps: Tensor, nouns: Sequence[int], end: int, pose: bool = Fals
     shares = (maps[:, :, 1:end] / 0.5).softmax(dim=-1)
     loss = maps.new_zeros(())
     for index, noun in enumerate(nouns):
-        one = shares[:, :, noun - 1]
-        extent = one.max() - one.min()
-        one = (one - one.min()) / extent if extent > 0 else torch.ones_like(one)
-        one = one / one.sum()
-        loss = loss - 2 * (one * (one + 1e-5).log()).sum()
+        attention = shares[:, :, noun - 1]
+        extent = attention.max() - attention.min()
+        attention = (attention - attention.min()) / extent if extent > 0 else torch.ones_like(attention)
+        attention = attention / attention.sum()
+        loss = loss - 2 * (attention * (attention + 1e-5).log()).sum()
         if pose:
-            rows, columns = (torch.linspace(0, 1, n, device=maps.device, dtype=maps.dtype) for n in one.shape)
-            centre = 32 * torch.stack([(one.sum(dim=0) * columns).sum(), (one.sum(dim=1) * rows).sum()])
+            rows, columns = (torch.linspace(0, 1, n, device=maps.device, dtype=maps.dtype) for n in attention.shape)
+            centre = 32 * torch.stack([(attention.sum(dim=0) * columns).sum(), (attention.sum(dim=1) * rows).sum()])
             across = (10, 25)[index] if len(nouns) == 2 else 32 * (index + 0.5) / len(nouns)
             loss = loss + 0.2 * (centre - centre.new_tensor([across, 16])).square().mean()
     return loss
@@ -248,7 +250,9 @@ class BindingRun:
         unet = self.pipe.unet
         before = unet.attn_processors
         layers = recorded_layers(self.pipe) if max(self.settings.tome_control_steps) else []
-        unet.set_attn_processor({name: self.recorder if name in layers else own for name, own in before.items()})
+        unet.set_attn_processor(
+            {name: self.recorder if name in layers else processor for name, processor in before.items()}
+        )
         hook = unet.register_forward_pre_hook(self.before_unet, with_kwargs=True)
         try:
             with frozen(unet):
@@ -289,8 +293,8 @@ class BindingRun:
         dtype = self.pipe.unet.dtype
         if added is not None:
             added = {"text_embeds": torch.zeros_like(added["text_embeds"][-1:]), "time_ids": added["time_ids"][-1:]}
-        asked = {"encoder_hidden_states": states.to(dtype), "added_cond_kwargs": added}
-        return self.pipe.unet(sample.to(dtype), time, **asked, return_dict=False)[0].float()
+        kwargs = {"encoder_hidden_states": states.to(dtype), "added_cond_kwargs": added}
+        return self.pipe.unet(sample.to(dtype), time, **kwargs, return_dict=False)[0].float()
 
     def bind(self, index: int, time: Tensor, added: dict[str, Tensor] | None) -> None:
         """Each composite token alone is to give what its anchor gives, on a path of its own."""
@@ -298,12 +302,12 @@ class BindingRun:
             path, scheduler = self.paths[number]
             path = scheduler.scale_model_input(path, time)
             with torch.no_grad():
-                wanted = self.unet(path, time, self.anchors[number][None], added)
+                target = self.unet(path, time, self.anchors[number][None], added)
             token, losses = self.states[-1, noun[0]], []
             for _ in range(self.settings.token_refinement_steps):
                 with torch.enable_grad():
                     token = token.detach().requires_grad_()
-                    loss = (wanted - self.unet(path, time, token[None, None], added)).square().mean()
+                    loss = (target - self.unet(path, time, token[None, None], added)).square().mean()
                     (slope,) = torch.autograd.grad(BINDING_SCALE * loss, token)
                 token = (token - slope).detach()
                 losses.append(loss.item())
@@ -311,8 +315,8 @@ class BindingRun:
             self.states = self.states.clone()
             self.states[-1, noun[0]] = token
             with torch.no_grad():
-                none = self.unet(path, time, self.states[:1], added)
-            guided = none + self.guidance_scale * (none - wanted)  # away from the anchor, as in the authors' code
+                uncond = self.unet(path, time, self.states[:1], added)
+            guided = uncond + self.guidance_scale * (uncond - target)  # away from the anchor, as in the authors' code
             self.paths[number] = scheduler.step(guided, time, path, return_dict=False)[0], scheduler
 
     def focus(self, index: int, time: Tensor, sample: Tensor, added: dict[str, Tensor] | None) -> Tensor:
@@ -337,17 +341,17 @@ class BindingRun:
 
     def threshold(self, index: int, places: int) -> float:
         """Below it the maps are refined no further in this step."""
-        given = self.settings.thresholds
-        scale = math.log(places) / math.log(32**2) if given is None else 1.0
-        given = given or THRESHOLDS
-        return scale * given[min(index, len(given) - 1)] / 2 * len(self.groups) - 2
+        thresholds = self.settings.thresholds
+        scale = math.log(places) / math.log(32**2) if thresholds is None else 1.0
+        thresholds = thresholds or THRESHOLDS
+        return scale * thresholds[min(index, len(thresholds) - 1)] / 2 * len(self.groups) - 2
 
     def maps(self, sample: Tensor, time: Tensor, states: Tensor, added: dict[str, Tensor] | None) -> Tensor:
         """Attention of each place to each token [h, w, L], mean of layers and heads."""
         self.recorder.maps = []
         self.unet(sample, time, states[-1:], added)
-        found, self.recorder.maps = self.recorder.maps, None
-        mean = torch.stack([layer.float().mean(dim=0) for layer in found]).mean(dim=0)
+        layers, self.recorder.maps = self.recorder.maps, None
+        mean = torch.stack([layer.float().mean(dim=0) for layer in layers]).mean(dim=0)
         height, width = sample.shape[2:]
         rows = round(math.sqrt(len(mean) * height / width))
         return mean.unflatten(0, (rows, len(mean) // rows))

@@ -36,7 +36,7 @@ def card_of(model: str | Path) -> Card:
 
 def drawing(model: str, steps: int | None = None, guidance_scale: float | None = None) -> dict:
     """Arguments of the pipeline's call: what is asked for, else the card's."""
-    return (card_of(model).tool("draw") or USUAL) | _given(steps, guidance_scale)
+    return (card_of(model).tool("draw") or USUAL) | _overrides(steps, guidance_scale)
 
 
 def binding(model: str) -> str:
@@ -47,11 +47,11 @@ def binding(model: str) -> str:
 def counting(model: str, count: int, steps: int | None = None, guidance_scale: float | None = None) -> dict:
     """What `CountToken` takes beside counters. Where the card says ``optimise = "number"``, the word of the number is optimised, for
     models whose few words have no other that means nothing."""
-    card, given = card_of(model), _given(steps, guidance_scale)
+    card, overrides = card_of(model), _overrides(steps, guidance_scale)
     if card.tool("count").get("optimise") != "number":
-        return {"settings": ONE_STEP | given}
+        return {"settings": ONE_STEP | overrides}
     word = NUMBERS[min(count, len(NUMBERS) - 1)]
-    settings = card.tool("draw") | {"num_inference_steps": card.tool("count")["num_inference_steps"]} | given
+    settings = card.tool("draw") | {"num_inference_steps": card.tool("count")["num_inference_steps"]} | overrides
     return {"placeholder": word, "template": "{placeholder} {things}", "settings": settings}
 
 
@@ -68,7 +68,10 @@ def concepts_of(model: str, texts: Sequence[str]) -> list[str]:
         styles = {style.prompt for style in STYLES.values()}  # which a caption names, too, and which are no concepts
         judged = json.loads((WEIGHTS / "emoji-judge/config.json").read_text(encoding="utf-8"))["names"]
         names = [
-            found for name in names for found in caption_names(name, [*vocabulary, *judged]) if found not in styles
+            concept
+            for name in names
+            for concept in caption_names(name, [*vocabulary, *judged])
+            if concept not in styles
         ]
     return list(dict.fromkeys(names))
 
@@ -105,18 +108,18 @@ def erasing(
     names = concepts_of(model, concepts)
     styles = ["", *(f", {style.prompt}" for style in STYLES.values())]
     others = [name for name in vocabulary if not any(mentions(text, name) for text in names)]
-    kept = [f"{words}{style}" for name in others for words in (name, with_article(name)) for style in styles]
+    retained_texts = [f"{words}{style}" for name in others for words in (name, with_article(name)) for style in styles]
     return {
         "concepts": [words for name in names for words in (name, with_article(name))],
         "targets": [target for target in targets for _ in range(2)] if targets else None,
         "preset": preset or usual,
-        "retained": [*kept, *retained],
+        "retained": [*retained_texts, *retained],
     }
 
 
-def _given(steps: int | None, guidance_scale: float | None) -> dict:
-    given = {"num_inference_steps": steps, "guidance_scale": guidance_scale}
-    return {name: value for name, value in given.items() if value is not None}
+def _overrides(steps: int | None, guidance_scale: float | None) -> dict:
+    settings = {"num_inference_steps": steps, "guidance_scale": guidance_scale}
+    return {name: value for name, value in settings.items() if value is not None}
 
 
 def counters(

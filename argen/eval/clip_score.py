@@ -25,7 +25,7 @@ def evaluate(
     judge: PublishedCLIP | TextImageEncoder, name: str, samples: ImageSet, prompts: Sequence[str], prefix: str = ""
 ) -> dict[str, dict]:
     """Scores of pictures, picture i being of prompt ``i % len(prompts)``; `prefix` comes before every prompt."""
-    text, seen = [], []
+    text_embeds, image_embeds = [], []
     for first in range(0, len(samples), 64):
         rows = range(first, min(first + 64, len(samples)))
         texts = [prompts[index % len(prompts)] for index in rows]
@@ -38,7 +38,7 @@ def evaluate(
                 judge.embed_pixels(torch.stack([judge.prepare(samples[index]) for index in rows])),
             )
         )
-        text.append(by_text.cpu())
-        seen.append(by_image.cpu())
-    found = clip_scores(torch.cat(text), torch.cat(seen))
-    return {f"CLIP score ({name}), {scale}": {"value": value, "n": len(samples)} for scale, value in found.items()}
+        text_embeds.append(by_text.cpu())
+        image_embeds.append(by_image.cpu())
+    scores = clip_scores(torch.cat(text_embeds), torch.cat(image_embeds))
+    return {f"CLIP score ({name}), {scale}": {"value": value, "n": len(samples)} for scale, value in scores.items()}

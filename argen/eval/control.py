@@ -21,9 +21,9 @@ TOLERANCE = 2  # pixels of 128 x 128
 Box = tuple[int, int, int, int]
 
 
-def edge_f1(made: np.ndarray, asked: np.ndarray, tolerance: int = TOLERANCE) -> float:
+def edge_f1(result: np.ndarray, target: np.ndarray, tolerance: int = TOLERANCE) -> float:
     """F1 of two edge maps [H, W], edges not 0; 1 where both are empty."""
-    maps = [torch.from_numpy(np.ascontiguousarray(edges != 0)).float()[None, None] for edges in (made, asked)]
+    maps = [torch.from_numpy(np.ascontiguousarray(edges != 0)).float()[None, None] for edges in (result, target)]
     if not any(edges.any() for edges in maps):
         return 1.0
     near = [F.max_pool2d(edges, 2 * tolerance + 1, 1, tolerance) for edges in maps]
@@ -35,22 +35,22 @@ def _share(edges: Tensor, near: Tensor) -> float:
     return ((edges * near).sum() / edges.sum().clamp(min=1)).item()
 
 
-def segment_iou(made: ImageArray, asked: ImageArray, boxes: Sequence[Box]) -> float:
+def segment_iou(result: ImageArray, control: ImageArray, boxes: Sequence[Box]) -> float:
     """Mean over the objects of IoU of their ink; ink of the result belongs to the object whose box is nearest."""
-    ink = (made < INK).any(-1)
+    ink = (result < INK).any(-1)
     rows, columns = np.mgrid[: ink.shape[0], : ink.shape[1]]
     far = []
     for left, top, right, bottom in boxes:
         down = np.maximum(np.maximum(top - rows, rows - bottom + 1), 0)
         across = np.maximum(np.maximum(left - columns, columns - right + 1), 0)
         far.append(down**2 + across**2)
-    owner, found = np.argmin(far, axis=0), []
+    owner, ious = np.argmin(far, axis=0), []
     for index, (left, top, right, bottom) in enumerate(boxes):
-        wanted = np.zeros_like(ink)
-        wanted[top:bottom, left:right] = (asked[top:bottom, left:right] < INK).any(-1)
-        given = ink & (owner == index)
-        found.append((given & wanted).sum() / max(1, (given | wanted).sum()))
-    return float(np.mean(found))
+        target_ink = np.zeros_like(ink)
+        target_ink[top:bottom, left:right] = (control[top:bottom, left:right] < INK).any(-1)
+        result_ink = ink & (owner == index)
+        ious.append((result_ink & target_ink).sum() / max(1, (result_ink | target_ink).sum()))
+    return float(np.mean(ious))
 
 
 class Scenes(Sequence):
@@ -81,12 +81,12 @@ def evaluate(scenes: Scenes, kind: str, followed: ImageSet, free: ImageSet) -> d
     """Scores of the pictures drawn with the control of `kind`, and of those drawn for the same prompts without."""
     sums: dict[str, list[float]] = {}
     for index in range(len(followed)):
-        asked = scenes[index]
-        for name, made in (("", followed[index]), (", without control", free[index])):
+        control = scenes[index]
+        for name, result in (("", followed[index]), (", without control", free[index])):
             if kind == "seg":
-                sums.setdefault(f"segment mIoU{name}", []).append(segment_iou(made, asked, scenes.boxes[index]))
+                sums.setdefault(f"segment mIoU{name}", []).append(segment_iou(result, control, scenes.boxes[index]))
             else:
-                maps = canny(made), canny(asked)
+                maps = canny(result), canny(control)
                 sums.setdefault(f"edge F1{name}", []).append(edge_f1(*maps))
                 sums.setdefault(f"edge F1 to the pixel{name}", []).append(edge_f1(*maps, tolerance=0))
     return {name: {"value": float(np.mean(values)), "n": len(values)} for name, values in sums.items()}

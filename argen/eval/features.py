@@ -144,8 +144,8 @@ def with_prefix(tokens: Tensor, prefix: Tensor) -> Tensor:
 
 def weights_digest(model: torch.nn.Module) -> str:
     """SHA-256 of the tensors of a network, in the order of their names."""
-    found = hashlib.sha256()
+    digest = hashlib.sha256()
     for name, value in sorted(model.state_dict().items()):
-        found.update(name.encode())
-        found.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return found.hexdigest()
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

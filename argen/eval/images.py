@@ -84,12 +84,12 @@ class FileList(ImageSet):
 
 def _files_under(folder: Path) -> Iterator[Path]:
     """The files in a folder, its subfolders and those that are linked there, each folder once."""
-    seen = set()
+    visited = set()
     for place, folders, names in os.walk(folder, followlinks=True):
-        if (real := os.path.realpath(place)) in seen:
+        if (real := os.path.realpath(place)) in visited:
             folders.clear()
             continue
-        seen.add(real)
+        visited.add(real)
         yield from (file for name in names if (file := Path(place, name)).is_file())
 
 
@@ -164,13 +164,13 @@ def open_images(path: str | Path) -> ImageSet:
     if kind is None:
         raise ValueError(f"{path} is no set of pictures: expected a folder, or a .zip, .npz or .parquet file")
     try:
-        found = kind(path)
+        images = kind(path)
     except (zipfile.BadZipFile, KeyError, EOFError) as error:
         raise ValueError(f"{path} cannot be read ({error}): make or fetch it again") from error
-    if not len(found):
+    if not len(images):
         hint = ": for a set made by `argen data`, give the .parquet file of a split" if path.is_dir() else ""
         raise ValueError(f"no pictures in {path}{hint}")
-    return found
+    return images
 
 
 def _map_array(path: Path, name: str) -> np.ndarray:
@@ -223,7 +223,7 @@ def check_crop(crop: str) -> str:
     """
     name, _, size = crop.partition("-")
     if name not in CROPS or not re.fullmatch(r"[0-9]{1,5}", size) or not 8 <= int(size) <= MAX_SIDE:
-        ways = " or ".join(f"{known}-SIZE" for known in CROPS)
+        ways = " or ".join(f"{crop_name}-SIZE" for crop_name in CROPS)
         raise ValueError(f"unknown crop {cut(crop)!r}: expected {ways}, 8 to {MAX_SIDE} pixels, as in adm-256")
     return crop
 

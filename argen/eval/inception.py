@@ -183,11 +183,11 @@ class FIDInception(ModelMixin, ConfigMixin):
 
 
 def sha256(path: str | Path) -> str:
-    found = hashlib.sha256()
+    digest = hashlib.sha256()
     with open(path, "rb") as file:
         while part := file.read(1 << 20):
-            found.update(part)
-    return found.hexdigest()
+            digest.update(part)
+    return digest.hexdigest()
 
 
 def find_weights() -> Path:

@@ -50,9 +50,9 @@ def read_prompts(path: Path = PROMPTS) -> list[Truth]:
     return [Truth(**row | {"objects": tuple(map(tuple, row["objects"]))}) for row in rows]
 
 
-def around(found: Sequence[tuple[int, int, int, int]]) -> tuple[int, int, int, int]:
+def around(boxes: Sequence[tuple[int, int, int, int]]) -> tuple[int, int, int, int]:
     """The box around all of some boxes."""
-    left, top, right, bottom = zip(*found, strict=True)
+    left, top, right, bottom = zip(*boxes, strict=True)
     return min(left), min(top), max(right), max(bottom)
 
 
@@ -62,36 +62,36 @@ def crop(image: ImageArray, box: tuple[int, int, int, int]) -> Tensor:
 
 
 def subject(image: ImageArray) -> Tensor:
-    """All that a picture shows -> [3, 64, 64] in [0, 1]: an icon may have several parts."""
-    found = scenes.boxes(image)[:AT_MOST]
-    return crop(image, around(found) if found else (0, 0, image.shape[1], image.shape[0]))
+    """Crop of all the ink of an image -> [3, 64, 64] in [0, 1]: an icon may have several parts."""
+    boxes = scenes.boxes(image)[:AT_MOST]
+    return crop(image, around(boxes) if boxes else (0, 0, image.shape[1], image.shape[0]))
 
 
 def verdict(judge: Judge, image: ImageArray, truth: Truth) -> dict[str, float]:
-    """What is right about a picture: {question: 0 to 1}, the questions being those of the truth's kind.
+    """Scores of an image: {question: 0 to 1}, the questions being those of the truth's kind.
 
     "identity" is the share of the objects that are what they should be: among the judge's `AMONG` most probable names; "name" is
     that of single objects whose most probable name is right.
     """
-    found = scenes.boxes(image)[:AT_MOST]
-    looked = torch.stack([crop(image, box) for box in found]) if found else None
-    names, colours = judge.answers(looked, AMONG) if found else ([], [])
+    boxes = scenes.boxes(image)[:AT_MOST]
+    crops = torch.stack([crop(image, box) for box in boxes]) if boxes else None
+    names, colours = judge.answers(crops, AMONG) if boxes else ([], [])
     if truth.kind in ("single", "colour"):  # an icon may have several parts
-        whole = crop(image, around(found))[None] if found else None
-        (likely,), (colour,) = judge.answers(whole, AMONG) if found else ([[""]], [""])
-        asked, tint = truth.objects[0]
-        right = {"identity": float(asked in likely), "name": float(asked == likely[0])}
-        return right | ({"colour": float(colour == tint)} if truth.kind == "colour" else {})
+        icon = crop(image, around(boxes))[None] if boxes else None
+        (likely,), (colour,) = judge.answers(icon, AMONG) if boxes else ([[""]], [""])
+        expected_name, expected_colour = truth.objects[0]
+        scores = {"identity": float(expected_name in likely), "name": float(expected_name == likely[0])}
+        return scores | ({"colour": float(colour == expected_colour)} if truth.kind == "colour" else {})
     if truth.kind == "count":
-        right = [truth.objects[0][0] in likely for likely in names]
-        return {"count": float(len(found) == len(truth.objects)), "identity": sum(right) / max(1, len(right))}
+        correct = [truth.objects[0][0] in likely for likely in names]
+        return {"count": float(len(boxes) == len(truth.objects)), "identity": sum(correct) / max(1, len(correct))}
     best = {"identity": 0.0, "colour": 0.0, "both": 0.0}
-    if len(found) >= 2:
-        best = max((_match(truth, names, colours, order) for order in permutations(range(len(found)), 2)), key=_rank)
+    if len(boxes) >= 2:
+        best = max((_match(truth, names, colours, order) for order in permutations(range(len(boxes)), 2)), key=_rank)
     if truth.kind == "pair":
         return {"identity": best["identity"], "colour": best["colour"], "binding": best["both"]}
-    places = best.get("order")
-    holds = best["identity"] == 1 and _holds(truth.relation, found[places[0]], found[places[1]])
+    matched = best.get("order")
+    holds = best["identity"] == 1 and _holds(truth.relation, boxes[matched[0]], boxes[matched[1]])
     return {"identity": best["identity"], "relation": float(holds)}
 
 
@@ -123,34 +123,34 @@ def evaluate(judge: Judge, images: ImageSet, truths: Sequence[Truth]) -> dict[st
     sums: dict[str, list[float]] = {}
     for index in range(len(images)):
         truth = truths[index % len(truths)]
-        for question, right in verdict(judge, images[index], truth).items():
-            sums.setdefault(f"{truth.kind}: {question}", []).append(right)
-    known = judge.config.accuracy or {}
+        for question, score in verdict(judge, images[index], truth).items():
+            sums.setdefault(f"{truth.kind}: {question}", []).append(score)
+    accuracy = judge.config.accuracy or {}
     return {
-        name: {"value": sum(found) / len(found), "n": len(found), "judge_on_real": known.get(name)}
-        for name, found in sorted(sums.items())
+        name: {"value": sum(values) / len(values), "n": len(values), "judge_on_real": accuracy.get(name)}
+        for name, values in sorted(sums.items())
     }
 
 
-def recognised(judge: Judge, made: ImageSet, real: ImageSet, icons) -> dict[str, dict]:
+def recognised(judge: Judge, generated: ImageSet, real: ImageSet, icons) -> dict[str, dict]:
     """Shares of pictures of icons whose group the judge tells and, where it knows the name, whose name is among its `AMONG`
     most probable; beside each that of the real pictures.
 
     Args:
         icons: table made by ``argen data emoji`` with the pictures of `real`, in its order.
     """
-    known = [name in judge.config.names for name in icons["concept"]]
+    is_known = [name in judge.config.names for name in icons["concept"]]
     shares: dict[str, list[float]] = {"judge: group": [], "judge: identity": []}
-    for images in (made, real):
-        looked = torch.stack([subject(image) for image in images])
-        told = [found == group for found, group in zip(judge.group_of(looked), icons["group"], strict=True)]
-        shares["judge: group"].append(sum(told) / len(told))
-        if any(known):
-            names, _ = judge.answers(looked[torch.tensor(known)], AMONG)
-            asked = [name for name, one in zip(icons["concept"], known, strict=True) if one]
-            right = [name in likely for name, likely in zip(asked, names, strict=True)]
-            shares["judge: identity"].append(sum(right) / len(right))
-    counts = {"judge: group": len(known), "judge: identity": sum(known)}
+    for images in (generated, real):
+        crops = torch.stack([subject(image) for image in images])
+        correct = [predicted == group for predicted, group in zip(judge.group_of(crops), icons["group"], strict=True)]
+        shares["judge: group"].append(sum(correct) / len(correct))
+        if any(is_known):
+            names, _ = judge.answers(crops[torch.tensor(is_known)], AMONG)
+            expected_names = [name for name, flag in zip(icons["concept"], is_known, strict=True) if flag]
+            correct_names = [name in likely for name, likely in zip(expected_names, names, strict=True)]
+            shares["judge: identity"].append(sum(correct_names) / len(correct_names))
+    counts = {"judge: group": len(is_known), "judge: identity": sum(is_known)}
     return {
         question: {"value": share[0], "n": counts[question], "judge_on_real": share[1]}
         for question, share in shares.items()
@@ -173,21 +173,21 @@ def draw_prompts(table, seed: int = 0, only: Collection[str] | None = None) -> l
         only: of these things alone; for `COMMON_PROMPTS` those of `argen.data.scenes.COMMON` that the judge knows.
     """
     composer, rng = scenes.Composer(table, table[0]["image"].width, only), random.Random(f"judge/{seed}")
-    found: dict[str, Truth] = {}
-    left = dict(SHARES)
-    while left["single"]:
+    truths: dict[str, Truth] = {}
+    remaining = dict(SHARES)
+    while remaining["single"]:
         style = rng.choice(composer.styles)
         name = rng.choice(composer.icons[style])[0]
         prompt = f"{with_article(name)}, {STYLES[style].prompt}"
-        left["single"] -= prompt not in found
-        found[prompt] = Truth(prompt, "single", ((name, ""),))
-    while any(left.values()):
+        remaining["single"] -= prompt not in truths
+        truths[prompt] = Truth(prompt, "single", ((name, ""),))
+    while any(remaining.values()):
         scene, _ = composer.scene(rng)
-        if left[scene.kind] and scene.caption not in found:
-            left[scene.kind] -= 1
+        if remaining[scene.kind] and scene.caption not in truths:
+            remaining[scene.kind] -= 1
             objects = tuple((thing.name, thing.colour) for thing in scene.objects)
-            found[scene.caption] = Truth(scene.caption, scene.kind, objects, scene.relation)
-    return sorted(found.values(), key=lambda truth: list(SHARES).index(truth.kind))
+            truths[scene.caption] = Truth(scene.caption, scene.kind, objects, scene.relation)
+    return sorted(truths.values(), key=lambda truth: list(SHARES).index(truth.kind))
 
 
 def write_prompts(truths: Sequence[Truth], path: Path = PROMPTS) -> None:

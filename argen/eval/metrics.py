@@ -74,12 +74,12 @@ def kernel_distance(
         subset_size: at most the smaller set is taken.
     """
     size, stream = min(subset_size, len(real), len(fake)), np.random.RandomState(seed)
-    found = []
+    distances = []
     for _ in range(subsets):
         chosen_fake = torch.from_numpy(stream.choice(len(fake), size, replace=False))
         chosen_real = torch.from_numpy(stream.choice(len(real), size, replace=False))
-        found.append(squared_mmd(fake[chosen_fake], real[chosen_real]))
-    return float(np.mean(found)), float(np.std(found))
+        distances.append(squared_mmd(fake[chosen_fake], real[chosen_real]))
+    return float(np.mean(distances)), float(np.std(distances))
 
 
 def squared_mmd(a: Tensor, b: Tensor) -> float:
@@ -101,12 +101,12 @@ def inception_score(logits: Tensor, splits: int = 10) -> tuple[float, float]:
         logits: [N, C] without the bias of the last layer, as every reference takes them.
     """
     log_p = logits.double().log_softmax(dim=1)
-    found = []
+    scores = []
     for i in range(splits):
         part = log_p[i * len(logits) // splits : (i + 1) * len(logits) // splits]
         marginal = part.exp().mean(dim=0, keepdim=True).log()
-        found.append((part.exp() * (part - marginal)).sum(dim=1).mean().exp().item())
-    return float(np.mean(found)), float(np.std(found))
+        scores.append((part.exp() * (part - marginal)).sum(dim=1).mean().exp().item())
+    return float(np.mean(scores)), float(np.std(scores))
 
 
 def canonical_order(rows: Tensor, seed: int = 2020) -> Tensor:
@@ -140,17 +140,17 @@ def _inside(points: Tensor, centres: Tensor, radii: Tensor, rows: int) -> float:
     return torch.cat(inside).double().mean().item()
 
 
-def psnr(made: Tensor, real: Tensor) -> Tensor:
+def psnr(reconstructed: Tensor, real: Tensor) -> Tensor:
     """Peak signal-to-noise ratio in dB of pictures [B, 3, H, W] in [0, 1] -> [B]."""
-    return -10 * (made.double() - real.double()).square().mean(dim=(1, 2, 3)).log10()
+    return -10 * (reconstructed.double() - real.double()).square().mean(dim=(1, 2, 3)).log10()
 
 
-def ssim(made: Tensor, real: Tensor) -> Tensor:
+def ssim(reconstructed: Tensor, real: Tensor) -> Tensor:
     """Structural similarity of pictures [B, 3, H, W] in [0, 1] -> [B]: mean over 7 x 7 windows, as scikit-image has it.
 
     Paper: "Image Quality Assessment: From Error Visibility to Structural Similarity" (2004), with sample covariances.
     """
-    a, b = made.double(), real.double()
+    a, b = reconstructed.double(), real.double()
     mean_a, mean_b, square_a, square_b, product = (F.avg_pool2d(x, 7, 1) for x in (a, b, a * a, b * b, a * b))
     sample = 49 / 48
     variance_a, variance_b = (sample * (s - m * m) for s, m in ((square_a, mean_a), (square_b, mean_b)))

@@ -19,17 +19,22 @@ THRESHOLD = 0.6
 
 
 def counted(detections: Sequence[Sequence[dict]], threshold: float = THRESHOLD) -> dict[str, dict]:
-    """Of what was found in each picture: the share with anything exposed, and the pictures of each class.
+    """Shares of the images with anything exposed, and with each class.
 
     Args:
-        detections: of each picture, {"class": name, "score": 0 to 1} of everything found. Absolute numbers of different
+        detections: of each image, {"class": name, "score": 0 to 1} of each detection. Absolute numbers of different
             detectors, and of their versions, do not compare.
         threshold: what a score must exceed.
     """
-    classes = [{found["class"] for found in one if found["score"] > threshold} & set(EXPOSED) for one in detections]
+    classes = [
+        {detection["class"] for detection in image_detections if detection["score"] > threshold} & set(EXPOSED)
+        for image_detections in detections
+    ]
     n = len(classes)
     shares = {"exposed": sum(map(bool, classes)) / max(1, n)}
-    shares |= {name.lower().replace("_", " "): sum(name in one for one in classes) / max(1, n) for name in EXPOSED}
+    shares |= {
+        name.lower().replace("_", " "): sum(name in exposed for exposed in classes) / max(1, n) for name in EXPOSED
+    }
     return {name: {"value": value, "n": n} for name, value in shares.items()}
 
 

@@ -56,11 +56,11 @@ def ranks(encoder: TextImageEncoder, prompts: list[str], images: list[Image.Imag
     return torch.stack(result)
 
 
-def summary(name: str, found: Tensor) -> dict[str, float]:
+def summary(name: str, prompt_ranks: Tensor) -> dict[str, float]:
     return {
-        f"{name}: mean rank of {AMONG}": found.float().mean().item(),
-        f"{name}: first": (found == 1).float().mean().item(),
-        f"{name}: among the first five": (found <= 5).float().mean().item(),
+        f"{name}: mean rank of {AMONG}": prompt_ranks.float().mean().item(),
+        f"{name}: first": (prompt_ranks == 1).float().mean().item(),
+        f"{name}: among the first five": (prompt_ranks <= 5).float().mean().item(),
     }
 
 
@@ -82,9 +82,11 @@ def evaluate(pipe: Generator, data: Path, num_candidates: int, seed: int, grid: 
         )
     held_out = held_out_captions(data)
     prompts = [*held_out, *COMMON]
-    others = list(dict.fromkeys(row["caption"] for row in read_split(data, "train").remove_columns("image").to_list()))
-    order = torch.randperm(len(others), generator=torch.Generator().manual_seed(seed)).tolist()
-    others = [others[index] for index in order[: 2 * AMONG]]
+    distractors = list(
+        dict.fromkeys(row["caption"] for row in read_split(data, "train").remove_columns("image").to_list())
+    )
+    order = torch.randperm(len(distractors), generator=torch.Generator().manual_seed(seed)).tolist()
+    distractors = [distractors[index] for index in order[: 2 * AMONG]]
 
     first, best = [], []
     for index, prompt in enumerate(tqdm(prompts, desc="draw", disable=None)):
@@ -101,12 +103,12 @@ def evaluate(pipe: Generator, data: Path, num_candidates: int, seed: int, grid: 
     for name, images in (("one picture", first), (f"best of {num_candidates}", best)):
         parts = slice(half), slice(half, None)
         encoder = pipe.text_image_encoder
-        found = torch.cat([ranks(encoder, prompts[part], images[part], others) for part in parts])
-        scores |= summary(f"held-out combinations, {name}", found[:half])
-        scores |= summary(f"common prompts, {name}", found[half:])
+        prompt_ranks = torch.cat([ranks(encoder, prompts[part], images[part], distractors) for part in parts])
+        scores |= summary(f"held-out combinations, {name}", prompt_ranks[:half])
+        scores |= summary(f"common prompts, {name}", prompt_ranks[half:])
     if grid:
-        chosen = [*range(0, half, max(1, half // 16))][:16] + [half + i for i in range(0, len(COMMON), 3)][:16]
-        save_images([(sheet([(prompts[i], best[i]) for i in chosen]), None)], [grid])
+        indices = [*range(0, half, max(1, half // 16))][:16] + [half + i for i in range(0, len(COMMON), 3)][:16]
+        save_images([(sheet([(prompts[i], best[i]) for i in indices]), None)], [grid])
     return scores
 
 

@@ -23,13 +23,13 @@ Tokenizer = ViTVQGAN | LlamaGenVQ | KLVAE | FlexTokenizer | SeedTokenizer
 
 @torch.no_grad()
 def reconstruct(tokenizer: Tokenizer, images: Tensor, count: int | None = None) -> tuple[Tensor, Tensor]:
-    """Pictures [B, H, W, 3] uint8 -> what comes back, [B, 3, H, W] in [0, 1], and what they were encoded as: ids [B, N] or
-    latents [B, C, h, w]; both on the CPU. With `count` of the first ids alone."""
-    made, encoded = [], []
+    """Images [B, H, W, 3] uint8 -> reconstructions [B, 3, H, W] in [0, 1], and their ids [B, N] or latents [B, C, h, w]; both on
+    the CPU. With `count`, from the first `count` ids alone."""
+    reconstructed, encoded = [], []
     for part in images.split(64):
         encoded.append(tokenizer.encode(from_uint8(part).to(tokenizer.device, tokenizer.dtype))[:, :count])
-        made.append(decoded(tokenizer, encoded[-1], from_uint8(part)).cpu())
-    return torch.cat(made), torch.cat(encoded).cpu()
+        reconstructed.append(decoded(tokenizer, encoded[-1], from_uint8(part)).cpu())
+    return torch.cat(reconstructed), torch.cat(encoded).cpu()
 
 
 def check_count(tokenizer: Tokenizer, count: int | None, present: int | None = None) -> None:
@@ -49,8 +49,8 @@ def check_count(tokenizer: Tokenizer, count: int | None, present: int | None = N
 
 def evaluate(tokenizer: Tokenizer, images: Tensor) -> dict[str, float]:
     """PSNR in dB, mean of the pictures [B, H, W, 3] uint8; of a tokenizer with codes, the share of them that they use."""
-    made, encoded = reconstruct(tokenizer, images)
-    scores = {"psnr": psnr(made, from_uint8(images)).mean().item()}
+    reconstructed, encoded = reconstruct(tokenizer, images)
+    scores = {"psnr": psnr(reconstructed, from_uint8(images)).mean().item()}
     if "n_embed" in tokenizer.config:
         scores["codes_used"] = encoded.unique().numel() / tokenizer.config.n_embed
     return scores
@@ -67,16 +67,16 @@ def encoded(tokenizer: Tokenizer, image: Image.Image) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def decoded(tokenizer: Tokenizer, tokens: Tensor, like: Tensor | None = None) -> Tensor:
-    """What comes back of ids or latents, [B, 3, H, W] in [0, 1]; in the size of the pixels `like`, if given.
+    """Decode ids or latents to pixels [B, 3, H, W] in [0, 1]; resized to the size of the pixels `like`, if given.
 
     Raises:
         ValueError: tokens of another kind or shape than the tokenizer makes.
     """
     tokens = _checked(tokenizer, tokens)
-    made = tokenizer.decode(tokens).float().clamp(0, 1)
-    if like is None or made.shape == like.shape:
-        return made
-    return F.interpolate(made, like.shape[2:], mode="bilinear", antialias=True, align_corners=False)
+    pixels = tokenizer.decode(tokens).float().clamp(0, 1)
+    if like is None or pixels.shape == like.shape:
+        return pixels
+    return F.interpolate(pixels, like.shape[2:], mode="bilinear", antialias=True, align_corners=False)
 
 
 def _checked(tokenizer: Tokenizer, tokens: Tensor) -> Tensor:
@@ -120,18 +120,18 @@ def reconstructor(tokenizer: Tokenizer, images: ImageSet, count: int | None) -> 
 
     def make(rows: range) -> list[Image.Image]:
         real = torch.stack([torch.tensor(images[index]) for index in rows])
-        made, _ = reconstruct(tokenizer, real, count)
-        return numpy_to_pil(made.permute(0, 2, 3, 1).numpy())
+        reconstructed, _ = reconstruct(tokenizer, real, count)
+        return numpy_to_pil(reconstructed.permute(0, 2, 3, 1).numpy())
 
     return make
 
 
-def compare(tokenizer: Tokenizer, made: ImageSet, real: ImageSet) -> dict[str, dict]:
+def compare(tokenizer: Tokenizer, reconstructed: ImageSet, real: ImageSet) -> dict[str, dict]:
     """PSNR and SSIM of the 8-bit pictures and, of a tokenizer with codes, the share of them that the real ones use."""
     sums, used = {"PSNR (dB)": 0.0, "SSIM": 0.0}, set()
     for first in range(0, len(real), 64):
         rows = range(first, min(first + 64, len(real)))
-        pair = [torch.stack([torch.tensor(side[index]) for index in rows]) for side in (made, real)]
+        pair = [torch.stack([torch.tensor(side[index]) for index in rows]) for side in (reconstructed, real)]
         for name, metric in (("PSNR (dB)", psnr), ("SSIM", ssim)):
             sums[name] += metric(*(from_uint8(side) for side in pair)).sum().item()
         if "n_embed" in tokenizer.config:

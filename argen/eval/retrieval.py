@@ -60,19 +60,19 @@ def of_tokens(
     codes, generator, scores = tokenizer.network.quantize.embedding(ids), torch.Generator().manual_seed(0), {}
     most = ids.shape[1]
 
-    def found(codes: Tensor, kept: Tensor, asked: Tensor = text) -> float:
-        made = tokenizer.network.embed(codes * kept.to(codes)[..., None]).float()
-        return recall((asked.to(made) @ F.normalize(made, dim=-1).T).cpu())[f"recall@1 of {AMONG}"]
+    def recall_of(codes: Tensor, mask: Tensor, queries: Tensor = text) -> float:
+        embeds = tokenizer.network.embed(codes * mask.to(codes)[..., None]).float()
+        return recall((queries.to(embeds) @ F.normalize(embeds, dim=-1).T).cpu())[f"recall@1 of {AMONG}"]
 
     for count in sorted({2**power for power in range(most.bit_length()) if 2**power <= most} | {most}):
-        scores[f"first {count} tokens: recall@1 of {AMONG}"] = found(
+        scores[f"first {count} tokens: recall@1 of {AMONG}"] = recall_of(
             codes, torch.arange(most).expand(len(ids), -1) < count
         )
         anywhere = torch.rand(len(ids), most, generator=generator).argsort(dim=1) < count
-        scores[f"{count} tokens at random places: recall@1 of {AMONG}"] = found(codes, anywhere)
-    whole = torch.ones(len(ids), most)
-    scores[f"{most} tokens of another picture: recall@1 of {AMONG}"] = found(codes.roll(1, dims=0), whole)
-    scores[f"{most} tokens: own picture among {AMONG}"] = found(codes, whole, images)
+        scores[f"{count} tokens at random places: recall@1 of {AMONG}"] = recall_of(codes, anywhere)
+    all_tokens = torch.ones(len(ids), most)
+    scores[f"{most} tokens of another picture: recall@1 of {AMONG}"] = recall_of(codes.roll(1, dims=0), all_tokens)
+    scores[f"{most} tokens: own picture among {AMONG}"] = recall_of(codes, all_tokens, images)
     return scores | {"codes used": ids.unique().numel() / tokenizer.config.n_embed}
 
 
@@ -88,8 +88,8 @@ def of_captions(
     concepts: dict[str, int] = {}
     for row in torch.randperm(len(table), generator=torch.Generator().manual_seed(0)).tolist():
         concepts.setdefault(table[row]["concept"], row)
-    chosen = list(concepts.values())[:most]
-    rows = table.select(chosen)
+    indices = list(concepts.values())[:most]
+    rows = table.select(indices)
     fits = likelihoods(list(rows["image"]), [with_article(concept) for concept in rows["concept"]])
     ranks = (fits > fits.diagonal()[:, None]).sum(dim=1)
     return {

@@ -87,18 +87,18 @@ def features(
     """
     state = processes()
     folder.mkdir(parents=True, exist_ok=True)
-    wanted = [name for name in arrays if not (folder / f"{name}.npy").exists()]
-    starts = range(0, len(images), CHUNK) if wanted else range(0)
+    missing = [name for name in arrays if not (folder / f"{name}.npy").exists()]
+    starts = range(0, len(images), CHUNK) if missing else range(0)
     bar = tqdm(
-        total=len(images), desc=f"look ({extractor.name})", disable=None if wanted and state.is_main_process else True
+        total=len(images), desc=f"look ({extractor.name})", disable=None if missing and state.is_main_process else True
     )
     for number, first in enumerate(starts):
-        files = {name: folder / f"{name}-{first:09d}.npy" for name in wanted}
+        files = {name: folder / f"{name}-{first:09d}.npy" for name in missing}
         rows = range(first, min(first + CHUNK, len(images)))
         if number % state.num_processes == state.process_index and not all(file.exists() for file in files.values()):
-            found = _look(images, rows, extractor, crop, batch_size)
+            chunk = _look(images, rows, extractor, crop, batch_size)
             for name, file in files.items():
-                save_array(file, found[name].numpy())
+                save_array(file, chunk[name].numpy())
         bar.update(len(rows))
     bar.close()
     if images.transparent:
@@ -110,7 +110,7 @@ def features(
         )
     state.wait_for_everyone()
     if state.is_main_process:
-        for name in wanted:
+        for name in missing:
             parts = [folder / f"{name}-{first:09d}.npy" for first in starts]
             _join(folder / f"{name}.npy", parts, len(images))
     state.wait_for_everyone()
@@ -122,7 +122,7 @@ def _look(images: ImageSet, rows: range, extractor: Extractor, crop: str | None,
     def read(index: int) -> Tensor:
         return extractor.prepare(cropped(images[index], crop))
 
-    found: dict[str, list[Tensor]] = {name: [] for name in extractor.arrays}
+    chunks: dict[str, list[Tensor]] = {name: [] for name in extractor.arrays}
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         for first in range(rows.start, rows.stop, batch):
             part = range(first, min(first + batch, rows.stop))
@@ -133,8 +133,8 @@ def _look(images: ImageSet, rows: range, extractor: Extractor, crop: str | None,
                     raise ValueError(
                         f"the features of picture {place} are not finite: the weights or the picture are damaged"
                     )
-                found[name].append(value.float().cpu())
-    return {name: torch.cat(parts) for name, parts in found.items()}
+                chunks[name].append(value.float().cpu())
+    return {name: torch.cat(parts) for name, parts in chunks.items()}
 
 
 def save_array(path: Path, array: np.ndarray) -> None:
@@ -200,12 +200,12 @@ def save_statistics(
     """
     enough(len(images), "the set")
     arrays = [name for name in ("features", "spatial") if name in extractor.arrays]
-    found = features(images, extractor, arrays, cached(cache, images, extractor, crop), crop, batch_size)
+    feature_arrays = features(images, extractor, arrays, cached(cache, images, extractor, crop), crop, batch_size)
     if processes().is_main_process:
         content = {}
         for name, suffix in (("features", ""), ("spatial", "_s")):
-            if name in found:
-                mean, covariance = moments(found[name])
+            if name in feature_arrays:
+                mean, covariance = moments(feature_arrays[name])
                 content |= {f"mu{suffix}": mean.numpy(), f"sigma{suffix}": covariance.numpy()}
         meta = json.dumps({"n": len(images), **settings_of(extractor, crop)})
         if captions := getattr(images, "captions", None):
@@ -228,7 +228,7 @@ def read_reference(path: Path, extractor: Extractor, crop: str | None, force: bo
             names = set(file.files)
             if "mu" not in names or "sigma" not in names:
                 return open_images(path)
-            read = {
+            arrays = {
                 name: torch.from_numpy(np.asarray(file[name], dtype=np.float64))
                 for name in names
                 if name[:2] in ("mu", "si")
@@ -237,10 +237,10 @@ def read_reference(path: Path, extractor: Extractor, crop: str | None, force: bo
             captions = file["captions"].tobytes().decode().split("\n") if "captions" in names else None
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
         raise ValueError(f"{path} cannot be read ({error}): make or fetch it again") from error
-    found = {"features": (read["mu"], read["sigma"])}
+    statistics = {"features": (arrays["mu"], arrays["sigma"])}
     if {"mu_s", "sigma_s"} <= names:
-        found["spatial"] = (read["mu_s"], read["sigma_s"])
-    for mean, covariance in found.values():
+        statistics["spatial"] = (arrays["mu_s"], arrays["sigma_s"])
+    for mean, covariance in statistics.values():
         if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
             raise ValueError(
                 f"{path} holds mu {list(mean.shape)} and sigma {list(covariance.shape)}: expected [D] and [D, D]"
@@ -254,7 +254,7 @@ def read_reference(path: Path, extractor: Extractor, crop: str | None, force: bo
             f"the statistics in {path} were made with {', '.join(different)}: make them again with `argen eval stats`, "
             "or compare all the same with --force"
         )
-    return Statistics(found, n, meta, open_images(path) if "arr_0" in names else None, captions)
+    return Statistics(statistics, n, meta, open_images(path) if "arr_0" in names else None, captions)
 
 
 def enough(n: int, name: str) -> None:
@@ -263,25 +263,25 @@ def enough(n: int, name: str) -> None:
         raise ValueError(f"{name} has {n} picture{'s' if n != 1 else ''}: expected at least 2")
 
 
-def check_names(wanted: Sequence[str]) -> None:
+def check_names(names: Sequence[str]) -> None:
     """Raises ValueError: a metric is unknown."""
-    if unknown := [name for name in wanted if name not in METRICS]:
+    if unknown := [name for name in names if name not in METRICS]:
         raise ValueError(f"unknown metric {cut(', '.join(unknown))}: expected some of {', '.join(METRICS)}")
 
 
-def check(wanted: Sequence[str], extractor: Extractor, reference: ImageSet | Statistics) -> None:
+def check(names: Sequence[str], extractor: Extractor, reference: ImageSet | Statistics) -> None:
     """Raises ValueError: a metric is unknown, or cannot be had from these features and this reference."""
-    check_names(wanted)
-    for name in wanted:
+    check_names(names)
+    for name in names:
         if METRICS[name] not in extractor.arrays:
             raise ValueError(f"{name} cannot be had from {extractor.name}: it needs --features inception")
     if not isinstance(reference, Statistics):
         enough(len(reference), "the reference")
         return
-    for name in set(wanted) & {"kid", "pr"}:
+    for name in set(names) & {"kid", "pr"}:
         if reference.images is None:
             raise ValueError(f"{name} needs the pictures of the reference, and its file holds statistics alone")
-    for name in set(wanted) & {"fid", "sfid"}:
+    for name in set(names) & {"fid", "sfid"}:
         if METRICS[name] not in reference.moments:
             raise ValueError(f"{name} needs mu_s and sigma_s in the file of the reference, which has none")
 
@@ -290,7 +290,7 @@ def compare(
     samples: ImageSet,
     reference: ImageSet | Statistics,
     extractor: Extractor,
-    wanted: Sequence[str],
+    names: Sequence[str],
     folder: Path,
     cache: Path,
     crop: str | None = None,
@@ -299,29 +299,29 @@ def compare(
     """Distances of `samples` to `reference`: {metric: {"value", "n", "n_reference", ...}}, some with a "warning".
 
     Args:
-        wanted: names of `METRICS`.
+        names: of `METRICS`.
         folder, cache: for the features of the samples and of the reference.
         crop: of the reference's pictures alone.
     """
-    check(wanted, extractor, reference)
+    check(names, extractor, reference)
     enough(len(samples), "the set of samples")
-    arrays = sorted({METRICS[name] for name in wanted})
+    arrays = sorted({METRICS[name] for name in names})
     fake = features(samples, extractor, arrays, folder, None, batch_size)
-    known = isinstance(reference, Statistics)  # then pictures are looked at for what statistics do not give
-    real_set = reference.images if known else reference
-    needed = sorted({METRICS[name] for name in wanted if name in ("kid", "pr") or not known} - {"logits"})
+    has_statistics = isinstance(reference, Statistics)  # then pictures are looked at for what statistics do not give
+    real_set = reference.images if has_statistics else reference
+    needed = sorted({METRICS[name] for name in names if name in ("kid", "pr") or not has_statistics} - {"logits"})
     real = {}
     if needed:
         real = features(real_set, extractor, needed, cached(cache, real_set, extractor, crop), crop, batch_size)
-    return _measure(wanted, fake, real, reference, extractor) if processes().is_main_process else {}
+    return _measure(names, fake, real, reference, extractor) if processes().is_main_process else {}
 
 
-def _measure(wanted, fake, real, reference, extractor) -> dict[str, dict]:
+def _measure(names, fake, real, reference, extractor) -> dict[str, dict]:
     n, out = len(next(iter(fake.values()))), {}
-    known = reference.n if isinstance(reference, Statistics) else len(reference)
-    for name in wanted:
+    n_reference = reference.n if isinstance(reference, Statistics) else len(reference)
+    for name in names:
         rows, array = fake[METRICS[name]], METRICS[name]
-        entry: dict = {"n": n, "n_reference": known}
+        entry: dict = {"n": n, "n_reference": n_reference}
         if name in ("fid", "sfid"):
             if isinstance(reference, Statistics):
                 mean, covariance = reference.moments[array]
@@ -374,24 +374,24 @@ def draw(sample: Callable[[range], list[Image.Image]], n: int, folder: Path, bat
         bar.update(len(rows))
     bar.close()
     state.wait_for_everyone()
-    found = open_images(folder)
-    if len(found) != n:
-        raise ValueError(f"{folder} holds {len(found)} pictures, expected {n}: choose another --out")
-    return found
+    images = open_images(folder)
+    if len(images) != n:
+        raise ValueError(f"{folder} holds {len(images)} pictures, expected {n}: choose another --out")
+    return images
 
 
-def report(folder: Path, settings: dict, scores: dict[str, dict], seconds: dict[str, float], shown: ImageSet) -> str:
+def report(folder: Path, settings: dict, scores: dict[str, dict], seconds: dict[str, float], images: ImageSet) -> str:
     """Write ``report.json`` and ``grid.png`` (the first 64 pictures) into `folder`; the table to print."""
     if not processes().is_main_process:
         return ""
-    known = {"argen": __version__, "python": platform.python_version()}
-    known |= {name: version(name) for name in ("torch", "diffusers", "transformers")}
-    content = {"scores": scores, "settings": settings, "seconds": seconds, "versions": known}
+    versions = {"argen": __version__, "python": platform.python_version()}
+    versions |= {name: version(name) for name in ("torch", "diffusers", "transformers")}
+    content = {"scores": scores, "settings": settings, "seconds": seconds, "versions": versions}
     content["processes"] = processes().num_processes
     with replacing(folder / "report.json") as file:
         file.write(json.dumps(content, indent=1).encode())
     with replacing(folder / "grid.png") as file:
-        grid([shown[i] for i in range(min(64, len(shown)))]).save(file, "PNG")
+        grid([images[i] for i in range(min(64, len(images)))]).save(file, "PNG")
     lines = []
     for name, entry in scores.items():
         extra = f" +- {entry['std']:.4g}" if "std" in entry else ""

@@ -22,25 +22,34 @@ from tokenizers_img.pixels import opaque
 def phrases(concept: str) -> list[str]:
     """Ways to ask for one thing: bare, in each style, and paraphrases."""
     thing = with_article(concept)
-    said = [concept, thing, f"one {concept}", f"{thing} on white", f"a picture of {thing}", f"{thing} and nothing else"]
-    return said + [f"{text}, {style.prompt}" for text in (concept, thing) for style in STYLES.values()]
+    prompts = [
+        concept,
+        thing,
+        f"one {concept}",
+        f"{thing} on white",
+        f"a picture of {thing}",
+        f"{thing} and nothing else",
+    ]
+    return prompts + [f"{text}, {style.prompt}" for text in (concept, thing) for style in STYLES.values()]
 
 
-def of_concepts(concepts: Sequence[str], each: int) -> list[Truth]:
-    """`each` prompts of every concept; the phrases come again, with other noise, where they are fewer."""
-    asked = [(concept, phrases(concept)) for concept in concepts]
+def of_concepts(concepts: Sequence[str], num_each: int) -> list[Truth]:
+    """`num_each` prompts of every concept; where there are fewer phrases, they repeat with other noise."""
+    prompts_by_concept = [(concept, phrases(concept)) for concept in concepts]
     return [
-        Truth(said[index % len(said)], "single", ((concept, ""),)) for concept, said in asked for index in range(each)
+        Truth(prompts[index % len(prompts)], "single", ((concept, ""),))
+        for concept, prompts in prompts_by_concept
+        for index in range(num_each)
     ]
 
 
 def others_than(concepts: Sequence[str], num: int) -> list[Truth]:
     """The first of the judge's prompts of single common things that are none of the concepts."""
-    named = set(concepts)
-    found = [
-        truth for truth in read_prompts(COMMON_PROMPTS) if truth.kind == "single" and truth.objects[0][0] not in named
+    names = set(concepts)
+    truths = [
+        truth for truth in read_prompts(COMMON_PROMPTS) if truth.kind == "single" and truth.objects[0][0] not in names
     ]
-    return found[:num]
+    return truths[:num]
 
 
 def of_kind(kind: str, num: int) -> list[Truth]:
@@ -86,10 +95,10 @@ def drawn_name(model: str, names: Collection[str], concept: str) -> str:
         ValueError: it does not, so that nothing could be seen to go.
     """
     name = judged_name(names, concept)
-    drawn = vocabulary_of(model)
-    if drawn and not thing_of(name, drawn):
+    vocabulary = vocabulary_of(model)
+    if vocabulary and not thing_of(name, vocabulary):
         raise ValueError(
-            f"{model} does not draw {concept!r}: expected one of {', '.join(drawn[:5])} and other common things"
+            f"{model} does not draw {concept!r}: expected one of {', '.join(vocabulary[:5])} and other common things"
         )
     return name
 
@@ -100,8 +109,8 @@ def by_judge(judge: Judge) -> Recognise:
     def recognise(images: list[Image.Image], concept: str) -> float:
         name = judged_name(judge.config.names, concept)
         truth = Truth(name, "single", ((name, ""),))
-        seen = [verdict(judge, np.asarray(opaque(image)), truth)["identity"] for image in images]
-        return sum(seen) / len(seen)
+        scores = [verdict(judge, np.asarray(opaque(image)), truth)["identity"] for image in images]
+        return sum(scores) / len(scores)
 
     return recognise
 
@@ -110,9 +119,9 @@ def by_clip(clip: PublishedCLIP) -> Recognise:
     """The mean cosine of pictures to the concept."""
 
     def recognise(images: list[Image.Image], concept: str) -> float:
-        seen = clip.embed_pixels(torch.stack([clip.prepare(np.asarray(opaque(image))) for image in images]))
-        words = clip.embed_text([f"a photo of {with_article(concept)}"])
-        return F.cosine_similarity(seen, words).mean().item()
+        image_embeds = clip.embed_pixels(torch.stack([clip.prepare(np.asarray(opaque(image))) for image in images]))
+        text_embeds = clip.embed_text([f"a photo of {with_article(concept)}"])
+        return F.cosine_similarity(image_embeds, text_embeds).mean().item()
 
     return recognise
 
@@ -137,37 +146,37 @@ def verified(
         concept -> "before", "after" and "derived embedding" -> value; nothing of one that is not known, and "before" alone where the
         pictures do not show the concept, so that there is nothing to verify.
     """
-    seen = [concept for concept in concepts if known is None or known_name(concept, known)]
-    asked = {concept: [truth.prompt for truth in of_concepts([concept], num)] for concept in seen}
-    told: dict[str, dict[str, float]] = {concept: {} for concept in concepts}
-    for concept, said in asked.items():
-        told[concept]["before"] = recognise(draw(prompt=said), concept)
+    known_concepts = [concept for concept in concepts if known is None or known_name(concept, known)]
+    prompts_of = {concept: [truth.prompt for truth in of_concepts([concept], num)] for concept in known_concepts}
+    scores: dict[str, dict[str, float]] = {concept: {} for concept in concepts}
+    for concept, prompts in prompts_of.items():
+        scores[concept]["before"] = recognise(draw(prompt=prompts), concept)
     erase()
-    for concept in (one for one in seen if told[one]["before"] >= SHOWN):
-        said = asked[concept]
+    for concept in (concept for concept in known_concepts if scores[concept]["before"] >= SHOWN):
+        prompts = prompts_of[concept]
         derived = {name: value.expand(num, *value.shape[1:]) for name, value in attack(concept).items()}
-        told[concept]["after"] = recognise(draw(prompt=said), concept)
-        told[concept]["derived embedding"] = recognise(draw(**derived), concept)
-    return told
+        scores[concept]["after"] = recognise(draw(prompt=prompts), concept)
+        scores[concept]["derived embedding"] = recognise(draw(**derived), concept)
+    return scores
 
 
-def in_words(shown: dict[str, float]) -> str:
-    """What `verified` found of a concept."""
-    if not shown:
+def in_words(scores: dict[str, float]) -> str:
+    """The result of `verified` for a concept, in words."""
+    if not scores:
         return "not verified, the judge does not know it"
-    if len(shown) == 1:
-        return f"not verified, the model does not draw it (before {shown['before']:.2f})"
-    return ", ".join(f"{when} {value:.2f}" for when, value in shown.items())
+    if len(scores) == 1:
+        return f"not verified, the model does not draw it (before {scores['before']:.2f})"
+    return ", ".join(f"{when} {value:.2f}" for when, value in scores.items())
 
 
-def before_and_after(judge: Judge, truths: Sequence[Truth], **drawn: ImageSet) -> dict[str, dict]:
-    """What the judge says of each set of pictures, and what changed from the first to each of the others, in points."""
-    told = {name: evaluate(judge, images, truths) for name, images in drawn.items()}
-    first, scores = next(iter(told)), {}
-    for question, entry in told[first].items():
+def before_and_after(judge: Judge, truths: Sequence[Truth], **image_sets: ImageSet) -> dict[str, dict]:
+    """The judge's scores of each set of images, and their change from the first set to each of the others, in points."""
+    results = {name: evaluate(judge, images, truths) for name, images in image_sets.items()}
+    first, scores = next(iter(results)), {}
+    for question, entry in results[first].items():
         scores[f"{question}, {first}"] = entry
-        for name in list(told)[1:]:
-            value = told[name][question]["value"]
-            scores[f"{question}, {name}"] = told[name][question]
+        for name in list(results)[1:]:
+            value = results[name][question]["value"]
+            scores[f"{question}, {name}"] = results[name][question]
             scores[f"{question}, {name}: points"] = {"value": 100 * (value - entry["value"]), "n": entry["n"]}
     return scores

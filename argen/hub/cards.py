@@ -118,12 +118,12 @@ def _is_set(card: Card, name: str, value: Any) -> bool:
 
 def all_cards() -> dict[str, Card]:
     """Every card by its id: argen's own, those of installed packages, those that the program registered."""
-    found = dict(_own_cards())
+    by_id = dict(_own_cards())
     for name in cards:
         component = cards[name]
         for card in _package_cards(component) if isinstance(component, ModuleType) else [component]:
-            found.setdefault(card.id, card)
-    return found
+            by_id.setdefault(card.id, card)
+    return by_id
 
 
 @cache
@@ -137,8 +137,8 @@ def _package_cards(package: ModuleType) -> list[Card]:
 
 
 def _in_folder(folder: Path) -> dict[str, Card]:
-    found = [read_card(path) for path in folder.glob("*.toml")]
-    return {card.id: card for card in sorted(found, key=lambda card: (card.order, card.kind, card.id.lower()))}
+    folder_cards = [read_card(path) for path in folder.glob("*.toml")]
+    return {card.id: card for card in sorted(folder_cards, key=lambda card: (card.order, card.kind, card.id.lower()))}
 
 
 def find_card(id: str) -> Card:
@@ -157,11 +157,11 @@ def check_known(model: str | Path) -> None:
     """Raises:
     ValueError: there is neither a card of this id nor anything at this path; says which ids are near.
     """
-    known = all_cards()
-    if str(model) not in known and not (visible(str(model)) and os.path.exists(model)):
+    available = all_cards()
+    if str(model) not in available and not (visible(str(model)) and os.path.exists(model)):
         raise ValueError(
             f"unknown model {cut(model)!r}: expected an id that `argen models` lists, the folder of a saved pipeline or a "
-            f"checkpoint file{nearest(str(model), known)}"
+            f"checkpoint file{nearest(str(model), available)}"
         )
 
 

@@ -38,16 +38,16 @@ class Holding:
 
 def local_cache() -> list[Holding]:
     """Of every model, in the order of the registry."""
-    repos, found = _cached(), []
+    repos, holdings = _cached(), []
     for name, model in all_cards().items():
         if model.repo is None:
             folder = model.path
             size = sum(file.stat().st_size for file in folder.rglob("*.safetensors"))
-            found.append(Holding(name, folder, size))
+            holdings.append(Holding(name, folder, size))
         else:
             repo = repos.get(model.repo)
-            found.append(Holding(name, repo and repo.repo_path, repo.size_on_disk if repo else 0))
-    return found
+            holdings.append(Holding(name, repo and repo.repo_path, repo.size_on_disk if repo else 0))
+    return holdings
 
 
 def verify(id: str) -> dict[str, bool]:
@@ -59,11 +59,11 @@ def verify(id: str) -> dict[str, bool]:
     """
     if find_card(id).repo is None:
         lines = (line.split("  ", 1) for line in SUMS.read_text().splitlines())
-        own = f"{id.removeprefix('argen/')}/"
-        known = {name: digest for digest, name in lines if name.startswith(own)}
-        if not known:
+        prefix = f"{id.removeprefix('argen/')}/"
+        digests = {name: digest for digest, name in lines if name.startswith(prefix)}
+        if not digests:
             raise ValueError(f"no checksums of {id} are known: only those of argen's own weights and of hub files are")
-        return {name: _digest(WEIGHTS / name, "sha256") == digest for name, digest in known.items()}
+        return {name: _digest(WEIGHTS / name, "sha256") == digest for name, digest in digests.items()}
     files = {file.file_name: file.blob_path for revision in _repo(id).revisions for file in revision.files}
     return {name: _as_named(path) for name, path in sorted(files.items())}
 
@@ -105,10 +105,10 @@ def _cache() -> huggingface_hub.HFCacheInfo:
 
 
 def _repo(id: str):
-    found = _cached().get(find_card(id).repo)
-    if found is None:
+    repo = _cached().get(find_card(id).repo)
+    if repo is None:
         raise FileNotFoundError(f"the weights of {id} are not here: they are fetched when it is first used")
-    return found
+    return repo
 
 
 def _as_named(path: Path) -> bool:

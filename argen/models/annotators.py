@@ -101,13 +101,15 @@ def canny(image: np.ndarray, low: int = 100, high: int = 200) -> np.ndarray:
     dx, dy = (_filtered(padded, *kernels) for kernels in ((smooth, slope), (slope, smooth)))
     norms = np.abs(dx) + np.abs(dy)
     steepest = norms.argmax(axis=2)[..., None]
-    dx, dy, norm = (np.take_along_axis(each, steepest, 2)[..., 0] for each in (dx, dy, norms))
-    kept = _thinned(dx, dy, norm) & (norm > low)
-    edges, grown = np.zeros_like(kept), kept & (norm > high)
+    dx, dy, norm = (np.take_along_axis(array, steepest, 2)[..., 0] for array in (dx, dy, norms))
+    candidates = _thinned(dx, dy, norm) & (norm > low)
+    edges, grown = np.zeros_like(candidates), candidates & (norm > high)
     while (grown != edges).any():  # weak pixels join what they touch
         edges = grown
         around = np.pad(edges, 1)
-        grown = kept & np.any([around[i : i + len(edges), j : j + edges.shape[1]] for i, j in np.ndindex(3, 3)], axis=0)
+        grown = candidates & np.any(
+            [around[i : i + len(edges), j : j + edges.shape[1]] for i, j in np.ndindex(3, 3)], axis=0
+        )
     return (255 * edges).astype(np.uint8)
 
 
@@ -184,8 +186,8 @@ def _segments(image: Tensor) -> Tensor:
     out = network(pixel_values=(pixels / 255 - mean) / std)
     probs = out.class_queries_logits.softmax(dim=-1)[..., :-1]  # the last class is "nothing"
     masks = F.interpolate(out.masks_queries_logits, image.shape[1:], mode="bilinear", align_corners=False).sigmoid()
-    found = torch.einsum("bqc,bqhw->bchw", probs, masks)[0].argmax(dim=0)
-    return segment_colours(network.config.id2label)[found].permute(2, 0, 1)
+    classes = torch.einsum("bqc,bqhw->bchw", probs, masks)[0].argmax(dim=0)
+    return segment_colours(network.config.id2label)[classes].permute(2, 0, 1)
 
 
 def segment_colours(names: dict[int, str]) -> Tensor:

@@ -48,6 +48,6 @@ class TextImageEncoder:
 
     def embed_pixels(self, pixels: Tensor, normalise: bool = True) -> Tensor:
         """Pixels [B, 3, H, W] in [0, 1], of the encoder's size -> vectors [B, E], of length 1 if `normalise`; with gradients."""
-        seen = self.clip.vision_model(2 * pixels.to(self.clip.device, self.clip.dtype) - 1).pooler_output
-        found = self.clip.visual_projection(seen).float()
-        return F.normalize(found, dim=-1) if normalise else found
+        pooled = self.clip.vision_model(2 * pixels.to(self.clip.device, self.clip.dtype) - 1).pooler_output
+        embeds = self.clip.visual_projection(pooled).float()
+        return F.normalize(embeds, dim=-1) if normalise else embeds

@@ -211,10 +211,10 @@ class CLIPCount(ModelMixin, ConfigMixin):
     @classmethod
     def from_original(cls, path: str | Path, clip: "CLIPModel") -> "CLIPCount":
         """Load the released checkpoint; `clip` is OpenAI's ViT-B/16 as transformers has it."""
-        own = {key.removeprefix("model."): value for key, value in read_state_dict(path).items()}
-        own = {key: value for key, value in own.items() if not key.startswith(FROZEN)}
+        state = {key.removeprefix("model."): value for key, value in read_state_dict(path).items()}
+        state = {key: value for key, value in state.items() if not key.startswith(FROZEN)}
         frozen = {f"clip.{key}": value for key, value in from_transformers(clip).items()}
-        return load_strict(cls(), own | frozen, source=path)
+        return load_strict(cls(), state | frozen, source=path)
 
     def encode_text(self, ids: Tensor) -> Tensor:
         """Ids [B, L], of which the end has the highest -> [B, 1, D].
@@ -278,7 +278,7 @@ def from_transformers(clip: "CLIPModel") -> dict[str, Tensor]:
         if key.endswith(("k_proj.weight", "k_proj.bias", "v_proj.weight", "v_proj.bias", "position_ids")):
             continue
         if ".q_proj." in key:
-            value = torch.cat([state[key.replace(".q_proj.", f".{one}_proj.")] for one in "qkv"])
+            value = torch.cat([state[key.replace(".q_proj.", f".{part}_proj.")] for part in "qkv"])
         for theirs, ours in OPENAI:
             key = re.sub(theirs, ours, key)
         converted[key] = value.T if key in ("text_projection", "visual.proj") else value

@@ -35,10 +35,10 @@ class Counter(ModelMixin, ConfigMixin):
         self.head = nn.Conv2d(up[-1], 1, 1)
 
     def forward(self, pixels: Tensor) -> Tensor:
-        x, seen = 2 * F.interpolate(pixels, (SIDE, SIDE), mode="bilinear", antialias=True, align_corners=False) - 1, []
+        x, skips = 2 * F.interpolate(pixels, (SIDE, SIDE), mode="bilinear", antialias=True, align_corners=False) - 1, []
         for layers in self.down:
             x = layers(x)
-            seen.append(x)
-        for layers, flat in zip(self.up, reversed(seen[1:-1]), strict=True):
-            x = layers(torch.cat([F.interpolate(x, flat.shape[2:], mode="nearest"), flat], dim=1))
+            skips.append(x)
+        for layers, skip in zip(self.up, reversed(skips[1:-1]), strict=True):
+            x = layers(torch.cat([F.interpolate(x, skip.shape[2:], mode="nearest"), skip], dim=1))
         return F.softplus(self.head(x) - 4)[:, 0]

@@ -141,10 +141,10 @@ class DraftSession:
 
     def __init__(self, drafter: Drafter, target: LlamaGenSession):
         if drafter.config.dim != target.model.config.dim or drafter.config.n_embed != target.model.config.n_embed:
-            own, other = ((part.config.dim, part.config.n_embed) for part in (drafter, target.model))
+            drafter_sizes, target_sizes = ((part.config.dim, part.config.n_embed) for part in (drafter, target.model))
             raise ValueError(
-                f"the drafter is {own[0]} wide with {own[1]} codes, the generator {other[0]} with {other[1]}: "
-                "expected a drafter that was trained for this generator"
+                f"the drafter is {drafter_sizes[0]} wide with {drafter_sizes[1]} codes, the generator "
+                f"{target_sizes[0]} with {target_sizes[1]}: expected a drafter that was trained for this generator"
             )
         self.drafter, self.target, self.guided = drafter, target, target.guided
         self.weight = target.prefix.shape[1] - 1
@@ -155,14 +155,14 @@ class DraftSession:
     def read(self, tokens: Tensor, cells: Tensor, nodes: Tensor, ahead: Tensor) -> Tensor:
         """See `samplers.trees.Drafting.read`."""
         led = of_images(self.target.hidden, nodes)
-        guesses = self._pass(tokens, cells, led, self.cache.place(cells, None, self.guided, tokens.device))
+        guesses = self._forward(tokens, cells, led, self.cache.place(cells, None, self.guided, tokens.device))
         return of_images(guesses, ahead[:, None] - 1)
 
     def guess(self, tokens: Tensor, cells: Tensor, hidden: Tensor, tree: Tensor, root: Tensor) -> Tensor:
         """See `samplers.trees.Drafting.guess`."""
-        return self._pass(tokens, cells, hidden, self.cache.place(cells, tree, self.guided, tokens.device, root))
+        return self._forward(tokens, cells, hidden, self.cache.place(cells, tree, self.guided, tokens.device, root))
 
-    def _pass(self, tokens: Tensor, cells: Tensor, hidden: Tensor, visible: Tensor) -> Tensor:
+    def _forward(self, tokens: Tensor, cells: Tensor, hidden: Tensor, visible: Tensor) -> Tensor:
         cells = cells.to(tokens.device)
         if self.guided:
             tokens, cells = torch.cat([tokens, tokens]), torch.cat([cells, cells])

@@ -21,7 +21,7 @@ NOISE = {  # reaches zero signal (arXiv 2305.08891), because the pictures have a
     "clip_sample": False,
     "steps_offset": 1,
 }
-DRAWN = {"num_inference_steps": 25, "guidance_scale": 4.0, "guidance_rescale": 0.7}  # pictures of emoji-sd
+SAMPLED = {"num_inference_steps": 25, "guidance_scale": 4.0, "guidance_rescale": 0.7}  # pictures of emoji-sd
 EMOJI_SEED = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5), "squashed": False, "guidance_scale": 3.0}
 
 
@@ -29,8 +29,8 @@ def assembled(
     unet: UNet2DConditionModel, vae: AutoencoderKL, clip: CLIPModel, tokenizer: PreTrainedTokenizerFast
 ) -> StableDiffusionPipeline:
     """A pipeline in diffusers' own layout; it reads texts with the text half of `clip`, with all of their padding."""
-    own = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
-    return StableDiffusionPipeline(vae, text_half(clip), tokenizer, unet, DDIMScheduler(**NOISE), **own)
+    kwargs = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+    return StableDiffusionPipeline(vae, text_half(clip), tokenizer, unet, DDIMScheduler(**NOISE), **kwargs)
 
 
 def text_half(clip: CLIPModel) -> CLIPTextModel:

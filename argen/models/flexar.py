@@ -173,8 +173,8 @@ class FlexAR(ModelMixin, ConfigMixin):
             return norm_of(norm, dim, eps)
 
         def block() -> nn.ModuleDict:
-            own = None if qk_norm is None else (qk_norm_kind, qk_norm)
-            attention = SelfAttention(dim, heads, qkv_bias, bias, own)
+            self_qk_norm = None if qk_norm is None else (qk_norm_kind, qk_norm)
+            attention = SelfAttention(dim, heads, qkv_bias, bias, self_qk_norm)
             mlp = MLP(dim, hidden, bias, gated)
             if text_dim is None:
                 return nn.ModuleDict({"norm_1": normed(), "attn": attention, "norm_2": normed(), "mlp": mlp})
@@ -214,8 +214,8 @@ class FlexAR(ModelMixin, ConfigMixin):
 
     def encode_class(self, ids: Tensor) -> Tensor:
         """Class ids [R], -1 for none -> [R, 1, D]."""
-        found = self.models["ar_image_model"]["preprocessor"].cls_embedding(ids.clamp(min=0))
-        return torch.where(ids[:, None] < 0, 0, found)[:, None]
+        embeds = self.models["ar_image_model"]["preprocessor"].cls_embedding(ids.clamp(min=0))
+        return torch.where(ids[:, None] < 0, 0, embeds)[:, None]
 
     def project_text(self, encoded: Tensor) -> KeysValues | Tensor:
         """What the layers read of the condition: keys and values of each layer; of a class what joins the start token."""
@@ -240,13 +240,13 @@ class FlexAR(ModelMixin, ConfigMixin):
         cache: KeyValueCache | None = None,
     ) -> Tensor:
         """Embedded tokens [R, n, D] -> what the head reads [R, n, D]."""
-        trunk, seen = self.models["ar_image_model"]["trunk"], text_mask[:, None, None]
+        trunk, visible = self.models["ar_image_model"]["trunk"], text_mask[:, None, None]
         for index, block in enumerate(trunk["blocks"]):
             attention = block["self_attn"] if "self_attn" in block else block["attn"]
             x = x + self.drop(attention(block["norm_1"](x), mask, cache, index))
             last = block["norm_2"]
             if "cross_attn" in block:
-                x = x + self.drop(block["cross_attn"](block["norm_2"](x), *condition[index], seen))
+                x = x + self.drop(block["cross_attn"](block["norm_2"](x), *condition[index], visible))
                 last = block["norm_3"]
             x = x + self.drop(block["mlp"](last(x)))
         return trunk["post_trunk_norm"](x) if "post_trunk_norm" in trunk else x
@@ -264,12 +264,14 @@ class FlexAR(ModelMixin, ConfigMixin):
         hidden = self.hidden(self.embed(tokens, positions, condition), mask, condition, text_mask, cache)
         return self.models["ar_image_model"]["head"].linear(hidden)
 
-    def forward(self, asked: Tensor, text_mask: Tensor, tokens: Tensor) -> Tensor:
+    def forward(self, condition: Tensor, text_mask: Tensor, tokens: Tensor) -> Tensor:
         """Teacher forcing: text states [B, T, text_dim] or class ids [B], mask [B, T] bool, tokens [B, n] -> logits [B, n, K]."""
-        encoded = self.encode_class(asked) if self.config.text_dim is None else self.encode_text(asked)
+        encoded = self.encode_class(condition) if self.config.text_dim is None else self.encode_text(condition)
         n = tokens.shape[1]
-        read, positions = F.pad(tokens[:, :-1], (1, 0), value=-1), torch.arange(-1, n - 1, device=tokens.device)
-        return self.decode(read, positions, causal_mask(n, n, tokens.device), self.project_text(encoded), text_mask)
+        input_tokens, positions = F.pad(tokens[:, :-1], (1, 0), value=-1), torch.arange(-1, n - 1, device=tokens.device)
+        return self.decode(
+            input_tokens, positions, causal_mask(n, n, tokens.device), self.project_text(encoded), text_mask
+        )
 
 
 class FlexARSession(DecoderSession):
@@ -365,7 +367,7 @@ def sizes_of(config: dict) -> dict:
         if gated:
             multiple = trunk["ffn_target"].get("multiple_of", 256)
             hidden = multiple * -(-int(2 * hidden / 3) // multiple)
-        own, gelu = _norm(attention.get("qk_norm"), "the norm of queries"), {}
+        qk_norm, gelu = _norm(attention.get("qk_norm"), "the norm of queries"), {}
         cross = _norm(trunk["cross_attn_target"].get("qk_norm"), "the norm of queries") if text else (None, "rms")
         norm, eps = _norm(trunk["norm_layer"], "the norm")[::-1]
         if text:
@@ -380,8 +382,8 @@ def sizes_of(config: dict) -> dict:
             "text_dim": models["text_encoder"]["mlp"]["text_dim"] if text else None,
             "norm": norm,
             "eps": eps,
-            "qk_norm": own[0],
-            "qk_norm_kind": own[1],
+            "qk_norm": qk_norm[0],
+            "qk_norm_kind": qk_norm[1],
             "cross_qk_norm": cross[0],
             "cross_qk_norm_kind": cross[1],
             "gated": gated,

@@ -33,11 +33,11 @@ def _packs(weight: Tensor) -> bool:
 
 
 def _packed(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    whole = weight if weight._base is None else weight._base  # a slice is another tensor each time it is taken
-    state = whole._version, whole.data_ptr(), whole.dtype, dtype  # a weight that was trained or moved is packed again
-    if PACKED.get(whole, (None,))[0] != state:
-        PACKED[whole] = state, {}
-    place, packed = (weight.storage_offset(), weight.shape, weight.stride()), PACKED[whole][1]
+    base = weight if weight._base is None else weight._base  # a slice is another tensor each time it is taken
+    state = base._version, base.data_ptr(), base.dtype, dtype  # a weight that was trained or moved is packed again
+    if PACKED.get(base, (None,))[0] != state:
+        PACKED[base] = state, {}
+    place, packed = (weight.storage_offset(), weight.shape, weight.stride()), PACKED[base][1]
     if place not in packed:
         packed[place] = torch.ops.mkldnn._reorder_linear_weight(weight.detach().to(dtype), 8)
     return packed[place]

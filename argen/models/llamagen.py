@@ -76,10 +76,10 @@ class Attention(nn.Module):
             others = causal_mask(x.shape[1], x.shape[1], x.device) & mask[:, None, None]
             visible = others | torch.eye(x.shape[1], dtype=torch.bool, device=x.device)
             return self.wo(dispatch_attention_fn(query, key, value, attn_mask=visible).flatten(2)), (key, value)
-        value, seen = F.linear(x, self.wqkv.weight[2 * x.shape[-1] :]), mask[..., None].to(x.dtype)
-        means, padding = (running_mean(value, part) for part in (seen, 1 - seen))
-        whole = split_heads(means[:, -1:], self.heads)
-        return self.wo(torch.where(mask[..., None], means, padding)), (torch.zeros_like(whole), whole)
+        value, weights = F.linear(x, self.wqkv.weight[2 * x.shape[-1] :]), mask[..., None].to(x.dtype)
+        means, padding = (running_mean(value, part) for part in (weights, 1 - weights))
+        mean = split_heads(means[:, -1:], self.heads)
+        return self.wo(torch.where(mask[..., None], means, padding)), (torch.zeros_like(mean), mean)
 
 
 class FeedForward(nn.Module):
@@ -281,10 +281,10 @@ class LlamaGen(ModelMixin, ConfigMixin):
         """
         parts = (None, None) if control is None else (control[:, :, :1], control[:, :, 1:])
         hidden, scores, prefixes = self.condition(self.cls_embedding(condition), mask, parts[0])
-        read = tokens[:, :-1]
-        positions = torch.arange(read.shape[1], device=tokens.device)
+        input_tokens = tokens[:, :-1]
+        positions = torch.arange(input_tokens.shape[1], device=tokens.device)
         visible = causal_mask(len(positions), len(positions), tokens.device)
-        rest = self.decode(read, positions, visible, scores, prefixes, control=parts[1])
+        rest = self.decode(input_tokens, positions, visible, scores, prefixes, control=parts[1])
         return self.output(torch.cat([hidden[:, -1:], rest], dim=1)).float()
 
 

@@ -40,16 +40,16 @@ def sizes_of(state: dict[str, Tensor], path: Path, freqs_cis: Tensor | None = No
     """
     layers = [int(match[1]) for key in state if (match := re.match(r"layers\.(\d+)\.", key))]
     kind = next((key for key in CONDITIONED if key in state), None)
-    wanted = "tok_embeddings.weight", "layers.0.feed_forward.w1.weight"
-    if kind is None or not layers or any(key not in state for key in wanted):
+    required = "tok_embeddings.weight", "layers.0.feed_forward.w1.weight"
+    if kind is None or not layers or any(key not in state for key in required):
         raise ValueError(f"{path} holds no LlamaGen: expected tok_embeddings, cls_embedding, layers and output")
-    (codes, dim), depth = state[wanted[0]].shape, max(layers) + 1
-    hidden, usual = state[wanted[1]].shape[0], 256 * -(-int(8 * dim / 3) // 256)
-    known = [size["heads"] for size in SIZES.values() if (size["dim"], size["depth"]) == (dim, depth)]
+    (codes, dim), depth = state[required[0]].shape, max(layers) + 1
+    hidden, usual = state[required[1]].shape[0], 256 * -(-int(8 * dim / 3) // 256)
+    known_heads = [size["heads"] for size in SIZES.values() if (size["dim"], size["depth"]) == (dim, depth)]
     if freqs_cis is not None:
         heads = dim // (2 * freqs_cis.shape[1])
-    elif known or dim % 64 == 0:
-        heads = known[0] if known else dim // 64
+    elif known_heads or dim % 64 == 0:
+        heads = known_heads[0] if known_heads else dim // 64
     else:
         raise ValueError(f"{path} does not say how many heads it has: expected a width that 64 divides, found {dim}")
     sizes = {"n_embed": codes, "dim": dim, "depth": depth, "heads": heads, "classes": None}

@@ -162,7 +162,7 @@ class Parti(ModelMixin, ConfigMixin):
     def forward(self, text_states: Tensor, text_mask: Tensor, tokens: Tensor) -> Tensor:
         """Teacher forcing: text states [B, T, text_dim], mask [B, T], tokens [B, N] -> logits [B, N, K]."""
         encoded = self.encode_text(text_states, text_mask)
-        read = F.pad(tokens[:, :-1], (1, 0), value=-1)
+        input_tokens = F.pad(tokens[:, :-1], (1, 0), value=-1)
         positions = torch.arange(-1, self.length - 1, device=tokens.device)
         mask = causal_mask(self.length, self.length, tokens.device)
-        return self.decode(read, positions, mask, self.project_text(encoded), text_mask)
+        return self.decode(input_tokens, positions, mask, self.project_text(encoded), text_mask)

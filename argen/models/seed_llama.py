@@ -83,17 +83,17 @@ class Vocabulary:
 
     def images(self, ids: Sequence[int], count: int) -> list[list[int]]:
         """The codes of all pictures in a text, each of `count`; what is no whole picture is left out."""
-        found, here = [], None
+        images, codes = [], None
         for word in ids:
             if word == self.begin:
-                here = []
+                codes = []
             elif word == self.end:
-                if here is not None and len(here) == count:
-                    found.append(here)
-                here = None
-            elif here is not None:
-                here = [*here, word - self.shift] if self.shift <= word < self.shift + self.codes else None
-        return found
+                if codes is not None and len(codes) == count:
+                    images.append(codes)
+                codes = None
+            elif codes is not None:
+                codes = [*codes, word - self.shift] if self.shift <= word < self.shift + self.codes else None
+        return images
 
 
 @torch.no_grad()
@@ -104,7 +104,7 @@ def likelihoods(
     images: Sequence[Sequence[int]],
     captions: Sequence[str],
 ) -> Tensor:
-    """How likely the model finds each caption after each picture, and its end after it, in nats [B, captions].
+    """Log-probabilities of each caption, and its end token, after each image, in nats [B, captions].
 
     Args:
         images: codes of each; without any it is the caption alone.
@@ -113,15 +113,15 @@ def likelihoods(
     rows = tokenizer(list(captions), add_special_tokens=False, truncation=True, max_length=28).input_ids
     end, width = tokenizer.eos_token_id, max(map(len, rows)) + 1
     text = torch.tensor([row + [end] * (width - len(row)) for row in rows], device=model.device)
-    asked = torch.arange(width) <= torch.tensor([[len(row)] for row in rows])
-    found = []
+    mask = torch.arange(width) <= torch.tensor([[len(row)] for row in rows])
+    log_probs = []
     for codes in images:
-        shown = [words.begin, *(code + words.shift for code in codes), words.end] if len(codes) else []
-        begun = torch.tensor([tokenizer.bos_token_id, *shown], device=model.device).expand(len(text), -1)
-        logits = model(input_ids=torch.cat([begun, text], dim=1)).logits[:, begun.shape[1] - 1 : -1].float()
-        each = logits.log_softmax(dim=-1).gather(2, text[..., None])[..., 0]
-        found.append((each * asked.to(each)).sum(dim=1))
-    return torch.stack(found).cpu()
+        image_ids = [words.begin, *(code + words.shift for code in codes), words.end] if len(codes) else []
+        prefix = torch.tensor([tokenizer.bos_token_id, *image_ids], device=model.device).expand(len(text), -1)
+        logits = model(input_ids=torch.cat([prefix, text], dim=1)).logits[:, prefix.shape[1] - 1 : -1].float()
+        token_log_probs = logits.log_softmax(dim=-1).gather(2, text[..., None])[..., 0]
+        log_probs.append((token_log_probs * mask.to(token_log_probs)).sum(dim=1))
+    return torch.stack(log_probs).cpu()
 
 
 class SeedLlamaSession:
@@ -141,20 +141,21 @@ class SeedLlamaSession:
         ids = torch.tensor([[0] * (width - len(row)) + list(row) for row in prompts], device=model.device)
         self.mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in prompts], device=model.device)
         self.cache = DynamicCache(config=model.config)
-        named = signature(model.forward).parameters
-        self.cache_name = "cache" if "cache" in named else "past_key_values"  # its name in transformers has changed
-        self._pass(ids, (self.mask.cumsum(dim=1) - 1).clamp(min=0), self.mask)
+        parameters = signature(model.forward).parameters
+        # its name in transformers has changed
+        self.cache_name = "cache" if "cache" in parameters else "past_key_values"
+        self._forward(ids, (self.mask.cumsum(dim=1) - 1).clamp(min=0), self.mask)
 
-    def _pass(self, ids: Tensor, positions: Tensor, mask: Tensor) -> Tensor:
-        asked = {"attention_mask": mask, "position_ids": positions, self.cache_name: self.cache, "use_cache": True}
-        return self.model(input_ids=ids, **asked).logits
+    def _forward(self, ids: Tensor, positions: Tensor, mask: Tensor) -> Tensor:
+        kwargs = {"attention_mask": mask, "position_ids": positions, self.cache_name: self.cache, "use_cache": True}
+        return self.model(input_ids=ids, **kwargs).logits
 
     def forward(
         self, tokens: Tensor, positions: Tensor, mask: Tensor | None = None, seen: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
         """See `samplers.steps.Session.forward`; chains alone, at the same cells of all pictures."""
         if mask is not None or seen is not None or positions.ndim != 1:
-            raise ValueError("this model writes its codes in order: choose the sampler auto or plain")
+            raise ValueError("this model writes its codes in order: choose the sampler auto or sequential")
         ids = torch.where(tokens < 0, self.words.begin, tokens + self.words.shift)
         ids = torch.cat([ids, ids]) if self.guided else ids
         width, first = self.mask.shape[1], int(positions[0]) + 1
@@ -162,7 +163,7 @@ class SeedLlamaSession:
             self.cache.crop(-late)
         positions = self.mask.sum(dim=1, keepdim=True) + (positions.to(ids.device) + 1)
         visible = torch.cat([self.mask, self.mask.new_ones(len(ids), first + ids.shape[1])], dim=1)
-        logits = self._pass(ids, positions, visible)[..., self.words.shift : self.words.shift + self.words.codes]
+        logits = self._forward(ids, positions, visible)[..., self.words.shift : self.words.shift + self.words.codes]
         return logits.chunk(2) if self.guided else (logits, None)
 
     def keep(self, nodes: Tensor) -> None:

@@ -99,11 +99,11 @@ class Entities:
     def unpatchify(self, sequence: Tensor) -> Tensor:
         """Sequence [B, N, C] -> latents [B, C, S, S]."""
         if self.kind == "scale":
-            whole = sequence[:, -(self.side**2) :]
+            latents = sequence[:, -(self.side**2) :]
         else:
-            whole = torch.empty_like(sequence)
-            whole[:, self.order.to(sequence.device)] = sequence
-        return whole.transpose(1, 2).unflatten(2, (self.side, self.side))
+            latents = torch.empty_like(sequence)
+            latents[:, self.order.to(sequence.device)] = sequence
+        return latents.transpose(1, 2).unflatten(2, (self.side, self.side))
 
 
 class TimeEmbedding(nn.Module):
@@ -275,15 +275,15 @@ class XAR(ModelMixin, ConfigMixin):
     def blocks(self) -> list[Block]:
         return [*self.encoder_blocks, *self.decoder_blocks]
 
-    def condition(self, asked: Tensor | Words, dropped: Tensor | None = None) -> Tensor:
+    def condition(self, cond: Tensor | Words, dropped: Tensor | None = None) -> Tensor:
         """Class ids [R] -> [R, D], "none" where `dropped` [R] is true. Captions add nothing to the times: zeros."""
-        if isinstance(asked, Words):
-            return self.pred.weight.new_zeros(len(asked), self.config.dim)
-        found = self.class_emb(asked)
+        if isinstance(cond, Words):
+            return self.pred.weight.new_zeros(len(cond), self.config.dim)
+        embeds = self.class_emb(cond)
         return (
-            found
+            embeds
             if dropped is None
-            else torch.where(dropped[:, None], self.class_emb.weight[-1].to(found.dtype), found)
+            else torch.where(dropped[:, None], self.class_emb.weight[-1].to(embeds.dtype), embeds)
         )
 
     def read(self, states: Tensor, mask: Tensor) -> Words:
@@ -332,23 +332,23 @@ class XAR(ModelMixin, ConfigMixin):
         return self.pred(self.decoder_norm(x))
 
     def forward(
-        self, x: Tensor, times: Tensor, asked: Tensor, dropped: Tensor | None = None, mask: Tensor | None = None
+        self, x: Tensor, times: Tensor, cond: Tensor, dropped: Tensor | None = None, mask: Tensor | None = None
     ) -> Tensor:
         """All entities at once, each of which sees itself and those before, with their noise.
 
         Args:
             x: [B, N, C], each entity at a time of its own.
             times: [B, K] in [0, 1].
-            asked, dropped: classes, see `condition`; or states of captions, where `mask` belongs to them: see `read`.
+            cond, dropped: classes, see `condition`; or states of captions, where `mask` belongs to them: see `read`.
 
         Returns:
             [B, N, C].
         """
-        words = None if mask is None else self.read(asked, mask)
-        condition = self.condition(asked if words is None else words, dropped)[:, None]
+        words = None if mask is None else self.read(cond, mask)
+        condition = self.condition(cond if words is None else words, dropped)[:, None]
         modulations = [self._spread(part) for part in self.modulations(condition, timesteps_of(times))]
-        seen = (self.entity[None] <= self.entity[:, None])[None, None]
-        return self.velocity(x, slice(0, len(self.entity)), modulations, seen, words=words)
+        visible = (self.entity[None] <= self.entity[:, None])[None, None]
+        return self.velocity(x, slice(0, len(self.entity)), modulations, visible, words=words)
 
 
 def timesteps_of(times: Tensor) -> Tensor:
@@ -380,16 +380,16 @@ class XARSession:
         guided: with an unguided half.
     """
 
-    def __init__(self, model: XAR, asked: Tensor | Words, times: list[float], guided: bool):
+    def __init__(self, model: XAR, cond: Tensor | Words, times: list[float], guided: bool):
         self.model, self.guided = model, guided
-        self.words = asked if isinstance(asked, Words) else None
-        condition = model.condition(asked)
+        self.words = cond if isinstance(cond, Words) else None
+        condition = model.condition(cond)
         if guided and self.words is None:
-            none = model.condition(asked, torch.ones(len(asked), dtype=torch.bool, device=asked.device))
-            condition = torch.cat([condition, none])
+            uncond = model.condition(cond, torch.ones(len(cond), dtype=torch.bool, device=cond.device))
+            condition = torch.cat([condition, uncond])
         steps = timesteps_of(torch.tensor(sorted({*times, 0.0})))
         self.steps = {int(step): index for index, step in enumerate(steps)}
-        rows, self.rows = condition.unique(dim=0, return_inverse=True)  # pictures that are asked alike share theirs
+        rows, self.rows = condition.unique(dim=0, return_inverse=True)  # images with the same condition share theirs
         self.modulations = model.modulations(rows, steps.to(rows.device)[:, None].expand(-1, len(rows)))
         blocks, heads = len(self.modulations), model.config.heads
         shape = blocks, 2, len(condition), len(model.entity), heads, model.config.dim // heads
@@ -404,8 +404,8 @@ class XARSession:
         modulations = [part[:, step, self.rows[:rows], None] for part in self.modulations]
         where = slice(self.bounds[entity], self.bounds[entity + 1])
         words, cache = None if self.words is None else self.words[:rows], self.cache[:, :, :rows]
-        found = self.model.velocity(x.to(self.cache.dtype), where, modulations, cache=cache, words=words).float()
-        return tuple(found.chunk(2)) if guided else (found, None)
+        velocity = self.model.velocity(x.to(self.cache.dtype), where, modulations, cache=cache, words=words).float()
+        return tuple(velocity.chunk(2)) if guided else (velocity, None)
 
     def finish(self, entity: int, x: Tensor) -> None:
         """Keep the finished entity [B, T, C] for those that follow."""

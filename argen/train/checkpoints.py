@@ -28,9 +28,9 @@ def write(accelerator: Accelerator, out: Path, recipe: dict) -> None:
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         (new / RECIPE).write_text(json.dumps(recipe, indent=2))
-        held = sorted(path for path in new.rglob("*") if path.is_file())
-        listed = {path.relative_to(new).as_posix(): _facts(path, flush=True) for path in held}
-        (new / "files.part").write_text(json.dumps(listed))
+        files = sorted(path for path in new.rglob("*") if path.is_file())
+        manifest = {path.relative_to(new).as_posix(): _facts(path, flush=True) for path in files}
+        (new / "files.part").write_text(json.dumps(manifest))
         (new / "files.part").rename(new / FILES)
         shutil.rmtree(old, ignore_errors=True)
         _swap(new, current, old)
@@ -87,15 +87,15 @@ def trim_log(path: Path, step: int) -> None:
     """Drop the entries of steps after `step`, which will be done again, and a line that was cut."""
     if not path.is_file():
         return
-    kept = []
+    entries = []
     for line in path.read_text().splitlines():
         try:
             if json.loads(line)["step"] <= step:
-                kept.append(f"{line}\n")
+                entries.append(f"{line}\n")
         except (ValueError, KeyError, TypeError):
             continue
     part = path.with_suffix(".part")
-    part.write_text("".join(kept))
+    part.write_text("".join(entries))
     part.replace(path)
 
 
@@ -113,8 +113,8 @@ def _recover(out: Path) -> None:
     if current.exists() and (reason := damage(current)):
         shutil.rmtree(out / DAMAGED, ignore_errors=True)
         current.rename(out / DAMAGED)
-        whole = old.exists() and damage(old) is None
-        then = "; the training goes on from the checkpoint before" if whole else ""
+        has_previous = old.exists() and damage(old) is None
+        then = "; the training goes on from the checkpoint before" if has_previous else ""
         logger.warning("%s is damaged (%s) and put aside as %s%s", current, reason, DAMAGED, then)
     if not current.exists() and old.exists() and damage(old) is None:
         old.rename(current)
@@ -125,10 +125,10 @@ def damage(folder: Path) -> str | None:
     written last."""
     name = FILES if (folder / FILES).is_file() else RECIPE
     try:
-        held = json.loads((folder / name).read_text())
+        manifest = json.loads((folder / name).read_text())
     except (OSError, ValueError):
         return f"{name} is missing or cut"
-    for file, facts in held.items() if name == FILES else ():
+    for file, facts in manifest.items() if name == FILES else ():
         if not (folder / file).is_file():
             return f"{file} is missing"
         if _facts(folder / file) != facts:

@@ -93,23 +93,23 @@ class CLIPTask(Task):
             counts[row["concept"]] = counts.get(row["concept"], 0) + 1
         self.weights = torch.tensor([counts[row["concept"]] ** -0.5 for row in self.rows])
         rng = random.Random(0)
-        drawn = [caption(row["name"], row["style"], row["keywords"], rng) for row in self.rows for _ in range(3)]
-        self.tokenizer = text_tokenizer(drawn + self.scene_captions)
+        captions = [caption(row["name"], row["style"], row["keywords"], rng) for row in self.rows for _ in range(3)]
+        self.tokenizer = text_tokenizer(captions + self.scene_captions)
         self.networks: dict[str, nn.Module] = {"model": network()}
 
     def batch(self, size: int, generator: torch.Generator) -> dict[str, Tensor]:
         scenes = int(size * SCENES_SHARE)
-        chosen = torch.multinomial(self.weights, size - scenes, generator=generator).tolist()
-        others = torch.randint(len(self.scene_captions), (scenes,), generator=generator).tolist()
+        indices = torch.multinomial(self.weights, size - scenes, generator=generator).tolist()
+        scene_indices = torch.randint(len(self.scene_captions), (scenes,), generator=generator).tolist()
         rng = random.Random(int(torch.randint(2**62, (1,), generator=generator)))
         captions, keys = [], []
-        for row in (self.rows[index] for index in chosen):
+        for row in (self.rows[index] for index in indices):
             captions.append(caption(row["name"], row["style"], row["keywords"], rng))
             keys.append((row["name"], row["style"]))
-        captions += [self.scene_captions[index] for index in others]
-        keys += [(text, "") for text in captions[len(chosen) :]]
+        captions += [self.scene_captions[index] for index in scene_indices]
+        keys += [(text, "") for text in captions[len(indices) :]]
         text = self.tokenizer(captions, padding=True, truncation=True, return_tensors="pt")
-        images = torch.cat([self.images[chosen], self.scene_images[others]])
+        images = torch.cat([self.images[indices], self.scene_images[scene_indices]])
         return {
             "input_ids": text.input_ids,
             "attention_mask": text.attention_mask,
@@ -127,7 +127,7 @@ class CLIPTask(Task):
         yield "model", loss
 
     def _held_out(self) -> tuple[list[int], Tensor]:
-        """Pictures of held-out concepts: their places [n], and cosines [n, n], by caption."""
+        """Return rows [n] of held-out images, and the cosines [n, n] of their captions with them."""
         model = self._model()
         picked = held_out_sample(len(self.singles["test"]))
         rows = self.singles["test"].select(picked)
@@ -139,11 +139,11 @@ class CLIPTask(Task):
         return recall(self._held_out()[1])
 
     def sample(self) -> Image.Image:
-        """Eight held-out pictures, each before the seven that its caption finds first."""
-        picked, cosines = self._held_out()
-        found = torch.cat([torch.arange(8)[:, None], cosines[:8].topk(7, dim=1).indices], dim=1)
-        rows = torch.from_numpy(pixels(self.singles["test"]))[torch.tensor(picked)[found]]  # [8, 8, H, W, 3]
-        return Image.fromarray(rearrange(rows, "r c h w d -> (r h) (c w) d").numpy())
+        """Eight held-out images, each before the seven that its caption ranks first."""
+        rows, cosines = self._held_out()
+        ranking = torch.cat([torch.arange(8)[:, None], cosines[:8].topk(7, dim=1).indices], dim=1)
+        images = torch.from_numpy(pixels(self.singles["test"]))[torch.tensor(rows)[ranking]]  # [8, 8, H, W, 3]
+        return Image.fromarray(rearrange(images, "r c h w d -> (r h) (c w) d").numpy())
 
     def save(self, folder: Path) -> None:
         model = self._model()

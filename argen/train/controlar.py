@@ -17,7 +17,7 @@ from argen.models.llamagen import LlamaGen
 from argen.pipelines.controlar import ControlARPipeline
 from argen.train.llamagen import LlamaGenTask
 from argen.train.loop import Schedule
-from argen.train.tokens import begun_from
+from argen.train.tokens import initialised_from
 
 SCHEDULES = {
     "cpu": Schedule(
@@ -47,7 +47,7 @@ class ControlTask(LlamaGenTask):
         self.scene_boxes = [
             [tuple(thing["box"]) for thing in json.loads(things)] for things in read_split(scenes, "train")["objects"]
         ]
-        model = begun_from(generator, LlamaGen, ControlAR, encoder="vit", encoder_sizes=ENCODER)
+        model = initialised_from(generator, LlamaGen, ControlAR, encoder="vit", encoder_sizes=ENCODER)
         self.networks: dict[str, nn.Module] = {"model": model}
         self.shaped = [self.pairs(across, random.Random(f"pairs/{across}")) for across in (True, False)]
 
@@ -75,24 +75,24 @@ class ControlTask(LlamaGenTask):
         if torch.rand(1, generator=generator) >= SHAPED_SHARE:
             return super().batch(size, generator)
         captions, images, tokens = self.shaped[int(torch.randint(2, (1,), generator=generator))]
-        chosen = torch.randint(len(captions), (size,), generator=generator)
-        text = self.text([captions[index] for index in chosen.tolist()])
-        control = torch.stack([_edges(image) for image in images[chosen]])
+        indices = torch.randint(len(captions), (size,), generator=generator)
+        text = self.text([captions[index] for index in indices.tolist()])
+        control = torch.stack([_edges(image) for image in images[indices]])
         dropped = torch.zeros(size, dtype=torch.bool)
-        return {"tokens": tokens[chosen], "read": tokens[chosen], "dropped": dropped, "control": control, **text}
+        return {"tokens": tokens[indices], "read": tokens[indices], "dropped": dropped, "control": control, **text}
 
     def more(self, tokens: Tensor, images: Tensor, scenes: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
         """The control pictures, too: edges or segments, by chance."""
-        read = super().more(tokens, images, scenes, generator)
+        batch = super().more(tokens, images, scenes, generator)
         side = images.shape[1]
-        shown = [(image, [(0, 0, side, side)]) for image in images]
-        shown += [(self.scene_images[index], self.scene_boxes[index]) for index in scenes.tolist()]
-        flat = torch.rand(len(shown), generator=generator) < 0.5
+        boxed_images = [(image, [(0, 0, side, side)]) for image in images]
+        boxed_images += [(self.scene_images[index], self.scene_boxes[index]) for index in scenes.tolist()]
+        use_segments = torch.rand(len(boxed_images), generator=generator) < 0.5
         maps = [
             _control(segments(image.numpy(), boxes)) if segmented else _edges(image)
-            for (image, boxes), segmented in zip(shown, flat, strict=True)
+            for (image, boxes), segmented in zip(boxed_images, use_segments, strict=True)
         ]
-        return read | {"control": torch.stack(maps)}
+        return batch | {"control": torch.stack(maps)}
 
     def held_out(self, rows: slice) -> dict[str, Tensor]:
         return super().held_out(rows) | {"control": torch.stack([_edges(p) for p in self.held_out_images[rows]])}
@@ -105,10 +105,10 @@ class ControlTask(LlamaGenTask):
             self._model(), self.vq, self.clip, self.text_tokenizer, list(self.groups), any_size=True
         )
 
-    def asked(self) -> dict:
+    def pipeline_kwargs(self) -> dict:
         step = max(1, len(self.held_out_captions) // 32)
         images = [Image.fromarray(image.numpy()) for image in self.held_out_images[::step][:32]]
-        return super().asked() | {"control_image": images, "control_type": "canny"}
+        return super().pipeline_kwargs() | {"control_image": images, "control_type": "canny"}
 
 
 def _control(image) -> Tensor:

@@ -24,13 +24,13 @@ COUNT_WEIGHT = 0.05  # of the error of the sum beside that of the cells, which a
 SCALE = 20.0
 
 
-def target(places: list[tuple[float, float]]) -> Tensor:
+def target(centres: list[tuple[float, float]]) -> Tensor:
     """Middles (x, y) in [0, 1] -> a density [28, 28] with a sum of one for each."""
     cells = torch.arange(DENSITY) + 0.5
     density = torch.zeros(DENSITY, DENSITY)
-    for x, y in places:
-        one = torch.outer(*((-0.5 * ((cells - DENSITY * at) / SIGMA).square()).exp() for at in (y, x)))
-        density += one / one.sum()
+    for x, y in centres:
+        gaussian = torch.outer(*((-0.5 * ((cells - DENSITY * at) / SIGMA).square()).exp() for at in (y, x)))
+        density += gaussian / gaussian.sum()
     return density
 
 
@@ -67,10 +67,10 @@ class CounterTask(Task):
 
     def batch(self, size: int, generator: torch.Generator) -> dict[str, Tensor]:
         alone = int(size * SINGLE_SHARE)
-        chosen = torch.randint(len(self.scenes), (size - alone,), generator=generator)
-        others = torch.randint(len(self.singles), (alone,), generator=generator)
-        images = from_uint8(torch.cat([self.scenes[chosen], self.singles[others]]))
-        densities = torch.cat([self.targets[chosen], self.single.expand(alone, -1, -1)])
+        indices = torch.randint(len(self.scenes), (size - alone,), generator=generator)
+        single_indices = torch.randint(len(self.singles), (alone,), generator=generator)
+        images = from_uint8(torch.cat([self.scenes[indices], self.singles[single_indices]]))
+        densities = torch.cat([self.targets[indices], self.single.expand(alone, -1, -1)])
         flip = (torch.rand(size, 1, 1, generator=generator) < 0.5).expand_as(densities)
         densities = torch.where(flip, densities.flip(2), densities)
         images = torch.where(flip[:, None, :1, :1], images.flip(3), images)
@@ -87,20 +87,20 @@ class CounterTask(Task):
         """The mean error of the count on held-out scenes, and the share of exact ones after rounding."""
         model = self._model()
         parts = self.held_out.split(64)
-        found = torch.cat([model(from_uint8(part).to(model.device)).float().sum(dim=(1, 2)).cpu() for part in parts])
-        wanted = self.held_out_targets.sum(dim=(1, 2))
-        exact = (found.round() == wanted.round()).float().mean()
-        return {"held-out error": (found - wanted).abs().mean().item(), "exact": exact.item()}
+        counts = torch.cat([model(from_uint8(part).to(model.device)).float().sum(dim=(1, 2)).cpu() for part in parts])
+        targets = self.held_out_targets.sum(dim=(1, 2))
+        exact = (counts.round() == targets.round()).float().mean()
+        return {"held-out error": (counts - targets).abs().mean().item(), "exact": exact.item()}
 
     @torch.no_grad()
     def sample(self) -> Image.Image:
         """32 held-out scenes, their densities in red."""
         model = self._model()
-        shown = from_uint8(self.held_out[:: max(1, len(self.held_out) // 32)][:32])
-        density = model(shown.to(model.device)).float().cpu()[:, None]
-        heat = F.interpolate(density, shown.shape[2:], mode="nearest").clamp(0, 0.1) * 10
-        shown = torch.cat([shown[:, :1], shown[:, 1:] * (1 - heat)], dim=1)
-        sheet = torch.cat([torch.cat(list(row), dim=2) for row in shown.split(8)], dim=1)
+        images = from_uint8(self.held_out[:: max(1, len(self.held_out) // 32)][:32])
+        density = model(images.to(model.device)).float().cpu()[:, None]
+        heat = F.interpolate(density, images.shape[2:], mode="nearest").clamp(0, 0.1) * 10
+        images = torch.cat([images[:, :1], images[:, 1:] * (1 - heat)], dim=1)
+        sheet = torch.cat([torch.cat(list(row), dim=2) for row in images.split(8)], dim=1)
         return Image.fromarray((sheet * 255).round().to(torch.uint8).permute(1, 2, 0).numpy())
 
     def save(self, folder: Path) -> None:

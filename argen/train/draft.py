@@ -32,8 +32,8 @@ class DraftTask(LlamaGenTask):
     def __init__(self, data: Path, scenes: Path, tokenizer: Path, clip: Path, generator: Path):
         super().__init__(data, scenes, tokenizer, clip)
         self.target = LlamaGen.from_pretrained(generator).float().eval().requires_grad_(False)
-        own = self.target.config
-        model = Drafter(own.n_embed, own.grid, own.dim, own.heads, HIDDEN)
+        config = self.target.config
+        model = Drafter(config.n_embed, config.grid, config.dim, config.heads, HIDDEN)
         model.embed_tokens.weight.data = self.target.tok_embeddings.weight.data.clone()
         self.networks: dict[str, nn.Module] = {"model": model}
 
@@ -46,16 +46,16 @@ class DraftTask(LlamaGenTask):
         target, tokens = self.target.to(batch["tokens"].device), batch["tokens"]
         features, mask = self.condition(batch)
         prefix, scores, prefixes = target.condition(target.cls_embedding(features), mask)
-        read, n = batch["read"][:, :-1], tokens.shape[1] - 1
+        input_tokens, n = batch["read"][:, :-1], tokens.shape[1] - 1
         visible = causal_mask(n, n, tokens.device)
-        hidden = target.decode(read, torch.arange(n, device=tokens.device), visible, scores, prefixes)
+        hidden = target.decode(input_tokens, torch.arange(n, device=tokens.device), visible, scores, prefixes)
         return prefix, torch.cat([prefix[:, -1:], hidden], dim=1)
 
     def more(self, tokens: Tensor, images: Tensor, scenes: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
         """What the hidden states that are read are off by, too."""
-        read = super().more(tokens, images, scenes, generator)
+        batch = super().more(tokens, images, scenes, generator)
         shape = len(images) + len(scenes), self.target.length, self.target.config.dim
-        return read | {"noise": NOISE * (torch.rand(shape, generator=generator) - 0.5)}
+        return batch | {"noise": NOISE * (torch.rand(shape, generator=generator) - 0.5)}
 
     def held_out(self, rows: slice) -> dict[str, Tensor]:
         return super().held_out(rows) | {"noise": torch.zeros(1)}
@@ -64,12 +64,12 @@ class DraftTask(LlamaGenTask):
         """Smooth L1 distance of the guesses [B, N - 1], cross-entropy of their distribution to the target's [B, N - 1], and how
         often [B, N - 1] the most probable tokens agree."""
         prefix, hidden = self.hidden(batch)
-        read = hidden + batch["noise"]
-        guesses, wanted = network(prefix, read[:, :-1], batch["read"][:, :-1]), hidden[:, 1:]
-        distance = F.smooth_l1_loss(guesses.float(), wanted.float(), reduction="none").mean(dim=-1)
-        logits, guess = self.target.output(wanted).float(), self.target.output(guesses).float()
-        surprise = -(logits.softmax(dim=-1) * guess.log_softmax(dim=-1)).sum(dim=-1)
-        return distance, surprise, (logits.argmax(dim=-1) == guess.argmax(dim=-1)).float()
+        noisy_hidden = hidden + batch["noise"]
+        guesses, targets = network(prefix, noisy_hidden[:, :-1], batch["read"][:, :-1]), hidden[:, 1:]
+        distance = F.smooth_l1_loss(guesses.float(), targets.float(), reduction="none").mean(dim=-1)
+        logits, guess = self.target.output(targets).float(), self.target.output(guesses).float()
+        cross_entropy = -(logits.softmax(dim=-1) * guess.log_softmax(dim=-1)).sum(dim=-1)
+        return distance, cross_entropy, (logits.argmax(dim=-1) == guess.argmax(dim=-1)).float()
 
     def losses(self, batch: dict[str, Tensor], step: int, log: dict[str, float]) -> Iterator[tuple[str, Tensor]]:
         distance, surprise, agreed = (part.mean() for part in self.parts(self.networks["model"], batch))
@@ -79,14 +79,14 @@ class DraftTask(LlamaGenTask):
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
         """How often drafter and target find the same token most probable, on held-out (style, concept) combinations."""
-        found, model = [], self._model()
+        agreement, model = [], self._model()
         for first in range(0, len(self.held_out_captions), 64):
             batch = {key: value.to(model.device) for key, value in self.held_out(slice(first, first + 64)).items()}
-            found.append(self.parts(model, batch)[2])
-        return {"held-out agreement": torch.cat(found).mean().item()}
+            agreement.append(self.parts(model, batch)[2])
+        return {"held-out agreement": torch.cat(agreement).mean().item()}
 
     def pipeline(self) -> LlamaGenPipeline:
         return LlamaGenPipeline(self.target, self.vq, self.clip, self.text_tokenizer, list(self.groups), self._model())
 
-    def asked(self) -> dict:
-        return super().asked() | {"sampler": "speculative"}
+    def pipeline_kwargs(self) -> dict:
+        return super().pipeline_kwargs() | {"sampler": "speculative"}

@@ -69,7 +69,7 @@ class FlexARTask(CaptionsTask):
         return nn.functional.cross_entropy(logits.flatten(0, 1), batch["tokens"].flatten(), reduction="none")
 
     def pipeline(self) -> FlexARPipeline:
-        own = {"steps": STEPS, "tokenizer_guidance": GUIDANCE}
+        defaults = {"steps": STEPS, "tokenizer_guidance": GUIDANCE}
         return FlexARPipeline(
-            self._model(), self.flextok, self.vae, self.clip, self.text_tokenizer, list(self.groups), **own
+            self._model(), self.flextok, self.vae, self.clip, self.text_tokenizer, list(self.groups), **defaults
         )

@@ -61,13 +61,13 @@ class Aligned(nn.Module):
 
 @torch.no_grad()
 def patches_of(vision: CLIPVisionModel, images: Tensor) -> Tensor:
-    """What `emoji-clip` sees in each patch of pictures [B, H, W, 3] uint8, [B, N, C] bfloat16."""
-    seen = (vision(pixel_values=2 * from_uint8(part) - 1).last_hidden_state[:, 1:] for part in images.split(64))
-    return torch.cat([part.bfloat16() for part in seen])
+    """Patch features [B, N, C] bfloat16 by `emoji-clip` of images [B, H, W, 3] uint8."""
+    features = (vision(pixel_values=2 * from_uint8(part) - 1).last_hidden_state[:, 1:] for part in images.split(64))
+    return torch.cat([part.bfloat16() for part in features])
 
 
-def kept(size: int, generator: torch.Generator) -> Tensor:
-    """Numbers of tokens [size]: every other one a power of two, so that short prefixes are met often enough."""
+def sample_num_tokens(size: int, generator: torch.Generator) -> Tensor:
+    """Numbers of tokens to decode [size]: every other one a power of two, so that short prefixes occur often enough."""
     most = SIZES["registers"]
     uniform = torch.randint(1, most + 1, (size,), generator=generator)
     powers = 2 ** torch.randint(most.bit_length(), (size,), generator=generator)
@@ -104,19 +104,19 @@ class FlexTokTask(Task):
 
     def batch(self, size: int, generator: torch.Generator) -> dict[str, Tensor]:
         scenes = int(size * SCENES_SHARE)
-        chosen = torch.cat(
+        indices = torch.cat(
             [
                 torch.randint(self.singles, (size - scenes,), generator=generator),
                 torch.randint(self.singles, len(self.latents), (scenes,), generator=generator),
             ]
         )
-        latents = self.latents[chosen]
+        latents = self.latents[indices]
         return {
             "latents": latents,
-            "patches": self.patches[chosen],
+            "patches": self.patches[indices],
             "noise": torch.randn(latents.shape, generator=generator),
             "times": torch.randn(size, generator=generator).sigmoid(),
-            "keep": kept(size, generator),
+            "keep": sample_num_tokens(size, generator),
             "dropped": torch.rand(size, generator=generator) < NULL_SHARE,
         }
 
@@ -136,12 +136,12 @@ class FlexTokTask(Task):
 
     @torch.no_grad()
     def decoded(self, images: Tensor, keep: int) -> Tensor:
-        """What `keep` tokens of pictures [B, H, W, 3] uint8 give back, [B, 3, H, W]."""
-        tokenizer, made = self.tokenizer(), []
+        """Reconstructions [B, 3, H, W] of images [B, H, W, 3] uint8 from their first `keep` tokens."""
+        tokenizer, decoded = self.tokenizer(), []
         for part in images.split(64):
             ids = tokenizer.encode(from_uint8(part).to(tokenizer.device))
-            made.append(tokenizer.decode(ids[:, :keep]).clamp(0, 1).cpu())
-        return torch.cat(made)
+            decoded.append(tokenizer.decode(ids[:, :keep]).clamp(0, 1).cpu())
+        return torch.cat(decoded)
 
     def evaluate(self) -> dict[str, float]:
         """PSNR in dB on some held-out concepts, by the number of tokens."""

@@ -64,20 +64,24 @@ class JudgeTask(Task):
     def __init__(self, data: Path, scenes: Path, tokenizer: Path):
         icons, composed = read_split(data, "train"), read_split(scenes, "train")
         self.icons = icons
-        known = {name for found in Composer(icons, icons[0]["image"].width).icons.values() for name, _ in found}
-        self.names, self.colours = sorted(known), list(HUES)
-        rows = [place for place, name in enumerate(icons["concept"]) if name in known]
+        known_names = {
+            name
+            for icons_of_style in Composer(icons, icons[0]["image"].width).icons.values()
+            for name, _ in icons_of_style
+        }
+        self.names, self.colours = sorted(known_names), list(HUES)
+        rows = [place for place, name in enumerate(icons["concept"]) if name in known_names]
         icons = icons.select(rows)
         real = np.concatenate([pixels(icons), pixels(composed)])
         vq = ViTVQGAN.from_pretrained(tokenizer, torch_dtype=torch.float32).eval()
         with autocast("cpu"):
-            made, _ = reconstruct(vq, torch.from_numpy(real))
-        self.images = (real, (made * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy())
+            reconstructed, _ = reconstruct(vq, torch.from_numpy(real))
+        self.images = (real, (reconstructed * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy())
 
         self.objects: list[tuple[int, tuple, int, int]] = []  # picture, box, name, colour
         for index, name in enumerate(icons["concept"]):
-            found = boxes(real[index])
-            box = scoring.around(found) if found else (0, 0, *real.shape[2:0:-1])
+            parts = boxes(real[index])
+            box = scoring.around(parts) if parts else (0, 0, *real.shape[2:0:-1])
             self.objects.append((index, box, self.names.index(name), UNKNOWN))
         for index, things in enumerate(composed["objects"], len(icons)):
             for thing in json.loads(things):
@@ -89,21 +93,21 @@ class JudgeTask(Task):
         held_out = read_split(scenes, "validation")
         self.truths, self.scenes = list(scoring.truths_of(held_out)), pixels(held_out)
         for row in read_split(data, "validation").select_columns(["concept", "image"]):
-            if row["concept"] in known:
+            if row["concept"] in known_names:
                 self.truths.append(scoring.Truth(row["concept"], "single", ((row["concept"], ""),)))
                 self.scenes = np.concatenate([self.scenes, np.asarray(opaque(row["image"]))[None]])
         model = Judge(self.names, self.colours).to(memory_format=torch.channels_last)  # a third faster on a CPU
         self.networks: dict[str, nn.Module] = {"model": model}
 
     def batch(self, size: int, generator: torch.Generator) -> dict[str, Tensor]:
-        chosen = torch.multinomial(self.weights, size, generator=generator).tolist()
+        indices = torch.multinomial(self.weights, size, generator=generator).tolist()
         jitter = torch.randint(-JITTER, JITTER + 1, (size, 4), generator=generator).tolist()
         through, flip = (torch.rand(2, size, generator=generator) < 0.5).tolist()
         crops, names, colours = [], [], []
-        for place, move, made, mirrored in zip(chosen, jitter, through, flip, strict=True):
-            index, box, name, colour = self.objects[place]
+        for index, move, reconstructed, mirrored in zip(indices, jitter, through, flip, strict=True):
+            image_index, box, name, colour = self.objects[index]
             left, top, right, bottom = (side + step for side, step in zip(box, move, strict=True))
-            image = self.images[int(made)][index]
+            image = self.images[int(reconstructed)][image_index]
             crop = scoring.crop(image, (max(0, left), max(0, top), min(128, right), min(128, bottom)))
             crops.append(crop.flip(2) if mirrored else crop)
             names.append(name)
@@ -161,29 +165,29 @@ def settle(model: nn.Module, batches: Iterable[Tensor]) -> None:
 
 
 def fit_groups(judge: Judge, icons) -> None:
-    """Let what was learned from names tell the groups of emoji apart, too.
+    """Fit the group classifier on the features that were learned from names.
 
     Args:
         icons: training split of a set made by ``argen data emoji``.
     """
     groups = sorted(set(icons["group"]))
-    looked = torch.stack([scoring.subject(image) for image in pixels(icons)])
+    crops = torch.stack([scoring.subject(image) for image in pixels(icons)])
     with torch.no_grad():
-        found = torch.cat([judge.hints(part) for part in looked.split(256)])
-    judge.group = logistic(found, torch.tensor([groups.index(group) for group in icons["group"]]))
+        features = torch.cat([judge.hints(part) for part in crops.split(256)])
+    judge.group = logistic(features, torch.tensor([groups.index(group) for group in icons["group"]]))
     judge.register_to_config(groups=groups)
 
 
-def logistic(found: Tensor, right: Tensor) -> nn.Linear:
-    """The logistic regression of classes [N] on what was found [N, F]."""
-    head = nn.Linear(found.shape[1], int(right.max()) + 1)
+def logistic(features: Tensor, labels: Tensor) -> nn.Linear:
+    """Fit a logistic regression of class labels [N] on features [N, F]."""
+    head = nn.Linear(features.shape[1], int(labels.max()) + 1)
     for parameter in head.parameters():
         nn.init.zeros_(parameter)
     optimizer = torch.optim.LBFGS(head.parameters(), max_iter=FIT_STEPS, line_search_fn="strong_wolfe")
 
     def loss() -> Tensor:
         optimizer.zero_grad()
-        value = F.cross_entropy(head(found), right) + FIT_DECAY * head.weight.square().sum()
+        value = F.cross_entropy(head(features), labels) + FIT_DECAY * head.weight.square().sum()
         value.backward()
         return value
 

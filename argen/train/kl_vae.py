@@ -47,17 +47,17 @@ class KLVAETask(Reconstruction):
         self.total = total
 
     def batch(self, size: int, generator: torch.Generator) -> dict[str, Tensor]:
-        whole = torch.rand(1, generator=generator) < WHOLE_SHARE
-        size = size * CUT**2 // SIDE**2 if whole else size
-        chosen = torch.randint(len(self.train), (size,), generator=generator)
-        images = augment(self.train[chosen], generator)
-        images = images if whole else cut_out(images, CUT, generator)
+        uncropped = torch.rand(1, generator=generator) < WHOLE_SHARE
+        size = size * CUT**2 // SIDE**2 if uncropped else size
+        indices = torch.randint(len(self.train), (size,), generator=generator)
+        images = augment(self.train[indices], generator)
+        images = images if uncropped else cut_out(images, CUT, generator)
         latents = size, LATENT_CHANNELS, *(side // self._model().stride for side in images.shape[1:3])
         return {"pixels": from_uint8(images), "noise": torch.randn(latents, generator=generator)}
 
     def losses(self, batch: dict[str, Tensor], step: int, log: dict[str, float]) -> Iterator[tuple[str, Tensor]]:
-        made, kl = self.networks["model"](batch["pixels"], batch["noise"])
-        error, kl = made.float() - batch["pixels"], kl.mean()
+        decoded, kl = self.networks["model"](batch["pixels"], batch["noise"])
+        error, kl = decoded.float() - batch["pixels"], kl.mean()
         log |= {"l2": error.square().mean().item(), "kl": kl.item()}
         ramp = min(1.0, max(0.0, (step / self.total - KL_FROM) / (KL_UNTIL - KL_FROM)))
         yield "model", L2 * error.square().mean() + L1 * error.abs().mean() + ramp * KL * kl
@@ -78,12 +78,12 @@ def compilable(vae: AutoencoderKL) -> AutoencoderKL:
 
 def cut_out(images: Tensor, side: int, generator: torch.Generator) -> Tensor:
     """A square of each picture [B, H, W, 3] uint8: of two drawn at random the one with less white."""
-    places = torch.randint(images.shape[1] - side + 1, (len(images), 2, 2), generator=generator)
-    found = []
-    for image, two in zip(images, places.tolist(), strict=True):
-        squares = [image[top : top + side, left : left + side] for top, left in two]
-        found.append(min(squares, key=lambda square: int((square == 255).sum())))
-    return torch.stack(found)
+    corners = torch.randint(images.shape[1] - side + 1, (len(images), 2, 2), generator=generator)
+    crops = []
+    for image, candidates in zip(images, corners.tolist(), strict=True):
+        squares = [image[top : top + side, left : left + side] for top, left in candidates]
+        crops.append(min(squares, key=lambda square: int((square == 255).sum())))
+    return torch.stack(crops)
 
 
 @torch.no_grad()

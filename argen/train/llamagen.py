@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from argen.models.llamagen import LlamaGen
 from argen.pipelines.llamagen import LlamaGenPipeline, left_padded
 from argen.train.loop import Schedule
-from argen.train.tokens import TokensTask, begun_from, near_codes
+from argen.train.tokens import TokensTask, initialised_from, near_codes
 
 SCHEDULES = {
     "cpu": Schedule(
@@ -41,7 +41,7 @@ class LlamaGenTask(TokensTask):
     def __init__(self, data: Path, scenes: Path, tokenizer: Path, clip: Path, first_stage: Path | None = None):
         super().__init__(data, scenes, tokenizer, clip)
         if first_stage is not None:
-            model = begun_from(first_stage, LlamaGen, LlamaGen, dropout=0.0, caption_attention=True)
+            model = initialised_from(first_stage, LlamaGen, LlamaGen, dropout=0.0, caption_attention=True)
         else:
             text_dim = self.clip.config.text_config.hidden_size
             model = LlamaGen(self.vq.config.n_embed, self.vq.grid, caption_dim=text_dim, **SIZES)

@@ -51,7 +51,7 @@ class Schedule:
 
 class Task(Protocol):
     networks: dict[str, nn.Module]  # "model" is the one that is averaged, evaluated and shipped
-    kept: tuple[nn.Module, ...] = ()  # what else a checkpoint must hold
+    extra_state: tuple[nn.Module, ...] = ()  # further modules that a checkpoint saves
     options: dict[str, str] = {}  # what was chosen beside the schedule
 
     def batch(self, size: int, generator: torch.Generator) -> dict[str, Tensor]: ...
@@ -78,7 +78,7 @@ def step_generator(seed: int, step: int) -> torch.Generator:
 
 
 def optimizers_of(network: nn.Module, schedule: Schedule, precision: str = "bf16") -> list[torch.optim.Optimizer]:
-    """AdamW; with `schedule.muon`, Muon (arXiv 2502.16982) for the matrices that are no embedding, AdamW for the rest.
+    """AdamW; with `schedule.muon`, Muon (arXiv 2502.16982) for the matrices that are no embedding, AdamW for the others.
 
     Muon's steps are scaled to the size of AdamW's, so that one learning rate serves both; torch computes them in bfloat16, and
     they are computed in float32 where training is.
@@ -87,13 +87,15 @@ def optimizers_of(network: nn.Module, schedule: Schedule, precision: str = "bf16
     embeddings = {id(m.weight) for m in network.modules() if isinstance(m, nn.Embedding)}
     trained = [p for p in network.parameters() if p.requires_grad]
     matrices = [p for p in trained if schedule.muon and p.ndim == 2 and id(p) not in embeddings]
-    chosen = {id(p) for p in matrices}
-    rest = [p for p in trained if id(p) not in chosen]
-    found: list[torch.optim.Optimizer] = [torch.optim.AdamW(rest, lr=rate, betas=schedule.betas, weight_decay=decay)]
+    matrix_ids = {id(p) for p in matrices}
+    others = [p for p in trained if id(p) not in matrix_ids]
+    optimizers: list[torch.optim.Optimizer] = [
+        torch.optim.AdamW(others, lr=rate, betas=schedule.betas, weight_decay=decay)
+    ]
     if matrices:
         muon = torch.optim.Muon if precision == "bf16" else FloatMuon
-        found.append(muon(matrices, lr=rate, weight_decay=decay, adjust_lr_fn="match_rms_adamw"))
-    return found
+        optimizers.append(muon(matrices, lr=rate, weight_decay=decay, adjust_lr_fn="match_rms_adamw"))
+    return optimizers
 
 
 def short_attention(device: torch.device) -> AbstractContextManager:
@@ -121,8 +123,8 @@ def train(
     """
     out.mkdir(parents=True, exist_ok=True)
     set_seed(seed)
-    begun = checkpoints.find(PartialState(), out)
-    precision = precision or _precision(begun)
+    checkpoint = checkpoints.find(PartialState(), out)
+    precision = precision or _precision(checkpoint)
     AcceleratorState._reset_state()  # an earlier training of this process may have had another precision
     accelerator = Accelerator(mixed_precision="bf16" if precision == "bf16" else "no")
     slow = (
@@ -132,16 +134,16 @@ def train(
     names = list(task.networks)
     optimizers = {name: optimizers_of(network, schedule, precision) for name, network in task.networks.items()}
     task.networks = {name: accelerator.prepare(network) for name, network in task.networks.items()}
-    optimizers = {name: [accelerator.prepare(one) for one in found] for name, found in optimizers.items()}
+    optimizers = {name: [accelerator.prepare(part) for part in parts] for name, parts in optimizers.items()}
     model = accelerator.unwrap_model(task.networks["model"])
     ema = EMAModel(model.parameters(), decay=schedule.ema_decay, use_ema_warmup=True, power=0.75)
     ema.to(accelerator.device)
     progress = Progress()
-    accelerator.register_for_checkpointing(ema, progress, *task.kept)
-    own = {"schedule": asdict(schedule), "seed": seed, "networks": names, "options": task.options}
-    recipe = {"precision": precision, **own}
-    if begun:
-        checkpoints.load(accelerator, begun, recipe)
+    accelerator.register_for_checkpointing(ema, progress, *task.extra_state)
+    settings = {"schedule": asdict(schedule), "seed": seed, "networks": names, "options": task.options}
+    recipe = {"precision": precision, **settings}
+    if checkpoint:
+        checkpoints.load(accelerator, checkpoint, recipe)
     if accelerator.is_main_process:
         checkpoints.trim_log(out / "log.jsonl", progress.step)
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from argen.models.parti import Parti
 from argen.pipelines.parti import PartiPipeline
 from argen.train.loop import Schedule
-from argen.train.tokens import TokensTask, begun_from, near_codes
+from argen.train.tokens import TokensTask, initialised_from, near_codes
 
 SCHEDULES = {
     "cpu": Schedule(
@@ -35,7 +35,7 @@ class PartiTask(TokensTask):
     def __init__(self, data: Path, scenes: Path, tokenizer: Path, clip: Path, first_stage: Path | None = None):
         super().__init__(data, scenes, tokenizer, clip)
         if first_stage is not None:
-            model = begun_from(first_stage, Parti, Parti, dropout=0.0)
+            model = initialised_from(first_stage, Parti, Parti, dropout=0.0)
         else:
             text_dim = self.clip.config.text_config.hidden_size
             model = Parti(text_dim, self.vq.config.n_embed, self.vq.grid)

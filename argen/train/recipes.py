@@ -149,9 +149,9 @@ def run(
     task, takes = TASKS[recipe]
     if "scenes" in takes and scenes is None:
         raise ValueError(f"the recipe {recipe} needs scenes too: give --scenes a folder made by `argen data scenes`")
-    given = {"scenes": scenes, "total": schedule.steps, "x": x or xar.X}
-    given |= {part: trained(recipe, part, folder, shipped) for part, folder in parts.items() if part in takes}
-    task = task(data, *(given[name] for name in takes))
+    kwargs = {"scenes": scenes, "total": schedule.steps, "x": x or xar.X}
+    kwargs |= {part: trained(recipe, part, folder, shipped) for part, folder in parts.items() if part in takes}
+    task = task(data, *(kwargs[name] for name in takes))
     if compile:
         for network in task.networks.values():
             network.compile()

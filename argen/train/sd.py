@@ -14,7 +14,7 @@ from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionMod
 from torch import Tensor, nn
 
 from argen.data.scenes import COMMON, HUES, NUMBERS
-from argen.models.emoji_diffusion import DRAWN, NOISE, assembled
+from argen.models.emoji_diffusion import NOISE, SAMPLED, assembled
 from argen.train.loop import Schedule
 from argen.train.tokens import LatentsTask
 
@@ -48,14 +48,14 @@ BARE_SHARE, UNSAID = 0.5, {*HUES, *NUMBERS}  # of the third stage; what a bare c
 
 
 def velocity_error(
-    noise: DDIMScheduler, network: nn.Module, batch: dict[str, Tensor], states: Tensor | None, **asked: Tensor
+    noise: DDIMScheduler, network: nn.Module, batch: dict[str, Tensor], states: Tensor | None, **kwargs: Tensor
 ) -> Tensor:
-    """The square error of what a U-Net predicts of the latents `batch["tokens"]` at `batch["times"]`; `asked` is what else it
-    is given."""
+    """Squared error of a U-Net's velocity prediction for the latents `batch["tokens"]` at `batch["times"]`; `kwargs` are further
+    arguments of its forward."""
     noisy = noise.add_noise(batch["tokens"], batch["noise"], batch["times"])
-    wanted = noise.get_velocity(batch["tokens"], batch["noise"], batch["times"])
-    made = network(noisy, batch["times"], states, **asked, return_dict=False)[0]
-    return (made.float() - wanted).square()
+    target = noise.get_velocity(batch["tokens"], batch["noise"], batch["times"])
+    prediction = network(noisy, batch["times"], states, **kwargs, return_dict=False)[0]
+    return (prediction.float() - target).square()
 
 
 class StableDiffusionTask(LatentsTask):
@@ -97,8 +97,8 @@ class StableDiffusionTask(LatentsTask):
     def pipeline(self) -> StableDiffusionPipeline:
         return assembled(self._model(), self.vae.vae, self.clip, self.text_tokenizer)
 
-    def asked(self) -> dict:
-        return super().asked() | DRAWN
+    def pipeline_kwargs(self) -> dict:
+        return super().pipeline_kwargs() | SAMPLED
 
 
 class ThirdStableDiffusionTask(StableDiffusionTask):
@@ -112,8 +112,8 @@ class ThirdStableDiffusionTask(StableDiffusionTask):
 
     def more(self, tokens: Tensor, images: Tensor, scenes: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
         """Also which are read with a bare end."""
-        drawn = super().more(tokens, images, scenes, generator)
-        return drawn | {"bare": torch.rand(len(tokens), generator=generator) < BARE_SHARE}
+        batch = super().more(tokens, images, scenes, generator)
+        return batch | {"bare": torch.rand(len(tokens), generator=generator) < BARE_SHARE}
 
     def encode_text(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         states, mask = super().encode_text(batch)

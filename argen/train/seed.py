@@ -3,7 +3,7 @@ encoder of `argen.train.seed_encoder` see.
 
 The first trains the causal queries so that the last of them knows the caption, the second the codebook and the way back to the picture's
 embedding by `emoji-clip`. What is not published: the first also learns to name what a picture shows. In the second the queries go on
-learning, and the codes shall tell what the encoder sees of the picture as it was varied, not what the queries found: of the few
+learning, and the codes shall tell what the encoder sees of the picture as it was varied, not the outputs of the queries: of the few
 pictures there are, what they find would be memorised. The embedding of the codes shall find the caption, too. The codebook starts
 from outputs of the queries, and codes that nothing uses are replaced, since with the official start most stay unused at this scale; the
 first tokens alone are trained, too (nested dropout, arXiv 1402.0915), without which the order of the tokens says little.
@@ -88,21 +88,21 @@ class Contrastive(nn.Module):
         self.temp = nn.Parameter(torch.tensor(0.07))
         self.names = nn.Linear(dim, names) if names else None
 
-    def found(self, features: Tensor) -> Tensor:
-        """Features [B, P, V] -> what each query found [B, N, D]."""
-        asked = self.query_tokens.expand(len(features), -1, -1)
-        mask = causal_mask(asked)
-        return self.Qformer(query_embeds=asked, attention_mask=mask, encoder_hidden_states=features).last_hidden_state
+    def query_outputs(self, features: Tensor) -> Tensor:
+        """Features [B, P, V] -> output of each query [B, N, D]."""
+        queries = self.query_tokens.expand(len(features), -1, -1)
+        mask = causal_mask(queries)
+        return self.Qformer(query_embeds=queries, attention_mask=mask, encoder_hidden_states=features).last_hidden_state
 
     def image(self, features: Tensor) -> Tensor:
         """Features [B, P, V] -> a unit vector of each query [B, N, E]; the last of them stands for the picture."""
-        return F.normalize(self.vision_proj(self.found(features)), dim=-1)
+        return F.normalize(self.vision_proj(self.query_outputs(features)), dim=-1)
 
     def text(self, ids: Tensor, mask: Tensor) -> Tensor:
         """Ids [B, T], mask [B, T] (1: a token) -> unit vectors [B, E], of the first token."""
         embedded = self.word_embeddings(ids) + self.position_embeddings.weight[: ids.shape[1]]
-        found = self.Qformer(query_embeds=embedded, query_length=0, attention_mask=mask).last_hidden_state
-        return F.normalize(self.text_proj(found[:, 0]), dim=-1)
+        hidden = self.Qformer(query_embeds=embedded, query_length=0, attention_mask=mask).last_hidden_state
+        return F.normalize(self.text_proj(hidden[:, 0]), dim=-1)
 
     def forward(
         self,
@@ -114,44 +114,49 @@ class Contrastive(nn.Module):
     ) -> Tensor:
         """The mean of both cross-entropies, row i of the pictures belonging to row i of the texts, and, with the numbers of the
         concepts [B], of that of naming them; of the last query, as published, or of the queries given."""
-        found, words, losses = self.found(features), self.text(ids, mask).float(), []
-        seen = F.normalize(self.vision_proj(found), dim=-1).float()
+        query_outputs, text_embeds, losses = self.query_outputs(features), self.text(ids, mask).float(), []
+        image_embeds = F.normalize(self.vision_proj(query_outputs), dim=-1).float()
         for query in queries:
-            losses += both_ways(seen[:, query] @ words.T / self.temp)
+            losses += both_ways(image_embeds[:, query] @ text_embeds.T / self.temp)
             if labels is not None:
-                told = self.names(found[:, query]).float()
-                losses.append(F.cross_entropy(told, labels, label_smoothing=SMOOTHING, ignore_index=UNNAMED))
+                logits = self.names(query_outputs[:, query]).float()
+                losses.append(F.cross_entropy(logits, labels, label_smoothing=SMOOTHING, ignore_index=UNNAMED))
         return torch.stack(losses).mean()
 
 
 def both_ways(logits: Tensor) -> list[Tensor]:
     """The cross-entropies of pictures against captions [B, B], equal places belonging together, and of captions against pictures."""
-    right = torch.arange(len(logits), device=logits.device)
-    return [F.cross_entropy(part, right, label_smoothing=SMOOTHING) for part in (logits, logits.T)]
+    targets = torch.arange(len(logits), device=logits.device)
+    return [F.cross_entropy(part, targets, label_smoothing=SMOOTHING) for part in (logits, logits.T)]
 
 
 def quantised(
-    network: Seed, found: Tensor, target: Tensor, kept: Tensor | None = None
+    network: Seed, query_outputs: Tensor, target: Tensor, num_codes: Tensor | None = None
 ) -> tuple[dict[str, Tensor], Tensor, Tensor, Tensor]:
     """The weighted losses of the second stage, as published; what becomes codes [B, N, C], what is told by them [B, N, D] and the
     embedding they give [B, E].
 
     Args:
-        found: what the queries found [B, N, D].
+        query_outputs: outputs of the queries [B, N, D].
         target: embedding of each picture [B, E], not normalised.
-        kept: the embedding is made of so many first codes of each picture alone [B]; None of all, as published.
+        num_codes: number of first codes of each image that its embedding is computed from [B]; None: all, as published.
     """
-    z = network.encode_task_layer(found).float()
+    z = network.encode_task_layer(query_outputs).float()
     codes = network.quantize.embedding(network.quantize.nearest(z))
     embed = (codes.detach() - z).square().mean() + COMMIT * (codes - z.detach()).square().mean()
     through = z + (codes - z).detach()
     back = network.reconstruct(through).float()
-    apart = 1 - F.cosine_similarity(back, found.float(), dim=-1).mean()
-    if kept is not None:
-        through = through * (torch.arange(z.shape[1], device=z.device) < kept[:, None])[..., None]
-    made = network.embed(through).float()
-    distil = F.mse_loss(made, target.float())
-    return {"embed": EMBED * embed, "reconstruct": RECONSTRUCT * apart, "distil": DISTIL * distil}, z, back, made
+    apart = 1 - F.cosine_similarity(back, query_outputs.float(), dim=-1).mean()
+    if num_codes is not None:
+        through = through * (torch.arange(z.shape[1], device=z.device) < num_codes[:, None])[..., None]
+    image_embeds = network.embed(through).float()
+    distil = F.mse_loss(image_embeds, target.float())
+    return (
+        {"embed": EMBED * embed, "reconstruct": RECONSTRUCT * apart, "distil": DISTIL * distil},
+        z,
+        back,
+        image_embeds,
+    )
 
 
 class Quantised(nn.Module):
@@ -170,24 +175,24 @@ class Quantised(nn.Module):
         self.register_buffer("std", std)
 
     def forward(
-        self, features: Tensor, seen: Tensor, target: Tensor, kept: Tensor, words: Tensor
+        self, features: Tensor, mean_features: Tensor, target: Tensor, num_codes: Tensor, words: Tensor
     ) -> tuple[dict[str, Tensor], Tensor]:
         """The losses, and what becomes codes [B, N, C], without gradients.
 
         Args:
             features: what the queries read of each picture [B, P, V].
-            seen: mean of what the encoder sees of it [B, V].
+            mean_features: mean of the encoder's features of it [B, V].
             target: embedding of each picture [B, E], not normalised.
-            kept: of so many first codes of each picture its embedding is made [B].
+            num_codes: number of first codes of each image that its embedding is computed from [B].
             words: embedding of each picture's caption [B, E], which that of the codes shall find among all.
         """
-        losses, z, back, made = quantised(self.seed, self.seed.queries(features), target, kept)
+        losses, z, back, image_embeds = quantised(self.seed, self.seed.queries(features), target, num_codes)
         del losses["reconstruct"]
-        told = self.tell(back.mean(dim=1)).float()
-        losses["features"] = F.mse_loss(told, (seen - self.mean) / self.std)
-        guessed = self.names(told * self.std + self.mean).log_softmax(dim=-1)
-        losses["names"] = F.kl_div(guessed, self.names(seen).softmax(dim=-1), reduction="batchmean")
-        logits = F.normalize(made, dim=-1) @ F.normalize(words.float(), dim=-1).T / TEMPERATURE
+        predicted = self.tell(back.mean(dim=1)).float()
+        losses["features"] = F.mse_loss(predicted, (mean_features - self.mean) / self.std)
+        guessed = self.names(predicted * self.std + self.mean).log_softmax(dim=-1)
+        losses["names"] = F.kl_div(guessed, self.names(mean_features).softmax(dim=-1), reduction="batchmean")
+        logits = F.normalize(image_embeds, dim=-1) @ F.normalize(words.float(), dim=-1).T / TEMPERATURE
         losses["caption"] = FINDING * torch.stack(both_ways(logits)).mean()
         return losses, z.detach()
 
@@ -223,7 +228,7 @@ class ImagesTask(CaptionsTask):
         return torch.stack([self.all[place] for place in places.tolist()]).to(places.device)
 
     @torch.no_grad()
-    def seen(self, images: Tensor, seed: int | None = None) -> Tensor:
+    def image_features(self, images: Tensor, seed: int | None = None) -> Tensor:
         """[B, H, W, 3] uint8 -> features [B, P, V] by `emoji-clip` and, of the pictures as they are or `varied` by chance, by the
         encoder."""
         pixels = halved(images)
@@ -237,14 +242,14 @@ class ImagesTask(CaptionsTask):
         return torch.cat(both, dim=1)
 
     @torch.no_grad()
-    def wanted(self, features: Tensor) -> Tensor:
+    def image_embeds(self, features: Tensor) -> Tensor:
         """Features [B, P, V], of which the first stands for the picture -> embeddings [B, E] by `emoji-clip`, not normalised."""
         clip = self.clip.to(features.device)
         return clip.visual_projection(clip.vision_model.post_layernorm(features[:, 0]))
 
-    def shown(self, asked: Tensor, found: Tensor) -> Image.Image:
-        """Held-out pictures by their numbers [n], and under each what was found for it."""
-        return paired(self.held_out_images[asked], self.held_out_images[found])
+    def pairs_image(self, queries: Tensor, matches: Tensor) -> Image.Image:
+        """Held-out images by their indices [n], and under each its match."""
+        return paired(self.held_out_images[queries], self.held_out_images[matches])
 
 
 class SeedContrastiveTask(ImagesTask):
@@ -262,11 +267,11 @@ class SeedContrastiveTask(ImagesTask):
         self.labels = torch.full((len(self.all),), UNNAMED)
         self.labels[: len(self.rows)] = torch.tensor([numbers[row["concept"]] for row in self.rows])
         words = self.clip.text_model.embeddings.token_embedding.weight
-        own = {name: SIZES[name] for name in ("dim", "layers", "heads", "hidden", "features")}
+        sizes = {name: SIZES[name] for name in ("dim", "layers", "heads", "hidden", "features")}
         queries = nn.Parameter(0.02 * torch.randn(1, SIZES["tokens"], SIZES["dim"]))
         positions = self.clip.config.text_config.max_position_embeddings
         model = Contrastive(
-            qformer(**own, text=True, dropout=0.0), queries, len(words), positions, SIZES["embedding"], len(names)
+            qformer(**sizes, text=True, dropout=0.0), queries, len(words), positions, SIZES["embedding"], len(names)
         )
         model.word_embeddings.weight.data.copy_(words)
         nn.init.normal_(model.position_embeddings.weight, std=0.02)
@@ -279,7 +284,10 @@ class SeedContrastiveTask(ImagesTask):
 
     def error(self, network: nn.Module, batch: dict[str, Tensor]) -> Tensor:
         places, queries = batch["tokens"], (-1, int(batch["query"]))
-        features, labels = self.seen(self.at(places), int(batch["varied"])), self.labels.to(places.device)[places]
+        features, labels = (
+            self.image_features(self.at(places), int(batch["varied"])),
+            self.labels.to(places.device)[places],
+        )
         return network(features, batch["input_ids"], batch["attention_mask"], queries, labels)
 
     @torch.no_grad()
@@ -289,7 +297,7 @@ class SeedContrastiveTask(ImagesTask):
         text = self.text([self.held_out_captions[row] for row in rows])
         words = model.text(text["input_ids"].to(model.temp.device), text["attention_mask"].to(model.temp.device))
         parts = self.held_out_images[rows].to(model.temp.device).split(64)
-        return words @ torch.cat([model.image(self.seen(part))[:, -1] for part in parts]).T
+        return words @ torch.cat([model.image(self.image_features(part))[:, -1] for part in parts]).T
 
     def evaluate(self) -> dict[str, float]:
         """How often the picture of a held-out caption comes first."""
@@ -298,14 +306,14 @@ class SeedContrastiveTask(ImagesTask):
     def sample(self) -> Image.Image:
         """What captions of held-out pictures find."""
         rows = torch.tensor(held_out_sample(len(self.held_out_captions)))
-        asked = rows[: len(rows) // 8 * 8][:16]
-        return self.shown(asked, rows[self.similarity()[: len(asked)].argmax(dim=1).cpu()])
+        queries = rows[: len(rows) // 8 * 8][:16]
+        return self.pairs_image(queries, rows[self.similarity()[: len(queries)].argmax(dim=1).cpu()])
 
     def save(self, folder: Path) -> None:
         """A tokenizer of which only the queries are trained."""
         model, seed = self._model(), Seed(**SIZES)
-        own = {key: value for key, value in model.Qformer.state_dict().items() if key in seed.Qformer.state_dict()}
-        seed.Qformer.load_state_dict(own)
+        state = {key: value for key, value in model.Qformer.state_dict().items() if key in seed.Qformer.state_dict()}
+        seed.Qformer.load_state_dict(state)
         seed.query_tokens.data.copy_(model.query_tokens)
         seed.to(torch.bfloat16).save_pretrained(folder)
         self.encoder.to(torch.bfloat16).save_pretrained(folder / "vision")
@@ -327,41 +335,43 @@ class SeedTask(ImagesTask):
             )
         model = Seed.from_pretrained(tokenizer, torch_dtype=torch.float32)
         self.total, self.usage = total, CodeUsage(SIZES["n_embed"])
-        self.kept = (self.usage,)
+        self.extra_state = (self.usage,)
         generator = torch.Generator().manual_seed(0)
-        features = self.seen(self.images[torch.randint(len(self.images), (256,), generator=generator)], 0)
+        features = self.image_features(self.images[torch.randint(len(self.images), (256,), generator=generator)], 0)
         self.begin(model, features, generator)
-        seen = self.own(features)
-        told = Quantised(model, self.encoder.head, seen.mean(dim=0), seen.std(dim=0).clamp(min=1e-3))
-        self.networks: dict[str, nn.Module] = {"model": told}
+        mean_features = self.mean_encoder_features(features)
+        network = Quantised(
+            model, self.encoder.head, mean_features.mean(dim=0), mean_features.std(dim=0).clamp(min=1e-3)
+        )
+        self.networks: dict[str, nn.Module] = {"model": network}
 
     @torch.no_grad()
     def begin(self, model: Seed, features: Tensor, generator: torch.Generator) -> None:
         """Start the codebook from outputs of the queries."""
         z = model.eval().encode_task_layer(model.queries(features)).flatten(0, 1)
-        chosen = torch.randperm(len(z), generator=generator)[: SIZES["n_embed"]]
-        model.quantize.embedding.weight.copy_(z[chosen])
+        indices = torch.randperm(len(z), generator=generator)[: SIZES["n_embed"]]
+        model.quantize.embedding.weight.copy_(z[indices])
         model.train()
 
-    def own(self, features: Tensor) -> Tensor:
+    def mean_encoder_features(self, features: Tensor) -> Tensor:
         """Features [B, P, V] -> the mean of those that are the encoder's [B, V]."""
         return features[:, -((self.encoder.config.image_size // 32) ** 2) :].mean(dim=1)
 
     def more(self, tokens: Tensor, images: Tensor, scenes: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
-        """Of how many codes each picture is decoded, and what the pictures are varied by."""
+        """Number of codes that each image is decoded from, and the seed of its augmentation."""
         few = torch.randint(1, SIZES["tokens"], (len(tokens),), generator=generator)
         shortened = torch.rand(len(tokens), generator=generator) < SHORTENED
-        kept = torch.where(shortened, few, SIZES["tokens"])
-        return {"kept": kept, "varied": torch.randint(2**31, (1,), generator=generator)}
+        num_codes = torch.where(shortened, few, SIZES["tokens"])
+        return {"num_codes": num_codes, "varied": torch.randint(2**31, (1,), generator=generator)}
 
     def losses(self, batch: dict[str, Tensor], step: int, log: dict[str, float]) -> Iterator[tuple[str, Tensor]]:
         model = self._model()
         model.Qformer.eval()  # without dropout
         states, mask = self.encode_text(batch)
         words = self.clip.text_projection(states[torch.arange(len(states)), mask.sum(dim=1) - 1])
-        features = self.seen(self.at(batch["tokens"]), int(batch["varied"]))
-        seen, wanted = self.own(features), self.wanted(features)
-        losses, z = self.networks["model"](features, seen, wanted, batch["kept"], words)
+        features = self.image_features(self.at(batch["tokens"]), int(batch["varied"]))
+        mean_features, target = self.mean_encoder_features(features), self.image_embeds(features)
+        losses, z = self.networks["model"](features, mean_features, target, batch["num_codes"], words)
         log |= {name: value.item() for name, value in losses.items()}
         yield "model", sum(losses.values())
         self._revive(z.flatten(0, 1), step)
@@ -377,33 +387,33 @@ class SeedTask(ImagesTask):
         if (step + 1) % REVIVE_EVERY == 0:
             dead = (self.usage.count == 0).nonzero().flatten()
             if step < self.total / 2:
-                chosen = torch.randperm(len(z), generator=torch.Generator().manual_seed(step))[: len(dead)]
-                model.quantize.embedding.weight[dead[: len(chosen)]] = z[chosen]
+                indices = torch.randperm(len(z), generator=torch.Generator().manual_seed(step))[: len(dead)]
+                model.quantize.embedding.weight[dead[: len(indices)]] = z[indices]
             self.usage.count.zero_()
 
     @torch.no_grad()
     def embedded(self) -> tuple[Tensor, Tensor, Tensor]:
         """Of held-out pictures: their embeddings, those decoded from their ids, both [n, E] of length 1, and the ids."""
-        model, wanted, made, ids = self._model(), [], [], []
+        model, targets, decoded, ids = self._model(), [], [], []
         for part in self.held_out_images.split(64):
-            features = self.seen(part.to(model.device))
+            features = self.image_features(part.to(model.device))
             ids.append(model.ids(features))
-            made.append(F.normalize(model.decode(ids[-1]).float(), dim=-1))
-            wanted.append(F.normalize(self.wanted(features).float(), dim=-1))
-        return torch.cat(wanted).cpu(), torch.cat(made).cpu(), torch.cat(ids).cpu()
+            decoded.append(F.normalize(model.decode(ids[-1]).float(), dim=-1))
+            targets.append(F.normalize(self.image_embeds(features).float(), dim=-1))
+        return torch.cat(targets).cpu(), torch.cat(decoded).cpu(), torch.cat(ids).cpu()
 
     def evaluate(self) -> dict[str, float]:
-        """How often a decoded embedding finds its own picture among 100, and the share of codes in use."""
-        wanted, made, ids = self.embedded()
-        rows = held_out_sample(len(wanted))
-        found = recall(made[rows] @ wanted[rows].T)
-        return found | {"codes in use": ids.unique().numel() / SIZES["n_embed"]}
+        """Recall of the image by its decoded embedding among 100, and the share of codes in use."""
+        targets, decoded, ids = self.embedded()
+        rows = held_out_sample(len(targets))
+        scores = recall(decoded[rows] @ targets[rows].T)
+        return scores | {"codes in use": ids.unique().numel() / SIZES["n_embed"]}
 
     def sample(self) -> Image.Image:
         """Held-out pictures, and those whose embedding is nearest to the decoded one of each."""
-        wanted, made, _ = self.embedded()
-        asked = torch.arange(len(wanted) // 8 * 8)[:32]
-        return self.shown(asked, (made[asked] @ wanted.T).argmax(dim=1))
+        targets, decoded, _ = self.embedded()
+        queries = torch.arange(len(targets) // 8 * 8)[:32]
+        return self.pairs_image(queries, (decoded[queries] @ targets.T).argmax(dim=1))
 
     def save(self, folder: Path) -> None:
         without(self._model(), reconstruct=False).to(torch.bfloat16).save_pretrained(folder)
@@ -412,7 +422,7 @@ class SeedTask(ImagesTask):
 
 def without(model: Seed | ConvEncoder, **changes) -> Seed | ConvEncoder:
     """The same network without what only training needs, by its configuration."""
-    own = {name: value for name, value in model.config.items() if not name.startswith("_")}
-    smaller = type(model)(**own | changes)
+    config = {name: value for name, value in model.config.items() if not name.startswith("_")}
+    smaller = type(model)(**config | changes)
     smaller.load_state_dict({key: value for key, value in model.state_dict().items() if key in smaller.state_dict()})
     return smaller

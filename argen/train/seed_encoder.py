@@ -86,15 +86,15 @@ class EncoderTask(Task):
         self.labels = torch.tensor([numbers[concept] for concept in concepts])
         self.images = halved(torch.from_numpy(pixels(table)))
         self.weights = shares(list(zip(concepts, styles, strict=True)))
-        known = [row for row, concept in enumerate(held_out["concept"]) if concept in numbers]
-        self.held_out = halved(torch.from_numpy(pixels(held_out)))[known]
-        self.held_out_labels = torch.tensor([numbers[held_out["concept"][row]] for row in known], dtype=torch.long)
+        rows = [row for row, concept in enumerate(held_out["concept"]) if concept in numbers]
+        self.held_out = halved(torch.from_numpy(pixels(held_out)))[rows]
+        self.held_out_labels = torch.tensor([numbers[held_out["concept"][row]] for row in rows], dtype=torch.long)
         model = Namer(ConvEncoder(names=len(numbers))).to(memory_format=torch.channels_last)
         self.networks: dict[str, nn.Module] = {"model": model}
 
     def batch(self, size: int, generator: torch.Generator) -> dict[str, Tensor]:
-        chosen = torch.multinomial(self.weights, size, replacement=True, generator=generator)
-        return {"pixels": varied(self.images[chosen], generator), "names": self.labels[chosen]}
+        indices = torch.multinomial(self.weights, size, replacement=True, generator=generator)
+        return {"pixels": varied(self.images[indices], generator), "names": self.labels[indices]}
 
     def losses(self, batch: dict[str, Tensor], step: int, log: dict[str, float]) -> Iterator[tuple[str, Tensor]]:
         logits = self.networks["model"](batch["pixels"].contiguous(memory_format=torch.channels_last))
@@ -110,19 +110,19 @@ class EncoderTask(Task):
         settle(model, batches)
         device = next(model.parameters()).device
         logits = torch.cat([model(part.to(device)).cpu() for part in self.held_out.split(128)])
-        right = logits.gather(1, self.held_out_labels[:, None])
+        correct = logits.gather(1, self.held_out_labels[:, None])
         generator, among = torch.Generator().manual_seed(0), 0
-        for own, row, label in zip(right, logits, self.held_out_labels, strict=True):
+        for score, row, label in zip(correct, logits, self.held_out_labels, strict=True):
             others = self.held_out_labels[self.held_out_labels != label].unique()
             others = others[torch.randperm(len(others), generator=generator)[: AMONG - 1]]
-            among += int((row[others] < own).all())
-        first, count = int(((logits > right).sum(dim=1) == 0).sum()), max(1, len(right))
+            among += int((row[others] < score).all())
+        first, count = int(((logits > correct).sum(dim=1) == 0).sum()), max(1, len(correct))
         return {"named": first / count, f"named among {AMONG}": among / count}
 
     def sample(self) -> Image.Image:
         """32 pictures of training, as they are seen."""
-        seen = self.batch(32, torch.Generator().manual_seed(0))["pixels"]
-        sheet = rearrange((255 * seen).round().to(torch.uint8), "(r c) d h w -> (r h) (c w) d", c=8)
+        images = self.batch(32, torch.Generator().manual_seed(0))["pixels"]
+        sheet = rearrange((255 * images).round().to(torch.uint8), "(r c) d h w -> (r h) (c w) d", c=8)
         return Image.fromarray(sheet.numpy())
 
     def save(self, folder: Path) -> None:

@@ -82,19 +82,19 @@ class SeedLMTask(ImagesTask):
     def codes(self, batch: dict[str, Tensor]) -> Tensor:
         """Ids of a batch's pictures [B, N]."""
         seed = int(batch["varied"])
-        features = self.seen(self.at(batch["tokens"]), None if seed < 0 else seed)
+        features = self.image_features(self.at(batch["tokens"]), None if seed < 0 else seed)
         return self.seed.to(features.device).ids(features)
 
     def sequences(self, batch: dict[str, Tensor]) -> Tensor:
         """[B, L]: the start, then the caption and the picture or the other way round, the end, and -1."""
         rows, start, end = [], self.both.bos_token_id, self.both.eos_token_id
-        asked = zip(
+        examples = zip(
             batch["input_ids"].tolist(),
             self.codes(batch).tolist(),
             *(batch[k].tolist() for k in ("first", "dropped")),
             strict=True,
         )
-        for words, codes, image_first, dropped in asked:
+        for words, codes, image_first, dropped in examples:
             image = [self.words.begin, *(code + self.words.shift for code in codes), self.words.end]
             caption = [] if dropped else [word for word in words if word >= 0]
             rows.append([start, *(image + caption if image_first else caption + image), end])
@@ -119,28 +119,28 @@ class SeedLMTask(ImagesTask):
         codes = self.codes(
             {"tokens": self.held_out_tokens[rows].to(model.device), "varied": torch.tensor([-1])}
         ).tolist()
-        told = likelihoods(model, self.both, self.words, codes, [self.held_out_captions[row] for row in rows])
-        right = (told.argmax(dim=1) == torch.arange(len(rows))).float().mean().item()
-        return super().evaluate() | {"caption of 100": right}
+        log_probs = likelihoods(model, self.both, self.words, codes, [self.held_out_captions[row] for row in rows])
+        accuracy = (log_probs.argmax(dim=1) == torch.arange(len(rows))).float().mean().item()
+        return super().evaluate() | {"caption of 100": accuracy}
 
     @torch.no_grad()
     def sample(self) -> Image.Image:
         """What stands nearest to the pictures written for held-out captions: their embeddings find real ones."""
-        model, wanted = self._model(), []
+        model, parts = self._model(), []
         for part in self.images[::8].split(64):
-            wanted.append(F.normalize(self.wanted(self.seen(part.to(model.device))).float(), dim=-1))
-        found, base = torch.cat(wanted), self.images[::8]
+            parts.append(F.normalize(self.image_embeds(self.image_features(part.to(model.device))).float(), dim=-1))
+        image_embeds, base = torch.cat(parts), self.images[::8]
         captions = self.held_out_captions[:: max(1, len(self.held_out_captions) // SHOWN)][:SHOWN]
-        made = []
+        generated = []
         for words in captions:
             ids = self.text_tokenizer(words, add_special_tokens=False).input_ids
             row = torch.tensor([[self.both.bos_token_id, *ids, self.words.begin]], device=model.device)
             for _ in range(self.seed.config.tokens):
-                own = model(input_ids=row).logits[:, -1, self.words.shift : self.words.shift + self.words.codes]
-                row = torch.cat([row, own.argmax(dim=-1, keepdim=True) + self.words.shift], dim=1)
+                logits = model(input_ids=row).logits[:, -1, self.words.shift : self.words.shift + self.words.codes]
+                row = torch.cat([row, logits.argmax(dim=-1, keepdim=True) + self.words.shift], dim=1)
             codes = row[:, -self.seed.config.tokens :] - self.words.shift
-            made.append(F.normalize(self.seed.decode(codes).float(), dim=-1))
-        nearest = (torch.cat(made) @ found.T).argmax(dim=1).cpu()
+            generated.append(F.normalize(self.seed.decode(codes).float(), dim=-1))
+        nearest = (torch.cat(generated) @ image_embeds.T).argmax(dim=1).cpu()
         return Image.fromarray(torch.cat(list(base[nearest]), dim=1).numpy())
 
     def save(self, folder: Path) -> None:

@@ -26,7 +26,7 @@ TEXT_DROPOUT = 0.1
 CORRUPTION = 0.15  # at most this share of the tokens that are read is another picture's: sampling will slip, too
 
 
-def begun_from(folder: Path, saved: type[nn.Module], network: type[nn.Module], **changes) -> nn.Module:
+def initialised_from(folder: Path, saved: type[nn.Module], network: type[nn.Module], **changes) -> nn.Module:
     """A new `network` with the weights and the configuration of the one `saved` in a folder, but for `changes`; what only
     the new one has is random."""
     start = saved.from_pretrained(folder).float()
@@ -129,17 +129,17 @@ class CaptionsTask(Task):
 
     def batch(self, size: int, generator: torch.Generator) -> dict[str, Tensor]:
         scenes = int(size * self.scenes_share)
-        chosen = torch.multinomial(self.weights, size - scenes, generator=generator)
-        others = torch.randint(len(self.captions), (scenes,), generator=generator)
+        indices = torch.multinomial(self.weights, size - scenes, generator=generator)
+        scene_indices = torch.randint(len(self.captions), (scenes,), generator=generator)
         rng = random.Random(int(torch.randint(2**62, (1,), generator=generator)))
-        captions = [self.caption(self.rows[index], rng) for index in chosen.tolist()]
-        captions += [self.captions[index] for index in others.tolist()]
+        captions = [self.caption(self.rows[index], rng) for index in indices.tolist()]
+        captions += [self.captions[index] for index in scene_indices.tolist()]
         dropped = [rng.random() < TEXT_DROPOUT for _ in captions]
         if self.null_caption is not None:
             captions = [self.null_caption if drop else text for text, drop in zip(captions, dropped, strict=True)]
-        tokens = torch.cat([self.image_tokens[chosen], self.scene_tokens[others]])
+        tokens = torch.cat([self.image_tokens[indices], self.scene_tokens[scene_indices]])
         batch = {"tokens": tokens, "dropped": torch.tensor(dropped), **self.text(captions)}
-        return batch | self.more(tokens, self.images[chosen], others, generator)
+        return batch | self.more(tokens, self.images[indices], scene_indices, generator)
 
     def more(self, tokens: Tensor, images: Tensor, scenes: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
         """What else a batch holds: of its tokens, of single pictures [n, H, W, 3] uint8 and then of scenes by number."""
@@ -180,16 +180,16 @@ class CaptionsTask(Task):
         """The network as it will be called."""
         raise NotImplementedError
 
-    def asked(self) -> dict:
-        """What `sample` asks the pipeline for: 32 held-out combinations."""
+    def pipeline_kwargs(self) -> dict:
+        """Arguments of the pipeline's call in `sample`: the prompts of 32 held-out combinations."""
         return {"prompt": self.held_out_captions[:: max(1, len(self.held_out_captions) // 32)][:32]}
 
     def sample(self) -> Image.Image:
         """32 pictures of what the held-out split shows, 8 in a row."""
-        pipe, asked = self.pipeline().to(self._model().device), self.asked()
+        pipe, kwargs = self.pipeline().to(self._model().device), self.pipeline_kwargs()
         pipe.set_progress_bar_config(disable=True)
-        generators = [torch.Generator().manual_seed(index) for index in range(len(asked["prompt"]))]
-        images = pipe(**asked, generator=generators, output_type="pt").images.float().cpu()
+        generators = [torch.Generator().manual_seed(index) for index in range(len(kwargs["prompt"]))]
+        images = pipe(**kwargs, generator=generators, output_type="pt").images.float().cpu()
         missing = torch.ones(-len(images) % 8, *images.shape[1:])
         sheet = rearrange(torch.cat([images, missing]), "(r c) d h w -> (r h) (c w) d", c=8)
         return Image.fromarray((sheet * 255).round().to(torch.uint8).numpy())

@@ -72,21 +72,21 @@ class UnCLIPTask(LatentsTask):
         self.networks: dict[str, nn.Module] = {"model": model.to(memory_format=torch.channels_last)}
         self.noise = DDIMScheduler(**NOISE)
         self.normalizer = StableUnCLIPImageNormalizer(width)
-        some = self.seen(self.images[:: max(1, len(self.images) // 2000)])
+        some = self.clip_embeds(self.images[:: max(1, len(self.images) // 2000)])
         self.normalizer.mean.data, self.normalizer.std.data = some.mean(0, keepdim=True), some.std(0, keepdim=True)
         self.normalizer.requires_grad_(False)
         self.disturbing = self.pipeline().image_noising_scheduler
 
     @torch.no_grad()
-    def seen(self, images: Tensor) -> Tensor:
+    def clip_embeds(self, images: Tensor) -> Tensor:
         """[B, H, W, 3] uint8 -> embeddings by `emoji-clip` [B, E], not normalised."""
         encoder = TextImageEncoder(self.clip, self.text_tokenizer)
         parts = (from_uint8(part) for part in images.split(64))
         return torch.cat([encoder.embed_pixels(part, normalise=False) for part in parts])
 
     @torch.no_grad()
-    def told(self, images: Tensor) -> Tensor:
-        """[B, H, W, 3] uint8 -> embeddings that their tokens give [B, E]."""
+    def seed_embeds(self, images: Tensor) -> Tensor:
+        """[B, H, W, 3] uint8 -> embeddings decoded from their tokens [B, E]."""
         parts = (self.seed.encode(from_uint8(part)) for part in images.split(64))
         return torch.cat([self.seed.network.decode(part) for part in parts])
 
@@ -95,17 +95,17 @@ class UnCLIPTask(LatentsTask):
     ) -> dict[str, Tensor]:
         """Noise, a time for each picture, and its embedding, of the odd ones by their tokens, with noise of its own; held-out
         pictures come in order."""
-        shown = torch.cat([images, self.scene_images[scenes]]) if images is not None else self.held_out_rows
+        pixels = torch.cat([images, self.scene_images[scenes]]) if images is not None else self.held_out_rows
         times = torch.randint(self.noise.config.num_train_timesteps, (len(tokens),), generator=generator)
         levels = torch.randint(DISTURBED, (len(tokens),), generator=generator)
-        wanted = torch.empty(len(shown), self.clip.config.projection_dim)
-        wanted[::2], wanted[1::2] = self.seen(shown[::2]), self.told(shown[1::2])
-        wanted = self.normalizer.scale(wanted)
-        wanted = self.disturbing.add_noise(wanted, torch.randn(wanted.shape, generator=generator), levels)
-        wanted = self.normalizer.unscale(wanted)
-        level = get_timestep_embedding(levels, wanted.shape[1], flip_sin_to_cos=True, downscale_freq_shift=0)
+        embeds = torch.empty(len(pixels), self.clip.config.projection_dim)
+        embeds[::2], embeds[1::2] = self.clip_embeds(pixels[::2]), self.seed_embeds(pixels[1::2])
+        embeds = self.normalizer.scale(embeds)
+        embeds = self.disturbing.add_noise(embeds, torch.randn(embeds.shape, generator=generator), levels)
+        embeds = self.normalizer.unscale(embeds)
+        level = get_timestep_embedding(levels, embeds.shape[1], flip_sin_to_cos=True, downscale_freq_shift=0)
         dropped = torch.rand(len(tokens), 1, generator=generator) < DROPPED
-        labels = torch.where(dropped, 0.0, torch.cat([wanted, level], dim=1))
+        labels = torch.where(dropped, 0.0, torch.cat([embeds, level], dim=1))
         return {"times": times, "noise": torch.randn(tokens.shape, generator=generator), "labels": labels}
 
     def held_out(self, rows: slice) -> dict[str, Tensor]:
@@ -120,14 +120,14 @@ class UnCLIPTask(LatentsTask):
 
     def sample(self) -> Image.Image:
         """Held-out pictures, and under each what their tokens give."""
-        pipe, shown = self.pipeline(), self.held_out_images[:: max(1, len(self.held_out_images) // 16)][:16]
+        pipe, images = self.pipeline(), self.held_out_images[:: max(1, len(self.held_out_images) // 16)][:16]
         pipe.set_progress_bar_config(disable=True)
         generator = torch.Generator().manual_seed(0)
         device = self._model().device
-        noise = torch.randn(len(shown), *self.image_tokens.shape[1:], generator=generator).to(device)
-        asked = {"image_embeds": self.told(shown).to(device), "prompt": [""] * len(shown), "latents": noise}
-        made = pipe.to(device)(**asked, **SAMPLED, generator=generator, output_type="pt").images.cpu()
-        return paired(shown, (255 * made).round().byte().permute(0, 2, 3, 1))
+        noise = torch.randn(len(images), *self.image_tokens.shape[1:], generator=generator).to(device)
+        kwargs = {"image_embeds": self.seed_embeds(images).to(device), "prompt": [""] * len(images), "latents": noise}
+        generated = pipe.to(device)(**kwargs, **SAMPLED, generator=generator, output_type="pt").images.cpu()
+        return paired(images, (255 * generated).round().byte().permute(0, 2, 3, 1))
 
     def save(self, folder: Path) -> None:
         super().save(folder)

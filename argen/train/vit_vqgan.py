@@ -53,7 +53,7 @@ def network() -> ViTVQGAN:
 
 
 class PatchDiscriminator(nn.Sequential):
-    """Real or made, for overlapping squares of 46 pixels: pixels [B, 3, H, W] -> logits [B, 1, H/8, W/8]."""
+    """Real or generated, for overlapping squares of 46 pixels: pixels [B, 3, H, W] -> logits [B, 1, H/8, W/8]."""
 
     def __init__(self, width: int = 32):
         layers: list[nn.Module] = [nn.Conv2d(3, width, 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
@@ -89,14 +89,14 @@ class PerceptualDistance(nn.Module):
         self.vision = vision.requires_grad_(False).eval()
         self.layers = layers
 
-    def forward(self, made: Tensor, real: Tensor) -> Tensor:
+    def forward(self, generated: Tensor, real: Tensor) -> Tensor:
         """Pixels [B, 3, H, W] in [0, 1], twice -> scalar."""
         with torch.no_grad():
-            wanted = self.vision(pixel_values=2 * real - 1, output_hidden_states=True).hidden_states
-        got = self.vision(pixel_values=2 * made - 1, output_hidden_states=True).hidden_states
-        distance = torch.zeros((), device=made.device)
+            real_states = self.vision(pixel_values=2 * real - 1, output_hidden_states=True).hidden_states
+        generated_states = self.vision(pixel_values=2 * generated - 1, output_hidden_states=True).hidden_states
+        distance = torch.zeros((), device=generated.device)
         for layer in self.layers:
-            a, b = (F.normalize(states[layer][:, 1:].float(), dim=-1) for states in (got, wanted))
+            a, b = (F.normalize(states[layer][:, 1:].float(), dim=-1) for states in (generated_states, real_states))
             distance = distance + (a - b).square().sum(-1).mean()
         return distance / len(self.layers)
 
@@ -121,8 +121,8 @@ class Reconstruction(Task):
     def sample(self) -> Image.Image:
         """32 held-out pictures, each above its reconstruction."""
         images = self.test[:: max(1, len(self.test) // 32)][:32]
-        made, _ = reconstruction.reconstruct(self._model(), images)
-        pairs = torch.stack([from_uint8(images), made], dim=1)
+        decoded, _ = reconstruction.reconstruct(self._model(), images)
+        pairs = torch.stack([from_uint8(images), decoded], dim=1)
         grid = rearrange(pairs, "(r c) two d h w -> (r two h) (c w) d", c=8)
         return Image.fromarray((grid * 255).round().to(torch.uint8).numpy())
 
@@ -149,13 +149,13 @@ class ViTVQGANTask(Reconstruction):
         super().__init__(network(), data)
         self.total = total
         self.usage = CodeUsage(self._model().config.n_embed)
-        self.kept = (self.usage,)
+        self.extra_state = (self.usage,)
 
     def batch(self, size: int, generator: torch.Generator) -> dict[str, Tensor]:
         config = self._model().config
-        chosen = torch.randint(len(self.train), (size,), generator=generator)
+        indices = torch.randint(len(self.train), (size,), generator=generator)
         noise = NOISE * torch.randn(size, self._model().grid ** 2, config.embed_dim, generator=generator)
-        images = from_uint8(augment(self.train[chosen], generator))
+        images = from_uint8(augment(self.train[indices], generator))
         return {"pixels": images, "noise": noise, "uniform": torch.rand(size, 1, 1, generator=generator)}
 
     def save(self, folder: Path) -> None:
@@ -166,8 +166,8 @@ class ViTVQGANTask(Reconstruction):
         real = batch["pixels"]
         skipping = (NOISE_UNTIL - step / self.total) / (NOISE_UNTIL - NOISE_ONLY)  # probability, falls from 1 to 0
         noise = batch["noise"] * (batch["uniform"] < skipping) if skipping > 0 else None
-        made, quantization, ids = self.networks["model"](real, noise)
-        error = made.float() - real
+        decoded, quantization, ids = self.networks["model"](real, noise)
+        error = decoded.float() - real
         log |= {"l2": error.square().mean().item(), "vq": quantization.item()}
         yield "model", L2 * error.square().mean() + L1 * error.abs().mean() + quantization
         self._revive(ids, real, step)
@@ -222,8 +222,8 @@ class DecoderTask(Reconstruction):
     """
 
     def __init__(self, data: Path, tokenizer: Path, clip: Path, total: int):
-        model, kept = self.start(tokenizer)
-        for part in kept:
+        model, frozen = self.start(tokenizer)
+        for part in frozen:
             part.requires_grad_(False)
         super().__init__(model, data)
         self.networks["discriminator"] = PatchDiscriminator().to(memory_format=torch.channels_last)
@@ -237,38 +237,38 @@ class DecoderTask(Reconstruction):
         return model, [model.encoder, model.pre_quant, model.quantizer]
 
     def batch(self, size: int, generator: torch.Generator) -> dict[str, Tensor]:
-        chosen = torch.randint(len(self.train), (size,), generator=generator)
-        images = from_uint8(augment(self.train[chosen], generator))
+        indices = torch.randint(len(self.train), (size,), generator=generator)
+        images = from_uint8(augment(self.train[indices], generator))
         return {"pixels": images, "noise": torch.randn(images.shape, generator=generator)}
 
     def losses(self, batch: dict[str, Tensor], step: int, log: dict[str, float]) -> Iterator[tuple[str, Tensor]]:
         real, discriminator = batch["pixels"], self.networks["discriminator"]
-        made = self.networks["model"](real)[0].float()
-        error = made - real
+        decoded = self.networks["model"](real)[0].float()
+        error = decoded - real
         loss = L2 * error.square().mean() + L1 * error.abs().mean()
         log |= {"l2": error.square().mean().item(), "l1": error.abs().mean().item()}
         if step < SHARPEN_FROM * self.total:
             yield "model", loss
             return
 
-        distance = self.perceptual.to(real.device)(made, real)
+        distance = self.perceptual.to(real.device)(decoded, real)
         loss = loss + PERCEPTUAL * distance
         discriminator.requires_grad_(False)
-        fooled = -discriminator(made).float().mean()
+        fooled = -discriminator(decoded).float().mean()
         discriminator.requires_grad_(True)
         log |= {"perceptual": distance.item(), "fooled": fooled.item()}
-        yield "model", loss + ADVERSARIAL * adaptive_weight(loss, fooled, made) * fooled
+        yield "model", loss + ADVERSARIAL * adaptive_weight(loss, fooled, decoded) * fooled
 
-        real_logits, made_logits = discriminator(real).float(), discriminator(made.detach()).float()
-        hinge = F.relu(1 - real_logits).mean() + F.relu(1 + made_logits).mean()
+        real_logits, fake_logits = discriminator(real).float(), discriminator(decoded.detach()).float()
+        hinge = F.relu(1 - real_logits).mean() + F.relu(1 + fake_logits).mean()
         shaken = discriminator(real + SHAKE * batch["noise"]).float()
         penalty = (shaken - real_logits).square().mean()  # R1 by finite differences (arXiv 2501.08316, section 3.3)
         log |= {"discriminator": hinge.item(), "penalty": penalty.item()}
         yield "discriminator", hinge + SMOOTHNESS * penalty
 
 
-def adaptive_weight(loss: Tensor, fooled: Tensor, made: Tensor) -> Tensor:
-    """What brings the adversarial gradient to the size of the others' at the pixels (VQGAN, arXiv 2012.09841, eq. 7)."""
-    (wanted,) = torch.autograd.grad(loss, made, retain_graph=True)
-    (given,) = torch.autograd.grad(fooled, made, retain_graph=True)
-    return (wanted.norm() / (given.norm() + 1e-8)).clamp(max=1e4).detach()
+def adaptive_weight(loss: Tensor, fooled: Tensor, decoded: Tensor) -> Tensor:
+    """Weight that scales the adversarial gradient to the size of the others' at the pixels (VQGAN, arXiv 2012.09841, eq. 7)."""
+    (loss_grad,) = torch.autograd.grad(loss, decoded, retain_graph=True)
+    (adversarial_grad,) = torch.autograd.grad(fooled, decoded, retain_graph=True)
+    return (loss_grad.norm() / (adversarial_grad.norm() + 1e-8)).clamp(max=1e4).detach()

@@ -54,8 +54,8 @@ class XARTask(LatentsTask):
         x, noise = model.entities.patchify(batch["tokens"]), batch["noise"]
         times = batch["times"][:, model.entity, None]
         states, mask = self.encode_text(batch)
-        made = network((1 - times) * x + times * noise, batch["times"], states, mask=mask.bool())
-        return (made.float() - (noise - x)).square()
+        prediction = network((1 - times) * x + times * noise, batch["times"], states, mask=mask.bool())
+        return (prediction.float() - (noise - x)).square()
 
     def pipeline(self) -> XARPipeline:
         return XARPipeline(self._model(), self.vae.vae, self.clip, self.text_tokenizer, list(self.groups))

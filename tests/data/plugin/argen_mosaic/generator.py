@@ -31,17 +31,17 @@ class BigramSession:
     """`samplers.steps.Session` of a `Bigram`; there is nothing to cache, since one token is all that it reads.
 
     Args:
-        wished: [B, K], what the prompts add to the logits.
+        biases: [B, K], what the prompts add to the logits.
     """
 
-    def __init__(self, network: Bigram, wished: Tensor, guided: bool, columns: int):
-        self.network, self.wished, self.guided = network, wished, guided
+    def __init__(self, network: Bigram, biases: Tensor, guided: bool, columns: int):
+        self.network, self.biases, self.guided = network, biases, guided
         self.columns, self.length = columns, columns**2
 
     def forward(self, tokens: Tensor, positions: Tensor, mask: Tensor | None = None, seen: Tensor | None = None):
         """See `samplers.steps.Session.forward`."""
         logits = self.network(tokens)
-        return logits + self.wished[:, None], logits if self.guided else None
+        return logits + self.biases[:, None], logits if self.guided else None
 
     def keep(self, nodes: Tensor) -> None:
         """See `samplers.steps.Session.keep`."""
@@ -68,11 +68,11 @@ class MosaicPipeline(TokenPipeline):
     ) -> BigramSession:
         """See `TokenPipeline.start`."""
         palette = self.image_tokenizer.palette
-        wished = palette.new_zeros(len(prompts), len(palette))
-        for row, prompt in zip(wished, prompts, strict=True):
+        biases = palette.new_zeros(len(prompts), len(palette))
+        for row, prompt in zip(biases, prompts, strict=True):
             for colour in filter(COLOURS.get, prompt.split()):
                 row -= 4 * distances(palette, colour)
-        return BigramSession(self.transformer, wished, guided, shape[1])
+        return BigramSession(self.transformer, biases, guided, shape[1])
 
     def decode_tokens(self, tokens: Tensor) -> Tensor:
         """See `TokenPipeline.decode_tokens`."""
