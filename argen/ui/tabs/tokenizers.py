@@ -7,10 +7,11 @@ from PIL import Image
 from torch import Tensor
 
 from argen.eval.metrics import psnr, ssim
-from argen.eval.reconstruction import Tokenizer, decoded, encoded
+from argen.eval.reconstruction import decoded, encoded
 from argen.hub.cards import all_cards, ids
 from argen.ui.context import PREVIEW_SIDE, AppContext, enlarge, user_errors
 from argen.ui.inputs import image_input
+from tokenizers_img.base import ImageTokenizer
 from tokenizers_img.pixels import from_pil, to_pil
 
 LATENT_BITS = 16  # of a continuous number, as bfloat16 holds it
@@ -52,7 +53,7 @@ class Tokenizers:
     def tokens(self, image: gr.Image, names: list[str], first: str) -> None:
         """The tokens of one tokenizer, and what the first of them decode to."""
         with gr.Column(scale=2):
-            name = gr.Dropdown(names, value=first, label="Tokenizer", elem_id="lab-tokenizer")
+            name = gr.Dropdown(names, value=first, label="ImageTokenizer", elem_id="lab-tokenizer")
             count = gr.Slider(1, 2, value=1, step=1, visible=False, label="Tokens to decode", elem_id="lab-count")
             show = gr.Button("Show the tokens", elem_id="lab-look")
             pixels = gr.Image(label="Decoded", height=PREVIEW_SIDE, elem_id="lab-decoded")
@@ -93,7 +94,7 @@ class Tokenizers:
         return preview(decoded_pixels), caption, table(tokens[0]), slider
 
 
-def reconstructed(tokenizer: Tokenizer, pixels: Tensor, tokens: Tensor) -> tuple[Tensor, tuple]:
+def reconstructed(tokenizer: ImageTokenizer, pixels: Tensor, tokens: Tensor) -> tuple[Tensor, tuple]:
     """The reconstruction [3, S, S] of `pixels` from their tokens, see `encoded`; PSNR in dB, SSIM, the size in words, and bits."""
     output = decoded(tokenizer, tokens, pixels)
     if tokens.ndim == 2:
