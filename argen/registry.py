@@ -191,8 +191,38 @@ tabs = Registry(
         )
     },
 )
+recipes = Registry(
+    "recipe",
+    {
+        "emoji-clip": "argen.train.clip:RECIPE",
+        "emoji-vitvqgan": "argen.train.vit_vqgan:RECIPE",
+        "emoji-vitvqgan-decoder": "argen.train.vit_vqgan:DECODER_RECIPE",
+        "emoji-vae": "argen.train.kl_vae:RECIPE",
+        "emoji-vae-decoder": "argen.train.kl_vae:DECODER_RECIPE",
+        "emoji-parti": "argen.train.parti:RECIPE",
+        "emoji-parti-second": "argen.train.parti:SECOND_RECIPE",
+        "emoji-llamagen": "argen.train.llamagen:RECIPE",
+        "emoji-llamagen-second": "argen.train.llamagen:SECOND_RECIPE",
+        "emoji-control": "argen.train.controlar:RECIPE",
+        "emoji-drafter": "argen.train.draft:RECIPE",
+        "emoji-xar": "argen.train.xar:RECIPE",
+        "emoji-flextok": "argen.train.flextok:RECIPE",
+        "emoji-flextok-ar": "argen.train.flexar:RECIPE",
+        "emoji-sd": "argen.train.sd:RECIPE",
+        "emoji-sd-second": "argen.train.sd:SECOND_RECIPE",
+        "emoji-sd-third": "argen.train.sd:THIRD_RECIPE",
+        "emoji-counter": "argen.train.counter:RECIPE",
+        "emoji-seed-encoder": "argen.train.seed_encoder:RECIPE",
+        "emoji-seed-contrastive": "argen.train.seed:CONTRASTIVE_RECIPE",
+        "emoji-seed": "argen.train.seed:RECIPE",
+        "emoji-seed-decoder": "argen.train.unclip:RECIPE",
+        "emoji-seed-lm": "argen.train.seed_lm:RECIPE",
+        "emoji-seed-lm-second": "argen.train.seed_lm:SECOND_RECIPE",
+        "emoji-judge": "argen.train.judge:RECIPE",
+    },
+)
 cards = Registry("card", {})  # of installed packages and of running programs; those of argen lie in argen/cards
-REGISTRIES = {registry.kind: registry for registry in (samplers, pipelines, commands, measures, tabs, cards)}
+REGISTRIES = {registry.kind: registry for registry in (samplers, pipelines, commands, measures, tabs, recipes, cards)}
 
 
 def draws_of(sampler: str) -> str:

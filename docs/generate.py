@@ -5,11 +5,14 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from argen.hub.cards import FOLDER, Card, read_card
-from argen.registry import commands, samplers
+from argen.registry import commands, recipes, samplers
 from argen.request import Request
 from samplers.settings import Setting, settings_of
 
 DOCS = Path(__file__).parent
+ROOT = DOCS.parent
+PLUGIN = ROOT / "tests/data/plugin"  # the package that docs/extending.md shows, and the tests install
+FILES = re.compile(r'(```\w+ title="([^"]+)"\n).*?```', re.DOTALL)
 MARKS = re.compile(r"(<!-- generated: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -75,15 +78,11 @@ def card_rows(ships: bool) -> str:
 
 
 def recipe_rows() -> str:
-    from argen.train.recipes import SCHEDULES, TASKS  # late: they bring every task
-
-    def lengths(name: str) -> list[str]:
-        return [f"{one.steps:,} x {one.batch_size}" for one in (SCHEDULES[name]["cpu"], SCHEDULES[name]["gpu"])]
-
-    rows = [
-        (f"`{name}`", ", ".join(f"`--{part}`" for part in takes if part not in ("total", "x")), *lengths(name))
-        for name, (_, takes) in TASKS.items()
-    ]
+    rows = []
+    for name, recipe in recipes.items():
+        folders = ", ".join(f"`--{part}`" for part in recipe.takes if part not in ("total", "x"))
+        lengths = [f"{schedule.steps:,} x {schedule.batch_size}" for schedule in recipe.schedules.values()]
+        rows.append((f"`{name}`", folders, *lengths))
     return table(("recipe", "takes beside `--data` and `--out`", "cpu: steps x batch", "gpu: steps x batch"), rows)
 
 
@@ -98,9 +97,15 @@ TABLES = {
 }
 
 
+def source(name: str) -> str:
+    """The text of a file of the example package, or of argen."""
+    return next(folder / name for folder in (PLUGIN, ROOT) if (folder / name).is_file()).read_text(encoding="utf-8")
+
+
 def rendered(text: str) -> str:
-    """A page with its tables redrawn."""
-    return MARKS.sub(lambda found: found[1] + "\n" + TABLES[found[2]]() + "\n" + found[3], text)
+    """A page with its tables made anew, and with the files as they are where a block of code names one."""
+    text = FILES.sub(lambda match: match[1] + source(match[2]) + "```", text)
+    return MARKS.sub(lambda match: match[1] + "\n" + TABLES[match[2]]() + "\n" + match[3], text)
 
 
 if __name__ == "__main__":

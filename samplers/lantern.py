@@ -18,7 +18,7 @@ from samplers.rules import NONE, OneByOne, Raised
 from samplers.settings import Field, settings
 from samplers.speculative import DraftedSession, Speculative, drafter_of
 from samplers.steps import GuidanceScale, Step
-from samplers.trees import TREE_CHOICES, Shape, TreeName
+from samplers.trees import DEPTH, NODES, TREE_CHOICES, WIDTH, Shape, TreeName, tree_of
 
 SLICE = 1024  # rows of the codebook that are compared at a time
 
@@ -108,6 +108,9 @@ class Lantern:
     )
     official: bool = Field(False, description="reject all k neighbours with a token, as the authors' code does")
     tree: Shape | TreeName = Field("static", description="shape of the drafted trees", json_schema_extra=TREE_CHOICES)
+    nodes: int | None = Field(None, ge=1, le=256, description=NODES)
+    depth: int | None = Field(None, ge=1, le=32, description=DEPTH)
+    width: int | None = Field(None, ge=1, le=64, description=WIDTH)
     name = "lantern"
     lossless = False
     needs = "drafter"
@@ -117,6 +120,7 @@ class Lantern:
             raise ValueError("delta and lambda are both given: expected one bound")
         if self.delta is None and self.lambda_ is None:
             object.__setattr__(self, "delta", 0.2)
+        tree_of(self.tree, nodes=self.nodes, depth=self.depth, width=self.width)  # says what does not fit
 
     def __call__(
         self, session: DraftedSession, tokens: Tensor, sampling: Sampling, guidance_scale: GuidanceScale, noise: Noise
@@ -128,4 +132,5 @@ class Lantern:
             raise ValueError(f"k is {self.k}: expected 0 to {codes - 2}, fewer than the codebook's {codes} codes")
         table = table_of(session.codebook, self.k + 1)
         rule = Relaxed(table, self.k, self.delta, self.lambda_, self.official)
-        yield from Speculative(self.tree, rule, drafter=drafter)(session, tokens, sampling, guidance_scale, noise)
+        shape = tree_of(self.tree, nodes=self.nodes, depth=self.depth, width=self.width)
+        yield from Speculative(shape, rule, drafter=drafter)(session, tokens, sampling, guidance_scale, noise)

@@ -18,7 +18,20 @@ from samplers.logits import Noise, Sampling
 from samplers.rules import RULE_CHOICES, Candidates, OneByOne, Rule, RuleName, rule_of
 from samplers.settings import Field, settings
 from samplers.steps import START, GuidanceScale, Origin, Session, Step, guided
-from samplers.trees import TREE_CHOICES, Distribution, Draft, Drafted, Drafting, Shape, Tree, TreeName, tree_of
+from samplers.trees import (
+    DEPTH,
+    NODES,
+    TREE_CHOICES,
+    WIDTH,
+    Distribution,
+    Draft,
+    Drafted,
+    Drafting,
+    Shape,
+    Tree,
+    TreeName,
+    tree_of,
+)
 
 
 class Verdict(NamedTuple):
@@ -126,6 +139,59 @@ def drafter_of(session: Session, sampler: str) -> Drafter:
     return session.drafter
 
 
+class Frontier:
+    """How far each image is decided: up to its root, a cell whose token is drawn and not read yet.
+
+    Args:
+        tokens: [B, N] as a sampler takes them, -1 in cells to fill.
+
+    Attributes:
+        tokens: [B, N] on the CPU, those decided so far.
+        origins: [B, N] int8, see `samplers.steps.Origin`.
+        roots: [B] cells.
+    """
+
+    def __init__(self, tokens: Tensor):
+        self.device, self.fixed = tokens.device, tokens.cpu()
+        self.tokens = self.fixed.clone()
+        self.origins = torch.zeros(self.fixed.shape, dtype=torch.int8)
+        self.roots = torch.zeros(len(self.fixed), dtype=torch.int64)
+
+    @property
+    def length(self) -> int:
+        return self.fixed.shape[1]
+
+    @property
+    def cells(self) -> Tensor:
+        """The roots as cells [B, 1]."""
+        return self.roots[:, None]
+
+    @property
+    def complete(self) -> bool:
+        return bool((self.roots == self.length - 1).all())
+
+    def known(self, probs: Tensor, cells: Tensor) -> Tensor:
+        """Probabilities [B, n, K] of `cells` [B, n], one-hot where the token is given."""
+        fixed = torch.where(cells < self.length, self.fixed.gather(1, cells.clamp(max=self.length - 1)), -1)
+        certain = F.one_hot(fixed.clamp(min=0), probs.shape[-1]).to(probs)
+        return torch.where(fixed[..., None] >= 0, certain, probs)
+
+    def advance(self, accepted: Tensor, cells: Tensor, verdicts: Sequence[Verdict]) -> None:
+        """Write the accepted tokens and the one drawn after them, [B, n] at `cells` [B, n]; what lies behind the last cell falls away."""
+        for index, verdict in enumerate(verdicts):
+            count = min(len(verdict.accepted), self.length - 1 - int(self.roots[index]))
+            origins = [Origin.RELAXED if node in verdict.relaxed else Origin.ACCEPTED for node in verdict.accepted[1:]]
+            written = cells[index, :count]
+            self.tokens[index, written] = accepted[index, :count]
+            self.origins[index, written] = torch.tensor([*origins, Origin.DRAWN][:count], dtype=torch.int8)
+            self.roots[index] += count
+
+    def step(self, forward_passes: int) -> Step:
+        is_decided = torch.arange(self.length) <= self.cells
+        tokens = torch.where(is_decided, self.tokens, self.fixed).to(self.device)
+        return Step(tokens, forward_passes, torch.where(self.fixed < 0, self.origins, Origin.GIVEN))
+
+
 @settings
 class Speculative:
     """Speculative decoding: the target looks at a tree of drafted tokens in one forward pass, and keeps a path of it.
@@ -137,6 +203,9 @@ class Speculative:
     tree: Shape | TreeName = Field("static", description="shape of the drafted trees", json_schema_extra=TREE_CHOICES)
     rule: Rule | RuleName = Field("lossless", description="what is accepted", json_schema_extra=RULE_CHOICES)
     reject_in: Literal["draft", "target"] = Field("draft", description="where the neighbours of a rejected token fall")
+    nodes: int | None = Field(None, ge=1, le=256, description=NODES)
+    depth: int | None = Field(None, ge=1, le=32, description=DEPTH)
+    width: int | None = Field(None, ge=1, le=64, description=WIDTH)
     drafter: Drafter | None = Field(None, description="an object of Python")
     name = "speculative"
     needs = "drafter"
@@ -144,6 +213,7 @@ class Speculative:
     def __post_init__(self):
         if self.rule == "k-seq" and self.tree == "static":
             object.__setattr__(self, "tree", "independent")  # which the rule is for
+        tree_of(self.tree, nodes=self.nodes, depth=self.depth, width=self.width)  # says what does not fit
 
     @property
     def lossless(self) -> bool:
@@ -158,69 +228,50 @@ class Speculative:
             ValueError: the generator has no drafter.
         """
         drafter = self.drafter or drafter_of(session, self.name)
-        batch, length = tokens.shape
-        fixed_tokens, device = tokens.cpu(), tokens.device
-        decided_tokens, origins = fixed_tokens.clone(), torch.zeros(batch, length, dtype=torch.int8)
+        device, batch = tokens.device, len(tokens)
+        shape = tree_of(self.tree, nodes=self.nodes, depth=self.depth, width=self.width)
         distribution, numbers = Distribution(sampling, guidance_scale), [noise.numbers(index) for index in range(batch)]
-        rows = torch.arange(batch)[:, None]
 
-        def decided(target_probs: Tensor, cells: Tensor) -> Tensor:
-            """Probabilities [B, n, K] of `cells`, one-hot where the token is fixed."""
-            fixed = torch.where(cells < length, fixed_tokens.gather(1, cells.clamp(max=length - 1)), -1)
-            certain = F.one_hot(fixed.clamp(min=0), target_probs.shape[-1]).to(target_probs)
-            return torch.where(fixed[..., None] >= 0, certain, target_probs)
-
-        def step() -> Step:
-            is_decided = torch.arange(length) <= roots[:, None]
-            decided_origins = torch.where(fixed_tokens < 0, origins, Origin.GIVEN)
-            return Step(
-                torch.where(is_decided, decided_tokens, fixed_tokens).to(device), forward_passes, decided_origins
+        def draw(probs: Sequence[Tensor]) -> Tensor:
+            """A token for each image, [B]."""
+            return torch.tensor(
+                [distribution.draw(row, uniforms) for row, uniforms in zip(probs, numbers, strict=True)]
             )
 
-        start, roots = torch.full((batch, 1), START), torch.zeros(batch, dtype=torch.int64)  # cells
-        logits = guided(*session.forward(start.to(device), torch.tensor([START])), guidance_scale, roots[:, None])
-        target_probs = decided(distribution.of_guided(logits), roots[:, None])
-        root_tokens = torch.tensor(
-            [distribution.draw(target_probs[index, 0], numbers[index]) for index in range(batch)]
-        )
-        decided_tokens[:, 0], origins[:, 0], forward_passes = root_tokens, Origin.DRAWN, 1
-        yield step()
+        start, frontier = torch.full((batch, 1), START), Frontier(tokens)
+        logits = guided(*session.forward(start.to(device), torch.tensor([START])), guidance_scale, frontier.cells)
+        target_probs = frontier.known(distribution.of_guided(logits), frontier.cells)
+        root_tokens = draw(target_probs[:, 0])
+        frontier.tokens[:, 0], frontier.origins[:, 0], forward_passes = root_tokens, Origin.DRAWN, 1
+        yield frontier.step(forward_passes)
         drafting, ones = drafter.begin(session), torch.ones(batch, dtype=torch.int64)
         drafting.observe(start, logits, target_probs)
-        hidden = drafting.read(root_tokens[:, None].to(device), roots[:, None], torch.zeros(batch, 1).long(), ones)
-        while (roots < length - 1).any():
-            drafts = tree_of(self.tree).grow(drafting, hidden, roots, root_tokens, distribution, numbers)
+        hidden = drafting.read(root_tokens[:, None].to(device), frontier.cells, torch.zeros(batch, 1).long(), ones)
+        while not frontier.complete:
+            drafts = shape.grow(drafting, hidden, frontier.roots, root_tokens, distribution, numbers)
             nodes = torch.tensor([draft.tokens for draft in drafts])
-            positions = roots[:, None] + torch.stack([draft.tree.depths for draft in drafts])
+            positions = frontier.cells + torch.stack([draft.tree.depths for draft in drafts])
             masks = torch.stack([draft.tree.mask for draft in drafts])
             logits = guided(*session.forward(nodes.to(device), positions, masks), guidance_scale, positions + 1)
-            target_probs, forward_passes = decided(distribution.of_guided(logits), positions + 1), forward_passes + 1
+            target_probs = frontier.known(distribution.of_guided(logits), positions + 1)
+            forward_passes += 1
             drafting.observe(nodes, logits, target_probs)
             verdicts = [
                 self._verdict(target_probs[index], draft, distribution, numbers[index])
                 for index, draft in enumerate(drafts)
             ]
-            following = torch.tensor(
-                [distribution.draw(verdict.probs, numbers[index]) for index, verdict in enumerate(verdicts)]
-            )
+            following = draw([verdict.probs for verdict in verdicts])
             ahead = torch.tensor([len(verdict.accepted) for verdict in verdicts])
             longest = int(ahead.max())
-            accepted_nodes = torch.tensor([path + path[-1:] * (longest - len(path)) for path, *_ in verdicts])
-            session.keep(accepted_nodes.to(device))
-            accepted = nodes[rows, accepted_nodes].roll(-1, dims=1)  # at the cells after the root
+            paths = torch.tensor([path + path[-1:] * (longest - len(path)) for path, *_ in verdicts])
+            session.keep(paths.to(device))
+            accepted = nodes.gather(1, paths).roll(-1, dims=1)  # at the cells after the root
             accepted[torch.arange(batch), ahead - 1] = following
-            cells = roots[:, None] + 1 + torch.arange(longest)
-            for index, verdict in enumerate(verdicts):
-                count = min(int(ahead[index]), length - 1 - int(roots[index]))
-                walked = [
-                    Origin.RELAXED if node in verdict.relaxed else Origin.ACCEPTED for node in verdict.accepted[1:]
-                ]
-                here = cells[index, :count]
-                decided_tokens[index, here] = accepted[index, :count]
-                origins[index, here] = torch.tensor([*walked, Origin.DRAWN][:count], dtype=torch.int8)
-            hidden = drafting.read(accepted.to(device), cells, accepted_nodes, ahead)
-            root_tokens, roots = following, (roots + ahead).clamp(max=length - 1)
-            yield step()
+            cells = frontier.cells + 1 + torch.arange(longest)
+            frontier.advance(accepted, cells, verdicts)
+            hidden = drafting.read(accepted.to(device), cells, paths, ahead)
+            root_tokens = following
+            yield frontier.step(forward_passes)
 
     def _verdict(
         self, target_probs: Tensor, draft: Draft, distribution: Distribution, numbers: Iterator[float]

@@ -7,13 +7,14 @@ under guidance).
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
+from samplers.errors import InvalidValue
 from samplers.logits import Sampling, inverse_transform
 from samplers.steps import GuidanceScale, guided
 
@@ -427,9 +428,28 @@ TREES: dict[str, Shape] = {
     "independent": IndependentTree(SMALL_TREE.paths),
 }
 TREE_CHOICES = {"choices": list(TREES)}
+NODES, DEPTH, WIDTH = (  # help of the settings that are a tree's sizes
+    "nodes of a dynamic or drawn tree",
+    "levels of a dynamic or drawn tree",
+    "nodes that a dynamic tree grows on each level",
+)
 TreeName = Literal["static", "dynamic", "drawn", "independent"]
 
 
-def tree_of(tree: Shape | str) -> Shape:
-    """A shape, or the one of a name."""
-    return TREES[tree] if isinstance(tree, str) else tree
+def tree_of(tree: Shape | str, **sizes: int | None) -> Shape:
+    """A shape, or the one of a name, with the sizes that are given: `nodes`, `depth` and `width` of a `DynamicTree`, `nodes` and `depth`
+    of a `DrawnTree`.
+
+    Raises:
+        InvalidValue: a size that this shape does not have.
+    """
+    shape = TREES[tree] if isinstance(tree, str) else tree
+    sizes = {name: size for name, size in sizes.items() if size is not None}
+    for name, size in sizes.items():
+        if name not in shape.__dataclass_fields__:
+            fitting = [known for known, other in TREES.items() if name in other.__dataclass_fields__]
+            raise InvalidValue(
+                f"{name} is {size}, which a tree of fixed shape does not have: choose the tree {' or '.join(fitting)}, or leave it out",
+                name,
+            )
+    return replace(shape, **sizes) if sizes else shape

@@ -8,10 +8,12 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+from argen.cli.main import main
 from argen.data import emoji, scenes
 from argen.files import WEIGHTS
 from argen.models.llamagen import LlamaGen
 from argen.models.parti import Parti
+from argen.registry import recipes
 from argen.train import (
     controlar,
     counter,
@@ -29,9 +31,8 @@ from argen.train import (
 )
 from argen.train.clip import CLIPTask, positives
 from argen.train.judge import JudgeTask
-from argen.train.loop import Schedule, optimizers_of, train
+from argen.train.loop import Recipe, Schedule, optimizers_of, train
 from argen.train.parti import PartiTask
-from argen.train.recipes import SCHEDULES
 from argen.train.vit_vqgan import DecoderTask, ViTVQGANTask, refit_codes
 from tokenizers_img.conv_encoder import ConvEncoder
 from tokenizers_img.flextok.network import FlexTok
@@ -98,7 +99,7 @@ def small_seed(tmp_path_factory):
     return folder
 
 
-@pytest.fixture(params=list(SCHEDULES))
+@pytest.fixture(params=list(recipes))
 def task(request, composed, small_llamagen, small_vae, small_flextok, small_seed, monkeypatch):
     """Makes the task of a recipe anew."""
     monkeypatch.setattr(controlar, "SHAPED", 4)
@@ -319,3 +320,15 @@ def test_a_training_goes_on_with_its_own_x_alone(composed, small_vae, tmp_path):
     for x, wanted in (("row-4", "unknown kind of X"), ("cell-3", "expected a divisor of 8")):
         with pytest.raises(ValueError, match=wanted):
             task(x)
+
+
+def test_a_registered_recipe_is_trained(composed, tmp_path, capsys, monkeypatch):
+    schedules = {"cpu": SCHEDULE, "gpu": SCHEDULE}
+    monkeypatch.setitem(recipes.added, "tiny-counter", Recipe(counter.CounterTask, schedules, ("scenes",)))
+    command = ["train", "tiny-counter", "--data", str(SAMPLE), "--out", str(tmp_path / "out")]
+    assert main(command) == 2
+    assert "the recipe tiny-counter needs scenes too" in capsys.readouterr().err
+    assert main([*command, "--scenes", str(composed)]) == 0
+    assert (tmp_path / "out/final/config.json").is_file()
+    assert main(["train", "emoji-part", *command[2:]]) == 2
+    assert "did you mean emoji-parti" in capsys.readouterr().err

@@ -3,6 +3,8 @@
 import argparse
 from pathlib import Path
 
+from argen.registry import recipes
+
 HELP = "train a model"
 SHOWS_DEFAULTS = True
 
@@ -11,7 +13,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "recipe",
         metavar="RECIPE",
-        help="emoji-clip, emoji-vitvqgan, emoji-vitvqgan-decoder, emoji-vae, emoji-vae-decoder, emoji-parti, emoji-parti-second, emoji-llamagen, emoji-llamagen-second, emoji-control, emoji-drafter, emoji-xar, emoji-flextok, emoji-flextok-ar, emoji-sd, emoji-sd-second, emoji-sd-third, emoji-counter, emoji-seed-encoder, emoji-seed-contrastive, emoji-seed, emoji-seed-decoder, emoji-seed-lm, emoji-seed-lm-second or emoji-judge",
+        help=", ".join(recipes),
     )
     parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="made by `argen data emoji`")
     parser.add_argument("--scenes", type=Path, metavar="DIR", help="made by `argen data scenes`")
@@ -53,10 +55,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     from argen.files import WEIGHTS
-    from argen.train.recipes import run
+    from argen.train import recipes as training
 
     parts = {"clip": args.clip, "tokenizer": args.tokenizer, "vae": args.vae, "generator": args.generator}
     chosen = {"data": args.data, "scenes": args.scenes, "out": args.out, "seed": args.seed, "steps": args.steps}
     chosen |= {"compile": args.compile, "x": args.x, "shipped": WEIGHTS}
-    scores = run(args.recipe, args.setting, **parts, **chosen)
+    scores = training.run(args.recipe, args.setting, **parts, **chosen)
     print(f"{args.out}: " + ", ".join(f"{name} {value:.4g}" for name, value in scores.items()))

@@ -16,7 +16,7 @@ from argen.data.emoji import STYLES, caption
 from argen.data.tables import pixels, read_split
 from argen.eval.retrieval import held_out_sample, recall
 from argen.models.clip import TextImageEncoder
-from argen.train.loop import Schedule, Task
+from argen.train.loop import Recipe, Schedule, Task
 from argen.words import text_normalizer
 from tokenizers_img.pixels import from_uint8
 
@@ -160,3 +160,6 @@ def positives(captions: list[str], keys: list[tuple[str, str]]) -> Tensor:
     free = torch.tensor([not text.endswith(prompts) for text in captions])
     same_style = torch.tensor([[a == b for b in styles] for a in styles])
     return same & (same_style | free[:, None])
+
+
+RECIPE = Recipe(CLIPTask, SCHEDULES, takes=("scenes",))

@@ -16,7 +16,7 @@ from argen.models.controlar import ControlAR
 from argen.models.llamagen import LlamaGen
 from argen.pipelines.controlar import ControlARPipeline
 from argen.train.llamagen import LlamaGenTask
-from argen.train.loop import Schedule
+from argen.train.loop import Recipe, Schedule
 from argen.train.tokens import initialised_from
 
 SCHEDULES = {
@@ -118,3 +118,6 @@ def _control(image) -> Tensor:
 
 def _edges(image: Tensor) -> Tensor:
     return as_control(torch.from_numpy(canny(image.numpy()))[None])
+
+
+RECIPE = Recipe(ControlTask, SCHEDULES, takes=("scenes", "tokenizer", "clip", "generator"), start="emoji-llamagen")

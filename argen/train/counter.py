@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from argen.data.tables import pixels, read_split
 from argen.models.counter import DENSITY, Counter
-from argen.train.loop import Schedule, Task
+from argen.train.loop import Recipe, Schedule, Task
 from tokenizers_img.pixels import from_uint8
 
 SCHEDULES = {
@@ -105,3 +105,6 @@ class CounterTask(Task):
 
     def save(self, folder: Path) -> None:
         self._model().to(torch.bfloat16).save_pretrained(folder)
+
+
+RECIPE = Recipe(CounterTask, SCHEDULES, takes=("scenes",))

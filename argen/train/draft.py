@@ -12,7 +12,7 @@ from argen.models.layers import causal_mask
 from argen.models.llamagen import LlamaGen
 from argen.pipelines.llamagen import LlamaGenPipeline
 from argen.train.llamagen import LlamaGenTask
-from argen.train.loop import Schedule
+from argen.train.loop import Recipe, Schedule
 
 SCHEDULES = {
     "cpu": Schedule(steps=2000, batch_size=64, learning_rate=2e-3, warmup=60, weight_decay=0.01, betas=(0.9, 0.95)),
@@ -90,3 +90,6 @@ class DraftTask(LlamaGenTask):
 
     def pipeline_kwargs(self) -> dict:
         return super().pipeline_kwargs() | {"sampler": "speculative"}
+
+
+RECIPE = Recipe(DraftTask, SCHEDULES, takes=("scenes", "tokenizer", "clip", "generator"), start="emoji-llamagen")

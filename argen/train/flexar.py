@@ -10,7 +10,7 @@ from argen.device import autocast
 from argen.models.flexar import FlexAR
 from argen.pipelines.flexar import FlexARPipeline
 from argen.train.flextok import GUIDANCE, STEPS
-from argen.train.loop import Schedule
+from argen.train.loop import Recipe, Schedule
 from argen.train.tokens import CaptionsTask, slipped
 from tokenizers_img.flextok.network import FlexTok
 from tokenizers_img.flextok.tokenizer import FlexTokenizer
@@ -74,3 +74,6 @@ class FlexARTask(CaptionsTask):
         return FlexARPipeline(
             self._model(), self.flextok, self.vae, self.clip, self.text_tokenizer, list(self.groups), **defaults
         )
+
+
+RECIPE = Recipe(FlexARTask, SCHEDULES, takes=("scenes", "vae", "tokenizer", "clip"), tokenizer="emoji-flextok")

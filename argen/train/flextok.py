@@ -17,7 +17,7 @@ from transformers import CLIPVisionModel
 
 from argen.data.tables import pixels, read_split
 from argen.eval.metrics import psnr
-from argen.train.loop import Schedule, Task
+from argen.train.loop import Recipe, Schedule, Task
 from tokenizers_img.flextok.network import FlexTok
 from tokenizers_img.flextok.tokenizer import FlexTokenizer
 from tokenizers_img.kl_vae import KLVAE
@@ -159,3 +159,6 @@ class FlexTokTask(Task):
 
     def save(self, folder: Path) -> None:
         self.tokenizer().network.to(torch.bfloat16).save_pretrained(folder)
+
+
+RECIPE = Recipe(FlexTokTask, SCHEDULES, takes=("scenes", "vae", "clip"))

@@ -17,7 +17,7 @@ from argen.device import autocast
 from argen.eval import judge as scoring
 from argen.eval.reconstruction import reconstruct
 from argen.models.judge import Judge
-from argen.train.loop import Schedule, Task
+from argen.train.loop import Recipe, Schedule, Task
 from tokenizers_img.pixels import opaque
 from tokenizers_img.vit_vqgan import ViTVQGAN
 
@@ -193,3 +193,6 @@ def logistic(features: Tensor, labels: Tensor) -> nn.Linear:
 
     optimizer.step(loss)
     return head
+
+
+RECIPE = Recipe(JudgeTask, SCHEDULES, takes=("scenes", "tokenizer"))

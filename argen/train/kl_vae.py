@@ -13,7 +13,7 @@ from diffusers import AutoencoderKL
 from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
 
-from argen.train.loop import Schedule
+from argen.train.loop import Recipe, Schedule
 from argen.train.vit_vqgan import DecoderTask, Reconstruction, augment
 from tokenizers_img.kl_vae import KLVAE, network
 from tokenizers_img.pixels import from_uint8
@@ -102,3 +102,7 @@ class KLDecoderTask(DecoderTask):
         vae = AutoencoderKL.from_pretrained(tokenizer, torch_dtype=torch.float32)
         vae.register_to_config(_name_or_path="emoji-vae")
         return KLVAE(compilable(vae)), [vae.encoder, vae.quant_conv]
+
+
+RECIPE = Recipe(KLVAETask, SCHEDULES, takes=("total",))
+DECODER_RECIPE = Recipe(KLDecoderTask, DECODER_SCHEDULES, takes=("vae", "clip", "total"))

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from argen.models.llamagen import LlamaGen
 from argen.pipelines.llamagen import LlamaGenPipeline, left_padded
-from argen.train.loop import Schedule
+from argen.train.loop import Recipe, Schedule
 from argen.train.tokens import TokensTask, initialised_from, near_codes
 
 SCHEDULES = {
@@ -68,3 +68,9 @@ class LlamaGenTask(TokensTask):
 
     def pipeline(self) -> LlamaGenPipeline:
         return LlamaGenPipeline(self._model(), self.vq, self.clip, self.text_tokenizer, list(self.groups))
+
+
+RECIPE = Recipe(LlamaGenTask, SCHEDULES, takes=("scenes", "tokenizer", "clip"))
+SECOND_RECIPE = Recipe(
+    LlamaGenTask, SECOND_SCHEDULES, takes=("scenes", "tokenizer", "clip", "generator"), start="emoji-llamagen"
+)

@@ -7,7 +7,7 @@ rest. Batches are drawn from (seed, step) alone, so that a run that was stopped 
 import json
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -103,6 +103,106 @@ def short_attention(device: torch.device) -> AbstractContextManager:
     return sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else nullcontext()
 
 
+@dataclass(frozen=True)
+class Recipe:
+    """What `argen train NAME` runs.
+
+    Attributes:
+        task: called with the folder of images, then with what it `takes`.
+        schedules: by setting, "cpu" and "gpu".
+        takes: "scenes", "clip", "tokenizer", "vae" or "generator" (folders), "total" (steps of the schedule), "x" (see
+            `argen.train.xar.XARTask`).
+        start: the model that "generator" is.
+        tokenizer: the model that "tokenizer" is.
+    """
+
+    task: Callable[..., Task]
+    schedules: dict[str, Schedule]
+    takes: tuple[str, ...] = ()
+    start: str | None = None
+    tokenizer: str = "emoji-vitvqgan"
+
+
+class Training:
+    """A task in training, at the last checkpoint of its folder if there is one; see `train`."""
+
+    def __init__(self, task: Task, schedule: Schedule, out: Path, seed: int, precision: str | None):
+        out.mkdir(parents=True, exist_ok=True)
+        set_seed(seed)
+        checkpoint = checkpoints.find(PartialState(), out)
+        precision = precision or _precision(checkpoint)
+        AcceleratorState._reset_state()  # an earlier training of this process may have had another precision
+        self.accelerator = Accelerator(mixed_precision="bf16" if precision == "bf16" else "no")
+        slower = precision == "bf16" and _fast_precision() == "fp32"
+        note = " (as it began; this machine is faster in fp32)" if slower else ""
+        self.accelerator.print(f"{out.name}: training in {precision} on {self.accelerator.device}{note}")
+        settings = {"seed": seed, "networks": list(task.networks), "options": task.options}
+        self.recipe = {"precision": precision, "schedule": asdict(schedule), **settings}
+        self.task, self.schedule, self.out, self.seed = task, schedule, out, seed
+        self.prepare(precision, checkpoint)
+        self.log: dict[str, float] = {}
+        self.started = time.time()
+
+    def prepare(self, precision: str, checkpoint: Path | None) -> None:
+        """Make the optimizers and the averaged weights, and load the checkpoint."""
+        accelerator, networks = self.accelerator, self.task.networks
+        optimizers = {name: optimizers_of(network, self.schedule, precision) for name, network in networks.items()}
+        self.task.networks = {name: accelerator.prepare(network) for name, network in networks.items()}
+        self.optimizers = {name: [accelerator.prepare(part) for part in parts] for name, parts in optimizers.items()}
+        self.model = accelerator.unwrap_model(self.task.networks["model"])
+        decay = self.schedule.ema_decay
+        self.ema = EMAModel(self.model.parameters(), decay=decay, use_ema_warmup=True, power=0.75)
+        self.ema.to(accelerator.device)
+        self.progress = Progress()
+        accelerator.register_for_checkpointing(self.ema, self.progress, *self.task.extra_state)
+        if checkpoint:
+            checkpoints.load(accelerator, checkpoint, self.recipe)
+        if accelerator.is_main_process:
+            checkpoints.trim_log(self.out / "log.jsonl", self.progress.step)
+
+    def step(self) -> None:
+        """One step of every network."""
+        accelerator, step = self.accelerator, self.progress.step
+        generator = step_generator(self.seed * 1000 + accelerator.process_index, step)
+        batch = self.task.batch(self.schedule.batch_size, generator)
+        batch = {key: value.to(accelerator.device) for key, value in batch.items()}
+        losses = self.task.losses(batch, step, self.log)
+        while (item := _next(losses, accelerator)) is not None:
+            name, loss = item
+            accelerator.backward(loss)
+            accelerator.clip_grad_norm_(self.task.networks[name].parameters(), self.schedule.grad_clip)
+            for optimizer in self.optimizers[name]:
+                for group in optimizer.param_groups:
+                    group["lr"] = self.schedule.rate(step)
+                optimizer.step()
+            self.task.networks[name].zero_grad()
+        self.ema.step(self.model.parameters())
+        self.progress.step += 1
+
+    def evaluate(self) -> dict[str, float]:
+        """Write a sample and a line of the log; gives the scores, none in processes other than the first."""
+        if not self.accelerator.is_main_process:
+            return {}
+        with _averaged(self.model, self.ema):
+            scores = self.task.evaluate()
+            self.task.sample().save(self.out / f"sample-{self.progress.step:06d}.png")
+        entry = {"step": self.progress.step, "seconds": time.time() - self.started, **self.log, **scores}
+        with (self.out / "log.jsonl").open("a") as file:
+            file.write(json.dumps(entry) + "\n")
+        tqdm.write(json.dumps({key: round(value, 4) for key, value in entry.items()}))
+        return scores
+
+    def finish(self, scores: dict[str, float]) -> dict[str, float]:
+        """Write what ships; gives the scores, measured now if there are none."""
+        if self.accelerator.is_main_process:
+            with _averaged(self.model, self.ema):
+                scores = scores or self.task.evaluate()  # where there was nothing left to do
+                shutil.rmtree(self.out / "final.new", ignore_errors=True)
+                self.task.save(self.out / "final.new")
+                checkpoints.replace_folder(self.out / "final.new", self.out / "final")
+        return scores
+
+
 def train(
     task: Task,
     schedule: Schedule,
@@ -121,75 +221,21 @@ def train(
     Args:
         precision: "bf16" (mixed) or "fp32"; None for that of the checkpoint, or without one the faster one here.
     """
-    out.mkdir(parents=True, exist_ok=True)
-    set_seed(seed)
-    checkpoint = checkpoints.find(PartialState(), out)
-    precision = precision or _precision(checkpoint)
-    AcceleratorState._reset_state()  # an earlier training of this process may have had another precision
-    accelerator = Accelerator(mixed_precision="bf16" if precision == "bf16" else "no")
-    slow = (
-        " (as it began; this machine is faster in fp32)" if precision == "bf16" and _fast_precision() == "fp32" else ""
-    )
-    accelerator.print(f"{out.name}: training in {precision} on {accelerator.device}{slow}")
-    names = list(task.networks)
-    optimizers = {name: optimizers_of(network, schedule, precision) for name, network in task.networks.items()}
-    task.networks = {name: accelerator.prepare(network) for name, network in task.networks.items()}
-    optimizers = {name: [accelerator.prepare(part) for part in parts] for name, parts in optimizers.items()}
-    model = accelerator.unwrap_model(task.networks["model"])
-    ema = EMAModel(model.parameters(), decay=schedule.ema_decay, use_ema_warmup=True, power=0.75)
-    ema.to(accelerator.device)
-    progress = Progress()
-    accelerator.register_for_checkpointing(ema, progress, *task.extra_state)
-    settings = {"schedule": asdict(schedule), "seed": seed, "networks": names, "options": task.options}
-    recipe = {"precision": precision, **settings}
-    if checkpoint:
-        checkpoints.load(accelerator, checkpoint, recipe)
-    if accelerator.is_main_process:
-        checkpoints.trim_log(out / "log.jsonl", progress.step)
-
-    scores: dict[str, float] = {}
+    training = Training(task, schedule, out, seed, precision)
+    progress, scores = training.progress, {}
     end = min(steps or schedule.steps, schedule.steps)
-    bar = tqdm(initial=progress.step, total=end, desc=out.name, disable=not accelerator.is_main_process)
-    log: dict[str, float] = {}
-    started = time.time()
-    while progress.step < end:
-        rank_seed = seed * 1000 + accelerator.process_index
-        batch = task.batch(schedule.batch_size, step_generator(rank_seed, progress.step))
-        batch = {key: value.to(accelerator.device) for key, value in batch.items()}
-        losses = task.losses(batch, progress.step, log)
-        while (item := _next(losses, accelerator)) is not None:
-            name, loss = item
-            accelerator.backward(loss)
-            accelerator.clip_grad_norm_(task.networks[name].parameters(), schedule.grad_clip)
-            for optimizer in optimizers[name]:
-                for group in optimizer.param_groups:
-                    group["lr"] = schedule.rate(progress.step)
-                optimizer.step()
-            task.networks[name].zero_grad()
-        ema.step(model.parameters())
-        progress.step += 1
-        bar.update()
-        if progress.step % 20 == 0:
-            bar.set_postfix({key: f"{value:.4g}" for key, value in log.items()})
-        if progress.step % evaluate_every == 0 or progress.step == end:
-            with _averaged(model, ema):
-                if accelerator.is_main_process:
-                    scores = task.evaluate()
-                    task.sample().save(out / f"sample-{progress.step:06d}.png")
-                    entry = {"step": progress.step, "seconds": time.time() - started, **log, **scores}
-                    with (out / "log.jsonl").open("a") as file:
-                        file.write(json.dumps(entry) + "\n")
-                    tqdm.write(json.dumps({key: round(value, 4) for key, value in entry.items()}))
-        if progress.step % checkpoint_every == 0 or progress.step == end:
-            checkpoints.write(accelerator, out, recipe)
-    bar.close()
-    if accelerator.is_main_process:
-        with _averaged(model, ema):
-            scores = scores or task.evaluate()  # where there was nothing left to do
-            shutil.rmtree(out / "final.new", ignore_errors=True)
-            task.save(out / "final.new")
-            checkpoints.replace_folder(out / "final.new", out / "final")
-    return scores
+    hidden = not training.accelerator.is_main_process
+    with tqdm(initial=progress.step, total=end, desc=out.name, disable=hidden) as bar:
+        while progress.step < end:
+            training.step()
+            bar.update()
+            if progress.step % 20 == 0:
+                bar.set_postfix({key: f"{value:.4g}" for key, value in training.log.items()})
+            if progress.step % evaluate_every == 0 or progress.step == end:
+                scores = training.evaluate()
+            if progress.step % checkpoint_every == 0 or progress.step == end:
+                checkpoints.write(training.accelerator, out, training.recipe)
+    return training.finish(scores)
 
 
 def _precision(begun: Path | None) -> str:

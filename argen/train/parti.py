@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from argen.models.parti import Parti
 from argen.pipelines.parti import PartiPipeline
-from argen.train.loop import Schedule
+from argen.train.loop import Recipe, Schedule
 from argen.train.tokens import TokensTask, initialised_from, near_codes
 
 SCHEDULES = {
@@ -48,3 +48,9 @@ class PartiTask(TokensTask):
 
     def pipeline(self) -> PartiPipeline:
         return PartiPipeline(self.clip, self.text_tokenizer, self._model(), self.vq)
+
+
+RECIPE = Recipe(PartiTask, SCHEDULES, takes=("scenes", "tokenizer", "clip"))
+SECOND_RECIPE = Recipe(
+    PartiTask, SECOND_SCHEDULES, takes=("scenes", "tokenizer", "clip", "generator"), start="emoji-parti"
+)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from argen.data.scenes import COMMON, HUES, NUMBERS
 from argen.models.emoji_diffusion import NOISE, SAMPLED, assembled
-from argen.train.loop import Schedule
+from argen.train.loop import Recipe, Schedule
 from argen.train.tokens import LatentsTask
 
 SCHEDULES = {
@@ -120,3 +120,12 @@ class ThirdStableDiffusionTask(StableDiffusionTask):
         bare, _ = super().encode_text(batch | {"input_ids": batch["bare_ids"]})
         ended = (batch["input_ids"] == self.text_tokenizer.eos_token_id).cumsum(dim=1) > 0
         return torch.where((ended & batch["bare"][:, None])[..., None], bare, states), mask
+
+
+RECIPE = Recipe(StableDiffusionTask, SCHEDULES, takes=("scenes", "vae", "clip"))
+SECOND_RECIPE = Recipe(
+    StableDiffusionTask, SECOND_SCHEDULES, takes=("scenes", "vae", "clip", "generator"), start="emoji-sd"
+)
+THIRD_RECIPE = Recipe(
+    ThirdStableDiffusionTask, THIRD_SCHEDULES, takes=("scenes", "vae", "clip", "generator"), start="emoji-sd"
+)

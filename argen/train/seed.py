@@ -20,7 +20,7 @@ from torch.utils.data import ConcatDataset
 from transformers import Blip2QFormerModel
 
 from argen.eval.retrieval import held_out_sample, recall
-from argen.train.loop import Schedule
+from argen.train.loop import Recipe, Schedule
 from argen.train.seed_encoder import halved, varied
 from argen.train.tokens import CaptionsTask, paired
 from argen.train.vit_vqgan import CodeUsage
@@ -426,3 +426,9 @@ def without(model: Seed | ConvEncoder, **changes) -> Seed | ConvEncoder:
     smaller = type(model)(**config | changes)
     smaller.load_state_dict({key: value for key, value in model.state_dict().items() if key in smaller.state_dict()})
     return smaller
+
+
+CONTRASTIVE_RECIPE = Recipe(
+    SeedContrastiveTask, CONTRASTIVE_SCHEDULES, takes=("scenes", "tokenizer", "clip"), tokenizer="emoji-seed-encoder"
+)
+RECIPE = Recipe(SeedTask, SCHEDULES, takes=("scenes", "tokenizer", "clip", "total"), tokenizer="emoji-seed-contrastive")

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from argen.data.tables import pixels, read_split
 from argen.eval.retrieval import AMONG
 from argen.train.judge import settle
-from argen.train.loop import Schedule, Task
+from argen.train.loop import Recipe, Schedule, Task
 from argen.train.tokens import shares
 from tokenizers_img.conv_encoder import ConvEncoder
 from tokenizers_img.pixels import from_uint8
@@ -127,3 +127,6 @@ class EncoderTask(Task):
 
     def save(self, folder: Path) -> None:
         self._model().encoder.to(torch.bfloat16).save_pretrained(folder)
+
+
+RECIPE = Recipe(EncoderTask, SCHEDULES)

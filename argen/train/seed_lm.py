@@ -14,7 +14,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from argen.eval.retrieval import held_out_sample
 from argen.models.seed_llama import Vocabulary, add_words, likelihoods
-from argen.train.loop import Schedule
+from argen.train.loop import Recipe, Schedule
 from argen.train.seed import ImagesTask
 from argen.train.tokens import near_codes
 from tokenizers_img.seed.network import Seed
@@ -146,3 +146,13 @@ class SeedLMTask(ImagesTask):
     def save(self, folder: Path) -> None:
         self._model().to(torch.bfloat16).save_pretrained(folder)
         self.both.save_pretrained(folder)
+
+
+RECIPE = Recipe(SeedLMTask, SCHEDULES, takes=("scenes", "tokenizer", "clip"), tokenizer="emoji-seed")
+SECOND_RECIPE = Recipe(
+    SeedLMTask,
+    SECOND_SCHEDULES,
+    takes=("scenes", "tokenizer", "clip", "generator"),
+    start="emoji-seed-lm",
+    tokenizer="emoji-seed",
+)

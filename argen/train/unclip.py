@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from argen.data.scenes import COMMON
 from argen.models.clip import TextImageEncoder
 from argen.models.emoji_diffusion import EMOJI_SEED, NOISE, unclip
-from argen.train.loop import Schedule
+from argen.train.loop import Recipe, Schedule
 from argen.train.sd import velocity_error
 from argen.train.tokens import LatentsTask, paired
 from tokenizers_img.conv_encoder import ConvEncoder, TwoEncoders
@@ -133,3 +133,6 @@ class UnCLIPTask(LatentsTask):
     def save(self, folder: Path) -> None:
         super().save(folder)
         self.normalizer.save_pretrained(folder / "image_normalizer")
+
+
+RECIPE = Recipe(UnCLIPTask, SCHEDULES, takes=("scenes", "tokenizer", "vae", "clip"), tokenizer="emoji-seed")

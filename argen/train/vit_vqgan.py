@@ -18,7 +18,7 @@ from transformers import CLIPVisionModel
 from argen.data.tables import pixels, read_split
 from argen.device import autocast
 from argen.eval import reconstruction
-from argen.train.loop import Schedule, Task
+from argen.train.loop import Recipe, Schedule, Task
 from tokenizers_img.kl_vae import KLVAE
 from tokenizers_img.pixels import from_uint8
 from tokenizers_img.vit_vqgan import ViTVQGAN
@@ -272,3 +272,7 @@ def adaptive_weight(loss: Tensor, fooled: Tensor, decoded: Tensor) -> Tensor:
     (loss_grad,) = torch.autograd.grad(loss, decoded, retain_graph=True)
     (adversarial_grad,) = torch.autograd.grad(fooled, decoded, retain_graph=True)
     return (loss_grad.norm() / (adversarial_grad.norm() + 1e-8)).clamp(max=1e4).detach()
+
+
+RECIPE = Recipe(ViTVQGANTask, SCHEDULES, takes=("total",))
+DECODER_RECIPE = Recipe(DecoderTask, DECODER_SCHEDULES, takes=("tokenizer", "clip", "total"))

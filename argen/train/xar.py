@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from argen.models.xar import XAR
 from argen.pipelines.xar import XARPipeline
-from argen.train.loop import Schedule
+from argen.train.loop import Recipe, Schedule
 from argen.train.tokens import LatentsTask
 
 SCHEDULES = {
@@ -22,7 +22,7 @@ X = "cell-4"
 
 class XARTask(LatentsTask):
     """Args:
-    x: kind and size of the X, see `argen.models.xar.Entities`: "cell-4"; "cell-1" is a token, "cell-8" the whole image.
+    x: kind and size of the X, see `argen.models.xar.Entities`: "cell-4" (the shipped one); "cell-1" is a token, "cell-8" the whole image.
     others: see `LatentsTask`.
 
     Raises:
@@ -31,7 +31,8 @@ class XARTask(LatentsTask):
 
     group_share = 0.1
 
-    def __init__(self, data: Path, scenes: Path, vae: Path, clip: Path, x: str = X):
+    def __init__(self, data: Path, scenes: Path, vae: Path, clip: Path, x: str | None = None):
+        x = x or X
         kind, _, size = x.partition("-")
         if not size.isdigit():
             raise ValueError(f"unknown X {x!r}: expected a kind and a size, as in cell-4, subsample-2 or scale-2")
@@ -59,3 +60,6 @@ class XARTask(LatentsTask):
 
     def pipeline(self) -> XARPipeline:
         return XARPipeline(self._model(), self.vae.vae, self.clip, self.text_tokenizer, list(self.groups))
+
+
+RECIPE = Recipe(XARTask, SCHEDULES, takes=("scenes", "vae", "clip", "x"))
