@@ -126,7 +126,7 @@ def save_tokens(path: Path, tokenizer: str, tokens: np.ndarray) -> None:
 
 
 def read_tokens(path: str | Path) -> tuple[str, np.ndarray]:
-    """What `save_tokens` wrote.
+    """Read a file of `save_tokens`.
 
     Raises:
         FileNotFoundError, ValueError: there is no such file; it is none of ours.

@@ -28,7 +28,7 @@ MIN_CONTROL = 16  # pixels on a side of a control picture
 
 @dataclass(frozen=True)
 class Control:
-    """What a controlled generator follows.
+    """Control image of a request, its kind and its strength.
 
     Attributes:
         image: of any mode, turned as its EXIF says; one that is as large as the image asked for is taken as it is.
@@ -64,7 +64,7 @@ class Control:
 
     @classmethod
     def from_dict(cls, saved: dict) -> "Control":
-        """What `to_dict` gave.
+        """Read the output of `to_dict`.
 
         Raises:
             ValueError: something else; says what.
@@ -230,7 +230,7 @@ class Request:
 
     @classmethod
     def from_dict(cls, saved: dict) -> "Request":
-        """What `to_dict` gave.
+        """Read the output of `to_dict`.
 
         Raises:
             ValueError: something else; says what.

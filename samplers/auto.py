@@ -12,8 +12,8 @@ from samplers.logits import Noise, Sampling
 from samplers.settings import settings
 from samplers.steps import GuidanceScale, Origin, Sequential, Session, Step
 
-WINDOW = 8  # of Jacobi: on two cores faster than 16, which takes fewer passes
-TRIED = 3  # passes of Jacobi, the first of which is not timed
+WINDOW = 8  # of Jacobi: on two cores faster than 16, which takes fewer forward passes
+TRIED = 3  # forward passes of Jacobi, the first of which is not timed
 CPU_IMAGES = 1  # with more at a time, a forward pass over their windows takes a CPU longer than the passes it saves
 
 

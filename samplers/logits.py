@@ -1,6 +1,6 @@
 """From logits to one drawn token, as pure functions of the logits and of noise that is fixed for every cell.
 
-Letters in shape comments: B images, N cells of an image, n cells of a pass, K vocabulary.
+Letters in shape comments: B images, N cells of an image, n cells of a forward pass, K vocabulary.
 """
 
 from collections.abc import Iterator
@@ -36,7 +36,7 @@ def keep_top_p(logits: Tensor, p: float) -> Tensor:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a token is drawn from logits.
+    """Sampling of a token from logits.
 
     Args:
         temperature: divides the logits; 0 is greedy (the arg-max).
@@ -63,7 +63,7 @@ class Sampling:
 
 
 class Noise(Protocol):
-    """What decides each cell of each image, whatever else is decided in the pass and however often it is drawn."""
+    """Random numbers of each cell of each image, whatever else is decided in the forward pass and however often it is drawn."""
 
     def draw(self, logits: Tensor, cells: Tensor) -> Tensor:
         """Filtered logits [B, n, K] of `cells` ([n] or [B, n], on the CPU) -> tokens [B, n]."""

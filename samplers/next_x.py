@@ -58,7 +58,7 @@ class NextX:
     noisy = False  # whether the solver draws noise at each step
 
     def times(self, entity: int, entities: int) -> list[float]:
-        """Of one of the entities."""
+        """Times of the solver for one of the entities."""
         first, last = (self.steps, self.steps) if isinstance(self.steps, int) else self.steps
         remaining = (entities - 1 - entity) / max(1, entities - 1)
         return (stochastic_times if self.noisy else even_times)(int(remaining * (first - last) + last))

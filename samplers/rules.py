@@ -15,7 +15,7 @@ from torch import Tensor
 
 
 class Raised(NamedTuple):
-    """What a candidate is judged by.
+    """Acceptance criteria of a candidate.
 
     Attributes:
         likely: its probability under the target's distribution, plus that of its neighbours.
@@ -48,12 +48,12 @@ class Candidates:
 
 
 class Choice(NamedTuple):
-    """What became of the children of a node.
+    """Outcome for the children of a node.
 
     Attributes:
-        node: the child that is kept, or None.
-        relaxed: the lossless rule would not have kept it.
-        probs: probabilities [K] of the token that is drawn where none is kept.
+        node: the child that is accepted, or None.
+        relaxed: the lossless rule would not have accepted it.
+        probs: probabilities [K] of the token that is drawn where none is accepted.
     """
 
     node: int | None
@@ -63,7 +63,7 @@ class Choice(NamedTuple):
 
 @runtime_checkable
 class Rule(Protocol):
-    """Which candidate is kept."""
+    """Acceptance rule for the candidates of a node."""
 
     lossless: bool
 
@@ -81,7 +81,7 @@ class OneByOne:
     """Candidates are tried in turn, and after each rejection the residual distribution is used (SpecInfer, EAGLE)."""
 
     def relax(self, probs: Tensor, token: int) -> Raised:
-        """How a candidate is judged under the target's probabilities [K]."""
+        """Acceptance criteria of a candidate under the target's probabilities [K]."""
         raise NotImplementedError
 
     def choose(self, probs: Tensor, candidates: Candidates, uniforms: Iterator[float], reject_in: str) -> Choice:

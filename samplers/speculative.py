@@ -1,4 +1,4 @@
-"""Speculative decoding: the network looks at a tree of drafted tokens in one pass, and a rule says which path of it is kept.
+"""Speculative decoding: the network looks at a tree of drafted tokens in one forward pass, and a rule says which path is accepted.
 
 One loop with four slots: where drafts come from (`Drafter`), which tree is drafted (`samplers.trees`), what is accepted
 (`samplers.rules`), and the cache, which is the session's.
@@ -40,7 +40,7 @@ class Verdict(NamedTuple):
     Attributes:
         accepted: its nodes, the root first.
         probs: probabilities [K] of the token after the last of them.
-        relaxed: those of the nodes that the lossless rule would not have kept.
+        relaxed: those of the nodes that the lossless rule would not have accepted.
     """
 
     accepted: list[int]
@@ -88,7 +88,7 @@ def verify_greedy(target_probs: Tensor, tree: Tree, tokens: Sequence[int], rule:
         target_probs: the target's probabilities [M, K], at temperature 1.
 
     Returns:
-        The nodes that are kept, the root first.
+        The accepted nodes, the root first.
     """
     best: list[int] = []
 
@@ -110,7 +110,7 @@ class Drafter(Protocol):
     """Where drafts come from."""
 
     def begin(self, session: Session) -> Drafting:
-        """Draft for the images of a session, which has made its first pass."""
+        """Draft for the images of a session, which has made its first forward pass."""
 
 
 class DraftedSession(Session, Protocol):
@@ -276,7 +276,7 @@ class Speculative:
     def _verdict(
         self, target_probs: Tensor, draft: Draft, distribution: Distribution, numbers: Iterator[float]
     ) -> Verdict:
-        """Of one image, probabilities [M, K]."""
+        """Verify the draft of one image, with probabilities [M, K]."""
         if not distribution.greedy:
             return verify(
                 target_probs, draft.tree, draft.tokens, rule_of(self.rule), numbers, draft.drafted, self.reject_in

@@ -1,6 +1,6 @@
 """The decode loop: a grid of tokens is filled step by step, and every step can be seen, stopped and taken up again.
 
-A sampler drives a `Session` (a network with its prompt and its cache) and yields a `Step` after each pass. It decides
+A sampler drives a `Session` (a network with its prompt and its cache) and yields a `Step` after each forward pass. It decides
 the cells of the grid that are still -1 and keeps the others, so preview, cancel, resume, fork and inpainting are one
 loop, called with different grids. Stop iterating to cancel: the last step holds what there is.
 
@@ -23,7 +23,7 @@ START = -1  # the token, and the position, that stands before the first cell
 
 
 class Session(Protocol):
-    """What a discrete generator offers to every sampler: its network, bound to the prompts of B images, and a cache.
+    """Interface of a discrete generator for samplers: its network, bound to the prompts of B images, and a cache.
 
     Attributes:
         length: N, the cells of one image.
@@ -54,11 +54,11 @@ class Session(Protocol):
         """
 
     def keep(self, nodes: Tensor) -> None:
-        """Of a tree keep the tokens `nodes` ([m] or [B, m] int64, by their number in the pass): they become the chain."""
+        """Keep the tokens `nodes` of a tree ([m] or [B, m] int64, by their number in the forward pass): they become the chain."""
 
 
 class Origin(IntEnum):
-    """How a cell came by its token."""
+    """Origin of a cell's token."""
 
     GIVEN = 0  # or undecided
     DRAWN = 1  # from the network's distribution, in a forward pass that was made for it
@@ -68,7 +68,7 @@ class Origin(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """The state after a pass.
+    """The state after a forward pass.
 
     Attributes:
         tokens: [B, N] int64, -1 where nothing is decided yet; a copy that the caller may keep.
@@ -90,7 +90,7 @@ GuidanceScale = float | Callable[[int], float]  # one number, or a number for ea
 
 
 class Sampler(Protocol):
-    """How the undecided cells are filled: a class of `samplers.settings.settings`.
+    """Sampler that fills the undecided cells: a class of `samplers.settings.settings`.
 
     Attributes:
         lossless: whether tokens follow the network's own distribution.
@@ -110,7 +110,7 @@ class Sampler(Protocol):
 
 @settings
 class Sequential:
-    """One token a pass, in row-major order."""
+    """One token per forward pass, in row-major order."""
 
     name = "sequential"
     lossless = True

@@ -38,7 +38,7 @@ class Tree:
 
     @cached_property
     def children(self) -> tuple[tuple[int, ...], ...]:
-        """Of each node, in the order in which they are tried."""
+        """Children of each node, in the order in which they are tried."""
         children: list[list[int]] = [[] for _ in self.parents]
         for node, parent in enumerate(self.parents[1:], 1):
             children[parent].append(node)
@@ -76,7 +76,7 @@ class Drafted:
 
 @dataclass(frozen=True)
 class Draft:
-    """What a shape has grown for one image: the tree, the tokens of its nodes, and how they were drawn."""
+    """Draft of one image: the tree, the tokens of its nodes, and how they were drawn."""
 
     tree: Tree
     tokens: list[int]
@@ -101,7 +101,7 @@ def without_replacement(probs: Tensor, uniforms: Sequence[float]) -> tuple[list[
 
 
 def of_images(hidden: Tensor, index: Tensor) -> Tensor:
-    """Of hidden states [R, n, D] those numbered `index` [B, m] in each image, with and without guidance: [R, m, D]."""
+    """Select the hidden states [R, n, D] numbered `index` [B, m] in each image, with and without guidance: [R, m, D]."""
     rows = torch.arange(len(hidden), device=hidden.device)[:, None]
     return hidden[rows, index.repeat(len(hidden) // len(index), 1).to(hidden.device)]
 
@@ -114,7 +114,7 @@ class Drafting(Protocol):
 
         Args:
             tokens, cells: [B, n] int64, `cells` on the CPU: where the tokens stand, one after the other.
-            nodes: [B, n] on the CPU, the tokens that led to them, by their number in the target's last pass.
+            nodes: [B, n] on the CPU, the tokens that led to them, by their number in the target's last forward pass.
             ahead: [B] on the CPU: only so many of the tokens of each image count.
 
         Returns:
@@ -138,7 +138,7 @@ class Drafting(Protocol):
         """The target's logits [B, n, K] of hidden states, as `samplers.steps.Session.forward` gives them."""
 
     def observe(self, tokens: Tensor, logits: Tensor, draft_probs: Tensor) -> None:
-        """Learn from a pass of the target over tokens [B, M]: guided logits and probabilities [B, M, K] of what follows."""
+        """Learn from a forward pass of the target over tokens [B, M]: guided logits and probabilities [B, M, K] of what follows."""
 
 
 class Distribution:

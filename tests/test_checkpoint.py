@@ -263,8 +263,8 @@ def test_files_of_other_programs_are_named(tmp_path):
 
     path = tmp_path / "a.pt"
     np.savez(tmp_path / "a.npz", a=np.zeros(3))
-    with zipfile.ZipFile(tmp_path / "z.zip", "w") as content:
-        content.writestr("a.txt", "a")
+    with zipfile.ZipFile(tmp_path / "z.zip", "w") as archive:
+        archive.writestr("a.txt", "a")
     for data, kind in (
         (gzip.compress(b"a" * 99), "compressed by gzip"),
         (pickle.dumps({"a": np.zeros(3)}), "a pickle that torch did not write"),

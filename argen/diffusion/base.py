@@ -21,7 +21,7 @@ def check_pipeline(pipe: StableDiffusion, refusal: str) -> None:
 
 @torch.no_grad()
 def encode(pipe: StableDiffusion, prompt: str | Sequence[str], negative_prompt: str | None = None) -> dict[str, Tensor]:
-    """What the pipeline's call takes for one or more prompts, with their padding; and for what it shall not show, if given."""
+    """Embeddings of one or more prompts for the pipeline's call, with their padding; and of the negative prompt, if given."""
     kwargs = {"device": pipe._execution_device, "num_images_per_prompt": 1}
     guided = negative_prompt is not None
     embeds = pipe.encode_prompt(

@@ -157,7 +157,7 @@ def _anchor(prompt: str, members: Sequence[int]) -> str:
 
 
 def parse(prompt: str, bind: Mapping[str, str | Sequence[str]] | None = None) -> Binding:
-    """Which words belong together.
+    """Parse which words of a prompt belong together.
 
     Args:
         bind: object -> its modifiers, as they stand in the prompt: {"robot": "blue", "cat": ["wearing sunglasses"]}. None

@@ -157,7 +157,7 @@ def last_words(concept: Tensor, target: Tensor, lengths: tuple[int, int]) -> tup
 
 @dataclass(frozen=True)
 class Preset:
-    """How a kind of concept is erased, as published.
+    """Settings of the erasure of a kind of concept, as published.
 
     Attributes:
         scale: of the derivation, see `derive`.
@@ -184,7 +184,7 @@ RECORD = "erased.json"
 
 @dataclass(frozen=True)
 class Erased:
-    """What an edit did.
+    """Result of an edit.
 
     Attributes:
         stage: "UCE", then "RECE 1" and so on.

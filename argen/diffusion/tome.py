@@ -36,7 +36,7 @@ BINDING_SCALE = 10000.0  # of the binding loss
 
 @dataclass(frozen=True)
 class BindingSettings:
-    """How strongly a prompt is bound; names as in the authors' code.
+    """Settings of the binding; names as in the authors' code.
 
     Args:
         tome_control_steps: in so many first steps the composite tokens, and the maps of attention, are refined.
@@ -92,7 +92,7 @@ def merged_tokens(
 
 
 def entropy_loss(maps: Tensor, nouns: Sequence[int], end: int, pose: bool = False) -> Tensor:
-    """How spread the attention to each composite token is.
+    """Entropy of the attention to each composite token.
 
     Args:
         maps: attention of each place to each token [h, w, L], probabilities.
@@ -145,7 +145,7 @@ def recorded_layers(pipe) -> list[str]:
 
 @dataclass
 class BindingStep:
-    """What was done in a step: losses of each group's token, and of the maps."""
+    """Losses of a step: of each group's token, and of the maps."""
 
     semantic: list[list[float]] = field(default_factory=list)
     entropy: list[float] = field(default_factory=list)

@@ -45,7 +45,7 @@ def binding(model: str) -> str:
 
 
 def counting(model: str, count: int, steps: int | None = None, guidance_scale: float | None = None) -> dict:
-    """What `CountToken` takes beside counters. Where the card says ``optimise = "number"``, the word of the number is optimised, for
+    """Arguments of `CountToken` beside its counters. Where the card says ``optimise = "number"``, the word of the number is optimised, for
     models whose few words have no other that means nothing."""
     card, overrides = card_of(model), _overrides(steps, guidance_scale)
     if card.tool("count").get("optimise") != "number":
@@ -89,7 +89,7 @@ def erasing(
     retained: Sequence[str] = (),
     targets: Sequence[str] | None = None,
 ) -> dict[str, str | list[str] | None]:
-    """What `ConceptErasure.erase` takes. From a model whose card has a vocabulary: concepts as its captions have them, and with all others
+    """Arguments of `ConceptErasure.erase`. From a model whose card has a vocabulary: concepts as its captions have them, and with all others
     retained that it knows; from others as published.
 
     Raises:
@@ -125,7 +125,7 @@ def _overrides(steps: int | None, guidance_scale: float | None) -> dict:
 def counters(
     model: str, device: torch.device | str, clip_count: Path | None = None, detector: str | None = None
 ) -> dict:
-    """What `CountToken` judges images by.
+    """Counters of `CountToken`.
 
     Args:
         model: one whose card names a counter and an encoder has counters that ship.

@@ -72,7 +72,7 @@ class Scenes(Sequence):
         return self.table[index]
 
     def control(self, index: int, kind: str) -> Image.Image:
-        """What the generator is asked to follow: the picture itself for canny, its map for "seg"."""
+        """Control image: the image itself for canny, its map for "seg"."""
         image = self[index]
         return Image.fromarray(segments(image, self.boxes[index]) if kind == "seg" else image)
 

@@ -27,7 +27,7 @@ class Moments:
 
     @classmethod
     def of(cls, rows: Tensor) -> "Moments":
-        """Of rows [N, D]."""
+        """Compute the moments of rows [N, D]."""
         rows = rows.double().cpu()
         mean = rows.mean(dim=0)
         return cls(len(rows), mean, (rows - mean).T @ (rows - mean))
@@ -83,7 +83,7 @@ def kernel_distance(
 
 
 def squared_mmd(a: Tensor, b: Tensor) -> float:
-    """Of rows [n, D] each, with the kernel of `kernel_distance`."""
+    """Unbiased squared MMD of rows [n, D] each, with the kernel of `kernel_distance`."""
     a, b = a.double(), b.double()
     within = 0.0
     for rows in (a, b):

@@ -31,7 +31,7 @@ HELD_OUT, AMONG = 200, 100
 
 
 class Generator(Protocol):
-    """What is scored: draws a request, and can embed prompts and pictures (`argen.pipelines.base.TokenPipeline`)."""
+    """Pipeline that is scored: runs a request, and can embed prompts and images (`argen.pipelines.base.TokenPipeline`)."""
 
     text_image_encoder: TextImageEncoder | None
 

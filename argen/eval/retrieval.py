@@ -21,8 +21,8 @@ def held_out_sample(count: int) -> list[int]:
 
 
 def recall(similarity: Tensor) -> dict[str, float]:
-    """Of captions against pictures [n, n], equal places belonging together: is the right one first, among the first
-    five, in blocks of `AMONG`?"""
+    """Recall@1 and recall@5 in blocks of `AMONG`, from the similarity [n, n] of captions to images; matching ones lie on the
+    diagonal."""
     blocks = [similarity[i : i + AMONG, i : i + AMONG] for i in range(0, len(similarity), AMONG)]
     ranks = torch.cat([(block > block.diagonal()[:, None]).sum(dim=1) for block in blocks])
     return {f"recall@{k} of {AMONG}": (ranks < k).float().mean().item() for k in (1, 5)}

@@ -59,12 +59,12 @@ class Statistics:
 
 
 def generator_of(seed: int, index: int) -> torch.Generator:
-    """What picture `index` of a run is drawn with, in whatever batch and process."""
+    """Generator that image `index` of a run is sampled with, in whatever batch and process."""
     return torch.Generator().manual_seed((seed << 32) + index)
 
 
 def processes() -> PartialState:
-    """Which of how many processes this is."""
+    """State of this process among those of the run."""
     return PartialState(cpu=not torch.accelerator.is_available())
 
 
@@ -76,7 +76,7 @@ def features(
     crop: str | None = None,
     batch_size: int = 32,
 ) -> dict[str, Tensor]:
-    """What `extractor` sees in every picture, kept in `folder` as one ``<array>.npy`` each and mapped from there.
+    """Features of every image by `extractor`, stored in `folder` as one ``<array>.npy`` each and mapped from there.
 
     Args:
         arrays: which of the extractor's arrays.
@@ -168,7 +168,7 @@ def moments(rows: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def settings_of(extractor: Extractor, crop: str | None) -> dict[str, str | None]:
-    """What features depend on besides the pictures."""
+    """Settings that features depend on besides the images."""
     return {"features": extractor.name, "protocol": extractor.protocol, "crop": crop, "weights": extractor.weights}
 
 

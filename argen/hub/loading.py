@@ -72,7 +72,7 @@ def _released(path: Path) -> Card | None:
 
 
 def _read(folder: Path, card: Card | None, read: Callable[[], Any]) -> Any:
-    """What `read` gives, in float32, with the defaults of the card; one clear line if its files cannot be used."""
+    """Return the result of `read` in float32, with the defaults of the card; one clear line if its files cannot be used."""
     try:
         with _alone():
             loaded = _in_float32(read())

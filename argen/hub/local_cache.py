@@ -37,7 +37,7 @@ class Holding:
 
 
 def local_cache() -> list[Holding]:
-    """Of every model, in the order of the registry."""
+    """List the weights of every model, in the order of the registry."""
     repos, holdings = _cached(), []
     for name, model in all_cards().items():
         if model.repo is None:
@@ -119,7 +119,7 @@ def _as_named(path: Path) -> bool:
 
 
 def _digest(path: Path, kind: str, before: bytes = b"") -> str | None:
-    """Of `before` and a file; None where there is no file."""
+    """Digest of `before` and a file; None where there is no file."""
     if not path.is_file():
         return None
     digest = hashlib.new(kind, before)

@@ -4,7 +4,7 @@ HED: ``ControlNetHED.pth`` of lllyasviel/Annotators (Apache-2.0), arXiv 1504.063
 informative-drawings (MIT), ``sk_model.pth`` there, arXiv 2203.12691. Depth: DPT, segments: MaskFormer, through transformers.
 The two networks have the published names; canny needs nothing else, segments scipy (``pip install "argen[control]"``).
 
-Letters in shape comments: B pictures, H W pixels.
+Letters in shape comments: B images, H W pixels.
 """
 
 from collections.abc import Callable

@@ -1,6 +1,6 @@
 """A CLIP (arXiv 2103.00020) of transformers as argen uses it: prompts and pictures to unit vectors.
 
-Letters in shape comments: P prompts, B pictures, E width of the common space.
+Letters in shape comments: P prompts, B images, E width of the common space.
 """
 
 from dataclasses import dataclass

@@ -3,7 +3,7 @@
 Weights: ``clipcount_pretrained.ckpt`` of songrise/CLIP-Count (MIT), a Lightning checkpoint without the frozen CLIP, which is
 OpenAI's ViT-B/16. The modules are named as there.
 
-Letters in shape comments: B pictures, L text ids, D width of the common space, V of the picture's transformer, P patches.
+Letters in shape comments: B images, L text ids, D width of the common space, V of the picture's transformer, P patches.
 """
 
 import re
@@ -106,7 +106,7 @@ class SelfAttention(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Of one text vector: its soft-max is 1, so what it gives does not depend on who asks; wq and wk have no influence."""
+    """Cross-attention to one text vector: its softmax is 1, so the output does not depend on the query; wq and wk have no effect."""
 
     def __init__(self, dim: int):
         super().__init__()

@@ -8,7 +8,7 @@ it what is added to the stream at three depths, at the position that predicts th
 the first token, belongs to the call, and is zero for the unguided half. (In the authors' code the strength acts under guidance
 only, and the control of one call stays behind for the next.)
 
-Letters in shape comments: B pictures, H W pixels, h w token grid, N = h*w cells (row-major), D width.
+Letters in shape comments: B images, H W pixels, h w token grid, N = h*w cells (row-major), D width.
 """
 
 import re
@@ -154,7 +154,7 @@ class ControlAR(LlamaGen):
         return load_strict(model, converted(read_state_dict(path, averaged=False), kind), source=path)
 
     def control(self, images: Tensor, strength: float = 1.0) -> Tensor:
-        """What control pictures [B, 3, H, W] in [-1, 1] add to the stream: [3, B, N, D].
+        """Features that control images [B, 3, H, W] in [-1, 1] add to the stream: [3, B, N, D].
 
         Args:
             strength: multiplies it; 0 is no control.

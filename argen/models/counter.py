@@ -1,6 +1,6 @@
 """A small network that counts: how densely an emoji picture is filled with things, differentiably.
 
-Letters in shape comments: B pictures.
+Letters in shape comments: B images.
 """
 
 import torch

@@ -2,7 +2,7 @@
 
 Weights: github.com/borisdayma/dalle-mini (Apache-2.0), in PyTorch as ``kuprel/min-dalle`` (MIT); the layout is theirs.
 
-Letters in shape comments: B pictures, T text tokens, n tokens of a pass, D width, H heads, K codes, R cache rows.
+Letters in shape comments: B images, T text tokens, n tokens of a forward pass, D width, H heads, K codes, R cache rows.
 """
 
 from pathlib import Path

@@ -6,7 +6,7 @@ Papers: EAGLE (arXiv 2401.15077); LANTERN (arXiv 2410.03355), whose drafters for
 As in `argen.models.llamagen` the condition has no rotation, so it is kept as one cache slot.
 
 Letters in shape comments: R rows (2B under guidance: with the condition, then without), T condition positions, n picture
-tokens of a pass, D width, H heads, K codes.
+tokens of a forward pass, D width, H heads, K codes.
 """
 
 from pathlib import Path

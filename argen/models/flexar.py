@@ -3,8 +3,8 @@
 Paper: "1D Ordered Tokens Enable Efficient Test-Time Search" (arXiv 2604.15453). Weights: ``EPFL-VILAB/FlexAR-*`` on the
 hub (Apache-2.0), whose layout this file has. What their authors' code computes anew for every token is cached here.
 
-Letters in shape comments: B pictures, R rows of the cache (2B under guidance), T text tokens, N tokens of a picture, n of
-a pass, D width, K codes.
+Letters in shape comments: B images, R rows of the cache (2B under guidance), T text tokens, N tokens of a picture, n of
+a forward pass, D width, K codes.
 """
 
 from pathlib import Path
@@ -349,7 +349,7 @@ def _norm(part: dict | None, what: str) -> tuple[float | None, str]:
 
 
 def sizes_of(config: dict) -> dict:
-    """What `FlexAR` takes, of a published configuration.
+    """Arguments of `FlexAR` from a published configuration.
 
     Raises:
         ValueError: it lacks something, or names a part that argen does not know.

@@ -1,6 +1,6 @@
 """A small network that names one object and its colour: the judge of the emoji family (`argen eval emoji`).
 
-Letters in shape comments: B pictures, K names, C colours.
+Letters in shape comments: B images, K names, C colours.
 """
 
 import torch
@@ -59,7 +59,7 @@ class Judge(ModelMixin, ConfigMixin):
         return names, [self.config.colours[i] for i in colour.argmax(dim=1).tolist()]
 
     def hints(self, pixels: Tensor) -> Tensor:
-        """What the group is told from: the features and, weighed up, the probabilities of the names [B, F + K]."""
+        """Inputs of the group classifier: the features and, weighed up, the probabilities of the names [B, F + K]."""
         x = self.features(pixels)
         return torch.cat([x, NAMES_WEIGHT * self.name(x).softmax(dim=1)], dim=1)
 

@@ -9,7 +9,7 @@ the score log(how many are seen) and their mean value. This file keeps them as t
 The shipped model, which is small, reads its caption word by word instead (`caption_attention`).
 
 Letters in shape comments: R rows (2B under guidance: with the condition, then without), T condition positions, n picture
-tokens of a pass, m keys, D width, H heads, K codes.
+tokens of a forward pass, m keys, D width, H heads, K codes.
 """
 
 from pathlib import Path
@@ -38,7 +38,7 @@ Pair = tuple[Tensor, Tensor]  # keys and values
 
 
 def running_mean(value: Tensor, counted: Tensor) -> Tensor:
-    """Of [R, T, D], at each position: the mean of those so far that `counted` [R, T, 1] is 1 for."""
+    """Mean of [R, T, D] up to each position, over those for which `counted` [R, T, 1] is 1."""
     return (value * counted).cumsum(dim=1) / counted.cumsum(dim=1).clamp(min=1)
 
 
@@ -324,7 +324,7 @@ def _init(module: nn.Module) -> None:
 
 
 class LlamaGenSession:
-    """`samplers.steps.Session` of a `LlamaGen`, bound to the conditions of B pictures.
+    """`samplers.steps.Session` of a `LlamaGen`, bound to the conditions of B images.
 
     Args:
         embedded, mask: as `LlamaGen.condition` takes them. Under guidance R = 2B: all conditions, then "none" as often.
@@ -335,7 +335,7 @@ class LlamaGenSession:
 
     Attributes:
         prefix: [R, T, D], hidden states of the condition.
-        hidden: [R, n, D], those of the last pass, as a drafter reads them.
+        hidden: [R, n, D], those of the last forward pass, as a drafter reads them.
     """
 
     def __init__(

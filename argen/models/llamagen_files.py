@@ -33,7 +33,7 @@ def read_generator(path: Path, stride: int, image_size: int | None = None) -> Ll
 
 
 def sizes_of(state: dict[str, Tensor], path: Path, freqs_cis: Tensor | None = None) -> dict:
-    """What `LlamaGen` takes, but for the grid, of tensors under its own names.
+    """Arguments of `LlamaGen`, but for the grid, from tensors under its own names.
 
     Raises:
         ValueError: they are another network's, or leave the number of heads open.

@@ -4,7 +4,7 @@ Paper: "Scaling Autoregressive Models for Content-Rich Text-to-Image Generation"
 released; this network is trained here (`argen train emoji-parti`). It reads the hidden states of a frozen text encoder
 where the paper pre-trains its own.
 
-Letters in shape comments: B pictures, T text tokens, N picture tokens, n tokens of a pass, D width, H heads, K codes,
+Letters in shape comments: B images, T text tokens, N image tokens, n tokens of a forward pass, D width, H heads, K codes,
 R rows of the cache (2B under guidance: with the prompt, then without).
 """
 

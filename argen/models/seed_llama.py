@@ -3,7 +3,7 @@
 Weights: ``AILab-CVC/seed-llama-{8b,14b}-{sft,pretrain}`` (Llama 2's licence), with the text tokenizer of
 ``AILab-CVC/seed-tokenizer-2``. The network is transformers' own.
 
-Letters in shape comments: B pictures, R rows (2B under guidance), N codes of a picture, T text tokens, K codes there are.
+Letters in shape comments: B images, R rows (2B under guidance), N codes of a picture, T text tokens, K codes there are.
 """
 
 import re

@@ -1,6 +1,6 @@
 """What the discrete decoders share: a key/value cache that can be rolled back, and the session of samplers.
 
-Letters in shape comments: B pictures, n tokens of a pass, m keys, T text tokens, D width, H heads, K codes, R cache
+Letters in shape comments: B images, n tokens of a forward pass, m keys, T text tokens, D width, H heads, K codes, R cache
 rows (2B under guidance: with the prompt, then without).
 """
 
@@ -15,7 +15,7 @@ class KeyValueCache:
     """Keys and values of every layer: those of the token at cell p in slot p + `before`, those of what leads to the
     picture, as a start token, before.
 
-    A pass is stored in consecutive slots, from that of its first token on, over whatever stands there. What lies behind a
+    A forward pass is stored in consecutive slots, from that of its first token on, over whatever stands there. What lies behind a
     picture's last token is never seen, so the pictures of a batch may have different lengths, and a guess that was wrong is
     simply written over.
 
@@ -28,19 +28,19 @@ class KeyValueCache:
     def __init__(self, layers: int, capacity: int, before: int = 1):
         self.capacity, self.before = capacity, before
         self.buffers: list[Tensor | None] = [None] * layers  # each [2, R, capacity, H, D/H]
-        self.first: int | Tensor = 0  # slot of the pass's first token; [R] where the pictures differ
-        self.scattered: Tensor | None = None  # [n], slots of the pass's tokens where they are not consecutive
+        self.first: int | Tensor = 0  # slot of the forward pass's first token; [R] where the pictures differ
+        self.scattered: Tensor | None = None  # [n], slots of the forward pass's tokens where they are not consecutive
         self.end = 0  # slots up to here may be seen
 
     def place(
         self, positions: Tensor, tree: Tensor | None, guided: bool, device: torch.device, root: Tensor | None = None
     ) -> Tensor:
-        """Choose the slots of a pass, and say what it sees: [1 or R, 1, n, end] bool.
+        """Choose the slots of a forward pass, and say what it sees: [1 or R, 1, n, end] bool.
 
         Args:
             positions, tree: as in `samplers.steps.Session.forward`.
             guided: the rows are those of the pictures, twice.
-            root: [B], cells at which the trees begin that the pass goes on with; then `tree` is [B, n, m], and the pass
+            root: [B], cells at which the trees begin that the forward pass goes on with; then `tree` is [B, n, m], and the forward pass
                 has the last n of the m nodes.
         """
         self.scattered = None
@@ -78,7 +78,7 @@ class KeyValueCache:
         return F.pad(seen, (self.before, 0), value=True)[None, None].to(device)
 
     def append(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Store the keys and values [R, n, H, D/H] of a pass in its slots; returns all up to the last of them."""
+        """Store the keys and values [R, n, H, D/H] of a forward pass in its slots; returns all up to the last of them."""
         n, buffer = key.shape[1], self.buffers[layer]
         if buffer is None or buffer.shape[2] < self.end:
             room = key.new_zeros(2, key.shape[0], max(self.capacity, self.end), *key.shape[2:])
@@ -95,14 +95,14 @@ class KeyValueCache:
         return buffer[0, :, : self.end], buffer[1, :, : self.end]
 
     def keep(self, nodes: Tensor) -> None:
-        """Of the last pass keep the tokens `nodes` ([m] or [R, m], by their number in it), moved to its first slots."""
+        """Keep the tokens `nodes` of the last forward pass ([m] or [R, m], by their number in it), moved to its first slots."""
         for buffer in self.buffers:
             index = nodes.to(buffer.device)
             rows, slots = self._slots(torch.arange(index.shape[-1], device=buffer.device), len(buffer[0]))
             buffer[:, rows, slots] = buffer[:, rows, self._slots(index, len(buffer[0]))[1]]
 
     def _slots(self, nodes: Tensor, rows: int | None = None) -> tuple[Tensor, Tensor]:
-        """Rows [R, 1] and slots [R, m] of tokens of the pass."""
+        """Rows [R, 1] and slots [R, m] of tokens of the forward pass."""
         first = self.first if isinstance(self.first, Tensor) else nodes.new_full((rows,), self.first)
         return torch.arange(len(first), device=nodes.device)[:, None], first[:, None] + nodes
 
@@ -130,7 +130,7 @@ class CrossAttentionDecoder(Protocol):
 
 
 class DecoderSession:
-    """`samplers.steps.Session` of a `CrossAttentionDecoder`, bound to the prompts of B pictures.
+    """`samplers.steps.Session` of a `CrossAttentionDecoder`, bound to the prompts of B images.
 
     Args:
         encoded, text_mask: [R, T, D] and [R, T] bool (true: a token). Under guidance R = 2B: the prompts of all

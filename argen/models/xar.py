@@ -4,8 +4,8 @@ Paper: "Beyond Next-Token: Next-X Prediction for Autoregressive Visual Generatio
 ``OliverRen/xAR`` on the hub, whose layout this file has. The released X is a cell of 8 x 8 positions; the others of the
 paper are a matter of order (`Entities`).
 
-Letters in shape comments: B pictures, R rows (2B under guidance), S side of the latent, C its channels, K entities, T
-positions of one of them, N of all, n of a pass, D width, H heads.
+Letters in shape comments: B images, R rows (2B under guidance), S side of the latent, C its channels, K entities, T
+positions of one of them, N of all, n of a forward pass, D width, H heads.
 """
 
 from dataclasses import dataclass
@@ -60,7 +60,7 @@ class Entities:
 
     @cached_property
     def sides(self) -> list[int]:
-        """Of the scales."""
+        """Sides of the scales."""
         sides = [1]
         while self.size > 1 and sides[-1] < self.side:
             sides.append(sides[-1] * self.size)
@@ -107,7 +107,7 @@ class Entities:
 
 
 class TimeEmbedding(nn.Module):
-    """Times in thousandths, integers [...] -> [..., D]."""
+    """Embedding of timesteps, integers [...] -> [..., D]."""
 
     def __init__(self, dim: int):
         super().__init__()
@@ -126,7 +126,7 @@ class Attention(nn.Module):
         self.qkv, self.proj = Linear(dim, 3 * dim), Linear(dim, dim)
 
     def forward(self, x: Tensor, freqs_cis: Tensor, mask: Tensor | None, cached: Tensor | None) -> Tensor:
-        """x [R, n, D]; `mask` [1, 1, n, n]; `cached` [2, R, m, H, D/H]: what the pass sees, whose last n slots are its own."""
+        """x [R, n, D]; `mask` [1, 1, n, n]; `cached` [2, R, m, H, D/H]: what the forward pass sees, whose last n slots are its own."""
         query, key, value = (split_heads(part, self.heads) for part in self.qkv(x).chunk(3, dim=-1))
         query, key = rotate(query, freqs_cis), rotate(key, freqs_cis)
         if cached is not None:
@@ -150,7 +150,7 @@ class GatedMLP(nn.Module):
 
 @dataclass(frozen=True)
 class Words:
-    """What the blocks attend to of captions.
+    """Captions as the blocks attend to them.
 
     Attributes:
         keys_values: of each block, two [R, T, H, D/H].
@@ -297,7 +297,7 @@ class XAR(ModelMixin, ConfigMixin):
         return [block.modulation(both) for block in self.blocks]
 
     def _spread(self, modulation: Tensor) -> Tensor:
-        """Of entities [6, B, K, D] -> of their positions [6, B, N, D]."""
+        """Modulations of entities [6, B, K, D] -> of their positions [6, B, N, D]."""
         length, *others = set(self.entities.lengths)
         if others:
             return modulation[:, :, self.entity]
@@ -318,7 +318,7 @@ class XAR(ModelMixin, ConfigMixin):
             x: [R, n, C].
             modulations: of each block [6, R, n or 1, D].
             mask: [1, 1, n, n] bool, what each position sees; all of them by default.
-            cache: [layers, 2, R, N, H, D/H], filled up to the pass, which writes its own part.
+            cache: [layers, 2, R, N, H, D/H], filled up to the forward pass, which writes its own part.
             words: of R captions.
         """
         freqs_cis = self.freqs_cis[None, where, None]
@@ -371,7 +371,7 @@ def _init(module: nn.Module) -> None:
 
 
 class XARSession:
-    """An `XAR` bound to the conditions of B pictures, and what it has seen of them.
+    """An `XAR` bound to the conditions of B images, and what it has seen of them.
 
     Args:
         asked: class ids [B]; or captions, with (`guided`) as many empty ones after them.
@@ -397,7 +397,7 @@ class XARSession:
         self.bounds = [0, *accumulate(model.entities.lengths)]
 
     def velocity(self, entity: int, x: Tensor, time: float, guided: bool) -> tuple[Tensor, Tensor | None]:
-        """Of an entity [B, T, C] whose forerunners are finished: velocities for the condition, and (`guided`) for none."""
+        """Velocities of an entity [B, T, C] whose forerunners are finished, with the condition and (`guided`) without."""
         rows = len(self.rows) if guided or not self.guided else len(x)
         x = torch.cat([x, x]) if guided else x
         step = self.steps[int(timesteps_of(torch.tensor(time)))]

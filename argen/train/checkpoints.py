@@ -54,7 +54,7 @@ def find(accelerator: Accelerator | PartialState, out: Path) -> Path | None:
 
 
 def recipe_of(folder: Path) -> dict:
-    """What a checkpoint was trained by; those that do not name their precision were trained in bf16."""
+    """Recipe of a checkpoint; those that do not name their precision were trained in bf16."""
     return {"precision": "bf16"} | json.loads((folder / RECIPE).read_text())
 
 
@@ -121,7 +121,7 @@ def _recover(out: Path) -> None:
 
 
 def damage(folder: Path) -> str | None:
-    """What is wrong with a checkpoint; None where it is whole. One without a list of its files is whole with its recipe, which was
+    """Describe what is damaged in a checkpoint; None where it is whole. One without a list of its files is whole with its recipe, which was
     written last."""
     name = FILES if (folder / FILES).is_file() else RECIPE
     try:

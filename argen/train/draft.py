@@ -52,7 +52,7 @@ class DraftTask(LlamaGenTask):
         return prefix, torch.cat([prefix[:, -1:], hidden], dim=1)
 
     def more(self, tokens: Tensor, images: Tensor, scenes: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
-        """What the hidden states that are read are off by, too."""
+        """Also the noise that is added to the hidden states."""
         batch = super().more(tokens, images, scenes, generator)
         shape = len(images) + len(scenes), self.target.length, self.target.config.dim
         return batch | {"noise": NOISE * (torch.rand(shape, generator=generator) - 0.5)}
@@ -78,7 +78,7 @@ class DraftTask(LlamaGenTask):
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
-        """How often drafter and target find the same token most probable, on held-out (style, concept) combinations."""
+        """Share of tokens whose most probable value drafter and target agree on, on held-out (style, concept) combinations."""
         agreement, model = [], self._model()
         for first in range(0, len(self.held_out_captions), 64):
             batch = {key: value.to(model.device) for key, value in self.held_out(slice(first, first + 64)).items()}

@@ -198,7 +198,7 @@ class Quantised(nn.Module):
 
 
 class ImagesTask(CaptionsTask):
-    """What the stages share: captions, pictures as the encoder sees them, and their embeddings by `emoji-clip`.
+    """Base of the stages: captions, images as the encoder sees them, and their embeddings by `emoji-clip`.
 
     Args:
         encoder: folder of the picture encoder.
@@ -278,7 +278,7 @@ class SeedContrastiveTask(ImagesTask):
         self.networks: dict[str, nn.Module] = {"model": model}
 
     def more(self, tokens: Tensor, images: Tensor, scenes: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
-        """Which query beside the last shall know the caption, too, and what the pictures are varied by."""
+        """Index of a query beside the last that is trained on the caption, too, and the seed of the augmentation."""
         query = torch.randint(SIZES["tokens"] - 1, (1,), generator=generator)
         return {"query": query, "varied": torch.randint(2**31, (1,), generator=generator)}
 
@@ -292,7 +292,7 @@ class SeedContrastiveTask(ImagesTask):
 
     @torch.no_grad()
     def similarity(self) -> Tensor:
-        """Of held-out captions to held-out pictures [n, n]."""
+        """Similarity of held-out captions to held-out images [n, n]."""
         model, rows = self._model(), held_out_sample(len(self.held_out_captions))
         text = self.text([self.held_out_captions[row] for row in rows])
         words = model.text(text["input_ids"].to(model.temp.device), text["attention_mask"].to(model.temp.device))
@@ -300,11 +300,11 @@ class SeedContrastiveTask(ImagesTask):
         return words @ torch.cat([model.image(self.image_features(part))[:, -1] for part in parts]).T
 
     def evaluate(self) -> dict[str, float]:
-        """How often the picture of a held-out caption comes first."""
+        """Recall of images by held-out captions."""
         return recall(self.similarity().cpu())
 
     def sample(self) -> Image.Image:
-        """What captions of held-out pictures find."""
+        """Held-out images, and under each the one that its caption ranks first."""
         rows = torch.tensor(held_out_sample(len(self.held_out_captions)))
         queries = rows[: len(rows) // 8 * 8][:16]
         return self.pairs_image(queries, rows[self.similarity()[: len(queries)].argmax(dim=1).cpu()])
@@ -393,7 +393,7 @@ class SeedTask(ImagesTask):
 
     @torch.no_grad()
     def embedded(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Of held-out pictures: their embeddings, those decoded from their ids, both [n, E] of length 1, and the ids."""
+        """Embeddings of held-out images and those decoded from their ids, both [n, E] of length 1, and the ids."""
         model, targets, decoded, ids = self._model(), [], [], []
         for part in self.held_out_images.split(64):
             features = self.image_features(part.to(model.device))

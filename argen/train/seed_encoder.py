@@ -104,7 +104,7 @@ class EncoderTask(Task):
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
-        """How often the concept of a held-out combination comes first of all that were trained, and of `AMONG` held-out ones."""
+        """Top-1 accuracy of the concept of held-out combinations, among all that were trained and among `AMONG` held-out ones."""
         model = self._model()
         batches = (self.batch(64, torch.Generator().manual_seed(number))["pixels"] for number in range(SETTLING))
         settle(model, batches)

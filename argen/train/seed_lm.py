@@ -69,7 +69,7 @@ class SeedLMTask(ImagesTask):
         return {"input_ids": torch.tensor([row + [-1] * (width - len(row)) for row in rows])}
 
     def more(self, tokens: Tensor, images: Tensor, scenes: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
-        """What the pictures are varied by, and which of the two comes first."""
+        """Seed of the augmentation, and whether the image or the caption comes first."""
         return {
             "varied": torch.randint(2**31, (1,), generator=generator),
             "first": torch.rand(len(tokens), generator=generator) < 0.5,
@@ -125,7 +125,7 @@ class SeedLMTask(ImagesTask):
 
     @torch.no_grad()
     def sample(self) -> Image.Image:
-        """What stands nearest to the pictures written for held-out captions: their embeddings find real ones."""
+        """Real images whose embeddings are nearest to those of the images generated for held-out captions."""
         model, parts = self._model(), []
         for part in self.images[::8].split(64):
             parts.append(F.normalize(self.image_embeds(self.image_features(part.to(model.device))).float(), dim=-1))

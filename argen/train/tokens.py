@@ -27,8 +27,8 @@ CORRUPTION = 0.15  # at most this share of the tokens that are read is another p
 
 
 def initialised_from(folder: Path, saved: type[nn.Module], network: type[nn.Module], **changes) -> nn.Module:
-    """A new `network` with the weights and the configuration of the one `saved` in a folder, but for `changes`; what only
-    the new one has is random."""
+    """Return a new `network` with the weights and configuration of the one `saved` in a folder, but for `changes`; weights that
+    only the new one has are random."""
     start = saved.from_pretrained(folder).float()
     config = {key: value for key, value in start.config.items() if not key.startswith("_")}
     model = network(**config | changes)
@@ -142,7 +142,7 @@ class CaptionsTask(Task):
         return batch | self.more(tokens, self.images[indices], scene_indices, generator)
 
     def more(self, tokens: Tensor, images: Tensor, scenes: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
-        """What else a batch holds: of its tokens, of single pictures [n, H, W, 3] uint8 and then of scenes by number."""
+        """Further entries of a batch, from its tokens, its single images [n, H, W, 3] uint8 and the indices of its scenes."""
         return {}
 
     def encode_text(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
@@ -159,7 +159,7 @@ class CaptionsTask(Task):
         return {"tokens": tokens, "dropped": dropped, **self.text(self.held_out_captions[rows])}
 
     def error(self, network: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-        """Of every token of a batch, in nats or as a square [...]."""
+        """Error of every token of a batch, in nats or squared [...]."""
         raise NotImplementedError
 
     def losses(self, batch: dict[str, Tensor], step: int, log: dict[str, float]) -> Iterator[tuple[str, Tensor]]:

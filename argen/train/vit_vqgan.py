@@ -82,7 +82,7 @@ def augment(images: Tensor, generator: torch.Generator) -> Tensor:
 
 
 class PerceptualDistance(nn.Module):
-    """Distance between pictures in the hidden states of our own picture encoder, each state normalised (as in LPIPS)."""
+    """Distance between images in the hidden states of our own image encoder, each state normalised (as in LPIPS)."""
 
     def __init__(self, vision: nn.Module, layers: tuple[int, ...] = (1, 2, 3, 4)):
         super().__init__()
@@ -102,7 +102,7 @@ class PerceptualDistance(nn.Module):
 
 
 class Reconstruction(Task):
-    """What both stages share: pictures in, pictures out, compared on held-out concepts.
+    """Base of both stages: images in, images out, compared on held-out concepts.
 
     Args:
         model: the tokenizer that is trained.
@@ -131,7 +131,7 @@ class Reconstruction(Task):
 
 
 class CodeUsage(nn.Module):
-    """How often each code was chosen since dead ones were last revived; kept with the checkpoint."""
+    """Number of times each code was used since dead ones were last revived; saved in the checkpoint."""
 
     def __init__(self, codes: int):
         super().__init__()
@@ -231,7 +231,7 @@ class DecoderTask(Reconstruction):
         self.total = total
 
     def start(self, tokenizer: Path) -> tuple[ViTVQGAN, list[nn.Module]]:
-        """The tokenizer, and the parts of it that stay as they are."""
+        """Return the tokenizer, and its parts that are frozen."""
         model = ViTVQGAN.from_pretrained(tokenizer, torch_dtype=torch.float32)
         model.register_to_config(_name_or_path="emoji-vitvqgan")  # what is saved names no folder of this machine
         return model, [model.encoder, model.pre_quant, model.quantizer]

@@ -52,7 +52,7 @@ def read_config(path: Path) -> dict:
 
 
 def sizes_of(config: dict) -> dict:
-    """What `FlexTok` takes, of a published configuration.
+    """Arguments of `FlexTok` from a published configuration.
 
     Raises:
         ValueError: it names a part or a setting that argen does not know.
@@ -92,7 +92,7 @@ def sizes_of(config: dict) -> dict:
 
 
 def vae_sizes(config: dict) -> dict:
-    """What `vae_network` takes, of a published configuration."""
+    """Arguments of `vae_network` from a published configuration."""
     vae = config["vae"]
     return {"latent_channels": vae["latent_channels"], "scaling_factor": vae.get("scaling_factor") or 1.0}
 
