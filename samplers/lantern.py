@@ -120,6 +120,8 @@ class Lantern:
             raise ValueError("delta and lambda are both given: expected one bound")
         if self.delta is None and self.lambda_ is None:
             object.__setattr__(self, "delta", 0.2)
+        if self.tree == "static" and (self.nodes or self.depth or self.width):
+            object.__setattr__(self, "tree", "dynamic")  # which has these sizes
         tree_of(self.tree, nodes=self.nodes, depth=self.depth, width=self.width)  # says what does not fit
 
     def __call__(

@@ -213,6 +213,8 @@ class Speculative:
     def __post_init__(self):
         if self.rule == "k-seq" and self.tree == "static":
             object.__setattr__(self, "tree", "independent")  # which the rule is for
+        if self.tree == "static" and (self.nodes or self.depth or self.width):
+            object.__setattr__(self, "tree", "dynamic")  # which has these sizes
         tree_of(self.tree, nodes=self.nodes, depth=self.depth, width=self.width)  # says what does not fit
 
     @property

@@ -429,9 +429,9 @@ TREES: dict[str, Shape] = {
 }
 TREE_CHOICES = {"choices": list(TREES)}
 NODES, DEPTH, WIDTH = (  # help of the settings that are a tree's sizes
-    "nodes of a dynamic or drawn tree",
-    "levels of a dynamic or drawn tree",
-    "nodes that a dynamic tree grows on each level",
+    "nodes of a drawn tree, or of a dynamic one, which it chooses instead of the static one",
+    "levels, likewise",
+    "nodes that a dynamic tree grows on each level, likewise",
 )
 TreeName = Literal["static", "dynamic", "drawn", "independent"]
 
@@ -449,7 +449,7 @@ def tree_of(tree: Shape | str, **sizes: int | None) -> Shape:
         if name not in shape.__dataclass_fields__:
             fitting = [known for known, other in TREES.items() if name in other.__dataclass_fields__]
             raise InvalidValue(
-                f"{name} is {size}, which a tree of fixed shape does not have: choose the tree {' or '.join(fitting)}, or leave it out",
+                f"{name} is {size}, which this tree does not have: choose the tree {' or '.join(fitting)}, or leave it out",
                 name,
             )
     return replace(shape, **sizes) if sizes else shape

@@ -5,11 +5,12 @@ from itertools import product
 import pytest
 import torch
 
-from samplers.lantern import Relaxed, neighbours
+from samplers.lantern import Lantern, Relaxed, neighbours
 from samplers.logits import Sampling, keep_top_k, keep_top_p
 from samplers.rules import Grouped, KSeq, Lossless
-from samplers.speculative import verify, verify_greedy
-from samplers.trees import Drafted, Tree, without_replacement
+from samplers.settings import make
+from samplers.speculative import Speculative, verify, verify_greedy
+from samplers.trees import Drafted, DrawnTree, DynamicTree, Tree, tree_of, without_replacement
 
 
 @pytest.fixture
@@ -223,3 +224,15 @@ def test_independent_candidates_keep_the_distribution(sampling, count):
         torch.testing.assert_close(total, probs, atol=1e-6, rtol=0)
     with pytest.raises(ValueError, match="drawn independently"):
         verify(probs.expand(2, -1), Tree((-1, 0)), [0, 1], KSeq(), iter([0.5]))
+
+
+def test_sizes_of_a_tree_are_settings():
+    assert make(Speculative, {"nodes": 8}).tree == "dynamic"
+    assert make(Lantern, {"tree": "drawn", "nodes": 8, "depth": 2}).nodes == 8
+    assert tree_of("dynamic", nodes=8, depth=None, width=2) == DynamicTree(8, 3, 2)
+    assert tree_of(DrawnTree(9, 4), depth=2) == DrawnTree(9, 2)
+    for tree, sizes in (("independent", {"nodes": 8}), ("drawn", {"width": 3})):
+        with pytest.raises(
+            ValueError, match=r"^(nodes is 8|width is 3), which this tree does not have: choose the tree dynamic"
+        ):
+            make(Speculative, {"tree": tree} | sizes)
