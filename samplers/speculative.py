@@ -18,7 +18,7 @@ from samplers.logits import Noise, Sampling
 from samplers.rules import RULE_CHOICES, Candidates, OneByOne, Rule, RuleName, rule_of
 from samplers.settings import Field, settings
 from samplers.steps import START, GuidanceScale, Origin, Session, Step, guided
-from samplers.trees import TREE_CHOICES, Distribution, Draft, Drafted, Drafting, Shape, Tree, TreeName, tree_of
+from samplers.trees import TREE_CHOICES, Distribution, Draft, Drafted, Reading, Shape, Tree, TreeName, tree_of
 
 
 class Verdict(NamedTuple):
@@ -53,7 +53,8 @@ def verify(
         drafted: None for candidates that a rule chose (e.g. the most probable ones), without chance.
         reject_in: with `drafted`, what is rejected with a candidate: its neighbours in the "draft" distribution, or in the "target" distribution.
     """
-    node, kept, relaxed = 0, [0], set()
+    node, kept = 0, [0]
+    relaxed: set[int] = set()
     while tree.children[node]:
         children = tree.children[node]
         proposal_probs = [1.0 if drafted is None else drafted.proposal_probs[child] for child in children]
@@ -68,7 +69,7 @@ def verify(
     return Verdict(kept, target_probs[node], relaxed)
 
 
-def verify_greedy(target_probs: Tensor, tree: Tree, tokens: Sequence[int], rule: OneByOne) -> list[int]:
+def verify_greedy(target_probs: Tensor, tree: Tree, tokens: Sequence[int], rule: Rule) -> list[int]:
     """Keep the longest path of which every token is the most probable one once the rule has raised it; the first one of several.
 
     Args:
@@ -76,7 +77,15 @@ def verify_greedy(target_probs: Tensor, tree: Tree, tokens: Sequence[int], rule:
 
     Returns:
         The nodes that are kept, the root first.
+
+    Raises:
+        ValueError: the rule does not say by which probability one candidate is judged.
     """
+    if not isinstance(rule, OneByOne):
+        raise ValueError(
+            f"the rule {type(rule).__name__} cannot judge drafts at temperature 0: expected a subclass of "
+            "samplers.rules.OneByOne, or a temperature above 0"
+        )
     best: list[int] = []
 
     def walk(path: list[int]) -> None:
@@ -96,7 +105,7 @@ def verify_greedy(target_probs: Tensor, tree: Tree, tokens: Sequence[int], rule:
 class Drafter(Protocol):
     """Where drafts come from."""
 
-    def begin(self, session: Session) -> Drafting:
+    def begin(self, session: Session) -> Reading:
         """Draft for the images of a session, which has made its first pass."""
 
 
@@ -118,12 +127,13 @@ def drafter_of(session: Session, sampler: str) -> Drafter:
     Raises:
         ValueError: it brings none.
     """
-    if getattr(session, "drafter", None) is None:
+    drafter: Drafter | None = getattr(session, "drafter", None)
+    if drafter is None:
         raise ValueError(
             f"the sampler {sampler} needs a generator with a drafter, like argen/emoji-llamagen: for others choose jacobi, "
             "which needs none"
         )
-    return session.drafter
+    return drafter
 
 
 @settings
@@ -134,10 +144,14 @@ class Speculative:
     generator brings; for `reject_in` see `verify`.
     """
 
-    tree: Shape | TreeName = Field("static", description="shape of the drafted trees", json_schema_extra=TREE_CHOICES)
-    rule: Rule | RuleName = Field("lossless", description="what is accepted", json_schema_extra=RULE_CHOICES)
-    reject_in: Literal["draft", "target"] = Field("draft", description="where the neighbours of a rejected token fall")
-    drafter: Drafter | None = Field(None, description="an object of Python")
+    tree: Shape | TreeName = Field(
+        default="static", description="shape of the drafted trees", json_schema_extra=TREE_CHOICES
+    )
+    rule: Rule | RuleName = Field(default="lossless", description="what is accepted", json_schema_extra=RULE_CHOICES)
+    reject_in: Literal["draft", "target"] = Field(
+        default="draft", description="where the neighbours of a rejected token fall"
+    )
+    drafter: Drafter | None = Field(default=None, description="an object of Python")
     name = "speculative"
     needs = "drafter"
 

@@ -9,9 +9,10 @@ under guidance).
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal, Protocol, runtime_checkable
+from typing import Literal, Protocol, TypeVar, runtime_checkable
 
 import torch
+from pydantic.config import JsonDict
 from torch import Tensor
 
 from samplers.logits import Sampling, inverse_transform
@@ -105,7 +106,7 @@ def of_images(hidden: Tensor, index: Tensor) -> Tensor:
     return hidden[rows, index.repeat(len(hidden) // len(index), 1).to(hidden.device)]
 
 
-class Drafting(Protocol):
+class Reading(Protocol):
     """A drafter bound to the images of a session. It keeps what it has read of each image."""
 
     def read(self, tokens: Tensor, cells: Tensor, nodes: Tensor, ahead: Tensor) -> Tensor:
@@ -119,6 +120,13 @@ class Drafting(Protocol):
         Returns:
             [R, 1, D].
         """
+
+    def observe(self, tokens: Tensor, logits: Tensor, draft_probs: Tensor) -> None:
+        """Learn from a pass of the target over tokens [B, M]: guided logits and probabilities [B, M, K] of what follows."""
+
+
+class Drafting(Reading, Protocol):
+    """A `Reading` that guesses what the target's hidden states will be, which the shapes here draft from."""
 
     def guess(self, tokens: Tensor, cells: Tensor, hidden: Tensor, tree: Tensor, root: Tensor) -> Tensor:
         """Read tokens that are drafted themselves.
@@ -135,9 +143,6 @@ class Drafting(Protocol):
 
     def logits(self, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
         """The target's logits [B, n, K] of hidden states, as `samplers.steps.Session.forward` gives them."""
-
-    def observe(self, tokens: Tensor, logits: Tensor, draft_probs: Tensor) -> None:
-        """Learn from a pass of the target over tokens [B, M]: guided logits and probabilities [B, M, K] of what follows."""
 
 
 class Distribution:
@@ -162,13 +167,16 @@ class Distribution:
         return int(inverse_transform(probs, torch.tensor(next(numbers), dtype=torch.float64)))
 
 
+State = TypeVar("State", bound=Reading, contravariant=True)
+
+
 @runtime_checkable
-class Shape(Protocol):
-    """Which tree is drafted."""
+class Shape(Protocol[State]):
+    """Which tree is drafted, from a `Reading` that its drafter gives: those of this file from a `Drafting`."""
 
     def grow(
         self,
-        drafting: Drafting,
+        drafting: State,
         hidden: Tensor,
         roots: Tensor,
         tokens: Tensor,
@@ -320,8 +328,8 @@ class DynamicTree:
         drafts = []
         for b in range(batch):
             numbers_of = {-1: 0} | {place: index for index, place in enumerate(kept[b].tolist(), 1)}
-            above = [numbers_of[parent] for parent in parents[b, kept[b]].tolist()]
-            drafts.append(Draft(Tree((-1, *above)), [int(tokens[b]), *tokens_of[b, kept[b]].tolist()], None))
+            above_each = [numbers_of[parent] for parent in parents[b, kept[b]].tolist()]
+            drafts.append(Draft(Tree((-1, *above_each)), [int(tokens[b]), *tokens_of[b, kept[b]].tolist()], None))
         return drafts
 
 
@@ -430,7 +438,7 @@ TREES: dict[str, Shape] = {
     "drawn": DrawnTree(12, 4),
     "independent": IndependentTree(SMALL_TREE.paths),
 }
-TREE_CHOICES = {"choices": list(TREES)}
+TREE_CHOICES: JsonDict = {"choices": list(TREES)}
 TreeName = Literal["static", "dynamic", "drawn", "independent"]
 
 

@@ -22,7 +22,7 @@ class ZipAR:
     in for it.
     """
 
-    window: int = Field(4, ge=1, le=MAX_WINDOW, description="tokens that the row above is ahead")
+    window: int = Field(default=4, ge=1, le=MAX_WINDOW, description="tokens that the row above is ahead")
     name = "zipar"
     lossless = False
 
@@ -63,8 +63,8 @@ class ZipAR:
                 stored[place], read[place] = True, column < ends[row]
             positions = torch.tensor(places)
             seen = stored & (torch.arange(length) <= positions[:, None])
-            logits = session.forward(fed.to(tokens.device), positions, seen=seen)
-            logits = guided(*logits, guidance_scale, positions + 1)
+            both = session.forward(fed.to(tokens.device), positions, seen=seen)
+            logits = guided(*both, guidance_scale, positions + 1)
             decide(logits[:, [places.index(cell - 1) for cell in ready]], torch.tensor(ready))
             forward_passes += 1
             yield Step(self._shown(written, given, ends, columns, tokens.device), forward_passes)

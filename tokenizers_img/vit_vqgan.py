@@ -64,19 +64,25 @@ class FeedForward(nn.Module):
         return self.net(x)
 
 
+class Layer(nn.ModuleList):
+    def __init__(self, dim: int, heads: int, dim_head: int, mlp_dim: int):
+        super().__init__([PreNorm(dim, Attention(dim, heads, dim_head)), PreNorm(dim, FeedForward(dim, mlp_dim))])
+
+    def forward(self, x: Tensor) -> Tensor:
+        attention, feed_forward = self
+        x = x + attention(x)
+        return x + feed_forward(x)
+
+
 class Transformer(nn.Module):
     def __init__(self, dim: int, depth: int, heads: int, dim_head: int, mlp_dim: int):
         super().__init__()
-        self.layers = nn.ModuleList(
-            nn.ModuleList([PreNorm(dim, Attention(dim, heads, dim_head)), PreNorm(dim, FeedForward(dim, mlp_dim))])
-            for _ in range(depth)
-        )
+        self.layers = nn.ModuleList(Layer(dim, heads, dim_head, mlp_dim) for _ in range(depth))
         self.norm = nn.LayerNorm(dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        for attention, feed_forward in self.layers:
-            x = x + attention(x)
-            x = x + feed_forward(x)
+        for layer in self.layers:
+            x = layer(x)
         return self.norm(x)
 
 
@@ -134,7 +140,8 @@ def _init(module: nn.Module) -> None:
         nn.init.normal_(module.weight, std=(module.weight[0].numel()) ** -0.5)
     elif isinstance(module, ResidualBlock):
         nn.init.zeros_(module.conv2.weight)
-        nn.init.zeros_(module.conv2.bias)
+        if module.conv2.bias is not None:
+            nn.init.zeros_(module.conv2.bias)
 
 
 class ViTEncoder(nn.Module):

@@ -51,16 +51,14 @@ def load(model: str | Path, tokenizer: str | Path | None = None, image_size: int
     check_known(model)
     card, path = all_cards().get(str(model)), Path(model)
     if card is not None:
-        folder = hub_folder(card.repo, card.files) if card.repo else card.path
-        return _read(folder, card, lambda: resolve(card.target)(folder, **card.arguments))
+        return _read_card(hub_folder(card.repo, card.files) if card.repo else card.path, card)
     if (path / "model_index.json").is_file():
         card = find_card(str(path)) if (path / CARD_FILE).is_file() else None
         return _read(path, card, lambda: _pipeline(path, tuple(pipelines)))
     if (path / CARD_FILE).is_file():  # as `argen train` writes it
-        card = find_card(str(path))
-        return _read(path, card, lambda: resolve(card.target)(path, **card.arguments))
+        return _read_card(path, find_card(str(path)))
     if path.is_file() and (card := _released(path)):
-        return _read(path.parent, card, lambda: resolve(card.target)(path.parent, **card.arguments))
+        return _read_card(path.parent, card)
     with _alone():
         return _in_float32(resolve(CHECKPOINTS)(path, tokenizer, image_size))
 
@@ -69,6 +67,11 @@ def _released(path: Path) -> Card | None:
     """The card of a released file by its name, of those that need more than their tensors; of the others the tensors say all."""
     by_name = {card.arguments["name"]: card for card in all_cards().values() if card.arguments.keys() > {"name"}}
     return by_name.get(path.stem)
+
+
+def _read_card(folder: Path, card: Card) -> Any:
+    """What the card's target reads out of a folder, see `_read`."""
+    return _read(folder, card, lambda: resolve(card.target)(folder, **card.arguments))
 
 
 def _read(folder: Path, card: Card | None, read: Callable[[], Any]) -> Any:

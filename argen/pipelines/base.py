@@ -6,14 +6,14 @@ Letters in shape comments: B pictures, h w token grid, N = h*w cells of a pictur
 import json
 import math
 from abc import abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, Literal, overload
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers import DiffusionPipeline
 from diffusers.utils import BaseOutput, numpy_to_pil
 from einops import rearrange
 from PIL import Image
@@ -74,21 +74,27 @@ class TokenPipelineOutput(BaseOutput):
     origins: Tensor | None = None
 
 
-class TokenPipeline(Editing, DiffusionPipeline):
+class TokenPipeline(Editing):
     """Base of the pipelines: a subclass says how a prompt is read and how tokens become pixels.
 
     Attributes:
-        official: the authors' sampling settings.
         card: what was loaded, if it has one.
         ordered: whether any first tokens of a picture are a picture, so that it may have any number and be searched for.
-        length: N, cells of a picture of the model's own size, which is square.
     """
 
-    official: Defaults
     card: Card | None = None
     ordered = False
-    length: int
     _interrupt = False
+
+    @property
+    @abstractmethod
+    def official(self) -> Defaults:
+        """The authors' sampling settings."""
+
+    @property
+    @abstractmethod
+    def length(self) -> int:
+        """N, cells of a picture of the model's own size, which is square."""
 
     @abstractmethod
     def start(
@@ -110,7 +116,7 @@ class TokenPipeline(Editing, DiffusionPipeline):
         return torch.zeros(shape, dtype=torch.int64)
 
     @property
-    def samplers(self) -> list[str]:
+    def samplers(self) -> Sequence[str]:
         """Names of the samplers that fit, less those that need a part that this model has not, e.g. a drafter."""
         parts = {name: getattr(samplers[name], "needs", "") for name in samplers_of("tokens")}
         return [name for name, part in parts.items() if not part or getattr(self, part, None) is not None]
@@ -199,7 +205,8 @@ class TokenPipeline(Editing, DiffusionPipeline):
         decided = tokens >= 0
         if decided.all():
             return tokens, decided
-        return torch.where(decided, tokens, self.blank_tokens(tuple(tokens.shape[1:])).to(tokens.device)), decided
+        _, rows, columns = tokens.shape
+        return torch.where(decided, tokens, self.blank_tokens((rows, columns)).to(tokens.device)), decided
 
     @property
     def text_image_encoder(self) -> TextImageEncoder | None:
@@ -258,7 +265,7 @@ class TokenPipeline(Editing, DiffusionPipeline):
         controls: list[Control] | None = None,
         shape: tuple[int, int] | None = None,
         every: int = 1,
-    ) -> Iterator[Step]:
+    ) -> Generator[Step, None, None]:
         """Write one picture for each prompt, and yield the state whenever `every` more cells are decided, and at the end.
 
         Stop iterating to cancel; the last state holds what there is, and given back as `tokens` it is gone on with.
@@ -271,8 +278,12 @@ class TokenPipeline(Editing, DiffusionPipeline):
             shape: of the token grid, from `shape_of`; None for the model's own.
         """
         scale = self.defaults.guidance_scale if guidance_scale is None else guidance_scale
-        given = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
-        sampling = Sampling(**{k: getattr(self.defaults, k) if v is None else v for k, v in given.items()})
+        own = self.defaults
+        sampling = Sampling(
+            own.temperature if temperature is None else temperature,
+            own.top_k if top_k is None else top_k,
+            own.top_p if top_p is None else top_p,
+        )
         sampler = self.make_sampler(sampler) if isinstance(sampler, str) else sampler
         check_asked(prompts, generators)
         if controls and len({control.image.size for control in controls}) > 1:
@@ -286,7 +297,9 @@ class TokenPipeline(Editing, DiffusionPipeline):
         return self._write(prompts, controls, shape, grid.to(self.device), sampling, scale, sampler, noise, every)
 
     @torch.no_grad()
-    def _write(self, prompts, controls, shape, grid, sampling, scale, sampler, noise, every) -> Iterator[Step]:
+    def _write(
+        self, prompts, controls, shape, grid, sampling, scale, sampler, noise, every
+    ) -> Generator[Step, None, None]:
         shown = -every
         step = Step(grid.clone(), forward_passes=0)
         session = self.start(prompts, callable(scale) or scale != 1, shape, controls)
@@ -369,11 +382,16 @@ class TokenPipeline(Editing, DiffusionPipeline):
         shape = self.shape_of(controls[0] if controls else None, num_tokens)
         generators = generator if isinstance(generator, list) else own_generators(generator, len(prompts))
         states = [one.get_state() for one in generators]
-        settings = {"guidance_scale": guidance_scale, "temperature": temperature, "top_k": top_k, "top_p": top_p}
+        settings: dict[str, Any] = {
+            "guidance_scale": guidance_scale,
+            "temperature": temperature,
+            "top_k": top_k,
+            "top_p": top_p,
+        }
         self._interrupt = False
         with self.progress_bar(total=math.prod(shape)) as bar:
-            given = {"sampler": sampler, "tokens": tokens, "controls": controls, "shape": shape}
-            steps, index, forward_passes = self.stream(prompts, generators, **settings, **given), 0, 0
+            settings |= {"sampler": sampler, "tokens": tokens, "controls": controls, "shape": shape}
+            steps, index, forward_passes = self.stream(prompts, generators, **settings), 0, 0
             while (step := next(steps, None)) is not None:
                 last = step
                 bar.update(step.decided - bar.n)
@@ -390,7 +408,7 @@ class TokenPipeline(Editing, DiffusionPipeline):
                     forward_passes, last = forward_passes + step.forward_passes, replace(step, tokens=changed)
                     for one, state in zip(generators, states, strict=True):
                         one.set_state(state)
-                    steps = self.stream(prompts, generators, **settings, **given | {"tokens": self.resume_state(last)})
+                    steps = self.stream(prompts, generators, **settings | {"tokens": self.resume_state(last)})
             step = replace(last, forward_passes=forward_passes + last.forward_passes)
         grid, origins, scores = self.resume_state(step), step.origins, None
         if num_candidates is not None:
@@ -402,7 +420,7 @@ class TokenPipeline(Editing, DiffusionPipeline):
         )
         return output if return_dict else output.to_tuple()
 
-    def run(self, request: Request, every: int = 1, tokens: Tensor | None = None) -> Iterator[Job]:
+    def run(self, request: Request, every: int = 1, tokens: Tensor | None = None) -> Generator[Job, None, None]:
         """Carry out a request; yields its job, the same object, after each step, and at last with its pictures.
 
         Close the iterator to cancel.
@@ -412,15 +430,16 @@ class TokenPipeline(Editing, DiffusionPipeline):
         """
         self.check(request)
         request = self.resolved(request)
-        settings, control = {name: getattr(request, name) for name in SAMPLING}, request.control
+        settings: dict[str, Any] = {name: getattr(request, name) for name in SAMPLING}
+        control = request.control
         generators, shape = request.generators(), self.shape_of(control, request.num_tokens)
         sampler = self.make_sampler(request.sampler, **request.sampler_settings())
         job = Job(request, self.empty_grid(len(generators), shape), lossless=sampler.lossless)
         if tokens is None and request.tokens is not None:
             tokens = self.tokens_from_request(request.tokens, shape).expand(len(generators), -1)
         prompts, controls = [request.prompt] * len(generators), [control] * len(generators) if control else None
-        given = {"sampler": sampler, "controls": controls, "shape": shape, "every": every, "tokens": tokens}
-        for step in self.stream(prompts, generators, **settings, **given):
+        settings |= {"sampler": sampler, "controls": controls, "shape": shape, "every": every, "tokens": tokens}
+        for step in self.stream(prompts, generators, **settings):
             job.tokens, job.forward_passes, job.decided = (
                 self.to_grid(step.tokens, shape),
                 step.forward_passes,
@@ -491,7 +510,9 @@ class TokenPipeline(Editing, DiffusionPipeline):
 
     def _best(self, prompts: list[str], tokens: Tensor, each: int, keep: int) -> tuple[list[int], list[float]]:
         """Of `each` pictures of every prompt the `keep` that fit it best: their indices, best first, and scores."""
-        images, kept, scores = self.images(tokens), [], []
+        images = self.images(tokens)
+        kept: list[int] = []
+        scores: list[float] = []
         for first, prompt in zip(range(0, len(images), each), prompts, strict=True):
             ranked = self.rank(prompt, images[first : first + each])
             order = sorted(range(each), key=lambda index: -ranked[index])
@@ -500,13 +521,20 @@ class TokenPipeline(Editing, DiffusionPipeline):
             scores += [ranked[index] for index in order]
         return kept, scores
 
+    @overload
+    def images(self, tokens: Tensor, output_type: Literal["pil"] = "pil") -> list[Image.Image]: ...
+
+    @overload
+    def images(self, tokens: Tensor, output_type: str) -> list[Image.Image] | np.ndarray | Tensor: ...
+
     @torch.no_grad()
     def images(self, tokens: Tensor, output_type: str = "pil") -> list[Image.Image] | np.ndarray | Tensor:
-        """Ids [B, h, w], or [B, N] of a square, -> pictures as `__call__` gives them; undecided cells (-1) are grey."""
+        """Ids [B, h, w], or [B, N] of a square, -> pictures as `__call__` gives them; undecided cells (-1) are grey. Latents
+        [B, C, h, w], where the model writes these, are grey where they are NaN."""
         if tokens.ndim == 2:
             tokens = self.to_grid(tokens, self.shape_of())
         if output_type == "latent":
-            return tokens.flatten(1)
+            return tokens if tokens.is_floating_point() else tokens.flatten(1)
         filled, decided = self.fill_masked(tokens)
         pixels = torch.cat(
             [self.decode_tokens(row) for row in filled.split(1)]
@@ -531,7 +559,9 @@ class TokenPipeline(Editing, DiffusionPipeline):
 
 def distinct_first(order: list[int], tokens: Tensor) -> list[int]:
     """Candidates in an order -> those that an earlier one equals at the end, taken only where there are not enough others."""
-    seen, first, again = set(), [], []
+    seen: set[bytes] = set()
+    first: list[int] = []
+    again: list[int] = []
     for index in order:
         key = tokens[index].cpu().numpy().tobytes()
         (again if key in seen else first).append(index)

@@ -5,14 +5,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from diffusers import AutoencoderKL
-from PIL import Image
 from torch import Tensor
 from transformers import CLIPModel, PreTrainedTokenizerFast
 
 from argen.files import WEIGHTS
+from argen.models.clip import TextImageEncoder
 from argen.models.files import emoji_text, load_network
 from argen.models.xar import SIZES, XAR, XARSession
 from argen.pipelines.base import Defaults, TokenPipeline, check_asked, distinct
@@ -128,7 +127,7 @@ class XARPipeline(TokenPipeline):
     def encode_text(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
         """Captions -> hidden states [B, T, C], mask [B, T] bool."""
         texts = [self.caption(prompt) for prompt in prompts]
-        states, mask = self.text_image_encoder.states(texts)
+        states, mask = TextImageEncoder(self.text_encoder, self.tokenizer).states(texts)
         return states.to(self.transformer.dtype), mask
 
     def stream(
@@ -235,10 +234,6 @@ class XARPipeline(TokenPipeline):
     def fill_masked(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """See `TokenPipeline.fill_masked`, of latents [B, C, h, w]."""
         return tokens.nan_to_num(0.0), tokens.isfinite().all(dim=1)
-
-    def images(self, tokens: Tensor, output_type: str = "pil") -> list[Image.Image] | np.ndarray | Tensor:
-        """See `TokenPipeline.pictures`, of latents [B, C, h, w]; what is NaN is grey."""
-        return tokens if output_type == "latent" else super().images(tokens, output_type)
 
     def decode_tokens(self, tokens: Tensor) -> Tensor:
         """Latents [B, C, h, w] -> pixels [B, 3, H, W] in [0, 1]."""
