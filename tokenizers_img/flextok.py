@@ -19,13 +19,13 @@ import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, ConfigMixin, ModelMixin
 from diffusers.configuration_utils import FrozenDict, register_to_config
-from diffusers.models.attention_dispatch import dispatch_attention_fn
 from einops import rearrange
 from safetensors import safe_open
 from torch import Tensor, nn
 
 from samplers.flow import NormalisedGuidance, euler, even_times
 from samplers.logits import guide
+from tokenizers_img.attention import DispatchedAttention
 from tokenizers_img.checkpoint import load_strict, read_state_dict, weight_files
 from tokenizers_img.quantize import FSQ, check_ids
 
@@ -43,7 +43,7 @@ Layer = TypeVar("Layer", bound=nn.Module)
 Part = TypeVar("Part", bound=nn.Module)
 
 
-class Attention(nn.Module):
+class Attention(DispatchedAttention):
     def __init__(self, dim: int, head_dim: int):
         super().__init__()
         self.head_dim = head_dim
@@ -53,7 +53,7 @@ class Attention(nn.Module):
         """x [B, n, D], mask [1, 1, n, n] bool."""
         query, key, value = (part(x).unflatten(-1, (-1, self.head_dim)) for part in (self.wq, self.wk, self.wv))
         scale = 8 / self.head_dim
-        return self.proj(dispatch_attention_fn(norm(query), norm(key), value, attn_mask=mask, scale=scale).flatten(2))
+        return self.proj(self.attend(norm(query), norm(key), value, mask, scale=scale))
 
 
 class GatedMLP(nn.Module):

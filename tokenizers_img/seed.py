@@ -29,6 +29,7 @@ from transformers import (
     Blip2VisionModel,
 )
 
+from tokenizers_img.attention import DispatchedAttention
 from tokenizers_img.checkpoint import load_strict, read_state_dict
 from tokenizers_img.conv_encoder import TwoEncoders
 from tokenizers_img.hub import download
@@ -44,15 +45,17 @@ SMALLEST = 8  # pixels a side: in fewer there is nothing to recognise
 NORM_EPS = 1e-5  # of the norm after the vision transformer, whose own are 1e-6
 
 
-class Attention(nn.Module):
+class Attention(DispatchedAttention):
+    masked = False
+
     def __init__(self, dim: int, heads: int):
         super().__init__()
         self.heads = heads
         self.qkv, self.proj = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        query, key, value = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        return self.proj(F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2))
+        query, key, value = self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(2)
+        return self.proj(self.attend(query, key, value))
 
 
 class MLP(nn.Module):

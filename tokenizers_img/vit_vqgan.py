@@ -12,10 +12,10 @@ import torch
 import torch.nn.functional as F
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
-from diffusers.models.attention_dispatch import dispatch_attention_fn
 from einops import rearrange
 from torch import Tensor, nn
 
+from tokenizers_img.attention import DispatchedAttention
 from tokenizers_img.checkpoint import load_strict, read_state_dict
 from tokenizers_img.quantize import VectorQuantizer, check_ids
 
@@ -43,7 +43,9 @@ class PreNorm(nn.Module):
         return self.fn(self.norm(x))
 
 
-class Attention(nn.Module):
+class Attention(DispatchedAttention):
+    masked = False
+
     def __init__(self, dim: int, heads: int, dim_head: int):
         super().__init__()
         self.heads = heads
@@ -52,7 +54,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         query, key, value = rearrange(self.to_qkv(x), "b n (three h d) -> three b n h d", three=3, h=self.heads)
-        return self.to_out(dispatch_attention_fn(query, key, value).flatten(2))
+        return self.to_out(self.attend(query, key, value))
 
 
 class FeedForward(nn.Module):

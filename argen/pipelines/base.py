@@ -23,6 +23,7 @@ from transformers import CLIPModel
 from argen import __version__
 from argen.data.imagenet import class_id
 from argen.hub.cards import Card, write_card
+from argen.hub.loading import choose_attention
 from argen.metadata import MADE_BY, TOKENS, fingerprint
 from argen.models.clip import TextImageEncoder
 from argen.pipelines.editing import Editing
@@ -133,6 +134,20 @@ class TokenPipeline(Editing):
         card = self.card or Card("", "generator", f"a saved {type(self).__name__}", "")
         card = replace(card, id=folder.name, target="argen.hub.loading:load", repo=None, files=(), order=1000)
         write_card(replace(card, arguments={}), folder)
+
+    def enable_xformers_memory_efficient_attention(self, attention_op: None = None) -> None:
+        """Let xformers compute the attention of all networks of this pipeline, as ``argen.load(..., attention="xformers")`` does.
+
+        Raises:
+            ValueError: it is not installed, there is no CUDA device, or `attention_op` is given, which xformers chooses here.
+        """
+        if attention_op is not None:
+            raise ValueError("attention_op is not taken: leave it out, xformers chooses the operator")
+        choose_attention(self, "xformers")
+
+    def disable_xformers_memory_efficient_attention(self) -> None:
+        """Go back to PyTorch's own attention."""
+        choose_attention(self, "native")
 
     @property
     def image_size(self) -> int:
