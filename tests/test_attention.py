@@ -13,6 +13,7 @@ import argen
 from argen import command
 from argen.cli.main import main
 from argen.hub.loading import choose_attention, load_diffusion, loader
+from argen.models.xar import XAR, XARSession
 from tokenizers_img.attention import BACKENDS, DispatchedAttention, check_attention, set_attention
 
 GENERATORS = ("parti", "llamagen", "flextok-ar", "xar", "control")
@@ -99,6 +100,24 @@ def test_each_model_has_its_own_even_in_threads(xformers):
     assert all(tokens.equal(expected) for tokens in drawn)
     assert len(xformers) == 3 * counted["alone"]  # alone, and twice of the four
     assert _AttentionBackendRegistry.get_active_backend()[0] == "native"
+
+
+def test_what_diffusers_sets_for_the_process_changes_nothing(xformers):
+    pipe = argen.load("argen/emoji-parti")
+    expected = latents_or_tokens(pipe)
+    with attention_dispatch.attention_backend("xformers"):
+        assert latents_or_tokens(pipe).equal(expected)
+    assert not xformers
+
+
+def test_xar_by_class_attends_without_a_mask():
+    network = XAR(dim=32, encoder_depth=1, decoder_depth=1, heads=2, grid=4, size=2, channels=4, classes=3).eval()
+    x = torch.randn(2, network.entities.lengths[0], 4, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        plain = XARSession(network, torch.tensor([0, 1]), [0.5], guided=True).velocity(0, x, 0.5, True)
+        set_attention([network], "sdpa-flash")
+        flash = XARSession(network, torch.tensor([0, 1]), [0.5], guided=True).velocity(0, x, 0.5, True)
+    torch.testing.assert_close(flash, plain, atol=1e-5, rtol=1e-5)
 
 
 def test_diffusers_pipelines_take_xformers(xformers):

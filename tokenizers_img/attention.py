@@ -1,7 +1,7 @@
 """Attention backends: what computes soft-max(QK^T)V, chosen for each network.
 
-diffusers' dispatcher has the backends. Its own choice (`ModelMixin.set_attention_backend`, `attention_backend`) is one for the whole
-process; here each layer keeps its own, so that models on different backends may run side by side.
+diffusers' dispatcher has the backends. Its own choice (`ModelMixin.set_attention_backend`, `attention_backend`, DIFFUSERS_ATTN_BACKEND) is
+one for the whole process; here each layer keeps its own, so that models on different backends may run side by side.
 
 Letters in shape comments: R rows, n queries, m keys, H heads, D/H numbers of a head.
 """
@@ -56,11 +56,11 @@ class DispatchedAttention(nn.Module):
     """Base of the attention layers of argen's networks.
 
     Attributes:
-        attention: a name in `BACKENDS`; None for what diffusers is set to, which is "native" unless DIFFUSERS_ATTN_BACKEND says other.
+        attention: a name in `BACKENDS`.
         masked: whether it attends under a mask when images are made.
     """
 
-    attention: str | None = None
+    attention = "native"
     masked = True
 
     def attend(
@@ -78,8 +78,6 @@ class DispatchedAttention(nn.Module):
         Raises:
             ValueError: the backend cannot run on this device, or not in this precision.
         """
-        if self.attention is None:
-            return dispatch_attention_fn(query, key, value, mask, dropout_p, scale=scale).flatten(2)
         backend = BACKENDS[self.attention]
         _check_device(self.attention, query.device.type)
         if query.dtype not in (torch.bfloat16, torch.float16) and (

@@ -50,8 +50,8 @@ def load(
             from the hub's cache, or fetched into it.
         tokenizer: of a LlamaGen's checkpoint: the file of its image tokenizer; None where a released one lies beside it.
         image_size: of a LlamaGen's checkpoint: side of its images in pixels; None where the file or its name says it.
-        attention: backend of its attention layers, a name in `tokenizers_img.attention.BACKENDS`, e.g. "xformers"; None for what
-            diffusers is set to, which is "native".
+        attention: backend of its attention layers, a name in `tokenizers_img.attention.BACKENDS`, e.g. "xformers"; None for
+            "native", PyTorch's own.
 
     Raises:
         ValueError: no such model; weights that cannot be read or do not fit; a backend that cannot be used here or by this model.
