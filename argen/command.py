@@ -16,6 +16,8 @@ from argen.bounds import check, check_size
 from argen.words import check_text, cut
 
 if TYPE_CHECKING:
+    import torch
+
     from samplers.settings import Setting
 
 EXTRAS = {
@@ -27,6 +29,9 @@ EXTRAS = {
 
 
 DEFAULTS = argparse.ArgumentDefaultsHelpFormatter  # help that shows the default of each option
+ATTENTION = (
+    "native, sdpa-math, sdpa-flash, sdpa-efficient, sdpa-cudnn, xformers, flash"  # tokenizers_img.attention.BACKENDS
+)
 CONTROLS = (
     "canny, hed, lineart, lineart-inverted, depth, depth-midas, segments, seg or map"  # argen.models.annotators.KINDS
 )
@@ -55,8 +60,16 @@ def printable(text: str) -> str:
 
 
 def device_and_json(add: argparse.ArgumentParser) -> None:
-    add.add_argument("--device", metavar="NAME", help="cpu, cuda, mps (default: the best one here)")
+    device_argument(add)
     add.add_argument("--json", action="store_true", help="print JSON")
+
+
+def device_argument(add: argparse.ArgumentParser) -> None:
+    add.add_argument("--device", metavar="NAME", help="cpu, cuda, mps (default: the best one here)")
+
+
+def attention_argument(add: argparse.ArgumentParser, whose: str = "the model") -> None:
+    add.add_argument("--attention", metavar="NAME", help=f"attention backend of {whose}: {ATTENTION} (default: native)")
 
 
 def size(text: str) -> tuple[int, int]:
@@ -78,6 +91,7 @@ def diffusion_arguments(add: argparse.ArgumentParser, steps: int, guidance: floa
     add.add_argument("--steps", type=int, metavar="N", help=f"of the sampler (default: {steps}; {default_note})")
     add.add_argument("--guidance-scale", type=float, metavar="G", help=f"(default: {guidance}; {default_note})")
     device_and_json(add)
+    attention_argument(add)
 
 
 def add_settings(parser: argparse.ArgumentParser, cls: type, names: Iterable[str], default_text: str) -> None:
@@ -222,17 +236,39 @@ def check_numbers(args: argparse.Namespace) -> None:
                 check(CALLED.get(name, name), number, name)
 
 
-def load_model(model: str, device: str | None, kind: str | None = None, **files):
-    """The model called `model` on a device; `files` as in `argen.hub.loading.load`."""
-    from argen.device import pick
+def load_model(model: str, device: str | None, kind: str | None = None, attention: str | None = None, **files):
+    """The model called `model` on a device; `attention` and `files` as in `argen.hub.loading.load`."""
     from argen.hub.loading import load
 
-    where = pick(device)
+    where = device_for(device, attention)
     check_model(model, kind)
-    loaded = load(model, **files)
+    loaded = load(model, attention=attention, **files)
     if hasattr(loaded, "set_progress_bar_config"):
         loaded.set_progress_bar_config(disable=None, bar_format="{desc}{percentage:3.0f}%|{bar:30}| {elapsed}")
     return loaded.to(where)
+
+
+def load_diffusion_model(model: str, device: str | None, attention: str | None):
+    """The pipeline of diffusers called `model` on a device; `attention` as in `argen.hub.loading.load`."""
+    from argen.hub.loading import load_diffusion
+
+    where = device_for(device, attention)
+    return load_diffusion(model, attention).to(where)
+
+
+def device_for(device: str | None, attention: str | None) -> "torch.device":
+    """The device of that name, on which the attention backend can run.
+
+    Raises:
+        ValueError: there is no such device, or the backend cannot be used on it.
+    """
+    from argen.device import pick
+    from tokenizers_img.attention import check_attention
+
+    where = pick(device)
+    if attention is not None:
+        check_attention(attention, where)
+    return where
 
 
 def guarded(name: str, function: Callable[[argparse.Namespace], None], args: argparse.Namespace) -> int:

@@ -68,7 +68,7 @@ def fast_dtype(device: torch.device | str) -> torch.dtype:
 @cache
 def _bf16_is_faster(size: int = 512, tries: int = 7) -> bool:
     """Whether this CPU multiplies matrices faster in bfloat16, measured in turn: some have the instructions and no units."""
-    best = {}
+    best: dict[torch.dtype, float] = {}
     for _ in range(tries):
         for dtype in (torch.float32, torch.bfloat16):
             matrix = torch.ones(size, size, dtype=dtype)

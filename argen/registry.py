@@ -23,7 +23,8 @@ class Registry(Mapping[str, Any]):
     """
 
     def __init__(self, kind: str, built_in: Mapping[str, str]):
-        self.kind, self.built_in, self.added = kind, dict(built_in), {}
+        self.kind, self.built_in = kind, dict(built_in)
+        self.added: dict[str, Any] = {}
 
     @cached_property
     def installed(self) -> dict[str, EntryPoint]:
@@ -70,8 +71,9 @@ class Registry(Mapping[str, Any]):
         try:
             return point.load()
         except (ImportError, AttributeError) as error:
+            package = point.dist.name if point.dist else point.module
             raise ValueError(
-                f"the {self.kind} {point.name} of the package {point.dist.name} cannot be used ({error}): update or uninstall it"
+                f"the {self.kind} {point.name} of the package {package} cannot be used ({error}): update or uninstall it"
             ) from error
 
 

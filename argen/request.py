@@ -4,11 +4,12 @@ import base64
 import re
 from dataclasses import dataclass, field, fields, replace
 from io import BytesIO
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from PIL import Image
-from pydantic import SkipValidation
+from pydantic import JsonValue, SkipValidation
+from pydantic.config import JsonDict
 
 from argen.bounds import BOUNDS, MAX_CANDIDATES, MAX_CELLS, MAX_IMAGES, check, check_size
 from argen.images import from_base64
@@ -82,14 +83,11 @@ class Control:
         return cls(**values | {"image": from_base64(saved["image"], "the control image"), "size": size and tuple(size)})
 
 
-def _within(name: str, **extra) -> dict[str, Any]:
-    """The bounds of a number that tools ask for, too, as arguments of a `Field`."""
+def _within(name: str, **extra: JsonValue) -> Any:
+    """The bounds of a number that tools ask for, too, as a `Field` in the annotation of a setting."""
     bound = BOUNDS[name]
-    return {
-        "ge": bound.low,
-        "le": bound.high,
-        "json_schema_extra": extra | ({"note": bound.note} if bound.note else {}),
-    }
+    note: JsonDict = {"note": bound.note} if bound.note else {}
+    return Field(ge=bound.low, le=bound.high, json_schema_extra=extra | note)
 
 
 @settings
@@ -107,49 +105,55 @@ class Request:
 
     prompt: str = Field(description='what to draw, for example "a red apple, noto style"')
     model: str = Field(
-        "argen/emoji-parti", description="an id that `argen models` lists, or the folder of a saved pipeline"
+        default="argen/emoji-parti", description="an id that `argen models` lists, or the folder of a saved pipeline"
     )
     num_images: int = Field(
-        1, ge=1, le=MAX_IMAGES, description="images to give back", json_schema_extra={"flags": ["-n", "--num"]}
+        default=1, ge=1, le=MAX_IMAGES, description="images to give back", json_schema_extra={"flags": ["-n", "--num"]}
     )
-    seed: int = Field(0, **_within("seed"), description="image i is drawn with seed + i")
-    guidance_scale: float | None = Field(
-        None, **_within("guidance_scale"), description="how closely to follow the prompt"
+    seed: Annotated[int, _within("seed")] = Field(default=0, description="image i is drawn with seed + i")
+    guidance_scale: Annotated[float | None, _within("guidance_scale")] = Field(
+        default=None, description="how closely to follow the prompt"
     )
-    temperature: float | None = Field(None, **_within("temperature"), description="divides the logits")
+    temperature: Annotated[float | None, _within("temperature")] = Field(default=None, description="divides the logits")
     top_k: int | None = Field(
-        None, ge=0, le=2**20, description="draw among the K most probable tokens", json_schema_extra={"note": "0: all"}
+        default=None,
+        ge=0,
+        le=2**20,
+        description="draw among the K most probable tokens",
+        json_schema_extra={"note": "0: all"},
     )
     top_p: float | None = Field(
-        None,
+        default=None,
         gt=0,
         le=1,
         description="draw among the most probable tokens of joint probability P",
         json_schema_extra={"note": "1: all"},
     )
     sampler: str = Field(
-        "auto", description="how tokens are decided, with its settings: NAME or NAME:SETTING=VALUE,..."
+        default="auto", description="how tokens are decided, with its settings: NAME or NAME:SETTING=VALUE,..."
     )
     sampler_args: dict[str, Any] = Field(default_factory=dict, description="settings of the sampler by their names")
     steps: Steps | tuple[Steps, Steps] | None = Field(
-        None, description="of the flow of a model of continuous latents; two numbers: of its first and of its last part"
+        default=None,
+        description="of the flow of a model of continuous latents; two numbers: of its first and of its last part",
     )
-    num_tokens: int | None = Field(
-        None,
-        **_within("num_tokens", flags=["--tokens"]),
+    num_tokens: Annotated[int | None, _within("num_tokens", flags=["--tokens"])] = Field(
+        default=None,
         description="of an image, for a model whose images may have any number",
     )
-    num_candidates: int | None = Field(
-        None, **_within("num_candidates"), description="draw so many images and keep those that fit the prompt best"
+    num_candidates: Annotated[int | None, _within("num_candidates")] = Field(
+        default=None, description="draw so many images and keep those that fit the prompt best"
     )
     num_beams: int | None = Field(
-        None,
+        default=None,
         ge=1,
         le=MAX_CANDIDATES,
         description="search: of the candidates with 1, 2, 4 ... tokens go on with those that fit best, for a model of ordered tokens",
     )
-    control: Control | None = Field(None, description="image to follow, for a model that takes one")
-    tokens: SkipValidation[Grid | None] = Field(None, description="token grid to go on from, -1 in the cells to write")
+    control: Control | None = Field(default=None, description="image to follow, for a model that takes one")
+    tokens: SkipValidation[Grid | None] = Field(
+        default=None, description="token grid to go on from, -1 in the cells to write"
+    )
 
     def __post_init__(self):
         check_prompt(self.prompt)
@@ -243,7 +247,8 @@ class Request:
         field_names = {item.name for item in fields(cls)}
         if unknown := [name for name in saved if name not in field_names]:
             raise ValueError(f"unknown setting {unknown[0][:60]!r}: expected some of {', '.join(sorted(field_names))}")
-        parts = {"control": Control.from_dict(saved["control"])} if saved.get("control") is not None else {}
+        control = saved.get("control")
+        parts: dict[str, Any] = {} if control is None else {"control": Control.from_dict(control)}
         if isinstance(saved.get("steps"), list):
             parts["steps"] = tuple(saved["steps"])
         if isinstance(saved.get("sampler_args"), dict):  # JSON has no tuples

@@ -12,7 +12,21 @@ from samplers.errors import InvalidValue
 
 MAX_PROMPT = 1000  # characters
 MOST_COUNTED = 25  # things, the range of the count tokens' authors
-ONES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve")
+ONES: tuple[str, ...] = (
+    "zero",
+    "one",
+    "two",
+    "three",
+    "four",
+    "five",
+    "six",
+    "seven",
+    "eight",
+    "nine",
+    "ten",
+    "eleven",
+    "twelve",
+)
 ONES += ("thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen")
 TENS = ("twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety")
 VALUES = dict(zip(ONES, range(20), strict=True)) | dict(zip(TENS, range(20, 100, 10), strict=True))
@@ -124,6 +138,8 @@ def cut(value: object) -> str:
     try:
         text = str(value)
     except ValueError:  # Python writes no integers of more than 4,300 digits
+        if not isinstance(value, int):  # a list of them, say
+            return f"a {type(value).__name__} with a very long number"
         return f"a number of about {int(value.bit_length() * math.log10(2)):,} digits"
     return text if len(text) <= 60 else f"{text[:57]}..."
 
@@ -227,7 +243,7 @@ def parse_count(prompt: str) -> tuple[int, str]:
     exponent = any(unicodedata.decomposition(char).startswith(("<super>", "<sub>")) for char in prompt)
     vague = match and match["one"] and VAGUE.match(things)
     has_things = any(unicodedata.category(char)[0] == "L" or unicodedata.category(char) == "So" for char in things)
-    if not has_things or vague or exponent:
+    if match is None or not has_things or vague or exponent:
         raise ValueError(
             f"{cut(prompt)!r} does not say how many of what: begin with a number from 1 to {MOST_COUNTED}, as in 'five apples'"
         )
@@ -316,9 +332,10 @@ def caption_names(text: str, known: Collection[str]) -> list[str]:
     """What a text names: one of the known names, several of them between "and", or what it says without article."""
     if name := known_name(text, known):
         return [name]
-    parts = [known_name(part, known) for part in re.split(r"\s+(?:and|or|plus|[-–—])\s+|\s*[&+/]\s*", text) if part]
-    if len(parts) > 1 and all(parts):
-        return parts
+    parts = [part for part in re.split(r"\s+(?:and|or|plus|[-–—])\s+|\s*[&+/]\s*", text) if part]
+    names = [name for part in parts if (name := known_name(part, known))]
+    if len(parts) > 1 and len(names) == len(parts):
+        return names
     return [bare] if (bare := singular(bare_name(text))) else []
 
 

@@ -8,6 +8,7 @@ from argen.hub.cards import FOLDER, Card, read_card
 from argen.registry import commands, recipes, samplers
 from argen.request import Request
 from samplers.settings import Setting, settings_of
+from tokenizers_img.attention import BACKENDS
 
 DOCS = Path(__file__).parent
 ROOT = DOCS.parent
@@ -57,6 +58,15 @@ def command_rows() -> str:
     return table(("command", "what it does"), ((f"`argen {name}`", commands[name].HELP) for name in commands.built_in))
 
 
+def attention_rows() -> str:
+    rows = []
+    for name, needs in BACKENDS.items():
+        precision = "bfloat16, float16" if needs.half else "any"
+        devices, masks = ", ".join(needs.devices) or "any", "yes" if needs.masks else "no"
+        rows.append((f"`{name}`", devices, masks, precision, f"`{needs.install}`" if needs.install else ""))
+    return table(("attention", "devices", "takes masks", "precision", "installed by"), rows)
+
+
 def own_cards() -> list[Card]:
     found = [read_card(path) for path in FOLDER.glob("*.toml")]
     return sorted(found, key=lambda card: (card.order, card.kind, card.id.lower()))
@@ -87,6 +97,7 @@ def recipe_rows() -> str:
 
 
 TABLES = {
+    "attention": attention_rows,
     "samplers": sampler_rows,
     "settings": setting_rows,
     "request": request_rows,

@@ -15,7 +15,9 @@ from samplers.steps import START, Step, next_logits, pick
 class Careful:
     """Sequential, without chance where the network is sure."""
 
-    sure: float = Field(0.7, ge=0, le=1, description="probability from which on the most probable token is taken")
+    sure: float = Field(
+        default=0.7, ge=0, le=1, description="probability from which on the most probable token is taken"
+    )
     name = "careful"
     lossless = False
 

@@ -33,18 +33,19 @@ class Auto:
     ) -> Iterator[Step]:
         """See `samplers.steps.Sequential`."""
         settings = sampling, guidance_scale, noise
-        last, speed = Step(tokens, 0, torch.full(tokens.shape, Origin.GIVEN, dtype=torch.int8)), 0.0
+        last, speed = Step(tokens, 0), 0.0
 
         def watched(steps: Iterator[Step], begun: Step, forward_passes: int | None = None) -> Iterator[Step]:
             """So many steps of a sampler that took the grid up at `begun`, timed."""
             nonlocal last, speed
             started, first = None, 0
+            before = (
+                torch.full(tokens.shape, Origin.GIVEN, dtype=torch.int8) if begun.origins is None else begun.origins
+            )
             for step in islice(steps, forward_passes):
                 new = ((step.tokens >= 0) & (begun.tokens < 0)).cpu()  # waits for the device
-                origins = torch.full_like(begun.origins, Origin.DRAWN) if step.origins is None else step.origins
-                last = Step(
-                    step.tokens, begun.forward_passes + step.forward_passes, torch.where(new, origins, begun.origins)
-                )
+                origins = torch.full_like(before, Origin.DRAWN) if step.origins is None else step.origins
+                last = Step(step.tokens, begun.forward_passes + step.forward_passes, torch.where(new, origins, before))
                 decided, now = int(new.sum()), time.perf_counter()
                 if started is None:
                     started, first = now, decided

@@ -20,7 +20,7 @@ from samplers.steps import MAX_WINDOW, START, GuidanceScale, Origin, Session, St
 class Jacobi:
     """Exactly the image of `Sequential` with the same noise (up to ties that rounding decides: keep logits in float32)."""
 
-    window: int = Field(16, ge=1, le=MAX_WINDOW, description="cells that are guessed at a time")
+    window: int = Field(default=16, ge=1, le=MAX_WINDOW, description="cells that are guessed at a time")
     name = "jacobi"
     lossless = True
 

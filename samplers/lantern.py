@@ -87,7 +87,7 @@ class Relaxed(OneByOne):
     def relax(self, probs: Tensor, token: int) -> Raised:
         """See `samplers.rules.OneByOne.relax`."""
         prob, near = probs[token], self.table[token, : self.k + 1].to(probs.device)
-        bound = self.delta if self.lambda_ is None else (self.lambda_ - 1) * prob
+        bound = (self.lambda_ - 1) * prob if self.lambda_ is not None else self.delta or 0.0
         borrowed = probs[near[: self.k]].cumsum(0)
         count = int((borrowed <= bound).sum())  # the sums grow, so these are the first ones
         likely = prob + borrowed[count - 1] if count else prob
@@ -101,16 +101,20 @@ class Lantern:
     See `Relaxed`; `delta` is 0.2 where neither bound is given.
     """
 
-    k: int = Field(10, ge=0, le=2**16, description="nearest codebook entries whose probability is aggregated")
-    delta: float | None = Field(None, ge=0, le=1, description="bound on what is aggregated (0.2 if no bound is given)")
-    lambda_: float | None = Field(
-        None, ge=1, le=10**6, description="or bound on the aggregated over the own probability"
+    k: int = Field(default=10, ge=0, le=2**16, description="nearest codebook entries whose probability is aggregated")
+    delta: float | None = Field(
+        default=None, ge=0, le=1, description="bound on what is aggregated (0.2 if no bound is given)"
     )
-    official: bool = Field(False, description="reject all k neighbours with a token, as the authors' code does")
-    tree: Shape | TreeName = Field("static", description="shape of the drafted trees", json_schema_extra=TREE_CHOICES)
-    nodes: int | None = Field(None, ge=1, le=256, description=NODES)
-    depth: int | None = Field(None, ge=1, le=32, description=DEPTH)
-    width: int | None = Field(None, ge=1, le=64, description=WIDTH)
+    lambda_: float | None = Field(
+        default=None, ge=1, le=10**6, description="or bound on the aggregated over the own probability"
+    )
+    official: bool = Field(default=False, description="reject all k neighbours with a token, as the authors' code does")
+    tree: Shape | TreeName = Field(
+        default="static", description="shape of the drafted trees", json_schema_extra=TREE_CHOICES
+    )
+    nodes: int | None = Field(default=None, ge=1, le=256, description=NODES)
+    depth: int | None = Field(default=None, ge=1, le=32, description=DEPTH)
+    width: int | None = Field(default=None, ge=1, le=64, description=WIDTH)
     name = "lantern"
     lossless = False
     needs = "drafter"

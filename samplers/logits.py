@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 
-def guide(conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
+def guide(conditional: Tensor, unconditional: Tensor, scale: float | Tensor) -> Tensor:
     """Classifier-free guidance: unconditional + scale * (conditional - unconditional); scale 1 is no guidance."""
     return torch.lerp(unconditional, conditional, scale)
 

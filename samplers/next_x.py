@@ -51,8 +51,10 @@ class NextXStep:
 class NextX:
     """Base of the samplers of flows: a subclass says which solver is used."""
 
-    steps: Steps | tuple[Steps, Steps] = Field(40, description="of each entity's flow; two: of the first, of the last")
-    precise: bool = Field(True, description="add up in float64, as published; float32 for devices without it")
+    steps: Steps | tuple[Steps, Steps] = Field(
+        default=40, description="of each entity's flow; two: of the first, of the last"
+    )
+    precise: bool = Field(default=True, description="add up in float64, as published; float32 for devices without it")
     lossless = True
     draws = "latents"
     noisy = False  # whether the solver draws noise at each step

@@ -5,7 +5,7 @@ Here the candidates are drawn from the recycled distribution, so that sampling s
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -25,12 +25,14 @@ class Table:
     """
 
     width: int
+    rows: dict[int, tuple[Tensor, Tensor]] = field(
+        default_factory=dict
+    )  # token -> those after it, their log-probabilities
+    codes: int = 0  # K, once a forward pass was seen
 
     def begin(self, session: Session) -> "Table":
         """See `samplers.speculative.Drafter.begin`."""
-        fresh = Table(self.width)
-        fresh.rows = {}
-        return fresh
+        return Table(self.width)
 
     def read(self, tokens: Tensor, cells: Tensor, nodes: Tensor, ahead: Tensor) -> Tensor:
         """See `samplers.trees.Drafting.read`."""
@@ -62,8 +64,10 @@ class Table:
 class TokenRecycling:
     """Drafts from what followed each token before (Token Recycling); lossless, for any generator."""
 
-    width: int = Field(8, ge=1, le=1024, description="tokens that are kept of each distribution")
-    tree: Shape | TreeName = Field("static", description="shape of the drafted trees", json_schema_extra=TREE_CHOICES)
+    width: int = Field(default=8, ge=1, le=1024, description="tokens that are kept of each distribution")
+    tree: Shape | TreeName = Field(
+        default="static", description="shape of the drafted trees", json_schema_extra=TREE_CHOICES
+    )
     name = "recycling"
     lossless = True
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
 import torch
+from pydantic.config import JsonDict
 from torch import Tensor
 
 
@@ -86,7 +87,9 @@ class OneByOne:
 
     def choose(self, probs: Tensor, candidates: Candidates, uniforms: Iterator[float], reject_in: str) -> Choice:
         """See `Rule.choose`."""
-        probs, earlier, tried = probs.clone(), [], set()
+        probs = probs.clone()
+        earlier: list[int] = []
+        tried: set[int] = set()
         for node, token, proposal_prob in zip(
             candidates.nodes, candidates.tokens, candidates.proposal_probs, strict=True
         ):
@@ -197,7 +200,7 @@ class Grouped(OneByOne):
 
 
 RULES: dict[str, Rule] = {"lossless": Lossless(), "k-seq": KSeq(), "grouped": Grouped()}
-RULE_CHOICES = {"choices": list(RULES)}
+RULE_CHOICES: JsonDict = {"choices": list(RULES)}
 RuleName = Literal["lossless", "k-seq", "grouped"]
 
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from types import NoneType, UnionType
-from typing import Annotated, Any, Literal, Union, dataclass_transform, get_args, get_origin
+from typing import Annotated, Any, Literal, TypeVar, Union, dataclass_transform, get_args, get_origin
 
 from annotated_types import Ge, Gt, Le, Lt
 from pydantic import ConfigDict, TypeAdapter, ValidationError
@@ -20,16 +20,17 @@ from samplers.errors import InvalidValue
 
 SHOWN = 60  # characters of a wrong value in an error
 MOST_DIGITS = 400  # of a number that is typed
+Class = TypeVar("Class")
 
 
 @dataclass_transform(frozen_default=True, field_specifiers=(Field,))
-def settings(cls: type) -> type:
+def settings(cls: type[Class]) -> type[Class]:
     """Make a class a frozen pydantic dataclass that refuses a wrong value in one line: which, and what is expected.
 
     Integers are taken for floats, and nothing else for anything: no text for a number, no 4.0 for 4, no NaN.
     """
     config = ConfigDict(arbitrary_types_allowed=True, strict=True, allow_inf_nan=False)
-    wrapped = pydantic_dataclass(cls, frozen=True, config=config)
+    wrapped: Any = pydantic_dataclass(cls, frozen=True, config=config)  # a `Class`, which its types do not say
     construct = wrapped.__init__
 
     def __init__(self, *args, **kwargs):
@@ -118,7 +119,13 @@ class Setting:
         """What a value must be, e.g. "a whole number, 1 to 64"."""
         if self.choices:
             return f"one of {', '.join(self.choices)}"
-        kinds = {int: "a whole number", float: "a number", bool: "true or false", str: "text", None: self.help}
+        kinds: dict[type | None, str] = {
+            int: "a whole number",
+            float: "a number",
+            bool: "true or false",
+            str: "text",
+            None: self.help,
+        }
         note = f" ({self.note})" if self.note else ""
         pair = ", or two between commas" if self.pair else ""
         return ", ".join(filter(None, (kinds[self.kind], self.bounds))) + pair + note
@@ -161,7 +168,8 @@ class Setting:
 @cache
 def settings_of(cls: type) -> dict[str, Setting]:
     """The settings of a class of `settings`, by the names that users write."""
-    all_settings = [_setting(name, field) for name, field in cls.__pydantic_fields__.items()]
+    declared: dict[str, FieldInfo] = getattr(cls, "__pydantic_fields__", {})
+    all_settings = [_setting(name, field) for name, field in declared.items()]
     return {setting.name: setting for setting in all_settings}
 
 
@@ -170,13 +178,14 @@ def _setting(name: str, field: FieldInfo) -> Setting:
     limits = [*field.metadata, *(limit for part in parts for limit in _limits(part))]
     parts = tuple(get_args(part)[0] if get_origin(part) is Annotated else part for part in parts)
     choices = next((get_args(part) for part in parts if get_origin(part) is Literal), ())
-    extra = field.json_schema_extra if isinstance(field.json_schema_extra, Mapping) else {}
+    extra: Mapping[str, Any] = field.json_schema_extra if isinstance(field.json_schema_extra, Mapping) else {}
     choices = tuple(extra.get("choices", choices))
-    kind = str if choices else next((part for part in parts if part in (int, float, bool, str)), None)
-    low = next((limit.ge for limit in limits if isinstance(limit, Ge)), None)
-    open_low = next((limit.gt for limit in limits if isinstance(limit, Gt)), None)
-    high = next((limit.le for limit in limits if isinstance(limit, Le)), None)
-    high = next((limit.lt for limit in limits if isinstance(limit, Lt)), high)
+    kind: type | None = str if choices else next((part for part in parts if part in (int, float, bool, str)), None)
+    metavars: dict[type | None, str] = {int: "N", float: "X"}
+    low = next((_number(limit.ge) for limit in limits if isinstance(limit, Ge)), None)
+    open_low = next((_number(limit.gt) for limit in limits if isinstance(limit, Gt)), None)
+    below = next((_number(limit.lt) for limit in limits if isinstance(limit, Lt)), None)
+    high = next((_number(limit.le) for limit in limits if isinstance(limit, Le)), None) if below is None else below
     return Setting(
         name.removesuffix("_"),
         name,
@@ -191,8 +200,13 @@ def _setting(name: str, field: FieldInfo) -> Setting:
         choices,
         extra.get("note", ""),
         tuple(extra.get("flags", ())),
-        extra.get("metavar") or {int: "N", float: "X"}.get(kind, name.upper()),
+        extra.get("metavar") or metavars.get(kind, name.upper()),
     )
+
+
+def _number(bound: object) -> float | None:
+    """A bound that front ends can show."""
+    return bound if isinstance(bound, int | float) else None
 
 
 def _limits(part: Any) -> list:
@@ -214,5 +228,6 @@ def make(cls: type, arguments: Mapping[str, Any]) -> Any:
     available = settings_of(cls)
     if unknown := [name for name in arguments if name not in available]:
         names = ", ".join(available) or "none: it has no settings"
-        raise ValueError(f"unknown setting {str(unknown[0])[:SHOWN]!r} of {cls.name}: expected {names}")
+        owner = getattr(cls, "name", cls.__name__)
+        raise ValueError(f"unknown setting {str(unknown[0])[:SHOWN]!r} of {owner}: expected {names}")
     return cls(**{available[name].field: value for name, value in arguments.items()})

@@ -22,16 +22,20 @@ from samplers.trees import Distribution, Draft, Drafted, Tree
 class LastPass:
     """A `samplers.speculative.Drafter`: remembers the distributions of the last forward pass, and the tokens of each image."""
 
+    columns: int
+    probs: Tensor  # [B, n, K]
+    left: list[list[Tensor]]  # those of the cells that were not accepted
+    written: list[dict[int, int]]  # cell -> token
+
     def begin(self, session: Session) -> "LastPass":
         """See `samplers.speculative.Drafter.begin`."""
         fresh = LastPass()
-        fresh.columns, fresh.probs, fresh.unused_probs, fresh.written = session.columns, None, None, None
+        fresh.columns, fresh.written = session.columns, []
         return fresh
 
     def read(self, tokens: Tensor, cells: Tensor, nodes: Tensor, ahead: Tensor) -> Tensor:
         """See `samplers.trees.Drafting.read`; the guess is empty."""
-        if self.written is None:
-            self.written = [{} for _ in tokens]
+        self.written = self.written or [{} for _ in tokens]
         for row, (ids, where, count) in enumerate(zip(tokens.tolist(), cells.tolist(), ahead.tolist(), strict=True)):
             self.written[row] |= dict(zip(where[:count], ids[:count], strict=True))
         self.unused_probs = [list(self.probs[row, count:]) for row, count in enumerate(ahead.tolist())]
@@ -61,7 +65,8 @@ class Window:
         """See `samplers.trees.Shape.grow`."""
         tree, drafts = Tree((-1, *range(self.length))), []
         for row, (root, token) in enumerate(zip(roots.tolist(), tokens.tolist(), strict=True)):
-            guesses, probs, proposal_probs, written = [token], {}, [1.0], dict(drafting.written[row])
+            guesses, proposal_probs, written = [token], [1.0], dict(drafting.written[row])
+            probs: dict[int, Tensor] = {}
             for offset in range(self.length):
                 cell, has_draft = root + 1 + offset, offset < len(drafting.unused_probs[row])
                 if has_draft:
@@ -82,7 +87,7 @@ class Window:
 class SpeculativeJacobi:
     """Tokens follow the distribution of `Sequential`, though they are others; for any generator."""
 
-    window: int = Field(16, ge=1, le=MAX_WINDOW, description="cells that are drafted at a time")
+    window: int = Field(default=16, ge=1, le=MAX_WINDOW, description="cells that are drafted at a time")
     name = "sjd"
     lossless = True
 
@@ -102,8 +107,10 @@ class SpeculativeJacobi:
 class GroupedJacobi(SpeculativeJacobi):
     """The same with the relaxed rule of grouped speculative decoding: fewer forward passes, at some loss."""
 
-    side: int = Field(7, ge=0, le=1024, description="less and more probable tokens that stand for each other, at most")
-    near: float = Field(0.15, ge=0, le=1, description="whose probability differs by less than this")
+    side: int = Field(
+        default=7, ge=0, le=1024, description="less and more probable tokens that stand for each other, at most"
+    )
+    near: float = Field(default=0.15, ge=0, le=1, description="whose probability differs by less than this")
     name = "gsd"
     lossless = False
 

@@ -6,7 +6,7 @@ One loop with four slots: where drafts come from (`Drafter`), which tree is draf
 Letters in shape comments: B images, N cells, M nodes of a tree, n tokens of a forward pass, K vocabulary.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
 from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
@@ -26,7 +26,7 @@ from samplers.trees import (
     Distribution,
     Draft,
     Drafted,
-    Drafting,
+    Reading,
     Shape,
     Tree,
     TreeName,
@@ -66,7 +66,8 @@ def verify(
         drafted: None for candidates that a rule chose (e.g. the most probable ones), without chance.
         reject_in: with `drafted`, what is rejected with a candidate: its neighbours in the "draft" distribution, or in the "target" distribution.
     """
-    node, accepted, relaxed = 0, [0], set()
+    node, accepted = 0, [0]
+    relaxed: set[int] = set()
     while tree.children[node]:
         children = tree.children[node]
         proposal_probs = [1.0 if drafted is None else drafted.proposal_probs[child] for child in children]
@@ -81,7 +82,7 @@ def verify(
     return Verdict(accepted, target_probs[node], relaxed)
 
 
-def verify_greedy(target_probs: Tensor, tree: Tree, tokens: Sequence[int], rule: OneByOne) -> list[int]:
+def verify_greedy(target_probs: Tensor, tree: Tree, tokens: Sequence[int], rule: Rule) -> list[int]:
     """Keep the longest path of which every token is the most probable one once the rule has raised it; the first one of several.
 
     Args:
@@ -89,7 +90,15 @@ def verify_greedy(target_probs: Tensor, tree: Tree, tokens: Sequence[int], rule:
 
     Returns:
         The accepted nodes, the root first.
+
+    Raises:
+        ValueError: the rule does not say by which probability one candidate is judged.
     """
+    if not isinstance(rule, OneByOne):
+        raise ValueError(
+            f"the rule {type(rule).__name__} cannot judge drafts at temperature 0: expected a subclass of "
+            "samplers.rules.OneByOne, or a temperature above 0"
+        )
     best: list[int] = []
 
     def walk(path: list[int]) -> None:
@@ -109,7 +118,7 @@ def verify_greedy(target_probs: Tensor, tree: Tree, tokens: Sequence[int], rule:
 class Drafter(Protocol):
     """Where drafts come from."""
 
-    def begin(self, session: Session) -> Drafting:
+    def begin(self, session: Session) -> Reading:
         """Draft for the images of a session, which has made its first forward pass."""
 
 
@@ -131,12 +140,13 @@ def drafter_of(session: Session, sampler: str) -> Drafter:
     Raises:
         ValueError: it brings none.
     """
-    if getattr(session, "drafter", None) is None:
+    drafter: Drafter | None = getattr(session, "drafter", None)
+    if drafter is None:
         raise ValueError(
             f"the sampler {sampler} needs a generator with a drafter, like argen/emoji-llamagen: for others choose jacobi, "
             "which needs none"
         )
-    return session.drafter
+    return drafter
 
 
 class Frontier:
@@ -200,13 +210,17 @@ class Speculative:
     generator brings; for `reject_in` see `verify`.
     """
 
-    tree: Shape | TreeName = Field("static", description="shape of the drafted trees", json_schema_extra=TREE_CHOICES)
-    rule: Rule | RuleName = Field("lossless", description="what is accepted", json_schema_extra=RULE_CHOICES)
-    reject_in: Literal["draft", "target"] = Field("draft", description="where the neighbours of a rejected token fall")
-    nodes: int | None = Field(None, ge=1, le=256, description=NODES)
-    depth: int | None = Field(None, ge=1, le=32, description=DEPTH)
-    width: int | None = Field(None, ge=1, le=64, description=WIDTH)
-    drafter: Drafter | None = Field(None, description="an object of Python")
+    tree: Shape | TreeName = Field(
+        default="static", description="shape of the drafted trees", json_schema_extra=TREE_CHOICES
+    )
+    rule: Rule | RuleName = Field(default="lossless", description="what is accepted", json_schema_extra=RULE_CHOICES)
+    reject_in: Literal["draft", "target"] = Field(
+        default="draft", description="where the neighbours of a rejected token fall"
+    )
+    nodes: int | None = Field(default=None, ge=1, le=256, description=NODES)
+    depth: int | None = Field(default=None, ge=1, le=32, description=DEPTH)
+    width: int | None = Field(default=None, ge=1, le=64, description=WIDTH)
+    drafter: Drafter | None = Field(default=None, description="an object of Python")
     name = "speculative"
     needs = "drafter"
 
@@ -234,7 +248,7 @@ class Speculative:
         shape = tree_of(self.tree, nodes=self.nodes, depth=self.depth, width=self.width)
         distribution, numbers = Distribution(sampling, guidance_scale), [noise.numbers(index) for index in range(batch)]
 
-        def draw(probs: Sequence[Tensor]) -> Tensor:
+        def draw(probs: Iterable[Tensor]) -> Tensor:
             """A token for each image, [B]."""
             return torch.tensor(
                 [distribution.draw(row, uniforms) for row, uniforms in zip(probs, numbers, strict=True)]

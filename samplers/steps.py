@@ -94,14 +94,15 @@ class Sampler(Protocol):
 
     Attributes:
         lossless: whether tokens follow the network's own distribution.
-        draws: "tokens", or "latents" where it is a sampler of flows.
-        needs: what else a generator must bring: "drafter", or nothing.
+        draws: "latents" where it is a sampler of flows; without it "tokens".
+        needs: what else a generator must bring, "drafter"; without it nothing.
     """
 
-    name: str
-    lossless: bool
-    draws: str = "tokens"
-    needs: str = ""
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def lossless(self) -> bool: ...
 
     def __call__(
         self, session: Session, tokens: Tensor, sampling: Sampling, guidance_scale: GuidanceScale, noise: Noise
@@ -144,10 +145,9 @@ def next_logits(
 ) -> Tensor:
     """Let the session read the `waiting` cells; guided float32 logits [B, 1, K] of `cell`."""
     inputs = torch.stack([tokens[:, c] if c >= 0 else torch.full_like(tokens[:, 0], START) for c in waiting], dim=1)
-    logits = [
-        logits[:, -1:] if logits is not None else None for logits in session.forward(inputs, torch.tensor(waiting))
-    ]
-    return guided(*logits, guidance_scale, torch.tensor([cell]))
+    cond_logits, uncond_logits = session.forward(inputs, torch.tensor(waiting))
+    uncond_logits = None if uncond_logits is None else uncond_logits[:, -1:]
+    return guided(cond_logits[:, -1:], uncond_logits, guidance_scale, torch.tensor([cell]))
 
 
 def guided(conditional: Tensor, unconditional: Tensor | None, scale: GuidanceScale, cells: Tensor) -> Tensor:
@@ -155,8 +155,9 @@ def guided(conditional: Tensor, unconditional: Tensor | None, scale: GuidanceSca
     if unconditional is None:
         return conditional.float()
     if callable(scale):
-        scale = torch.tensor([scale(int(cell)) for cell in cells.flatten()]).reshape(cells.shape)
-        scale = scale.to(conditional.device, torch.float32)[..., None]
+        scales = torch.tensor([scale(int(cell)) for cell in cells.flatten()]).reshape(cells.shape)
+        by_cell = scales.to(conditional.device, torch.float32)[..., None]
+        return guide(conditional.float(), unconditional.float(), by_cell)
     return guide(conditional.float(), unconditional.float(), scale)
 
 

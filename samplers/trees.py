@@ -9,9 +9,10 @@ under guidance).
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Literal, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, TypeVar, runtime_checkable
 
 import torch
+from pydantic.config import JsonDict
 from torch import Tensor
 
 from samplers.errors import InvalidValue
@@ -106,7 +107,7 @@ def of_images(hidden: Tensor, index: Tensor) -> Tensor:
     return hidden[rows, index.repeat(len(hidden) // len(index), 1).to(hidden.device)]
 
 
-class Drafting(Protocol):
+class Reading(Protocol):
     """A drafter bound to the images of a session. It keeps what it has read of each image."""
 
     def read(self, tokens: Tensor, cells: Tensor, nodes: Tensor, ahead: Tensor) -> Tensor:
@@ -120,6 +121,13 @@ class Drafting(Protocol):
         Returns:
             [R, 1, D].
         """
+
+    def observe(self, tokens: Tensor, logits: Tensor, draft_probs: Tensor) -> None:
+        """Learn from a pass of the target over tokens [B, M]: guided logits and probabilities [B, M, K] of what follows."""
+
+
+class Drafting(Reading, Protocol):
+    """A `Reading` that guesses what the target's hidden states will be, which the shapes here draft from."""
 
     def guess(self, tokens: Tensor, cells: Tensor, hidden: Tensor, tree: Tensor, root: Tensor) -> Tensor:
         """Read tokens that are drafted themselves.
@@ -136,9 +144,6 @@ class Drafting(Protocol):
 
     def logits(self, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
         """The target's logits [B, n, K] of hidden states, as `samplers.steps.Session.forward` gives them."""
-
-    def observe(self, tokens: Tensor, logits: Tensor, draft_probs: Tensor) -> None:
-        """Learn from a forward pass of the target over tokens [B, M]: guided logits and probabilities [B, M, K] of what follows."""
 
 
 class Distribution:
@@ -163,13 +168,16 @@ class Distribution:
         return int(inverse_transform(probs, torch.tensor(next(numbers), dtype=torch.float64)))
 
 
+State = TypeVar("State", bound=Reading, contravariant=True)
+
+
 @runtime_checkable
-class Shape(Protocol):
-    """Which tree is drafted."""
+class Shape(Protocol[State]):
+    """Which tree is drafted, from a `Reading` that its drafter gives: those of this file from a `Drafting`."""
 
     def grow(
         self,
-        drafting: Drafting,
+        drafting: State,
         hidden: Tensor,
         roots: Tensor,
         tokens: Tensor,
@@ -317,8 +325,8 @@ class DynamicTree:
         drafts = []
         for b in range(batch):
             numbers_of = {-1: 0} | {place: index for index, place in enumerate(selected[b].tolist(), 1)}
-            above = [numbers_of[parent] for parent in parents[b, selected[b]].tolist()]
-            drafts.append(Draft(Tree((-1, *above)), [int(tokens[b]), *tokens_of[b, selected[b]].tolist()], None))
+            above_each = [numbers_of[parent] for parent in parents[b, selected[b]].tolist()]
+            drafts.append(Draft(Tree((-1, *above_each)), [int(tokens[b]), *tokens_of[b, selected[b]].tolist()], None))
         return drafts
 
 
@@ -427,7 +435,7 @@ TREES: dict[str, Shape] = {
     "drawn": DrawnTree(12, 4),
     "independent": IndependentTree(SMALL_TREE.paths),
 }
-TREE_CHOICES = {"choices": list(TREES)}
+TREE_CHOICES: JsonDict = {"choices": list(TREES)}
 NODES, DEPTH, WIDTH = (  # help of the settings that are a tree's sizes
     "nodes of a drawn tree, or of a dynamic one, which it chooses instead of the static one",
     "levels, likewise",
@@ -443,13 +451,13 @@ def tree_of(tree: Shape | str, **sizes: int | None) -> Shape:
     Raises:
         InvalidValue: a size that this shape does not have.
     """
-    shape = TREES[tree] if isinstance(tree, str) else tree
-    sizes = {name: size for name, size in sizes.items() if size is not None}
-    for name, size in sizes.items():
-        if name not in shape.__dataclass_fields__:
-            fitting = [known for known, other in TREES.items() if name in other.__dataclass_fields__]
+    shape: Any = TREES[tree] if isinstance(tree, str) else tree  # those of `TREES` are dataclasses
+    changed = {name: size for name, size in sizes.items() if size is not None}
+    for name, size in changed.items():
+        if not hasattr(shape, name):
+            fitting = [known for known, other in TREES.items() if hasattr(other, name)]
             raise InvalidValue(
                 f"{name} is {size}, which this tree does not have: choose the tree {' or '.join(fitting)}, or leave it out",
                 name,
             )
-    return replace(shape, **sizes) if sizes else shape
+    return replace(shape, **changed) if changed else shape

@@ -22,7 +22,7 @@ class ZipAR:
     in for it.
     """
 
-    window: int = Field(4, ge=1, le=MAX_WINDOW, description="tokens that the row above is ahead")
+    window: int = Field(default=4, ge=1, le=MAX_WINDOW, description="tokens that the row above is ahead")
     name = "zipar"
     lossless = False
 
@@ -63,8 +63,8 @@ class ZipAR:
                 stored[cell], read[cell] = True, column < ends[row]
             positions = torch.tensor(cells_to_read)
             visible = stored & (torch.arange(length) <= positions[:, None])
-            logits = session.forward(fed.to(tokens.device), positions, seen=visible)
-            logits = guided(*logits, guidance_scale, positions + 1)
+            halves = session.forward(fed.to(tokens.device), positions, seen=visible)
+            logits = guided(*halves, guidance_scale, positions + 1)
             decide(logits[:, [cells_to_read.index(cell - 1) for cell in ready]], torch.tensor(ready))
             forward_passes += 1
             yield Step(self._decided(decided_tokens, fixed_tokens, ends, columns, tokens.device), forward_passes)

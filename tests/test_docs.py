@@ -1,7 +1,11 @@
 """The pages of docs/: their tables are those of the code, their examples files that run, their links lead somewhere."""
 
 import importlib.util
+import os
 import re
+import subprocess
+import sys
+from html.parser import HTMLParser
 from importlib import import_module
 from pathlib import Path
 
@@ -15,6 +19,14 @@ ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
 TOP = [ROOT / name for name in ("README.md", "weights.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "CHANGELOG.md")]
 PAGES = [*TOP, ROOT / "examples/README.md", *sorted(DOCS.glob("*.md"))]
+OFFLINE = """
+import socket
+def refuse(*_):
+    raise OSError("the documentation is built without network")
+socket.socket.connect = socket.getaddrinfo = refuse
+from mkdocs.__main__ import cli
+cli()
+"""
 LINK = re.compile(r"\]\((?!https?:|mailto:)([^)#\s]*)(?:#([^)\s]+))?\)")
 
 
@@ -91,3 +103,67 @@ def test_architecture_has_the_levels_of_the_imports():
 def test_the_release_has_its_entry_and_its_citation():
     assert f"\n## {argen.__version__}\n" in (ROOT / "CHANGELOG.md").read_text()
     assert yaml.safe_load((ROOT / "CITATION.cff").read_text())["version"] == argen.__version__
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    """The pages as HTML, built without network; any warning is an error."""
+    pytest.importorskip("mkdocs", reason="mkdocs is not installed: pip install '.[docs]'")
+    folder = tmp_path_factory.mktemp("site")
+    command = [sys.executable, "-c", OFFLINE, "build", "--strict", "--quiet", "--site-dir", str(folder)]
+    environment = os.environ | {"NO_MKDOCS_2_WARNING": "1"}
+    built = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert built.returncode == 0, built.stderr
+    return folder
+
+
+class Assets(HTMLParser):
+    """What a page makes a browser fetch by itself."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.found: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        given = dict(attrs)
+        names = ("href",) if tag == "link" and given.get("rel") != "canonical" else ("src", "srcset", "data", "poster")
+        self.found += [given[name] for name in names if tag != "a" and given.get(name)]
+
+
+def test_pages_fetch_nothing_from_elsewhere(site):
+    pages = list(site.rglob("*.html"))
+    assert len(pages) > 20
+    assets = [asset for page in pages for asset in Assets(page.read_text()).found]
+    assert any(asset.endswith(".js") for asset in assets)
+    assert any(asset.endswith(".css") for asset in assets)
+    styles = [path.read_text() for path in site.rglob("*.css")]
+    assets += [url for text in styles for url in re.findall(r"""(?:url\(|@import)\s*["']?([^"')\s]+)""", text)]
+    assert not [asset for asset in assets if re.match(r"(?:https?:)?//", asset)]
+
+
+def test_the_reference_is_written_from_the_docstrings(site):
+    page = (site / "api" / "index.html").read_text()
+    anchors = set(re.findall(r'id="([\w.]+)"', page))
+    loading = {"argen.load", "argen.list_models", "argen.register"}
+    pipelines = {f"argen.pipelines.base.TokenPipeline.{name}" for name in ("__call__", "run", "stream")}
+    tokenizers = {
+        f"tokenizers_img.{name}.{method}"
+        for name in (
+            "vit_vqgan.ViTVQGAN",
+            "llamagen_vq.LlamaGenVQ",
+            "kl_vae.KLVAE",
+            "flextok.FlexTokenizer",
+            "seed.SeedTokenizer",
+        )
+        for method in ("encode", "decode")
+    }
+    samplers = {
+        "samplers.steps.Sequential",
+        "samplers.jacobi.Jacobi",
+        "samplers.speculative.Speculative",
+        "samplers.next_x.Heun",
+    }
+    pipelines |= {"argen.pipelines.editing.Editing.edit"}
+    assert not (loading | pipelines | tokenizers | samplers) - anchors
+    assert "backend of its attention layers" in page  # of the arguments of `load`

@@ -157,7 +157,7 @@ def test_other_shapes_and_the_options_of_a_configuration(golden):
 def test_fewer_registers_give_the_same_first_tokens(golden):
     network, io = tiny(golden("flextok/pixels")).network, golden("flextok/pixels").io
     whole = network.encode(io["vae_latents"])
-    registers = network.encoder["module_dict"]["enc_register_module"]
+    registers = network.encoder.module_dict.enc_register_module
     registers.registers.data = registers.registers[:7]
     torch.testing.assert_close(network.encode(io["vae_latents"]), whole[:, :7], atol=1e-5, rtol=1e-5)
 

@@ -5,11 +5,13 @@ import logging
 import re
 import zipfile
 from argparse import Namespace
+from collections.abc import Callable
 from pathlib import Path, PosixPath, WindowsPath
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
+from numpy._core import multiarray
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -51,8 +53,10 @@ TORCH_PICKLES = tuple(b"\x80" + bytes([protocol]) + b"\x8a\nl\xfc\x9cF\xf9 j\xa8
 INNER = re.compile(r"(?:(?<=\.)|^)(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|_forward_module)\.")
 SUFFIXES = (".safetensors", ".pt", ".pth", ".ckpt", ".bin")
 SHARD = re.compile(r"-\d{5}-of-(\d{5})\.")
-NUMPY_PARTS = (np._core.multiarray.scalar, np._core.multiarray._reconstruct)
-SETTINGS = [  # what else training scripts leave in their files: arguments, paths, numbers of numpy
+NUMPY_PARTS = (multiarray.scalar, multiarray._reconstruct)
+SETTINGS: list[
+    Callable[..., Any] | tuple[Callable[..., Any], str]
+] = [  # what else training scripts leave in their files: arguments, paths, numbers of numpy
     Namespace,
     PosixPath,
     WindowsPath,
@@ -134,7 +138,7 @@ def weight_files(path: Path) -> list[Path]:
 
 def _all_shards(shards: list[Path]) -> list[Path]:
     """Those of one checkpoint, ``NAME-00001-of-00003.safetensors`` or ``.bin`` and so on."""
-    start, count = SHARD.split(shards[0].name)[0], SHARD.search(shards[0].name)[1]
+    start, count, _ = SHARD.split(shards[0].name)
     files = [
         shards[0].with_name(f"{start}-{number:05}-of-{count}{shards[0].suffix}") for number in range(1, int(count) + 1)
     ]

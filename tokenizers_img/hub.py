@@ -39,7 +39,7 @@ def hub_folder(repo: str, files: Sequence[str]) -> Path:
             "network, or put it into the hub's cache"
         ) from error
     cached_files = [path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if path.is_file()]
-    check_digests(record, folder, filter_repo_objects(cached_files, allow_patterns=list(files)), folder.name)
+    check_digests(record, folder, list(filter_repo_objects(cached_files, allow_patterns=list(files))), folder.name)
     return folder
 
 

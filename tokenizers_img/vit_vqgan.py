@@ -12,10 +12,10 @@ import torch
 import torch.nn.functional as F
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
-from diffusers.models.attention_dispatch import dispatch_attention_fn
 from einops import rearrange
 from torch import Tensor, nn
 
+from tokenizers_img.attention import DispatchedAttention
 from tokenizers_img.checkpoint import load_strict, read_state_dict
 from tokenizers_img.quantize import VectorQuantizer, check_ids
 
@@ -43,7 +43,9 @@ class PreNorm(nn.Module):
         return self.fn(self.norm(x))
 
 
-class Attention(nn.Module):
+class Attention(DispatchedAttention):
+    masked = False
+
     def __init__(self, dim: int, heads: int, dim_head: int):
         super().__init__()
         self.heads = heads
@@ -52,7 +54,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         query, key, value = rearrange(self.to_qkv(x), "b n (three h d) -> three b n h d", three=3, h=self.heads)
-        return self.to_out(dispatch_attention_fn(query, key, value).flatten(2))
+        return self.to_out(self.attend(query, key, value))
 
 
 class FeedForward(nn.Module):
@@ -64,19 +66,25 @@ class FeedForward(nn.Module):
         return self.net(x)
 
 
+class Layer(nn.ModuleList):
+    def __init__(self, dim: int, heads: int, dim_head: int, mlp_dim: int):
+        super().__init__([PreNorm(dim, Attention(dim, heads, dim_head)), PreNorm(dim, FeedForward(dim, mlp_dim))])
+
+    def forward(self, x: Tensor) -> Tensor:
+        attention, feed_forward = self
+        x = x + attention(x)
+        return x + feed_forward(x)
+
+
 class Transformer(nn.Module):
     def __init__(self, dim: int, depth: int, heads: int, dim_head: int, mlp_dim: int):
         super().__init__()
-        self.layers = nn.ModuleList(
-            nn.ModuleList([PreNorm(dim, Attention(dim, heads, dim_head)), PreNorm(dim, FeedForward(dim, mlp_dim))])
-            for _ in range(depth)
-        )
+        self.layers = nn.ModuleList(Layer(dim, heads, dim_head, mlp_dim) for _ in range(depth))
         self.norm = nn.LayerNorm(dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        for attention, feed_forward in self.layers:
-            x = x + attention(x)
-            x = x + feed_forward(x)
+        for layer in self.layers:
+            x = layer(x)
         return self.norm(x)
 
 
@@ -134,7 +142,8 @@ def _init(module: nn.Module) -> None:
         nn.init.normal_(module.weight, std=(module.weight[0].numel()) ** -0.5)
     elif isinstance(module, ResidualBlock):
         nn.init.zeros_(module.conv2.weight)
-        nn.init.zeros_(module.conv2.bias)
+        if module.conv2.bias is not None:
+            nn.init.zeros_(module.conv2.bias)
 
 
 class ViTEncoder(nn.Module):

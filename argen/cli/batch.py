@@ -6,6 +6,7 @@ from functools import cache
 from pathlib import Path
 
 from argen.command import (
+    attention_argument,
     device_and_json,
     load_model,
     writable_folder,
@@ -21,6 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--model", metavar="ID", help="of rows that name none (default: argen/emoji-parti)")
     device_and_json(parser)
+    attention_argument(parser)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -31,7 +33,7 @@ def run(args: argparse.Namespace) -> None:
 
     writable_folder(args.out, new=False)
     requests = read_table(args.table, **({"model": args.model} if args.model is not None else {}))
-    models = cache(lambda name: load_model(name, args.device, "generator"))
+    models = cache(lambda name: load_model(name, args.device, "generator", args.attention))
     check_requests(requests, models)
     drawn = tqdm(draw_table(requests, args.out, models), total=len(requests), desc="batch", disable=args.json)
     files, made = zip(*(pair for row in drawn for pair in row), strict=True)

@@ -8,6 +8,7 @@ from pathlib import Path
 from argen.command import (
     BINDING,
     diffusion_arguments,
+    load_diffusion_model,
     writable_all,
 )
 
@@ -33,11 +34,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     import torch
 
-    from argen.device import pick
     from argen.diffusion import SemanticBinding, tools
     from argen.diffusion.prompts import parse
     from argen.diffusion.tome import check_settings
-    from argen.hub.loading import load_diffusion
     from argen.metadata import save_images
 
     files = writable_all(args.out, args.plain)
@@ -48,7 +47,7 @@ def run(args: argparse.Namespace) -> None:
         given = {noun: words for noun, _, words in (part.partition("=") for part in args.bind)}
     binding = parse(args.prompt, given)
     settings = check_settings(args.settings or tools.binding(args.model))
-    bound = SemanticBinding(load_diffusion(args.model).to(pick(args.device)))
+    bound = SemanticBinding(load_diffusion_model(args.model, args.device, args.attention))
     asked = tools.drawing(args.model, args.steps, args.guidance_scale)
     generator = torch.Generator().manual_seed
     images = [bound(binding, settings=settings, generator=generator(args.seed), **asked).images[0]]

@@ -7,6 +7,7 @@ from pathlib import Path
 from argen.command import (
     COUNT_RATE,
     diffusion_arguments,
+    load_diffusion_model,
     writable,
     writable_all,
 )
@@ -48,12 +49,10 @@ def run(args: argparse.Namespace) -> None:
     import torch
     from tqdm import tqdm
 
-    from argen.device import pick
     from argen.diffusion import CountToken
     from argen.diffusion.base import unit_noise
     from argen.diffusion.count_token import check_noises, read_token
     from argen.diffusion.tools import counters, counting, counting_rate
-    from argen.hub.loading import load_diffusion
     from argen.metadata import save_images
     from argen.words import parse_count
 
@@ -65,7 +64,7 @@ def run(args: argparse.Namespace) -> None:
     vector, notes = read_token(args.use) if args.use else (None, {})
     if notes.get("count", str(number)) != str(number):
         raise ValueError(f"{args.use} is the token of {notes['count']} things: ask for so many")
-    pipe = load_diffusion(args.model).to(pick(args.device))
+    pipe = load_diffusion_model(args.model, args.device, args.attention)
     pipe.set_progress_bar_config(disable=True)
     judged = {} if args.use else counters(args.model, pipe.device, args.clip_count, args.detector)
     token = CountToken(pipe, **judged, **counting(args.model, number, args.steps, args.guidance_scale))

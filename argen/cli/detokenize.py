@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 from argen.command import (
+    attention_argument,
     described,
     device_and_json,
     load_model,
@@ -20,6 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokens", type=int, metavar="K", help="only the first K, where the tokenizer can (FlexTok)")
     parser.add_argument("-o", "--out", type=Path, metavar="FILE", help="PNG file (default: the file's name with .png)")
     device_and_json(parser)
+    attention_argument(parser)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -33,7 +35,7 @@ def run(args: argparse.Namespace) -> None:
     made_by, tokens = read_tokens(args.file)
     if args.tokenizer not in (None, made_by):
         raise ValueError(f"{args.file} was made by {made_by}, not by {args.tokenizer}: leave --tokenizer out")
-    tokenizer = load_model(made_by, args.device, "tokenizer")
+    tokenizer = load_model(made_by, args.device, "tokenizer", args.attention)
     check_count(tokenizer, args.tokens, len(tokens))
     tokens = tokens[: args.tokens]
     made = decoded(tokenizer, torch.from_numpy(tokens)[None].to(tokenizer.device))

@@ -8,6 +8,7 @@ from pathlib import Path
 from argen.command import (
     CLIP,
     diffusion_arguments,
+    load_diffusion_model,
     load_model,
     writable_folder,
 )
@@ -38,18 +39,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     import torch
 
-    from argen.device import pick
     from argen.diffusion import ConceptErasure
     from argen.diffusion.rece import check_erasure
     from argen.diffusion.tools import card_of, concepts_of, drawing, erasing
     from argen.eval import features, tools
-    from argen.hub.loading import load_diffusion
 
     writable_folder(args.out)
     concepts = concepts_of(args.model, args.concepts)
     how = erasing(args.model, concepts, args.preset, args.retain, args.target)
     check_erasure(**how)
-    pipe, stages, told = load_diffusion(args.model).to(pick(args.device)), [], {}
+    pipe, stages, told = load_diffusion_model(args.model, args.device, args.attention), [], {}
     erasure, asked = ConceptErasure(pipe), drawing(args.model, args.steps, args.guidance_scale)
 
     def run() -> None:

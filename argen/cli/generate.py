@@ -11,6 +11,7 @@ from pathlib import Path
 from argen.command import (
     CONTROLS,
     add_settings,
+    attention_argument,
     device_and_json,
     load_model,
     size,
@@ -62,6 +63,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="take prompt and settings from an image that argen made; other options win",
     )
     device_and_json(parser)
+    attention_argument(parser)
 
 
 def controlled(args, given: dict, own_file: bool) -> dict:
@@ -102,7 +104,7 @@ def run(args: argparse.Namespace) -> None:
     paths = writable_images(args.out, request.num_images)
 
     own = {"tokenizer": args.tokenizer, "image_size": args.size[0] if args.size and own_file else None}
-    pipe = load_model(request.model, args.device, "generator", **own)
+    pipe = load_model(request.model, args.device, "generator", args.attention, **own)
     if args.origin and (other := differences(args.origin, pipe)):
         print(f"argen generate: {other}", file=sys.stderr)
     started = time.perf_counter()

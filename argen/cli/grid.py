@@ -6,6 +6,7 @@ from functools import cache
 from pathlib import Path
 
 from argen.command import (
+    attention_argument,
     device_and_json,
     load_model,
     writable,
@@ -25,6 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", default="argen/emoji-parti", metavar="ID", help="(default: argen/emoji-parti)")
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="(default: 0)")
     device_and_json(parser)
+    attention_argument(parser)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -37,7 +39,7 @@ def run(args: argparse.Namespace) -> None:
     table = writable(writable(args.out).with_suffix(".csv"), ".csv")
     axes = [Axis.parse(text) for text in (args.x, args.y, args.z) if text]
     requests = varied(Request(args.prompt, model=args.model, seed=args.seed), axes)
-    models = cache(lambda name: load_model(name, args.device, "generator"))
+    models = cache(lambda name: load_model(name, args.device, "generator", args.attention))
     check_requests(requests, models, "cell")
     images = []
     for request in tqdm(requests, desc="grid", disable=args.json):

@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 from argen.command import (
+    attention_argument,
     described,
     device_and_json,
     load_model,
@@ -22,6 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "-o", "--out", type=Path, metavar="FILE", help="PNG file (default: IMG's name with -reconstructed.png)"
     )
     device_and_json(parser)
+    attention_argument(parser)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -32,7 +34,7 @@ def run(args: argparse.Namespace) -> None:
 
     out = writable(args.out or args.image.with_name(f"{args.image.stem}-reconstructed.png"))
     image = open_image(args.image)
-    tokenizer = load_model(args.tokenizer, args.device, "tokenizer")
+    tokenizer = load_model(args.tokenizer, args.device, "tokenizer", args.attention)
     pixels, tokens = encoded(tokenizer, image)
     made = decoded(tokenizer, tokens, pixels)
     psnr = -10 * (made - pixels).square().mean().log10().item()

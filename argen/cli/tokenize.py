@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 from argen.command import (
+    attention_argument,
     described,
     device_and_json,
     load_model,
@@ -20,6 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokenizer", default="argen/emoji-vitvqgan", metavar="ID", help="see `argen models`")
     parser.add_argument("-o", "--out", type=Path, metavar="FILE", help="NPZ file (default: IMG's name with .npz)")
     device_and_json(parser)
+    attention_argument(parser)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -29,7 +31,7 @@ def run(args: argparse.Namespace) -> None:
 
     out = writable(args.out or args.image.with_suffix(".npz"), ".npz")
     image = open_image(args.image)
-    tokenizer = load_model(args.tokenizer, args.device, "tokenizer")
+    tokenizer = load_model(args.tokenizer, args.device, "tokenizer", args.attention)
     tokens = encoded(tokenizer, image)[1][0].cpu().numpy()
     save_tokens(out, args.tokenizer, tokens)
     if args.json:

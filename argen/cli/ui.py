@@ -6,6 +6,8 @@ import signal
 import sys
 from pathlib import Path
 
+from argen.command import attention_argument, device_argument, device_for
+
 HELP = "open the web page, and the APIs of OpenAI and A1111"
 SHOWS_DEFAULTS = True
 
@@ -33,11 +35,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="GB",
         help="of models that stay loaded; the least recently used ones are released (default: half of the memory)",
     )
-    parser.add_argument("--device", metavar="NAME", help="cpu, cuda, mps (default: the best one here)")
+    device_argument(parser)
+    attention_argument(parser, "generators and image tokenizers")
 
 
 def run(args: argparse.Namespace) -> None:
-    from argen.device import pick
+    from argen.hub.loading import loader
     from argen.hub.model_cache import ModelCache
     from argen.jobs.queue import Studio
     from argen.server.app import create, serve
@@ -58,8 +61,8 @@ def run(args: argparse.Namespace) -> None:
             raise ValueError(f"--model-dir {folder} is not a folder: expected one that exists")
     os.umask(0o077)  # what is kept is for its owner's eyes alone
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # so that the queue is closed, as at Ctrl-C
-    device = pick(args.device)
-    studio = Studio(args.data_dir, ModelCache(device, limit=limit), not args.no_metadata, folders)
+    device = device_for(args.device, args.attention)
+    studio = Studio(args.data_dir, ModelCache(device, loader(args.attention), limit), not args.no_metadata, folders)
     try:
         page = build(AppContext(studio, owner_of(keys[0]) if keys else None, device, limit))
         serve(create(studio, page, keys, args.host in HERE), args.host, args.port)

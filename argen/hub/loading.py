@@ -15,6 +15,8 @@ from argen.collector import uncollected
 from argen.device import LOADING, silent
 from argen.hub.cards import CARD_FILE, Card, all_cards, check_known, find_card
 from argen.registry import pipelines, resolve
+from samplers.errors import InvalidValue
+from tokenizers_img.attention import DispatchedAttention, check_attention, set_attention
 from tokenizers_img.checkpoint import refuse_placeholder
 from tokenizers_img.hub import hub_folder
 
@@ -33,7 +35,12 @@ logging.getLogger("diffusers.models.modeling_utils").addFilter(
 )
 
 
-def load(model: str | Path, tokenizer: str | Path | None = None, image_size: int | None = None) -> Any:
+def load(
+    model: str | Path,
+    tokenizer: str | Path | None = None,
+    image_size: int | None = None,
+    attention: str | None = None,
+) -> Any:
     """The pipeline of a generator, the network of a tokenizer, or a text and image encoder, on the CPU in float32, whatever precision
     its files have; T5 and SEED-LLaMA are in bfloat16.
 
@@ -43,24 +50,34 @@ def load(model: str | Path, tokenizer: str | Path | None = None, image_size: int
             from the hub's cache, or fetched into it.
         tokenizer: of a LlamaGen's checkpoint: the file of its image tokenizer; None where a released one lies beside it.
         image_size: of a LlamaGen's checkpoint: side of its images in pixels; None where the file or its name says it.
+        attention: backend of its attention layers, a name in `tokenizers_img.attention.BACKENDS`, e.g. "xformers"; None for
+            "native", PyTorch's own.
 
     Raises:
-        ValueError: no such model; weights that cannot be read or do not fit.
+        ValueError: no such model; weights that cannot be read or do not fit; a backend that cannot be used here or by this model.
         FileNotFoundError, ConnectionError: published weights that are not here and cannot be fetched.
     """
     check_known(model)
+    if attention is not None:
+        check_attention(attention)
+    loaded = _load(model, tokenizer, image_size)
+    if attention is not None:
+        choose_attention(loaded, attention)
+    return loaded
+
+
+def _load(model: str | Path, tokenizer: str | Path | None, image_size: int | None) -> Any:
+    """See `load`."""
     card, path = all_cards().get(str(model)), Path(model)
     if card is not None:
-        folder = hub_folder(card.repo, card.files) if card.repo else card.path
-        return _read(folder, card, lambda: resolve(card.target)(folder, **card.arguments))
+        return _read_card(hub_folder(card.repo, card.files) if card.repo else card.path, card)
     if (path / "model_index.json").is_file():
         card = find_card(str(path)) if (path / CARD_FILE).is_file() else None
         return _read(path, card, lambda: _pipeline(path, tuple(pipelines)))
     if (path / CARD_FILE).is_file():  # as `argen train` writes it
-        card = find_card(str(path))
-        return _read(path, card, lambda: resolve(card.target)(path, **card.arguments))
+        return _read_card(path, find_card(str(path)))
     if path.is_file() and (card := _released(path)):
-        return _read(path.parent, card, lambda: resolve(card.target)(path.parent, **card.arguments))
+        return _read_card(path.parent, card)
     with _alone():
         return _in_float32(resolve(CHECKPOINTS)(path, tokenizer, image_size))
 
@@ -69,6 +86,11 @@ def _released(path: Path) -> Card | None:
     """The card of a released file by its name, of those that need more than their tensors; of the others the tensors say all."""
     by_name = {card.arguments["name"]: card for card in all_cards().values() if card.arguments.keys() > {"name"}}
     return by_name.get(path.stem)
+
+
+def _read_card(folder: Path, card: Card) -> Any:
+    """What the card's target reads out of a folder, see `_read`."""
+    return _read(folder, card, lambda: resolve(card.target)(folder, **card.arguments))
 
 
 def _read(folder: Path, card: Card | None, read: Callable[[], Any]) -> Any:
@@ -90,11 +112,40 @@ def _read(folder: Path, card: Card | None, read: Callable[[], Any]) -> Any:
     return loaded
 
 
-def load_diffusion(model: str | Path) -> "DiffusionPipeline":
+def loader(attention: str | None) -> Callable[[str], Any]:
+    """`load` with an attention backend for generators, image tokenizers and saved folders; other models have none to choose."""
+
+    def loading(model: str) -> Any:
+        card = all_cards().get(model)
+        chosen = attention if card is None or card.kind in ("generator", "tokenizer") else None
+        return load(model, attention=chosen)
+
+    return loading
+
+
+def choose_attention(model: Any, name: str) -> None:
+    """Set the attention backend of all networks of a model, see `tokenizers_img.attention.set_attention`.
+
+    Raises:
+        ValueError: it cannot be used here, or not by this model.
+    """
+    main = getattr(model, "transformer", None)
+    if isinstance(main, torch.nn.Module) and not any(isinstance(part, DispatchedAttention) for part in main.modules()):
+        if name == "native":
+            return
+        raise InvalidValue(
+            f"attention {name} cannot be chosen for a {type(main).__name__}, whose attention is that of transformers: leave it out",
+            "attention",
+        )
+    set_attention(networks_of(model), name)
+
+
+def load_diffusion(model: str | Path, attention: str | None = None) -> "DiffusionPipeline":
     """A Stable Diffusion (XL) pipeline for the tools of `argen.diffusion`, on the CPU in float32, without a safety checker.
 
     Args:
         model: an id of kind "diffusion", a folder in diffusers' layout, or "owner/name" of one on the hub.
+        attention: "native" or "xformers", see `load`.
 
     Raises:
         ValueError: no such folder; another kind of pipeline; files that cannot be read.
@@ -102,7 +153,9 @@ def load_diffusion(model: str | Path) -> "DiffusionPipeline":
     """
     card = all_cards().get(str(model))
     if card is not None and card.kind == "diffusion":
-        return load(model)
+        return load(model, attention=attention)
+    if attention is not None:
+        check_attention(attention)
     folder = Path(model)
     if not (folder / "model_index.json").is_file():
         if folder.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(model)):
@@ -112,9 +165,12 @@ def load_diffusion(model: str | Path) -> "DiffusionPipeline":
         folder = hub_folder(str(model), DIFFUSION_FILES)
     try:
         with _alone():
-            return _in_float32(_pipeline(folder, DIFFUSION))
+            pipe = _in_float32(_pipeline(folder, DIFFUSION))
     except UNUSABLE as error:
         raise ValueError(f"the pipeline in {folder} cannot be used ({' '.join(str(error).split())[:300]})") from error
+    if attention is not None:
+        choose_attention(pipe, attention)
+    return pipe
 
 
 def _pipeline(folder: Path, names: tuple[str, ...]) -> "DiffusionPipeline":

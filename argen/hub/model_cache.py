@@ -25,7 +25,8 @@ class ModelCache:
         self.device, self.load = torch.device(device), load
         self.limit = memory(self.device) // 2 if limit is None else limit
         self.loaded: dict[str, Any] = {}  # the least recently used first
-        self.lock, self.locks = threading.Lock(), defaultdict(threading.Lock)
+        self.lock = threading.Lock()
+        self.locks: defaultdict[str, threading.Lock] = defaultdict(threading.Lock)
 
     def __call__(self, model: str) -> Any:
         with self.locks[model]:  # others can be loaded while this one is fetched

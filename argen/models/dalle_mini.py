@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
-from diffusers.models.attention_dispatch import dispatch_attention_fn
 from emoji import demojize
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor, nn
@@ -19,6 +18,7 @@ from transformers import PreTrainedTokenizerFast
 
 from argen.models.layers import Linear, split_heads
 from argen.models.session import KeysValues, KeyValueCache
+from tokenizers_img.attention import DispatchedAttention
 from tokenizers_img.checkpoint import load_strict, read_state_dict
 
 PAD = 1  # text id
@@ -29,7 +29,7 @@ SIZES = {
 TEXT_TOKENS, IMAGE_TOKENS = 64, 256
 
 
-class Attention(nn.Module):
+class Attention(DispatchedAttention):
     """Multi-head attention of `hidden_states` [R, n, D] over given keys and values [R, m, H, D/H], without biases."""
 
     def __init__(self, dim: int, heads: int):
@@ -45,7 +45,7 @@ class Attention(nn.Module):
 
     def forward(self, hidden_states: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
         query = split_heads(self.q_proj(hidden_states), self.heads)
-        return self.out_proj(dispatch_attention_fn(query, key, value, attn_mask=mask).flatten(2))
+        return self.out_proj(self.attend(query, key, value, mask))
 
 
 class GLU(nn.Module):

@@ -15,17 +15,17 @@ import torch
 import torch.nn.functional as F
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
-from diffusers.models.attention_dispatch import dispatch_attention_fn
 from torch import Tensor, nn
 
 from argen.models.layers import Linear, causal_mask, grid_places, rotary_table, rotate, split_heads
 from argen.models.llamagen import LlamaGenSession
 from argen.models.session import KeyValueCache
 from samplers.trees import of_images
+from tokenizers_img.attention import DispatchedAttention
 from tokenizers_img.checkpoint import load_strict, read_state_dict
 
 
-class Attention(nn.Module):
+class Attention(DispatchedAttention):
     def __init__(self, dim: int, heads: int):
         super().__init__()
         self.heads = heads
@@ -62,8 +62,8 @@ class Layer(nn.Module):
         part = self.self_attn
         query, key, value = (split_heads(project(x), part.heads) for project in (part.q_proj, part.k_proj, part.v_proj))
         key, value = stored(rotate(key, freqs_cis), value)
-        attended = dispatch_attention_fn(rotate(query, freqs_cis), key, value, attn_mask=mask)
-        x = x + part.o_proj(attended.flatten(2))
+        attended = part.attend(rotate(query, freqs_cis), key, value, mask)
+        x = x + part.o_proj(attended)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 

@@ -9,6 +9,7 @@ from argen.data.emoji import GROUPS
 from argen.files import WEIGHTS
 from argen.models.clip import TextImageEncoder
 from argen.registry import resolve
+from tokenizers_img.checkpoint import Network
 
 if TYPE_CHECKING:
     from diffusers import ModelMixin
@@ -40,7 +41,7 @@ def read_encoder(folder: Path) -> TextImageEncoder:
     return TextImageEncoder(complete(model, info), AutoTokenizer.from_pretrained(folder))
 
 
-def complete(model: torch.nn.Module, info: dict) -> torch.nn.Module:
+def complete(model: Network, info: dict) -> Network:
     """The network in evaluation mode, if its file had all of it and nothing else.
 
     Raises:

@@ -14,11 +14,11 @@ import torch.nn.functional as F
 import yaml
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
-from diffusers.models.attention_dispatch import dispatch_attention_fn
 from torch import Tensor, nn
 
 from argen.models.layers import Linear, RMSNorm, causal_mask, split_heads
 from argen.models.session import DecoderSession, KeysValues, KeyValueCache
+from tokenizers_img.attention import DispatchedAttention
 from tokenizers_img.checkpoint import load_strict, read_state_dict
 
 IGNORED = ("models.image_tokenizer.", "models.text_encoder.t5_embedder.")  # in some files; loaded from their own
@@ -37,7 +37,7 @@ def norm_of(kind: str, dim: int, eps: float) -> nn.Module:
     return RMSNorm(dim, eps) if kind == "rms" else LayerNorm(dim, eps)
 
 
-class SelfAttention(nn.Module):
+class SelfAttention(DispatchedAttention):
     """Args:
     qk_norm: kind and eps of the norm of queries and keys, see `norm_of`; None for none.
     """
@@ -55,10 +55,10 @@ class SelfAttention(nn.Module):
             query, key = self.q_norm(query), self.k_norm(key)
         if cache is not None:
             key, value = cache.append(layer, key, value)
-        return self.proj(dispatch_attention_fn(query, key, value, attn_mask=mask).flatten(2))
+        return self.proj(self.attend(query, key, value, mask))
 
 
-class CrossAttention(nn.Module):
+class CrossAttention(DispatchedAttention):
     """See `SelfAttention`."""
 
     def __init__(self, dim: int, heads: int, qkv_bias: bool, bias: bool, qk_norm: tuple[str, float] | None):
@@ -77,7 +77,7 @@ class CrossAttention(nn.Module):
         query = split_heads(self.Wq(x), self.heads)
         if hasattr(self, "q_norm"):
             query = self.q_norm(query)
-        return self.proj(dispatch_attention_fn(query, key, value, attn_mask=mask).flatten(2))
+        return self.proj(self.attend(query, key, value, mask))
 
 
 class MLP(nn.Module):

@@ -18,11 +18,11 @@ import torch
 import torch.nn.functional as F
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
-from diffusers.models.attention_dispatch import dispatch_attention_fn
 from torch import Tensor, nn
 
 from argen.models.layers import Linear, RMSNorm, causal_mask, grid_places, rotary_table, rotate, split_heads
 from argen.models.session import KeyValueCache
+from tokenizers_img.attention import DispatchedAttention
 from tokenizers_img.checkpoint import load_strict, read_state_dict
 
 SIZES = {  # the published widths
@@ -42,7 +42,7 @@ def running_mean(value: Tensor, counted: Tensor) -> Tensor:
     return (value * counted).cumsum(dim=1) / counted.cumsum(dim=1).clamp(min=1)
 
 
-class Attention(nn.Module):
+class Attention(DispatchedAttention):
     def __init__(self, dim: int, heads: int):
         super().__init__()
         self.heads = heads
@@ -59,7 +59,7 @@ class Attention(nn.Module):
             key, value = cache.append(layer, key, value)
         else:
             key, value = torch.cat([prefix[0], key], dim=1), torch.cat([prefix[1], value], dim=1)
-        return self.wo(dispatch_attention_fn(query, key, value, attn_mask=mask).flatten(2))
+        return self.wo(self.attend(query, key, value, mask))
 
     def _heads(self, x: Tensor) -> list[Tensor]:
         """Queries, keys and values [R, n, H, D/H]."""
@@ -75,7 +75,7 @@ class Attention(nn.Module):
             query, key, value = self._heads(x)
             others = causal_mask(x.shape[1], x.shape[1], x.device) & mask[:, None, None]
             visible = others | torch.eye(x.shape[1], dtype=torch.bool, device=x.device)
-            return self.wo(dispatch_attention_fn(query, key, value, attn_mask=visible).flatten(2)), (key, value)
+            return self.wo(self.attend(query, key, value, visible)), (key, value)
         value, weights = F.linear(x, self.wqkv.weight[2 * x.shape[-1] :]), mask[..., None].to(x.dtype)
         means, padding = (running_mean(value, part) for part in (weights, 1 - weights))
         mean = split_heads(means[:, -1:], self.heads)

@@ -12,14 +12,14 @@ import torch
 import torch.nn.functional as F
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
-from diffusers.models.attention_dispatch import dispatch_attention_fn
 from torch import Tensor, nn
 
 from argen.models.layers import Linear, causal_mask, linear, split_heads
 from argen.models.session import KeysValues, KeyValueCache
+from tokenizers_img.attention import DispatchedAttention
 
 
-class Attention(nn.Module):
+class Attention(DispatchedAttention):
     """Multi-head attention of `hidden_states` [R, n, D] over given keys and values [R, m, H, D/H]."""
 
     def __init__(self, dim: int, heads: int):
@@ -35,7 +35,7 @@ class Attention(nn.Module):
 
     def forward(self, hidden_states: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
         query = split_heads(self.q_proj(hidden_states), self.heads)
-        return self.out_proj(dispatch_attention_fn(query, key, value, attn_mask=mask).flatten(2))
+        return self.out_proj(self.attend(query, key, value, mask))
 
 
 class FeedForward(nn.Module):

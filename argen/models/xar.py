@@ -17,12 +17,12 @@ import torch
 import torch.nn.functional as F
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
-from diffusers.models.attention_dispatch import dispatch_attention_fn
 from einops import rearrange
 from torch import Tensor, nn
 
 from argen.models.layers import Linear, RMSNorm, grid_places, rotary_table, rotate, split_heads
 from argen.models.parti import Attention as CrossAttention
+from tokenizers_img.attention import DispatchedAttention
 from tokenizers_img.checkpoint import load_strict, read_state_dict
 
 SIZES = {  # the published widths
@@ -119,7 +119,9 @@ class TimeEmbedding(nn.Module):
         return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=-1).to(self.mlp[0].weight.dtype))
 
 
-class Attention(nn.Module):
+class Attention(DispatchedAttention):
+    masked = False  # but in training
+
     def __init__(self, dim: int, heads: int, dropout: float):
         super().__init__()
         self.heads, self.dropout = heads, dropout
@@ -133,8 +135,8 @@ class Attention(nn.Module):
             cached[0, :, -x.shape[1] :], cached[1, :, -x.shape[1] :] = key, value
             key, value = cached
         dropout = self.dropout if self.training else 0.0
-        attended = dispatch_attention_fn(query, key, value, attn_mask=mask, dropout_p=dropout)
-        return F.dropout(self.proj(attended.flatten(2)), self.dropout, self.training)
+        attended = self.attend(query, key, value, mask, dropout)
+        return F.dropout(self.proj(attended), self.dropout, self.training)
 
 
 class GatedMLP(nn.Module):

@@ -6,14 +6,14 @@ Letters in shape comments: B pictures, h w token grid, N = h*w cells of a pictur
 import json
 import math
 from abc import abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, Literal, overload
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers import DiffusionPipeline
 from diffusers.utils import BaseOutput, numpy_to_pil
 from einops import rearrange
 from PIL import Image
@@ -22,6 +22,7 @@ from torch import Tensor
 from argen import __version__
 from argen.data.imagenet import class_id
 from argen.hub.cards import Card, write_card
+from argen.hub.loading import choose_attention
 from argen.metadata import MADE_BY, TOKENS, fingerprint
 from argen.pipelines.canvas import TokenGrid
 from argen.pipelines.editing import Editing
@@ -74,23 +75,29 @@ class TokenPipelineOutput(BaseOutput):
     origins: Tensor | None = None
 
 
-class TokenPipeline(Editing, Ranking, Running, DiffusionPipeline):
+class TokenPipeline(Editing, Ranking, Running):
     """Base of the pipelines: a subclass says how a prompt is read and how tokens become pixels.
 
     Attributes:
-        official: the authors' sampling settings.
         card: what was loaded, if it has one.
         canvas: what the pipeline fills.
         ordered: whether any first tokens of a picture are a picture, so that it may have any number and be searched for.
-        length: N, cells of a picture of the model's own size, which is square.
     """
 
-    official: Defaults
     card: Card | None = None
     canvas: TokenGrid = TokenGrid()
     ordered = False
-    length: int
     _interrupt = False
+
+    @property
+    @abstractmethod
+    def official(self) -> Defaults:
+        """The authors' sampling settings."""
+
+    @property
+    @abstractmethod
+    def length(self) -> int:
+        """N, cells of a picture of the model's own size, which is square."""
 
     @abstractmethod
     def start(
@@ -112,7 +119,7 @@ class TokenPipeline(Editing, Ranking, Running, DiffusionPipeline):
         return torch.zeros(shape, dtype=torch.int64)
 
     @property
-    def samplers(self) -> list[str]:
+    def samplers(self) -> Sequence[str]:
         """Names of the samplers that fit, less those that need a part that this model has not, e.g. a drafter."""
         parts = {name: getattr(samplers[name], "needs", "") for name in samplers_of("tokens")}
         return [name for name, part in parts.items() if not part or getattr(self, part, None) is not None]
@@ -129,6 +136,20 @@ class TokenPipeline(Editing, Ranking, Running, DiffusionPipeline):
         card = self.card or Card("", "generator", f"a saved {type(self).__name__}", "")
         card = replace(card, id=folder.name, target="argen.hub.loading:load", repo=None, files=(), order=1000)
         write_card(replace(card, arguments={}), folder)
+
+    def enable_xformers_memory_efficient_attention(self, attention_op: None = None) -> None:
+        """Let xformers compute the attention of all networks of this pipeline, as ``argen.load(..., attention="xformers")`` does.
+
+        Raises:
+            ValueError: it is not installed, there is no CUDA device, or `attention_op` is given, which xformers chooses here.
+        """
+        if attention_op is not None:
+            raise ValueError("attention_op is not taken: leave it out, xformers chooses the operator")
+        choose_attention(self, "xformers")
+
+    def disable_xformers_memory_efficient_attention(self) -> None:
+        """Go back to PyTorch's own attention."""
+        choose_attention(self, "native")
 
     @property
     def image_size(self) -> int:
@@ -210,7 +231,7 @@ class TokenPipeline(Editing, Ranking, Running, DiffusionPipeline):
         controls: list[Control] | None = None,
         shape: tuple[int, int] | None = None,
         every: int = 1,
-    ) -> Iterator[Step]:
+    ) -> Generator[Step, None, None]:
         """Write one picture for each prompt, and yield the state whenever `every` more cells are decided, and at the end.
 
         Stop iterating to cancel; the last state holds what there is, and given back as `tokens` it is gone on with.
@@ -223,8 +244,12 @@ class TokenPipeline(Editing, Ranking, Running, DiffusionPipeline):
             shape: of the token grid, from `shape_of`; None for the model's own.
         """
         scale = self.defaults.guidance_scale if guidance_scale is None else guidance_scale
-        settings = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
-        sampling = Sampling(**{k: getattr(self.defaults, k) if v is None else v for k, v in settings.items()})
+        defaults = self.defaults
+        sampling = Sampling(
+            defaults.temperature if temperature is None else temperature,
+            defaults.top_k if top_k is None else top_k,
+            defaults.top_p if top_p is None else top_p,
+        )
         sampler = self.make_sampler(sampler) if isinstance(sampler, str) else sampler
         check_prompts(prompts, generators)
         if controls and len({control.image.size for control in controls}) > 1:
@@ -238,7 +263,9 @@ class TokenPipeline(Editing, Ranking, Running, DiffusionPipeline):
         return self._write(prompts, controls, shape, grid.to(self.device), sampling, scale, sampler, noise, every)
 
     @torch.no_grad()
-    def _write(self, prompts, controls, shape, grid, sampling, scale, sampler, noise, every) -> Iterator[Step]:
+    def _write(
+        self, prompts, controls, shape, grid, sampling, scale, sampler, noise, every
+    ) -> Generator[Step, None, None]:
         emitted = -every
         step = Step(grid.clone(), forward_passes=0)
         session = self.start(prompts, callable(scale) or scale != 1, shape, controls)
@@ -308,8 +335,8 @@ class TokenPipeline(Editing, Ranking, Running, DiffusionPipeline):
             controls = self._prepare_all(images, len(texts), candidates, control_type, control_strength, size)
         shape = self.shape_of(controls[0] if controls else None, num_tokens)
         generators = generator if isinstance(generator, list) else own_generators(generator, len(prompts))
-        settings = {"guidance_scale": guidance_scale, "temperature": temperature, "top_k": top_k, "top_p": top_p}
-        settings |= {"sampler": sampler, "controls": controls, "shape": shape}
+        settings: dict[str, Any] = {"sampler": sampler, "controls": controls, "shape": shape}
+        settings |= {"guidance_scale": guidance_scale, "temperature": temperature, "top_k": top_k, "top_p": top_p}
         step = self._last_step(prompts, generators, settings, tokens, callback_on_step_end)
         grid, origins, scores = self.canvas.resume_state(step), step.origins, None
         if num_candidates is not None:
@@ -364,15 +391,23 @@ class TokenPipeline(Editing, Ranking, Running, DiffusionPipeline):
         """
         return class_id(prompt)
 
+    @overload
+    def images(self, tokens: Tensor, output_type: Literal["pil"] = "pil") -> list[Image.Image]: ...
+
+    @overload
+    def images(self, tokens: Tensor, output_type: str) -> list[Image.Image] | np.ndarray | Tensor: ...
+
     @torch.no_grad()
     def images(self, tokens: Tensor, output_type: str = "pil") -> list[Image.Image] | np.ndarray | Tensor:
-        """Ids [B, h, w], or [B, N] of a square, -> pictures as `__call__` gives them; undecided cells (-1) are grey."""
+        """Ids [B, h, w], or [B, N] of a square, -> pictures as `__call__` gives them; undecided cells (-1) are grey. Latents
+        [B, C, h, w], where the model writes these, are grey where they are NaN."""
         if tokens.ndim == 2:
             tokens = self.canvas.to_grid(tokens, self.shape_of())
         if output_type == "latent":
             return tokens.flatten(1) if self.canvas.discrete else tokens
         decided = self.canvas.decided(tokens)
-        filled = tokens if decided.all() else self.canvas.fill(tokens, self.blank_tokens(tuple(tokens.shape[-2:])))
+        rows, columns = tokens.shape[-2:]
+        filled = tokens if decided.all() else self.canvas.fill(tokens, self.blank_tokens((rows, columns)))
         pixels = torch.cat(
             [self.decode_tokens(row) for row in filled.split(1)]
         )  # alone, so that no bit feels the batch

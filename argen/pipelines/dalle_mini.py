@@ -8,6 +8,7 @@ from transformers import PreTrainedTokenizerFast
 from argen.models.dalle_mini import PAD, DalleMiniDecoder, DalleMiniEncoder, text_tokenizer, tokenize
 from argen.models.session import DecoderSession
 from argen.pipelines.base import Defaults, TokenPipeline, distinct
+from argen.request import Control
 from tokenizers_img.vqgan import VQGANDetokenizer
 
 
@@ -61,7 +62,11 @@ class DalleMiniPipeline(TokenPipeline):
         return self.transformer.length
 
     def start(
-        self, prompts: list[str], guided: bool, shape: tuple[int, int] | None = None, controls: None = None
+        self,
+        prompts: list[str],
+        guided: bool,
+        shape: tuple[int, int] | None = None,
+        controls: list[Control] | None = None,
     ) -> DecoderSession:
         """See `TokenPipeline.start`."""
         texts, rows = distinct(prompts, guided)

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 import torch.nn.functional as F
+from diffusers import DiffusionPipeline
 from PIL import Image, ImageOps
 from torch import Tensor
 
@@ -24,7 +25,7 @@ SAME = 0.06  # mean difference of a cell, 0 to 1, up to which an image is what i
 ImageLike = Image.Image | np.ndarray | Tensor
 
 
-class Editing:
+class Editing(DiffusionPipeline):
     """What a `TokenPipeline` does with images that are there already."""
 
     def edit(
@@ -131,8 +132,10 @@ class Editing:
         session = self.start([request.prompt], request.guidance_scale != 1, tuple(tokens.shape), controls)
         cells, flat = torch.arange(tokens.numel()), tokens.flatten().to(self.device)
         read = torch.cat([torch.full_like(flat[:1], START), flat[:-1]])[None]
-        logits = guided(*session.forward(read, cells - 1), request.guidance_scale, cells)
-        sampling = Sampling(request.temperature or 1.0, request.top_k, request.top_p)
+        conditional, unconditional = session.forward(read, cells - 1)
+        scale, top_p = (1.0 if number is None else number for number in (request.guidance_scale, request.top_p))
+        logits = guided(conditional, unconditional, scale, cells)
+        sampling = Sampling(request.temperature or 1.0, request.top_k or 0, top_p)
         shares = sampling.filter(logits)[0].softmax(dim=-1)
         entropy = torch.special.entr(shares).sum(dim=-1)
         own = shares.gather(1, flat[:, None])[:, 0]

@@ -1,8 +1,9 @@
 """Pictures from classes or texts with FlexAR (arXiv 2604.15453): ordered tokens of FlexTok, as many as are wanted."""
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL
@@ -10,6 +11,7 @@ from torch import Tensor
 from transformers import CLIPModel, PreTrainedTokenizerFast, T5EncoderModel
 
 from argen.files import WEIGHTS
+from argen.models.clip import TextImageEncoder
 from argen.models.files import emoji_text, load_network, read_t5
 from argen.models.flexar import FlexAR, FlexARSession
 from argen.models.tokenizers import read_emoji_flextok
@@ -102,7 +104,11 @@ class FlexARPipeline(TokenPipeline):
         return 1, count
 
     def start(
-        self, prompts: list[str], guided: bool, shape: tuple[int, int] | None = None, controls: None = None
+        self,
+        prompts: list[str],
+        guided: bool,
+        shape: tuple[int, int] | None = None,
+        controls: list[Control] | None = None,
     ) -> FlexARSession:
         """See `TokenPipeline.start`. A prompt is a class (`argen.data.imagenet.class_id`) or a text.
 
@@ -124,7 +130,7 @@ class FlexARPipeline(TokenPipeline):
         """Texts -> hidden states [B, T, C], mask [B, T] bool."""
         if isinstance(self.text_encoder, CLIPModel):
             prompts = [self.caption(prompt) for prompt in prompts]
-            states, mask = self.text_image_encoder.states(prompts)
+            states, mask = TextImageEncoder(self.text_encoder, self.tokenizer).states(prompts)
         else:
             text = self.tokenizer(prompts, padding=True, truncation=True, return_tensors="pt").to(self.device)
             states, mask = self.text_encoder(**text).last_hidden_state, text.attention_mask.bool()
@@ -141,9 +147,10 @@ class FlexARPipeline(TokenPipeline):
         steps = self.config.steps if min(counts) == tokens.shape[-1] else min(PREVIEW_STEPS, self.config.steps)
         return self.image_tokenizer.decode(rows, steps).clamp(0, 1)
 
-    def run(self, request: Request, every: int = 1, tokens: Tensor | None = None) -> Iterator[Job]:
+    def run(self, request: Request, every: int = 1, tokens: Tensor | None = None) -> Generator[Job, None, None]:
         """See `TokenPipeline.run`; with `num_beams` each picture is searched for, from its beginning."""
-        if request.num_beams is None:
+        beams = request.num_beams
+        if beams is None:
             yield from super().run(request, every, tokens)
             return
         request = self.resolved(request)
@@ -151,10 +158,11 @@ class FlexARPipeline(TokenPipeline):
         settings = {"sampler": sampler, **{name: getattr(request, name) for name in SAMPLING}}
         shape = self.shape_of(None, request.num_tokens)
         job = Job(request, self.canvas.empty(request.num_images, shape), lossless=sampler.lossless)
-        arguments = request.prompt, request.num_beams, request.drawn, request.num_tokens
-        for stage in zip(
-            *(self.search(*arguments, generators, **settings) for generators in request.generators()), strict=True
-        ):
+        searches = [
+            self.search(request.prompt, beams, request.drawn, request.num_tokens, generator, **settings)
+            for generator in request.generators()
+        ]
+        for stage in zip(*searches, strict=True):
             job.decided = stage[0].decided
             job.forward_passes += max(step.forward_passes for step in stage)
             job.tokens[:, 0, : job.decided] = torch.stack([step.tokens[0].cpu() for step in stage])
@@ -228,7 +236,7 @@ class Beams:
 def read_emoji(folder: Path) -> FlexARPipeline:
     """argen/emoji-flextok-ar."""
     images = read_emoji_flextok(WEIGHTS / "emoji-flextok")
-    settings = {"steps": images.steps, "tokenizer_guidance": images.guidance_scale}
+    settings: dict[str, Any] = {"steps": images.steps, "tokenizer_guidance": images.guidance_scale}
     return FlexARPipeline(load_network(FlexAR, folder), images.network, images.vae, **emoji_text(), **settings)
 
 

@@ -137,13 +137,13 @@ class LlamaGenPipeline(TokenPipeline):
 
     def decode_tokens(self, tokens: Tensor) -> Tensor:
         """See `TokenPipeline.decode_tokens`. The shipped picture tokenizer knows one size: what a grid lacks is blank."""
-        shape = tokens.shape[1:]
+        _, rows, columns = tokens.shape
         if not isinstance(self.vq, ViTVQGAN):
-            return self.image_tokenizer.decode(tokens.flatten(1), shape).clamp(0, 1)
+            return LlamaGenVQ(self.vq).decode(tokens.flatten(1), (rows, columns)).clamp(0, 1)
         side, cell = self.vq.grid, self.vq.config.patch_size
         whole = self.blank_tokens((side, side)).repeat(len(tokens), 1, 1)
-        whole[:, : shape[0], : shape[1]] = tokens
-        return self.vq.decode(whole.flatten(1))[..., : cell * shape[0], : cell * shape[1]].clamp(0, 1)
+        whole[:, :rows, :columns] = tokens
+        return self.vq.decode(whole.flatten(1))[..., : cell * rows, : cell * columns].clamp(0, 1)
 
     def blank_tokens(self, shape: tuple[int, int]) -> Tensor:
         """See `TokenPipeline.blank_tokens`: those of a white picture."""

@@ -8,10 +8,12 @@ from torch import Tensor
 from transformers import CLIPModel, PreTrainedTokenizerFast
 
 from argen.files import WEIGHTS
+from argen.models.clip import TextImageEncoder
 from argen.models.files import load_network, read_encoder
 from argen.models.parti import Parti
 from argen.models.session import DecoderSession
 from argen.pipelines.base import Defaults, TokenPipeline, distinct
+from argen.request import Control
 from tokenizers_img.vit_vqgan import ViTVQGAN
 
 logger = logging.getLogger(__name__)
@@ -47,10 +49,14 @@ class PartiPipeline(TokenPipeline):
         longest = self.tokenizer.model_max_length
         if any(len(self.tokenizer(prompt, truncation=False, verbose=False).input_ids) > longest for prompt in prompts):
             logger.warning("the prompt is longer than %d text tokens: the rest of it is not read", longest)
-        return self.text_image_encoder.states(prompts)
+        return TextImageEncoder(self.clip, self.tokenizer).states(prompts)
 
     def start(
-        self, prompts: list[str], guided: bool, shape: tuple[int, int] | None = None, controls: None = None
+        self,
+        prompts: list[str],
+        guided: bool,
+        shape: tuple[int, int] | None = None,
+        controls: list[Control] | None = None,
     ) -> DecoderSession:
         """See `TokenPipeline.start`."""
         texts, rows = distinct(prompts, guided)

@@ -1,5 +1,6 @@
 """Ranking: of several candidates of a prompt those that fit it best, by a model that embeds texts and images in one space."""
 
+from diffusers import DiffusionPipeline
 from PIL import Image
 from torch import Tensor
 from transformers import CLIPModel
@@ -7,7 +8,7 @@ from transformers import CLIPModel
 from argen.models.clip import TextImageEncoder
 
 
-class Ranking:
+class Ranking(DiffusionPipeline):
     """How a `TokenPipeline` chooses among candidates."""
 
     @property
@@ -53,7 +54,9 @@ class Ranking:
 
 def distinct_first(order: list[int], tokens: Tensor) -> list[int]:
     """Candidates in an order -> those that an earlier one equals at the end, taken only where there are not enough others."""
-    seen, first, again = set(), [], []
+    seen: set[bytes] = set()
+    first: list[int] = []
+    again: list[int] = []
     for index in order:
         key = tokens[index].cpu().numpy().tobytes()
         (again if key in seen else first).append(index)

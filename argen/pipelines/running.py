@@ -1,8 +1,9 @@
 """Running generation requests: the way from a `Request` of any front end to its images, step by step."""
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import replace
 
+from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from argen.request import Job, Request
@@ -10,10 +11,10 @@ from argen.request import Job, Request
 SAMPLING = ("guidance_scale", "temperature", "top_k", "top_p")  # what a request may leave to the model
 
 
-class Running:
+class Running(DiffusionPipeline):
     """How a `TokenPipeline` runs a generation request."""
 
-    def run(self, request: Request, every: int = 1, tokens: Tensor | None = None) -> Iterator[Job]:
+    def run(self, request: Request, every: int = 1, tokens: Tensor | None = None) -> Generator[Job, None, None]:
         """Run a request; yields its job, the same object, after each step, and at last with its images.
 
         Close the iterator to cancel.

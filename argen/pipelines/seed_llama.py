@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Thread
+from typing import Any
 
 import torch
 from PIL import Image
@@ -111,7 +112,11 @@ class SeedLlamaPipeline(TokenPipeline):
         return 1, self.length
 
     def start(
-        self, prompts: list[str], guided: bool, shape: tuple[int, int] | None = None, controls: None = None
+        self,
+        prompts: list[str],
+        guided: bool,
+        shape: tuple[int, int] | None = None,
+        controls: list[Control] | None = None,
     ) -> SeedLlamaSession:
         """See `TokenPipeline.start`; without a prompt the model is asked for any picture."""
         rows = [self.encode_text(self.format.ask.format(self.request(prompt))) for prompt in prompts]
@@ -230,9 +235,11 @@ class SeedLlamaPipeline(TokenPipeline):
 
 def read_emoji(folder: Path) -> SeedLlamaPipeline:
     """argen/emoji-seed-lm."""
-    model, info = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    loaded: Any = LlamaForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, output_loading_info=True
+    )  # and what is missing
     text_tokenizer = AutoTokenizer.from_pretrained(folder)
-    return SeedLlamaPipeline(complete(model, info), text_tokenizer, read_emoji_seed(WEIGHTS / "emoji-seed"), "emoji")
+    return SeedLlamaPipeline(complete(*loaded), text_tokenizer, read_emoji_seed(WEIGHTS / "emoji-seed"), "emoji")
 
 
 def read_release(folder: Path, form: str) -> SeedLlamaPipeline:

@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import CLIPModel, PreTrainedTokenizerFast
 
 from argen.files import WEIGHTS
+from argen.models.clip import TextImageEncoder
 from argen.models.files import emoji_text, load_network
 from argen.models.xar import SIZES, XAR, XARSession
 from argen.pipelines.base import Defaults, TokenPipeline, check_prompts, distinct
@@ -122,7 +123,7 @@ class XARPipeline(TokenPipeline):
     def encode_text(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
         """Captions -> hidden states [B, T, C], mask [B, T] bool."""
         texts = [self.caption(prompt) for prompt in prompts]
-        states, mask = self.text_image_encoder.states(texts)
+        states, mask = TextImageEncoder(self.text_encoder, self.tokenizer).states(texts)
         return states.to(self.transformer.dtype), mask
 
     def stream(

@@ -95,7 +95,7 @@ class FlexTokTask(Task):
         for name, parameter in flextok.named_parameters():
             if any(part in name for part in ("adaLN_modulation", "dec_to_patches.proj")):
                 nn.init.zeros_(parameter)
-        for block in flextok.decoder["module_dict"]["dec_transformer"].blocks:
+        for block in flextok.decoder.module_dict.dec_transformer.layers:
             nn.init.xavier_uniform_(block.adaLN_modulation[1].weight)  # of the two in a row, only the last is zero
         self.networks: dict[str, nn.Module] = {"model": Aligned(flextok, vision.config.hidden_size)}
 

@@ -15,7 +15,8 @@ VAE, ALIGNMENT = (
     "decoder.module_dict.dec_repa_",
 )  # prefixes of published keys; the second is of training only
 WITHOUT_WEIGHTS = ("PerSampleOp", "BlockWiseSequencePacker", "SequenceUnpacker", "MLPHead")
-ENTRIES = {  # entry of a published configuration -> its class, and the settings that must have one value
+# entry of a published configuration -> its class, and the settings that must have one value
+ENTRIES: dict[str, tuple[str | None, dict[str, object]]] = {
     "enc_patch_emb": ("PatchEmbedder", {"flatten_patches": False}),
     "enc_posemb_module": ("PositionalEmbeddingAdder", {"posemb_type": "sincos", "posemb_scaling": "absolute"}),
     "enc_register_module": ("Registers1D", {"ordering_mode": "nested"}),
@@ -57,7 +58,7 @@ def sizes_of(config: dict) -> dict:
     Raises:
         ValueError: it names a part or a setting that argen does not know.
     """
-    parts = {}
+    parts: dict[str, dict] = {}
     for side in ("encoder", "decoder"):
         if side not in config or "module_dict" not in config[side]:
             raise ValueError(f"the configuration lacks {side}.module_dict: expected that of a FlexTok")

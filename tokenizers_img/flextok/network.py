@@ -9,15 +9,16 @@ tokens, k of them that are kept, Q numbers of a code, D width, S times.
 """
 
 from collections.abc import Sequence
+from typing import Generic, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
-from diffusers.models.attention_dispatch import dispatch_attention_fn
 from einops import rearrange
 from torch import Tensor, nn
 
+from tokenizers_img.attention import DispatchedAttention
 from tokenizers_img.quantize import FSQ
 
 FREQUENCIES = 128  # of the time's embedding
@@ -29,7 +30,11 @@ def norm(x: Tensor) -> Tensor:
     return F.layer_norm(x.float(), x.shape[-1:], eps=1e-5).to(x.dtype)
 
 
-class Attention(nn.Module):
+Layer = TypeVar("Layer", bound=nn.Module)
+Part = TypeVar("Part", bound=nn.Module)
+
+
+class Attention(DispatchedAttention):
     def __init__(self, dim: int, head_dim: int):
         super().__init__()
         self.head_dim = head_dim
@@ -39,7 +44,7 @@ class Attention(nn.Module):
         """x [B, n, D], mask [1, 1, n, n] bool."""
         query, key, value = (part(x).unflatten(-1, (-1, self.head_dim)) for part in (self.wq, self.wk, self.wv))
         scale = 8 / self.head_dim
-        return self.proj(dispatch_attention_fn(norm(query), norm(key), value, attn_mask=mask, scale=scale).flatten(2))
+        return self.proj(self.attend(norm(query), norm(key), value, mask, scale=scale))
 
 
 class GatedMLP(nn.Module):
@@ -65,7 +70,7 @@ class Block(nn.Module):
         return x + self.mlp(norm(x))
 
 
-class ModulatedBlock(Block):
+class ModulatedBlock(nn.Module):
     """A layer of the decoder: time shifts, scales and gates patches and registers, each in their own way.
 
     Args:
@@ -73,7 +78,8 @@ class ModulatedBlock(Block):
     """
 
     def __init__(self, dim: int, head_dim: int, rank: int | None):
-        super().__init__(dim, head_dim)
+        super().__init__()
+        self.attn, self.mlp = Attention(dim, head_dim), GatedMLP(dim)
         into = [nn.Linear(dim, 12 * dim)] if rank is None else [nn.Linear(dim, rank), nn.Linear(rank, 12 * dim)]
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), *into)
 
@@ -96,10 +102,15 @@ class ModulatedBlock(Block):
         return x + gate2 * self.mlp(norm(x) * (1 + scale2) + shift2)
 
 
-class Transformer(nn.Module):
-    def __init__(self, blocks: Sequence[Block]):
+class Transformer(nn.Module, Generic[Layer]):
+    def __init__(self, blocks: Sequence[Layer]):
         super().__init__()
         self.blocks = nn.ModuleList(blocks)
+
+    @property
+    def layers(self) -> list[Layer]:
+        """The same, of their own type, which torch's list does not know."""
+        return cast("list[Layer]", list(self.blocks))
 
 
 class PatchEmbedding(nn.Module):
@@ -115,6 +126,8 @@ class PatchEmbedding(nn.Module):
 
 class Positions(nn.Module):
     """A table `posembs` that is added: [1, D, sides] of patches, [1, 1, D, N] of registers."""
+
+    posembs: Tensor
 
     def __init__(self, table: Tensor, learned: bool):
         super().__init__()
@@ -162,7 +175,7 @@ class TimeEmbedding(nn.Module):
     def forward(self, times: Tensor) -> Tensor:
         places = torch.arange(FREQUENCIES, dtype=torch.float32, device=times.device) / FREQUENCIES
         angles = times.float()[:, None] * (1000 / self.max_timestep) * 256.0**-places
-        return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=-1).to(self.mlp[0].weight.dtype))
+        return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=-1).to(next(self.mlp.parameters()).dtype))
 
 
 class PatchHead(nn.Module):
@@ -175,6 +188,56 @@ class PatchHead(nn.Module):
         """x [B, P, D], modulation [S, 2 D] -> [B, P, outputs]."""
         shift, scale = modulation[:, None].chunk(2, dim=-1)
         return self.proj(norm(x) * (1 + scale) + shift)
+
+
+class Encoder(nn.Module):
+    """The parts of the way to tokens, under their published names; see `FlexTok`."""
+
+    def __init__(
+        self, code: int, registers: int, dim: int, depth: int, head_dim: int, channels: int, patch: int, grid: int
+    ):
+        super().__init__()
+        self.enc_patch_emb = PatchEmbedding(channels, patch, dim)
+        self.enc_posemb_module = Positions(sincos(dim, grid), learned=False)
+        self.enc_register_module = Registers(registers, dim)
+        self.enc_transformer = Transformer([Block(dim, head_dim) for _ in range(depth)])
+        self.enc_to_latents = Projection(dim, code)
+
+
+class Decoder(nn.Module):
+    """The parts of the way back, under their published names; see `FlexTok`."""
+
+    def __init__(
+        self,
+        code: int,
+        registers: int,
+        dim: int,
+        depth: int,
+        head_dim: int,
+        channels: int,
+        patch: int,
+        grid: int,
+        max_timestep: float,
+        rank: int | None,
+    ):
+        super().__init__()
+        self.dec_from_latents = Projection(code, dim)
+        self.dec_registers_posemb_module = Positions(0.02 * torch.randn(1, 1, dim, registers), learned=True)
+        self.dec_nested_dropout = MaskToken(dim)
+        self.dec_latent_dropout = NullToken(dim)
+        self.dec_noise_patch_emb = PatchEmbedding(channels, patch, dim)
+        self.dec_patches_posemb_module = Positions(sincos(dim, grid), learned=False)
+        self.dec_time_embedder = TimeEmbedding(dim, max_timestep)
+        self.dec_transformer = Transformer([ModulatedBlock(dim, head_dim, rank) for _ in range(depth)])
+        self.dec_to_patches = PatchHead(dim, channels * patch**2)
+
+
+class Published(nn.Module, Generic[Part]):
+    """One way, under the name that the published files give to its parts."""
+
+    def __init__(self, module_dict: Part):
+        super().__init__()
+        self.module_dict = module_dict
 
 
 def sincos(dim: int, side: int) -> Tensor:
@@ -221,27 +284,10 @@ class FlexTok(ModelMixin, ConfigMixin):
     ):
         super().__init__()
         self.fsq = FSQ(tuple(levels))
-        encoder = {
-            "enc_patch_emb": PatchEmbedding(channels, patch, encoder_dim),
-            "enc_posemb_module": Positions(sincos(encoder_dim, grid), learned=False),
-            "enc_register_module": Registers(registers, encoder_dim),
-            "enc_transformer": Transformer([Block(encoder_dim, encoder_head_dim) for _ in range(encoder_depth)]),
-            "enc_to_latents": Projection(encoder_dim, len(levels)),
-        }
-        dim = decoder_dim
-        decoder = {
-            "dec_from_latents": Projection(len(levels), dim),
-            "dec_registers_posemb_module": Positions(0.02 * torch.randn(1, 1, dim, registers), learned=True),
-            "dec_nested_dropout": MaskToken(dim),
-            "dec_latent_dropout": NullToken(dim),
-            "dec_noise_patch_emb": PatchEmbedding(channels, patch, dim),
-            "dec_patches_posemb_module": Positions(sincos(dim, grid), learned=False),
-            "dec_time_embedder": TimeEmbedding(dim, max_timestep),
-            "dec_transformer": Transformer([ModulatedBlock(dim, decoder_head_dim, rank) for _ in range(decoder_depth)]),
-            "dec_to_patches": PatchHead(dim, channels * patch**2),
-        }
-        self.encoder = nn.ModuleDict({"module_dict": nn.ModuleDict(encoder)})
-        self.decoder = nn.ModuleDict({"module_dict": nn.ModuleDict(decoder)})
+        sizes = encoder_dim, encoder_depth, encoder_head_dim
+        self.encoder = Published(Encoder(len(levels), registers, *sizes, channels, patch, grid))
+        sizes = decoder_dim, decoder_depth, decoder_head_dim
+        self.decoder = Published(Decoder(len(levels), registers, *sizes, channels, patch, grid, max_timestep, rank))
 
     def encode(self, latents: Tensor) -> Tensor:
         """Latents [B, C, h, w] -> numbers [B, N, Q] float32, to be quantized.
@@ -249,15 +295,15 @@ class FlexTok(ModelMixin, ConfigMixin):
         Raises:
             ValueError: the sides are no multiples of the patch, or larger than the table of positions.
         """
-        parts = self.encoder["module_dict"]
-        patches = self._placed(parts["enc_patch_emb"], parts["enc_posemb_module"], latents).flatten(1, 2)
-        registers = parts["enc_register_module"].registers.expand(len(latents), -1, -1)
+        parts = self.encoder.module_dict
+        patches = self._placed(parts.enc_patch_emb, parts.enc_posemb_module, latents).flatten(1, 2)
+        registers = parts.enc_register_module.registers.expand(len(latents), -1, -1)
         x, p = torch.cat([patches, registers.to(patches.dtype)], dim=1), patches.shape[1]
         order = torch.arange(x.shape[1], device=x.device).clamp(min=p - 1)  # patches all stand at the same place
         mask = (order <= order[:, None])[None, None]
-        for block in parts["enc_transformer"].blocks:
+        for block in parts.enc_transformer.layers:
             x = block(x, mask)
-        return parts["enc_to_latents"](norm(x[:, p:])).float()
+        return parts.enc_to_latents(norm(x[:, p:])).float()
 
     def _placed(self, embedding: PatchEmbedding, positions: Positions, latents: Tensor) -> Tensor:
         height, width = latents.shape[2:]
@@ -272,25 +318,25 @@ class FlexTok(ModelMixin, ConfigMixin):
 
     def read(self, codes: Tensor, keep: Tensor | None = None) -> Tensor:
         """Codes [B, N, Q] -> what the decoder sees of them [B, N, D]: of each picture the first `keep` [B], all by default."""
-        parts = self.decoder["module_dict"]
-        x = parts["dec_from_latents"](codes.to(self.dtype))
-        x = x + parts["dec_registers_posemb_module"].posembs[0, 0].T.to(x.dtype)
+        parts = self.decoder.module_dict
+        x = parts.dec_from_latents(codes.to(self.dtype))
+        x = x + parts.dec_registers_posemb_module.posembs[0, 0].T.to(x.dtype)
         if keep is None:
             return x
         visible = torch.arange(x.shape[1], device=x.device) < keep[:, None]
-        return torch.where(visible[..., None], x, parts["dec_nested_dropout"].dropout_mask_token.to(x.dtype))
+        return torch.where(visible[..., None], x, parts.dec_nested_dropout.dropout_mask_token.to(x.dtype))
 
     def null(self, batch: int) -> Tensor:
         """What the decoder sees without a condition, [B, N or 1, D]."""
-        token = self.decoder["module_dict"]["dec_latent_dropout"].nullcond
+        token = self.decoder.module_dict.dec_latent_dropout.nullcond
         return token.expand(batch, 1 if self.config.single_null else self.config.registers, -1)
 
     def modulations(self, times: Tensor) -> tuple[list[Tensor], Tensor]:
         """Times [S] in [0, 1] -> all that depends on them alone: of each layer [S, 2, 6, D], of the head [S, 2 D]."""
-        parts = self.decoder["module_dict"]
-        embedded = parts["dec_time_embedder"](times)
-        layers = [block.modulation(embedded) for block in parts["dec_transformer"].blocks]
-        return layers, parts["dec_to_patches"].adaLN_modulation(embedded)
+        parts = self.decoder.module_dict
+        embedded = parts.dec_time_embedder(times)
+        layers = [block.modulation(embedded) for block in parts.dec_transformer.layers]
+        return layers, parts.dec_to_patches.adaLN_modulation(embedded)
 
     def velocity(
         self, x: Tensor, registers: Tensor, modulations: tuple[list[Tensor], Tensor], features_of: int | None = None
@@ -306,16 +352,16 @@ class FlexTok(ModelMixin, ConfigMixin):
         Returns:
             [B, C, h, w] float32, and the patches [B, P, D] after that layer.
         """
-        parts, (layers, last) = self.decoder["module_dict"], modulations
-        embedding = parts["dec_noise_patch_emb"]
-        patches = self._placed(embedding, parts["dec_patches_posemb_module"], x.to(self.dtype))
+        parts, (layers, last) = self.decoder.module_dict, modulations
+        embedding = parts.dec_noise_patch_emb
+        patches = self._placed(embedding, parts.dec_patches_posemb_module, x.to(self.dtype))
         rows, columns = patches.shape[1:3]
         count, features = rows * columns, None
         states = torch.cat([patches.flatten(1, 2), registers.to(patches.dtype)], dim=1)
-        for index, (block, modulation) in enumerate(zip(parts["dec_transformer"].blocks, layers, strict=True)):
+        for index, (block, modulation) in enumerate(zip(parts.dec_transformer.layers, layers, strict=True)):
             states = block(states, modulation, count)
             features = states[:, :count] if index == features_of else features
-        out, p = parts["dec_to_patches"](states[:, :count], last), embedding.patch
+        out, p = parts.dec_to_patches(states[:, :count], last), embedding.patch
         output = rearrange(out, "b (y x) (p q c) -> b c (y p) (x q)", y=rows, x=columns, p=p, q=p)
         return output.float(), features
 

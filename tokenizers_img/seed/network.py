@@ -18,21 +18,24 @@ from transformers import (
     Blip2QFormerModel,
 )
 
+from tokenizers_img.attention import DispatchedAttention
 from tokenizers_img.quantize import check_ids
 
 DOWN = (256, 128, 32)  # widths of the "mlp" head, token by token
 HEADS = {"mlp": "image", "reverse": "image", "text": "text"}  # how the embedding is made -> what it stands for
 
 
-class Attention(nn.Module):
+class Attention(DispatchedAttention):
+    masked = False
+
     def __init__(self, dim: int, heads: int):
         super().__init__()
         self.heads = heads
         self.qkv, self.proj = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        query, key, value = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        return self.proj(F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2))
+        query, key, value = self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(2)
+        return self.proj(self.attend(query, key, value))
 
 
 class MLP(nn.Module):

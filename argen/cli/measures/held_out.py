@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 from argen.command import (
+    attention_argument,
     device_and_json,
     load_model,
     writable,
@@ -23,6 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--grid", type=Path, metavar="PNG", help="also write a labelled grid of 32 images")
     parser.add_argument("--seed", type=int, default=0, help="(default: 0)")
     device_and_json(parser)
+    attention_argument(parser)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -31,7 +33,7 @@ def run(args: argparse.Namespace) -> None:
     from argen.data.tables import pixels, read_split
     from argen.eval import prompts, reconstruction, retrieval
 
-    model = load_model(args.model, args.device)
+    model = load_model(args.model, args.device, attention=args.attention)
     if args.grid:
         writable(args.grid)
     if hasattr(model, "likelihoods"):

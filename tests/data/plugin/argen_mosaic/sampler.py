@@ -15,9 +15,11 @@ from samplers.steps import START, GuidanceScale, Session, Step, next_logits, pic
 class Annealed:
     """One token a pass, at a temperature that changes from the first cell to the last."""
 
-    start: float = Field(1.2, ge=0, le=10, description="temperature of the first cell, in parts of the model's")
-    end: float = Field(0.6, ge=0, le=10, description="temperature of the last cell, in parts of the model's")
-    curve: float = Field(1.0, gt=0, le=10, description="how late it changes", json_schema_extra={"note": "1: evenly"})
+    start: float = Field(default=1.2, ge=0, le=10, description="temperature of the first cell, in parts of the model's")
+    end: float = Field(default=0.6, ge=0, le=10, description="temperature of the last cell, in parts of the model's")
+    curve: float = Field(
+        default=1.0, gt=0, le=10, description="how late it changes", json_schema_extra={"note": "1: evenly"}
+    )
     name = "annealed"
     lossless = False
 
