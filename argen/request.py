@@ -219,14 +219,14 @@ class Request:
         sampler_args = self.sampler_args if self.sampler == sampler else {}
         return replace(self, sampler=sampler, sampler_args=sampler_args | {argument: value})
 
-    def given(self) -> dict:
+    def explicit_settings(self) -> dict:
         """The values by name, without those left to the model."""
         values = {item.name: getattr(self, item.name) for item in fields(self)}
         return {name: value for name, value in values.items() if value is not None and value != {}}
 
     def to_dict(self) -> dict:
-        """`given`, for JSON."""
-        return self.given() | ({"control": self.control.to_dict()} if self.control else {})
+        """`explicit_settings`, for JSON."""
+        return self.explicit_settings() | ({"control": self.control.to_dict()} if self.control else {})
 
     @classmethod
     def from_dict(cls, saved: dict) -> "Request":

@@ -42,34 +42,32 @@ def main() -> None:
     args = parser.parse_args()
 
     with tempfile.TemporaryDirectory() as folder:
-        where = Path(folder)
-        (where / "pictures").mkdir()
-        luck = np.random.default_rng(0)
+        root = Path(folder)
+        (root / "pictures").mkdir()
+        rng = np.random.default_rng(0)
         for index in range(args.num):
-            coarse = Image.fromarray(luck.integers(0, 256, (16, 16, 3), dtype=np.uint8))
-            coarse.resize((args.size, args.size), Image.Resampling.BICUBIC).save(
-                where / "pictures" / f"{index:05d}.png"
-            )
+            coarse = Image.fromarray(rng.integers(0, 256, (16, 16, 3), dtype=np.uint8))
+            coarse.resize((args.size, args.size), Image.Resampling.BICUBIC).save(root / "pictures" / f"{index:05d}.png")
         state = {k: v for k, v in random_network().state_dict().items() if not k.endswith("num_batches_tracked")}
-        save_file(state, where / "weights.safetensors")
+        save_file(state, root / "weights.safetensors")
 
         theirs.load_state_dict_from_url = lambda *_, **__: state
         network = theirs.InceptionV3().to(args.device)
-        extractor = features.inception_features(where / "weights.safetensors", "pytorch-fid", torch.device(args.device))
-        images = open_images(where / "pictures")
-        files = sorted((where / "pictures").glob("*.png"))
+        extractor = features.inception_features(root / "weights.safetensors", "pytorch-fid", torch.device(args.device))
+        images = open_images(root / "pictures")
+        files = sorted((root / "pictures").glob("*.png"))
         print(f"{args.num} pictures of {args.size} x {args.size}, {args.device}, {torch.get_num_threads()} threads")
         for index in range(args.rounds):
             start = time.perf_counter()
-            mine = run.features(images, extractor, ["features"], where / f"round-{index}", None, args.batch_size)
+            ours = run.features(images, extractor, ["features"], root / f"round-{index}", None, args.batch_size)
             middle = time.perf_counter()
             other = fid_score.get_activations(files, network, args.batch_size, device=args.device)
             end = time.perf_counter()
             rates = args.num / (middle - start), args.num / (end - middle)
-            apart = np.abs(mine["features"].numpy() - other).max()
+            difference = np.abs(ours["features"].numpy() - other).max()
             print(
                 f"argen {rates[0]:.2f}/s, pytorch-fid {rates[1]:.2f}/s, ratio {rates[0] / rates[1]:.2f}, "
-                f"largest difference {apart:.1e} of features up to {np.abs(other).max():.1f}"
+                f"largest difference {difference:.1e} of features up to {np.abs(other).max():.1f}"
             )
 
 

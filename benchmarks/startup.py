@@ -23,14 +23,14 @@ NAMES = ("python", TORCH, "import argen", "argen --help", "argen models", GENERA
 def commands(folder: Path) -> dict[str, list[str]]:
     """The commands by their names; `folder` is for what they write."""
     argen = [sys.executable, "-m", "argen"]
-    drawn = ["generate", "a pizza", "-o", str(folder / "pizza.png"), "--json"]
+    generate = ["generate", "a pizza", "-o", str(folder / "pizza.png"), "--json"]
     lines = [
         [sys.executable, "-c", "pass"],
         [sys.executable, "-c", "import torch"],
         [sys.executable, "-c", "import argen"],
         [*argen, "--help"],
         [*argen, "models"],
-        [*argen, *drawn],
+        [*argen, *generate],
     ]
     return dict(zip(NAMES, lines, strict=True))
 

@@ -28,9 +28,9 @@ def sampler_rows() -> str:
     rows = []
     for name in samplers.built_in:
         sampler = samplers[name]()
-        kept = "yes" if sampler.lossless else "relaxed"
+        lossless = "yes" if sampler.lossless else "relaxed"
         rows.append(
-            (f"`{name}`", about(name), getattr(sampler, "draws", "tokens"), kept, getattr(sampler, "needs", ""))
+            (f"`{name}`", about(name), getattr(sampler, "draws", "tokens"), lossless, getattr(sampler, "needs", ""))
         )
     return table(("sampler", "what it does", "draws", "lossless", "needs"), rows)
 
@@ -41,8 +41,13 @@ def setting_row(setting: Setting) -> tuple[str, ...]:
 
 
 def setting_rows() -> str:
-    known = [(name, one) for name in samplers.built_in for one in settings_of(samplers[name]).values() if one.kind]
-    rows = [(f"`{name}`", *setting_row(setting)) for name, setting in known]
+    settings = [
+        (name, setting)
+        for name in samplers.built_in
+        for setting in settings_of(samplers[name]).values()
+        if setting.kind
+    ]
+    rows = [(f"`{name}`", *setting_row(setting)) for name, setting in settings]
     return table(("sampler", "setting", "what it is", "expected", "default"), rows)
 
 
@@ -54,9 +59,9 @@ def command_rows() -> str:
     return table(("command", "what it does"), ((f"`argen {name}`", commands[name].HELP) for name in commands.built_in))
 
 
-def own_cards() -> list[Card]:
-    found = [read_card(path) for path in FOLDER.glob("*.toml")]
-    return sorted(found, key=lambda card: (card.order, card.kind, card.id.lower()))
+def sorted_cards() -> list[Card]:
+    cards = [read_card(path) for path in FOLDER.glob("*.toml")]
+    return sorted(cards, key=lambda card: (card.order, card.kind, card.id.lower()))
 
 
 def card_rows(ships: bool) -> str:
@@ -68,7 +73,7 @@ def card_rows(ships: bool) -> str:
             f"{card.parameters:,.{0 if card.parameters > 100 else 1}f}M",
             card.licence,
         )
-        for card in own_cards()
+        for card in sorted_cards()
         if card.ships == ships
     ]
     return table(("id", "kind", "what it is", "parameters", "licence"), rows)
@@ -78,7 +83,10 @@ def recipe_rows() -> str:
     from argen.train.recipes import SCHEDULES, TASKS  # late: they bring every task
 
     def lengths(name: str) -> list[str]:
-        return [f"{one.steps:,} x {one.batch_size}" for one in (SCHEDULES[name]["cpu"], SCHEDULES[name]["gpu"])]
+        return [
+            f"{schedule.steps:,} x {schedule.batch_size}"
+            for schedule in (SCHEDULES[name]["cpu"], SCHEDULES[name]["gpu"])
+        ]
 
     rows = [
         (f"`{name}`", ", ".join(f"`--{part}`" for part in takes if part not in ("total", "x")), *lengths(name))
@@ -100,7 +108,7 @@ TABLES = {
 
 def rendered(text: str) -> str:
     """A page with its tables redrawn."""
-    return MARKS.sub(lambda found: found[1] + "\n" + TABLES[found[2]]() + "\n" + found[3], text)
+    return MARKS.sub(lambda match: match[1] + "\n" + TABLES[match[2]]() + "\n" + match[3], text)
 
 
 if __name__ == "__main__":

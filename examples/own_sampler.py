@@ -23,10 +23,10 @@ class Careful:
         tokens, waiting = tokens.clone(), [START]
         for cell in range(session.length):
             logits = next_logits(session, tokens, waiting, guidance_scale, cell)
-            chance, greedy = sampling.filter(logits)[:, 0].softmax(dim=-1).max(dim=-1)
-            drawn = pick(logits, sampling, noise, torch.tensor([cell]))[:, 0]
-            drawn = torch.where(chance >= self.sure, greedy, drawn)
-            tokens[:, cell] = torch.where(tokens[:, cell] < 0, drawn, tokens[:, cell])
+            probability, greedy = sampling.filter(logits)[:, 0].softmax(dim=-1).max(dim=-1)
+            sampled = pick(logits, sampling, noise, torch.tensor([cell]))[:, 0]
+            sampled = torch.where(probability >= self.sure, greedy, sampled)
+            tokens[:, cell] = torch.where(tokens[:, cell] < 0, sampled, tokens[:, cell])
             waiting = [cell]
             yield Step(tokens.clone(), cell + 1)
 

@@ -164,7 +164,7 @@ def test_a_measurement_tells_how_far_it_is(what, tmp_path):
 
     studio = Studio(tmp_path, load)
     try:
-        *updates, (state, rows, sheet) = evaluate.measured(
+        *updates, (state, rows, sheet) = evaluate.measure_model(
             studio, {"judge": evaluate.JUDGE, "fid": evaluate.FID}[what], "argen/emoji-parti", 6, 0
         )
     finally:

@@ -56,7 +56,7 @@ def run(args: argparse.Namespace) -> None:
     from argen.train.recipes import run
 
     parts = {"clip": args.clip, "tokenizer": args.tokenizer, "vae": args.vae, "generator": args.generator}
-    chosen = {"data": args.data, "scenes": args.scenes, "out": args.out, "seed": args.seed, "steps": args.steps}
-    chosen |= {"compile": args.compile, "x": args.x, "shipped": WEIGHTS}
-    scores = run(args.recipe, args.setting, **parts, **chosen)
+    options = {"data": args.data, "scenes": args.scenes, "out": args.out, "seed": args.seed, "steps": args.steps}
+    options |= {"compile": args.compile, "x": args.x, "shipped": WEIGHTS}
+    scores = run(args.recipe, args.setting, **parts, **options)
     print(f"{args.out}: " + ", ".join(f"{name} {value:.4g}" for name, value in scores.items()))

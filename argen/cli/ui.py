@@ -41,12 +41,12 @@ def run(args: argparse.Namespace) -> None:
     from argen.hub.model_cache import ModelCache
     from argen.jobs.queue import Studio
     from argen.server.app import create, serve
-    from argen.server.guard import HERE, check_keys, owner_of
+    from argen.server.guard import LOCAL_HOSTS, check_keys, owner_of
     from argen.ui.build import build
     from argen.ui.context import AppContext
 
     keys = [key for key in [*args.key, *os.environ.get("ARGEN_KEYS", "").split(",")] if key]
-    if args.host not in HERE and not keys:
+    if args.host not in LOCAL_HOSTS and not keys:
         raise ValueError(f"--host {args.host} lets other machines in: give --key KEY too, which they must show")
     check_keys(keys)
     if args.model_memory is not None and not 0 < args.model_memory < 1e6:
@@ -62,6 +62,6 @@ def run(args: argparse.Namespace) -> None:
     studio = Studio(args.data_dir, ModelCache(device, limit=limit), not args.no_metadata, folders)
     try:
         page = build(AppContext(studio, owner_of(keys[0]) if keys else None, device, limit))
-        serve(create(studio, page, keys, args.host in HERE), args.host, args.port)
+        serve(create(studio, page, keys, args.host in LOCAL_HOSTS), args.host, args.port)
     finally:
         studio.close()

@@ -4,13 +4,13 @@ import errno
 import re
 from pathlib import Path
 
-FULL = errno.ENOSPC, errno.EDQUOT
+DISK_FULL = errno.ENOSPC, errno.EDQUOT
 PATHS = re.compile(r"(?<![\w/.:<])(?:/[^\s/'\":,;()]+)+/(?=[^\s/])")  # the folders of an absolute path
 
 
-def said(error: Exception) -> str:
+def error_message(error: Exception) -> str:
     """An error in one line for somebody who asked from elsewhere: of the paths of this machine the last names alone."""
-    if isinstance(error, OSError) and error.errno in FULL:
+    if isinstance(error, OSError) and error.errno in DISK_FULL:
         return f"the disk of the server is full ({error.strerror}): nothing can be written"
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.strerror or type(error).__name__}: {Path(str(error.filename)).name}"

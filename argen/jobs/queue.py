@@ -23,7 +23,7 @@ from PIL import Image
 
 from argen.files import replacing
 from argen.jobs.access import ModelAccess, UnknownModel
-from argen.jobs.messages import said
+from argen.jobs.messages import error_message
 from argen.jobs.store import (
     CANCELLED,
     DONE,
@@ -31,7 +31,7 @@ from argen.jobs.store import (
     OVER,
     RUNNING,
     WAITING,
-    Saved,
+    SavedImage,
     Store,
     read_row,
     request_of,
@@ -42,11 +42,11 @@ from argen.request import Job, Request, rows_of
 
 logger = logging.getLogger(__name__)
 LOCAL = "local"  # owner of what no key asked for
-MOST_WAITING = 1000  # jobs of one owner
-PREVIEW_EVERY, WATCHED_FOR = 0.4, 5.0  # seconds between previews, and how long one is wanted after it was looked at
-PREVIEWED = 9  # pictures of a preview at most
+MAX_WAITING_JOBS = 1000  # jobs of one owner
+PREVIEW_EVERY, PREVIEW_FOR = 0.4, 5.0  # seconds between previews, and how long one is wanted after it was looked at
+MAX_PREVIEW_IMAGES = 9  # pictures of a preview at most
 RETRY_AFTER = 2.0  # seconds until the database is written to again, after it could not be
-KEPT_PREVIEWS = 32  # of jobs that were stopped
+MAX_STOPPED_PREVIEWS = 32  # of jobs that were stopped
 
 
 class QueueFull(ValueError):
@@ -86,7 +86,7 @@ class Progress:
     error: str = ""
     preview: list[Image.Image] | None = None
     partials: tuple[Image.Image, ...] = ()
-    images: list[Saved] = field(default_factory=list)
+    images: list[SavedImage] = field(default_factory=list)
     place: int = 0
     eta: float | None = None
     version: int = 0
@@ -130,14 +130,14 @@ class Studio:
         self.models = ModelAccess(models, folders)
         self.changed = threading.Condition()
         self.live: Progress | None = None
-        self.watched, self.cancelled, self.closing = 0.0, False, False
+        self.preview_requested, self.cancelled, self.closing = 0.0, False, False
         self.listeners: dict[str, set[Callable[[], object]]] = defaultdict(set)  # id of a job -> who wants to know
         self.partials: dict[str, int] = {}  # id of a job -> images wanted while it is written
-        self.stopped: dict[str, list[Image.Image]] = {}  # id of a job that was stopped -> its last preview
-        self.rates: dict[str, float] = {}  # model -> seconds a picture
+        self.stopped_previews: dict[str, list[Image.Image]] = {}  # id of a job that was stopped -> its last preview
+        self.seconds_per_image: dict[str, float] = {}  # model -> seconds a picture
         for row in self.store.jobs(RUNNING, limit=-1):  # the program ended in the middle
             self.store.update_job(row["id"], state=WAITING)
-        self.worker = threading.Thread(target=self._work, name="argen worker", daemon=True)
+        self.worker = threading.Thread(target=self._run_worker, name="argen worker", daemon=True)
         self.worker.start()
 
     def close(self) -> None:
@@ -171,8 +171,8 @@ class Studio:
         for name in {request.model for request in requests}:
             self.models.check(name)
         with self.changed:
-            if (waiting := self.store.count(WAITING, owner)) + len(requests) > MOST_WAITING:
-                raise QueueFull(f"{waiting:,} jobs are waiting: expected at most {MOST_WAITING:,}, try again later")
+            if (waiting := self.store.count(WAITING, owner)) + len(requests) > MAX_WAITING_JOBS:
+                raise QueueFull(f"{waiting:,} jobs are waiting: expected at most {MAX_WAITING_JOBS:,}, try again later")
             ids = [secrets.token_hex(6) for _ in requests]
             self.store.add_jobs(list(zip(ids, requests, strict=True)), owner)
             if partials:
@@ -190,13 +190,13 @@ class Studio:
             KeyError, Forbidden: there is no such job; it is somebody else's.
         """
         with self.changed:
-            row = self._own(id, owner)
+            row = self._owned_row(id, owner)
             if self.live is not None and self.live.id == id:
                 self.cancelled = True
             elif row["state"] == WAITING:
                 self.store.update_job(id, state=CANCELLED, finished=time.time())
                 self.partials.pop(id, None)
-            self._tell(id)
+            self._notify(id)
 
     def resume(self, id: str, owner: str | None = None) -> None:
         """Put a cancelled or failed job back into the line; it goes on from its tokens. Raises as `cancel` does.
@@ -205,15 +205,15 @@ class Studio:
             ValueError: it is waiting, running or done.
         """
         with self.changed:
-            row = self._own(id, owner)
+            row = self._owned_row(id, owner)
             if row["state"] not in (CANCELLED, FAILED):
                 raise ValueError(f"the job is {row['state']}: only one that was cancelled or failed can be resumed")
             self.store.update_job(id, state=WAITING, finished=None, error="")
             self.changed.notify_all()
 
-    def again(self, id: str, owner: str | None = None) -> str:
+    def submit_next_seeds(self, id: str, owner: str | None = None) -> str:
         """The same with the seeds that follow -> the id of the new job. Raises as `cancel` and `submit` do."""
-        row = self._own(id, owner)
+        row = self._owned_row(id, owner)
         request, fault = read_row(request_of, row["request"])
         if request is None:
             raise ValueError(fault)
@@ -222,20 +222,20 @@ class Studio:
     def move(self, id: str, places: int, owner: str | None = None) -> None:
         """Move a waiting job so many places back, or forward if negative. Raises as `cancel` does."""
         with self.changed:
-            self._own(id, owner)
+            self._owned_row(id, owner)
             self.store.move(id, places)
             self.changed.notify_all()
 
     @contextmanager
-    def listening(self, id: str, tell: Callable[[], object]) -> Iterator[None]:
+    def listening(self, id: str, callback: Callable[[], object]) -> Iterator[None]:
         """Meanwhile `tell` is called whenever a job changes, by the thread that changes it."""
         with self.changed:
-            self.listeners[id].add(tell)
+            self.listeners[id].add(callback)
         try:
             yield
         finally:
             with self.changed:
-                self.listeners[id].discard(tell)
+                self.listeners[id].discard(callback)
                 if not self.listeners[id]:
                     del self.listeners[id]
 
@@ -256,20 +256,20 @@ class Studio:
         """
         with self.changed:
             if preview and self.live is not None and self.live.id == id:
-                self.watched = time.monotonic()
-            return self._told(self._own(id, owner))
+                self.preview_requested = time.monotonic()
+            return self._to_progress(self._owned_row(id, owner))
 
-    def line(self, owner: str | None = None) -> list[Progress]:
+    def queue(self, owner: str | None = None) -> list[Progress]:
         """What runs and what waits, in order."""
         with self.changed:
-            places = self.store.places()
-            found = [self._told(row, places) for row in self.store.jobs(RUNNING, WAITING, owner=owner)]
-        rest = 0.0
-        for one in found:
-            known = one.eta if one.state == RUNNING else self._expected(one.request)
-            rest = math.nan if known is None else rest + known
-            one.eta = None if math.isnan(rest) else rest
-        return found
+            positions = self.store.queue_positions()
+            jobs = [self._to_progress(row, positions) for row in self.store.jobs(RUNNING, WAITING, owner=owner)]
+        eta = 0.0
+        for job in jobs:
+            seconds = job.eta if job.state == RUNNING else self._estimated_seconds(job.request)
+            eta = math.nan if seconds is None else eta + seconds
+            job.eta = None if math.isnan(eta) else eta
+        return jobs
 
     def watch(self, id: str, preview: bool = False, patience: float = 1.0) -> Iterator[Progress]:
         """A job's progress whenever it changes, and at least every `patience` seconds, until it is over.
@@ -278,13 +278,13 @@ class Studio:
             KeyError: there is no such job.
         """
         while True:
-            now = self.progress(id, preview)
-            yield now
-            if now.over or self.closing:
+            progress = self.progress(id, preview)
+            yield progress
+            if progress.over or self.closing:
                 return
             with self.changed:
                 live = self.live
-                if live is None or live.id != id or live.version == now.version:
+                if live is None or live.id != id or live.version == progress.version:
                     self.changed.wait(patience)
 
     def result(self, id: str, timeout: float | None = None) -> Progress:
@@ -294,10 +294,10 @@ class Studio:
             TimeoutError: it takes longer.
         """
         started = time.monotonic()
-        for now in self.watch(id):
-            if timeout is not None and time.monotonic() - started > timeout and not now.over:
-                raise TimeoutError(f"the job is still {now.state} after {timeout:.0f} seconds")
-        return now
+        for progress in self.watch(id):
+            if timeout is not None and time.monotonic() - started > timeout and not progress.over:
+                raise TimeoutError(f"the job is still {progress.state} after {timeout:.0f} seconds")
+        return progress
 
     @contextmanager
     def model(self, name: str, kind: str = "generator") -> Iterator[TokenPipeline]:
@@ -307,14 +307,14 @@ class Studio:
 
     # the worker
 
-    def _tell(self, id: str) -> None:
+    def _notify(self, id: str) -> None:
         """A job has changed; called with `changed` held."""
         self.changed.notify_all()
-        for tell in list(self.listeners.get(id, ())):
+        for callback in list(self.listeners.get(id, ())):
             with suppress(RuntimeError):  # its event loop is closed
-                tell()
+                callback()
 
-    def _own(self, id: str, owner: str | None):
+    def _owned_row(self, id: str, owner: str | None):
         row = self.store.job(id)
         if row is None:
             raise KeyError(f"there is no job {id!r}")
@@ -322,37 +322,37 @@ class Studio:
             raise Forbidden("that job belongs to somebody else")
         return row
 
-    def _told(self, row, places: dict[str, int] | None = None) -> Progress:
+    def _to_progress(self, row, positions: dict[str, int] | None = None) -> Progress:
         """A row of the store, or what is newer of the job that runs; `places` of those that wait, where they are known. One that
         cannot be read has failed."""
         if self.live is not None and self.live.id == row["id"]:
             return replace(self.live)
         names = "id", "owner", "state", "created", "decided", "cells", "seconds", "error"
         request, fault = read_row(request_of, row["request"])
-        told = Progress(
+        progress = Progress(
             **{name: row[name] for name in names}, forward_passes=row["passes"], request=request or unreadable()
         )
-        if fault and told.state in (WAITING, RUNNING):
-            told.state, told.error = FAILED, fault
-        if told.state == DONE:
-            told.images = self.store.images(job=told.id, limit=-1)
-        elif told.state == WAITING:
-            told.place = (self.store.places() if places is None else places)[told.id]
-        elif told.state == CANCELLED:
-            told.preview = self.stopped.get(told.id)
-        return told
+        if fault and progress.state in (WAITING, RUNNING):
+            progress.state, progress.error = FAILED, fault
+        if progress.state == DONE:
+            progress.images = self.store.images(job=progress.id, limit=-1)
+        elif progress.state == WAITING:
+            progress.place = (self.store.queue_positions() if positions is None else positions)[progress.id]
+        elif progress.state == CANCELLED:
+            progress.preview = self.stopped_previews.get(progress.id)
+        return progress
 
-    def _expected(self, request: Request) -> float | None:
-        rate = self.rates.get(request.model)
+    def _estimated_seconds(self, request: Request) -> float | None:
+        rate = self.seconds_per_image.get(request.model)
         return None if rate is None else rate * request.drawn
 
-    def _next(self) -> Progress | None:
+    def _next_job(self) -> Progress | None:
         """Wait for a job and take it; None when the studio closes."""
         with self.changed:
             while not self.closing:
                 try:
                     waiting = [] if self.paused else self.store.jobs(WAITING, limit=1)
-                    if waiting and (live := self._begun(waiting[0]["id"])) is not None:
+                    if waiting and (live := self._start_job(waiting[0]["id"])) is not None:
                         return live
                     if waiting:
                         continue
@@ -363,78 +363,81 @@ class Studio:
                     self.changed.wait()
         return None
 
-    def _begun(self, id: str) -> Progress | None:
+    def _start_job(self, id: str) -> Progress | None:
         """Take a waiting job; None if it cannot be read, and so has failed."""
-        live = self._told(self.store.job(id))
+        live = self._to_progress(self.store.job(id))
         if live.state == FAILED:
             self.store.update_job(id, state=FAILED, error=live.error, finished=time.time())
-            self._tell(id)
+            self._notify(id)
             return None
         self.store.update_job(id, state=RUNNING)
         live.state, live.place, live.stage, live.decided = RUNNING, 0, "loading the model", 0
         self.live, self.cancelled = live, False
-        self._tell(id)
+        self._notify(id)
         return live
 
-    def _work(self) -> None:
-        while (live := self._next()) is not None:
-            ended, error = DONE, ""
+    def _run_worker(self) -> None:
+        while (live := self._next_job()) is not None:
+            state, error = DONE, ""
             try:
                 with self.device:
-                    if not self._draw(live):
-                        ended = WAITING if self.closing and not self.cancelled else CANCELLED
+                    if not self._run_job(live):
+                        state = WAITING if self.closing and not self.cancelled else CANCELLED
             except Exception as failure:  # whatever it is, the next job must have its turn
                 known = isinstance(failure, ValueError | OSError | ModuleNotFoundError | sqlite3.Error | UnknownModel)
                 if not known:
                     logger.exception("job %s failed", live.id)
-                ended, error = FAILED, said(failure) if known else f"{type(failure).__name__}: {failure}"[:500]
-            self._end(live, ended, error)
+                state, error = FAILED, error_message(failure) if known else f"{type(failure).__name__}: {failure}"[:500]
+            self._finish_job(live, state, error)
 
-    def _end(self, live: Progress, ended: str, error: str) -> None:
+    def _finish_job(self, live: Progress, state: str, error: str) -> None:
         """Write down how a job ended; tried again until the database can be written, or the studio closes (then the job is run again
         when the program is started again)."""
         counts = {name: getattr(live, name) for name in ("decided", "cells", "seconds")} | {
             "passes": live.forward_passes
         }
-        finished = None if ended == WAITING else time.time()
+        finished = None if state == WAITING else time.time()
         with self.changed:
             self.partials.pop(live.id, None)
-            if ended == CANCELLED and live.preview:
-                self.stopped[live.id] = live.preview
-                for old in list(self.stopped)[:-KEPT_PREVIEWS]:
-                    del self.stopped[old]
+            if state == CANCELLED and live.preview:
+                self.stopped_previews[live.id] = live.preview
+                for oldest in list(self.stopped_previews)[:-MAX_STOPPED_PREVIEWS]:
+                    del self.stopped_previews[oldest]
             while True:
                 try:
-                    self.store.update_job(live.id, state=ended, error=error, **counts, finished=finished)
+                    self.store.update_job(live.id, state=state, error=error, **counts, finished=finished)
                     break
                 except sqlite3.Error as failure:
                     logger.warning("the end of job %s cannot be written (%s)", live.id, failure)
-                    ended, error = FAILED, error or f"the database cannot be written ({failure}): is the disk full?"
-                    live.state, live.error = ended, error  # who waits for it is told at once
-                    self._tell(live.id)
+                    state, error = FAILED, error or f"the database cannot be written ({failure}): is the disk full?"
+                    live.state, live.error = state, error  # who waits for it is told at once
+                    self._notify(live.id)
                     self.changed.wait(RETRY_AFTER)
                     if self.closing:
                         break
             self.live = None
-            self._tell(live.id)
+            self._notify(live.id)
 
-    def _draw(self, live: Progress) -> bool:
+    def _run_job(self, live: Progress) -> bool:
         """Run a job; whether it came to its end."""
-        request, left = live.request, self.store.left(live.id)
+        request, resume_file = live.request, self.store.resume_file(live.id)
         pipe = self.models(request.model)
-        before, started, shown = live.seconds, time.monotonic(), 0.0
-        partials, reached = self.partials.get(live.id, 0), 0  # images wanted meanwhile, and the share that is reached
-        kept = sum(cell >= 0 for row in request.tokens or () for cell in row)
+        before, started, previewed = live.seconds, time.monotonic(), 0.0
+        partials, last_share = (
+            self.partials.get(live.id, 0),
+            0,
+        )  # images wanted meanwhile, and the share that is reached
+        num_given = sum(cell >= 0 for row in request.tokens or () for cell in row)
         job: Job | None = None
-        for job in pipe.run(request, tokens=_read_left(left)):
+        for job in pipe.run(request, tokens=_read_resume_state(resume_file)):
             now, preview, partial = time.monotonic(), None, []
             cells = job.tokens[0].shape[-2:].numel()
-            share = (job.decided - kept) * (partials + 1) // max(1, cells - kept)
+            share = (job.decided - num_given) * (partials + 1) // max(1, cells - num_given)
             if not job.images:
-                if now - self.watched < WATCHED_FOR and now - shown > PREVIEW_EVERY:
-                    preview, shown = pipe.images(job.tokens[:PREVIEWED]), now
-                if reached < share <= partials:
-                    reached, partial = share, pipe.images(job.tokens[:1])
+                if now - self.preview_requested < PREVIEW_FOR and now - previewed > PREVIEW_EVERY:
+                    preview, previewed = pipe.images(job.tokens[:MAX_PREVIEW_IMAGES]), now
+                if last_share < share <= partials:
+                    last_share, partial = share, pipe.images(job.tokens[:1])
             with self.changed:
                 live.stage, live.decided, live.forward_passes = "writing tokens", job.decided, job.forward_passes
                 live.cells, live.seconds = cells, before + time.monotonic() - started
@@ -442,14 +445,14 @@ class Studio:
                 live.preview = preview or live.preview
                 live.partials += tuple(partial)
                 live.version += 1
-                self._tell(live.id)
-                started += self._rest(live)
+                self._notify(live.id)
+                started += self._wait_while_paused(live)
                 if (self.cancelled or self.closing) and not job.images:
                     break
         if job is None or not job.images:
             if job is not None and job.resume_state is not None:
-                live.preview = pipe.images(job.tokens[:PREVIEWED])
-                with replacing(left) as file:
+                live.preview = pipe.images(job.tokens[:MAX_PREVIEW_IMAGES])
+                with replacing(resume_file) as file:
                     np.savez(file, tokens=job.resume_state.cpu().numpy())
             return False
         with self.changed:
@@ -457,24 +460,24 @@ class Studio:
         grids = [None if rows.is_floating_point() else rows_of(rows) for rows in job.tokens]
         origins = [None] * len(grids) if job.origins is None else [rows_of(rows) for rows in job.origins]
         scores = job.scores or [None] * len(job.images)
-        made = list(zip(job.images, job.requests, strict=True))
-        self.store.add_images(live.id, live.created, live.owner, made, grids, origins, scores)
-        left.unlink(missing_ok=True)
-        self.rates[request.model] = live.seconds / request.drawn
+        images = list(zip(job.images, job.requests, strict=True))
+        self.store.add_images(live.id, live.created, live.owner, images, grids, origins, scores)
+        resume_file.unlink(missing_ok=True)
+        self.seconds_per_image[request.model] = live.seconds / request.drawn
         return True
 
-    def _rest(self, live: Progress) -> float:
+    def _wait_while_paused(self, live: Progress) -> float:
         """Wait while the queue is paused -> so many seconds; called with `changed` held."""
         started = time.monotonic()
         while self.paused and not self.cancelled and not self.closing:
             if live.stage != "paused":
                 live.stage, live.version = "paused", live.version + 1
-                self._tell(live.id)
+                self._notify(live.id)
             self.changed.wait()
         return time.monotonic() - started
 
 
-def _read_left(path: Path) -> torch.Tensor | None:
+def _read_resume_state(path: Path) -> torch.Tensor | None:
     """The tokens of a job that was left; None where there are none, or their file is broken (then it begins again)."""
     if not path.is_file():
         return None

@@ -27,7 +27,7 @@ from tokenizers_img.pixels import opaque
 
 THUMBNAIL = 256  # side in pixels, at most
 MISSING = (160, 160, 160)  # colour that stands for an image whose file is not there any more
-EXPORTED_FOR = 86400.0  # seconds
+EXPORT_SECONDS = 86400.0  # seconds
 WAITING, RUNNING, DONE, CANCELLED, FAILED = "waiting", "running", "done", "cancelled", "failed"
 OVER = {DONE, CANCELLED, FAILED}
 Value = TypeVar("Value")
@@ -49,7 +49,7 @@ create table if not exists grids (owner text primary key, axes text not null, jo
 
 
 @dataclass(frozen=True)
-class Saved:
+class SavedImage:
     """A finished picture.
 
     Attributes:
@@ -90,19 +90,19 @@ class Store:
     """
 
     def __init__(self, folder: Path, metadata: bool = True):
-        self.folder, self.own, self.metadata = folder, folder / ".studio", metadata
-        self.exports, self.lock = self.own / "page", threading.RLock()
+        self.folder, self.private_folder, self.metadata = folder, folder / ".studio", metadata
+        self.exports, self.lock = self.private_folder / "page", threading.RLock()
         try:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            self.own.mkdir(mode=0o700, exist_ok=True)
-            self.own.chmod(0o700)
-            self.held = filelock.FileLock(self.own / "lock", timeout=0)
-            self.held.acquire()  # nothing of a folder in use is touched
+            self.private_folder.mkdir(mode=0o700, exist_ok=True)
+            self.private_folder.chmod(0o700)
+            self.folder_lock = filelock.FileLock(self.private_folder / "lock", timeout=0)
+            self.folder_lock.acquire()  # nothing of a folder in use is touched
             shutil.rmtree(self.exports, ignore_errors=True)
-            for place in (self.own / "thumbnails", self.own / "jobs", self.exports):
-                place.mkdir(exist_ok=True)
-            for place in (folder, self.own / "thumbnails", self.own / "jobs"):
-                delete_unfinished(place)
+            for directory in (self.private_folder / "thumbnails", self.private_folder / "jobs", self.exports):
+                directory.mkdir(exist_ok=True)
+            for directory in (folder, self.private_folder / "thumbnails", self.private_folder / "jobs"):
+                delete_unfinished(directory)
         except filelock.Timeout as error:
             raise ValueError(f"{folder} is in use by another argen: stop it, or choose another --data-dir") from error
         except OSError as error:
@@ -110,15 +110,15 @@ class Store:
                 f"images cannot be kept in {folder} ({error.strerror or error}): choose a --data-dir that can be written"
             ) from error
         try:
-            self.database = self._opened()
+            self.database = self._open_database()
         except (sqlite3.Error, OSError) as error:
-            self.held.release()
+            self.folder_lock.release()
             raise ValueError(
-                f"{self.own / 'studio.db'} cannot be used as a database ({error}): move it away, or choose another --data-dir"
+                f"{self.private_folder / 'studio.db'} cannot be used as a database ({error}): move it away, or choose another --data-dir"
             ) from error
 
-    def _opened(self) -> sqlite3.Connection:
-        path = self.own / "studio.db"
+    def _open_database(self) -> sqlite3.Connection:
+        path = self.private_folder / "studio.db"
         path.touch(mode=0o600)
         path.chmod(0o600)
         database = sqlite3.connect(path, check_same_thread=False, isolation_level=None)
@@ -138,17 +138,17 @@ class Store:
     def close(self) -> None:
         with self.lock:
             self.database.close()
-            self.held.release()
+            self.folder_lock.release()
 
-    def ask(self, text: str, values: Sequence = ()) -> list[sqlite3.Row]:
+    def execute(self, statement: str, parameters: Sequence = ()) -> list[sqlite3.Row]:
         """Carry out one statement -> its rows."""
-        with self.lock, closing(self.database.execute(text, values)) as found:
-            return found.fetchall()
+        with self.lock, closing(self.database.execute(statement, parameters)) as cursor:
+            return cursor.fetchall()
 
     # jobs
 
     @contextmanager
-    def written(self) -> Iterator[None]:
+    def transaction(self) -> Iterator[None]:
         """All that is written meanwhile, or nothing of it."""
         with self.lock:
             self.database.execute("begin immediate")
@@ -162,65 +162,67 @@ class Store:
 
     def add_jobs(self, jobs: Sequence[tuple[str, Request]], owner: str) -> None:
         """Put (id, request) at the end of the queue: all of them, or none."""
-        told = [(id, json.dumps(request.to_dict())) for id, request in jobs]
-        with self.written():
-            (last,) = self.ask("select coalesce(max(place), 0) from jobs")[0]
-            rows = [(id, owner, text, WAITING, last + 1 + i, time.time()) for i, (id, text) in enumerate(told)]
+        requests = [(id, json.dumps(request.to_dict())) for id, request in jobs]
+        with self.transaction():
+            (last,) = self.execute("select coalesce(max(place), 0) from jobs")[0]
+            rows = [(id, owner, text, WAITING, last + 1 + i, time.time()) for i, (id, text) in enumerate(requests)]
             insert = "insert into jobs (id, owner, request, state, place, created) values (?, ?, ?, ?, ?, ?)"
             self.database.executemany(insert, rows)
 
     def job(self, id: str) -> sqlite3.Row | None:
-        found = self.ask("select * from jobs where id = ?", (id,))
-        return found[0] if found else None
+        rows = self.execute("select * from jobs where id = ?", (id,))
+        return rows[0] if rows else None
 
     def jobs(self, *states: str, owner: str | None = None, limit: int = 200) -> list[sqlite3.Row]:
         """Those in one of the states: what waits in its order, what is over with the latest first."""
-        marks = ", ".join("?" * len(states))
-        own, values = ("and owner = ?", [*states, owner]) if owner else ("", list(states))
-        over = states and set(states) <= OVER
-        order = "finished desc" if over else "state = 'running' desc, place"
-        return self.ask(f"select * from jobs where state in ({marks}) {own} order by {order} limit ?", [*values, limit])
+        placeholders = ", ".join("?" * len(states))
+        by_owner, values = ("and owner = ?", [*states, owner]) if owner else ("", list(states))
+        finished = states and set(states) <= OVER
+        order = "finished desc" if finished else "state = 'running' desc, place"
+        return self.execute(
+            f"select * from jobs where state in ({placeholders}) {by_owner} order by {order} limit ?", [*values, limit]
+        )
 
     def count(self, state: str, owner: str | None = None) -> int:
-        own, values = ("and owner = ?", (state, owner)) if owner else ("", (state,))
-        return self.ask(f"select count(*) from jobs where state = ? {own}", values)[0][0]
+        by_owner, values = ("and owner = ?", (state, owner)) if owner else ("", (state,))
+        return self.execute(f"select count(*) from jobs where state = ? {by_owner}", values)[0][0]
 
     def update_job(self, id: str, **values) -> None:
         sets = ", ".join(f"{name} = ?" for name in values)
-        self.ask(f"update jobs set {sets} where id = ?", (*values.values(), id))
+        self.execute(f"update jobs set {sets} where id = ?", (*values.values(), id))
 
     def move(self, id: str, places: int) -> None:
         """Move a waiting job by so many places, forward if negative."""
         with self.lock:
-            rows = self.ask("select id, place from jobs where state = 'waiting' order by place")
-            line = [row["id"] for row in rows]
-            if id not in line:
+            rows = self.execute("select id, place from jobs where state = 'waiting' order by place")
+            ids = [row["id"] for row in rows]
+            if id not in ids:
                 return
-            at = line.index(id)
-            line.insert(max(0, min(len(line) - 1, at + places)), line.pop(at))
-            for spot, one in zip((row["place"] for row in rows), line, strict=True):
-                self.update_job(one, place=spot)
+            index = ids.index(id)
+            ids.insert(max(0, min(len(ids) - 1, index + places)), ids.pop(index))
+            for place, waiting_id in zip((row["place"] for row in rows), ids, strict=True):
+                self.update_job(waiting_id, place=place)
 
-    def places(self) -> dict[str, int]:
+    def queue_positions(self) -> dict[str, int]:
         """Of every waiting job its place in the line, from 1."""
-        rows = self.ask("select id from jobs where state = 'waiting' order by place")
+        rows = self.execute("select id from jobs where state = 'waiting' order by place")
         return {row["id"]: place for place, row in enumerate(rows, 1)}
 
-    def left(self, id: str) -> Path:
+    def resume_file(self, id: str) -> Path:
         """The file of the tokens of a job that was left before its end."""
-        return self.own / "jobs" / f"{id}.npz"
+        return self.private_folder / "jobs" / f"{id}.npz"
 
-    def latest(self, owner: str) -> str | None:
+    def latest_job(self, owner: str) -> str | None:
         """The id of the job that an owner asked for last."""
-        found = self.ask("select id from jobs where owner = ? order by created desc limit 1", (owner,))
-        return found[0]["id"] if found else None
+        rows = self.execute("select id from jobs where owner = ? order by created desc limit 1", (owner,))
+        return rows[0]["id"] if rows else None
 
     # pictures
 
     def add_images(
         self,
         job: str,
-        asked: float,
+        created: float,
         owner: str,
         images: Sequence[tuple[Image.Image, Request]],
         grids: Sequence[Grid | None],
@@ -232,21 +234,21 @@ class Store:
 
         Args:
             asked: when the job was, in seconds since 1970.
-            grids, origins, scores: of each picture, see `Saved`.
+            grids, origins, scores: of each picture, see `SavedImage`.
         """
         now = time.time()
-        stamp = time.strftime("%Y%m%d-%H%M%S", time.localtime(asked))
+        stamp = time.strftime("%Y%m%d-%H%M%S", time.localtime(created))
         ids = [f"{stamp}-{job}-{number}" for number in range(1, len(images) + 1)]
-        told = [(image, request if self.metadata else None) for image, request in images]
+        files_to_write = [(image, request if self.metadata else None) for image, request in images]
         rows = []
         for number, (id, (_, request)) in enumerate(zip(ids, images, strict=True)):
-            written = [json.dumps(each[number]) if each[number] else None for each in (grids, origins)]
-            own = id, job, owner, number, json.dumps(request.to_dict()), request.prompt, request.model
-            rows.append((*own, *written, scores[number], now, 0))
+            grid_columns = [json.dumps(grid[number]) if grid[number] else None for grid in (grids, origins)]
+            columns = id, job, owner, number, json.dumps(request.to_dict()), request.prompt, request.model
+            rows.append((*columns, *grid_columns, scores[number], now, 0))
         files = [self.file(id) for id in ids]
         try:
-            save_images(told, files, grids if self.metadata else None)
-            with self.written():
+            save_images(files_to_write, files, grids if self.metadata else None)
+            with self.transaction():
                 self.database.executemany(f"insert or replace into pictures values ({', '.join('?' * 12)})", rows)
         except BaseException:
             for file in files:
@@ -263,7 +265,7 @@ class Store:
         owner: str | None = None,
         limit: int = 60,
         offset: int = 0,
-    ) -> list[Saved]:
+    ) -> list[SavedImage]:
         """The latest first, of a job in its order; those whose prompt has all words of `search`, in any order."""
         where, values = ["1"], []
         for word in search.split():
@@ -276,25 +278,25 @@ class Store:
         if favourites:
             where.append("favourite = 1")
         order = "number" if job else "created desc, number"
-        rows = self.ask(
+        rows = self.execute(
             f"select * from pictures where {' and '.join(where)} order by {order} limit ? offset ?",
             [*values, limit, offset],
         )
-        return [_saved(row) for row in rows]
+        return [_to_saved_image(row) for row in rows]
 
-    def image(self, id: str) -> Saved:
+    def image(self, id: str) -> SavedImage:
         """Raises:
         KeyError: there is none.
         """
-        found = self.ask("select * from pictures where id = ?", (id,))
-        if not found:
+        rows = self.execute("select * from pictures where id = ?", (id,))
+        if not rows:
             raise KeyError(f"there is no picture {id!r}")
-        return _saved(found[0])
+        return _to_saved_image(rows[0])
 
     def file(self, id: str) -> Path:
         return self.folder / f"{id}.png"
 
-    def opened(self, id: str) -> Image.Image:
+    def read_image(self, id: str) -> Image.Image:
         """The image itself.
 
         Raises:
@@ -307,11 +309,11 @@ class Store:
     def thumbnail(self, id: str) -> Image.Image:
         """The image at most `THUMBNAIL` pixels wide and high, grey where its file is not there any more; made when it is first
         looked at."""
-        path = self.own / "thumbnails" / f"{id}.webp"
+        path = self.private_folder / "thumbnails" / f"{id}.webp"
         with suppress(OSError, ValueError):
             return open_image(path)
         try:
-            small = opaque(self.opened(id))
+            small = opaque(self.read_image(id))
         except (OSError, ValueError):
             return Image.new("RGB", (THUMBNAIL, THUMBNAIL), MISSING)
         small.thumbnail((THUMBNAIL, THUMBNAIL))
@@ -320,26 +322,26 @@ class Store:
         return small
 
     def set_favourite(self, id: str, favourite: bool) -> None:
-        self.ask("update pictures set favourite = ? where id = ?", (int(favourite), self.image(id).id))
+        self.execute("update pictures set favourite = ? where id = ?", (int(favourite), self.image(id).id))
 
     def delete(self, id: str) -> None:
         """Delete a picture and its files."""
         self.image(id)
-        self.ask("delete from pictures where id = ?", (id,))
-        for path in (self.file(id), self.own / "thumbnails" / f"{id}.webp"):
+        self.execute("delete from pictures where id = ?", (id,))
+        for path in (self.file(id), self.private_folder / "thumbnails" / f"{id}.webp"):
             path.unlink(missing_ok=True)
 
     def export(self, name: str) -> Path:
         """Where a file with this name can be written for one download; those of over `EXPORTED_FOR` seconds ago are deleted."""
         for old in self.exports.iterdir():
             with suppress(OSError):
-                if time.time() - old.stat().st_mtime > EXPORTED_FOR:
+                if time.time() - old.stat().st_mtime > EXPORT_SECONDS:
                     shutil.rmtree(old)
         folder = self.exports / secrets.token_hex(8)
         folder.mkdir(mode=0o700)
         return folder / name
 
-    def shown(self, id: str) -> Path:
+    def link_for_download(self, id: str) -> Path:
         """A file of an image that the page may serve for as long as `export` keeps it: no other client can name its folder."""
         path = self.export(f"{id}.png")
         try:
@@ -348,7 +350,7 @@ class Store:
             shutil.copyfile(self.file(id), path)
         return path
 
-    def zipped(self, ids: Iterable[str]) -> Path:
+    def zip_images(self, ids: Iterable[str]) -> Path:
         """Write a ZIP file of images with their settings as JSON lines, for one download; those whose file is not there any more are
         named in missing.txt.
 
@@ -374,23 +376,23 @@ class Store:
     # presets
 
     def presets(self, owner: str) -> dict[str, dict]:
-        rows = self.ask("select name, settings from presets where owner = ? order by name", (owner,))
+        rows = self.execute("select name, settings from presets where owner = ? order by name", (owner,))
         return {row["name"]: read_row(json.loads, row["settings"])[0] or {} for row in rows}
 
     def save_preset(self, owner: str, name: str, settings: dict) -> None:
-        self.ask("insert or replace into presets values (?, ?, ?)", (owner, name, json.dumps(settings)))
+        self.execute("insert or replace into presets values (?, ?, ?)", (owner, name, json.dumps(settings)))
 
     # grids
 
     def keep_grid(self, owner: str, axes: Sequence[tuple[str, Sequence]], jobs: Sequence[str]) -> None:
         """Remember which grid an owner asked for last: its axes (setting, values), and the ids of its jobs in their order."""
-        self.ask("insert or replace into grids values (?, ?, ?)", (owner, json.dumps(axes), json.dumps(jobs)))
+        self.execute("insert or replace into grids values (?, ?, ?)", (owner, json.dumps(axes), json.dumps(jobs)))
 
     def last_grid(self, owner: str) -> tuple[list[tuple[str, list]], list[str]] | None:
         """(axes, ids of jobs), as `keep_grid` was given them."""
-        found = self.ask("select axes, jobs from grids where owner = ?", (owner,))
-        read = [read_row(json.loads, found[0][name])[0] for name in ("axes", "jobs")] if found else [None]
-        return None if None in read else (read[0], read[1])
+        rows = self.execute("select axes, jobs from grids where owner = ?", (owner,))
+        values = [read_row(json.loads, rows[0][name])[0] for name in ("axes", "jobs")] if rows else [None]
+        return None if None in values else (values[0], values[1])
 
 
 def read_row(read: Callable[[str], Value], text: str) -> tuple[Value | None, str]:
@@ -419,9 +421,9 @@ def _grid(text: str) -> Grid:
     return rows
 
 
-def _saved(row: sqlite3.Row) -> Saved:
+def _to_saved_image(row: sqlite3.Row) -> SavedImage:
     grids = {name: read_row(_grid, row[name])[0] if row[name] else None for name in ("tokens", "origins")}
     request, fault = read_row(request_of, row["request"])
-    own = {name: row[name] for name in ("id", "job", "owner", "score", "created")}
-    known = request or unreadable(row["prompt"], row["model"])
-    return Saved(**own, **grids, request=known, favourite=bool(row["favourite"]), fault=fault)
+    columns = {name: row[name] for name in ("id", "job", "owner", "score", "created")}
+    shown_request = request or unreadable(row["prompt"], row["model"])
+    return SavedImage(**columns, **grids, request=shown_request, favourite=bool(row["favourite"]), fault=fault)

@@ -24,10 +24,19 @@ from tokenizers_img.pixels import opaque
 PARTS = "control", "tokens", "sampler_args"  # settings that are no single values
 SETTINGS = tuple(name for name in settings_of(Request) if name not in PARTS)
 TABLES = (".csv", ".tsv", ".jsonl")
-NOT_GIVEN = {"nan", "-nan", "n/a", "#n/a", "na", "<na>", "none", "null"}  # as pandas and spreadsheets write empty cells
-OTHERS = ("file",)  # columns of the tables that are written here, which say nothing of how to draw
-MOST_ROWS, MOST_BYTES, MOST_CELLS = 1000, 1_000_000, 100
-BETWEEN = {"prompt": "|", "sampler": "|"}  # values of an axis; the others have commas
+EMPTY_CELLS = {
+    "nan",
+    "-nan",
+    "n/a",
+    "#n/a",
+    "na",
+    "<na>",
+    "none",
+    "null",
+}  # as pandas and spreadsheets write empty cells
+IGNORED_COLUMNS = ("file",)  # columns of the tables that are written here, which say nothing of how to draw
+MAX_ROWS, MAX_BYTES, MAX_CELLS = 1000, 1_000_000, 100
+SEPARATORS = {"prompt": "|", "sampler": "|"}  # values of an axis; the others have commas
 LABEL, GAP = 22, 4  # pixels
 
 
@@ -47,7 +56,7 @@ class Axis:
         """
         name, _, values = text.partition("=")
         name = name.strip()
-        parts = [part.strip() for part in values.split(BETWEEN.get(name, ","))]
+        parts = [part.strip() for part in values.split(SEPARATORS.get(name, ","))]
         if not values.strip() or not all(parts):
             raise ValueError(
                 f"the axis {text!r} has no values: expected SETTING=VALUE,VALUE, e.g. guidance_scale=1,3,5"
@@ -58,8 +67,8 @@ class Axis:
 
 def axis_names() -> list[str]:
     """What may be an axis: settings of a request, and those of the samplers, e.g. "lantern.k"."""
-    own = [name for name in SETTINGS if name != "num_images"]
-    return own + [
+    names = [name for name in SETTINGS if name != "num_images"]
+    return names + [
         f"{sampler}.{name}"
         for sampler in samplers
         for name, setting in settings_of(samplers[sampler]).items()
@@ -67,7 +76,7 @@ def axis_names() -> list[str]:
     ]
 
 
-def read_table(path: Path, **given) -> list[Request]:
+def read_table(path: Path, **defaults) -> list[Request]:
     """The requests of a file, one a row.
 
     Args:
@@ -79,19 +88,19 @@ def read_table(path: Path, **given) -> list[Request]:
     """
     if path.suffix.lower() not in TABLES:
         raise ValueError(f"{path.name} is no table: expected a file that ends in {', '.join(TABLES)}")
-    if path.stat().st_size > MOST_BYTES:
-        raise ValueError(f"{path.name} has {path.stat().st_size:,} bytes: expected at most {MOST_BYTES:,}")
+    if path.stat().st_size > MAX_BYTES:
+        raise ValueError(f"{path.name} has {path.stat().st_size:,} bytes: expected at most {MAX_BYTES:,}")
     data = path.read_bytes()
     lines = path.suffix.lower() == ".jsonl"
     rows = _json_rows(data, path.name) if lines else _csv_rows(read_text(data, path.name), path.name)
     requests = []
     for number, row in rows:
         try:
-            requests.append(Request.from_dict(given | _checked(row())))
+            requests.append(Request.from_dict(defaults | _from_object(row())))
         except (ValueError, TypeError, KeyError, AttributeError, ArithmeticError, RecursionError) as error:
             raise ValueError(f"line {number} of {path.name}: {' '.join(str(error).split())}") from error
-        if len(requests) > MOST_ROWS:
-            raise ValueError(f"{path.name} has more than {MOST_ROWS:,} rows: split it")
+        if len(requests) > MAX_ROWS:
+            raise ValueError(f"{path.name} has more than {MAX_ROWS:,} rows: split it")
     if not requests:
         raise ValueError(f"{path.name} has no rows: expected one a request")
     return requests
@@ -116,22 +125,29 @@ def _constant(name: str) -> float | None:
 
 def _csv_rows(text: str, file: str) -> Iterator[tuple[int, Callable[[], dict]]]:
     """(number of the line, what reads its values) of every row that is not empty."""
-    first, _, rest = text.partition("\n")
+    first, _, body = text.partition("\n")
     if re.fullmatch(r"sep=.\s*", first):  # for Excel
-        text = rest
-    head = text.lstrip("\r\n").splitlines()[:1]
+        text = body
+    first_lines = text.lstrip("\r\n").splitlines()[:1]
     number = 1
     try:
-        mark = next((mark for mark in ",;\t" if "prompt" in _names(next(csv.reader(head, delimiter=mark), []))), None)
-        if mark is None:
+        delimiter = next(
+            (
+                delimiter
+                for delimiter in ",;\t"
+                if "prompt" in _names(next(csv.reader(first_lines, delimiter=delimiter), []))
+            ),
+            None,
+        )
+        if delimiter is None:
             raise ValueError(
                 f"{file}: the first line of the table names no column prompt: expected names of settings there"
             )
-        table = csv.reader(io.StringIO(text, newline=""), delimiter=mark, skipinitialspace=True, strict=True)
+        table = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, skipinitialspace=True, strict=True)
         names: list[str] = []
         for row in table:
             if names and any(map(str.strip, row)):
-                yield table.line_num, partial(_typed, names, row)
+                yield table.line_num, partial(_from_row, names, row)
             elif any(map(str.strip, row)):
                 names = _names(row)
             number = table.line_num + 1
@@ -146,32 +162,34 @@ def _names(row: list[str]) -> list[str]:
     return ["" if re.fullmatch(r"unnamed: \d+(_level_\d+)?", name) else name for name in names]
 
 
-def _typed(names: list[str], row: list[str]) -> dict:
+def _from_row(names: list[str], row: list[str]) -> dict:
     """The settings of a row; empty cells and columns without a name (the numbers that pandas writes) say nothing."""
     if any(map(str.strip, row[len(names) :])):
         raise ValueError("it has more values than the first line has names")
-    if twice := [name for name in names if name and names.count(name) > 1]:
-        raise ValueError(f"the first line names the column {cut(twice[0])} twice: expected each once")
+    if duplicates := [name for name in names if name and names.count(name) > 1]:
+        raise ValueError(f"the first line names the column {cut(duplicates[0])} twice: expected each once")
     pairs = zip(names, row, strict=False)
-    cells = {name: cell for name, cell in pairs if name and cell.strip() and cell.strip().lower() not in NOT_GIVEN}
-    return {name: cell if name in OTHERS else setting_of(name).parse(cell) for name, cell in cells.items()}
+    cells = {name: cell for name, cell in pairs if name and cell.strip() and cell.strip().lower() not in EMPTY_CELLS}
+    return {name: cell if name in IGNORED_COLUMNS else setting_of(name).parse(cell) for name, cell in cells.items()}
 
 
-def _checked(row: object) -> dict:
+def _from_object(row: object) -> dict:
     if not isinstance(row, dict):
         raise ValueError("expected an object with names of settings")
-    row = {name: value for name, value in row.items() if value is not None and name not in OTHERS}
+    row = {name: value for name, value in row.items() if value is not None and name not in IGNORED_COLUMNS}
     if arguments := [name for name in row if name == "sampler_args" and not isinstance(row[name], dict)]:
         raise ValueError(
             f"{arguments[0]} is {cut(row['sampler_args'])}: expected an object with settings of the sampler"
         )
-    plain = {name: value if name == "sampler_args" else setting_of(name).lenient(value) for name, value in row.items()}
-    dotted = {name: plain.pop(name) for name in list(plain) if "." in name}
+    settings = {
+        name: value if name == "sampler_args" else setting_of(name).lenient(value) for name, value in row.items()
+    }
+    dotted = {name: settings.pop(name) for name in list(settings) if "." in name}
     for name, value in dotted.items():
         sampler, _, argument = name.partition(".")
-        plain = {"sampler": sampler} | plain
-        plain["sampler_args"] = plain.get("sampler_args", {}) | {argument: value}
-    return plain
+        settings = {"sampler": sampler} | settings
+        settings["sampler_args"] = settings.get("sampler_args", {}) | {argument: value}
+    return settings
 
 
 def check_requests(requests: Sequence[Request], models: Callable[[str], TokenPipeline], what: str = "row") -> None:
@@ -205,21 +223,21 @@ def draw_table(
         if not all(file.exists() for file in files):
             *_, job = models(request.model).run(request)
             save_images(list(zip(job.images, job.requests, strict=True)), files)
-            made = job.requests
+            requests_of_files = job.requests
         else:
-            made = [read_request(file) for file in files]
-        if request.num_candidates is None and not _made_by(made[0], request):
+            requests_of_files = [read_request(file) for file in files]
+        if request.num_candidates is None and not _matches_request(requests_of_files[0], request):
             raise ValueError(f"{files[0]} was made with other settings than row {row} has: choose another --out")
-        yield list(zip(files, made, strict=True))
+        yield list(zip(files, requests_of_files, strict=True))
 
 
-def _made_by(made: Request, request: Request) -> bool:
+def _matches_request(saved: Request, request: Request) -> bool:
     """Whether a picture is the first of a request; its sampler may have been chosen by the model."""
-    own = request.for_image(0).given()
-    return all(made.given().get(name) == value for name, value in own.items() if name != "sampler")
+    settings = request.for_image(0).explicit_settings()
+    return all(saved.explicit_settings().get(name) == value for name, value in settings.items() if name != "sampler")
 
 
-def varied(base: Request, axes: Sequence[Axis]) -> list[Request]:
+def expand_axes(base: Request, axes: Sequence[Axis]) -> list[Request]:
     """One picture for every combination of the axes' values; the first axis changes fastest.
 
     Raises:
@@ -230,50 +248,50 @@ def varied(base: Request, axes: Sequence[Axis]) -> list[Request]:
         raise ValueError(f"the axes are {', '.join(names) or 'none'}: expected one to three different settings")
     if "num_images" in names:
         raise ValueError("num_images cannot be an axis: every combination has one picture")
-    together = list(product(*(axis.values for axis in reversed(axes))))
-    if len(together) > MOST_CELLS:
-        raise ValueError(f"the grid has {len(together):,} pictures: expected at most {MOST_CELLS}")
+    combinations = list(product(*(axis.values for axis in reversed(axes))))
+    if len(combinations) > MAX_CELLS:
+        raise ValueError(f"the grid has {len(combinations):,} pictures: expected at most {MAX_CELLS}")
     single = replace(base, num_images=1)
     return [
-        reduce(lambda made, each: made.with_setting(*each), zip(names, values[::-1], strict=True), single)
-        for values in together
+        reduce(lambda request, setting: request.with_setting(*setting), zip(names, values[::-1], strict=True), single)
+        for values in combinations
     ]
 
 
-def sheet(images: Sequence[Image.Image], axes: Sequence[Axis]) -> Image.Image:
+def grid_image(images: Sequence[Image.Image], axes: Sequence[Axis]) -> Image.Image:
     """The pictures of `varied` under their labels: columns, rows, and a table below the other for each value of a third axis."""
-    across, down, deep = (*axes, *[Axis("", ("",))] * (3 - len(axes)))
+    x_axis, y_axis, z_axis = (*axes, *[Axis("", ("",))] * (3 - len(axes)))
     width, height = (max(image.size[side] for image in images) for side in (0, 1))
     font = ImageFont.load_default(size=13)
-    side = max([0, *(round(font.getlength(_label(down, value))) for value in down.values)]) + 2 * GAP
-    width = max(width, *(round(font.getlength(_label(across, value))) for value in across.values)) + GAP
-    table = LABEL * (1 + bool(deep.name)) + len(down.values) * (height + GAP)
-    page = Image.new("RGB", (side + len(across.values) * width, len(deep.values) * table), "white")
+    side = max([0, *(round(font.getlength(_label(y_axis, value))) for value in y_axis.values)]) + 2 * GAP
+    width = max(width, *(round(font.getlength(_label(x_axis, value))) for value in x_axis.values)) + GAP
+    table = LABEL * (1 + bool(z_axis.name)) + len(y_axis.values) * (height + GAP)
+    page = Image.new("RGB", (side + len(x_axis.values) * width, len(z_axis.values) * table), "white")
     pen = ImageDraw.Draw(page)
-    for number, last in enumerate(deep.values):
+    for number, value_z in enumerate(z_axis.values):
         top = number * table
-        if deep.name:
-            pen.text((GAP, top + GAP), _label(deep, last), fill="black", font=font)
+        if z_axis.name:
+            pen.text((GAP, top + GAP), _label(z_axis, value_z), fill="black", font=font)
             top += LABEL
-        for column, value in enumerate(across.values):
-            pen.text((side + column * width, top + GAP), _label(across, value), fill="black", font=font)
-        for row, value in enumerate(down.values):
+        for column, value in enumerate(x_axis.values):
+            pen.text((side + column * width, top + GAP), _label(x_axis, value), fill="black", font=font)
+        for row, value in enumerate(y_axis.values):
             y = top + LABEL + row * (height + GAP)
-            pen.text((GAP, y + height // 2), _label(down, value), fill="black", font=font)
-            for column in range(len(across.values)):
-                index = (number * len(down.values) + row) * len(across.values) + column
+            pen.text((GAP, y + height // 2), _label(y_axis, value), fill="black", font=font)
+            for column in range(len(x_axis.values)):
+                index = (number * len(y_axis.values) + row) * len(x_axis.values) + column
                 page.paste(opaque(images[index]), (side + column * width, y))
     return page
 
 
 def _label(axis: Axis, value) -> str:
-    said = f"{value:g}" if isinstance(value, float) else str(value)
-    return said if axis.name in ("", "prompt") else f"{axis.name} {said}"
+    text = f"{value:g}" if isinstance(value, float) else str(value)
+    return text if axis.name in ("", "prompt") else f"{axis.name} {text}"
 
 
-def listed(requests: Sequence[Request], files: Sequence[str]) -> str:
+def settings_csv(requests: Sequence[Request], files: Sequence[str]) -> str:
     """A CSV of what made each file."""
-    rows = [request.given() | {"sampler": request.sampler_text} for request in requests]
+    rows = [request.explicit_settings() | {"sampler": request.sampler_text} for request in requests]
     names = [name for name in SETTINGS if any(name in row for row in rows)]
     text = io.StringIO()
     table = csv.writer(text, lineterminator="\n")

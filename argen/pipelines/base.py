@@ -122,9 +122,9 @@ class TokenPipeline(Editing, Ranking, Running, DiffusionPipeline):
         """Of the sampling settings: the card's, else `official`."""
         return replace(self.official, **self.card.defaults) if self.card else self.official
 
-    def save_pretrained(self, save_directory: str | Path, **how) -> None:
+    def save_pretrained(self, save_directory: str | Path, **arguments) -> None:
         """As diffusers', with a card, so that the folder has this model's defaults."""
-        super().save_pretrained(save_directory, **how)
+        super().save_pretrained(save_directory, **arguments)
         folder = Path(save_directory)
         card = self.card or Card("", "generator", f"a saved {type(self).__name__}", "")
         card = replace(card, id=folder.name, target="argen.hub.loading:load", repo=None, files=(), order=1000)
@@ -186,8 +186,8 @@ class TokenPipeline(Editing, Ranking, Running, DiffusionPipeline):
         if tokenizer is None:
             return None
         config, limits = self.transformer.config, ("caption_length", "max_position_embeddings")
-        most = min(filter(None, (*(getattr(config, name, None) for name in limits), tokenizer.model_max_length)))
-        return len(tokenizer(self.caption(prompt), truncation=False, verbose=False).input_ids), most
+        limit = min(filter(None, (*(getattr(config, name, None) for name in limits), tokenizer.model_max_length)))
+        return len(tokenizer(self.caption(prompt), truncation=False, verbose=False).input_ids), limit
 
     def caption(self, prompt: str) -> str:
         """What is read for a prompt: of "class:NAME" in a model of captions what stands for the group.
@@ -307,7 +307,7 @@ class TokenPipeline(Editing, Ranking, Running, DiffusionPipeline):
             images = control_image if isinstance(control_image, list) else [control_image] * len(texts)
             controls = self._prepare_all(images, len(texts), candidates, control_type, control_strength, size)
         shape = self.shape_of(controls[0] if controls else None, num_tokens)
-        generators = generator if isinstance(generator, list) else own_generators(generator, len(prompts))
+        generators = generator if isinstance(generator, list) else image_generators(generator, len(prompts))
         settings = {"guidance_scale": guidance_scale, "temperature": temperature, "top_k": top_k, "top_p": top_p}
         settings |= {"sampler": sampler, "controls": controls, "shape": shape}
         step = self._last_step(prompts, generators, settings, tokens, callback_on_step_end)
@@ -430,7 +430,7 @@ def distinct(prompts: list[str], guided: bool) -> tuple[list[str], list[int]]:
     return texts, rows + ([texts.index("")] * len(prompts) if guided else [])
 
 
-def own_generators(generator: torch.Generator | None, count: int) -> list[torch.Generator]:
+def image_generators(generator: torch.Generator | None, count: int) -> list[torch.Generator]:
     """A generator for each image: `generator` for the first one, as a list of it alone would give, and seeds from it for the
     others; the first n do not depend on how many follow."""
     if generator is None:

@@ -83,9 +83,9 @@ class TokenSequence(TokenGrid):
 
     def decided(self, tokens: Tensor) -> Tensor:
         """See `TokenGrid.decided`: an image is shown as a whole, from its first token on or with its last."""
-        known = tokens >= 0
-        shown = known[..., :1] if self.progressive else known.all(dim=2, keepdim=True)
-        return shown.expand_as(tokens)
+        is_decided = tokens >= 0
+        visible = is_decided[..., :1] if self.progressive else is_decided.all(dim=2, keepdim=True)
+        return visible.expand_as(tokens)
 
 
 @dataclass(frozen=True)

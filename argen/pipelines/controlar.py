@@ -72,11 +72,11 @@ class ControlARPipeline(LlamaGenPipeline):
         width, height = control.image.size
         if control.size is not None:
             size = control.size
-            self._check(size)
+            self._check_size(size)
         else:
-            size = self._fitting(width, height) if self.config.any_size else (side, side)
+            size = self._fit_size(width, height) if self.config.any_size else (side, side)
         if abs(width * size[1] / height - size[0]) >= CELL and abs(height * size[0] / width - size[1]) >= CELL:
-            fitting = self._fitting(width, height)
+            fitting = self._fit_size(width, height)
             hint = f" or ask for the size {fitting[0]}x{fitting[1]}" if self.config.any_size else ""
             raise ValueError(
                 f"the control picture is {width} x {height}, of another shape than the picture asked for, "
@@ -85,27 +85,27 @@ class ControlARPipeline(LlamaGenPipeline):
         return replace(control, image=resized(control.image, control.kind, size), size=size)
 
     @property
-    def _most(self) -> tuple[int, int]:
+    def _max_cells(self) -> tuple[int, int]:
         """Cells of a picture, and of one of its sides, at most."""
         return self.transformer.length, self.vq.grid if isinstance(self.vq, ViTVQGAN) else self.transformer.length
 
-    def _check(self, size: tuple[int, int]) -> None:
+    def _check_size(self, size: tuple[int, int]) -> None:
         side = self.transformer.config.grid * CELL
         if not self.config.any_size and size != (side, side):
             raise ValueError(f"size is {size[0]} x {size[1]}: this model makes pictures of {side} x {side} only")
-        cells, cells_of_side = self._most
+        cells, cells_of_side = self._max_cells
         if size[0] % CELL or size[1] % CELL or math.prod(size) > cells * CELL**2 or max(size) > cells_of_side * CELL:
             raise ValueError(
                 f"size is {size[0]} x {size[1]}: expected multiples of {CELL}, and at most {side} x {side} pixels in all"
             )
 
-    def _fitting(self, width: int, height: int) -> tuple[int, int]:
+    def _fit_size(self, width: int, height: int) -> tuple[int, int]:
         """The size in whole cells that has the shape of a picture and is as large as the grid allows.
 
         Raises:
             ValueError: it is too long and thin.
         """
-        cells, cells_of_side = self._most
+        cells, cells_of_side = self._max_cells
         for rows in range(cells_of_side, 0, -1):
             columns = round(rows * width / height)
             if 1 <= columns <= cells_of_side and rows * columns <= cells:
@@ -121,11 +121,16 @@ class ControlARPipeline(LlamaGenPipeline):
 
     def control(self, controls: list[Control]) -> Tensor:
         """See `LlamaGenPipeline.control`."""
-        several = list({id(control): control for control in controls}.values())
-        images = torch.stack([as_control(annotate(control.image, control.kind)) for control in several])
+        distinct_controls = list({id(control): control for control in controls}.values())
+        images = torch.stack([as_control(annotate(control.image, control.kind)) for control in distinct_controls])
         added = self.transformer.control(images.to(self.device, self.transformer.dtype))  # [3, B, N, D]
-        strength = torch.tensor([control.strength for control in several], device=self.device, dtype=added.dtype)
-        rows = [next(i for i, one in enumerate(several) if one is control) for control in controls]
+        strength = torch.tensor(
+            [control.strength for control in distinct_controls], device=self.device, dtype=added.dtype
+        )
+        rows = [
+            next(i for i, distinct_control in enumerate(distinct_controls) if distinct_control is control)
+            for control in controls
+        ]
         return (added * strength[:, None, None])[:, rows]
 
 

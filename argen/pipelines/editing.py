@@ -41,20 +41,20 @@ class Editing:
             ValueError: the mask has another size, or is black; this model's tokens have no place in the picture.
         """
         grid = self.without(image, mask)
-        drawn = settings.get("num_candidates") or settings.get("num_images_per_prompt", 1)
+        num_drawn = settings.get("num_candidates") or settings.get("num_images_per_prompt", 1)
         grid = grid if grid.is_floating_point() else grid.flatten(1)
-        return self(prompt, tokens=grid.expand(drawn, *grid.shape[1:]), **settings)
+        return self(prompt, tokens=grid.expand(num_drawn, *grid.shape[1:]), **settings)
 
     def without(self, image: ImageLike, mask: ImageLike | None = None) -> Tensor:
         """The tokens of a picture, undecided where it is to be redrawn: ids [1, h, w]. See `edit`."""
         image, mask = as_image(image), mask if mask is None else as_image(mask, "the mask")
         cells = masked_cells(image, mask, self.shape_of())
-        known = self._stored(read_grid(image), image, visible=mask is None)
-        if known is None:
+        stored = self._stored(read_grid(image), image, visible=mask is None)
+        if stored is None:
             return self.canvas.mask(self.encode_images(from_pil(image, self.image_size)[None]), cells)
-        tokens, box = known
-        inside = upright(image).crop(box), None if mask is None else to_mask(mask).crop(box)
-        return self.canvas.mask(tokens, masked_cells(*inside, self.shape_of()))
+        tokens, box = stored
+        cropped = upright(image).crop(box), None if mask is None else to_mask(mask).crop(box)
+        return self.canvas.mask(tokens, masked_cells(*cropped, self.shape_of()))
 
     def read_tokens(self, image: Image.Image, grid: Grid | None = None) -> Tensor:
         """The tokens of an image of any size, padded to a square: ids [1, h, w]. Raises as `encode_images` does.
@@ -84,17 +84,19 @@ class Editing:
             return None
         (decoded,) = self.images(tokens.to(self.device))
         image = upright(image).copy()
-        whole = image.size
+        full_size = image.size
         image.thumbnail((COMPARED, COMPARED))
-        made, seen = (np.asarray(one, np.float32) for one in (fitted(decoded, image.size), on_white(image)))
-        difference = torch.from_numpy(np.abs(made - seen).mean(axis=2) / 255)
+        decoded_pixels, image_pixels = (
+            np.asarray(side, np.float32) for side in (fitted(decoded, image.size), on_white(image))
+        )
+        difference = torch.from_numpy(np.abs(decoded_pixels - image_pixels).mean(axis=2) / 255)
         if visible:
             difference *= torch.from_numpy(np.asarray(image.getchannel("A")) > 0)
         left, top, right, bottom = fitted_box(decoded.size, image.size)
         cells = F.adaptive_avg_pool2d(difference[None, top:bottom, left:right], shape)
         difference[top:bottom, left:right] = 0
-        same = cells.max() <= SAME and difference.max() <= SAME
-        return (tokens.to(self.device), fitted_box(decoded.size, whole)) if same else None
+        matches = cells.max() <= SAME and difference.max() <= SAME
+        return (tokens.to(self.device), fitted_box(decoded.size, full_size)) if matches else None
 
     def mask_low_confidence(self, request: Request, tokens: Tensor, share: float) -> Tensor:
         """The tokens of a picture with a share of its cells undecided, one at least: those that the network finds least likely.
@@ -104,11 +106,11 @@ class Editing:
             tokens: ids [1, h, w].
             share: 0 to 1.
         """
-        _, own = self.certainty(request, tokens[0])
-        order = own.flatten().argsort()
-        chosen = torch.zeros(own.numel(), dtype=torch.bool)
-        chosen[order[: max(1, round(share * own.numel()))]] = True
-        return self.canvas.mask(tokens, chosen.view(own.shape))
+        _, probs = self.certainty(request, tokens[0])
+        order = probs.flatten().argsort()
+        selected = torch.zeros(probs.numel(), dtype=torch.bool)
+        selected[order[: max(1, round(share * probs.numel()))]] = True
+        return self.canvas.mask(tokens, selected.view(probs.shape))
 
     @torch.no_grad()
     def certainty(self, request: Request, tokens: Tensor) -> tuple[Tensor, Tensor]:
@@ -133,10 +135,10 @@ class Editing:
         read = torch.cat([torch.full_like(flat[:1], START), flat[:-1]])[None]
         logits = guided(*session.forward(read, cells - 1), request.guidance_scale, cells)
         sampling = Sampling(request.temperature or 1.0, request.top_k, request.top_p)
-        shares = sampling.filter(logits)[0].softmax(dim=-1)
-        entropy = torch.special.entr(shares).sum(dim=-1)
-        own = shares.gather(1, flat[:, None])[:, 0]
-        return entropy.view(tokens.shape).cpu(), own.view(tokens.shape).cpu()
+        probs = sampling.filter(logits)[0].softmax(dim=-1)
+        entropy = torch.special.entr(probs).sum(dim=-1)
+        token_probs = probs.gather(1, flat[:, None])[:, 0]
+        return entropy.view(tokens.shape).cpu(), token_probs.view(tokens.shape).cpu()
 
 
 def masked_cells(image: Image.Image, mask: Image.Image | None, shape: tuple[int, int]) -> Tensor:

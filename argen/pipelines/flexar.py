@@ -13,7 +13,7 @@ from argen.files import WEIGHTS
 from argen.models.files import emoji_text, load_network, read_t5
 from argen.models.flexar import FlexAR, FlexARSession
 from argen.models.tokenizers import read_emoji_flextok
-from argen.pipelines.base import Defaults, TokenPipeline, distinct, own_generators
+from argen.pipelines.base import Defaults, TokenPipeline, distinct, image_generators
 from argen.pipelines.canvas import TokenSequence
 from argen.pipelines.running import SAMPLING
 from argen.request import Control, Job, Request, check_beams
@@ -57,11 +57,11 @@ class FlexARPipeline(TokenPipeline):
         self.register_modules(
             transformer=transformer, flextok=flextok, vae=vae, text_encoder=text_encoder, tokenizer=tokenizer
         )
-        most, codes = flextok.config.registers, flextok.fsq.n_embed
-        if transformer.length > most or transformer.config.n_embed != codes:
+        registers, codes = flextok.config.registers, flextok.fsq.n_embed
+        if transformer.length > registers or transformer.config.n_embed != codes:
             raise ValueError(
                 f"the generator writes {transformer.length} tokens of {transformer.config.n_embed}, the picture tokenizer "
-                f"knows {most} of {codes}: expected a generator of this tokenizer"
+                f"knows {registers} of {codes}: expected a generator of this tokenizer"
             )
 
     @classmethod
@@ -191,18 +191,18 @@ class FlexARPipeline(TokenPipeline):
             ValueError: no beam, or candidates that are no multiple of the beams; a model that cannot rank.
         """
         check_beams(num_beams, num_candidates)
-        last, decided = self.shape_of(None, num_tokens)[1], 0
-        kept = torch.full((1, 0), -1)
-        while decided < last:
-            decided = min(2 * decided or 1, last)
-            rows = kept.repeat_interleave(num_candidates // len(kept), dim=0)
+        length, decided = self.shape_of(None, num_tokens)[1], 0
+        beams = torch.full((1, 0), -1)
+        while decided < length:
+            decided = min(2 * decided or 1, length)
+            rows = beams.repeat_interleave(num_candidates // len(beams), dim=0)
             grid = torch.nn.functional.pad(rows, (0, decided - rows.shape[1]), value=-1)
-            generators = own_generators(generator, len(grid))
+            generators = image_generators(generator, len(grid))
             *_, step = self.stream([prompt] * len(grid), generators, tokens=grid, shape=(1, decided), **settings)
             scores = self.rank(prompt, self.images(step.tokens[:, None]))
-            best = sorted(range(len(scores)), key=lambda index: -scores[index])[: num_beams if decided < last else 1]
-            kept = step.tokens[best].cpu()
-            yield Beams(kept, [scores[index] for index in best], step.forward_passes)
+            best = sorted(range(len(scores)), key=lambda index: -scores[index])[: num_beams if decided < length else 1]
+            beams = step.tokens[best].cpu()
+            yield Beams(beams, [scores[index] for index in best], step.forward_passes)
 
 
 @dataclass(frozen=True)

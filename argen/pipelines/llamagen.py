@@ -102,15 +102,24 @@ class LlamaGenPipeline(TokenPipeline):
             mask = torch.ones(len(prompts), 1, dtype=torch.bool, device=self.device)
         else:
             condition, mask = self.encode_text(prompts)
-        added = self.control(controls) if controls else None
+        control_states = self.control(controls) if controls else None
         if guided:
             condition = torch.cat([condition, self.transformer.unconditional(condition)])
             mask = torch.cat([mask, mask])  # the caption's mask hides "none", too
-            added = None if added is None else torch.cat([added, torch.zeros_like(added)], dim=1)
+            control_states = (
+                None if control_states is None else torch.cat([control_states, torch.zeros_like(control_states)], dim=1)
+            )
         columns = (shape or self.shape_of())[1]
         embedded = self.transformer.cls_embedding(condition)
         return LlamaGenSession(
-            self.transformer, embedded, mask, guided, added, columns, self.drafter, self.image_tokenizer.codebook
+            self.transformer,
+            embedded,
+            mask,
+            guided,
+            control_states,
+            columns,
+            self.drafter,
+            self.image_tokenizer.codebook,
         )
 
     def control(self, controls: list[Control]) -> Tensor:
@@ -141,9 +150,9 @@ class LlamaGenPipeline(TokenPipeline):
         if not isinstance(self.vq, ViTVQGAN):
             return self.image_tokenizer.decode(tokens.flatten(1), shape).clamp(0, 1)
         side, cell = self.vq.grid, self.vq.config.patch_size
-        whole = self.blank_tokens((side, side)).repeat(len(tokens), 1, 1)
-        whole[:, : shape[0], : shape[1]] = tokens
-        return self.vq.decode(whole.flatten(1))[..., : cell * shape[0], : cell * shape[1]].clamp(0, 1)
+        grid = self.blank_tokens((side, side)).repeat(len(tokens), 1, 1)
+        grid[:, : shape[0], : shape[1]] = tokens
+        return self.vq.decode(grid.flatten(1))[..., : cell * shape[0], : cell * shape[1]].clamp(0, 1)
 
     def blank_tokens(self, shape: tuple[int, int]) -> Tensor:
         """See `TokenPipeline.blank_tokens`: those of a white picture."""

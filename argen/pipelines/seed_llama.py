@@ -120,8 +120,8 @@ class SeedLlamaPipeline(TokenPipeline):
 
     def request(self, prompt: str) -> str:
         """A caption as the model wants it; what is a sentence already stays."""
-        said = prompt.strip()
-        return said if re.search(r"[.?!]$", said) else self.format.request.format(said)
+        caption = prompt.strip()
+        return caption if re.search(r"[.?!]$", caption) else self.format.request.format(caption)
 
     def encode_text(self, text: str) -> list[int]:
         """Ids of a text, which may hold pictures in their words; the model's start stands before it."""
@@ -177,24 +177,32 @@ class SeedLlamaPipeline(TokenPipeline):
             check_length(part, "the question")
         text = ""
         for index, turn in enumerate(turns):
-            said = "".join(part if isinstance(part, str) else image_text(self.read(part)) for part in turn)
-            text += (self.format.answer if index % 2 else self.format.ask).format(said)
+            content = "".join(part if isinstance(part, str) else image_text(self.read(part)) for part in turn)
+            text += (self.format.answer if index % 2 else self.format.ask).format(content)
         ids = torch.tensor([self.encode_text(text)], device=self.device)
         torch.manual_seed(seed)
-        drawn = {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature else {"do_sample": False}
-        own = self.tokenizer  # its ids: those in the 8B's folder are wrong
-        ends = {
-            "bos_token_id": own.bos_token_id,
-            "eos_token_id": own.eos_token_id,
-            "pad_token_id": own.pad_token_id or 0,
+        sampling = (
+            {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature else {"do_sample": False}
+        )
+        tokenizer = self.tokenizer  # its ids: those in the 8B's folder are wrong
+        special_tokens = {
+            "bos_token_id": tokenizer.bos_token_id,
+            "eos_token_id": tokenizer.eos_token_id,
+            "pad_token_id": tokenizer.pad_token_id or 0,
         }
         streamer = TextIteratorStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=False)
-        asked = {"inputs": ids, "attention_mask": torch.ones_like(ids), "streamer": streamer, **drawn, **ends}
+        inputs = {
+            "inputs": ids,
+            "attention_mask": torch.ones_like(ids),
+            "streamer": streamer,
+            **sampling,
+            **special_tokens,
+        }
         failure: list[Exception] = []
 
         def write() -> None:
             try:
-                self.transformer.generate(**asked, max_new_tokens=max_new_tokens)
+                self.transformer.generate(**inputs, max_new_tokens=max_new_tokens)
             except Exception as error:
                 failure.append(error)
                 streamer.end()  # or who reads it waits for ever
@@ -208,24 +216,24 @@ class SeedLlamaPipeline(TokenPipeline):
 
     def _parts(self, pieces: Iterator[str]) -> Iterator[str | Image.Image]:
         """Texts as they come -> texts without the words of pictures, and the pictures."""
-        held = ""
+        buffer = ""
         for piece in pieces:
-            held += piece.replace(self.tokenizer.eos_token, "")
-            while OPEN in held:
-                before, _, rest = held.partition(OPEN)
+            buffer += piece.replace(self.tokenizer.eos_token, "")
+            while OPEN in buffer:
+                before, _, rest = buffer.partition(OPEN)
                 if before:
                     yield before
                 inside, closed, after = rest.partition(CLOSE)
-                held = OPEN + inside
+                buffer = OPEN + inside
                 if not closed:
                     break
                 codes = [int(code) for code in re.findall(r"<img_(\d+)>", inside)]
                 if len(codes) == self.length:
                     yield self.images(torch.tensor([[codes]], device=self.device))[0]
-                held = after
-            if held and OPEN not in held:
-                yield held
-                held = ""
+                buffer = after
+            if buffer and OPEN not in buffer:
+                yield buffer
+                buffer = ""
 
 
 def read_emoji(folder: Path) -> SeedLlamaPipeline:

@@ -169,9 +169,12 @@ class XARPipeline(TokenPipeline):
         def noise(entity: int, draws: int) -> tuple[Tensor, Tensor]:
             """Of each picture from its own generator, in the order of the authors' code."""
             size = lengths[entity], channels
-            start = [torch.randn(size, generator=one) for one in generators]
-            more = [[torch.randn(size, generator=one, dtype=torch.float64) for _ in range(draws)] for one in generators]
-            stacked = torch.stack([torch.stack(part) for part in more], dim=1) if draws else torch.empty(0)
+            start = [torch.randn(size, generator=generator) for generator in generators]
+            extra_noise = [
+                [torch.randn(size, generator=generator, dtype=torch.float64) for _ in range(draws)]
+                for generator in generators
+            ]
+            stacked = torch.stack([torch.stack(part) for part in extra_noise], dim=1) if draws else torch.empty(0)
             stacked = stacked if sampler.precise else stacked.float()
             return torch.stack(start).to(self.device), stacked.to(self.device)
 
@@ -224,7 +227,7 @@ def _check_undrawn(temperature: float | None, top_k: int | None, top_p: float | 
     """Raises:
     ValueError: a temperature, top-k or top-p that would change something.
     """
-    known = {"temperature": (temperature, 1.0), "top_k": (top_k, 0), "top_p": (top_p, 1.0)}
-    for name, (value, neutral) in known.items():
+    settings = {"temperature": (temperature, 1.0), "top_k": (top_k, 0), "top_p": (top_p, 1.0)}
+    for name, (value, neutral) in settings.items():
         if value not in (None, neutral):
             raise ValueError(f"{name} is {value}: this model draws no tokens, leave it out")

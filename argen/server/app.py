@@ -14,7 +14,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 import argen
 from argen.jobs.queue import Studio
 from argen.server import a1111, errors, jobs, openai, scaling
-from argen.server.guard import ADDRESS, MAX_BYTES, Guard, Links, Sessions, Tries, check_keys, knows, owner_of
+from argen.server.guard import ADDRESS, MAX_BYTES, Guard, Links, Sessions, Tries, check_keys, is_known_key, owner_of
 
 try:
     import resource
@@ -49,7 +49,7 @@ def create(
         """Whether a key is one of ours; the name is free. A wrong one is answered later and later, as everywhere."""
         address = ADDRESS.get()
         tries.check(address)
-        if not knows(keys, key):
+        if not is_known_key(keys, key):
             await tries.delay(address)
             return False
         sessions.owner.set(owner_of(key))
@@ -87,9 +87,9 @@ def max_connections() -> int:
     if resource is None:
         return MAX_CONNECTIONS
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = MAX_CONNECTIONS + KEPT_FILES
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        soft = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    needed = MAX_CONNECTIONS + KEPT_FILES
+    if soft != resource.RLIM_INFINITY and soft < needed:
+        soft = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     return MAX_CONNECTIONS if soft == resource.RLIM_INFINITY else max(16, min(MAX_CONNECTIONS, soft - KEPT_FILES))
 
@@ -109,16 +109,16 @@ class OnceAMinute(logging.Filter):
         return True
 
 
-class Timed(H11Protocol):
+class TimedProtocol(H11Protocol):
     """HTTP/1.1 that hangs up on who connects, or begins a request, and does not go on, and on those that are too many."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:
         super().connection_made(transport)
-        most = self.config.limit_concurrency - 1
+        limit = self.config.limit_concurrency - 1
         address = self.client and self.client[0]
-        own = sum(1 for one in self.connections if one.client and one.client[0] == address)
-        self.refused = len(self.connections) > most or own > CLIENT_SHARE * most
-        if len(self.connections) > most + BACKLOG // 2:
+        same_client = sum(1 for connection in self.connections if connection.client and connection.client[0] == address)
+        self.refused = len(self.connections) > limit or same_client > CLIENT_SHARE * limit
+        if len(self.connections) > limit + BACKLOG // 2:
             transport.abort()
         elif self.refused:
             transport.write(BUSY)
@@ -157,8 +157,8 @@ class Server(uvicorn.Server):
 
 
 def configured(app: FastAPI, host: str, port: int) -> uvicorn.Config:
-    how = {"log_level": "warning", "timeout_graceful_shutdown": 5, "http": Timed, "backlog": BACKLOG}
-    return uvicorn.Config(app, host=host, port=port, limit_concurrency=max_connections() + 1, **how)
+    options = {"log_level": "warning", "timeout_graceful_shutdown": 5, "http": TimedProtocol, "backlog": BACKLOG}
+    return uvicorn.Config(app, host=host, port=port, limit_concurrency=max_connections() + 1, **options)
 
 
 def serve(app: FastAPI, host: str, port: int) -> None:

@@ -9,7 +9,7 @@ from pydantic import Field
 
 from argen.bounds import MAX_SIDE, check_pixels, check_size
 from argen.images import from_base64
-from argen.jobs.following import Gone
+from argen.jobs.following import ClientDisconnected
 from argen.metadata import encoded
 from argen.server.openai import Body
 from argen.server.waiting import prepare
@@ -49,17 +49,17 @@ class Batch(Scaling):
 
 @router.post("/extra-single-image")
 async def extra_single_image(request: Request, body: Upscaled):
-    (image,) = await scaled(request, [body.image], body)
+    (image,) = await scale_images(request, [body.image], body)
     return {"html_info": f"scaled with {UPSCALER}", "image": image}
 
 
 @router.post("/extra-batch-images")
 async def extra_batch_images(request: Request, body: Batch):
-    images = await scaled(request, [one.data for one in body.imageList], body)
+    images = await scale_images(request, [file.data for file in body.imageList], body)
     return {"html_info": f"scaled with {UPSCALER}", "images": images}
 
 
-async def scaled(request: Request, texts: list[str], body: Scaling) -> list[str]:
+async def scale_images(request: Request, texts: list[str], body: Scaling) -> list[str]:
     """Images in base64, scaled one after the other for as long as somebody waits.
 
     Raises:
@@ -69,15 +69,15 @@ async def scaled(request: Request, texts: list[str], body: Scaling) -> list[str]
     pixels, images = 0, []
     for text in texts:
         if await request.is_disconnected():
-            raise Gone("the client went away")
-        image, size = await prepare(request, opened, text, body)
+            raise ClientDisconnected("the client went away")
+        image, size = await prepare(request, decode_image_and_size, text, body)
         pixels += max(math.prod(image.size), math.prod(size))
         check_pixels(pixels)
-        images.append(await prepare(request, upscaled, image, size, body))
+        images.append(await prepare(request, resize_image, image, size, body))
     return images
 
 
-def opened(text: str, body: Scaling) -> tuple[Image.Image, tuple[int, int]]:
+def decode_image_and_size(text: str, body: Scaling) -> tuple[Image.Image, tuple[int, int]]:
     """An image in base64, and the size that it is scaled to before it is cropped: of the two sides that are asked for (resize_mode 1)
     both are covered, in the shape of the image."""
     image = from_base64(text)
@@ -87,7 +87,7 @@ def opened(text: str, body: Scaling) -> tuple[Image.Image, tuple[int, int]]:
     return image, check_size(tuple(max(1, round(side * factor)) for side in image.size))
 
 
-def upscaled(image: Image.Image, size: tuple[int, int], body: Scaling) -> str:
+def resize_image(image: Image.Image, size: tuple[int, int], body: Scaling) -> str:
     """An image scaled to a size, and cropped where that is asked for, in base64."""
     image = image.resize(size, Image.Resampling.LANCZOS)
     if body.resize_mode == 1 and body.upscaling_crop:

@@ -10,7 +10,7 @@ from argen.registry import tabs
 from argen.ui import endpoints
 from argen.ui.context import AppContext, user_errors
 
-CLEANED_EVERY, KEPT_FOR = 3600, 86400  # seconds: what was uploaded and shown
+CLEAN_EVERY, KEEP_FOR = 3600, 86400  # seconds: what was uploaded and shown
 
 
 class Page(gr.Blocks):
@@ -54,7 +54,7 @@ def check_uploaded(file: dict) -> None:
 def build(context: AppContext) -> gr.Blocks:
     """The page with every tab of the registry; models are loaded when they are first asked for."""
     os.environ["GRADIO_TEMP_DIR"] = str(context.studio.store.exports.resolve())  # uploads, and copies of what is shown
-    with Page(title="argen", analytics_enabled=False, delete_cache=(CLEANED_EVERY, KEPT_FOR)) as page:
+    with Page(title="argen", analytics_enabled=False, delete_cache=(CLEAN_EVERY, KEEP_FOR)) as page:
         gr.Markdown("# argen\nImages written token by token, from words.")
         for module in tabs.values():
             with gr.Tab(module.TITLE) as tab:

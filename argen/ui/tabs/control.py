@@ -19,20 +19,20 @@ def layout(context: AppContext, tab: gr.Tab) -> None:
     models, ids = context.studio.models, generators(control=True)
 
     def control(image, kind, strength=1.0) -> Control:
-        drawn = (image or {}).get("composite")
-        if drawn is None:
+        composite = (image or {}).get("composite")
+        if composite is None:
             raise ValueError("there is no control picture: draw one, or drop a file on the canvas")
-        return Control(drawn, kind, strength)
+        return Control(composite, kind, strength)
 
     def preview(model, image, kind) -> Image.Image:
         with user_errors():
-            ready = models(model).prepare(control(image, kind))
-            return as_image(annotate(ready.image, kind))
+            prepared = models(model).prepare(control(image, kind))
+            return as_image(annotate(prepared.image, kind))
 
     def run(model, prompt, image, kind, strength, num, seed, request: gr.Request) -> tuple:
         with user_errors():
-            asked = models(model).prepare(control(image, kind, strength))
-            return view.ask(Request(prompt.strip(), model, int(num), int(seed), control=asked), request)
+            prepared = models(model).prepare(control(image, kind, strength))
+            return view.submit(Request(prompt.strip(), model, int(num), int(seed), control=prepared), request)
 
     with gr.Row():
         with gr.Column(scale=2):
@@ -54,11 +54,11 @@ def layout(context: AppContext, tab: gr.Tab) -> None:
                 num = gr.Slider(1, 9, value=4, step=1, label="Images")
                 seed = gr.Number(0, precision=0, minimum=0, label="Seed")
             with gr.Row():
-                look = gr.Button("Show the control picture", elem_id="look")
-                go = gr.Button("Generate", variant="primary", elem_id="control-draw")
-            seen = gr.Image(label="What the generator sees", height=256, elem_id="seen")
+                show_control = gr.Button("Show the control picture", elem_id="look")
+                generate = gr.Button("Generate", variant="primary", elem_id="control-draw")
+            control_image = gr.Image(label="What the generator sees", height=256, elem_id="seen")
         view = View(context, "-control")
 
-    look.click(preview, [model, image, kind], seen)
-    asked = [model, prompt, image, kind, strength, num, seed]
-    gr.on([go.click, prompt.submit], run, asked, view.watched)
+    show_control.click(preview, [model, image, kind], control_image)
+    inputs = [model, prompt, image, kind, strength, num, seed]
+    gr.on([generate.click, prompt.submit], run, inputs, view.job_outputs)

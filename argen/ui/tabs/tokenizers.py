@@ -39,14 +39,14 @@ class Tokenizers:
         with gr.Row():
             with gr.Column(scale=2):
                 image = image_input(label="Input image", elem_id="lab-picture")
-                chosen = gr.Dropdown(names, value=shipped, multiselect=True, label="Tokenizers")
-                go = gr.Button("Reconstruct", variant="primary", elem_id="lab-go")
+                selected = gr.Dropdown(names, value=shipped, multiselect=True, label="Tokenizers")
+                reconstruct = gr.Button("Reconstruct", variant="primary", elem_id="lab-go")
             with gr.Column(scale=3):
                 gallery = gr.Gallery(label="Reconstructions", columns=3, object_fit="contain", elem_id="lab-pictures")
                 scores = gr.Dataframe(
                     headers=["tokenizer", "PSNR (dB)", "SSIM", "size", "bits"], label="Measured", elem_id="lab-scores"
                 )
-        go.click(self.compare, [image, chosen], [gallery, scores])
+        reconstruct.click(self.compare, [image, selected], [gallery, scores])
         return image
 
     def tokens(self, image: gr.Image, names: list[str], first: str) -> None:
@@ -64,15 +64,15 @@ class Tokenizers:
         gr.on([show.click, name.change], self.decode, [image, name, every], outputs)
         count.release(self.decode, [image, name, count], outputs)
 
-    def compare(self, image: Image.Image | None, chosen: list[str]) -> tuple[list[tuple], list[list]]:
+    def compare(self, image: Image.Image | None, selected: list[str]) -> tuple[list[tuple], list[list]]:
         with user_errors():
             if image is None:
                 raise ValueError("there is no picture: drop a file, or paste one")
-            if not chosen:
+            if not selected:
                 raise ValueError("no tokenizer is chosen: choose one or more")
-            size = self.models(chosen[0], kind="tokenizer").config.image_size
+            size = self.models(selected[0], kind="tokenizer").config.image_size
             images, rows = [(preview(from_pil(image, size)), "the picture")], []
-            for name in chosen:
+            for name in selected:
                 tokenizer = self.models(name, kind="tokenizer")
                 pixels, scores = reconstructed(tokenizer, *encoded(tokenizer, image))
                 images.append((preview(pixels), name))
@@ -84,12 +84,12 @@ class Tokenizers:
             if image is None:
                 raise ValueError("there is no picture: drop a file, or paste one")
             tokenizer = self.models(name, kind="tokenizer")
-            most = tokenizer.config.get("tokens")
-            count = None if most is None else max(1, min(most, int(count or most)))
+            max_tokens = tokenizer.config.get("tokens")
+            count = None if max_tokens is None else max(1, min(max_tokens, int(count or max_tokens)))
             pixels, tokens = encoded(tokenizer, image)
             decoded_pixels, (decibels, _, size, bits) = reconstructed(tokenizer, pixels, tokens[:, :count])
         caption = f"{size}, {bits:,} bits, PSNR {decibels} dB"
-        slider = gr.update(visible=most is not None, maximum=most or 2, value=count or 1)
+        slider = gr.update(visible=max_tokens is not None, maximum=max_tokens or 2, value=count or 1)
         return preview(decoded_pixels), caption, table(tokens[0]), slider
 
 
