@@ -133,7 +133,7 @@ class Plot:
             gr.Timer(active=False),
         )
 
-    def batch(self, request: gr.Request, path: str | None, model: str) -> str:
+    def queue_rows(self, request: gr.Request, path: str | None, model: str) -> str:
         """Put the rows of a file into the queue."""
         with user_errors():
             if path is None:
