@@ -21,7 +21,7 @@ def drawing_arguments(add: argparse.ArgumentParser, num: str, prompts: str | Non
     add.add_argument("--guidance-scale", type=float, metavar="G", help="(default: the model's)")
 
 
-def looking_arguments(add: argparse.ArgumentParser) -> None:
+def feature_arguments(add: argparse.ArgumentParser) -> None:
     add.add_argument(
         "--features",
         default="inception",
@@ -76,7 +76,12 @@ def extractor_of(args: argparse.Namespace):
 
 
 def draw_samples(
-    args: argparse.Namespace, prompts: list[str], num: int, settings: dict, folder="samples", more=lambda _: {}
+    args: argparse.Namespace,
+    prompts: list[str],
+    num: int,
+    settings: dict,
+    folder="samples",
+    call_arguments=lambda _: {},
 ):
     """The images of ``--model`` for `prompts` in turn, kept in `folder`.
 
@@ -97,15 +102,15 @@ def draw_samples(
     def sample(rows: range):
         generator_of = [run.generator_of(args.seed, index) for index in rows]
         texts = [prompts[index % len(prompts)] for index in rows]
-        return pipe(texts, guidance_scale=args.guidance_scale, generator=generator_of, **more(rows)).images
+        return pipe(texts, guidance_scale=args.guidance_scale, generator=generator_of, **call_arguments(rows)).images
 
     return run.draw(sample, num, args.out / folder)
 
 
-def finish(args: argparse.Namespace, settings: dict, scores: dict, seconds: dict, shown) -> None:
+def finish(args: argparse.Namespace, settings: dict, scores: dict, seconds: dict, samples) -> None:
     from argen.eval import run
 
-    table = run.report(args.out, settings, scores, seconds, shown)
+    table = run.report(args.out, settings, scores, seconds, samples)
     if table:
         print(json.dumps(scores) if args.json else table)
 
