@@ -94,7 +94,7 @@ def main() -> int:
     return 0 if not figures["lost"] and not figures["mixed"] and all(survived.values()) else 1
 
 
-def run(server: Server, clients: int, each: int) -> dict:
+def run(server: Server, clients: int, jobs_per_client: int) -> dict:
     """The figures; `lost` and `mixed` must be 0."""
     answers, over, kill = [], threading.Event(), threading.Barrier(clients + 1)
 
@@ -111,7 +111,7 @@ def run(server: Server, clients: int, each: int) -> dict:
     visitor = threading.Thread(target=visit)
     started = time.monotonic()
     with ThreadPoolExecutor(clients) as pool:
-        running = [pool.submit(client, server, number, each, kill) for number in range(clients)]
+        running = [pool.submit(client, server, number, jobs_per_client, kill) for number in range(clients)]
         kill.wait()
         server.kill()
         server.start()
@@ -268,9 +268,9 @@ def terminated(server: Server) -> bool:
     until(lambda: server.ask(f"/api/jobs/{id}")["decided"] > 2)
     server.process.send_signal(signal.SIGTERM)
     server.process.wait(timeout=60)
-    kept = (server.folder / ".studio" / "jobs" / f"{id}.npz").is_file()
+    saved = (server.folder / ".studio" / "jobs" / f"{id}.npz").is_file()
     server.start()
-    return kept and until(lambda: server.ask(f"/api/jobs/{id}")["state"] == "done", 300)
+    return saved and until(lambda: server.ask(f"/api/jobs/{id}")["state"] == "done", 300)
 
 
 FAULTS = {

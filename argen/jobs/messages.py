@@ -14,5 +14,5 @@ def error_message(error: Exception) -> str:
         return f"the disk of the server is full ({error.strerror}): nothing can be written"
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.strerror or type(error).__name__}: {Path(str(error.filename)).name}"
-    known = error.args and not isinstance(error, OSError)
-    return PATHS.sub("", str(error.args[0] if known else error))
+    has_text = error.args and not isinstance(error, OSError)
+    return PATHS.sub("", str(error.args[0] if has_text else error))

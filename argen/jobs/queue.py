@@ -44,7 +44,7 @@ logger = logging.getLogger(__name__)
 LOCAL = "local"  # owner of what no key asked for
 MAX_WAITING_JOBS = 1000  # jobs of one owner
 PREVIEW_EVERY, PREVIEW_FOR = 0.4, 5.0  # seconds between previews, and how long one is wanted after it was looked at
-MAX_PREVIEW_IMAGES = 9  # pictures of a preview at most
+MAX_PREVIEW_IMAGES = 9  # images of a preview at most
 RETRY_AFTER = 2.0  # seconds until the database is written to again, after it could not be
 MAX_STOPPED_PREVIEWS = 32  # of jobs that were stopped
 
@@ -63,7 +63,7 @@ class Progress:
 
     Attributes:
         stage: what is done just now.
-        decided, cells: of each picture, so far and in all.
+        decided, cells: of each image, so far and in all.
         forward_passes: of the network.
         seconds: of work so far.
         preview: images as far as they are written; None where nobody looked.
@@ -102,7 +102,7 @@ class Progress:
 
     @property
     def speed(self) -> float:
-        """Tokens a second, of all pictures together."""
+        """Tokens a second, of all images together."""
         return self.decided * self.request.drawn / self.seconds if self.seconds else 0.0
 
 
@@ -134,7 +134,7 @@ class Studio:
         self.listeners: dict[str, set[Callable[[], object]]] = defaultdict(set)  # id of a job -> who wants to know
         self.partials: dict[str, int] = {}  # id of a job -> images wanted while it is written
         self.stopped_previews: dict[str, list[Image.Image]] = {}  # id of a job that was stopped -> its last preview
-        self.seconds_per_image: dict[str, float] = {}  # model -> seconds a picture
+        self.seconds_per_image: dict[str, float] = {}  # model -> seconds an image
         for row in self.store.jobs(RUNNING, limit=-1):  # the program ended in the middle
             self.store.update_job(row["id"], state=WAITING)
         self.worker = threading.Thread(target=self._run_worker, name="argen worker", daemon=True)
@@ -251,7 +251,7 @@ class Studio:
         """How a job is getting on. Raises as `cancel` does.
 
         Args:
-            preview: whether pictures are wanted while it is written; the next ones come soon.
+            preview: whether images are wanted while it is written; the next ones come soon.
             owner: who asks; None may see anything.
         """
         with self.changed:
@@ -384,10 +384,15 @@ class Studio:
                     if not self._run_job(live):
                         state = WAITING if self.closing and not self.cancelled else CANCELLED
             except Exception as failure:  # whatever it is, the next job must have its turn
-                known = isinstance(failure, ValueError | OSError | ModuleNotFoundError | sqlite3.Error | UnknownModel)
-                if not known:
+                expected = isinstance(
+                    failure, ValueError | OSError | ModuleNotFoundError | sqlite3.Error | UnknownModel
+                )
+                if not expected:
                     logger.exception("job %s failed", live.id)
-                state, error = FAILED, error_message(failure) if known else f"{type(failure).__name__}: {failure}"[:500]
+                state, error = (
+                    FAILED,
+                    error_message(failure) if expected else f"{type(failure).__name__}: {failure}"[:500],
+                )
             self._finish_job(live, state, error)
 
     def _finish_job(self, live: Progress, state: str, error: str) -> None:

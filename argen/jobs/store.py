@@ -1,6 +1,6 @@
-"""What the studio keeps: jobs and finished pictures, in SQLite, beside the PNG files in one folder.
+"""What the studio keeps: jobs and finished images, in SQLite, beside the PNG files in one folder.
 
-Pictures and jobs are named by ids that the store gives; a path never comes from outside.
+Images and jobs are named by ids that the store gives; a path never comes from outside.
 """
 
 import json
@@ -50,10 +50,10 @@ create table if not exists grids (owner text primary key, axes text not null, jo
 
 @dataclass(frozen=True)
 class SavedImage:
-    """A finished picture.
+    """A finished image.
 
     Attributes:
-        id: of the picture, which names its files, too.
+        id: of the image, which names its files, too.
         job: id of the job that made it.
         request: makes it again, alone.
         tokens: rows of its grid; None where it has none.
@@ -77,8 +77,8 @@ class SavedImage:
 
 class Store:
     """Args:
-        folder: of the pictures; made if it is missing.
-        metadata: whether a picture's settings go into its file, too.
+        folder: of the images; made if it is missing.
+        metadata: whether an image's settings go into its file, too.
 
     Attributes:
         own: folder inside it of the database, the thumbnails, and the tokens of jobs that were left; for its owner's eyes alone, and
@@ -217,7 +217,7 @@ class Store:
         rows = self.execute("select id from jobs where owner = ? order by created desc limit 1", (owner,))
         return rows[0]["id"] if rows else None
 
-    # pictures
+    # images
 
     def add_images(
         self,
@@ -229,12 +229,12 @@ class Store:
         origins: Sequence[Grid | None],
         scores: Sequence[float | None],
     ) -> list[str]:
-        """Write the pictures of a job, all of them or none -> their ids. A job that was killed after it, and so runs again, writes the
+        """Write the images of a job, all of them or none -> their ids. A job that was killed after it, and so runs again, writes the
         same ones.
 
         Args:
             asked: when the job was, in seconds since 1970.
-            grids, origins, scores: of each picture, see `SavedImage`.
+            grids, origins, scores: of each image, see `SavedImage`.
         """
         now = time.time()
         stamp = time.strftime("%Y%m%d-%H%M%S", time.localtime(created))
@@ -267,19 +267,19 @@ class Store:
         offset: int = 0,
     ) -> list[SavedImage]:
         """The latest first, of a job in its order; those whose prompt has all words of `search`, in any order."""
-        where, values = ["1"], []
+        conditions, values = ["1"], []
         for word in search.split():
-            where.append("prompt like ? escape '\\'")
+            conditions.append("prompt like ? escape '\\'")
             values.append("%" + word.replace("\\", "\\\\").replace("%", "\\%").replace("_", "\\_") + "%")
         for name, value in (("model", model), ("job", job), ("owner", owner)):
             if value:
-                where.append(f"{name} = ?")
+                conditions.append(f"{name} = ?")
                 values.append(value)
         if favourites:
-            where.append("favourite = 1")
+            conditions.append("favourite = 1")
         order = "number" if job else "created desc, number"
         rows = self.execute(
-            f"select * from pictures where {' and '.join(where)} order by {order} limit ? offset ?",
+            f"select * from pictures where {' and '.join(conditions)} order by {order} limit ? offset ?",
             [*values, limit, offset],
         )
         return [_to_saved_image(row) for row in rows]
@@ -325,7 +325,7 @@ class Store:
         self.execute("update pictures set favourite = ? where id = ?", (int(favourite), self.image(id).id))
 
     def delete(self, id: str) -> None:
-        """Delete a picture and its files."""
+        """Delete an image and its files."""
         self.image(id)
         self.execute("delete from pictures where id = ?", (id,))
         for path in (self.file(id), self.private_folder / "thumbnails" / f"{id}.webp"):
@@ -411,8 +411,8 @@ def request_of(text: str) -> Request:
 
 def unreadable(prompt: object = "", model: object = "") -> Request:
     """What stands for a request that cannot be read: its prompt and its model, as far as they are known."""
-    known = read_row(lambda _: Request(prompt, model or Request.model), "")[0]
-    return known or Request("(settings that cannot be read)")
+    request = read_row(lambda _: Request(prompt, model or Request.model), "")[0]
+    return request or Request("(settings that cannot be read)")
 
 
 def _grid(text: str) -> Grid:

@@ -212,7 +212,7 @@ def check_requests(requests: Sequence[Request], models: Callable[[str], TokenPip
 def draw_table(
     requests: Sequence[Request], folder: Path, models: Callable[[str], TokenPipeline]
 ) -> Iterator[list[tuple[Path, Request]]]:
-    """Draw what is not there yet; of each request, in turn, its files and what makes the picture in each again.
+    """Draw what is not there yet; of each request, in turn, its files and what makes the image in each again.
 
     Raises:
         ValueError: a file of the folder was made by another table; says which.
@@ -232,16 +232,16 @@ def draw_table(
 
 
 def _matches_request(saved: Request, request: Request) -> bool:
-    """Whether a picture is the first of a request; its sampler may have been chosen by the model."""
+    """Whether an image is the first of a request; its sampler may have been chosen by the model."""
     settings = request.for_image(0).explicit_settings()
     return all(saved.explicit_settings().get(name) == value for name, value in settings.items() if name != "sampler")
 
 
 def expand_axes(base: Request, axes: Sequence[Axis]) -> list[Request]:
-    """One picture for every combination of the axes' values; the first axis changes fastest.
+    """One image for every combination of the axes' values; the first axis changes fastest.
 
     Raises:
-        ValueError: no axis, two of the same setting, or too many pictures.
+        ValueError: no axis, two of the same setting, or too many images.
     """
     names = [axis.name for axis in axes]
     if not axes or len(set(names)) < len(names):
@@ -259,7 +259,7 @@ def expand_axes(base: Request, axes: Sequence[Axis]) -> list[Request]:
 
 
 def grid_image(images: Sequence[Image.Image], axes: Sequence[Axis]) -> Image.Image:
-    """The pictures of `varied` under their labels: columns, rows, and a table below the other for each value of a third axis."""
+    """The images of `varied` under their labels: columns, rows, and a table below the other for each value of a third axis."""
     x_axis, y_axis, z_axis = (*axes, *[Axis("", ("",))] * (3 - len(axes)))
     width, height = (max(image.size[side] for image in images) for side in (0, 1))
     font = ImageFont.load_default(size=13)

@@ -1,6 +1,6 @@
-"""The call of every generator of discrete tokens: prompts in, a grid of tokens filled step by step, pictures out.
+"""The call of every generator of discrete tokens: prompts in, a grid of tokens filled step by step, images out.
 
-Letters in shape comments: B pictures, h w token grid, N = h*w cells of a picture (row-major), H W pixels.
+Letters in shape comments: B images, h w token grid, N = h*w cells of an image (row-major), H W pixels.
 """
 
 import json
@@ -61,8 +61,8 @@ class Defaults:
 class TokenPipelineOutput(BaseOutput):
     """Args:
     images: as `output_type` says.
-    tokens: [B, N] int64, the ids of each picture; -1 in cells left undecided by an interruption.
-    scores: cosine of each picture to its prompt where candidates were ranked, else None.
+    tokens: [B, N] int64, the ids of each image; -1 in cells left undecided by an interruption.
+    scores: cosine of each image to its prompt where candidates were ranked, else None.
     forward_passes: of the network, for the whole batch.
     origins: [B, N] int8, how each cell came by its token (`samplers.steps.Origin`); None where all were drawn.
     """
@@ -81,8 +81,8 @@ class TokenPipeline(Editing, Ranking, Running, DiffusionPipeline):
         official: the authors' sampling settings.
         card: what was loaded, if it has one.
         canvas: what the pipeline fills.
-        ordered: whether any first tokens of a picture are a picture, so that it may have any number and be searched for.
-        length: N, cells of a picture of the model's own size, which is square.
+        ordered: whether any first tokens of an image are an image, so that it may have any number and be searched for.
+        length: N, cells of an image of the model's own size, which is square.
     """
 
     official: Defaults
@@ -96,11 +96,11 @@ class TokenPipeline(Editing, Ranking, Running, DiffusionPipeline):
     def start(
         self, prompts: list[str], guided: bool, shape: tuple[int, int], controls: list[Control] | None = None
     ) -> Session:
-        """A fresh session for one picture of each prompt; `guided`: with an unguided half.
+        """A fresh session for one image of each prompt; `guided`: with an unguided half.
 
         Args:
             shape: rows and columns of the token grid, from `shape_of`.
-            controls: of each picture, prepared by `prepare`; all of one size.
+            controls: of each image, prepared by `prepare`; all of one size.
         """
 
     @abstractmethod
@@ -132,7 +132,7 @@ class TokenPipeline(Editing, Ranking, Running, DiffusionPipeline):
 
     @property
     def image_size(self) -> int:
-        """Side of the model's own pictures, in pixels."""
+        """Side of the model's own images, in pixels."""
         return self.image_tokenizer.config.image_size
 
     @torch.no_grad()
@@ -140,12 +140,12 @@ class TokenPipeline(Editing, Ranking, Running, DiffusionPipeline):
         """Pixels [B, 3, S, S] in [0, 1], S the `image_size`, -> ids [B, h, w].
 
         Raises:
-            ValueError: the published model came without a picture encoder.
+            ValueError: the published model came without an image encoder.
         """
         return self.canvas.to_grid(self.image_tokenizer.encode(pixels.to(self.device)), self.shape_of())
 
     def prepare(self, control: Control) -> Control:
-        """The control with its picture in the size of the picture asked for.
+        """The control with its image in the size of the image asked for.
 
         Raises:
             ValueError: this model takes none, or not such a one.
@@ -211,15 +211,15 @@ class TokenPipeline(Editing, Ranking, Running, DiffusionPipeline):
         shape: tuple[int, int] | None = None,
         every: int = 1,
     ) -> Iterator[Step]:
-        """Write one picture for each prompt, and yield the state whenever `every` more cells are decided, and at the end.
+        """Write one image for each prompt, and yield the state whenever `every` more cells are decided, and at the end.
 
         Stop iterating to cancel; the last state holds what there is, and given back as `tokens` it is gone on with.
 
         Args:
-            generators: of the pictures, one each; a picture depends on its own alone.
+            generators: of the images, one each; an image depends on its own alone.
             guidance_scale: a number, or one for each cell; None, here and below, is the model's own.
             tokens: [B, N] int64, decided cells that are kept, -1 in those to fill.
-            controls: of each picture, prepared by `prepare`.
+            controls: of each image, prepared by `prepare`.
             shape: of the token grid, from `shape_of`; None for the model's own.
         """
         scale = self.defaults.guidance_scale if guidance_scale is None else guidance_scale
@@ -275,20 +275,20 @@ class TokenPipeline(Editing, Ranking, Running, DiffusionPipeline):
 
         Args:
             prompt: one, or a list.
-            num_images_per_prompt: pictures given back for each prompt.
+            num_images_per_prompt: images given back for each prompt.
             guidance_scale: classifier-free guidance, 1 for none; a function of the cell is allowed. None, here and
                 for the next three, is the model's own.
             temperature, top_k, top_p: see `samplers.logits.Sampling`.
             sampler: a name in `argen.registry.samplers`, with its settings behind it or not ("jacobi:window=8"), or a sampler.
-            num_candidates: pictures drawn for each prompt; the best by `rank` are given back, best first.
+            num_candidates: images drawn for each prompt; the best by `rank` are given back, best first.
             generator: one, which draws the first image and gives seeds for the others, or a list with one for each
                 image drawn. None draws a new one.
             tokens: [drawn, N] int64 to go on from, -1 in the cells to fill.
-            num_tokens: of each picture, where they may be of any length; None is the model's own.
-            control_image: what the pictures follow, one for all or one for each prompt, for a model that takes it.
-            control_type: how the control picture is made of it, see `argen.models.annotators.KINDS`.
+            num_tokens: of each image, where they may be of any length; None is the model's own.
+            control_image: what the images follow, one for all or one for each prompt, for a model that takes it.
+            control_type: how the control image is made of it, see `argen.models.annotators.KINDS`.
             control_strength: of the control, 0 for none.
-            size: width and height of the pictures, under a control; None is the model's own.
+            size: width and height of the images, under a control; None is the model's own.
             output_type: "pil", "np" ([B, H, W, 3] in [0, 1]), "pt" ([B, 3, H, W] in [0, 1]) or "latent" (ids [B, N]).
             callback_on_step_end: called as ``callback(pipe, step, cells decided, {"tokens": [drawn, N]})`` after each
                 step; tokens in what it returns take the place of those, with -1 in cells to redraw. Set
@@ -366,7 +366,7 @@ class TokenPipeline(Editing, Ranking, Running, DiffusionPipeline):
 
     @torch.no_grad()
     def images(self, tokens: Tensor, output_type: str = "pil") -> list[Image.Image] | np.ndarray | Tensor:
-        """Ids [B, h, w], or [B, N] of a square, -> pictures as `__call__` gives them; undecided cells (-1) are grey."""
+        """Ids [B, h, w], or [B, N] of a square, -> images as `__call__` gives them; undecided cells (-1) are grey."""
         if tokens.ndim == 2:
             tokens = self.canvas.to_grid(tokens, self.shape_of())
         if output_type == "latent":

@@ -1,4 +1,4 @@
-"""Pictures that follow a control picture, with ControlAR (arXiv 2410.02705) on LlamaGen."""
+"""Images that follow a control image, with ControlAR (arXiv 2410.02705) on LlamaGen."""
 
 import math
 from dataclasses import replace
@@ -24,7 +24,7 @@ from tokenizers_img.vit_vqgan import ViTVQGAN
 
 class ControlARPipeline(LlamaGenPipeline):
     """Args:
-    any_size: the model was trained on pictures of any shape, whose sides are multiples of 16 pixels and whose cells fit its
+    any_size: the model was trained on images of any shape, whose sides are multiples of 16 pixels and whose cells fit its
         grid; else on squares of one size.
     others: see `LlamaGenPipeline`, with a `ControlAR` as transformer.
     """
@@ -61,11 +61,11 @@ class ControlARPipeline(LlamaGenPipeline):
     official = Defaults(guidance_scale=4.0, top_k=2000)
 
     def prepare(self, control: Control) -> Control:
-        """See `TokenPipeline.prepare`. Without a size asked for, a model of any size takes the control picture's own, as
+        """See `TokenPipeline.prepare`. Without a size asked for, a model of any size takes the control image's own, as
         near as whole cells come and as large as fits.
 
         Raises:
-            ValueError: an unknown kind; a size that the model does not make; a control picture of another shape than that.
+            ValueError: an unknown kind; a size that the model does not make; a control image of another shape than that.
         """
         check_kind(control.kind)
         side = self.transformer.config.grid * CELL
@@ -86,7 +86,7 @@ class ControlARPipeline(LlamaGenPipeline):
 
     @property
     def _max_cells(self) -> tuple[int, int]:
-        """Cells of a picture, and of one of its sides, at most."""
+        """Cells of an image, and of one of its sides, at most."""
         return self.transformer.length, self.vq.grid if isinstance(self.vq, ViTVQGAN) else self.transformer.length
 
     def _check_size(self, size: tuple[int, int]) -> None:
@@ -100,7 +100,7 @@ class ControlARPipeline(LlamaGenPipeline):
             )
 
     def _fit_size(self, width: int, height: int) -> tuple[int, int]:
-        """The size in whole cells that has the shape of a picture and is as large as the grid allows.
+        """The size in whole cells that has the shape of an image and is as large as the grid allows.
 
         Raises:
             ValueError: it is too long and thin.

@@ -14,7 +14,7 @@ from tokenizers_img.vqgan import VQGANDetokenizer
 class DalleMiniPipeline(TokenPipeline):
     """Args:
     tokenizer: of the text.
-    encoder, transformer: text encoder and picture-token decoder.
+    encoder, transformer: text encoder and image-token decoder.
     image_tokenizer: turns tokens into pixels.
     """
 

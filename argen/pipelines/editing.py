@@ -30,15 +30,15 @@ class Editing:
     def edit(
         self, prompt: str, image: ImageLike, mask: ImageLike | None = None, **settings
     ) -> "TokenPipelineOutput | tuple":
-        """A picture with a part of it redrawn, all that the cells of the token grid touch.
+        """An image with a part of it redrawn, all that the cells of the token grid touch.
 
         Args:
             image: of any size; padded to a square; of Pillow, or an array or a tensor, see `tokenizers_img.pixels.as_image`.
-            mask: as large, white where the picture is redrawn; None takes what is transparent in `image`.
+            mask: as large, white where the image is redrawn; None takes what is transparent in `image`.
             settings: see `__call__`; with num_images_per_prompt several, each from the same beginning.
 
         Raises:
-            ValueError: the mask has another size, or is black; this model's tokens have no place in the picture.
+            ValueError: the mask has another size, or is black; this model's tokens have no place in the image.
         """
         grid = self.without(image, mask)
         num_drawn = settings.get("num_candidates") or settings.get("num_images_per_prompt", 1)
@@ -46,7 +46,7 @@ class Editing:
         return self(prompt, tokens=grid.expand(num_drawn, *grid.shape[1:]), **settings)
 
     def without(self, image: ImageLike, mask: ImageLike | None = None) -> Tensor:
-        """The tokens of a picture, undecided where it is to be redrawn: ids [1, h, w]. See `edit`."""
+        """The tokens of an image, undecided where it is to be redrawn: ids [1, h, w]. See `edit`."""
         image, mask = as_image(image), mask if mask is None else as_image(mask, "the mask")
         cells = masked_cells(image, mask, self.shape_of())
         stored = self._stored(read_grid(image), image, visible=mask is None)
@@ -99,10 +99,10 @@ class Editing:
         return (tokens.to(self.device), fitted_box(decoded.size, full_size)) if matches else None
 
     def mask_low_confidence(self, request: Request, tokens: Tensor, share: float) -> Tensor:
-        """The tokens of a picture with a share of its cells undecided, one at least: those that the network finds least likely.
+        """The tokens of an image with a share of its cells undecided, one at least: those that the network finds least likely.
 
         Args:
-            request: what the picture shall be.
+            request: what the image shall be.
             tokens: ids [1, h, w].
             share: 0 to 1.
         """
@@ -114,11 +114,11 @@ class Editing:
 
     @torch.no_grad()
     def certainty(self, request: Request, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """How sure the network is of each cell of a finished picture: the entropy of its distribution there in nats, and the probability of
+        """How sure the network is of each cell of a finished image: the entropy of its distribution there in nats, and the probability of
         the token, both [h, w]. One pass.
 
         Args:
-            request: that made the picture.
+            request: that made the image.
             tokens: its ids [h, w].
 
         Raises:
@@ -154,7 +154,7 @@ def masked_cells(image: Image.Image, mask: Image.Image | None, shape: tuple[int,
             "mask",
         )
     side = max(mask.size)
-    square = ImageOps.pad(mask, (side, side), color=0)  # as the picture is padded
+    square = ImageOps.pad(mask, (side, side), color=0)  # as the image is padded
     painted = torch.from_numpy(np.array(square)).float()[None, None] / 255
     cells = F.adaptive_max_pool2d(painted, shape)[0, 0] > 0.5
     if not cells.any():

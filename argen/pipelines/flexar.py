@@ -1,4 +1,4 @@
-"""Pictures from classes or texts with FlexAR (arXiv 2604.15453): ordered tokens of FlexTok, as many as are wanted."""
+"""Images from classes or texts with FlexAR (arXiv 2604.15453): ordered tokens of FlexTok, as many as are wanted."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,17 +20,17 @@ from argen.request import Control, Job, Request, check_beams
 from tokenizers_img.flextok import FlexTok, FlexTokenizer
 from tokenizers_img.hub import hub_folder
 
-PREVIEW_STEPS = 6  # of the flow that shows unfinished pictures
+PREVIEW_STEPS = 6  # of the flow that shows unfinished images
 
 
 class FlexARPipeline(TokenPipeline):
     """Args:
     transformer: the generator.
-    flextok, vae: the networks of its picture tokenizer.
+    flextok, vae: the networks of its image tokenizer.
     text_encoder, tokenizer: for a model of texts; None for a model of classes. They are flan-t5-xl's as published; the
         shipped model has a CLIP, which can rank candidates, too.
     groups: what a model of texts takes as "class:NAME".
-    steps, tokenizer_guidance: of the flow from tokens to a picture, which begins with the same noise for all pictures.
+    steps, tokenizer_guidance: of the flow from tokens to an image, which begins with the same noise for all images.
     official_null: see `argen.models.flexar.FlexARSession`.
     """
 
@@ -141,7 +141,7 @@ class FlexARPipeline(TokenPipeline):
         return self.image_tokenizer.decode(rows, steps).clamp(0, 1)
 
     def run(self, request: Request, every: int = 1, tokens: Tensor | None = None) -> Iterator[Job]:
-        """See `TokenPipeline.run`; with `num_beams` each picture is searched for, from its beginning."""
+        """See `TokenPipeline.run`; with `num_beams` each image is searched for, from its beginning."""
         if request.num_beams is None:
             yield from super().run(request, every, tokens)
             return
@@ -174,18 +174,18 @@ class FlexARPipeline(TokenPipeline):
         generator: torch.Generator | None = None,
         **settings,
     ) -> Iterator["Beams"]:
-        """One picture, searched for: of candidates with 1, 2, 4 ... tokens those that fit the prompt best are gone on with
+        """One image, searched for: of candidates with 1, 2, 4 ... tokens those that fit the prompt best are gone on with
         (arXiv 2604.15453). The first tokens decide most, and any beginning can be looked at.
 
         Args:
             num_beams: candidates that are kept each time.
             num_candidates: that are drawn each time, as many from each of those kept.
-            num_tokens: of the picture; None is the model's own.
+            num_tokens: of the image; None is the model's own.
             generator: of all random numbers.
             settings: of `stream`, e.g. guidance_scale.
 
         Yields:
-            What is kept after each number of tokens, the last being a single picture.
+            What is kept after each number of tokens, the last being a single image.
 
         Raises:
             ValueError: no beam, or candidates that are no multiple of the beams; a model that cannot rank.

@@ -1,4 +1,4 @@
-"""Pictures from classes or captions with LlamaGen (arXiv 2406.06525)."""
+"""Images from classes or captions with LlamaGen (arXiv 2406.06525)."""
 
 from pathlib import Path
 
@@ -23,7 +23,7 @@ from tokenizers_img.vit_vqgan import ViTVQGAN
 class LlamaGenPipeline(TokenPipeline):
     """Args:
     transformer: the generator.
-    vq: the network of its picture tokenizer.
+    vq: the network of its image tokenizer.
     text_encoder, tokenizer: for a model of captions; None for a model of classes. They are flan-t5-xl's as published;
         the shipped model has a CLIP, which can rank candidates, too.
     groups: what a model of captions takes as "class:NAME".
@@ -123,7 +123,7 @@ class LlamaGenPipeline(TokenPipeline):
         )
 
     def control(self, controls: list[Control]) -> Tensor:
-        """What prepared control pictures add to the stream, as `LlamaGenSession` takes it."""
+        """What prepared control images add to the stream, as `LlamaGenSession` takes it."""
         raise NotImplementedError
 
     def encode_text(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
@@ -145,7 +145,7 @@ class LlamaGenPipeline(TokenPipeline):
         return self.vq.config.image_size if fixed else self.image_tokenizer.stride * self.transformer.config.grid
 
     def decode_tokens(self, tokens: Tensor) -> Tensor:
-        """See `TokenPipeline.decode_tokens`. The shipped picture tokenizer knows one size: what a grid lacks is blank."""
+        """See `TokenPipeline.decode_tokens`. The shipped image tokenizer knows one size: what a grid lacks is blank."""
         shape = tokens.shape[1:]
         if not isinstance(self.vq, ViTVQGAN):
             return self.image_tokenizer.decode(tokens.flatten(1), shape).clamp(0, 1)
@@ -155,7 +155,7 @@ class LlamaGenPipeline(TokenPipeline):
         return self.vq.decode(grid.flatten(1))[..., : cell * shape[0], : cell * shape[1]].clamp(0, 1)
 
     def blank_tokens(self, shape: tuple[int, int]) -> Tensor:
-        """See `TokenPipeline.blank_tokens`: those of a white picture."""
+        """See `TokenPipeline.blank_tokens`: those of a white image."""
         fixed = isinstance(self.vq, ViTVQGAN)
         size = (self.vq.config.image_size,) * 2 if fixed else [self.image_tokenizer.stride * side for side in shape]
         white = torch.ones(1, 3, *size, device=self.device, dtype=self.vq.dtype)

@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 class PartiPipeline(TokenPipeline):
     """Args:
-    clip: text/picture encoder; its text half conditions the generator, both halves rank candidates.
+    clip: text/image encoder; its text half conditions the generator, both halves rank candidates.
     tokenizer: of the text.
     transformer: the generator.
     image_tokenizer: turns the generator's tokens into pixels.
@@ -63,7 +63,7 @@ class PartiPipeline(TokenPipeline):
         return self.image_tokenizer.decode(tokens.flatten(1)).clamp(0, 1)
 
     def blank_tokens(self, shape: tuple[int, int]) -> Tensor:
-        """See `TokenPipeline.blank_tokens`: those of a white picture."""
+        """See `TokenPipeline.blank_tokens`: those of a white image."""
         size = self.image_tokenizer.config.image_size
         white = torch.ones(1, 3, size, size, device=self.device, dtype=self.image_tokenizer.dtype)
         return self.image_tokenizer.encode(white)[0].unflatten(0, shape)

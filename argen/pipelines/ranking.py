@@ -42,20 +42,20 @@ class Ranking:
     ) -> tuple[list[int], list[float]]:
         """Of the `candidates` of each prompt the `num_images` that fit it best: their indices, best first, and scores."""
         images, selected, scores = self.images(tokens), [], []
-        for first, prompt in zip(range(0, len(images), candidates), prompts, strict=True):
-            ranked = self.rank(prompt, images[first : first + candidates])
+        for start, prompt in zip(range(0, len(images), candidates), prompts, strict=True):
+            ranked = self.rank(prompt, images[start : start + candidates])
             order = sorted(range(candidates), key=lambda index: -ranked[index])
-            order = distinct_first(order, tokens[first : first + candidates])[:num_images]
-            selected += [first + index for index in order]
+            order = distinct_first(order, tokens[start : start + candidates])[:num_images]
+            selected += [start + index for index in order]
             scores += [ranked[index] for index in order]
         return selected, scores
 
 
 def distinct_first(order: list[int], tokens: Tensor) -> list[int]:
     """Candidates in an order -> those that an earlier one equals at the end, taken only where there are not enough others."""
-    seen, first, again = set(), [], []
+    keys, unique, repeated = set(), [], []
     for index in order:
         key = tokens[index].cpu().numpy().tobytes()
-        (again if key in seen else first).append(index)
-        seen.add(key)
-    return first + again
+        (repeated if key in keys else unique).append(index)
+        keys.add(key)
+    return unique + repeated

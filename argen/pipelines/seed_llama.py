@@ -1,4 +1,4 @@
-"""Pictures from words, and words from pictures, with SEED-LLaMA (arXiv 2310.01218): one language model over both."""
+"""Images from words, and words from images, with SEED-LLaMA (arXiv 2310.01218): one language model over both."""
 
 import re
 from collections.abc import Iterator, Sequence
@@ -61,11 +61,11 @@ class SeedLlamaPipeline(TokenPipeline):
     """Args:
     transformer: the language model.
     tokenizer: of its words, from `argen.models.seed_llama.read_tokenizer`.
-    image_tokenizer: of its pictures.
+    image_tokenizer: of its images.
     format: a name of `FORMATS`.
 
     Raises:
-        ValueError: an unknown format; a language model without pictures, or with those of another tokenizer.
+        ValueError: an unknown format; a language model without images, or with those of another tokenizer.
     """
 
     canvas = TokenSequence()
@@ -113,7 +113,7 @@ class SeedLlamaPipeline(TokenPipeline):
     def start(
         self, prompts: list[str], guided: bool, shape: tuple[int, int] | None = None, controls: None = None
     ) -> SeedLlamaSession:
-        """See `TokenPipeline.start`; without a prompt the model is asked for any picture."""
+        """See `TokenPipeline.start`; without a prompt the model is asked for any image."""
         rows = [self.encode_text(self.format.ask.format(self.request(prompt))) for prompt in prompts]
         rows += [self.encode_text("")] * len(prompts) if guided else []
         return SeedLlamaSession(self.transformer, rows, guided, self.words, self.length)
@@ -124,7 +124,7 @@ class SeedLlamaPipeline(TokenPipeline):
         return caption if re.search(r"[.?!]$", caption) else self.format.request.format(caption)
 
     def encode_text(self, text: str) -> list[int]:
-        """Ids of a text, which may hold pictures in their words; the model's start stands before it."""
+        """Ids of a text, which may hold images in their words; the model's start stands before it."""
         return self.tokenizer("<s>" + text, add_special_tokens=False).input_ids
 
     def decode_tokens(self, tokens: Tensor) -> Tensor:
@@ -133,12 +133,12 @@ class SeedLlamaPipeline(TokenPipeline):
 
     @torch.no_grad()
     def read(self, image: Image.Image) -> list[int]:
-        """The codes of a picture."""
+        """The codes of an image."""
         pixels = self.image_tokenizer.prepare(image)[None].to(self.device)
         return self.image_tokenizer.encode(pixels)[0].tolist()
 
     def likelihoods(self, images: Sequence[Image.Image], captions: Sequence[str]) -> Tensor:
-        """How much likelier each caption is after each picture than alone, in nats [B, captions]: the largest of a row names it.
+        """How much likelier each caption is after each image than alone, in nats [B, captions]: the largest of a row names it.
         For models that caption without being asked, as argen/emoji-seed-lm."""
         parts = self.transformer, self.tokenizer, self.words
         return likelihoods(*parts, [self.read(image) for image in images], captions) - likelihoods(
@@ -146,7 +146,7 @@ class SeedLlamaPipeline(TokenPipeline):
         )
 
     def describe(self, image: Image.Image, question: str = "", **settings) -> str:
-        """What the model says of a picture.
+        """What the model says of an image.
 
         Args:
             question: about it; without one the model says what it sees.
@@ -162,10 +162,10 @@ class SeedLlamaPipeline(TokenPipeline):
         top_p: float = 0.5,
         seed: int = 0,
     ) -> Iterator[str | Image.Image]:
-        """What the model says next, piece by piece: text as it is written, and pictures.
+        """What the model says next, piece by piece: text as it is written, and images.
 
         Args:
-            turns: what was said, the user first and then in turn, each a list of texts and pictures.
+            turns: what was said, the user first and then in turn, each a list of texts and images.
             max_new_tokens, temperature, top_p: of the answer; 0 takes the most probable word each time.
 
         Raises:
@@ -215,7 +215,7 @@ class SeedLlamaPipeline(TokenPipeline):
             raise failure[0]
 
     def _parts(self, pieces: Iterator[str]) -> Iterator[str | Image.Image]:
-        """Texts as they come -> texts without the words of pictures, and the pictures."""
+        """Texts as they come -> texts without the words of images, and the images."""
         buffer = ""
         for piece in pieces:
             buffer += piece.replace(self.tokenizer.eos_token, "")

@@ -1,4 +1,4 @@
-"""Pictures from classes or captions with xAR (arXiv 2502.20388): continuous latents, entity by entity."""
+"""Images from classes or captions with xAR (arXiv 2502.20388): continuous latents, entity by entity."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -44,7 +44,7 @@ class LatentStep:
 class XARPipeline(TokenPipeline):
     """Args:
     transformer: the generator.
-    vae: the network of its picture tokenizer.
+    vae: the network of its image tokenizer.
     text_encoder, tokenizer: for a model of captions; None for a model of classes, as published.
     groups: what a model of captions takes as "class:NAME".
     """
@@ -107,7 +107,7 @@ class XARPipeline(TokenPipeline):
         super().check(request)
 
     def start(self, prompts: list[str], guided: bool, times: list[float]) -> XARSession:
-        """A fresh session for one picture of each prompt, which will be asked at `times`.
+        """A fresh session for one image of each prompt, which will be asked at `times`.
 
         Raises:
             ValueError: there is no such class.
@@ -167,7 +167,7 @@ class XARPipeline(TokenPipeline):
         channels = latents.shape[1]
 
         def noise(entity: int, draws: int) -> tuple[Tensor, Tensor]:
-            """Of each picture from its own generator, in the order of the authors' code."""
+            """Of each image from its own generator, in the order of the authors' code."""
             size = lengths[entity], channels
             start = [torch.randn(size, generator=generator) for generator in generators]
             extra_noise = [
@@ -178,13 +178,13 @@ class XARPipeline(TokenPipeline):
             stacked = stacked if sampler.precise else stacked.float()
             return torch.stack(start).to(self.device), stacked.to(self.device)
 
-        known = self.canvas.decided(latents)
-        step, emitted = LatentStep(latents, known, 0, 0), -every
+        decided = self.canvas.decided(latents)
+        step, emitted = LatentStep(latents, decided, 0, 0), -every
         for state in sampler(session, entities.patchify(latents), lengths, scale, noise):
             finished = entities.unpatchify((torch.arange(sum(lengths)) < state.finished)[None, :, None])[0, 0]
             step = LatentStep(
                 entities.unpatchify(state.sequence),
-                finished.to(known.device) | known,
+                finished.to(decided.device) | decided,
                 self._cells(state.decided),
                 state.forward_passes,
             )
@@ -195,7 +195,7 @@ class XARPipeline(TokenPipeline):
             yield step
 
     def _cells(self, positions: int) -> int:
-        """Cells of the picture that so many positions of the sequence are worth."""
+        """Cells of the image that so many positions of the sequence are worth."""
         return positions * self.length // sum(self.transformer.entities.lengths)
 
     @property

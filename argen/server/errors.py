@@ -118,15 +118,15 @@ async def handle_known(request: Request, error: Exception) -> JSONResponse:
 
 def describe_validation_error(error: RequestValidationError) -> tuple[str, str | None, str | None]:
     """(message, parameter, code of OpenAI) of a body that does not fit."""
-    first = error.errors()[0]
-    where = [str(part) for part in first["loc"] if part not in ("body", "query", "path")]
-    where = [part for part in where if re.fullmatch(r"[\w-]+(\[\])?", part)]
-    if first["type"] == "json_invalid":
-        return f"the body is not JSON: {first['msg']}", None, "invalid_json"
-    param = where[0] if where else None
+    details = error.errors()[0]
+    location = [str(part) for part in details["loc"] if part not in ("body", "query", "path")]
+    location = [part for part in location if re.fullmatch(r"[\w-]+(\[\])?", part)]
+    if details["type"] == "json_invalid":
+        return f"the body is not JSON: {details['msg']}", None, "invalid_json"
+    param = location[0] if location else None
     code = CODES.get(
-        first["type"], "invalid_type" if first["type"].endswith(("_type", "_parsing")) else "invalid_value"
+        details["type"], "invalid_type" if details["type"].endswith(("_type", "_parsing")) else "invalid_value"
     )
-    if isinstance(first.get("input"), float):
+    if isinstance(details.get("input"), float):
         code = code.replace("integer", "decimal")
-    return f"{'.'.join(where)}: {first['msg']}" if where else first["msg"], param, code
+    return f"{'.'.join(location)}: {details['msg']}" if location else details["msg"], param, code

@@ -97,7 +97,12 @@ class Guard:
                 if self.keys:
                     self.tries.check(address)
                 scope.setdefault("state", {})["owner"] = self.owner(headers)
-            if self.keys and path.startswith(PAGE) and not path.startswith(OPEN) and not self.sessions.known(headers):
+            if (
+                self.keys
+                and path.startswith(PAGE)
+                and not path.startswith(OPEN)
+                and not self.sessions.logged_in(headers)
+            ):
                 raise HTTPException(403, "log in at the page first")
             if path.startswith(STREAMING_PATHS) and self.open_streams[address] >= MAX_OPEN_STREAMS:
                 raise HTTPException(
@@ -179,7 +184,7 @@ class Sessions(dict[str, str]):
     def __setitem__(self, token: str, name: str) -> None:
         super().__setitem__(token, self.owner.get())
 
-    def known(self, headers: Headers) -> bool:
+    def logged_in(self, headers: Headers) -> bool:
         """Whether the cookies of a request are those of somebody who is logged in."""
         cookies = cookie_parser(headers.get("cookie", ""))
         return any(name.startswith("access-token-") and value in self for name, value in cookies.items())

@@ -1,4 +1,4 @@
-"""What the tabs share that ask the queue: pictures as they are written, what can be done with a job, and the line."""
+"""What the tabs share that ask the queue: images as they are written, what can be done with a job, and the line."""
 
 import math
 import sqlite3
@@ -22,7 +22,7 @@ from samplers.steps import Origin
 from tokenizers_img.pixels import opaque, upright
 
 TINTS = {Origin.ACCEPTED: (0, 160, 60, 110), Origin.RELAXED: (240, 130, 0, 130)}  # RGBA
-PREVIEW_SIDE = 256  # of the shown pictures, in pixels; the files keep the model's size
+PREVIEW_SIDE = 256  # of the shown images, in pixels; the files keep the model's size
 TICK, LINE_TICK = 0.4, 1.0  # seconds between looks at a job, and at the line
 
 
@@ -231,7 +231,7 @@ def queue_row(progress: Progress) -> list:
 
 
 def status_text(progress: Progress) -> str:
-    """A job that makes no pictures (yet), in words."""
+    """A job that makes no images (yet), in words."""
     if progress.state == WAITING:
         return f"waiting, number {progress.place} in the queue"
     if progress.state == FAILED:
@@ -248,7 +248,7 @@ def speed_text(progress: Progress) -> str:
 
 
 def display_settings(request: Request) -> dict:
-    """The settings of a request without its pictures."""
+    """The settings of a request without its images."""
     control = request.control
     control_settings = {"kind": control.kind, "strength": control.strength, "size": control.size} if control else None
     return {
@@ -257,7 +257,7 @@ def display_settings(request: Request) -> dict:
 
 
 def origin_overlay(image: Image.Image, origins: Grid) -> Image.Image:
-    """A picture with each cell in the colour of how it came by its token, rows of `samplers.steps.Origin`."""
+    """An image with each cell in the colour of how it came by its token, rows of `samplers.steps.Origin`."""
     rows = np.array(origins)
     tint = np.zeros((*rows.shape, 4), np.uint8)
     for origin, colour in TINTS.items():
@@ -266,13 +266,13 @@ def origin_overlay(image: Image.Image, origins: Grid) -> Image.Image:
 
 
 def overlay(image: Image.Image, tint: np.ndarray) -> Image.Image:
-    """A picture under the colours of its cells, [h, w, 4] RGBA uint8."""
+    """An image under the colours of its cells, [h, w, 4] RGBA uint8."""
     large = upright(enlarge(image))
     over = Image.fromarray(tint, "RGBA").resize(large.size, Image.Resampling.NEAREST)
     return opaque(Image.alpha_composite(large, over))
 
 
 def enlarge(image: Image.Image) -> Image.Image:
-    """A picture that is large enough to look at."""
+    """An image that is large enough to look at."""
     factor = max(1, PREVIEW_SIDE // image.width)
     return image.resize((image.width * factor, image.height * factor))

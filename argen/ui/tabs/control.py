@@ -1,4 +1,4 @@
-"""The tab that follows a control picture: draw one or give one, see what the generator will see, and draw after it."""
+"""The tab that follows a control image: draw one or give one, see what the generator will see, and draw after it."""
 
 import gradio as gr
 from PIL import Image

@@ -1,4 +1,4 @@
-"""The tab of the tools on diffusers' pipelines: bind, erase and count, each with the picture before and after."""
+"""The tab of the tools on diffusers' pipelines: bind, erase and count, each with the image before and after."""
 
 import threading
 from collections.abc import Callable, Iterator
@@ -22,11 +22,11 @@ from tokenizers_img.pixels import to_pil
 
 
 class Stopped(Exception):
-    """Nobody waits for the picture any more."""
+    """Nobody waits for the image any more."""
 
 
 def steps_of(draw: Callable[..., Image.Image]) -> Iterator[float | Image.Image]:
-    """What a call of a pipeline is at, from 0 to 1, and at last its picture. When this is left before, the call ends at its
+    """What a call of a pipeline is at, from 0 to 1, and at last its image. When this is left before, the call ends at its
     next step.
 
     Args:
@@ -67,7 +67,9 @@ def draw_steps(pipe: DiffusionPipeline, prompt: str, arguments: dict, call: Call
         asked: what the call is given; "generator" is a seed.
     """
     arguments = arguments | {"generator": torch.Generator().manual_seed(arguments["generator"])}
-    with closing(steps_of(lambda **more: enlarge((call or pipe)(prompt, **arguments, **more).images[0]))) as updates:
+    with closing(
+        steps_of(lambda **callback: enlarge((call or pipe)(prompt, **arguments, **callback).images[0]))
+    ) as updates:
         yield from updates
 
 
@@ -97,7 +99,7 @@ def bind(pipe: DiffusionPipeline, prompt: str, pairs: str, strength: str, argume
         if isinstance(before, float):
             yield None, None, f"before: {before:.0%}"
     for update in draw_steps(
-        pipe, parsed.prompt, arguments, lambda _, **more: bound(parsed, settings=strength, **more)
+        pipe, parsed.prompt, arguments, lambda _, **keywords: bound(parsed, settings=strength, **keywords)
     ):
         running = isinstance(update, float)
         yield before, None if running else update, f"after: {update:.0%}" if running else str(parsed)

@@ -93,7 +93,7 @@ class Edit:
         outpaint_button.click(self.handler_for(outpaint), [*inputs, side, num_cells], self.view.job_outputs)
 
     def use_latest(self, request: gr.Request) -> tuple:
-        """(the picture that was finished last, its prompt, its id)."""
+        """(the image that was finished last, its prompt, its id)."""
         with user_errors():
             matches = self.context.studio.store.images(owner=self.context.owner(request), limit=1)
             if not matches:
@@ -103,7 +103,7 @@ class Edit:
         return side.resize((side.width * factor, side.height * factor)), matches[0].request.prompt, matches[0].id
 
     def stored_tokens(self, source: str | None, request: gr.Request) -> Grid | None:
-        """The tokens of the picture that was taken from the store; None where it was another's, or is gone."""
+        """The tokens of the image that was taken from the store; None where it was another's, or is gone."""
         if source is None:
             return None
         try:
@@ -170,7 +170,7 @@ def outpaint(
 
 
 def background_image(canvas: dict | None) -> Image.Image:
-    """The picture under the strokes.
+    """The image under the strokes.
 
     Raises:
         ValueError: there is none.

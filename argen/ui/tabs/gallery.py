@@ -99,7 +99,7 @@ class Gallery:
 
     def owned_image(self, id: str, request: gr.Request) -> SavedImage:
         """Raises:
-        KeyError: there is no such picture of this owner.
+        KeyError: there is no such image of this owner.
         """
         image = self.studio.store.image(id)
         if image.owner != self.context.owner(request):
@@ -112,7 +112,7 @@ class Gallery:
         return self.owned_image(selected_ids[-1], request)
 
     def select(self, page_ids: list[str], selected_ids: list[str], event: gr.SelectData, request: gr.Request) -> tuple:
-        """(picture, its settings, the pair, chosen)."""
+        """(image, its settings, the pair, chosen)."""
         with user_errors():
             image = self.owned_image(page_ids[event.index], request)
             selected_ids = [*selected_ids[-1:], image.id] if image.id not in selected_ids[-1:] else selected_ids
@@ -141,7 +141,7 @@ class Gallery:
         return gr.update(value=str(file), visible=True)
 
     def confidence_maps(self, selected_ids: list[str], request: gr.Request) -> list[tuple]:
-        """The picture under what the network made of each of its cells."""
+        """The image under what the network made of each of its cells."""
         with user_errors():
             saved = self.selected(selected_ids, request)
             if saved.tokens is None:

@@ -1,4 +1,4 @@
-"""The tab that asks for many pictures at once: one prompt under several settings, and tables of requests."""
+"""The tab that asks for many images at once: one prompt under several settings, and tables of requests."""
 
 from pathlib import Path
 
