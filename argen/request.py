@@ -178,14 +178,14 @@ class Request:
                 "num_candidates",
             )
         if self.num_beams is not None:
-            check_beams(self.num_beams, self.drawn)
+            check_beams(self.num_beams, self.num_drawn)
         if self.tokens is not None:
             check_grid(self.tokens)
             if min(map(min, self.tokens)) >= 0:
                 raise ValueError("tokens leave nothing to write: expected -1 in one cell or more")
 
     @property
-    def drawn(self) -> int:
+    def num_drawn(self) -> int:
         """Images that are drawn to choose from."""
         if self.num_candidates is None:
             return CANDIDATES_A_BEAM * self.num_beams if self.num_beams else self.num_images
@@ -197,7 +197,7 @@ class Request:
 
     def generators(self) -> list[torch.Generator]:
         """A generator for each image that is drawn; with `num_beams`, for each that is searched for."""
-        count = self.num_images if self.num_beams else self.drawn
+        count = self.num_images if self.num_beams else self.num_drawn
         return [torch.Generator().manual_seed(self.seed + i) for i in range(count)]
 
     def for_image(self, index: int) -> "Request":

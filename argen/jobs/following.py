@@ -1,4 +1,4 @@
-"""A job followed from an event loop: waiting costs no thread."""
+"""Following a job from an event loop, so that waiting costs no thread."""
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -7,15 +7,15 @@ from anyio.to_thread import run_sync
 
 from argen.jobs.queue import Progress, Studio
 
-CHECK_EVERY = 1.0  # seconds between looks whether anybody still waits
+CHECK_EVERY = 1.0  # seconds between checks whether the client is still connected
 
 
 class ServerStopping(RuntimeError):
-    """The program stops: the job is kept, and goes on when it is started again."""
+    """The server stops: the job is kept, and resumes when the server is started again."""
 
 
 class ClientDisconnected(ConnectionError):
-    """Nobody waits for the job any more."""
+    """The client that waited for the job has disconnected."""
 
 
 async def never_disconnected() -> bool:
@@ -25,13 +25,13 @@ async def never_disconnected() -> bool:
 async def follow(
     studio: Studio, id: str, is_disconnected: Callable[[], Awaitable[bool]] = never_disconnected
 ) -> AsyncIterator[Progress]:
-    """A job's progress whenever it changes, until it is over.
+    """Yield a job's progress whenever it changes, until it is over.
 
     Args:
-        gone: whether nobody waits any more.
+        is_disconnected: whether the client has disconnected.
 
     Raises:
-        Stopping, Gone, KeyError: see there; there is no such job.
+        ServerStopping, ClientDisconnected, KeyError: see there; there is no such job.
     """
     loop, changed = asyncio.get_running_loop(), asyncio.Event()
     with studio.listening(id, lambda: loop.call_soon_threadsafe(changed.set)):
@@ -53,7 +53,7 @@ async def follow(
 
 
 async def final_progress(progress: AsyncIterator[Progress]) -> Progress:
-    """How a job that is followed ended."""
+    """Return the final progress of a job that is followed."""
     final = None
     async for update in progress:
         final = update

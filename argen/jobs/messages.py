@@ -1,4 +1,4 @@
-"""What somebody who asked from elsewhere is told of an error."""
+"""Error messages for remote clients."""
 
 import errno
 import re
@@ -9,7 +9,7 @@ PATHS = re.compile(r"(?<![\w/.:<])(?:/[^\s/'\":,;()]+)+/(?=[^\s/])")  # the fold
 
 
 def error_message(error: Exception) -> str:
-    """An error in one line for somebody who asked from elsewhere: of the paths of this machine the last names alone."""
+    """Return an error as one line for a remote client; of the paths of this machine only the last names are kept."""
     if isinstance(error, OSError) and error.errno in DISK_FULL:
         return f"the disk of the server is full ({error.strerror}): nothing can be written"
     if isinstance(error, OSError) and error.filename is not None:

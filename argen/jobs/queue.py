@@ -1,7 +1,7 @@
-"""One queue for every face of argen: page, APIs and batches submit requests here, and one worker carries them out in turn.
+"""The queue of all front ends: page, APIs and batches submit generation requests, and one worker runs them one by one.
 
-Jobs can be cancelled at any token, taken up again, moved, and looked at while they are written; what is finished, and what waits,
-is on disk and survives the program.
+Jobs can be cancelled at any token, resumed, moved, and previewed while they run; finished and waiting jobs are on disk and survive
+a restart.
 """
 
 import logging
@@ -41,35 +41,38 @@ from argen.pipelines.base import TokenPipeline
 from argen.request import Job, Request, rows_of
 
 logger = logging.getLogger(__name__)
-LOCAL = "local"  # owner of what no key asked for
+LOCAL = "local"  # owner of requests without a key
 MAX_WAITING_JOBS = 1000  # jobs of one owner
-PREVIEW_EVERY, PREVIEW_FOR = 0.4, 5.0  # seconds between previews, and how long one is wanted after it was looked at
+PREVIEW_EVERY, PREVIEW_FOR = (
+    0.4,
+    5.0,
+)  # seconds between previews, and how long they are made after the last request for one
 MAX_PREVIEW_IMAGES = 9  # images of a preview at most
 RETRY_AFTER = 2.0  # seconds until the database is written to again, after it could not be
 MAX_STOPPED_PREVIEWS = 32  # of jobs that were stopped
 
 
 class QueueFull(ValueError):
-    """Too much waits already."""
+    """Too many jobs or clients are waiting."""
 
 
 class Forbidden(PermissionError):
-    """It belongs to somebody else, or is the administrator's to do."""
+    """The job belongs to another owner, or only the administrator may do this."""
 
 
 @dataclass
 class Progress:
-    """How a job is getting on; each change has a new version.
+    """State and progress of a job; each change has a new version.
 
     Attributes:
-        stage: what is done just now.
+        stage: current stage, e.g. "loading the model".
         decided, cells: of each image, so far and in all.
         forward_passes: of the network.
         seconds: of work so far.
-        preview: images as far as they are written; None where nobody looked.
-        partials: the first image at each of the shares asked for in `Studio.submit`.
-        images: what was made, once it is done.
-        place: in the line, from 1; 0 when it is not waiting.
+        preview: unfinished images; None where nobody requested a preview.
+        partials: the first image at each share requested by `Studio.submit`.
+        images: the finished images, once it is done.
+        place: position in the queue, from 1; 0 when it is not waiting.
         eta: seconds to the end; None while unknown.
     """
 
@@ -97,13 +100,13 @@ class Progress:
 
     @property
     def share(self) -> float:
-        """Done of all, 0 to 1."""
+        """Share of the cells that are decided, 0 to 1."""
         return 1.0 if self.state == DONE else self.decided / max(1, self.cells)
 
     @property
     def speed(self) -> float:
-        """Tokens a second, of all images together."""
-        return self.decided * self.request.drawn / self.seconds if self.seconds else 0.0
+        """Tokens per second, over all images."""
+        return self.decided * self.request.num_drawn / self.seconds if self.seconds else 0.0
 
 
 class Studio:
@@ -114,9 +117,9 @@ class Studio:
         folders: where saved pipelines may be loaded from, beside the models that have an id.
 
     Attributes:
-        store: what is kept.
-        device: held by whoever uses the models; the worker lets go of it between jobs.
-        paused: whether the worker rests, at a token if it is in a job.
+        store: jobs and images on disk.
+        device: lock that whoever uses the models holds; the worker releases it between jobs.
+        paused: whether the worker pauses, between two steps of its job if it has one.
     """
 
     def __init__(
@@ -131,17 +134,17 @@ class Studio:
         self.changed = threading.Condition()
         self.live: Progress | None = None
         self.preview_requested, self.cancelled, self.closing = 0.0, False, False
-        self.listeners: dict[str, set[Callable[[], object]]] = defaultdict(set)  # id of a job -> who wants to know
-        self.partials: dict[str, int] = {}  # id of a job -> images wanted while it is written
-        self.stopped_previews: dict[str, list[Image.Image]] = {}  # id of a job that was stopped -> its last preview
-        self.seconds_per_image: dict[str, float] = {}  # model -> seconds an image
-        for row in self.store.jobs(RUNNING, limit=-1):  # the program ended in the middle
+        self.listeners: dict[str, set[Callable[[], object]]] = defaultdict(set)  # id of a job -> callbacks
+        self.partials: dict[str, int] = {}  # id of a job -> number of partial images
+        self.stopped_previews: dict[str, list[Image.Image]] = {}  # id of a stopped job -> its last preview
+        self.seconds_per_image: dict[str, float] = {}  # by model
+        for row in self.store.jobs(RUNNING, limit=-1):  # interrupted by the end of the program
             self.store.update_job(row["id"], state=WAITING)
         self.worker = threading.Thread(target=self._run_worker, name="argen worker", daemon=True)
         self.worker.start()
 
     def close(self) -> None:
-        """Stop, at the next token; a job in the middle will be waiting."""
+        """Stop at the next token; an unfinished job goes back to waiting."""
         with self.changed:
             self.closing = True
             self.changed.notify_all()
@@ -150,16 +153,16 @@ class Studio:
 
     @property
     def alive(self) -> bool:
-        """Whether jobs are being run, or will be."""
+        """Whether the worker runs jobs."""
         return self.worker.is_alive() and not self.closing
 
-    # what is asked
+    # commands
 
     def submit(self, request: Request, owner: str = LOCAL, partials: int = 0) -> str:
         """Put a request at the end of the queue -> the id of its job.
 
         Args:
-            partials: how often the first image is wanted while it is written: at 1 / (partials + 1) of its tokens, and so on.
+            partials: number of partial images of the first image, at 1 / (partials + 1) of its tokens, and so on.
 
         Raises:
             QueueFull, UnknownModel: too many jobs of this owner wait; see `ModelAccess.check`.
@@ -181,10 +184,10 @@ class Studio:
         return ids
 
     def cancel(self, id: str, owner: str | None = None) -> None:
-        """Take a job out of the line, or stop it at the next token; what is written is kept for `resume`.
+        """Remove a job from the queue, or stop it at the next token; its tokens are kept for `resume`.
 
         Args:
-            owner: who asks; None may do anything.
+            owner: who cancels; None may cancel any job.
 
         Raises:
             KeyError, Forbidden: there is no such job; it is somebody else's.
@@ -199,7 +202,7 @@ class Studio:
             self._notify(id)
 
     def resume(self, id: str, owner: str | None = None) -> None:
-        """Put a cancelled or failed job back into the line; it goes on from its tokens. Raises as `cancel` does.
+        """Queue a cancelled or failed job again; it resumes from its tokens. Raises as `cancel` does.
 
         Raises:
             ValueError: it is waiting, running or done.
@@ -212,12 +215,12 @@ class Studio:
             self.changed.notify_all()
 
     def submit_next_seeds(self, id: str, owner: str | None = None) -> str:
-        """The same with the seeds that follow -> the id of the new job. Raises as `cancel` and `submit` do."""
+        """Submit the same request with the seeds that follow -> the id of the new job. Raises as `cancel` and `submit` do."""
         row = self._owned_row(id, owner)
         request, fault = read_row(request_of, row["request"])
         if request is None:
             raise ValueError(fault)
-        return self.submit(replace(request, seed=request.seed + request.drawn), row["owner"])
+        return self.submit(replace(request, seed=request.seed + request.num_drawn), row["owner"])
 
     def move(self, id: str, places: int, owner: str | None = None) -> None:
         """Move a waiting job so many places back, or forward if negative. Raises as `cancel` does."""
@@ -228,7 +231,7 @@ class Studio:
 
     @contextmanager
     def listening(self, id: str, callback: Callable[[], object]) -> Iterator[None]:
-        """Meanwhile `tell` is called whenever a job changes, by the thread that changes it."""
+        """Context in which `callback` is called whenever a job changes, by the thread that changes it."""
         with self.changed:
             self.listeners[id].add(callback)
         try:
@@ -240,19 +243,19 @@ class Studio:
                     del self.listeners[id]
 
     def pause(self, paused: bool = True) -> None:
-        """Rest, or go on."""
+        """Pause or resume the queue."""
         with self.changed:
             self.paused = paused
             self.changed.notify_all()
 
-    # what is told
+    # state
 
     def progress(self, id: str, preview: bool = False, owner: str | None = None) -> Progress:
-        """How a job is getting on. Raises as `cancel` does.
+        """Return the progress of a job. Raises as `cancel` does.
 
         Args:
-            preview: whether images are wanted while it is written; the next ones come soon.
-            owner: who asks; None may see anything.
+            preview: request previews; they appear in the following updates.
+            owner: who asks; None may see any job.
         """
         with self.changed:
             if preview and self.live is not None and self.live.id == id:
@@ -260,7 +263,7 @@ class Studio:
             return self._to_progress(self._owned_row(id, owner))
 
     def queue(self, owner: str | None = None) -> list[Progress]:
-        """What runs and what waits, in order."""
+        """Return the running and the waiting jobs, in order."""
         with self.changed:
             positions = self.store.queue_positions()
             jobs = [self._to_progress(row, positions) for row in self.store.jobs(RUNNING, WAITING, owner=owner)]
@@ -272,7 +275,7 @@ class Studio:
         return jobs
 
     def watch(self, id: str, preview: bool = False, patience: float = 1.0) -> Iterator[Progress]:
-        """A job's progress whenever it changes, and at least every `patience` seconds, until it is over.
+        """Yield a job's progress whenever it changes, and at least every `patience` seconds, until it is over.
 
         Raises:
             KeyError: there is no such job.
@@ -301,14 +304,14 @@ class Studio:
 
     @contextmanager
     def model(self, name: str, kind: str = "generator") -> Iterator[TokenPipeline]:
-        """A model, for something that is no job; the worker waits meanwhile. Raises as `ModelAccess` does."""
+        """Context with a model, for work outside the queue; the worker waits meanwhile. Raises as `ModelAccess` does."""
         with self.device:
             yield self.models(name, kind)
 
     # the worker
 
     def _notify(self, id: str) -> None:
-        """A job has changed; called with `changed` held."""
+        """Notify the listeners of a job that changed; called with `changed` held."""
         self.changed.notify_all()
         for callback in list(self.listeners.get(id, ())):
             with suppress(RuntimeError):  # its event loop is closed
@@ -323,8 +326,11 @@ class Studio:
         return row
 
     def _to_progress(self, row, positions: dict[str, int] | None = None) -> Progress:
-        """A row of the store, or what is newer of the job that runs; `places` of those that wait, where they are known. One that
-        cannot be read has failed."""
+        """Convert a row of the store to progress; the running job has a newer one in memory. A row that cannot be read has failed.
+
+        Args:
+            positions: of the waiting jobs; None reads them from the store.
+        """
         if self.live is not None and self.live.id == row["id"]:
             return replace(self.live)
         names = "id", "owner", "state", "created", "decided", "cells", "seconds", "error"
@@ -344,10 +350,10 @@ class Studio:
 
     def _estimated_seconds(self, request: Request) -> float | None:
         rate = self.seconds_per_image.get(request.model)
-        return None if rate is None else rate * request.drawn
+        return None if rate is None else rate * request.num_drawn
 
     def _next_job(self) -> Progress | None:
-        """Wait for a job and take it; None when the studio closes."""
+        """Wait for the next job and start it; None when the studio closes."""
         with self.changed:
             while not self.closing:
                 try:
@@ -364,7 +370,7 @@ class Studio:
         return None
 
     def _start_job(self, id: str) -> Progress | None:
-        """Take a waiting job; None if it cannot be read, and so has failed."""
+        """Start a waiting job; None if it cannot be read, so that it failed."""
         live = self._to_progress(self.store.job(id))
         if live.state == FAILED:
             self.store.update_job(id, state=FAILED, error=live.error, finished=time.time())
@@ -383,7 +389,7 @@ class Studio:
                 with self.device:
                     if not self._run_job(live):
                         state = WAITING if self.closing and not self.cancelled else CANCELLED
-            except Exception as failure:  # whatever it is, the next job must have its turn
+            except Exception as failure:  # whatever it is, the next job must run
                 expected = isinstance(
                     failure, ValueError | OSError | ModuleNotFoundError | sqlite3.Error | UnknownModel
                 )
@@ -396,8 +402,8 @@ class Studio:
             self._finish_job(live, state, error)
 
     def _finish_job(self, live: Progress, state: str, error: str) -> None:
-        """Write down how a job ended; tried again until the database can be written, or the studio closes (then the job is run again
-        when the program is started again)."""
+        """Save the final state of a job; retried until the database can be written, or the studio closes (the job then runs again
+        after the next start)."""
         counts = {name: getattr(live, name) for name in ("decided", "cells", "seconds")} | {
             "passes": live.forward_passes
         }
@@ -415,7 +421,7 @@ class Studio:
                 except sqlite3.Error as failure:
                     logger.warning("the end of job %s cannot be written (%s)", live.id, failure)
                     state, error = FAILED, error or f"the database cannot be written ({failure}): is the disk full?"
-                    live.state, live.error = state, error  # who waits for it is told at once
+                    live.state, live.error = state, error  # clients that wait for it see this at once
                     self._notify(live.id)
                     self.changed.wait(RETRY_AFTER)
                     if self.closing:
@@ -424,14 +430,14 @@ class Studio:
             self._notify(live.id)
 
     def _run_job(self, live: Progress) -> bool:
-        """Run a job; whether it came to its end."""
+        """Run a job; returns whether it finished."""
         request, resume_file = live.request, self.store.resume_file(live.id)
         pipe = self.models(request.model)
         before, started, previewed = live.seconds, time.monotonic(), 0.0
         partials, last_share = (
             self.partials.get(live.id, 0),
             0,
-        )  # images wanted meanwhile, and the share that is reached
+        )  # number of partial images, and the last one made
         num_given = sum(cell >= 0 for row in request.tokens or () for cell in row)
         job: Job | None = None
         for job in pipe.run(request, tokens=_read_resume_state(resume_file)):
@@ -468,11 +474,11 @@ class Studio:
         images = list(zip(job.images, job.requests, strict=True))
         self.store.add_images(live.id, live.created, live.owner, images, grids, origins, scores)
         resume_file.unlink(missing_ok=True)
-        self.seconds_per_image[request.model] = live.seconds / request.drawn
+        self.seconds_per_image[request.model] = live.seconds / request.num_drawn
         return True
 
     def _wait_while_paused(self, live: Progress) -> float:
-        """Wait while the queue is paused -> so many seconds; called with `changed` held."""
+        """Wait while the queue is paused -> seconds waited; called with `changed` held."""
         started = time.monotonic()
         while self.paused and not self.cancelled and not self.closing:
             if live.stage != "paused":
@@ -483,7 +489,7 @@ class Studio:
 
 
 def _read_resume_state(path: Path) -> torch.Tensor | None:
-    """The tokens of a job that was left; None where there are none, or their file is broken (then it begins again)."""
+    """Read the tokens of an interrupted job; None where there are none, or their file is broken (the job then starts over)."""
     if not path.is_file():
         return None
     try:

@@ -1,6 +1,6 @@
-"""What the studio keeps: jobs and finished images, in SQLite, beside the PNG files in one folder.
+"""Storage of jobs and finished images: SQLite, beside the PNG files in one folder.
 
-Images and jobs are named by ids that the store gives; a path never comes from outside.
+The store generates the ids of images and jobs; a path never comes from a client.
 """
 
 import json
@@ -26,7 +26,7 @@ from argen.request import Grid, Request, check_grid
 from tokenizers_img.pixels import opaque
 
 THUMBNAIL = 256  # side in pixels, at most
-MISSING = (160, 160, 160)  # colour that stands for an image whose file is not there any more
+MISSING = (160, 160, 160)  # colour of the thumbnail of an image whose file is missing
 EXPORT_SECONDS = 86400.0  # seconds
 WAITING, RUNNING, DONE, CANCELLED, FAILED = "waiting", "running", "done", "cancelled", "failed"
 OVER = {DONE, CANCELLED, FAILED}
@@ -53,14 +53,14 @@ class SavedImage:
     """A finished image.
 
     Attributes:
-        id: of the image, which names its files, too.
+        id: of the image; its files have this name.
         job: id of the job that made it.
-        request: makes it again, alone.
-        tokens: rows of its grid; None where it has none.
-        origins: how each cell came by its token (`samplers.steps.Origin`); None where all were drawn.
+        request: reproduces this image alone.
+        tokens: rows of its token grid; None for latents.
+        origins: of the tokens (`samplers.steps.Origin`); None where all were sampled by the generator.
         score: cosine to the prompt, where candidates were ranked.
         created: seconds since 1970.
-        fault: why `request` is not the one that was saved, but the prompt and the model alone; "" where it is.
+        fault: why the saved request cannot be read, so that `request` has its prompt and model alone; "" if it can.
     """
 
     id: str
@@ -77,13 +77,13 @@ class SavedImage:
 
 class Store:
     """Args:
-        folder: of the images; made if it is missing.
-        metadata: whether an image's settings go into its file, too.
+        folder: of the images; created if missing.
+        metadata: whether settings are written into the image files, too.
 
     Attributes:
-        own: folder inside it of the database, the thumbnails, and the tokens of jobs that were left; for its owner's eyes alone, and
-            held by one program at a time.
-        exports: folder of what the page takes and gives: uploads, files made for one download. It is emptied at start.
+        private_folder: folder inside it with the database, the thumbnails and the tokens of interrupted jobs; readable by its owner
+            alone, and locked by one program at a time.
+        exports: folder of uploads, and of files made for one download; emptied at start.
 
     Raises:
         ValueError: the folder cannot be written, another program uses it, or its database is broken.
@@ -97,7 +97,7 @@ class Store:
             self.private_folder.mkdir(mode=0o700, exist_ok=True)
             self.private_folder.chmod(0o700)
             self.folder_lock = filelock.FileLock(self.private_folder / "lock", timeout=0)
-            self.folder_lock.acquire()  # nothing of a folder in use is touched
+            self.folder_lock.acquire()  # before anything in the folder is changed
             shutil.rmtree(self.exports, ignore_errors=True)
             for directory in (self.private_folder / "thumbnails", self.private_folder / "jobs", self.exports):
                 directory.mkdir(exist_ok=True)
@@ -131,7 +131,7 @@ class Store:
             "pictures",
             "presets",
             "grids",
-        ):  # whether they are ours, and whole as far as a look tells
+        ):  # fails if a table is missing or broken
             database.execute(f"select * from {table} limit 1").fetchall()
         return database
 
@@ -141,7 +141,7 @@ class Store:
             self.folder_lock.release()
 
     def execute(self, statement: str, parameters: Sequence = ()) -> list[sqlite3.Row]:
-        """Carry out one statement -> its rows."""
+        """Execute one statement -> its rows."""
         with self.lock, closing(self.database.execute(statement, parameters)) as cursor:
             return cursor.fetchall()
 
@@ -149,7 +149,7 @@ class Store:
 
     @contextmanager
     def transaction(self) -> Iterator[None]:
-        """All that is written meanwhile, or nothing of it."""
+        """Context of a transaction: all statements inside it take effect, or none."""
         with self.lock:
             self.database.execute("begin immediate")
             try:
@@ -161,7 +161,7 @@ class Store:
             self.database.execute("commit")
 
     def add_jobs(self, jobs: Sequence[tuple[str, Request]], owner: str) -> None:
-        """Put (id, request) at the end of the queue: all of them, or none."""
+        """Append (id, request) pairs to the queue: all of them, or none."""
         requests = [(id, json.dumps(request.to_dict())) for id, request in jobs]
         with self.transaction():
             (last,) = self.execute("select coalesce(max(place), 0) from jobs")[0]
@@ -174,7 +174,7 @@ class Store:
         return rows[0] if rows else None
 
     def jobs(self, *states: str, owner: str | None = None, limit: int = 200) -> list[sqlite3.Row]:
-        """Those in one of the states: what waits in its order, what is over with the latest first."""
+        """Return the jobs in one of the states: waiting ones in queue order, finished ones with the latest first."""
         placeholders = ", ".join("?" * len(states))
         by_owner, values = ("and owner = ?", [*states, owner]) if owner else ("", list(states))
         finished = states and set(states) <= OVER
@@ -192,7 +192,7 @@ class Store:
         self.execute(f"update jobs set {sets} where id = ?", (*values.values(), id))
 
     def move(self, id: str, places: int) -> None:
-        """Move a waiting job by so many places, forward if negative."""
+        """Move a waiting job by `places` in the queue, forward if negative."""
         with self.lock:
             rows = self.execute("select id, place from jobs where state = 'waiting' order by place")
             ids = [row["id"] for row in rows]
@@ -204,16 +204,16 @@ class Store:
                 self.update_job(waiting_id, place=place)
 
     def queue_positions(self) -> dict[str, int]:
-        """Of every waiting job its place in the line, from 1."""
+        """Return the position in the queue of every waiting job, from 1."""
         rows = self.execute("select id from jobs where state = 'waiting' order by place")
         return {row["id"]: place for place, row in enumerate(rows, 1)}
 
     def resume_file(self, id: str) -> Path:
-        """The file of the tokens of a job that was left before its end."""
+        """Return the file of the tokens of an interrupted job."""
         return self.private_folder / "jobs" / f"{id}.npz"
 
     def latest_job(self, owner: str) -> str | None:
-        """The id of the job that an owner asked for last."""
+        """Return the id of the latest job of an owner."""
         rows = self.execute("select id from jobs where owner = ? order by created desc limit 1", (owner,))
         return rows[0]["id"] if rows else None
 
@@ -229,11 +229,10 @@ class Store:
         origins: Sequence[Grid | None],
         scores: Sequence[float | None],
     ) -> list[str]:
-        """Write the images of a job, all of them or none -> their ids. A job that was killed after it, and so runs again, writes the
-        same ones.
+        """Save the images of a job, all of them or none -> their ids. A job that runs again after a kill writes the same ones.
 
         Args:
-            asked: when the job was, in seconds since 1970.
+            created: when the job was, in seconds since 1970.
             grids, origins, scores: of each image, see `SavedImage`.
         """
         now = time.time()
@@ -266,7 +265,7 @@ class Store:
         limit: int = 60,
         offset: int = 0,
     ) -> list[SavedImage]:
-        """The latest first, of a job in its order; those whose prompt has all words of `search`, in any order."""
+        """Return images, the latest first, of one job in its order; `search`: words that the prompt must have, in any order."""
         conditions, values = ["1"], []
         for word in search.split():
             conditions.append("prompt like ? escape '\\'")
@@ -297,18 +296,17 @@ class Store:
         return self.folder / f"{id}.png"
 
     def read_image(self, id: str) -> Image.Image:
-        """The image itself.
+        """Read the file of an image.
 
         Raises:
-            FileNotFoundError, ValueError: its file was deleted, or moved away; it is damaged.
+            FileNotFoundError, ValueError: its file is missing; it is damaged.
         """
         if not self.file(id).is_file():
             raise FileNotFoundError(f"the file of the image {id} is not there any more")
         return decode_image(self.file(id).read_bytes(), f"the image {id}")
 
     def thumbnail(self, id: str) -> Image.Image:
-        """The image at most `THUMBNAIL` pixels wide and high, grey where its file is not there any more; made when it is first
-        looked at."""
+        """Return the image at most `THUMBNAIL` pixels wide and high, grey if its file is missing; cached on first use."""
         path = self.private_folder / "thumbnails" / f"{id}.webp"
         with suppress(OSError, ValueError):
             return open_image(path)
@@ -332,7 +330,7 @@ class Store:
             path.unlink(missing_ok=True)
 
     def export(self, name: str) -> Path:
-        """Where a file with this name can be written for one download; those of over `EXPORTED_FOR` seconds ago are deleted."""
+        """Return a path at which a file with this name can be written for one download; files older than `EXPORT_SECONDS` are deleted."""
         for old in self.exports.iterdir():
             with suppress(OSError):
                 if time.time() - old.stat().st_mtime > EXPORT_SECONDS:
@@ -342,7 +340,7 @@ class Store:
         return folder / name
 
     def link_for_download(self, id: str) -> Path:
-        """A file of an image that the page may serve for as long as `export` keeps it: no other client can name its folder."""
+        """Link or copy an image into the exports, where the page may serve it; other clients cannot guess the name of its folder."""
         path = self.export(f"{id}.png")
         try:
             path.hardlink_to(self.file(id))
@@ -351,8 +349,8 @@ class Store:
         return path
 
     def zip_images(self, ids: Iterable[str]) -> Path:
-        """Write a ZIP file of images with their settings as JSON lines, for one download; those whose file is not there any more are
-        named in missing.txt.
+        """Write a ZIP file of images with their settings as JSON lines, for one download; those whose file is missing are named in
+        missing.txt.
 
         Raises:
             FileNotFoundError: no file is there.
@@ -385,19 +383,19 @@ class Store:
     # grids
 
     def keep_grid(self, owner: str, axes: Sequence[tuple[str, Sequence]], jobs: Sequence[str]) -> None:
-        """Remember which grid an owner asked for last: its axes (setting, values), and the ids of its jobs in their order."""
+        """Save the latest grid of an owner: its axes (setting, values), and the ids of its jobs in their order."""
         self.execute("insert or replace into grids values (?, ?, ?)", (owner, json.dumps(axes), json.dumps(jobs)))
 
     def last_grid(self, owner: str) -> tuple[list[tuple[str, list]], list[str]] | None:
-        """(axes, ids of jobs), as `keep_grid` was given them."""
+        """Return (axes, ids of jobs) of the latest grid, see `keep_grid`."""
         rows = self.execute("select axes, jobs from grids where owner = ?", (owner,))
         values = [read_row(json.loads, rows[0][name])[0] for name in ("axes", "jobs")] if rows else [None]
         return None if None in values else (values[0], values[1])
 
 
 def read_row(read: Callable[[str], Value], text: str) -> tuple[Value | None, str]:
-    """(what `read` makes of a text of the database, "") or, where it cannot be read, (None, why). Another version of argen may have
-    written it, or anybody."""
+    """Parse a text of the database with `read` -> (value, "") or, where that fails, (None, reason). Another version of argen, or
+    anybody, may have written it."""
     try:
         return read(text), ""
     except Exception as error:
@@ -405,12 +403,12 @@ def read_row(read: Callable[[str], Value], text: str) -> tuple[Value | None, str
 
 
 def request_of(text: str) -> Request:
-    """The request in a row. Raises whatever reading it does, see `read_row`."""
+    """Parse the request of a row. Raises any exception of parsing, see `read_row`."""
     return Request.from_dict(json.loads(text))
 
 
 def unreadable(prompt: object = "", model: object = "") -> Request:
-    """What stands for a request that cannot be read: its prompt and its model, as far as they are known."""
+    """Return a placeholder of a request that cannot be read, with its prompt and model as far as they are known."""
     request = read_row(lambda _: Request(prompt, model or Request.model), "")[0]
     return request or Request("(settings that cannot be read)")
 

@@ -1,4 +1,4 @@
-"""Many requests at once: a table of them (CSV or JSON lines), and the X/Y/Z grid of one under several settings."""
+"""Batches of requests: tables (CSV or JSON lines), and X/Y/Z grids of one prompt under several settings."""
 
 import csv
 import io
@@ -21,7 +21,7 @@ from argen.words import cut, read_lines, read_text
 from samplers.settings import MOST_DIGITS, settings_of
 from tokenizers_img.pixels import opaque
 
-PARTS = "control", "tokens", "sampler_args"  # settings that are no single values
+PARTS = "control", "tokens", "sampler_args"  # settings that are not single values
 SETTINGS = tuple(name for name in settings_of(Request) if name not in PARTS)
 TABLES = (".csv", ".tsv", ".jsonl")
 EMPTY_CELLS = {
@@ -34,25 +34,25 @@ EMPTY_CELLS = {
     "none",
     "null",
 }  # as pandas and spreadsheets write empty cells
-IGNORED_COLUMNS = ("file",)  # columns of the tables that are written here, which say nothing of how to draw
+IGNORED_COLUMNS = ("file",)  # columns that argen writes, which are no settings
 MAX_ROWS, MAX_BYTES, MAX_CELLS = 1000, 1_000_000, 100
-SEPARATORS = {"prompt": "|", "sampler": "|"}  # values of an axis; the others have commas
+SEPARATORS = {"prompt": "|", "sampler": "|"}  # of the values of an axis; the default is a comma
 LABEL, GAP = 22, 4  # pixels
 
 
 @dataclass(frozen=True)
 class Axis:
-    """A setting, and the values that it goes through."""
+    """A setting and its values along one axis of a grid."""
 
     name: str
     values: tuple
 
     @classmethod
     def parse(cls, text: str) -> "Axis":
-        """From "guidance_scale=1,3,5"; prompts stand between bars: "prompt=a cat|a dog".
+        """Parse e.g. "guidance_scale=1,3,5"; prompts are separated by bars: "prompt=a cat|a dog".
 
         Raises:
-            ValueError: no such setting, no value, or one that is none of it.
+            ValueError: an unknown setting, no values, or an invalid one.
         """
         name, _, values = text.partition("=")
         name = name.strip()
@@ -66,7 +66,7 @@ class Axis:
 
 
 def axis_names() -> list[str]:
-    """What may be an axis: settings of a request, and those of the samplers, e.g. "lantern.k"."""
+    """Return the names of possible axes: settings of a request, and of the samplers, e.g. "lantern.k"."""
     names = [name for name in SETTINGS if name != "num_images"]
     return names + [
         f"{sampler}.{name}"
@@ -77,14 +77,14 @@ def axis_names() -> list[str]:
 
 
 def read_table(path: Path, **defaults) -> list[Request]:
-    """The requests of a file, one a row.
+    """Read the requests of a file, one per row.
 
     Args:
-        path: ``.csv`` or ``.tsv`` with the names of settings in its first line, or ``.jsonl`` with an object a line; what a row
-            leaves out, or leaves empty, is `given`, or the model's own.
+        path: ``.csv`` or ``.tsv`` with the names of settings in its first line, or ``.jsonl`` with an object per line.
+        defaults: for settings that a row leaves out or empty.
 
     Raises:
-        ValueError: another kind of file, too much in it, or a row that cannot be asked for: says which.
+        ValueError: an unsupported or too large file, or an invalid row: says which.
     """
     if path.suffix.lower() not in TABLES:
         raise ValueError(f"{path.name} is no table: expected a file that ends in {', '.join(TABLES)}")
@@ -107,7 +107,7 @@ def read_table(path: Path, **defaults) -> list[Request]:
 
 
 def _json_rows(data: bytes, name: str) -> Iterator[tuple[int, Callable[[], object]]]:
-    """(number of a line that is not empty, what reads it)."""
+    """Yield (line number, function that parses it) of every line that is not empty."""
     for number, line in read_lines(data, name):
         yield number, partial(json.loads, line, parse_int=_integer, parse_constant=_constant)
 
@@ -119,12 +119,12 @@ def _integer(digits: str) -> int:
 
 
 def _constant(name: str) -> float | None:
-    """NaN, as pandas has what is missing, is nothing."""
+    """Parse NaN, pandas' missing value, as None."""
     return None if name == "NaN" else float(name)
 
 
 def _csv_rows(text: str, file: str) -> Iterator[tuple[int, Callable[[], dict]]]:
-    """(number of the line, what reads its values) of every row that is not empty."""
+    """Yield (line number, function that parses it) of every row that is not empty."""
     first, _, body = text.partition("\n")
     if re.fullmatch(r"sep=.\s*", first):  # for Excel
         text = body
@@ -157,13 +157,13 @@ def _csv_rows(text: str, file: str) -> Iterator[tuple[int, Callable[[], dict]]]:
 
 
 def _names(row: list[str]) -> list[str]:
-    """Those of the columns; none of the numbers of rows that pandas writes."""
+    """Normalise the names of the columns; the column of row numbers that pandas writes gets none."""
     names = [name.strip().lower() for name in row]
     return ["" if re.fullmatch(r"unnamed: \d+(_level_\d+)?", name) else name for name in names]
 
 
 def _from_row(names: list[str], row: list[str]) -> dict:
-    """The settings of a row; empty cells and columns without a name (the numbers that pandas writes) say nothing."""
+    """Parse the settings of a row; empty cells and columns without a name are skipped."""
     if any(map(str.strip, row[len(names) :])):
         raise ValueError("it has more values than the first line has names")
     if duplicates := [name for name in names if name and names.count(name) > 1]:
@@ -193,10 +193,10 @@ def _from_object(row: object) -> dict:
 
 
 def check_requests(requests: Sequence[Request], models: Callable[[str], TokenPipeline], what: str = "row") -> None:
-    """Whether the models can carry out requests, before the first is drawn.
+    """Check that the models can run all requests, before the first one runs.
 
     Raises:
-        ValueError: no such model, or a setting that is not for it; says of which.
+        ValueError: an unknown model, or a setting that does not fit it; says which request.
     """
     for check in (
         lambda request: check_model(request.model, "generator"),
@@ -212,10 +212,10 @@ def check_requests(requests: Sequence[Request], models: Callable[[str], TokenPip
 def draw_table(
     requests: Sequence[Request], folder: Path, models: Callable[[str], TokenPipeline]
 ) -> Iterator[list[tuple[Path, Request]]]:
-    """Draw what is not there yet; of each request, in turn, its files and what makes the image in each again.
+    """Generate the images that are missing; yields for each request its files, with the request that reproduces each.
 
     Raises:
-        ValueError: a file of the folder was made by another table; says which.
+        ValueError: a file of the folder was made from another table; says which.
     """
     folder.mkdir(parents=True, exist_ok=True)
     for row, request in enumerate(requests, 1):
@@ -232,13 +232,13 @@ def draw_table(
 
 
 def _matches_request(saved: Request, request: Request) -> bool:
-    """Whether an image is the first of a request; its sampler may have been chosen by the model."""
+    """Whether the first image of a request has these settings; its sampler may have been chosen by the model."""
     settings = request.for_image(0).explicit_settings()
     return all(saved.explicit_settings().get(name) == value for name, value in settings.items() if name != "sampler")
 
 
 def expand_axes(base: Request, axes: Sequence[Axis]) -> list[Request]:
-    """One image for every combination of the axes' values; the first axis changes fastest.
+    """Return a request for one image for every combination of the axes' values; the first axis changes fastest.
 
     Raises:
         ValueError: no axis, two of the same setting, or too many images.
@@ -259,7 +259,7 @@ def expand_axes(base: Request, axes: Sequence[Axis]) -> list[Request]:
 
 
 def grid_image(images: Sequence[Image.Image], axes: Sequence[Axis]) -> Image.Image:
-    """The images of `varied` under their labels: columns, rows, and a table below the other for each value of a third axis."""
+    """Arrange the images of `expand_axes` in a labelled grid: columns, rows, and one table per value of a third axis."""
     x_axis, y_axis, z_axis = (*axes, *[Axis("", ("",))] * (3 - len(axes)))
     width, height = (max(image.size[side] for image in images) for side in (0, 1))
     font = ImageFont.load_default(size=13)
@@ -290,7 +290,7 @@ def _label(axis: Axis, value) -> str:
 
 
 def settings_csv(requests: Sequence[Request], files: Sequence[str]) -> str:
-    """A CSV of what made each file."""
+    """Format a CSV with the settings of each file."""
     rows = [request.explicit_settings() | {"sampler": request.sampler_text} for request in requests]
     names = [name for name in SETTINGS if any(name in row for row in rows)]
     text = io.StringIO()

@@ -150,7 +150,7 @@ class FlexARPipeline(TokenPipeline):
         settings = {"sampler": sampler, **{name: getattr(request, name) for name in SAMPLING}}
         shape = self.shape_of(None, request.num_tokens)
         job = Job(request, self.canvas.empty(request.num_images, shape), lossless=sampler.lossless)
-        arguments = request.prompt, request.num_beams, request.drawn, request.num_tokens
+        arguments = request.prompt, request.num_beams, request.num_drawn, request.num_tokens
         for stage in zip(
             *(self.search(*arguments, generators, **settings) for generators in request.generators()), strict=True
         ):
@@ -159,7 +159,7 @@ class FlexARPipeline(TokenPipeline):
             job.tokens[:, 0, : job.decided] = torch.stack([step.tokens[0].cpu() for step in stage])
             job.scores = [step.scores[0] for step in stage]
             yield job
-        job.log.append(f"{request.drawn} candidates for each beginning")
+        job.log.append(f"{request.num_drawn} candidates for each beginning")
         job.requests = [request.for_image(index) for index in range(request.num_images)]
         job.images = self.images(job.tokens)
         yield job

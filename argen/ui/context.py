@@ -1,4 +1,4 @@
-"""What the tabs share that ask the queue: images as they are written, what can be done with a job, and the line."""
+"""Parts that the tabs share: the context of the app, the view of a job, and the table of the queue."""
 
 import math
 import sqlite3
@@ -22,19 +22,19 @@ from samplers.steps import Origin
 from tokenizers_img.pixels import opaque, upright
 
 TINTS = {Origin.ACCEPTED: (0, 160, 60, 110), Origin.RELAXED: (240, 130, 0, 130)}  # RGBA
-PREVIEW_SIDE = 256  # of the shown images, in pixels; the files keep the model's size
-TICK, LINE_TICK = 0.4, 1.0  # seconds between looks at a job, and at the line
+PREVIEW_SIDE = 256  # pixels, at least, of an image on the page; the files keep the model's size
+TICK, QUEUE_TICK = 0.4, 1.0  # seconds between updates of a job, and of the queue
 
 
 @dataclass(frozen=True)
 class AppContext:
-    """Where the tabs hand in what is asked.
+    """What the tabs need of the app: the queue, its users and the device.
 
     Attributes:
         studio: the queue.
-        admin: owner who may do what concerns all; None where nobody logs in, so that everybody may.
-        device: of the pipelines of the diffusion tools.
-        memory: bytes that those may take, see `argen.hub.model_cache.ModelCache`.
+        admin: owner who may change what concerns all users; None where nobody logs in, so that everybody may.
+        device: of the pipelines of the Diffusion tab.
+        memory: bytes that these pipelines may take, see `argen.hub.model_cache.ModelCache`.
     """
 
     studio: Studio
@@ -43,31 +43,31 @@ class AppContext:
     memory: int | None = None
 
     def owner(self, request: gr.Request) -> str:
-        """Who asks: a session is kept under its owner's name, see `argen.server.app.Sessions`."""
+        """The owner who sent an event; the sessions of the page carry their names, see `argen.server.guard.Sessions`."""
         return request.username or LOCAL
 
     @cached_property
     def diffusion(self) -> ModelCache:
-        """The diffusers pipelines of the tools, each loaded when it is first needed."""
+        """The diffusers pipelines of the Diffusion tab, each loaded when it is first needed."""
         return ModelCache(self.device, load_silent, self.memory)
 
     def check_admin(self, request: gr.Request) -> None:
         """Raises:
-        Forbidden: what concerns all is asked for by somebody else than the administrator.
+        Forbidden: the owner is not the administrator.
         """
         if self.admin is not None and self.owner(request) != self.admin:
             raise Forbidden("this concerns everybody here: only the holder of the server's first key may do it")
 
 
 def load_silent(name: str) -> DiffusionPipeline:
-    """A diffusers pipeline without progress bars."""
+    """Load a diffusers pipeline that shows no progress bars."""
     pipe = load_diffusion(name)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
 
 class user_errors:
-    """Bad input becomes a message on the page."""
+    """Context in which errors of the user become messages on the page."""
 
     def __enter__(self) -> None: ...
 
@@ -77,10 +77,10 @@ class user_errors:
 
 
 class View:
-    """The column in which a tab's job is seen; lay it out inside the current `gr.Blocks`.
+    """Column that shows the job of a tab: its images, progress, settings and buttons; laid out inside the current `gr.Blocks`.
 
     Attributes:
-        watched: outputs of an event that begins a job, for what `begin` gives.
+        job_outputs: outputs of an event that starts a job, for the values that `watch` returns.
     """
 
     def __init__(self, context: AppContext, suffix: str = ""):
@@ -115,7 +115,7 @@ class View:
         next_seeds.click(self.generate_next_seeds, self.job, self.job_outputs)
 
     def watch(self, id: str | None) -> tuple:
-        """Values of `watched` that show a job from now on."""
+        """Return the values of `job_outputs` that show a job from now on."""
         return id, -1, gr.Timer(active=id is not None)
 
     def submit(self, generation_request: Request, request: gr.Request) -> tuple:
@@ -123,7 +123,7 @@ class View:
         return self.watch(self.studio.submit(generation_request, self.context.owner(request)))
 
     def restore(self, request: gr.Request) -> tuple:
-        """Show the job that was asked for last, if it is not over: the page was loaded anew."""
+        """Show the latest job if it is not over, after the page was loaded again."""
         last = self.studio.store.latest(self.context.owner(request))
         return self.watch(None if last is None or self.studio.progress(last).over else last)
 
@@ -146,7 +146,7 @@ class View:
             return self.watch(self.studio.submit_next_seeds(id, self.context.owner(request)))
 
     def refresh(self, id: str | None, seen_version: int) -> tuple:
-        """What there is to see of a job now; nothing where nothing is new."""
+        """Return the current state of a job for the components of the view; `gr.skip()` where nothing has changed."""
         unchanged = (gr.skip(),) * 4
         if id is None:
             return *unchanged, seen_version, gr.Timer(active=False)
@@ -163,13 +163,13 @@ class View:
         present = [saved for saved in images if store.file(saved.id).is_file()]
         files = [(str(store.link_for_download(saved.id)), saved.request.prompt) for saved in present]
         cells = [origin_overlay(store.read_image(saved.id), saved.origins) for saved in present if saved.origins]
-        folder = f" in {store.folder}" if self.context.admin is None else ""  # where all are at this machine
+        folder = f" in {store.folder}" if self.context.admin is None else ""  # only where all users sit at this machine
         text = f"{len(images)} image{'s' if len(images) > 1 else ''}{folder} ({speed_text(progress)})"
         return files, text, settings, cells or None, seen_version, gr.Timer(active=False)
 
 
 def queue_table(context: AppContext) -> None:
-    """The line, and what can be done with it; inside the current `gr.Blocks`."""
+    """Lay out the queue and its buttons inside the current `gr.Blocks`."""
     studio, headers = context.studio, ["job", "state", "prompt", "model", "done", "seconds left"]
     selected_id, last_state = gr.State(None), gr.State(None)
 
@@ -213,7 +213,7 @@ def queue_table(context: AppContext) -> None:
 
     pause_button.click(toggle_pause, None, None)
     table.select(select, table, [selected_id, selection])
-    gr.Timer(LINE_TICK).tick(
+    gr.Timer(QUEUE_TICK).tick(
         refresh, last_state, [table, note, last_state], show_progress="hidden", concurrency_limit=None
     )
 
@@ -231,7 +231,7 @@ def queue_row(progress: Progress) -> list:
 
 
 def status_text(progress: Progress) -> str:
-    """A job that makes no images (yet), in words."""
+    """Describe the state of a job that has no finished images (yet)."""
     if progress.state == WAITING:
         return f"waiting, number {progress.place} in the queue"
     if progress.state == FAILED:
@@ -248,7 +248,7 @@ def speed_text(progress: Progress) -> str:
 
 
 def display_settings(request: Request) -> dict:
-    """The settings of a request without its images."""
+    """Return the settings of a request as JSON, without its images."""
     control = request.control
     control_settings = {"kind": control.kind, "strength": control.strength, "size": control.size} if control else None
     return {
@@ -257,7 +257,7 @@ def display_settings(request: Request) -> dict:
 
 
 def origin_overlay(image: Image.Image, origins: Grid) -> Image.Image:
-    """An image with each cell in the colour of how it came by its token, rows of `samplers.steps.Origin`."""
+    """Tint each cell of an image by the origin of its token, rows of `samplers.steps.Origin`."""
     rows = np.array(origins)
     tint = np.zeros((*rows.shape, 4), np.uint8)
     for origin, colour in TINTS.items():
@@ -266,13 +266,13 @@ def origin_overlay(image: Image.Image, origins: Grid) -> Image.Image:
 
 
 def overlay(image: Image.Image, tint: np.ndarray) -> Image.Image:
-    """An image under the colours of its cells, [h, w, 4] RGBA uint8."""
+    """Lay the colours of cells, [h, w, 4] RGBA uint8, over an image."""
     large = upright(enlarge(image))
     over = Image.fromarray(tint, "RGBA").resize(large.size, Image.Resampling.NEAREST)
     return opaque(Image.alpha_composite(large, over))
 
 
 def enlarge(image: Image.Image) -> Image.Image:
-    """An image that is large enough to look at."""
+    """Scale a small image up by a whole factor, to about `PREVIEW_SIDE` pixels."""
     factor = max(1, PREVIEW_SIDE // image.width)
     return image.resize((image.width * factor, image.height * factor))

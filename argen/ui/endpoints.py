@@ -1,4 +1,4 @@
-"""What `gradio_client` may call of the page: a handful of named endpoints; the page's own events are private."""
+"""Named endpoints of the page for `gradio_client`; the events of the tabs are private."""
 
 import random
 from collections.abc import Callable, Sequence
@@ -24,7 +24,7 @@ NAMES = ("generate", "edit", "control", "describe", "reconstruct", "models")
 
 
 class Endpoints:
-    """Lay them out inside the current `gr.Blocks`, where nobody sees them."""
+    """The endpoints, as hidden components inside the current `gr.Blocks`."""
 
     def __init__(self, context: AppContext):
         self.context, self.studio = context, context.studio
@@ -45,7 +45,7 @@ class Endpoints:
             _add(self.models, [], gr.JSON(label="Models"))
 
     async def run(self, generation_request: Request, request: gr.Request) -> tuple[list[tuple[str, str]], list[dict]]:
-        """The files of a request with their prompts, and the settings of each."""
+        """Run a request -> its files with their prompts, and the settings of each."""
         id = await run_sync(self.studio.submit, generation_request, self.context.owner(request))
         try:
             progress = await final_progress(follow(self.studio, id))
@@ -72,7 +72,7 @@ class Endpoints:
         sampler=Request.sampler,
         num_candidates=None,
     ) -> tuple:
-        """Draw a prompt -> images, and the settings of each."""
+        """Generate images from a prompt -> images, and the settings of each."""
         with user_errors():
             sampling = {"guidance_scale": guidance_scale, "temperature": temperature, "sampler": sampler}
             sampling |= {"top_k": top_k, "num_candidates": num_candidates}
@@ -104,7 +104,7 @@ class Endpoints:
             return await self.run(await run_sync(masked_request), request)
 
     async def control(self, request: gr.Request, image, prompt, model, kind, strength, num_images, seed=None) -> tuple:
-        """Draw a prompt after the edges, the depth or the segments of an image -> images, and the settings of each."""
+        """Generate images that follow the edges, the depth or the segments of an image -> images, and the settings of each."""
         with user_errors():
             _check(image)
             control = Control(image, kind, strength)
@@ -112,7 +112,7 @@ class Endpoints:
             return await self.run(_generation_request(prompt, model, num_images, seed, control=prepared), request)
 
     def describe(self, image, question) -> str:
-        """Say what an image shows."""
+        """Describe an image."""
         with user_errors(), self.studio.model(DESCRIBER) as pipe:
             _check(image)
             return pipe.describe(image, question or "", temperature=0.0)

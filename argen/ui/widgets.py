@@ -1,4 +1,4 @@
-"""Widgets made of settings: one for each, with its bounds and its help, and those of every sampler, of which the chosen one's are seen."""
+"""Widgets made of settings, with their bounds and help, and the settings of all samplers, of which the selected one's are visible."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -13,7 +13,7 @@ SLIDES = 4096  # bounds up to this are those of a slider
 
 
 def widget(setting: Setting, value: Any = None, label: str | None = None, **properties) -> gr.components.Component:
-    """The widget of a setting, with its default where no value is given."""
+    """Create the widget of a setting; `value` is its default if None."""
     value = setting.default if value is None else value
     properties = {"label": label or setting.name.replace("_", " ").capitalize(), "info": setting.help} | properties
     if setting.choices:
@@ -27,7 +27,7 @@ def widget(setting: Setting, value: Any = None, label: str | None = None, **prop
 
 
 class SamplerSettings:
-    """The settings of every sampler; lay them out inside the current `gr.Blocks`.
+    """Widgets of the settings of several samplers, laid out inside the current `gr.Blocks`.
 
     Attributes:
         fields: (sampler, setting, widget) of each.
@@ -48,7 +48,7 @@ class SamplerSettings:
         return [field for _, _, field in self.fields]
 
     def updates(self, selected: str, arguments: dict[str, Any] | None = None) -> list[dict]:
-        """What changes of the widgets when a sampler is chosen, with `arguments` or its defaults."""
+        """Return the updates of the widgets when a sampler is selected, with `arguments` or its defaults."""
         values = arguments or {}
         return [
             gr.update(
@@ -59,7 +59,7 @@ class SamplerSettings:
         ]
 
     def arguments(self, selected: str, values: Sequence[Any]) -> dict[str, Any]:
-        """The settings of a sampler that differ from its defaults, out of the values of the widgets."""
+        """Return the settings of a sampler that differ from its defaults, from the values of the widgets."""
         settings = {
             setting.name: setting.lenient(value)
             for (name, setting, _), value in zip(self.fields, values, strict=True)

@@ -1,4 +1,4 @@
-"""The tab that follows a control image: draw one or give one, see what the generator will see, and draw after it."""
+"""The tab *Control*: paint or upload a control image, preview it, and generate images that follow it."""
 
 import gradio as gr
 from PIL import Image

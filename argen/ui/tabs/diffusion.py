@@ -1,4 +1,4 @@
-"""The tab of the tools on diffusers' pipelines: bind, erase and count, each with the image before and after."""
+"""The tab *Diffusion*: tools on diffusers' pipelines (bind, erase, count), each with the image before and after."""
 
 import threading
 from collections.abc import Callable, Iterator
@@ -22,15 +22,14 @@ from tokenizers_img.pixels import to_pil
 
 
 class Stopped(Exception):
-    """Nobody waits for the image any more."""
+    """Raised inside a pipeline call that nobody waits for any more."""
 
 
 def steps_of(draw: Callable[..., Image.Image]) -> Iterator[float | Image.Image]:
-    """What a call of a pipeline is at, from 0 to 1, and at last its image. When this is left before, the call ends at its
-    next step.
+    """Yield the progress of a pipeline call, from 0 to 1, and at last its image. Closing the iterator stops the call at its next step.
 
     Args:
-        draw: makes the call, with the keywords that it is given.
+        draw: makes the call, with the keyword arguments that it gets.
     """
     updates: Queue = Queue()
     abandoned = threading.Event()
@@ -61,10 +60,10 @@ def steps_of(draw: Callable[..., Image.Image]) -> Iterator[float | Image.Image]:
 
 
 def draw_steps(pipe: DiffusionPipeline, prompt: str, arguments: dict, call: Callable | None = None) -> Iterator:
-    """`steps_of` a call of the pipeline, or of `call` instead.
+    """Run `steps_of` on a call of the pipeline, or of `call` instead.
 
     Args:
-        asked: what the call is given; "generator" is a seed.
+        arguments: of the call; "generator" is a seed.
     """
     arguments = arguments | {"generator": torch.Generator().manual_seed(arguments["generator"])}
     with closing(
@@ -74,7 +73,7 @@ def draw_steps(pipe: DiffusionPipeline, prompt: str, arguments: dict, call: Call
 
 
 def parse_bindings(prompt: str) -> str:
-    """Bindings in a prompt, a line of OBJECT=WORDS for each object."""
+    """Parse the bindings of a prompt -> a line of OBJECT=WORDS for each object."""
     check_prompt(prompt)
     parsed, words = parse(prompt.strip()), words_of(prompt.strip())
     parts = [[" ".join(words[i] for i in part) for part in (group.noun, group.modifiers)] for group in parsed.groups]
@@ -82,10 +81,10 @@ def parse_bindings(prompt: str) -> str:
 
 
 def bind(pipe: DiffusionPipeline, prompt: str, pairs: str, strength: str, arguments: dict) -> Iterator[tuple]:
-    """(before, after, state) of a bound prompt.
+    """Yield (before, after, state) of a prompt, without and with binding.
 
     Args:
-        pairs: as `understand` gives them; nothing finds them.
+        pairs: as `parse_bindings` returns them; if empty, the prompt is parsed.
         strength: settings of `SemanticBinding`.
         asked: see `drawn`.
     """
@@ -108,10 +107,10 @@ def bind(pipe: DiffusionPipeline, prompt: str, pairs: str, strength: str, argume
 def erase(
     pipe: DiffusionPipeline, model: str, concepts: str, preset: str | None, retained: str, prompt: str, arguments: dict
 ) -> Iterator[tuple]:
-    """(before, after, state) of a prompt, with concepts and without; the pipeline is whole again at the end.
+    """Yield (before, after, state) of a prompt, before and after erasing concepts; the pipeline is restored at the end.
 
     Args:
-        concepts, retained: with commas between.
+        concepts, retained: separated by commas.
         model, preset: see `erasing`.
         asked: see `drawn`.
     """
@@ -136,11 +135,11 @@ def erase(
 
 
 def count(pipe: DiffusionPipeline, model: str, prompt: str, iterations: int, rate: float, seed: int) -> Iterator[tuple]:
-    """(before, best so far, state) of a count token that is optimised.
+    """Yield (before, best so far, state) while a count token is optimised.
 
     Args:
         model: what the pipeline was loaded as, see `argen.diffusion.tools.counters`.
-        prompt: as "five apples".
+        prompt: e.g. "five apples".
     """
     check_prompt(prompt)
     number, things = parse_count(prompt)
@@ -222,7 +221,7 @@ def layout(context: AppContext, tab: gr.Tab) -> None:
 
 
 def buttons(run: Callable[..., Iterator[tuple]], inputs: list, name: str) -> None:
-    """The lower part of a tool: it runs, it stops, before and after, and what it says."""
+    """Lay out the lower part of a tool: Run, Stop, the images before and after, and the state."""
     with gr.Row():
         run_button = gr.Button("Run", variant="primary", elem_id=f"{name}-run")
         stop = gr.Button("Stop")

@@ -1,4 +1,4 @@
-"""The tab that redraws a part of an image: cells of its token grid, painted or chosen."""
+"""The tab *Edit*: inpainting, outpainting and variations on the token grid of an image."""
 
 import re
 from collections.abc import Callable
@@ -22,7 +22,7 @@ from argen.words import check_length
 from tokenizers_img.pixels import on_white, upright
 
 CANVAS = 512  # pixels
-SIDES = {"right": (0, 1), "left": (0, -1), "bottom": (1, 0), "top": (-1, 0)}  # where new cells come: rows, columns
+SIDES = {"right": (0, 1), "left": (0, -1), "bottom": (1, 0), "top": (-1, 0)}  # rows, columns by which the image moves
 
 
 TITLE = "Edit"
@@ -33,7 +33,7 @@ def layout(context: AppContext, tab: gr.Tab) -> None:
 
 
 class Edit:
-    """The tab; lay it out inside the current `gr.Blocks`. Its generators are those whose tokens have a place in the image."""
+    """The tab, laid out inside the current `gr.Blocks`, for generators whose tokens form a grid."""
 
     def __init__(self, context: AppContext):
         self.context, models = context, context.studio.models
@@ -93,7 +93,7 @@ class Edit:
         outpaint_button.click(self.handler_for(outpaint), [*inputs, side, num_cells], self.view.job_outputs)
 
     def use_latest(self, request: gr.Request) -> tuple:
-        """(the image that was finished last, its prompt, its id)."""
+        """Return (the latest image, its prompt, its id)."""
         with user_errors():
             matches = self.context.studio.store.images(owner=self.context.owner(request), limit=1)
             if not matches:
@@ -103,7 +103,7 @@ class Edit:
         return side.resize((side.width * factor, side.height * factor)), matches[0].request.prompt, matches[0].id
 
     def stored_tokens(self, source: str | None, request: gr.Request) -> Grid | None:
-        """The tokens of the image that was taken from the store; None where it was another's, or is gone."""
+        """Return the stored tokens of an image of this owner; None where there is none (any more)."""
         if source is None:
             return None
         try:
@@ -113,11 +113,11 @@ class Edit:
         return saved.tokens if saved.owner == self.context.owner(request) else None
 
     def handler_for(self, change: Callable[..., Tensor]) -> Callable:
-        """The handler of a button.
+        """Create the handler of a button.
 
         Args:
-            change: the pipeline, the request so far, the image and its tokens, the canvas and what else the button reads -> a grid
-                [1, h, w], of which a part is undecided.
+            change: pipeline, request, tokens of the image, canvas and the button's own options -> a grid [1, h, w] with -1 in the
+                cells to generate.
         """
 
         def handler(
@@ -140,7 +140,7 @@ class Edit:
 def inpaint(
     pipe: TokenPipeline, generation_request: Request, tokens: Tensor, canvas: dict | None, locked: bool, numbers: str
 ) -> Tensor:
-    """Without the cells that are painted on or named or, locked, without the others."""
+    """Mask the selected cells (painted or numbered) or, with `locked`, all others."""
     image, strokes, cells = background_image(canvas), stroke_mask(canvas), cells_by_number(numbers, pipe.shape_of())
     if strokes.getbbox() or not cells.any():
         cells |= masked_cells(image, strokes, pipe.shape_of())  # says so if there is nothing
@@ -150,14 +150,14 @@ def inpaint(
 def variation(
     pipe: TokenPipeline, generation_request: Request, tokens: Tensor, canvas: dict | None, share: float
 ) -> Tensor:
-    """Without a share of the cells, the least certain ones."""
+    """Mask a share of the cells, those with the lowest confidence."""
     return pipe.mask_low_confidence(generation_request, tokens, share)
 
 
 def keep_prefix(
     pipe: TokenPipeline, generation_request: Request, tokens: Tensor, canvas: dict | None, share: float
 ) -> Tensor:
-    """A share of the tokens, from the first."""
+    """Mask all but a share of the tokens, counted from the first."""
     cells = torch.arange(tokens[0].numel(), device=tokens.device).view_as(tokens)
     return pipe.canvas.mask(tokens, cells >= round(share * cells.numel()))
 
@@ -165,12 +165,12 @@ def keep_prefix(
 def outpaint(
     pipe: TokenPipeline, generation_request: Request, tokens: Tensor, canvas: dict | None, side: str, cells: float
 ) -> Tensor:
-    """Moved, with room at a side."""
+    """Shift the grid, and mask the cells that come in at a side."""
     return shift_tokens(tokens, side, int(cells))
 
 
 def background_image(canvas: dict | None) -> Image.Image:
-    """The image under the strokes.
+    """Return the image under the strokes.
 
     Raises:
         ValueError: there is none.
@@ -182,7 +182,7 @@ def background_image(canvas: dict | None) -> Image.Image:
 
 
 def stroke_mask(canvas: dict | None) -> Image.Image:
-    """Where there are strokes: white on black."""
+    """Return the mask of the strokes: white on black."""
     size = background_image(canvas).size
     strokes = [np.array(upright(layer).resize(size).getchannel("A")) > 0 for layer in canvas.get("layers") or []]
     mask = np.any(strokes, axis=0) if strokes else np.zeros(size[::-1], bool)
@@ -190,7 +190,7 @@ def stroke_mask(canvas: dict | None) -> Image.Image:
 
 
 def cells_by_number(numbers: str, shape: tuple[int, int]) -> Tensor:
-    """Cells by number -> [h, w] bool: "3-5 x 2" are those in rows 3 to 5 of column 2, counted from 1."""
+    """Parse cells by number -> [h, w] bool: "3-5 x 2" are those in rows 3 to 5 of column 2, counted from 1."""
     cells = torch.zeros(shape, dtype=torch.bool)
     for part in filter(None, map(str.strip, check_length(numbers, "the list of cells").split(","))):
         match = re.fullmatch(r"(\d+)(?:-(\d+))?\s*x\s*(\d+)(?:-(\d+))?", part)
@@ -204,7 +204,7 @@ def cells_by_number(numbers: str, shape: tuple[int, int]) -> Tensor:
 
 
 def shift_tokens(tokens: Tensor, side: str, cells: int) -> Tensor:
-    """A grid [1, h, w] moved so far that so many rows or columns at a side are undecided."""
+    """Shift a grid [1, h, w] so that `cells` rows or columns at a side are undecided (-1)."""
     rows, columns = (step * cells for step in SIDES[side])
     if max(abs(rows), abs(columns)) >= min(tokens.shape[1:]):
         raise ValueError(f"{cells} cells are all of the picture: expected fewer than {min(tokens.shape[1:])}")

@@ -1,4 +1,4 @@
-"""The tab that measures a generator: its distance to real emoji, or what the judge sees in images of fixed prompts."""
+"""The tab *Evaluate*: FID-emoji of a generator, or the judge's scores on fixed prompts."""
 
 import tempfile
 import time
@@ -20,7 +20,7 @@ from argen.ui.context import AppContext, user_errors
 from tokenizers_img.pixels import opaque
 
 FID, JUDGE = "FID-emoji, against the 12,853 pictures of training", "the judge, on its 500 prompts"
-BATCH_SIZE = 4  # images, after which the queue has its turn
+BATCH_SIZE = 4  # images; between batches the queue can use the device
 MAX_IMAGES = 2000
 
 
@@ -59,10 +59,10 @@ def layout(context: AppContext, tab: gr.Tab) -> None:
 
 
 def measure_model(studio: Studio, what: str, model: str, num: int, seed: int) -> Iterator[tuple]:
-    """(how far it is, rows of scores, a sheet of images), the last two once they are there.
+    """Yield (progress, rows of scores, grid of images), the last two once they exist.
 
     Raises:
-        ValueError: no such number of images.
+        ValueError: the number of images is out of bounds.
     """
     if not 2 <= num <= MAX_IMAGES:
         raise ValueError(f"the number of pictures is {num}: expected 2 to {MAX_IMAGES:,}")

@@ -1,4 +1,4 @@
-"""The tab of everything that was made: found, looked at, compared, kept and thrown away."""
+"""The tab *Gallery*: search, compare, favourite, download and delete images."""
 
 import gradio as gr
 import numpy as np
@@ -21,7 +21,7 @@ def layout(context: AppContext, tab: gr.Tab) -> None:
 
 
 class Gallery:
-    """The tab; lay it out inside the current `gr.Blocks`. `shown` holds the ids on the page, `chosen` the last two chosen ones."""
+    """The tab, laid out inside the current `gr.Blocks`. `page_ids` holds the ids on the page, `selected_ids` the last two selected."""
 
     def __init__(self, context: AppContext):
         self.context, self.studio = context, context.studio
@@ -83,7 +83,7 @@ class Gallery:
         self.first = self.search, inputs, outputs
 
     def search(self, search: str, model: str, favourites_only: bool, page: float, request: gr.Request) -> tuple:
-        """(thumbnails with prompts, how many, ids)."""
+        """Return (thumbnails with prompts, range shown, ids)."""
         offset = (max(1, int(page or 1)) - 1) * PAGE_SIZE
         matches = self.matching_images(search, model, favourites_only, request, limit=PAGE_SIZE, offset=offset)
         ids = [saved.id for saved in matches]
@@ -94,12 +94,12 @@ class Gallery:
     def matching_images(
         self, search: str, model: str, favourites_only: bool, request: gr.Request, **page: int
     ) -> list[SavedImage]:
-        """What the fields ask for; `page`: limit and offset."""
+        """Return the images that match the fields; `page`: limit and offset."""
         return self.studio.store.images(search, model, favourites_only, owner=self.context.owner(request), **page)
 
     def owned_image(self, id: str, request: gr.Request) -> SavedImage:
         """Raises:
-        KeyError: there is no such image of this owner.
+        KeyError: this owner has no such image.
         """
         image = self.studio.store.image(id)
         if image.owner != self.context.owner(request):
@@ -112,7 +112,7 @@ class Gallery:
         return self.owned_image(selected_ids[-1], request)
 
     def select(self, page_ids: list[str], selected_ids: list[str], event: gr.SelectData, request: gr.Request) -> tuple:
-        """(image, its settings, the pair, chosen)."""
+        """Return (image, its settings, the pair to compare, selected ids)."""
         with user_errors():
             image = self.owned_image(page_ids[event.index], request)
             selected_ids = [*selected_ids[-1:], image.id] if image.id not in selected_ids[-1:] else selected_ids
@@ -141,7 +141,7 @@ class Gallery:
         return gr.update(value=str(file), visible=True)
 
     def confidence_maps(self, selected_ids: list[str], request: gr.Request) -> list[tuple]:
-        """The image under what the network made of each of its cells."""
+        """Return maps of entropy, probability and origin of each cell over the image."""
         with user_errors():
             saved = self.selected(selected_ids, request)
             if saved.tokens is None:
@@ -163,7 +163,7 @@ def details(image: SavedImage) -> dict:
 
 
 def darkness(share: np.ndarray) -> np.ndarray:
-    """Shares [h, w] in [0, 1] -> black of so much alpha, [h, w, 4] uint8."""
+    """Convert shares [h, w] in [0, 1] to black with that alpha, [h, w, 4] uint8."""
     tint = np.zeros((*share.shape, 4), np.uint8)
     tint[..., 3] = (220 * share).round()
     return tint

@@ -1,4 +1,4 @@
-"""The tab *Generate*: images grow while they are written, and keep their settings."""
+"""The tab *Generate*: text to image with previews, settings and presets."""
 
 import gradio as gr
 
@@ -16,7 +16,7 @@ from samplers.settings import settings_of
 
 ANY_STYLE = "any"
 REQUEST_SETTINGS = settings_of(Request)
-LABELS = {  # of the settings that are folded away, in their order
+LABELS = {  # of the settings under More, in their order
     "guidance_scale": "Guidance",
     "temperature": "Temperature",
     "top_k": "Top-k",
@@ -48,11 +48,11 @@ def layout(context: AppContext, tab: gr.Tab) -> None:
 
 
 class Generate:
-    """The tab; lay it out inside the current `gr.Blocks`.
+    """The tab, laid out inside the current `gr.Blocks`.
 
     Attributes:
-        view: where its images are seen.
-        name: of a preset.
+        view: shows its job.
+        name: dropdown of the presets.
     """
 
     def __init__(self, context: AppContext):
@@ -80,7 +80,7 @@ class Generate:
                     "a sunflower",
                     "a penguin",
                     "a pizza, flat style",
-                ]  # what the first model draws well
+                ]  # for the first model
                 gr.Examples(examples, prompt)
                 with gr.Accordion("Settings from an image, and presets", open=False):
                     image_file, self.name, save, apply, restored, restored_settings = self.restore_fields()
@@ -103,7 +103,7 @@ class Generate:
         save.click(self.save_preset, [self.name, *fields[:-1]], self.name)
 
     def settings(self, pipe: TokenPipeline) -> list[gr.components.Component]:
-        """Those that are folded away, as `choose` gives them: of each of `SETTINGS`, then those of the samplers."""
+        """Lay out the widgets under More: of each of `SETTINGS`, then those of the samplers; in the order of `model_updates`."""
         updates = dict(zip(SETTINGS, self.values(pipe, None), strict=True))
         fields = []
         for name in SETTINGS:
@@ -129,7 +129,7 @@ class Generate:
         return fields
 
     def values(self, pipe: TokenPipeline, saved: Request | None) -> list[dict]:
-        """Value and visibility of each of `SETTINGS`: the model's own or those saved; what the model does not have is hidden."""
+        """Return updates of each of `SETTINGS`: the model's defaults or saved values; settings that the model lacks are hidden."""
         defaults, overrides = pipe.defaults, saved.explicit_settings() if saved else {}
         flow_only, ordered_only = {"visible": bool(defaults.steps)}, {"visible": pipe.ordered}
         steps = overrides.get("steps", defaults.steps) or 1
@@ -147,7 +147,7 @@ class Generate:
         ]
 
     def restore_fields(self) -> tuple:
-        """A file, or a preset, whose settings are shown before they are taken."""
+        """Lay out the file and preset inputs; their settings are shown before they are applied."""
         image_file = gr.File(label="A PNG file made here", file_types=[".png"], elem_id="restore")
         name = gr.Dropdown([], label="Preset", allow_custom_value=True, elem_id="preset")
         with gr.Row():
@@ -156,7 +156,7 @@ class Generate:
         return image_file, name, save, apply, gr.State(None), gr.JSON(show_label=False, elem_id="restored")
 
     def generation_request(self, model: str, prompt: str, num: float, seed: float, style: str, *values) -> Request:
-        """The request that the fields say."""
+        """Build the request from the values of the fields."""
         settings = dict(zip(SETTINGS, values, strict=False))
         pipe, text, sampler = self.models(model), prompt.strip(), settings["sampler"]
         styled = text and style != ANY_STYLE and not text.startswith("class:")
@@ -181,7 +181,7 @@ class Generate:
             return self.view.submit(self.generation_request(*fields), request)
 
     def model_updates(self, model: str, saved: Request | None = None) -> list:
-        """The style and the settings of a model, its own or those saved, and its classes; what it does not have is hidden."""
+        """Return updates of the style, the settings and the classes for a model; fields that it lacks are hidden."""
         with user_errors():
             pipe = self.models(model)
         names = classes(pipe)
@@ -193,7 +193,7 @@ class Generate:
         ]
 
     def prompt_length(self, model: str, prompt: str) -> str:
-        """How much of a prompt the model reads."""
+        """Describe how many text tokens of a prompt the model reads."""
         with user_errors():
             counts = self.models(model).text_tokens(check_length(prompt, "the prompt")) if prompt.strip() else None
         if counts is None:
@@ -206,13 +206,13 @@ class Generate:
         )
 
     def read_file(self, path: str | None) -> tuple:
-        """The settings inside a file."""
+        """Read the settings inside a file."""
         with user_errors():
             request = None if path is None else read_request(path)
         return request, request and display_settings(request)
 
     def preset(self, name: str | None, request: gr.Request) -> tuple:
-        """The settings of a preset; nothing where none has that name yet."""
+        """Read the settings of a preset; None where none has that name yet."""
         with user_errors():
             saved = self.context.studio.store.presets(self.context.owner(request)).get(name)
             restored = None if saved is None else Request.from_dict(saved)
@@ -244,7 +244,7 @@ class Generate:
 
 
 def classes(pipe: TokenPipeline) -> list[str]:
-    """Names of the classes that a generator can be asked for as "class:NAME"."""
+    """Return the class names that a generator takes as "class:NAME"."""
     groups = getattr(pipe.config, "groups", None)
     by_class = getattr(pipe.components.get("transformer"), "config", {}).get("classes") == len(class_names())
     return list(class_names()) if by_class else list(groups or [])

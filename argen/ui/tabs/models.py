@@ -1,4 +1,4 @@
-"""The tab of the weights: what there is, what is here, whether it is whole."""
+"""The tab *Models*: list, verify and delete the weights of models."""
 
 import gradio as gr
 

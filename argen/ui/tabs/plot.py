@@ -1,4 +1,4 @@
-"""The tab that asks for many images at once: one prompt under several settings, and tables of requests."""
+"""The tab *X/Y/Z plot and Batch*: one prompt under several settings, and tables of requests."""
 
 from pathlib import Path
 
@@ -22,7 +22,7 @@ def layout(context: AppContext, tab: gr.Tab) -> None:
 
 
 class Plot:
-    """The tab; lay it out inside the current `gr.Blocks`."""
+    """The tab, laid out inside the current `gr.Blocks`."""
 
     def __init__(self, context: AppContext):
         self.context, self.studio, ids = context, context.studio, generators()
@@ -86,7 +86,7 @@ class Plot:
         queue_rows.click(self.queue_rows, [file, default_model], batch_status)
 
     def start(self, request: gr.Request, model: str, prompt: str, seed: float, *fields: str) -> tuple:
-        """Put every combination into the queue."""
+        """Queue every combination of the axes."""
         with user_errors():
             axes = [
                 Axis.parse(f"{name}={values}")
@@ -99,7 +99,7 @@ class Plot:
             return (axes, ids), gr.Timer(active=True)
 
     def restore(self, request: gr.Request) -> tuple:
-        """Show the grid that was asked for last, whenever the tab is opened: the page may have been loaded anew."""
+        """Show the latest grid whenever the tab is opened, since the page may have been loaded again."""
         last = self.studio.store.last_grid(self.context.owner(request))
         if last is None:
             return None, gr.Timer(active=False)
@@ -107,11 +107,11 @@ class Plot:
         return ([Axis(name, tuple(values)) for name, values in axes], ids), gr.Timer(active=True)
 
     def refresh(self, grid_state: tuple | None) -> tuple:
-        """The grid, when all of it is done."""
+        """Return the grid once all of its jobs are over, until then how many are done."""
         if grid_state is None:
             return gr.skip(), gr.skip(), gr.skip(), gr.Timer(active=False)
         axes, ids = grid_state
-        states = [self.studio.store.job(id)["state"] for id in ids]  # which is all that is asked many times
+        states = [self.studio.store.job(id)["state"] for id in ids]  # cheap, since this runs on every tick
         done = states.count(DONE)
         if not OVER.issuperset(states):
             return gr.skip(), f"{done} of {len(ids)} pictures", gr.skip(), gr.skip()
@@ -134,7 +134,7 @@ class Plot:
         )
 
     def queue_rows(self, request: gr.Request, path: str | None, model: str) -> str:
-        """Put the rows of a file into the queue."""
+        """Queue the rows of a file."""
         with user_errors():
             if path is None:
                 raise ValueError("there is no table: drop a CSV or JSON lines file")

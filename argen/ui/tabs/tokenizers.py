@@ -13,7 +13,7 @@ from argen.ui.context import PREVIEW_SIDE, AppContext, enlarge, user_errors
 from argen.ui.inputs import image_input
 from tokenizers_img.pixels import from_pil, to_pil
 
-LATENT_BITS = 16  # of a continuous number, as bfloat16 holds it
+LATENT_BITS = 16  # of a continuous number, as in bfloat16
 
 
 TITLE = "Tokenizers"
@@ -24,7 +24,7 @@ def layout(context: AppContext, tab: gr.Tab) -> None:
 
 
 class Tokenizers:
-    """The tab; lay it out inside the current `gr.Blocks`. The tokenizers that ship are chosen at first."""
+    """The tab, laid out inside the current `gr.Blocks`. The shipped tokenizers are selected at first."""
 
     def __init__(self, context: AppContext):
         self.models = context.studio.models
@@ -35,7 +35,7 @@ class Tokenizers:
             self.tokens(image, names, shipped[0])
 
     def comparison(self, names: list[str], shipped: list[str]) -> gr.Image:
-        """The reconstructions side by side; gives the input image."""
+        """Lay out the reconstructions side by side -> the input image."""
         with gr.Row():
             with gr.Column(scale=2):
                 image = image_input(label="Input image", elem_id="lab-picture")
@@ -50,7 +50,7 @@ class Tokenizers:
         return image
 
     def tokens(self, image: gr.Image, names: list[str], first: str) -> None:
-        """The tokens of one tokenizer, and what the first of them decode to."""
+        """Lay out the tokens of one tokenizer, and the image that the first of them decode to."""
         with gr.Column(scale=2):
             name = gr.Dropdown(names, value=first, label="Tokenizer", elem_id="lab-tokenizer")
             count = gr.Slider(1, 2, value=1, step=1, visible=False, label="Tokens to decode", elem_id="lab-count")
@@ -94,7 +94,7 @@ class Tokenizers:
 
 
 def reconstructed(tokenizer: Tokenizer, pixels: Tensor, tokens: Tensor) -> tuple[Tensor, tuple]:
-    """The reconstruction [3, S, S] of `pixels` from their tokens, see `encoded`; PSNR in dB, SSIM, the size in words, and bits."""
+    """Return the reconstruction [3, S, S] of `pixels` from their tokens, see `encoded`; and PSNR in dB, SSIM, size as text, bits."""
     output = decoded(tokenizer, tokens, pixels)
     if tokens.ndim == 2:
         bits, size = tokens.shape[1] * math.log2(tokenizer.config.n_embed), f"{tokens.shape[1]} tokens"
@@ -105,7 +105,7 @@ def reconstructed(tokenizer: Tokenizer, pixels: Tensor, tokens: Tensor) -> tuple
 
 
 def table(tokens: Tensor) -> list[list]:
-    """Ids [N] of a square in its rows, others in rows of 8; of latents [C, h, w] the mean squares."""
+    """Arrange ids [N] in rows: of a square by its side, else of 8; of latents [C, h, w] the mean squares."""
     if tokens.ndim == 3:
         return [[round(value, 2) for value in row] for row in tokens.square().mean(dim=0).tolist()]
     side = math.isqrt(len(tokens))
@@ -114,5 +114,5 @@ def table(tokens: Tensor) -> list[list]:
 
 
 def preview(pixels: Tensor) -> Image.Image:
-    """[3, H, W] in [0, 1] -> an image that is large enough to look at."""
+    """Convert pixels [3, H, W] in [0, 1] to an enlarged image."""
     return enlarge(to_pil(pixels))
