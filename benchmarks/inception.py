@@ -23,7 +23,7 @@ from argen.eval.inception import FIDInception
 
 
 def random_network() -> FIDInception:
-    """Random weights that keep the variance of what flows through them."""
+    """Create a network with random weights that preserve the variance of activations."""
     torch.manual_seed(0)
     network = FIDInception()
     for module in network.modules():

@@ -3,9 +3,9 @@
     pip install . && python benchmarks/server_load.py --jobs 200 --clients 8
 
 Each of the clients submits its jobs over HTTP and waits for them; meanwhile the page is loaded again and again. In the middle the
-server is killed and started again. At the end each job must have the image of its own seed, and no other. Then the server meets what
-servers meet: made-up paths and hosts, boundless numbers, 300 clients that wait and leave, a disk that takes nothing more, files that
-were deleted by hand, a second server on its folder, SIGTERM.
+server is killed and started again. At the end each job must have the image of its own seed, and no other. Then faults
+are tried: made-up paths and hosts, huge numbers, 300 clients that wait and leave, a full disk, files deleted by hand, a second server
+on the same folder, SIGTERM.
 """
 
 import argparse
@@ -46,7 +46,7 @@ class Server:
         self.ask("/api/jobs")
 
     def ask(self, path: str, body: dict | None = None):
-        """JSON, or bytes; a server that is not there yet is waited for."""
+        """Send a request -> JSON, or bytes; waits for a server that is still starting."""
         end = time.monotonic() + PATIENCE
         data = None if body is None else json.dumps(body).encode()
         while True:
@@ -61,7 +61,7 @@ class Server:
                 time.sleep(0.2)
 
     def memory(self) -> float:
-        """Resident, in MB (Linux)."""
+        """Return the resident memory in MB (Linux)."""
         pages = int(Path(f"/proc/{self.process.pid}/statm").read_text().split()[1])
         return pages * os.sysconf("SC_PAGE_SIZE") / 1e6
 
@@ -95,7 +95,7 @@ def main() -> int:
 
 
 def run(server: Server, clients: int, jobs_per_client: int) -> dict:
-    """The figures; `lost` and `mixed` must be 0."""
+    """Run the load test -> its figures; `lost` and `mixed` must be 0."""
     answers, over, kill = [], threading.Event(), threading.Barrier(clients + 1)
 
     def visit() -> None:
@@ -152,14 +152,14 @@ def run(server: Server, clients: int, jobs_per_client: int) -> dict:
 
 
 def faults(server: Server) -> dict[str, bool]:
-    """Which faults the server survives."""
+    """Check which faults the server survives."""
     results = {name: bool(check(server)) for name, check in FAULTS.items()}
     server.kill()
     return results
 
 
 def status(server: Server, path: str, body: dict | None = None, **headers: str) -> int:
-    """The status of an answer."""
+    """Return the status of a response."""
     data = None if body is None else json.dumps(body).encode()
     request = urllib.request.Request(server.address + path, data, {"content-type": "application/json", **headers})
     try:
@@ -170,7 +170,7 @@ def status(server: Server, path: str, body: dict | None = None, **headers: str) 
 
 
 def until(condition: Callable[[], object], seconds: float = 60.0) -> bool:
-    """Whether something becomes true within that time."""
+    """Whether a condition becomes true in time."""
     end = time.monotonic() + seconds
     while not (value := condition()) and time.monotonic() < end:
         time.sleep(0.2)
@@ -178,7 +178,7 @@ def until(condition: Callable[[], object], seconds: float = 60.0) -> bool:
 
 
 def draw(server: Server) -> dict:
-    """A finished job."""
+    """Submit a job and wait for it."""
     id = server.ask("/api/jobs", {"prompt": "a pizza"})["id"]
     until(lambda: server.ask(f"/api/jobs/{id}")["state"] not in ("waiting", "running"))
     return server.ask(f"/api/jobs/{id}")
@@ -212,7 +212,7 @@ def hosts(server: Server) -> bool:
 
 
 def numbers(server: Server) -> bool:
-    """A boundless number is refused before anything is built by it."""
+    """A huge number is refused before memory is allocated for it."""
     before = server.memory()
     settings = (
         {"steps": 10**9, "model": "argen/emoji-xar"},
@@ -224,7 +224,7 @@ def numbers(server: Server) -> bool:
 
 
 def crowd(server: Server, clients: int = 300) -> bool:
-    """Many clients wait; the queue is answered within half a second, and what they asked for ends when they leave."""
+    """While many clients wait, the queue is answered within half a second; their jobs end when they leave."""
     body = json.dumps({"prompt": "a pizza", "n": 10}).encode()
     head = f"POST /v1/images/generations HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
     waiting = [socket.create_connection(("127.0.0.1", server.port)) for _ in range(clients)]
@@ -240,7 +240,7 @@ def crowd(server: Server, clients: int = 300) -> bool:
 
 
 def full_disk(server: Server) -> bool:
-    """While nothing can be written jobs fail, and afterwards they do not."""
+    """Jobs fail while the disk is full, and work again afterwards."""
     before = resource.prlimit(server.process.pid, resource.RLIMIT_FSIZE)
     resource.prlimit(server.process.pid, resource.RLIMIT_FSIZE, (0, before[1]))
     refused = status(server, "/api/jobs", {"prompt": "a pizza"}) in (400, 507)
@@ -249,7 +249,7 @@ def full_disk(server: Server) -> bool:
 
 
 def deleted_files(server: Server) -> bool:
-    """An image that was deleted by hand is not found, and nothing else is lost with it."""
+    """An image deleted by hand is reported as missing, and nothing else is lost."""
     id = draw(server)["images"][0]
     (server.folder / f"{id}.png").unlink()
     return status(server, f"/pictures/{id}.png") == 404 and draw(server)["state"] == "done"
@@ -263,7 +263,7 @@ def second_server(server: Server) -> bool:
 
 
 def terminated(server: Server) -> bool:
-    """SIGTERM keeps the job that runs; started again, the server goes on with it."""
+    """SIGTERM keeps the running job; the server resumes it after a restart."""
     id = server.ask("/api/jobs", {"prompt": "a pizza", "num_images": 64, "sampler": "sequential"})["id"]
     until(lambda: server.ask(f"/api/jobs/{id}")["decided"] > 2)
     server.process.send_signal(signal.SIGTERM)

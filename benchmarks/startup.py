@@ -21,7 +21,7 @@ NAMES = ("python", TORCH, "import argen", "argen --help", "argen models", GENERA
 
 
 def commands(folder: Path) -> dict[str, list[str]]:
-    """The commands by their names; `folder` is for what they write."""
+    """Return the commands by their names; `folder` is for their output."""
     argen = [sys.executable, "-m", "argen"]
     generate = ["generate", "a pizza", "-o", str(folder / "pizza.png"), "--json"]
     lines = [
@@ -36,7 +36,7 @@ def commands(folder: Path) -> dict[str, list[str]]:
 
 
 def timed(line: list[str]) -> tuple[float, float, str]:
-    """Seconds by the clock and of the processor that a command takes, and what it prints."""
+    """Run a command -> its wall-clock seconds, CPU seconds and output."""
     before, started = os.times(), time.perf_counter()
     process = subprocess.run(line, check=True, capture_output=True, text=True)
     seconds, after = time.perf_counter() - started, os.times()

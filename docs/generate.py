@@ -20,7 +20,7 @@ def table(heads: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
 
 
 def about(name: str) -> str:
-    """The first paragraph of a sampler's docstring."""
+    """Return the first paragraph of a sampler's docstring."""
     return " ".join(samplers[name].__doc__.strip().split("\n\n")[0].split())
 
 
@@ -107,7 +107,7 @@ TABLES = {
 
 
 def rendered(text: str) -> str:
-    """A page with its tables redrawn."""
+    """Return a page with its tables regenerated."""
     return MARKS.sub(lambda match: match[1] + "\n" + TABLES[match[2]]() + "\n" + match[3], text)
 
 

@@ -65,7 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def controlled(args, overrides: dict, own_file: bool) -> dict:
-    """What the options say of a control image, beside those of `given`; with the checkpoint of one's own --size is the model's."""
+    """Return the control that the options set, on top of `overrides`; for a checkpoint file of one's own, --size is the model's."""
     control = {"kind": args.control_type, "strength": args.control_strength, "size": args.size}
     control = {name: value for name, value in control.items() if value is not None}
     if args.tokenizer and not own_file:

@@ -20,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         required=True,
         metavar="DIR",
-        help="checkpoints, log, sample grids; goes on from what is there",
+        help="checkpoints, log, sample grids; resumes from checkpoints there",
     )
     parser.add_argument("--clip", type=Path, metavar="DIR", help="trained emoji-clip (default: the shipped one)")
     parser.add_argument(

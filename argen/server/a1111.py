@@ -1,8 +1,8 @@
 """The API of AUTOMATIC1111's web UI (``/sdapi/v1``), on the queue, for the clients that speak it.
 
-They send a value for everything, so some mean "nobody chose": the seed -1, a guidance of 7, a sampler that is not one of ours.
-Width and height scale the image, they do not change what is drawn; steps are read by the models that have some. What cannot be done
-is said in the `comments` of an answer's `info`.
+Clients send a value for every field, so some values mean "not set": the seed -1, a guidance of 7, an unknown sampler. Width and
+height scale the image and do not change its content; steps are read by the models that have them. Fields that are not used are
+listed in the `comments` of the response's `info`.
 """
 
 import json
@@ -40,7 +40,7 @@ from tokenizers_img.pixels import to_mask
 
 router = APIRouter(prefix="/sdapi/v1", tags=["A1111"])
 UNCHOSEN_GUIDANCE = 7.0
-EMPTY = (  # lists of what argen has none of
+EMPTY = (  # lists that are empty in argen
     "schedulers",
     "latent-upscale-modes",
     "sd-vae",
@@ -55,7 +55,7 @@ EMPTY = (  # lists of what argen has none of
     "extensions",
     "script-info",
 )
-UNUSED = {  # of an answer's `info`: what argen has none of
+UNUSED = {  # fields of a response's `info` that argen does not have
     "subseed": 0,
     "subseed_strength": 0,
     "styles": [],
@@ -67,7 +67,7 @@ UNUSED = {  # of an answer's `info`: what argen has none of
     "denoising_strength": None,
     "is_using_inpainting_conditioning": False,
 }
-DESCRIBER = "argen/emoji-seed-lm"  # says what an image shows
+DESCRIBER = "argen/emoji-seed-lm"  # captions images
 
 
 def _default_models(request: Request) -> dict[str, str]:
@@ -78,7 +78,7 @@ DefaultModels = Annotated[dict[str, str], Depends(_default_models)]  # owner -> 
 
 
 class Text(Body):
-    """The body of ``txt2img``; what else a client sends is not read."""
+    """The body of ``txt2img``; unknown fields are ignored."""
 
     prompt: str = ""
     negative_prompt: str = ""
@@ -117,7 +117,7 @@ async def txt2img(request: Request, studio: StudioDep, owner: Owner, default_mod
 
 @router.post("/img2img")
 async def img2img(request: Request, studio: StudioDep, owner: Owner, default_models: DefaultModels, body: ImageArray):
-    """With a mask its white part is redrawn, else as many of the least probable cells as the strength says."""
+    """Inpaint the white part of the mask or, without one, the least probable cells, as many as `denoising_strength` says."""
     job_request = await prepare(
         request, img2img_request, studio, default_models.get(owner, GenerationRequest.model), body
     )
@@ -136,7 +136,7 @@ def img2img_request(studio: Studio, model: str, body: ImageArray) -> GenerationR
 
 
 def txt2img_request(studio: Studio, model: str, body: Text) -> GenerationRequest:
-    """The generation request, less what nobody chose; of `model`, if the body names no other."""
+    """Build the generation request of a body, without the values that mean "not set"; `model` is the default."""
     model = str(body.override_settings.get("sd_model_checkpoint") or model)
     check_size((body.width, body.height), MAX_SCALED)
     pipe = studio.models(model)
@@ -154,15 +154,15 @@ def txt2img_request(studio: Studio, model: str, body: Text) -> GenerationRequest
 
 
 def sampler_of(body: Text, names: Sequence[str]) -> str | None:
-    """The one of some samplers that is asked for, by its name in any case, with blanks or hyphens, and with its settings behind it, e.g.
-    "lantern:k=5"; None if it is none of them."""
+    """Return the sampler that the body names, in any case, with blanks or hyphens, and with settings behind it, e.g. "lantern:k=5";
+    None if it is not in `names`."""
     name, colon, settings = (body.sampler_name or body.sampler_index or "").partition(":")
     name = re.sub(r"[\s_-]+", "_", name.strip().lower())
     return name + colon + settings if name in names else None
 
 
 def comments(body: Text, job_request: GenerationRequest) -> list[str]:
-    """What was asked for and is not done, a line each."""
+    """List the fields of a body that are not used, a line each."""
     sampler = body.sampler_name or body.sampler_index
     images = len(body.init_images) if isinstance(body, ImageArray) else 1
     unread = {
@@ -180,7 +180,7 @@ def comments(body: Text, job_request: GenerationRequest) -> list[str]:
 
 
 async def answer(request: Request, studio: Studio, owner: str, body: Text, job_request: GenerationRequest) -> dict:
-    """The images of a request; of one that was interrupted, as far as they are written."""
+    """Run a request and return its images; of an interrupted one its previews."""
     progress = await result(request, studio, owner, job_request)
     if progress.state != CANCELLED:
         check_finished(progress)
@@ -198,7 +198,7 @@ def response_json(studio: Studio, body: Text, job_request: GenerationRequest, pr
     if progress.state == CANCELLED:
         images = list(progress.preview or [])[: job_request.num_images]
         requests = [job_request.for_image(index) for index in range(len(images))]
-        embedded = [None] * len(images)  # which would make whole ones
+        embedded = [None] * len(images)  # these would reproduce finished images
         notes.append(f"interrupted at {progress.share:.0%}: {len(images)} of {job_request.num_images} images")
     texts = [infotext(request, size) for request in requests]
     info = {
@@ -290,7 +290,7 @@ def models():
 @router.post("/unload-checkpoint")
 @router.post("/reload-checkpoint")
 def nothing_to_do():
-    """The list of models does not change while the server runs, and models are loaded when they are asked for."""
+    """Do nothing: the list of models does not change while the server runs, and models are loaded on first use."""
     return {}
 
 
@@ -317,7 +317,7 @@ def embeddings():
 
 @router.get("/memory")
 def memory():
-    """In bytes."""
+    """Return the free, used and total memory in bytes."""
     ram = psutil.virtual_memory()
     cuda: dict[str, Any] = {"error": "no CUDA device"}
     if torch.cuda.is_available():
@@ -351,7 +351,7 @@ def unknown(path: str):
 
 
 def state(progress: Progress | None, jobs: int) -> dict:
-    """What a client of A1111 shows of a job."""
+    """Return the state of a job as A1111 clients expect it."""
     return {
         "skipped": False,
         "interrupted": False,

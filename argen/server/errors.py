@@ -27,7 +27,7 @@ CODES = {  # of pydantic -> of OpenAI
     "literal_error": "invalid_value",
 }
 PARAMS = {"num_images": "n"}  # settings that have another name there
-STATUSES = {  # what an exception means; the first that fits
+STATUSES = {  # of exceptions; the first match counts
     QueueFull: 429,
     Forbidden: 403,
     KeyError: 404,
@@ -43,7 +43,7 @@ STATUSES = {  # what an exception means; the first that fits
 
 
 def error_body(message: str, param: str | None = None, code: str | None = None, status: int = 400) -> dict:
-    """The body of an error: OpenAI's `error` object, and A1111's `detail`."""
+    """Return the body of an error: OpenAI's `error` object, and A1111's `detail`."""
     message = message if len(message) <= MAX_MESSAGE else f"{message[:MAX_MESSAGE]} ..."
     message = message.encode("utf-8", "replace").decode()
     kind = "invalid_request_error" if status < 500 else "server_error"
@@ -53,7 +53,7 @@ def error_body(message: str, param: str | None = None, code: str | None = None, 
 async def refuse(
     scope: Scope, receive: Receive, send: Send, status: int, message: str, headers: Mapping[str, str] | None = None
 ) -> None:
-    """Answer a request, or a websocket before it is accepted, with an error."""
+    """Answer a request, or a websocket that is not accepted yet, with an error."""
     if scope["type"] == "websocket":
         await send({"type": "websocket.close", "code": 1008, "reason": message})
         return
@@ -61,7 +61,7 @@ async def refuse(
 
 
 def install(app: FastAPI) -> None:
-    """Give the errors of an app one form."""
+    """Install handlers that give all errors of an app the same form."""
 
     @app.exception_handler(RequestValidationError)
     async def validation_error(request: Request, error: RequestValidationError):
@@ -84,7 +84,7 @@ def install(app: FastAPI) -> None:
 
 
 def install_in_page(page: FastAPI) -> None:
-    """Give the errors of the page's own routes (uploads, files) one line, without paths of this machine."""
+    """Install handlers that reduce errors of the page's own routes (uploads, files) to one line without local paths."""
 
     @page.exception_handler(HTTPException)
     async def http_error(request: Request, error: HTTPException):
@@ -98,7 +98,7 @@ def install_in_page(page: FastAPI) -> None:
 
 
 async def handle_known(request: Request, error: Exception) -> JSONResponse:
-    """An exception of `STATUSES` as an answer."""
+    """Convert an exception of `STATUSES` to a response."""
     status = next(status for kind, status in STATUSES.items() if isinstance(error, kind))
     message = error_message(error)
     if isinstance(error, sqlite3.Error):
@@ -117,7 +117,7 @@ async def handle_known(request: Request, error: Exception) -> JSONResponse:
 
 
 def describe_validation_error(error: RequestValidationError) -> tuple[str, str | None, str | None]:
-    """(message, parameter, code of OpenAI) of a body that does not fit."""
+    """Return (message, parameter, OpenAI code) of an invalid body."""
     details = error.errors()[0]
     location = [str(part) for part in details["loc"] if part not in ("body", "query", "path")]
     location = [part for part in location if re.fullmatch(r"[\w-]+(\[\])?", part)]

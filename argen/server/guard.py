@@ -1,4 +1,4 @@
-"""What stands before every path of the server, HTTP and websocket: host and origin, keys, the size of a request and its time."""
+"""The guard before every path of the server, HTTP and websocket: host, origin, keys, and limits on size and time of a request."""
 
 import asyncio
 import base64
@@ -25,23 +25,23 @@ from argen.jobs.queue import LOCAL, Studio
 from argen.server.errors import refuse
 
 MAX_BYTES = MOST_BYTES  # of a request, of which an image is the largest part
-BODY_TIMEOUT = 30.0  # seconds without a byte of a body that was announced
-MIN_BYTES_PER_SECOND = 2**16  # bytes a second that a body must arrive with, on the whole
-KEY_PATHS = ("/v1", "/sdapi", "/api", "/pictures", "/openapi.json")  # what needs a key; the page has a login of its own
-LINK_PATH, LINK_FOR = "/pictures/", 3600.0  # what a link can open, and seconds in which it does
+BODY_TIMEOUT = 30.0  # seconds without a byte of an announced body
+MIN_BYTES_PER_SECOND = 2**16  # average rate at which a body must arrive
+KEY_PATHS = ("/v1", "/sdapi", "/api", "/pictures", "/openapi.json")  # paths that need a key; the page has its own login
+LINK_PATH, LINK_FOR = "/pictures/", 3600.0  # paths that a signed link opens, and for how many seconds
 LOCAL_HOSTS = {"127.0.0.1", "localhost", "::1"}
 HOST = re.compile(r"(\[[0-9a-f:.]+\]|[0-9a-z._-]+)(:\d{1,5})?")
 PAGE = "/gradio_api/"
 OPEN = tuple(PAGE + name for name in ("startup-events", "theme.css", "login_check", "user", "app_id"))  # before a login
 STREAMING_PATHS = tuple(
     PAGE + name for name in ("heartbeat", "queue/data", "call", "upload_progress")
-)  # stay open as long as a client likes
+)  # stay open as long as the client
 MAX_OPEN_STREAMS = 128  # of one address
 MIN_KEY = 8  # characters
-FREE_TRIES = 3  # wrong keys of an address that are answered at once
-FIRST_DELAY, MAX_DELAY = 0.25, 8.0  # seconds, doubled with each wrong key more
+FREE_TRIES = 3  # wrong keys per address that are answered without delay
+FIRST_DELAY, MAX_DELAY = 0.25, 8.0  # seconds, doubled with each further wrong key
 RETRY = {"Retry-After": f"{MAX_DELAY:.0f}"}
-MAX_DELAYED = 8  # answers of one address that may be held back at once
+MAX_DELAYED = 8  # delayed answers per address at a time
 FORGET_AFTER = 600.0  # seconds without a wrong key
 
 
@@ -54,24 +54,23 @@ def _owner(request: Request) -> str:
 
 
 StudioDep = Annotated[Studio, Depends(_studio)]  # the queue of this server
-Owner = Annotated[str, Depends(_owner)]  # who asks
-Viewer = Annotated[str | None, Depends(_owner)]  # of an image; None of one to whom its link was given
+Owner = Annotated[str, Depends(_owner)]  # of the request
+Viewer = Annotated[str | None, Depends(_owner)]  # of an image; None for a client with a signed link
 
 
-ADDRESS: ContextVar[str] = ContextVar("address", default="")  # of the client whose request is answered
+ADDRESS: ContextVar[str] = ContextVar("address", default="")  # of the client of the current request
 
 
 class Guard:
-    """ASGI middleware that refuses what this server does not answer, before anything of it is read.
+    """ASGI middleware that refuses requests before anything of them is read.
 
     Args:
-        keys: one of them must be shown as "Authorization: Bearer KEY", or as the password of a basic login; without any everybody may
-            ask, and all are one owner. The first one is the administrator's.
-        local: whether the server is for this machine alone, so that requests must name it (else a web site whose name is made to
-            point here could ask).
-        tries: wrong keys, which the login of the page counts, too.
-        sessions: who is logged in at the page.
-        links: addresses of images that need no key.
+        keys: one of them must be shown as "Authorization: Bearer KEY", or as the password of a basic login; without keys everybody
+            has access, as one owner. The first key is the administrator's.
+        local: whether the server is for this machine alone, so that requests must name it as host (against DNS rebinding).
+        tries: counts wrong keys, also those of the page's login.
+        sessions: of the users logged in at the page.
+        links: signed addresses of images that need no key.
     """
 
     def __init__(
@@ -126,7 +125,7 @@ class Guard:
                 del self.open_streams[address]
 
     def owner(self, headers: Headers) -> str:
-        """Who asks.
+        """Return the owner of a request.
 
         Raises:
             HTTPException: no key, or a wrong one.
@@ -145,17 +144,17 @@ class Guard:
 
 
 class Links:
-    """Addresses of this server that open for a while without a key: a digest of the path and of the end of that time is in them.
+    """Signed addresses that open for a while without a key: they hold a digest of the path and the time of expiry.
 
     Args:
-        needed: whether others need a key; if not, the addresses are left as they are.
+        needed: whether other addresses need a key; if not, nothing is signed.
     """
 
     def __init__(self, needed: bool):
         self.needed, self.secret = needed, secrets.token_bytes(32)
 
     def signed(self, path: str, query: dict[str, str]) -> str:
-        """A path of this server, with a query."""
+        """Add a query, and a signature if needed, to a path of this server."""
         if self.needed:
             expires = f"{time.time() + LINK_FOR:.0f}"
             query = query | {"expires": expires, "token": self.digest(path, expires)}
@@ -165,7 +164,7 @@ class Links:
         return hmac.new(self.secret, f"{path} {expires}".encode(), hashlib.sha256).hexdigest()[:32]
 
     def valid(self, path: str, query: str) -> bool:
-        """Whether the query of a path was signed here, and not too long ago."""
+        """Whether the query of a path has a valid signature that has not expired."""
         params = dict(parse_qsl(query))
         expires, token = params.get("expires", ""), params.get("token", "")
         expected = self.digest(path, expires).encode()
@@ -173,10 +172,10 @@ class Links:
 
 
 class Sessions(dict[str, str]):
-    """Token of a login at the page -> owner, instead of the name that was typed: names are free, and two keys may use the same one.
+    """Mapping of login tokens of the page to owners, not to the typed names: names are free, and two keys may use the same one.
 
     Attributes:
-        owner: whose key the login that runs was given.
+        owner: of the key of the current login.
     """
 
     owner: ContextVar[str] = ContextVar("owner")
@@ -185,14 +184,14 @@ class Sessions(dict[str, str]):
         super().__setitem__(token, self.owner.get())
 
     def logged_in(self, headers: Headers) -> bool:
-        """Whether the cookies of a request are those of somebody who is logged in."""
+        """Whether a request has the cookies of a logged-in user."""
         cookies = cookie_parser(headers.get("cookie", ""))
         return any(name.startswith("access-token-") and value in self for name, value in cookies.items())
 
 
 class Tries:
-    """Wrong keys of each address. Each one more than `FREE_TRIES` is answered later than the one before, and few at a time, so that
-    keys cannot be guessed in a row, nor many at once."""
+    """Counter of wrong keys per address. Each one above `FREE_TRIES` is answered later than the one before, and few at a time, so
+    that keys cannot be guessed one after the other, nor many at once."""
 
     def __init__(self):
         self.wrong: Counter[str] = Counter()
@@ -201,13 +200,13 @@ class Tries:
 
     def check(self, address: str) -> None:
         """Raises:
-        HTTPException: too many answers to this address are held back already.
+        HTTPException: too many answers to this address are delayed already.
         """
         if self.delayed[address] >= MAX_DELAYED:
             raise HTTPException(429, "too many wrong keys: wait before the next try", RETRY)
 
     async def delay(self, address: str) -> None:
-        """Count a wrong key of an address, and wait as long as that costs."""
+        """Count a wrong key of an address, and wait for its delay."""
         now = time.monotonic()
         for expired in [known_address for known_address, latest in self.latest.items() if now - latest > FORGET_AFTER]:
             del self.wrong[expired], self.latest[expired]
@@ -225,7 +224,7 @@ class Tries:
 
 def check_origin(headers: Headers, local: bool) -> None:
     """Raises:
-    HTTPException: another web site asks, or the request names another machine, or a name is malformed.
+    HTTPException: another origin, another host than this machine, or a malformed header.
     """
     host, origin = headers.get("host", "").lower(), headers.get("origin", "").lower()
     host_match = HOST.fullmatch(host)
@@ -250,7 +249,7 @@ def check_path(path: str) -> None:
 
 
 async def limited(app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
-    """Run an app, but for bodies above `MAX_BYTES`, whether or not they say how long they are, and for those that do not arrive."""
+    """Run an app, but refuse bodies above `MAX_BYTES`, with or without content-length, and bodies that arrive too slowly."""
     announced = Headers(scope=scope).get("content-length", "0")
     too_large = 413, f"the request is larger than {MAX_BYTES // 2**20} MB: send a smaller image"
     if not announced.isdigit() or int(announced) > MAX_BYTES:
@@ -261,7 +260,7 @@ async def limited(app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> N
     async def counting_receive() -> Message:
         nonlocal received, complete, refusal
         if complete:
-            return await receive()  # waits until the client goes away
+            return await receive()  # waits until the client disconnects
         seconds_left = start_time + BODY_TIMEOUT + received / MIN_BYTES_PER_SECOND - time.monotonic()
         try:
             message = await asyncio.wait_for(receive(), max(0.0, min(BODY_TIMEOUT, seconds_left)))
@@ -279,7 +278,7 @@ async def limited(app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> N
 
     async def guarded_send(message: Message) -> None:
         nonlocal response_started
-        if response_started or refusal is None:  # whatever the app says of a body that was cut off
+        if response_started or refusal is None:  # drops the app's answer to a body that was cut off
             response_started = True
             await send(message)
 
@@ -293,12 +292,12 @@ async def limited(app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> N
 
 
 class BodyError(Exception):
-    """A body is too large, or does not arrive."""
+    """A body is too large or too slow."""
 
 
 def check_keys(keys: Sequence[str]) -> None:
     """Raises:
-    ValueError: a key is too short, or holds what not every client can send in a header.
+    ValueError: a key is too short, or has characters that not every client can send in a header.
     """
     if any(len(key) < MIN_KEY for key in keys):
         raise ValueError(f"a key is shorter than {MIN_KEY} characters: choose a longer one")

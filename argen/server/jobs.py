@@ -1,4 +1,4 @@
-"""The queue over HTTP: what argen's own programs use. ``POST /api/jobs`` takes the fields of `argen.request.Request`."""
+"""The queue over HTTP, argen's own API. ``POST /api/jobs`` takes the fields of `argen.request.Request`."""
 
 import base64
 import re
@@ -21,10 +21,10 @@ NAMES = tuple(item.name for item in fields(GenerationRequest))
 
 
 def parse_request(values: dict[str, Any]) -> GenerationRequest:
-    """A request out of JSON.
+    """Parse a generation request from JSON.
 
     Raises:
-        ValueError: an unknown field, a value of the wrong kind or out of bounds.
+        ValueError: an unknown field, a value of the wrong type or out of bounds.
     """
     unknown = [name for name in values if name not in NAMES]
     if unknown:
@@ -37,7 +37,7 @@ def parse_request(values: dict[str, Any]) -> GenerationRequest:
 
 
 def job_json(progress: Progress) -> dict:
-    """A job as JSON."""
+    """Convert a job to JSON."""
     names = "id", "state", "stage", "decided", "cells", "forward_passes", "seconds", "error", "created", "place", "eta"
     images = [image.id for image in progress.images]
     return {name: getattr(progress, name) for name in names} | {
@@ -57,10 +57,10 @@ def check_finished(progress: Progress) -> Progress:
 
 
 def pixels_of(size: str) -> tuple[int, int] | None:
-    """ "512x512" -> its numbers; "auto" or "" -> None, the image's own.
+    """Parse "512x512" to its numbers; "auto" or "" to None, the image's own size.
 
     Raises:
-        ValueError: something else, or more than is scaled to.
+        ValueError: an invalid size, or one above the limit.
     """
     if size in ("", "auto"):
         return None
@@ -71,7 +71,7 @@ def pixels_of(size: str) -> tuple[int, int] | None:
 
 
 def embedded_request(studio: Studio, saved: SavedImage) -> GenerationRequest | None:
-    """The settings of an image, where they may stand in its file."""
+    """Return the request to embed in an image's file; None if metadata is off."""
     return saved.request if studio.store.metadata else None
 
 
@@ -120,12 +120,12 @@ def submit_next_seeds(studio: StudioDep, owner: Owner, id: str):
 
 @router.get("/pictures/{id}.{form}")
 def image(studio: StudioDep, owner: Viewer, id: str, form: str, size: str | None = None):
-    """An image of the owner, or one to which a link was given; as PNG in its own size it is the very file.
+    """Return an image of the owner, or one with a signed link; as PNG in its own size the stored file.
 
     Args:
-        size: as 512x512, to scale it.
+        size: e.g. 512x512, to scale it.
     """
-    saved = studio.store.image(id)  # only what is in the database has a file
+    saved = studio.store.image(id)  # the id comes from the client: only those in the database have a file
     if form not in ("png", "jpeg", "webp"):
         raise HTTPException(404, f"there is no {form[:20]} file of an image: expected png, jpeg or webp")
     if owner not in (saved.owner, None):

@@ -1,8 +1,8 @@
 """OpenAI's images API (``/v1/images/generations``, ``/v1/images/edits``, ``/v1/models``), on the queue.
 
-What has no meaning here (quality, style, background ...) is taken and not read; ``size`` scales the image, it does not change what is
-drawn. ``seed`` and the sampling settings of `argen.request.Request` are extensions. An answer without ``response_format`` holds
-both the image and its address.
+Fields without a meaning here (quality, style, background ...) are accepted and ignored; ``size`` scales the image and does not change
+its content. ``seed`` and the sampling settings of `argen.request.Request` are extensions. A response without ``response_format`` has
+both the image and its URL.
 """
 
 import json
@@ -55,7 +55,7 @@ EXTENSIONS = {  # without their bounds, which the request checks
 
 
 class Body(BaseModel):
-    """A body in which null, or no name of a model, means what leaving the field out means."""
+    """Base of bodies in which null, or an empty model name, means that the field is left out."""
 
     @model_validator(mode="before")
     @classmethod
@@ -69,7 +69,7 @@ Extensions = create_model("Extensions", __base__=Body, **EXTENSIONS)  # argen's 
 
 
 class Generation(Extensions):
-    """The body of ``/v1/images/generations``: in JSON numbers are numbers, in a form they are read from texts."""
+    """The body of ``/v1/images/generations``: strict types in JSON; in a form, numbers are parsed from text."""
 
     model_config = ConfigDict(strict=True)
 
@@ -90,27 +90,27 @@ class Generation(Extensions):
         return pixels_of(self.size)
 
     def to_request(self) -> GenerationRequest:
-        """The generation request. Raises as `argen.server.jobs.parse_request` does."""
+        """Convert to a generation request. Raises as `argen.server.jobs.parse_request` does."""
         settings = {name: getattr(self, name) for name in EXTENSIONS if getattr(self, name) is not None}
         return parse_request(
             {"prompt": self.prompt, "model": self.model, "num_images": self.n, "seed": self.seed, **settings}
         )
 
     def encode(self, image: Image.Image, request: GenerationRequest | None = None) -> str:
-        """An image in the size and the format that are asked for, in base64."""
+        """Encode an image in the requested size and format, as base64."""
         return encoded(image, request, self.pixels, self.output_format, self.output_compression)
 
 
 @router.post("/v1/images/generations")
 async def generations(request: Request, studio: StudioDep, owner: Owner, body: Generation):
-    body.pixels  # noqa: B018, says so if there is no such size
+    body.pixels  # noqa: B018, raises if the size is invalid
     return await answer(request, studio, owner, body.to_request(), body, "image_generation")
 
 
 @router.post("/v1/images/edits")
 async def edits(request: Request, studio: StudioDep, owner: Owner):
-    """A multipart form with the fields of a generation, ``image`` (or ``image[]``) and ``mask``: what is transparent in the mask, or
-    without one in the image, is redrawn; where nothing is transparent, the least probable cells."""
+    """Edit an image: a multipart form with the fields of a generation, ``image`` (or ``image[]``) and ``mask``. Transparent parts of
+    the mask, or without one of the image, are redrawn; if nothing is transparent, the least probable cells."""
     async with request.form(max_files=20) as form:
         files = {name: form.getlist(name) for name in ("image", "image[]", "mask")}
         images = [file for file in files["image"] + files["image[]"] if isinstance(file, UploadFile)]
@@ -131,7 +131,7 @@ async def edits(request: Request, studio: StudioDep, owner: Owner):
 
 
 def _edit_request(studio: Studio, body: Generation, data: bytes, mask: bytes | None) -> GenerationRequest:
-    """The request for an edit of an image."""
+    """Build the generation request of an edit."""
     job_request = body.to_request()
     with field("image"):
         image = read_image(data, "image")
@@ -167,7 +167,7 @@ def unknown(request: Request, path: str):
 async def answer(
     request: Request, studio: Studio, owner: str, job_request: GenerationRequest, body: Generation, kind: str
 ):
-    """What comes back for a request: all at once, or as it is written.
+    """Run a request and return its images, at once or as a stream of events.
 
     Args:
         kind: of the events.
@@ -186,7 +186,7 @@ async def answer(
 
 
 def image_datum(studio: Studio, saved, body: Generation, base_url: str, links: Links) -> dict:
-    """An image of an answer; `here` is the address of this server, and its `links` open without a key for a while."""
+    """Return an image of a response; `base_url` is that of this server, and its signed `links` need no key for a while."""
     path = f"/pictures/{saved.id}.{body.output_format}"
     address = base_url.rstrip("/") + links.signed(path, {"size": body.size} if body.pixels else {})
     if body.response_format == "url":
@@ -198,7 +198,7 @@ def image_datum(studio: Studio, saved, body: Generation, base_url: str, links: L
 async def events(
     studio: Studio, progress: AsyncIterator[Progress], body: Generation, kind: str, stack: AsyncExitStack
 ) -> AsyncIterator[str]:
-    """Server-sent events of a job; `stack` is left at their end, which cancels a job that is not over."""
+    """Yield the server-sent events of a job; closing `stack` at their end cancels a job that is not over."""
     async with stack:
         num_sent = 0
         async for update in progress:
@@ -217,7 +217,7 @@ async def events(
 
 @contextmanager
 def field(name: str) -> Iterator[None]:
-    """What is wrong meanwhile is said of the field `name`."""
+    """Context that attributes errors to the field `name`."""
     try:
         yield
     except TooLarge as error:
@@ -228,7 +228,7 @@ def field(name: str) -> Iterator[None]:
 
 
 def convert_mask(mask: Image.Image) -> Image.Image:
-    """A mask of OpenAI (transparent: redrawn; one without transparency: black) -> one of ours (white: redrawn)."""
+    """Convert a mask of OpenAI (transparent, or without alpha black: redrawn) to one of argen (white: redrawn)."""
     return ImageOps.invert(mask.getchannel("A") if "A" in mask.getbands() else to_mask(mask))
 
 
@@ -237,7 +237,7 @@ def model_object(name: str) -> dict:
 
 
 def usage(progress: Progress) -> dict:
-    """Tokens of the prompt are not counted."""
+    """Return the token counts of a job; those of the prompt are not counted."""
     output_tokens = progress.cells * len(progress.images)
     none = {"image_tokens": 0, "text_tokens": 0}
     return {
@@ -249,7 +249,7 @@ def usage(progress: Progress) -> dict:
 
 
 def image_fields(body: Generation) -> dict:
-    """What every answer says of its images."""
+    """Return the fields that describe the images of every response."""
     return {"size": body.size, "output_format": body.output_format, "quality": "auto", "background": "opaque"}
 
 

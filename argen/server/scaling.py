@@ -19,7 +19,7 @@ UPSCALER = "Lanczos"
 
 
 class Scaling(Body):
-    """How images are scaled: by a factor (resize_mode 0), or so that they cover a size (1), to which they are cropped."""
+    """How images are scaled: by a factor (resize_mode 0), or to cover a size (1), to which they are cropped."""
 
     resize_mode: Literal[0, 1] = 0
     upscaling_resize: float = Field(2, gt=0, le=32)
@@ -60,11 +60,11 @@ async def extra_batch_images(request: Request, body: Batch):
 
 
 async def scale_images(request: Request, texts: list[str], body: Scaling) -> list[str]:
-    """Images in base64, scaled one after the other for as long as somebody waits.
+    """Scale images in base64 one by one, until the client disconnects.
 
     Raises:
         ValueError: all of them together are too large.
-        Gone: the client went away.
+        ClientDisconnected: the client went away.
     """
     pixels, images = 0, []
     for text in texts:
@@ -78,8 +78,8 @@ async def scale_images(request: Request, texts: list[str], body: Scaling) -> lis
 
 
 def decode_image_and_size(text: str, body: Scaling) -> tuple[Image.Image, tuple[int, int]]:
-    """An image in base64, and the size that it is scaled to before it is cropped: of the two sides that are asked for (resize_mode 1)
-    both are covered, in the shape of the image."""
+    """Decode an image in base64 -> the image, and the size to scale it to before cropping; with resize_mode 1 it covers both
+    requested sides, in the aspect ratio of the image."""
     image = from_base64(text)
     factor = body.upscaling_resize
     if body.resize_mode == 1:
@@ -88,7 +88,7 @@ def decode_image_and_size(text: str, body: Scaling) -> tuple[Image.Image, tuple[
 
 
 def resize_image(image: Image.Image, size: tuple[int, int], body: Scaling) -> str:
-    """An image scaled to a size, and cropped where that is asked for, in base64."""
+    """Scale an image to a size, crop it if requested, and encode it as base64."""
     image = image.resize(size, Image.Resampling.LANCZOS)
     if body.resize_mode == 1 and body.upscaling_crop:
         width, height = body.upscaling_resize_w, body.upscaling_resize_h

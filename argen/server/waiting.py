@@ -1,4 +1,4 @@
-"""Clients that wait for a job: none costs a thread, and one that goes away ends its job."""
+"""Clients that wait for a job, without a thread each; a job ends when its client disconnects."""
 
 from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing, asynccontextmanager
@@ -17,8 +17,7 @@ Answer = TypeVar("Answer")
 
 
 async def prepare(request: Request, function: Callable[..., Answer], *args) -> Answer:
-    """What a thread finds out before a job is queued (a model is loaded, an image is encoded): few at a time, the others wait
-    without one."""
+    """Run a function in a thread before a job is queued (to load a model, encode an image); few at a time, others wait without one."""
     state = request.app.state
     if not hasattr(state, "preparing"):
         state.preparing = anyio.CapacityLimiter(4)
@@ -29,15 +28,15 @@ async def prepare(request: Request, function: Callable[..., Answer], *args) -> A
 async def queued(
     request: Request, studio: Studio, owner: str, job_request: GenerationRequest, partials: int = 0
 ) -> AsyncIterator[AsyncIterator[Progress]]:
-    """Put a request into the queue -> its progress whenever it changes, until it is over. The job is cancelled when this is left
-    before, because the client went away.
+    """Put a request into the queue -> its progress whenever it changes, until it is over. The job is cancelled when this context is
+    left earlier, because the client disconnected.
 
     Args:
-        partials: images wanted while it is written, see `Studio.submit`.
+        partials: number of partial images, see `Studio.submit`.
 
     Raises:
         QueueFull: too many clients wait.
-        Stopping, Gone: see `argen.jobs.following`.
+        ServerStopping, ClientDisconnected: see `argen.jobs.following`.
     """
     state = request.app.state
     if state.waiting >= MAX_WAITING:
@@ -56,6 +55,6 @@ async def queued(
 
 
 async def result(request: Request, studio: Studio, owner: str, job_request: GenerationRequest) -> Progress:
-    """A request carried out: how its job ended. Raises as `queued` does."""
+    """Run a request -> the final progress of its job. Raises as `queued` does."""
     async with queued(request, studio, owner, job_request) as progress:
         return await final_progress(progress)

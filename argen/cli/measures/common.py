@@ -55,7 +55,7 @@ def output_arguments(add: argparse.ArgumentParser) -> None:
         type=Path,
         required=True,
         metavar="DIR",
-        help="report.json, grid.png, images and features; goes on from what is there",
+        help="report.json, grid.png, images and features; resumes from what is there",
     )
     device_and_json(add)
 
@@ -83,10 +83,10 @@ def draw_samples(
     folder="samples",
     call_arguments=lambda _: {},
 ):
-    """The images of ``--model`` for `prompts` in turn, kept in `folder`.
+    """Generate images with ``--model`` from `prompts` in turn, and save them in `folder`.
 
     Args:
-        more: numbers of images -> what else the call for them is given.
+        call_arguments: indices of images -> further arguments of the call for them.
     """
     from argen.eval import run
     from argen.eval.run_dir import lock_run_dir
@@ -116,7 +116,7 @@ def finish(args: argparse.Namespace, settings: dict, scores: dict, seconds: dict
 
 
 def pipeline_of(args: argparse.Namespace, settings: dict):
-    """A pipeline of diffusers, the judge, and the generator of an image; the folder is locked for `settings`."""
+    """Load a diffusers pipeline and the judge -> these, and the function of an image's generator; locks the folder for `settings`."""
     from argen.device import pick
     from argen.eval import run
     from argen.eval.run_dir import lock_run_dir
