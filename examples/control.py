@@ -1,4 +1,4 @@
-"""Draw after the edges of another image: the shape stays, the thing changes."""
+"""Generate an image that follows the edges of another one."""
 
 import torch
 from PIL import Image

@@ -1,4 +1,4 @@
-"""Draw an image, watch it appear, and make it again from its own file."""
+"""Generate an image with previews, and reproduce it from its own file."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""A sampler of one's own: where the network is sure, its first choice is taken; elsewhere a token is drawn."""
+"""A custom sampler: greedy where the network is confident, elsewhere tokens are sampled."""
 
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from samplers.steps import START, Step, next_logits, pick
 
 @settings
 class Careful:
-    """Sequential, without chance where the network is sure."""
+    """Sequential, but greedy where the network is confident."""
 
     sure: float = Field(0.7, ge=0, le=1, description="probability from which on the most probable token is taken")
     name = "careful"

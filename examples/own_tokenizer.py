@@ -1,4 +1,4 @@
-"""A tokenizer of one's own: the average of every square in 64 shades of grey, with a card, beside a shipped one."""
+"""A custom tokenizer: the average of every square in 64 shades of grey, with a card, beside a shipped one."""
 
 import torch
 import torch.nn.functional as F

@@ -1,4 +1,4 @@
-"""The call of every generator of discrete tokens: prompts in, a grid of tokens filled step by step, images out.
+"""Base of the pipelines: prompts in, a grid of tokens filled step by step, images out.
 
 Letters in shape comments: B images, h w token grid, N = h*w cells of an image (row-major), H W pixels.
 """
@@ -34,7 +34,7 @@ from samplers.logits import Gumbel, Sampling, keys_of
 from samplers.settings import make
 from samplers.steps import GuidanceScale, Sampler, Session, Step
 
-INSTEAD = {  # of arguments that other pipelines of diffusers take
+INSTEAD = {  # of arguments that other diffusers pipelines have
     "negative_prompt": "its guidance leads away from no prompt at all, raise or lower guidance_scale",
     "height": "its images have one size, or under a control that of size=(width, height)",
     "width": "its images have one size, or under a control that of size=(width, height)",
@@ -43,12 +43,12 @@ INSTEAD = {  # of arguments that other pipelines of diffusers take
     "image": "to change an image use edit(prompt, image, mask), to follow one control_image",
     "mask_image": "to change an image use edit(prompt, image, mask)",
 }
-UNDECIDED = 230 / 255  # brightness of the cells that are not written yet
+UNDECIDED = 230 / 255  # brightness of undecided cells
 
 
 @dataclass(frozen=True)
 class Defaults:
-    """What a generator was made for; each can be set anew in a call."""
+    """Default sampling settings of a generator; each can be overridden in a call."""
 
     guidance_scale: float
     temperature: float = 1.0
@@ -60,11 +60,11 @@ class Defaults:
 @dataclass
 class TokenPipelineOutput(BaseOutput):
     """Args:
-    images: as `output_type` says.
+    images: in the format of `output_type`.
     tokens: [B, N] int64, the ids of each image; -1 in cells left undecided by an interruption.
     scores: cosine of each image to its prompt where candidates were ranked, else None.
     forward_passes: of the network, for the whole batch.
-    origins: [B, N] int8, how each cell came by its token (`samplers.steps.Origin`); None where all were drawn.
+    origins: [B, N] int8, of each token (`samplers.steps.Origin`); None where all were sampled by the generator.
     """
 
     images: list[Image.Image] | np.ndarray | Tensor
@@ -75,13 +75,13 @@ class TokenPipelineOutput(BaseOutput):
 
 
 class TokenPipeline(Editing, Ranking, Running, DiffusionPipeline):
-    """Base of the pipelines: a subclass says how a prompt is read and how tokens become pixels.
+    """Base of the pipelines: a subclass defines how prompts are encoded and how tokens are decoded to pixels.
 
     Attributes:
         official: the authors' sampling settings.
-        card: what was loaded, if it has one.
-        canvas: what the pipeline fills.
-        ordered: whether any first tokens of an image are an image, so that it may have any number and be searched for.
+        card: of the loaded checkpoint, if it has one.
+        canvas: kind of grid that the pipeline fills.
+        ordered: whether every prefix of the tokens is an image, so that `num_tokens` can vary and beam search works.
         length: N, cells of an image of the model's own size, which is square.
     """
 
@@ -96,7 +96,7 @@ class TokenPipeline(Editing, Ranking, Running, DiffusionPipeline):
     def start(
         self, prompts: list[str], guided: bool, shape: tuple[int, int], controls: list[Control] | None = None
     ) -> Session:
-        """A fresh session for one image of each prompt; `guided`: with an unguided half.
+        """Start a session for one image of each prompt; `guided`: with an unconditional half.
 
         Args:
             shape: rows and columns of the token grid, from `shape_of`.
@@ -105,25 +105,25 @@ class TokenPipeline(Editing, Ranking, Running, DiffusionPipeline):
 
     @abstractmethod
     def decode_tokens(self, tokens: Tensor) -> Tensor:
-        """Ids [B, h, w] -> pixels [B, 3, H, W] in [0, 1]."""
+        """Decode ids [B, h, w] to pixels [B, 3, H, W] in [0, 1]."""
 
     def blank_tokens(self, shape: tuple[int, int]) -> Tensor:
-        """Ids [h, w] that stand for undecided cells in a preview."""
+        """Return ids [h, w] that stand for undecided cells in a preview."""
         return torch.zeros(shape, dtype=torch.int64)
 
     @property
     def samplers(self) -> list[str]:
-        """Names of the samplers that fit, less those that need a part that this model has not, e.g. a drafter."""
+        """Names of the samplers that fit, without those that need a part that this model lacks, e.g. a drafter."""
         parts = {name: getattr(samplers[name], "needs", "") for name in samplers_of("tokens")}
         return [name for name, part in parts.items() if not part or getattr(self, part, None) is not None]
 
     @property
     def defaults(self) -> Defaults:
-        """Of the sampling settings: the card's, else `official`."""
+        """Default sampling settings: the card's, else `official`."""
         return replace(self.official, **self.card.defaults) if self.card else self.official
 
     def save_pretrained(self, save_directory: str | Path, **arguments) -> None:
-        """As diffusers', with a card, so that the folder has this model's defaults."""
+        """Save as diffusers does, with a card that has this model's defaults."""
         super().save_pretrained(save_directory, **arguments)
         folder = Path(save_directory)
         card = self.card or Card("", "generator", f"a saved {type(self).__name__}", "")
@@ -137,7 +137,7 @@ class TokenPipeline(Editing, Ranking, Running, DiffusionPipeline):
 
     @torch.no_grad()
     def encode_images(self, pixels: Tensor) -> Tensor:
-        """Pixels [B, 3, S, S] in [0, 1], S the `image_size`, -> ids [B, h, w].
+        """Encode pixels [B, 3, S, S] in [0, 1], S the `image_size`, to ids [B, h, w].
 
         Raises:
             ValueError: the published model came without an image encoder.
@@ -145,18 +145,18 @@ class TokenPipeline(Editing, Ranking, Running, DiffusionPipeline):
         return self.canvas.to_grid(self.image_tokenizer.encode(pixels.to(self.device)), self.shape_of())
 
     def prepare(self, control: Control) -> Control:
-        """The control with its image in the size of the image asked for.
+        """Resize the image of a control to the size of the image to generate.
 
         Raises:
-            ValueError: this model takes none, or not such a one.
+            ValueError: this model takes no control, or not this one.
         """
         raise ValueError(f"{type(self).__name__} takes no control picture: choose a model like argen/emoji-control")
 
     def shape_of(self, control: Control | None = None, num_tokens: int | None = None) -> tuple[int, int]:
-        """Rows h and columns w of the token grid, under a prepared control.
+        """Return rows h and columns w of the token grid, under a prepared control.
 
         Raises:
-            ValueError: a number of tokens is asked of a model that always writes as many.
+            ValueError: `num_tokens` for a model with a fixed number of tokens.
         """
         if num_tokens is not None:
             raise ValueError(
@@ -166,10 +166,10 @@ class TokenPipeline(Editing, Ranking, Running, DiffusionPipeline):
         return (int(self.length**0.5),) * 2
 
     def make_sampler(self, name: str, **settings) -> Sampler:
-        """The sampler of a name, with settings as `samplers.settings.make` takes them.
+        """Create a sampler by name, with settings as `samplers.settings.make` takes them.
 
         Raises:
-            ValueError: there is no such sampler, it is not for this model, or it has no such settings.
+            ValueError: an unknown sampler, one that does not fit this model, or unknown settings.
         """
         name, typed = parse_sampler(name)
         settings = typed | settings
@@ -181,7 +181,7 @@ class TokenPipeline(Editing, Ranking, Running, DiffusionPipeline):
         return make(samplers[name], settings)
 
     def text_tokens(self, prompt: str) -> tuple[int, int] | None:
-        """How many text tokens a prompt has, and how many are read; None of a model that reads no text."""
+        """Return how many text tokens a prompt has, and how many are read; None for a model that reads no text."""
         tokenizer = self.components.get("tokenizer")
         if tokenizer is None:
             return None
@@ -190,7 +190,7 @@ class TokenPipeline(Editing, Ranking, Running, DiffusionPipeline):
         return len(tokenizer(self.caption(prompt), truncation=False, verbose=False).input_ids), limit
 
     def caption(self, prompt: str) -> str:
-        """What is read for a prompt: of "class:NAME" in a model of captions what stands for the group.
+        """Return the text to encode for a prompt; "class:NAME" becomes the caption of the group in a model of captions.
 
         Raises:
             ValueError: there is no such group.
@@ -211,14 +211,14 @@ class TokenPipeline(Editing, Ranking, Running, DiffusionPipeline):
         shape: tuple[int, int] | None = None,
         every: int = 1,
     ) -> Iterator[Step]:
-        """Write one image for each prompt, and yield the state whenever `every` more cells are decided, and at the end.
+        """Generate one image for each prompt; yields the state whenever `every` more cells are decided, and at the end.
 
-        Stop iterating to cancel; the last state holds what there is, and given back as `tokens` it is gone on with.
+        Stop iterating to cancel; the last state, passed as `tokens`, resumes there.
 
         Args:
-            generators: of the images, one each; an image depends on its own alone.
+            generators: one for each image, which depends on its own alone.
             guidance_scale: a number, or one for each cell; None, here and below, is the model's own.
-            tokens: [B, N] int64, decided cells that are kept, -1 in those to fill.
+            tokens: [B, N] int64, ids of the cells to keep, -1 in those to fill.
             controls: of each image, prepared by `prepare`.
             shape: of the token grid, from `shape_of`; None for the model's own.
         """
@@ -275,28 +275,28 @@ class TokenPipeline(Editing, Ranking, Running, DiffusionPipeline):
 
         Args:
             prompt: one, or a list.
-            num_images_per_prompt: images given back for each prompt.
+            num_images_per_prompt: images returned for each prompt.
             guidance_scale: classifier-free guidance, 1 for none; a function of the cell is allowed. None, here and
                 for the next three, is the model's own.
             temperature, top_k, top_p: see `samplers.logits.Sampling`.
             sampler: a name in `argen.registry.samplers`, with its settings behind it or not ("jacobi:window=8"), or a sampler.
-            num_candidates: images drawn for each prompt; the best by `rank` are given back, best first.
-            generator: one, which draws the first image and gives seeds for the others, or a list with one for each
-                image drawn. None draws a new one.
-            tokens: [drawn, N] int64 to go on from, -1 in the cells to fill.
-            num_tokens: of each image, where they may be of any length; None is the model's own.
-            control_image: what the images follow, one for all or one for each prompt, for a model that takes it.
-            control_type: how the control image is made of it, see `argen.models.annotators.KINDS`.
+            num_candidates: images generated for each prompt; the best by `rank` are returned, best first.
+            generator: one, which generates the first image and the seeds of the others, or a list with one for each
+                generated image. None creates one with a random seed.
+            tokens: [generated images, N] int64 to continue from, -1 in the cells to fill.
+            num_tokens: of each image, for models of any length; None is the model's own.
+            control_image: to follow, one for all or one for each prompt, for a model that takes it.
+            control_type: annotator that it is converted with, see `argen.models.annotators.KINDS`.
             control_strength: of the control, 0 for none.
             size: width and height of the images, under a control; None is the model's own.
             output_type: "pil", "np" ([B, H, W, 3] in [0, 1]), "pt" ([B, 3, H, W] in [0, 1]) or "latent" (ids [B, N]).
-            callback_on_step_end: called as ``callback(pipe, step, cells decided, {"tokens": [drawn, N]})`` after each
-                step; tokens in what it returns take the place of those, with -1 in cells to redraw. Set
-                ``pipe._interrupt = True`` in it to stop there and keep what is written.
-            others: nothing; what other pipelines of diffusers take is refused with what to use instead.
+            callback_on_step_end: called as ``callback(pipe, step, cells decided, {"tokens": [generated images, N]})``
+                after each step; tokens in the dict that it returns replace those, with -1 in cells to redraw. Set
+                ``pipe._interrupt = True`` in it to stop there and keep the tokens so far.
+            others: not allowed; arguments of other diffusers pipelines raise an error that names the alternative.
 
         Raises:
-            ValueError: says which argument does not fit and what is expected.
+            ValueError: an invalid argument; says what is expected.
         """
         check_call(type(self).__name__, others, output_type, num_images_per_prompt, num_candidates)
         candidates = num_images_per_prompt if num_candidates is None else num_candidates
@@ -326,14 +326,14 @@ class TokenPipeline(Editing, Ranking, Running, DiffusionPipeline):
         return output if return_dict else output.to_tuple()
 
     def _prepare_all(self, images, prompts: int, candidates: int, kind: str, strength: float, size) -> list[Control]:
-        """A prepared control for each image that is drawn, from one image for each prompt."""
+        """Prepare a control for each image to generate, from one control image for each prompt."""
         if len(images) != prompts:
             raise ValueError(f"got {len(images)} control pictures for {prompts} prompts: expected one for each")
         prepared = [self.prepare(Control(image, kind, strength, size)) for image in images]
         return [control for control in prepared for _ in range(candidates)]
 
     def _last_step(self, prompts, generators, settings: dict, tokens: Tensor | None, callback) -> Step:
-        """Write to the end, or until the callback interrupts; what the callback changes is gone on with, under the same noise."""
+        """Generate to the end, or until the callback interrupts; continues from tokens that the callback changes, under the same noise."""
         states = [generator.get_state() for generator in generators]
         self._interrupt = False
         index, forward_passes = 0, 0
@@ -357,7 +357,7 @@ class TokenPipeline(Editing, Ranking, Running, DiffusionPipeline):
         return replace(last, forward_passes=forward_passes + last.forward_passes)
 
     def class_of(self, prompt: str) -> int:
-        """The class that a prompt names, of a model that reads no text.
+        """Return the class that a prompt names, for a model that reads no text.
 
         Raises:
             ValueError: there is no such class.
@@ -366,7 +366,7 @@ class TokenPipeline(Editing, Ranking, Running, DiffusionPipeline):
 
     @torch.no_grad()
     def images(self, tokens: Tensor, output_type: str = "pil") -> list[Image.Image] | np.ndarray | Tensor:
-        """Ids [B, h, w], or [B, N] of a square, -> images as `__call__` gives them; undecided cells (-1) are grey."""
+        """Decode ids [B, h, w], or [B, N] of a square, to images as `__call__` returns them; undecided cells (-1) are grey."""
         if tokens.ndim == 2:
             tokens = self.canvas.to_grid(tokens, self.shape_of())
         if output_type == "latent":
@@ -375,7 +375,7 @@ class TokenPipeline(Editing, Ranking, Running, DiffusionPipeline):
         filled = tokens if decided.all() else self.canvas.fill(tokens, self.blank_tokens(tuple(tokens.shape[-2:])))
         pixels = torch.cat(
             [self.decode_tokens(row) for row in filled.split(1)]
-        )  # alone, so that no bit feels the batch
+        )  # one by one, so that the result is batch-invariant
         if not decided.all():
             mask = F.interpolate(decided[:, None].float(), pixels.shape[2:])  # each cell over its square
             pixels = torch.where(mask > 0, pixels, UNDECIDED)
@@ -398,7 +398,7 @@ def check_call(
     pipeline: str, others: dict, output_type: str, num_images_per_prompt: int, num_candidates: int | None
 ) -> None:
     """Raises:
-    ValueError: an argument of other pipelines, with what to use instead; numbers or a type that do not fit.
+    ValueError: an argument of other pipelines, with the alternative; invalid numbers or an unknown output_type.
     """
     for name in others:
         instead = INSTEAD.get(name, "see the arguments of its call")
@@ -414,7 +414,7 @@ def check_call(
 
 def check_prompts(prompts: list[str], generators: list[torch.Generator]) -> None:
     """Raises:
-    ValueError: an empty or endless prompt, or not one generator for each.
+    ValueError: an empty or too long prompt, or not one generator for each.
     """
     for prompt in dict.fromkeys(prompts):
         check_prompt(prompt)
@@ -423,16 +423,16 @@ def check_prompts(prompts: list[str], generators: list[torch.Generator]) -> None
 
 
 def distinct(prompts: list[str], guided: bool) -> tuple[list[str], list[int]]:
-    """The different texts to read, the empty one among them, and the text of each row: those of the prompts, then (`guided`) the
-    empty one as often."""
+    """Return the distinct texts to encode, the empty one among them, and the index of the text of each row: of the prompts, then
+    (`guided`) the empty text as often."""
     texts = list(dict.fromkeys([*prompts, ""]))
     rows = [texts.index(prompt) for prompt in prompts]
     return texts, rows + ([texts.index("")] * len(prompts) if guided else [])
 
 
 def image_generators(generator: torch.Generator | None, count: int) -> list[torch.Generator]:
-    """A generator for each image: `generator` for the first one, as a list of it alone would give, and seeds from it for the
-    others; the first n do not depend on how many follow."""
+    """Return a generator for each image: `generator` itself for the first one, and new ones with seeds from it for the others; the
+    first n do not depend on how many follow."""
     if generator is None:
         generator = torch.Generator()
         generator.seed()
@@ -445,7 +445,7 @@ def image_generators(generator: torch.Generator | None, count: int) -> list[torc
 
 
 def group_caption(prompt: str, groups: list[str] | None) -> str:
-    """ "class:food-drink" -> the caption that stands for the group; any other prompt stays.
+    """Convert "class:food-drink" to the caption of the group; any other prompt is returned unchanged.
 
     Raises:
         ValueError: there is no such group.

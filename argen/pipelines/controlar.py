@@ -1,4 +1,4 @@
-"""Images that follow a control image, with ControlAR (arXiv 2410.02705) on LlamaGen."""
+"""Controlled generation with ControlAR (arXiv 2410.02705) on LlamaGen."""
 
 import math
 from dataclasses import replace
@@ -86,7 +86,7 @@ class ControlARPipeline(LlamaGenPipeline):
 
     @property
     def _max_cells(self) -> tuple[int, int]:
-        """Cells of an image, and of one of its sides, at most."""
+        """Largest number of cells of an image, and of one of its sides."""
         return self.transformer.length, self.vq.grid if isinstance(self.vq, ViTVQGAN) else self.transformer.length
 
     def _check_size(self, size: tuple[int, int]) -> None:
@@ -100,10 +100,10 @@ class ControlARPipeline(LlamaGenPipeline):
             )
 
     def _fit_size(self, width: int, height: int) -> tuple[int, int]:
-        """The size in whole cells that has the shape of an image and is as large as the grid allows.
+        """Return the largest size in whole cells that has the aspect ratio of an image.
 
         Raises:
-            ValueError: it is too long and thin.
+            ValueError: the aspect ratio is too extreme.
         """
         cells, cells_of_side = self._max_cells
         for rows in range(cells_of_side, 0, -1):

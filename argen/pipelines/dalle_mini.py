@@ -15,7 +15,7 @@ class DalleMiniPipeline(TokenPipeline):
     """Args:
     tokenizer: of the text.
     encoder, transformer: text encoder and image-token decoder.
-    image_tokenizer: turns tokens into pixels.
+    image_tokenizer: decodes tokens to pixels.
     """
 
     official = Defaults(guidance_scale=16.0, top_k=256)

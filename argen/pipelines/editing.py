@@ -1,4 +1,4 @@
-"""Editing: images as token grids of which a part is undecided, for inpainting and variations of any pipeline with a grid."""
+"""Editing: inpainting and variations on the token grid of an image, for any pipeline with a grid."""
 
 from typing import TYPE_CHECKING
 
@@ -19,26 +19,26 @@ from tokenizers_img.pixels import as_image, from_pil, normalized, on_white, to_m
 if TYPE_CHECKING:
     from argen.pipelines.base import TokenPipelineOutput
 
-COMPARED = 1024  # pixels on a side at which an image is compared with its tokens, at most
-SAME = 0.06  # mean difference of a cell, 0 to 1, up to which an image is what its tokens show: sizes and file formats change it
+COMPARED = 1024  # pixels, at most, of a side of an image that is compared with its tokens
+SAME = 0.06  # mean difference of a cell, 0 to 1, up to which an image matches its tokens; scaling and file formats change it
 ImageLike = Image.Image | np.ndarray | Tensor
 
 
 class Editing:
-    """What a `TokenPipeline` does with images that are there already."""
+    """Mixin of `TokenPipeline`: editing of existing images."""
 
     def edit(
         self, prompt: str, image: ImageLike, mask: ImageLike | None = None, **settings
     ) -> "TokenPipelineOutput | tuple":
-        """An image with a part of it redrawn, all that the cells of the token grid touch.
+        """Inpaint an image: redraw all cells of the token grid that the mask touches.
 
         Args:
-            image: of any size; padded to a square; of Pillow, or an array or a tensor, see `tokenizers_img.pixels.as_image`.
-            mask: as large, white where the image is redrawn; None takes what is transparent in `image`.
-            settings: see `__call__`; with num_images_per_prompt several, each from the same beginning.
+            image: of any size, padded to a square; a PIL image, an array or a tensor, see `tokenizers_img.pixels.as_image`.
+            mask: of the same size, white where the image is redrawn; None uses the transparent part of `image`.
+            settings: see `__call__`; several images with num_images_per_prompt share the same start.
 
         Raises:
-            ValueError: the mask has another size, or is black; this model's tokens have no place in the image.
+            ValueError: the mask has another size, or is black; this model's tokens form no grid.
         """
         grid = self.without(image, mask)
         num_drawn = settings.get("num_candidates") or settings.get("num_images_per_prompt", 1)
@@ -46,7 +46,7 @@ class Editing:
         return self(prompt, tokens=grid.expand(num_drawn, *grid.shape[1:]), **settings)
 
     def without(self, image: ImageLike, mask: ImageLike | None = None) -> Tensor:
-        """The tokens of an image, undecided where it is to be redrawn: ids [1, h, w]. See `edit`."""
+        """Return the tokens of an image with the masked cells undecided: ids [1, h, w]. See `edit`."""
         image, mask = as_image(image), mask if mask is None else as_image(mask, "the mask")
         cells = masked_cells(image, mask, self.shape_of())
         stored = self._stored(read_grid(image), image, visible=mask is None)
@@ -57,11 +57,11 @@ class Editing:
         return self.canvas.mask(tokens, masked_cells(*cropped, self.shape_of()))
 
     def read_tokens(self, image: Image.Image, grid: Grid | None = None) -> Tensor:
-        """The tokens of an image of any size, padded to a square: ids [1, h, w]. Raises as `encode_images` does.
+        """Return the tokens of an image of any size, padded to a square: ids [1, h, w]. Raises as `encode_images` does.
 
         Args:
-            grid: that the image was made of, where it is known (images of argen carry theirs): it is taken if it shows this image,
-                so that nothing is lost by encoding.
+            grid: of the image, where it is known (argen embeds it in its images); used if it decodes to this image, so that nothing
+                is lost by encoding.
         """
         if (stored := self._stored(grid or read_grid(image), image)) is not None:
             return stored[0]
@@ -70,11 +70,11 @@ class Editing:
     def _stored(
         self, grid: Grid | None, image: Image.Image, visible: bool = False
     ) -> tuple[Tensor, tuple[int, int, int, int]] | None:
-        """A grid as ids [1, h, w], and the part (left, top, right, bottom) of an image that it shows, if it is one of this model's and
-        each of its cells shows what the image does; the image may have been scaled and padded by `argen.images.fitted`.
+        """Return a grid as ids [1, h, w], and the box (left, top, right, bottom) of the image that it shows, if it belongs to this model
+        and each of its cells matches the image; the image may have been scaled and padded by `argen.images.fitted`.
 
         Args:
-            visible: whether only what is not transparent is looked at.
+            visible: compare only the opaque part.
         """
         if grid is None:
             return None
@@ -99,10 +99,10 @@ class Editing:
         return (tokens.to(self.device), fitted_box(decoded.size, full_size)) if matches else None
 
     def mask_low_confidence(self, request: Request, tokens: Tensor, share: float) -> Tensor:
-        """The tokens of an image with a share of its cells undecided, one at least: those that the network finds least likely.
+        """Mask a share of the cells of an image, at least one: those with the least probable tokens.
 
         Args:
-            request: what the image shall be.
+            request: of the image.
             tokens: ids [1, h, w].
             share: 0 to 1.
         """
@@ -114,8 +114,8 @@ class Editing:
 
     @torch.no_grad()
     def certainty(self, request: Request, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """How sure the network is of each cell of a finished image: the entropy of its distribution there in nats, and the probability of
-        the token, both [h, w]. One pass.
+        """Return the entropy of the distribution of each cell of a finished image in nats, and the probability of its token, both
+        [h, w]. One forward pass.
 
         Args:
             request: that made the image.
@@ -142,7 +142,7 @@ class Editing:
 
 
 def masked_cells(image: Image.Image, mask: Image.Image | None, shape: tuple[int, int]) -> Tensor:
-    """Which cells of a token grid a mask touches, [h, w] bool; the arguments are those of `Editing.edit`."""
+    """Return which cells of a token grid a mask touches, [h, w] bool; arguments as in `Editing.edit`."""
     if shape[0] == 1:
         raise ValueError("the tokens of this model have no place in the picture: choose another model to edit with")
     image = normalized(image)

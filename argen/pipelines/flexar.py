@@ -1,4 +1,4 @@
-"""Images from classes or texts with FlexAR (arXiv 2604.15453): ordered tokens of FlexTok, as many as are wanted."""
+"""Class- and text-to-image with FlexAR (arXiv 2604.15453): ordered tokens of FlexTok, of any number."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ from argen.request import Control, Job, Request, check_beams
 from tokenizers_img.flextok import FlexTok, FlexTokenizer
 from tokenizers_img.hub import hub_folder
 
-PREVIEW_STEPS = 6  # of the flow that shows unfinished images
+PREVIEW_STEPS = 6  # of the flow that decodes unfinished images
 
 
 class FlexARPipeline(TokenPipeline):
@@ -29,7 +29,7 @@ class FlexARPipeline(TokenPipeline):
     flextok, vae: the networks of its image tokenizer.
     text_encoder, tokenizer: for a model of texts; None for a model of classes. They are flan-t5-xl's as published; the
         shipped model has a CLIP, which can rank candidates, too.
-    groups: what a model of texts takes as "class:NAME".
+    groups: names that a model of texts takes as "class:NAME".
     steps, tokenizer_guidance: of the flow from tokens to an image, which begins with the same noise for all images.
     official_null: see `argen.models.flexar.FlexARSession`.
     """
@@ -93,7 +93,7 @@ class FlexARPipeline(TokenPipeline):
         """See `TokenPipeline.shape_of`: one row.
 
         Raises:
-            ValueError: no token, or more than the model knows.
+            ValueError: the number of tokens is out of bounds.
         """
         count = self.length if num_tokens is None else num_tokens
         if not 1 <= count <= self.length:
@@ -120,7 +120,7 @@ class FlexARPipeline(TokenPipeline):
         return FlexARSession(self.transformer, encoded, mask, guided, length, self.config.official_null)
 
     def encode_text(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
-        """Texts -> hidden states [B, T, C], mask [B, T] bool."""
+        """Encode texts -> hidden states [B, T, C], mask [B, T] bool."""
         if isinstance(self.text_encoder, CLIPModel):
             prompts = [self.caption(prompt) for prompt in prompts]
             states, mask = self.text_image_encoder.states(prompts)
@@ -134,14 +134,14 @@ class FlexARPipeline(TokenPipeline):
         return torch.full(shape, -1)
 
     def decode_tokens(self, tokens: Tensor) -> Tensor:
-        """Ids [B, 1, k] -> pixels [B, 3, H, W] in [0, 1], of the decided tokens at the beginning of each."""
+        """Decode ids [B, 1, k] to pixels [B, 3, H, W] in [0, 1], from the decided prefix of each."""
         counts = (tokens[:, 0] >= 0).long().cumprod(dim=1).sum(dim=1).tolist()
         rows = [row[0, : max(1, count)].clamp(min=0) for row, count in zip(tokens, counts, strict=True)]
         steps = self.config.steps if min(counts) == tokens.shape[-1] else min(PREVIEW_STEPS, self.config.steps)
         return self.image_tokenizer.decode(rows, steps).clamp(0, 1)
 
     def run(self, request: Request, every: int = 1, tokens: Tensor | None = None) -> Iterator[Job]:
-        """See `TokenPipeline.run`; with `num_beams` each image is searched for, from its beginning."""
+        """See `TokenPipeline.run`; with `num_beams` each image is found by beam search, which cannot be resumed."""
         if request.num_beams is None:
             yield from super().run(request, every, tokens)
             return
@@ -174,21 +174,21 @@ class FlexARPipeline(TokenPipeline):
         generator: torch.Generator | None = None,
         **settings,
     ) -> Iterator["Beams"]:
-        """One image, searched for: of candidates with 1, 2, 4 ... tokens those that fit the prompt best are gone on with
-        (arXiv 2604.15453). The first tokens decide most, and any beginning can be looked at.
+        """Generate one image by beam search: of candidates with 1, 2, 4 ... tokens the best by `rank` are continued
+        (arXiv 2604.15453). The first tokens matter most, and every prefix can be decoded.
 
         Args:
-            num_beams: candidates that are kept each time.
-            num_candidates: that are drawn each time, as many from each of those kept.
+            num_beams: candidates that are kept in each stage.
+            num_candidates: generated in each stage, equally many from each beam.
             num_tokens: of the image; None is the model's own.
-            generator: of all random numbers.
+            generator: of the random numbers of all stages.
             settings: of `stream`, e.g. guidance_scale.
 
         Yields:
-            What is kept after each number of tokens, the last being a single image.
+            The beams after each stage, the last being a single image.
 
         Raises:
-            ValueError: no beam, or candidates that are no multiple of the beams; a model that cannot rank.
+            ValueError: `num_candidates` is not a multiple of `num_beams`; the model cannot rank.
         """
         check_beams(num_beams, num_candidates)
         length, decided = self.shape_of(None, num_tokens)[1], 0
@@ -207,7 +207,7 @@ class FlexARPipeline(TokenPipeline):
 
 @dataclass(frozen=True)
 class Beams:
-    """What a search goes on with, best first.
+    """Beams of a search after a stage, best first.
 
     Attributes:
         tokens: [kept, decided] int64.

@@ -19,10 +19,10 @@ logger = logging.getLogger(__name__)
 
 class PartiPipeline(TokenPipeline):
     """Args:
-    clip: text/image encoder; its text half conditions the generator, both halves rank candidates.
+    clip: its text encoder conditions the generator, both encoders rank candidates.
     tokenizer: of the text.
     transformer: the generator.
-    image_tokenizer: turns the generator's tokens into pixels.
+    image_tokenizer: decodes tokens to pixels.
     """
 
     official = Defaults(guidance_scale=1.5, temperature=0.9, top_k=256)
@@ -43,7 +43,7 @@ class PartiPipeline(TokenPipeline):
         return self.transformer.length
 
     def encode_text(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
-        """Prompts -> hidden states [B, T, text_dim] of the text encoder, mask [B, T] bool."""
+        """Encode prompts -> hidden states [B, T, text_dim] of the text encoder, mask [B, T] bool."""
         longest = self.tokenizer.model_max_length
         if any(len(self.tokenizer(prompt, truncation=False, verbose=False).input_ids) > longest for prompt in prompts):
             logger.warning("the prompt is longer than %d text tokens: the rest of it is not read", longest)

@@ -1,4 +1,4 @@
-"""Images from words, and words from images, with SEED-LLaMA (arXiv 2310.01218): one language model over both."""
+"""Text to image and image to text with SEED-LLaMA (arXiv 2310.01218): one language model over both."""
 
 import re
 from collections.abc import Iterator, Sequence
@@ -31,17 +31,17 @@ from argen.words import check_length
 from tokenizers_img.hub import hub_folder
 from tokenizers_img.seed import SeedTokenizer
 
-REQUEST = "Please generate an image of {}."  # one of those that instruction tuning had
+REQUEST = "Please generate an image of {}."  # a template of the instruction tuning
 
 
 @dataclass(frozen=True)
 class Format:
-    """How a model is spoken to.
+    """Prompt format of a model.
 
     Attributes:
-        ask: what a user says, with {} for it; the model goes on.
-        answer: what the model said, in a longer conversation.
-        request: how a caption is asked for; the tuned models want a sentence.
+        ask: template of a user turn; the model continues it.
+        answer: template of a past model turn, in a longer conversation.
+        request: template of an image request; the tuned models expect a sentence.
     """
 
     ask: str
@@ -53,7 +53,7 @@ FORMATS = {
     "8b-sft": Format("USER: {}\nASSISTANT:", " {}\n", REQUEST),
     "14b-sft": Format("[INST] {} [/INST]\n", "{}\n", REQUEST),
     "pretrain": Format("{}"),
-    "emoji": Format("{}"),  # the same; it can be guided, since it was trained without captions, too
+    "emoji": Format("{}"),  # supports guidance, since it was trained without captions, too
 }
 
 
@@ -65,11 +65,11 @@ class SeedLlamaPipeline(TokenPipeline):
     format: a name of `FORMATS`.
 
     Raises:
-        ValueError: an unknown format; a language model without images, or with those of another tokenizer.
+        ValueError: an unknown format; a language model without image tokens, or with those of another tokenizer.
     """
 
     canvas = TokenSequence()
-    samplers = ("auto", "sequential")  # its codes have no rows, and it no drafter
+    samplers = ("auto", "sequential")  # its tokens form no grid, and it has no drafter
     model_cpu_offload_seq = "transformer->image_tokenizer"
 
     def __init__(
@@ -113,18 +113,18 @@ class SeedLlamaPipeline(TokenPipeline):
     def start(
         self, prompts: list[str], guided: bool, shape: tuple[int, int] | None = None, controls: None = None
     ) -> SeedLlamaSession:
-        """See `TokenPipeline.start`; without a prompt the model is asked for any image."""
+        """See `TokenPipeline.start`; without a prompt any image is requested."""
         rows = [self.encode_text(self.format.ask.format(self.request(prompt))) for prompt in prompts]
         rows += [self.encode_text("")] * len(prompts) if guided else []
         return SeedLlamaSession(self.transformer, rows, guided, self.words, self.length)
 
     def request(self, prompt: str) -> str:
-        """A caption as the model wants it; what is a sentence already stays."""
+        """Format a caption as a request; sentences are returned unchanged."""
         caption = prompt.strip()
         return caption if re.search(r"[.?!]$", caption) else self.format.request.format(caption)
 
     def encode_text(self, text: str) -> list[int]:
-        """Ids of a text, which may hold images in their words; the model's start stands before it."""
+        """Tokenize a text, which may hold image tokens -> ids that begin with the BOS token."""
         return self.tokenizer("<s>" + text, add_special_tokens=False).input_ids
 
     def decode_tokens(self, tokens: Tensor) -> Tensor:
@@ -133,23 +133,23 @@ class SeedLlamaPipeline(TokenPipeline):
 
     @torch.no_grad()
     def read(self, image: Image.Image) -> list[int]:
-        """The codes of an image."""
+        """Encode an image to its codes."""
         pixels = self.image_tokenizer.prepare(image)[None].to(self.device)
         return self.image_tokenizer.encode(pixels)[0].tolist()
 
     def likelihoods(self, images: Sequence[Image.Image], captions: Sequence[str]) -> Tensor:
-        """How much likelier each caption is after each image than alone, in nats [B, captions]: the largest of a row names it.
-        For models that caption without being asked, as argen/emoji-seed-lm."""
+        """Return the gain in log-likelihood of each caption by each image, in nats [B, captions]; the largest of a row is the best caption.
+        For models that caption without a question, e.g. argen/emoji-seed-lm."""
         parts = self.transformer, self.tokenizer, self.words
         return likelihoods(*parts, [self.read(image) for image in images], captions) - likelihoods(
             *parts, [()], captions
         )
 
     def describe(self, image: Image.Image, question: str = "", **settings) -> str:
-        """What the model says of an image.
+        """Describe an image.
 
         Args:
-            question: about it; without one the model says what it sees.
+            question: about the image; without one it is captioned.
             settings: of `chat`.
         """
         return "".join(part for part in self.chat([[image, question]], **settings) if isinstance(part, str)).strip()
@@ -162,10 +162,10 @@ class SeedLlamaPipeline(TokenPipeline):
         top_p: float = 0.5,
         seed: int = 0,
     ) -> Iterator[str | Image.Image]:
-        """What the model says next, piece by piece: text as it is written, and images.
+        """Generate the next turn of the model; yields pieces of text as they are written, and images.
 
         Args:
-            turns: what was said, the user first and then in turn, each a list of texts and images.
+            turns: of the conversation, alternating and the user first, each a list of texts and images.
             max_new_tokens, temperature, top_p: of the answer; 0 takes the most probable word each time.
 
         Raises:
@@ -184,7 +184,7 @@ class SeedLlamaPipeline(TokenPipeline):
         sampling = (
             {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature else {"do_sample": False}
         )
-        tokenizer = self.tokenizer  # its ids: those in the 8B's folder are wrong
+        tokenizer = self.tokenizer  # its ids, since those in the 8B's config are wrong
         special_tokens = {
             "bos_token_id": tokenizer.bos_token_id,
             "eos_token_id": tokenizer.eos_token_id,
@@ -205,7 +205,7 @@ class SeedLlamaPipeline(TokenPipeline):
                 self.transformer.generate(**inputs, max_new_tokens=max_new_tokens)
             except Exception as error:
                 failure.append(error)
-                streamer.end()  # or who reads it waits for ever
+                streamer.end()  # else the reader waits for ever
 
         thread = Thread(target=write, daemon=True)
         thread.start()
@@ -215,7 +215,7 @@ class SeedLlamaPipeline(TokenPipeline):
             raise failure[0]
 
     def _parts(self, pieces: Iterator[str]) -> Iterator[str | Image.Image]:
-        """Texts as they come -> texts without the words of images, and the images."""
+        """Convert streamed text to text without image tokens, and images."""
         buffer = ""
         for piece in pieces:
             buffer += piece.replace(self.tokenizer.eos_token, "")

@@ -1,4 +1,4 @@
-"""Images from classes or captions with xAR (arXiv 2502.20388): continuous latents, entity by entity."""
+"""Class- and text-to-image with xAR (arXiv 2502.20388): continuous latents, entity by entity."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -30,8 +30,8 @@ class LatentStep:
     """The state after a step, as `samplers.steps.Step` is that of tokens.
 
     Attributes:
-        tokens: [B, C, h, w] float32; what is under way is still noisy, what is not begun is NaN.
-        finished: [B, h, w] bool, those and the known ones.
+        tokens: [B, C, h, w] float32; noisy in the current entity, NaN in later ones.
+        finished: [B, h, w] bool, cells that are final.
     """
 
     tokens: Tensor
@@ -46,7 +46,7 @@ class XARPipeline(TokenPipeline):
     transformer: the generator.
     vae: the network of its image tokenizer.
     text_encoder, tokenizer: for a model of captions; None for a model of classes, as published.
-    groups: what a model of captions takes as "class:NAME".
+    groups: names that a model of captions takes as "class:NAME".
     """
 
     model_cpu_offload_seq = "text_encoder->transformer->vae"
@@ -107,7 +107,7 @@ class XARPipeline(TokenPipeline):
         super().check(request)
 
     def start(self, prompts: list[str], guided: bool, times: list[float]) -> XARSession:
-        """A fresh session for one image of each prompt, which will be asked at `times`.
+        """Start a session for one image of each prompt, evaluated at `times`.
 
         Raises:
             ValueError: there is no such class.
@@ -120,7 +120,7 @@ class XARPipeline(TokenPipeline):
         return XARSession(self.transformer, condition, times, guided)
 
     def encode_text(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
-        """Captions -> hidden states [B, T, C], mask [B, T] bool."""
+        """Encode captions -> hidden states [B, T, C], mask [B, T] bool."""
         texts = [self.caption(prompt) for prompt in prompts]
         states, mask = self.text_image_encoder.states(texts)
         return states.to(self.transformer.dtype), mask
@@ -139,7 +139,7 @@ class XARPipeline(TokenPipeline):
         shape: tuple[int, int] | None = None,
         every: int = 1,
     ) -> Iterator[LatentStep]:
-        """See `TokenPipeline.stream`; `tokens` are latents [B, C, h, w], NaN where they are to be written.
+        """See `TokenPipeline.stream`; `tokens` are latents [B, C, h, w], NaN in the cells to generate.
 
         Raises:
             ValueError: a temperature, top-k or top-p that would change something.
@@ -167,7 +167,7 @@ class XARPipeline(TokenPipeline):
         channels = latents.shape[1]
 
         def noise(entity: int, draws: int) -> tuple[Tensor, Tensor]:
-            """Of each image from its own generator, in the order of the authors' code."""
+            """Draw the noise of each image from its own generator, in the order of the authors' code."""
             size = lengths[entity], channels
             start = [torch.randn(size, generator=generator) for generator in generators]
             extra_noise = [
@@ -195,7 +195,7 @@ class XARPipeline(TokenPipeline):
             yield step
 
     def _cells(self, positions: int) -> int:
-        """Cells of the image that so many positions of the sequence are worth."""
+        """Convert a number of positions of the sequence to cells of the image."""
         return positions * self.length // sum(self.transformer.entities.lengths)
 
     @property
