@@ -34,8 +34,8 @@ def random_network() -> FIDInception:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--num", type=int, default=64, help="pictures")
-    parser.add_argument("--size", type=int, default=256, help="side of the pictures")
+    parser.add_argument("--num", type=int, default=64, help="number of images")
+    parser.add_argument("--size", type=int, default=256, help="side of the images")
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--device", default="cpu")
@@ -56,7 +56,7 @@ def main() -> None:
         extractor = features.inception_features(root / "weights.safetensors", "pytorch-fid", torch.device(args.device))
         images = open_images(root / "pictures")
         files = sorted((root / "pictures").glob("*.png"))
-        print(f"{args.num} pictures of {args.size} x {args.size}, {args.device}, {torch.get_num_threads()} threads")
+        print(f"{args.num} images of {args.size} x {args.size}, {args.device}, {torch.get_num_threads()} threads")
         for index in range(args.rounds):
             start = time.perf_counter()
             ours = run.features(images, extractor, ["features"], root / f"round-{index}", None, args.batch_size)

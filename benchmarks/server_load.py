@@ -130,7 +130,7 @@ def run(server: Server, clients: int, jobs_per_client: int) -> dict:
     lost = [id for id, job in jobs_by_id.items() if job["state"] != "done" or len(job["images"]) != 1]
     for id in lost:
         print(
-            f"{id} is {jobs_by_id[id]['state']} with {len(jobs_by_id[id]['images'])} pictures {jobs_by_id[id]['error']}",
+            f"{id} is {jobs_by_id[id]['state']} with {len(jobs_by_id[id]['images'])} images {jobs_by_id[id]['error']}",
             file=sys.stderr,
         )
     files = {id: server.folder / f"{job['images'][0]}.png" for id, job in jobs_by_id.items() if id not in lost}

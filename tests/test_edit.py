@@ -142,7 +142,7 @@ def test_a_grid_is_moved_to_make_room():
     assert edit.shift_tokens(grid, "left", 2)[0].tolist() == [[-1, -1, 0, 1], [-1, -1, 4, 5], [-1, -1, 8, 9]]
     assert edit.shift_tokens(grid, "top", 1)[0].tolist() == [[-1] * 4, [0, 1, 2, 3], [4, 5, 6, 7]]
     assert edit.shift_tokens(grid, "bottom", 2)[0].tolist() == [[8, 9, 10, 11], [-1] * 4, [-1] * 4]
-    with pytest.raises(ValueError, match="3 cells are all of the picture"):
+    with pytest.raises(ValueError, match="3 cells are all of the image"):
         edit.shift_tokens(grid, "top", 3)
 
 
@@ -170,7 +170,7 @@ def test_what_the_buttons_of_the_page_leave_to_write(pipe, generated):
         assert torch.equal(grid[0] < 0, empty)
     assert torch.equal(edit.keep_prefix(pipe, request, tokens, canvas, 0.25)[0][first], before[first])
     assert int((edit.variation(pipe, request, tokens, canvas, 0.25) < 0).sum()) == 16
-    with pytest.raises(ValueError, match="there is no picture"):
+    with pytest.raises(ValueError, match="there is no image"):
         edit.inpaint(pipe, request, tokens, None, False, "")
     with pytest.raises(ValueError, match="nothing to inpaint"):
         edit.inpaint(pipe, request, tokens, canvas | {"layers": []}, False, "")

@@ -162,7 +162,7 @@ def test_every_image_of_a_grid_stands_under_its_values():
         (["seed=1,b"], "seed is 'b': expected a whole number"),
         (["seed=1", "seed=2"], "the axes are seed, seed"),
         (["num_images=1,2"], "num_images cannot be an axis"),
-        (["seed=" + ",".join(map(str, range(101)))], "the grid has 101 pictures"),
+        (["seed=" + ",".join(map(str, range(101)))], "the grid has 101 images"),
         (["guidance_scale=1,-2"], "guidance_scale is -2.0"),
     ],
 )

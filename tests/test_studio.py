@@ -213,7 +213,7 @@ def test_images_are_found_kept_and_deleted(tmp_path):
     store.delete(ids[0])
     assert not store.file(ids[0]).exists()
     assert len(store.images()) == 2
-    with pytest.raises(KeyError, match="there is no picture"):
+    with pytest.raises(KeyError, match="there is no image"):
         store.delete("../../etc/passwd")
     store.save_preset("a", "mine", {"top_k": 3})
     assert store.presets("a") == {"mine": {"top_k": 3}}

@@ -14,7 +14,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--port", type=int, default=7860)
     parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 to let other machines in, which needs a --key")
     parser.add_argument(
-        "--data-dir", type=Path, default=Path("pictures"), metavar="DIR", help="where finished pictures are kept"
+        "--data-dir", type=Path, default=Path("pictures"), metavar="DIR", help="where finished images are kept"
     )
     parser.add_argument(
         "--key", action="append", default=[], help="which clients must show; again for each user, or ARGEN_KEYS"

@@ -43,7 +43,7 @@ async def follow(
                 return
             while not changed.is_set():
                 if studio.closing:
-                    raise ServerStopping("the server stops: the job is kept, and goes on when it is started again")
+                    raise ServerStopping("the server stops: the job is kept, and resumes after a restart")
                 if await is_disconnected():
                     raise ClientDisconnected("the client went away")
                 try:

@@ -289,7 +289,7 @@ class Store:
         """
         rows = self.execute("select * from pictures where id = ?", (id,))
         if not rows:
-            raise KeyError(f"there is no picture {id!r}")
+            raise KeyError(f"there is no image {id!r}")
         return _to_saved_image(rows[0])
 
     def file(self, id: str) -> Path:

@@ -247,10 +247,10 @@ def expand_axes(base: Request, axes: Sequence[Axis]) -> list[Request]:
     if not axes or len(set(names)) < len(names):
         raise ValueError(f"the axes are {', '.join(names) or 'none'}: expected one to three different settings")
     if "num_images" in names:
-        raise ValueError("num_images cannot be an axis: every combination has one picture")
+        raise ValueError("num_images cannot be an axis: every combination has one image")
     combinations = list(product(*(axis.values for axis in reversed(axes))))
     if len(combinations) > MAX_CELLS:
-        raise ValueError(f"the grid has {len(combinations):,} pictures: expected at most {MAX_CELLS}")
+        raise ValueError(f"the grid has {len(combinations):,} images: expected at most {MAX_CELLS}")
     single = replace(base, num_images=1)
     return [
         reduce(lambda request, setting: request.with_setting(*setting), zip(names, values[::-1], strict=True), single)

@@ -97,9 +97,9 @@ class View:
                 next_seeds = gr.Button("Generate with next seeds", elem_id=f"again{suffix}")
             with gr.Accordion("Settings of each image, also inside its file", open=False):
                 self.settings = gr.JSON(show_label=False, elem_id=f"settings{suffix}")
-            with gr.Accordion("How the cells were written", open=False):
+            with gr.Accordion("Origin of the tokens", open=False):
                 self.cells = gr.Gallery(
-                    label="green: guessed and accepted; orange: accepted with its neighbours' probability; plain: drawn",
+                    label="green: draft accepted; orange: draft accepted with its neighbours' probability; untinted: sampled",
                     columns=4,
                     object_fit="contain",
                     elem_id=f"cells{suffix}",
@@ -135,14 +135,14 @@ class View:
     def resume_job(self, id: str | None, request: gr.Request) -> tuple:
         with user_errors():
             if id is None:
-                raise ValueError("there is no job here: draw something first")
+                raise ValueError("there is no job yet: generate an image first")
             self.studio.resume(id, self.context.owner(request))
             return self.watch(id)
 
     def generate_next_seeds(self, id: str | None, request: gr.Request) -> tuple:
         with user_errors():
             if id is None:
-                raise ValueError("there is no job here: draw something first")
+                raise ValueError("there is no job yet: generate an image first")
             return self.watch(self.studio.submit_next_seeds(id, self.context.owner(request)))
 
     def refresh(self, id: str | None, seen_version: int) -> tuple:
@@ -176,7 +176,7 @@ def queue_table(context: AppContext) -> None:
     def refresh(request: gr.Request, last_state: list | None) -> tuple:
         jobs = [queue_row(job) for job in studio.queue(context.owner(request))]
         note = "Queue paused." if studio.paused else f"{len(jobs)} in the queue."
-        note = note if studio.alive else "**Nothing is drawn any more: start argen again.** What waits is kept."
+        note = note if studio.alive else "**The queue has stopped: restart argen.** Waiting jobs are kept."
         state = [note, *jobs]
         return (gr.skip(), gr.skip(), last_state) if state == last_state else (jobs, note, state)
 
@@ -188,7 +188,7 @@ def queue_table(context: AppContext) -> None:
         def handler(id: str | None, request: gr.Request) -> None:
             with user_errors():
                 if id is None:
-                    raise ValueError("no job is chosen: click on one in the table")
+                    raise ValueError("no job is selected: click on one in the table")
                 action(id, context.owner(request))
 
         return handler

@@ -142,9 +142,7 @@ def _model(names: Sequence[str]) -> gr.Dropdown:
 
 
 def _numbers() -> tuple[gr.Number, gr.Number]:
-    return gr.Number(1, label="Images"), gr.Number(
-        None, label="Seed; none or -1: another one each time, told in the settings"
-    )
+    return gr.Number(1, label="Images"), gr.Number(None, label="Seed; none or -1: random, reported in the settings")
 
 
 def _number(label: str) -> gr.Number:

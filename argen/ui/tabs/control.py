@@ -21,7 +21,7 @@ def layout(context: AppContext, tab: gr.Tab) -> None:
     def control(image, kind, strength=1.0) -> Control:
         composite = (image or {}).get("composite")
         if composite is None:
-            raise ValueError("there is no control picture: draw one, or drop a file on the canvas")
+            raise ValueError("there is no control image: draw one, or drop a file on the canvas")
         return Control(composite, kind, strength)
 
     def preview(model, image, kind) -> Image.Image:
@@ -42,7 +42,7 @@ def layout(context: AppContext, tab: gr.Tab) -> None:
                 value=Image.new("RGB", (CANVAS, CANVAS), "white"),
                 image_mode="RGB",
                 canvas_size=(CANVAS, CANVAS),
-                label="Draw, or drop a picture",
+                label="Draw, or drop an image",
                 elem_id="canvas",
             )
             with gr.Row():
@@ -54,9 +54,9 @@ def layout(context: AppContext, tab: gr.Tab) -> None:
                 num = gr.Slider(1, 9, value=4, step=1, label="Images")
                 seed = gr.Number(0, precision=0, minimum=0, label="Seed")
             with gr.Row():
-                show_control = gr.Button("Show the control picture", elem_id="look")
+                show_control = gr.Button("Preview control image", elem_id="look")
                 generate = gr.Button("Generate", variant="primary", elem_id="control-draw")
-            control_image = gr.Image(label="What the generator sees", height=256, elem_id="seen")
+            control_image = gr.Image(label="Preprocessed control image", height=256, elem_id="seen")
         view = View(context, "-control")
 
     show_control.click(preview, [model, image, kind], control_image)

@@ -207,13 +207,13 @@ def layout(context: AppContext, tab: gr.Tab) -> None:
         parse_button.click(on_parse, bind_prompt, pairs)
         buttons(on_bind, [model, bind_prompt, pairs, strength, steps, guidance, seed], "bind")
     with gr.Tab("Erase"):
-        concepts = gr.Textbox("pizza", label="Concepts, with commas between", elem_id="erase-concepts")
-        retained = gr.Textbox(label="What must stay, with commas between")
+        concepts = gr.Textbox("pizza", label="Concepts, separated by commas", elem_id="erase-concepts")
+        retained = gr.Textbox(label="Retained concepts, separated by commas")
         preset = gr.Dropdown([("the model's own", None), *PRESETS], value=None, label="Kind")
-        erase_prompt = gr.Textbox("a pizza", label="Prompt to look at", elem_id="erase-prompt")
+        erase_prompt = gr.Textbox("a pizza", label="Prompt", elem_id="erase-prompt")
         buttons(on_erase, [model, concepts, preset, retained, erase_prompt, steps, guidance, seed], "erase")
     with gr.Tab("Count"):
-        count_prompt = gr.Textbox("five apples", label="How many of what", elem_id="count-prompt")
+        count_prompt = gr.Textbox("five apples", label="Number and object", elem_id="count-prompt")
         with gr.Row():
             iterations = gr.Slider(1, 100, value=50, step=1, label="Iterations, at most")
             rate = gr.Slider(0.001, 0.1, value=counting_rate("argen/emoji-sd"), step=0.001, label="Learning rate")

@@ -64,7 +64,7 @@ class Edit:
                     False, label="Invert selection", info="keep these cells, redraw the rest", elem_id="edit-locked"
                 )
                 cell_numbers = gr.Textbox(
-                    label="Cells by number, beside those that are painted on",
+                    label="Cells by number, in addition to the painted ones",
                     info="rows x columns from the top left, e.g. 3-5 x 2-7; several between commas",
                     elem_id="edit-cells",
                 )
@@ -97,7 +97,7 @@ class Edit:
         with user_errors():
             matches = self.context.studio.store.images(owner=self.context.owner(request), limit=1)
             if not matches:
-                raise ValueError("there is no picture yet: draw one, or drop a file on the canvas")
+                raise ValueError("there is no image yet: draw one, or drop a file on the canvas")
             side = upright(self.context.studio.store.read_image(matches[0].id))
         factor = max(1, CANVAS // max(side.size))
         return side.resize((side.width * factor, side.height * factor)), matches[0].request.prompt, matches[0].id
@@ -177,7 +177,7 @@ def background_image(canvas: dict | None) -> Image.Image:
     """
     background = (canvas or {}).get("background")
     if background is None:
-        raise ValueError("there is no picture: take the latest, or drop a file on the canvas")
+        raise ValueError("there is no image: take the latest, or drop a file on the canvas")
     return on_white(upright(background))
 
 
@@ -207,7 +207,7 @@ def shift_tokens(tokens: Tensor, side: str, cells: int) -> Tensor:
     """Shift a grid [1, h, w] so that `cells` rows or columns at a side are undecided (-1)."""
     rows, columns = (step * cells for step in SIDES[side])
     if max(abs(rows), abs(columns)) >= min(tokens.shape[1:]):
-        raise ValueError(f"{cells} cells are all of the picture: expected fewer than {min(tokens.shape[1:])}")
+        raise ValueError(f"{cells} cells are all of the image: expected fewer than {min(tokens.shape[1:])}")
     grid = torch.full_like(tokens, -1)
     overlap = tokens[
         :, max(0, rows) : tokens.shape[1] + min(0, rows), max(0, columns) : tokens.shape[2] + min(0, columns)

@@ -19,7 +19,7 @@ from argen.metadata import save_images
 from argen.ui.context import AppContext, user_errors
 from tokenizers_img.pixels import opaque
 
-FID, JUDGE = "FID-emoji, against the 12,853 pictures of training", "the judge, on its 500 prompts"
+FID, JUDGE = "FID-emoji, against the 12,853 training images", "the judge, on its 500 prompts"
 BATCH_SIZE = 4  # images; between batches the queue can use the device
 MAX_IMAGES = 2000
 
@@ -36,7 +36,7 @@ def layout(context: AppContext, tab: gr.Tab) -> None:
 
     with gr.Row():
         with gr.Column(scale=2):
-            what = gr.Radio([FID, JUDGE], value=FID, label="What", elem_id="eval-what")
+            what = gr.Radio([FID, JUDGE], value=FID, label="Metric", elem_id="eval-what")
             model = gr.Dropdown(ids, value=ids[0], label="Model", elem_id="eval-model")
             num = gr.Slider(
                 2, MAX_IMAGES, value=200, step=1, label="Images", info="FID wants 2,000", elem_id="eval-num"
@@ -65,7 +65,7 @@ def measure_model(studio: Studio, what: str, model: str, num: int, seed: int) ->
         ValueError: the number of images is out of bounds.
     """
     if not 2 <= num <= MAX_IMAGES:
-        raise ValueError(f"the number of pictures is {num}: expected 2 to {MAX_IMAGES:,}")
+        raise ValueError(f"the number of images is {num}: expected 2 to {MAX_IMAGES:,}")
     yield "loading", None, None
     pipe, started = studio.models(model), time.time()
     if what == JUDGE:
@@ -83,9 +83,9 @@ def measure_model(studio: Studio, what: str, model: str, num: int, seed: int) ->
         with studio.device:
             images += pipe([prompts[indices[index]] for index in rows], generator=generator).images
         left = (time.time() - started) / len(images) * (num - len(images))
-        yield f"{len(images)} of {num} pictures, {left:.0f} s left", gr.skip(), gr.skip()
+        yield f"{len(images)} of {num} images, {left:.0f} s left", gr.skip(), gr.skip()
     grid = run.grid([np.asarray(image) for image in images[:64]])
-    yield "looking at them", gr.skip(), grid
+    yield "computing the scores", gr.skip(), grid
     if what == JUDGE:
         network = load("argen/emoji-judge")
         arrays = [np.asarray(opaque(image)) for image in images]

@@ -103,12 +103,12 @@ class Gallery:
         """
         image = self.studio.store.image(id)
         if image.owner != self.context.owner(request):
-            raise KeyError(f"there is no picture {id!r}")
+            raise KeyError(f"there is no image {id!r}")
         return image
 
     def selected(self, selected_ids: list[str], request: gr.Request) -> SavedImage:
         if not selected_ids:
-            raise ValueError("no picture is chosen: click on one")
+            raise ValueError("no image is selected: click on one")
         return self.owned_image(selected_ids[-1], request)
 
     def select(self, page_ids: list[str], selected_ids: list[str], event: gr.SelectData, request: gr.Request) -> tuple:
@@ -136,7 +136,7 @@ class Gallery:
                 saved.id for saved in self.matching_images(search, model, favourites_only, request, limit=MAX_ZIPPED)
             ]
             if not ids:
-                raise ValueError("nothing is found: look for something else")
+                raise ValueError("no images match: change the search")
             file = self.studio.store.zip_images(ids)
         return gr.update(value=str(file), visible=True)
 
@@ -145,7 +145,7 @@ class Gallery:
         with user_errors():
             saved = self.selected(selected_ids, request)
             if saved.tokens is None:
-                raise ValueError("this picture was not made of tokens: choose one of another model")
+                raise ValueError("this image has no tokens: select one of another model")
             image = self.studio.store.read_image(saved.id)
             with self.studio.model(saved.request.model) as pipe:
                 entropy, probability = pipe.certainty(saved.request, torch.tensor(saved.tokens))

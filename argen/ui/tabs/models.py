@@ -46,8 +46,8 @@ def layout(context: AppContext, tab: gr.Tab) -> None:
     table = gr.Dataframe(headers=HEAD, type="array", interactive=False, show_label=False, wrap=True, elem_id="models")
     selection = gr.Markdown("Chosen: none", elem_id="models-chosen")
     with gr.Row():
-        verify_button = gr.Button("Check its files", elem_id="models-verify")
-        delete_button = gr.Button("Delete what was downloaded", variant="stop", elem_id="models-delete")
+        verify_button = gr.Button("Verify files", elem_id="models-verify")
+        delete_button = gr.Button("Delete download", variant="stop", elem_id="models-delete")
         refresh = gr.Button("Refresh", elem_id="models-look")
         offline = gr.Checkbox(local_cache.is_offline(), label="Offline: fetch nothing", elem_id="models-offline")
     status = gr.Markdown(elem_id="models-state")
@@ -61,5 +61,5 @@ def layout(context: AppContext, tab: gr.Tab) -> None:
 
 def _selected(id: str | None) -> str:
     if id is None:
-        raise ValueError("no model is chosen: click on one in the table")
+        raise ValueError("no model is selected: click on one in the table")
     return id

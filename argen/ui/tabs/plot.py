@@ -58,7 +58,7 @@ class Plot:
             with gr.Column(scale=3):
                 page = gr.Image(label="Grid", format="png", interactive=False, elem_id="grid")
                 state = gr.Markdown(elem_id="grid-state")
-                table = gr.File(label="CSV of what made each image", visible=False, elem_id="grid-table")
+                table = gr.File(label="CSV with the settings of each image", visible=False, elem_id="grid-table")
         timer = gr.Timer(TICK, active=False)
         self.grid_outputs = [grid_state, timer]
         generate.click(self.start, fields, self.grid_outputs)
@@ -74,13 +74,11 @@ class Plot:
                     file_types=[".csv", ".jsonl"],
                     elem_id="batch-file",
                 )
-                default_model = gr.Dropdown(
-                    ids, value=ids[0], label="Model of rows that name none", elem_id="batch-model"
-                )
+                default_model = gr.Dropdown(ids, value=ids[0], label="Default model", elem_id="batch-model")
                 queue_rows = gr.Button("Queue all rows", variant="primary", elem_id="batch-go")
             with gr.Column(scale=3):
                 batch_status = gr.Markdown(
-                    "The images will be in the gallery. What waits is on disk: it goes on after a restart, too.",
+                    "The images will appear in the gallery. Waiting jobs are on disk and resume after a restart.",
                     elem_id="batch-state",
                 )
         queue_rows.click(self.queue_rows, [file, default_model], batch_status)
@@ -114,11 +112,11 @@ class Plot:
         states = [self.studio.store.job(id)["state"] for id in ids]  # cheap, since this runs on every tick
         done = states.count(DONE)
         if not OVER.issuperset(states):
-            return gr.skip(), f"{done} of {len(ids)} pictures", gr.skip(), gr.skip()
+            return gr.skip(), f"{done} of {len(ids)} images", gr.skip(), gr.skip()
         jobs = [self.studio.progress(id) for id in ids]
         if missing := [job for job in jobs if not job.images]:
             reason = missing[0].error or (missing[0].state if missing[0].state != DONE else "deleted")
-            message = f"**{len(missing)} of {len(jobs)} pictures are missing:** {reason}"
+            message = f"**{len(missing)} of {len(jobs)} images are missing:** {reason}"
             return None, message, gr.update(visible=False), gr.Timer(active=False)
         saved = [job.images[0] for job in jobs]
         csv = self.studio.store.export("grid.csv")

@@ -67,11 +67,11 @@ class Tokenizers:
     def compare(self, image: Image.Image | None, selected: list[str]) -> tuple[list[tuple], list[list]]:
         with user_errors():
             if image is None:
-                raise ValueError("there is no picture: drop a file, or paste one")
+                raise ValueError("there is no image: drop a file, or paste one")
             if not selected:
                 raise ValueError("no tokenizer is chosen: choose one or more")
             size = self.models(selected[0], kind="tokenizer").config.image_size
-            images, rows = [(preview(from_pil(image, size)), "the picture")], []
+            images, rows = [(preview(from_pil(image, size)), "the image")], []
             for name in selected:
                 tokenizer = self.models(name, kind="tokenizer")
                 pixels, scores = reconstructed(tokenizer, *encoded(tokenizer, image))
@@ -82,7 +82,7 @@ class Tokenizers:
     def decode(self, image: Image.Image | None, name: str, count: int | None) -> tuple:
         with user_errors():
             if image is None:
-                raise ValueError("there is no picture: drop a file, or paste one")
+                raise ValueError("there is no image: drop a file, or paste one")
             tokenizer = self.models(name, kind="tokenizer")
             max_tokens = tokenizer.config.get("tokens")
             count = None if max_tokens is None else max(1, min(max_tokens, int(count or max_tokens)))
