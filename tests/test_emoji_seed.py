@@ -18,7 +18,8 @@ from argen.models.seed_llama import Vocabulary, add_words
 from argen.pipelines.seed_llama import SeedLlamaPipeline
 from argen.train import seed as recipe
 from tokenizers_img.conv_encoder import ConvEncoder, TwoEncoders
-from tokenizers_img.seed import Seed, SeedTokenizer
+from tokenizers_img.seed.network import Seed
+from tokenizers_img.seed.tokenizer import SeedTokenizer
 
 SAMPLE = WEIGHTS.parent / "data" / "sample"
 

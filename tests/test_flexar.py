@@ -18,7 +18,8 @@ from argen.request import Request
 from samplers.logits import Sampling
 from samplers.steps import Sequential
 from tokenizers_img.checkpoint import load_strict
-from tokenizers_img.flextok import FlexTok, vae_network
+from tokenizers_img.flextok.checkpoint import vae_network
+from tokenizers_img.flextok.network import FlexTok
 
 CLOSE = {"atol": 1e-4, "rtol": 1e-4}
 ATTENTIONS = ("self_attn", "cross_attn")

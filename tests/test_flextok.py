@@ -8,9 +8,11 @@ import torch.nn.functional as F
 from conftest import GOLDEN, published_keys, shapes
 from safetensors.torch import load_file, save_file
 
-from tokenizers_img import flextok
 from tokenizers_img.checkpoint import load_strict
-from tokenizers_img.flextok import FlexTok, FlexTokenizer, sizes_of, vae_network, vae_sizes
+from tokenizers_img.flextok import tokenizer
+from tokenizers_img.flextok.checkpoint import ALIGNMENT, sizes_of, vae_network, vae_sizes
+from tokenizers_img.flextok.network import SIZES, FlexTok
+from tokenizers_img.flextok.tokenizer import FlexTokenizer
 from tokenizers_img.quantize import FSQ
 
 CLOSE, GUIDED = {"atol": 1e-4, "rtol": 1e-4}, {"atol": 1e-3, "rtol": 1e-3}
@@ -20,7 +22,7 @@ def tiny(case) -> FlexTokenizer:
     override = case.config["_vae_base_override"]
     vae = vae_network(**vae_sizes(case.config), channels=override["block_out_channels"], norm_num_groups=2)
     inner = {key.removeprefix("vae.vae."): value for key, value in case.weights.items() if key.startswith("vae.")}
-    rest = {key: value for key, value in case.weights.items() if not key.startswith(("vae.", flextok.ALIGNMENT))}
+    rest = {key: value for key, value in case.weights.items() if not key.startswith(("vae.", ALIGNMENT))}
     network = load_strict(FlexTok(**sizes_of(case.config)), rest, source="golden")
     return FlexTokenizer(network, load_strict(vae, inner, source="golden"))
 
@@ -126,7 +128,7 @@ def test_other_shapes_and_the_options_of_a_configuration(golden):
     tokenizer, io = tiny(case), case.io
     network, keep = tokenizer.network, [32, 9, 2]
     assert network.config.single_null
-    head = {key: value for key, value in case.weights.items() if key.startswith(flextok.ALIGNMENT)}
+    head = {key: value for key, value in case.weights.items() if key.startswith(ALIGNMENT)}
     assert head  # of training: left out when the file is read
     for index in range(3):
         z = network.encode(io[f"vae_latents.{index}"])
@@ -172,7 +174,7 @@ def test_fewer_registers_give_the_same_first_tokens(golden):
 def test_every_published_key_has_its_place(name, encoder, decoder):
     sizes = {}
     for side, depth in (("encoder", encoder), ("decoder", decoder)):
-        sizes |= {f"{side}_dim": flextok.SIZES[depth], f"{side}_depth": int(depth[1:])}
+        sizes |= {f"{side}_dim": SIZES[depth], f"{side}_depth": int(depth[1:])}
     with torch.device("meta"):
         network, vae = FlexTok(**sizes), vae_network()
     key_shapes = shapes(network) | {f"vae.vae.{key}": shape for key, shape in shapes(vae).items()}
@@ -192,7 +194,7 @@ def released(golden, tmp_path, monkeypatch):
     case = golden("flextok/mixed_shapes")
     small = vae_network
     monkeypatch.setattr(
-        flextok, "vae_network", lambda **kwargs: small(**kwargs, channels=(4, 8, 8, 8), norm_num_groups=2)
+        tokenizer, "vae_network", lambda **kwargs: small(**kwargs, channels=(4, 8, 8, 8), norm_num_groups=2)
     )
     metadata = {key: value if key == "_target_" else repr(value) for key, value in case.config.items()}
     save_file(load_file(GOLDEN / "flextok/mixed_shapes/weights.safetensors"), tmp_path / "model.safetensors", metadata)

@@ -10,16 +10,19 @@ from PIL import Image
 from transformers import Blip2VisionModel
 
 from argen.train.seed import Contrastive, quantised
-from tokenizers_img import seed
 from tokenizers_img.checkpoint import load_strict
+from tokenizers_img.pixels import CLIP_MEAN, CLIP_STD
+from tokenizers_img.seed import checkpoint
+from tokenizers_img.seed.network import Seed, qformer
+from tokenizers_img.seed.tokenizer import SeedTokenizer, UnCLIP
 
 CLOSE = {"atol": 1e-4, "rtol": 1e-4}
 
 
-def small(case) -> tuple[seed.Seed, Blip2VisionModel]:
+def small(case) -> tuple[Seed, Blip2VisionModel]:
     config, state = case.config, case.weights
     vision, q = config["vision"], config["qformer"]
-    network = seed.Seed(
+    network = Seed(
         features=q["encoder_width"],
         dim=q["hidden_size"],
         layers=q["num_hidden_layers"],
@@ -30,13 +33,13 @@ def small(case) -> tuple[seed.Seed, Blip2VisionModel]:
         embed_dim=config["codebook_embed_dim"],
         depth=config["decode_depth"],
         block_heads=config["block_num_heads"],
-        **seed.sizes_of(state) | {"embedding": config.get("image_features_dim") or config["text_features_dim"]},
+        **checkpoint.sizes_of(state) | {"embedding": config.get("image_features_dim") or config["text_features_dim"]},
     )
     sizes = {"dim": vision["embed_dim"], "depth": vision["depth"], "heads": vision["num_heads"]}
-    encoder = seed.vision_network(vision["img_size"], **sizes, mlp_ratio=vision["mlp_ratio"])
+    encoder = checkpoint.vision_network(vision["img_size"], **sizes, mlp_ratio=vision["mlp_ratio"])
     seen = {key: value for key, value in state.items() if key.startswith(("visual_encoder.", "ln_vision."))}
-    load_strict(encoder, seed.vision_state(seen, vision["depth"]), source="golden")
-    return load_strict(network, seed.seed_state(state, network), source="golden"), encoder
+    load_strict(encoder, checkpoint.vision_state(seen, vision["depth"]), source="golden")
+    return load_strict(network, checkpoint.seed_state(state, network), source="golden"), encoder
 
 
 @pytest.mark.parametrize("name", ["seed2_mlp", "seed2_reverse", "seed1_text"])
@@ -77,18 +80,18 @@ def test_tokens_are_causal(golden):
 def test_every_published_key_has_its_place():
     published = published_keys("seed")
     with torch.device("meta"):
-        network, encoder = seed.Seed(), seed.vision_network()
+        network, encoder = Seed(), checkpoint.vision_network()
         keys = {key: torch.empty(shape) for key, shape in published["seed2_quantizer"].items()}
         vision = {key: torch.empty(shape) for key, shape in published["eva_vit_g"].items()}
-    assert seed.sizes_of(keys) == {"head": "mlp", "reconstruct": True}
+    assert checkpoint.sizes_of(keys) == {"head": "mlp", "reconstruct": True}
     norm = {key: value for key, value in keys.items() if key.startswith("ln_vision.")}
-    assert shapes(network) == {key: list(value.shape) for key, value in seed.seed_state(keys, network).items()}
+    assert shapes(network) == {key: list(value.shape) for key, value in checkpoint.seed_state(keys, network).items()}
     assert {key for key in keys if not key.startswith("ln_vision.")} - {"Qformer.bert.embeddings.position_ids"} == {
-        key for key in keys if seed.seed_state({key: keys[key]}, network)
+        key for key in keys if checkpoint.seed_state({key: keys[key]}, network)
     }
     vision_state = {key: value for key, value in vision.items() if not key.startswith(("norm.", "head."))}
     assert shapes(encoder) == {
-        key: list(value.shape) for key, value in seed.vision_state(vision_state | norm, 39).items()
+        key: list(value.shape) for key, value in checkpoint.vision_state(vision_state | norm, 39).items()
     }
 
 
@@ -97,8 +100,8 @@ def test_released_files_are_loaded(golden, tmp_path, monkeypatch):
     case = golden("seed/seed2_mlp")
     network, encoder = small(case)
     sizes = {key: value for key, value in network.config.items() if not key.startswith("_")}
-    monkeypatch.setattr(seed, "sizes_of", lambda state: sizes)
-    monkeypatch.setattr(seed, "vision_network", lambda: seed_vision)
+    monkeypatch.setattr(checkpoint, "sizes_of", lambda state: sizes)
+    monkeypatch.setattr(checkpoint, "vision_network", lambda: seed_vision)
     state = case.weights | {
         "Qformer.bert.encoder.layer.0.intermediate.dense.weight": torch.ones(2),
         "temp": torch.ones(1),
@@ -110,13 +113,13 @@ def test_released_files_are_loaded(golden, tmp_path, monkeypatch):
     torch.save(vision | block | {"head.weight": torch.ones(1)}, tmp_path / "eva_vit_g.pth")
     for files in (("all.pt",), ("seed_quantizer.pt", "eva_vit_g.pth")):
         seed_vision = type(encoder)(encoder.config)
-        read, seen = seed.from_original(*(tmp_path / file for file in files))
+        read, seen = checkpoint.from_original(*(tmp_path / file for file in files))
         for ours, theirs in ((read, network), (seen, encoder)):
             assert all(torch.equal(value, theirs.state_dict()[key]) for key, value in ours.state_dict().items())
     part = {key: value for key, value in state.items() if key != "image_down.2.weight"}
     torch.save(part, tmp_path / "part.pt")
     with pytest.raises(ValueError, match="does not fit Seed: missing image_down.2.weight"):
-        seed.from_original(tmp_path / "part.pt")
+        checkpoint.from_original(tmp_path / "part.pt")
 
 
 def test_bad_tokens_are_refused(golden):
@@ -126,10 +129,10 @@ def test_bad_tokens_are_refused(golden):
     with pytest.raises(ValueError, match="token 128 does not exist: expected 0 to 127"):
         network.decode(torch.full((1, 32), 128))
     with pytest.raises(ValueError, match="no head of SEED"):
-        seed.head_of({})
+        checkpoint.head_of({})
 
 
-def decoder(case) -> seed.UnCLIP:
+def decoder(case) -> UnCLIP:
     """The pipeline of the case."""
     config, parts = case.config, {}
     kinds = {"unet": UNet2DConditionModel, "vae": AutoencoderKL, "image_normalizer": StableUnCLIPImageNormalizer}
@@ -141,7 +144,7 @@ def decoder(case) -> seed.UnCLIP:
     components = {"feature_extractor": None, "image_encoder": None, "tokenizer": None, "text_encoder": None}
     components |= {"scheduler": PNDMScheduler.from_config(config["scheduler"])}
     components["image_noising_scheduler"] = DDPMScheduler.from_config(config["image_noising_scheduler"])
-    pipe = seed.UnCLIP(**components, **parts)
+    pipe = UnCLIP(**components, **parts)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -157,9 +160,11 @@ def test_an_embedding_becomes_the_official_image(golden, monkeypatch, name, guid
     draws, plain = iter([io["noise"], io["negative_noise"]]), pipe.noise_image_embeddings
     recorded = lambda embeds, level, generator=None: plain(embeds, int(level), next(draws))  # noqa: E731
     monkeypatch.setattr(pipe, "noise_image_embeddings", recorded)
-    pipe.negative_image_embeds = io["negative_image_embeds"] if "negative" in name else None
+    image_embeds = io["image_embeds"]
+    if "negative" in name:
+        image_embeds = torch.stack([image_embeds, io["negative_image_embeds"].expand_as(image_embeds)], dim=1)
     empty = io["empty_prompt_embeds"]
-    kwargs = {"image_embeds": io["image_embeds"], "prompt_embeds": empty, "negative_prompt_embeds": empty}
+    kwargs = {"image_embeds": image_embeds, "prompt_embeds": empty, "negative_prompt_embeds": empty}
     kwargs |= {"num_inference_steps": case.config["num_inference_steps"], "guidance_scale": guidance}
     latents = pipe(**kwargs, latents=io["latents"], noise_level=level, output_type="latent").images
     torch.testing.assert_close(latents, io[name], atol=2e-4 * (io[name].max() - io[name].min()).item(), rtol=0)
@@ -171,13 +176,13 @@ def test_an_embedding_becomes_the_official_image(golden, monkeypatch, name, guid
 @torch.no_grad()
 def test_images_are_prepared_as_by_the_authors(golden):
     case = golden("seed/seed2_mlp")
-    tokenizer, io = seed.SeedTokenizer(*small(case)), case.io
+    tokenizer, io = SeedTokenizer(*small(case)), case.io
     image = Image.fromarray(io["image_uint8"].numpy())
     for name, filter in (("pixels_bicubic", Image.Resampling.BICUBIC), ("pixels_bilinear", Image.Resampling.BILINEAR)):
         prepared = tokenizer.prepare(image, filter)
         expected = torch.from_numpy(np.array(image.resize((prepared.shape[-1],) * 2, filter))).permute(2, 0, 1) / 255
         assert torch.equal(prepared, expected)
-        mean, std = (torch.tensor(values)[:, None, None] for values in (seed.CLIP_MEAN, seed.CLIP_STD))
+        mean, std = (torch.tensor(values)[:, None, None] for values in (CLIP_MEAN, CLIP_STD))
         levels = 255 * (io[name] * std + mean - prepared).abs()
         assert levels.max() <= 2.01  # Pillow's releases differ in whether rows or columns go first
     assert tokenizer.encode(tokenizer.prepare(image)[None]).shape == (1, 32)
@@ -187,7 +192,7 @@ def test_images_are_prepared_as_by_the_authors(golden):
 
 def close_gradients(parameters: dict[str, torch.Tensor], io) -> None:
     for name in (key for key in io if key.startswith("grad.")):
-        grad = parameters[seed._renamed(name.removeprefix("grad."), seed.QFORMER_NAMES)].grad
+        grad = parameters[checkpoint._renamed(name.removeprefix("grad."), checkpoint.QFORMER_NAMES)].grad
         torch.testing.assert_close(grad, io[name], atol=1e-4 * io[name].abs().max().item(), rtol=1e-3)
 
 
@@ -211,7 +216,7 @@ def test_the_first_stage_has_the_official_loss(golden):
     config, state, io = case.config, case.weights, case.io
     q, vision = config["qformer"], config["vision"]
     dim = q["hidden_size"]
-    shared = seed.qformer(
+    shared = qformer(
         dim, q["num_hidden_layers"], q["num_attention_heads"], q["intermediate_size"], q["encoder_width"], text=True
     )
     queries = torch.nn.Parameter(torch.empty(1, config["num_query_token"], dim))
@@ -220,15 +225,15 @@ def test_the_first_stage_has_the_official_loss(golden):
     tables |= {"Qformer.embeddings.position_embeddings.": "position_embeddings."}
     renamed = {}
     for key, value in state.items():
-        key = seed._renamed(key, seed.QFORMER_NAMES)
+        key = checkpoint._renamed(key, checkpoint.QFORMER_NAMES)
         for theirs, ours in tables.items():
             key = key.replace(theirs, ours)
         if not key.startswith(("visual_encoder.", "ln_vision.", "Qformer.cls.")) and not key.endswith("position_ids"):
             renamed[key] = value
     network = load_strict(network, renamed, source="golden")
-    encoder = seed.vision_network(vision["img_size"], vision["embed_dim"], vision["depth"], vision["num_heads"])
+    encoder = checkpoint.vision_network(vision["img_size"], vision["embed_dim"], vision["depth"], vision["num_heads"])
     seen = {key: value for key, value in state.items() if key.startswith(("visual_encoder.", "ln_vision."))}
-    load_strict(encoder, seed.vision_state(seen, vision["depth"]), source="golden")
+    load_strict(encoder, checkpoint.vision_state(seen, vision["depth"]), source="golden")
     features = encoder(io["pixel_values"]).last_hidden_state
     torch.testing.assert_close(network.image(features), io["query_features"], **CLOSE)
     torch.testing.assert_close(network.text(io["input_ids"], io["attention_mask"]), io["text_feature"], **CLOSE)

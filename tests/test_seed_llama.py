@@ -11,9 +11,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from argen.models.seed_llama import SeedLlamaSession, Vocabulary, image_text, read_tokenizer
 from argen.pipelines.seed_llama import SeedLlamaPipeline
-from tokenizers_img import seed
 from tokenizers_img.checkpoint import load_strict
-from tokenizers_img.seed import SeedTokenizer
+from tokenizers_img.seed import checkpoint
+from tokenizers_img.seed.network import Seed
+from tokenizers_img.seed.tokenizer import SeedTokenizer, UnCLIP
 
 
 def small(case) -> tuple[LlamaForCausalLM, Vocabulary, int]:
@@ -107,16 +108,16 @@ def pipe(golden):
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
     model = LlamaForCausalLM(LlamaConfig(vocab_size=case.config["vocab_size"], **sizes)).eval()
-    vision = seed.vision_network(28, dim=48, depth=2, heads=3)
+    vision = checkpoint.vision_network(28, dim=48, depth=2, heads=3)
     sizes = {"features": 48, "dim": 48, "layers": 2, "heads": 4, "hidden": 96, "depth": 1, "block_heads": 4}
-    network = seed.Seed(**sizes, n_embed=64, embed_dim=8, embedding=24).eval()
+    network = Seed(**sizes, n_embed=64, embed_dim=8, embedding=24).eval()
     drawn = SeedTokenizer(network, vision.eval(), unclip(golden("seed/unclip_decode")), steps=2)
     pipeline = SeedLlamaPipeline(model, read_tokenizer(case.folder / "tokenizer"), drawn)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
 
-def unclip(case) -> seed.UnCLIP:
+def unclip(case) -> UnCLIP:
     """The decoder of the golden case; it has no text encoder, and an empty prompt is recorded."""
     pipe = decoder(case)
     empty = case.io["empty_prompt_embeds"]

@@ -34,8 +34,8 @@ from argen.train.parti import PartiTask
 from argen.train.recipes import SCHEDULES
 from argen.train.vit_vqgan import DecoderTask, ViTVQGANTask, refit_codes
 from tokenizers_img.conv_encoder import ConvEncoder
-from tokenizers_img.flextok import FlexTok
-from tokenizers_img.seed import Seed
+from tokenizers_img.flextok.network import FlexTok
+from tokenizers_img.seed.network import Seed
 from tokenizers_img.vit_vqgan import ViTVQGAN
 
 SAMPLE = Path(emoji.__file__).parent / "sample"

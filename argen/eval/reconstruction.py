@@ -10,19 +10,15 @@ from torch import Tensor
 
 from argen.eval.images import ImageArray, ImageSet, cropped, digest
 from argen.eval.metrics import psnr, ssim
-from tokenizers_img.flextok import FlexTokenizer
-from tokenizers_img.kl_vae import KLVAE
-from tokenizers_img.llamagen_vq import LlamaGenVQ
+from tokenizers_img.base import ImageTokenizer
 from tokenizers_img.pixels import from_pil, from_uint8
-from tokenizers_img.seed import SeedTokenizer
-from tokenizers_img.vit_vqgan import ViTVQGAN
+from tokenizers_img.seed.tokenizer import SeedTokenizer
 
 MAX_LATENTS = 512  # rows or columns
-Tokenizer = ViTVQGAN | LlamaGenVQ | KLVAE | FlexTokenizer | SeedTokenizer
 
 
 @torch.no_grad()
-def reconstruct(tokenizer: Tokenizer, images: Tensor, count: int | None = None) -> tuple[Tensor, Tensor]:
+def reconstruct(tokenizer: ImageTokenizer, images: Tensor, count: int | None = None) -> tuple[Tensor, Tensor]:
     """Images [B, H, W, 3] uint8 -> reconstructions [B, 3, H, W] in [0, 1], and their ids [B, N] or latents [B, C, h, w]; both on
     the CPU. With `count`, from the first `count` ids alone."""
     reconstructed, encoded = [], []
@@ -32,7 +28,7 @@ def reconstruct(tokenizer: Tokenizer, images: Tensor, count: int | None = None) 
     return torch.cat(reconstructed), torch.cat(encoded).cpu()
 
 
-def check_count(tokenizer: Tokenizer, count: int | None, present: int | None = None) -> None:
+def check_count(tokenizer: ImageTokenizer, count: int | None, present: int | None = None) -> None:
     """Raises:
     ValueError: the tokenizer can make nothing of the first `count` tokens alone, or of so many of those `present`; None is all.
     """
@@ -47,7 +43,7 @@ def check_count(tokenizer: Tokenizer, count: int | None, present: int | None = N
         raise ValueError(f"tokens is {count}: expected 1 to {present or most}")
 
 
-def evaluate(tokenizer: Tokenizer, images: Tensor) -> dict[str, float]:
+def evaluate(tokenizer: ImageTokenizer, images: Tensor) -> dict[str, float]:
     """PSNR in dB, mean of the pictures [B, H, W, 3] uint8; of a tokenizer with codes, the share of them that they use."""
     reconstructed, encoded = reconstruct(tokenizer, images)
     scores = {"psnr": psnr(reconstructed, from_uint8(images)).mean().item()}
@@ -57,7 +53,7 @@ def evaluate(tokenizer: Tokenizer, images: Tensor) -> dict[str, float]:
 
 
 @torch.no_grad()
-def encoded(tokenizer: Tokenizer, image: Image.Image) -> tuple[Tensor, Tensor]:
+def encoded(tokenizer: ImageTokenizer, image: Image.Image) -> tuple[Tensor, Tensor]:
     """A picture as the tokenizer takes it, [1, 3, S, S] in [0, 1], and its ids [1, N] or latents [1, C, h, w]."""
     squashed = isinstance(tokenizer, SeedTokenizer)
     pixels = tokenizer.prepare(image) if squashed else from_pil(image, tokenizer.config.image_size)
@@ -66,7 +62,7 @@ def encoded(tokenizer: Tokenizer, image: Image.Image) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def decoded(tokenizer: Tokenizer, tokens: Tensor, like: Tensor | None = None) -> Tensor:
+def decoded(tokenizer: ImageTokenizer, tokens: Tensor, like: Tensor | None = None) -> Tensor:
     """Decode ids or latents to pixels [B, 3, H, W] in [0, 1]; resized to the size of the pixels `like`, if given.
 
     Raises:
@@ -79,7 +75,7 @@ def decoded(tokenizer: Tokenizer, tokens: Tensor, like: Tensor | None = None) ->
     return F.interpolate(pixels, like.shape[2:], mode="bilinear", antialias=True, align_corners=False)
 
 
-def _checked(tokenizer: Tokenizer, tokens: Tensor) -> Tensor:
+def _checked(tokenizer: ImageTokenizer, tokens: Tensor) -> Tensor:
     """Ids [B, N] as int64, latents [B, C, h, w] in the tokenizer's own precision."""
     shape = list(tokens.shape[1:])
     if "n_embed" in tokenizer.config:
@@ -115,7 +111,9 @@ class Fitted(ImageSet):
         return (pixels * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
 
 
-def reconstructor(tokenizer: Tokenizer, images: ImageSet, count: int | None) -> Callable[[range], list[Image.Image]]:
+def reconstructor(
+    tokenizer: ImageTokenizer, images: ImageSet, count: int | None
+) -> Callable[[range], list[Image.Image]]:
     """Numbers of pictures -> what the tokenizer makes of them, or of their first `count` tokens."""
 
     def make(rows: range) -> list[Image.Image]:
@@ -126,7 +124,7 @@ def reconstructor(tokenizer: Tokenizer, images: ImageSet, count: int | None) -> 
     return make
 
 
-def compare(tokenizer: Tokenizer, reconstructed: ImageSet, real: ImageSet) -> dict[str, dict]:
+def compare(tokenizer: ImageTokenizer, reconstructed: ImageSet, real: ImageSet) -> dict[str, dict]:
     """PSNR and SSIM of the 8-bit pictures and, of a tokenizer with codes, the share of them that the real ones use."""
     sums, used = {"PSNR (dB)": 0.0, "SSIM": 0.0}, set()
     for first in range(0, len(real), 64):

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from argen.data.emoji import with_article
 from argen.data.tables import read_split
-from tokenizers_img.seed import SeedTokenizer
+from tokenizers_img.seed.tokenizer import SeedTokenizer
 
 IMAGES, AMONG = 600, 100
 

@@ -9,7 +9,7 @@ from transformers import CLIPModel, CLIPTextModel, PreTrainedTokenizerFast
 
 from argen.files import WEIGHTS
 from argen.models.files import load_network, read_encoder
-from tokenizers_img.seed import UnCLIP
+from tokenizers_img.seed.tokenizer import UnCLIP
 
 NOISE = {  # reaches zero signal (arXiv 2305.08891), because the pictures have a white ground
     "beta_start": 0.00085,

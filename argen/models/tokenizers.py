@@ -10,10 +10,10 @@ from argen.models.files import load_network, read_encoder
 from tokenizers_img.hub import hub_folder
 
 if TYPE_CHECKING:
-    from tokenizers_img.flextok import FlexTokenizer
+    from tokenizers_img.flextok.tokenizer import FlexTokenizer
     from tokenizers_img.kl_vae import KLVAE
     from tokenizers_img.llamagen_vq import LlamaGenVQ
-    from tokenizers_img.seed import SeedTokenizer, UnCLIP
+    from tokenizers_img.seed.tokenizer import SeedTokenizer, UnCLIP
     from tokenizers_img.vit_vqgan import ViTVQGAN
 
 EMOJI_FLOW = {"steps": 12, "guidance_scale": 3.0}  # of emoji-flextok, from tokens to an image
@@ -48,7 +48,7 @@ def read_llamagen_vq(folder: Path, name: str) -> "LlamaGenVQ":
 
 def read_flextok(folder: Path) -> "FlexTokenizer":
     """A released FlexTok, with its configuration beside it."""
-    from tokenizers_img.flextok import FlexTokenizer
+    from tokenizers_img.flextok.tokenizer import FlexTokenizer
 
     return FlexTokenizer.from_original(folder / "model.safetensors")
 
@@ -57,7 +57,8 @@ def read_emoji_flextok(folder: Path) -> "FlexTokenizer":
     """argen/emoji-flextok."""
     from diffusers import AutoencoderKL
 
-    from tokenizers_img.flextok import FlexTok, FlexTokenizer
+    from tokenizers_img.flextok.network import FlexTok
+    from tokenizers_img.flextok.tokenizer import FlexTokenizer
 
     return FlexTokenizer(
         load_network(FlexTok, folder), load_network(AutoencoderKL, WEIGHTS / "emoji-vae"), **EMOJI_FLOW
@@ -82,11 +83,13 @@ def read_kl16(folder: Path) -> "KLVAE":
 
 def read_seed(folder: Path) -> "SeedTokenizer":
     """The released SEED-2; its vision transformer may lie beside the file."""
-    from tokenizers_img import seed
+    from tokenizers_img.seed import checkpoint
+    from tokenizers_img.seed.tokenizer import SeedTokenizer
 
     vision = folder / "eva_vit_g.pth"
-    network, encoder = seed.from_original(folder / SEED_FILE, vision if vision.is_file() else seed.eva_file())
-    return seed.SeedTokenizer(network, encoder, _published_unclip)
+    vision = vision if vision.is_file() else checkpoint.eva_file()
+    network, encoder = checkpoint.from_original(folder / SEED_FILE, vision)
+    return SeedTokenizer(network, encoder, _published_unclip)
 
 
 def read_emoji_seed(folder: Path) -> "SeedTokenizer":
@@ -96,7 +99,8 @@ def read_emoji_seed(folder: Path) -> "SeedTokenizer":
 
     from argen.models.emoji_diffusion import EMOJI_SEED, unclip
     from tokenizers_img.conv_encoder import ConvEncoder, TwoEncoders
-    from tokenizers_img.seed import Seed, SeedTokenizer
+    from tokenizers_img.seed.network import Seed
+    from tokenizers_img.seed.tokenizer import SeedTokenizer
 
     encoder = read_encoder(WEIGHTS / "emoji-clip")
     decoder = unclip(
@@ -111,6 +115,6 @@ def read_emoji_seed(folder: Path) -> "SeedTokenizer":
 
 
 def _published_unclip() -> "UnCLIP":
-    from tokenizers_img.seed import UNCLIP, UnCLIP
+    from tokenizers_img.seed.tokenizer import UnCLIP, unclip_repository
 
-    return UnCLIP.from_pretrained(hub_folder(UNCLIP, UNCLIP_FILES), torch_dtype=torch.float32)
+    return UnCLIP.from_pretrained(hub_folder(unclip_repository(), UNCLIP_FILES), torch_dtype=torch.float32)

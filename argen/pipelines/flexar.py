@@ -17,7 +17,8 @@ from argen.pipelines.base import Defaults, TokenPipeline, distinct, image_genera
 from argen.pipelines.canvas import TokenSequence
 from argen.pipelines.running import SAMPLING
 from argen.request import Control, Job, Request, check_beams
-from tokenizers_img.flextok import FlexTok, FlexTokenizer
+from tokenizers_img.flextok.network import FlexTok
+from tokenizers_img.flextok.tokenizer import FlexTokenizer
 from tokenizers_img.hub import hub_folder
 
 PREVIEW_STEPS = 6  # of the flow that decodes unfinished images

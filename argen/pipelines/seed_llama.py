@@ -29,7 +29,7 @@ from argen.pipelines.canvas import TokenSequence
 from argen.request import Control
 from argen.words import check_length
 from tokenizers_img.hub import hub_folder
-from tokenizers_img.seed import SeedTokenizer
+from tokenizers_img.seed.tokenizer import SeedTokenizer
 
 REQUEST = "Please generate an image of {}."  # a template of the instruction tuning
 

@@ -12,7 +12,8 @@ from argen.pipelines.flexar import FlexARPipeline
 from argen.train.flextok import GUIDANCE, STEPS
 from argen.train.loop import Schedule
 from argen.train.tokens import CaptionsTask, slipped
-from tokenizers_img.flextok import FlexTok, FlexTokenizer
+from tokenizers_img.flextok.network import FlexTok
+from tokenizers_img.flextok.tokenizer import FlexTokenizer
 from tokenizers_img.pixels import from_uint8
 
 SCHEDULES = {

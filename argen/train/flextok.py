@@ -18,7 +18,8 @@ from transformers import CLIPVisionModel
 from argen.data.tables import pixels, read_split
 from argen.eval.metrics import psnr
 from argen.train.loop import Schedule, Task
-from tokenizers_img.flextok import FlexTok, FlexTokenizer
+from tokenizers_img.flextok.network import FlexTok
+from tokenizers_img.flextok.tokenizer import FlexTokenizer
 from tokenizers_img.kl_vae import KLVAE
 from tokenizers_img.pixels import from_uint8
 

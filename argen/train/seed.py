@@ -26,7 +26,7 @@ from argen.train.tokens import CaptionsTask, paired
 from argen.train.vit_vqgan import CodeUsage
 from tokenizers_img.conv_encoder import ConvEncoder
 from tokenizers_img.pixels import from_uint8
-from tokenizers_img.seed import Seed, causal_mask, qformer
+from tokenizers_img.seed.network import Seed, causal_mask, qformer
 
 CONTRASTIVE_SCHEDULES = {
     "cpu": Schedule(steps=1600, batch_size=128, learning_rate=1e-3, warmup=100, weight_decay=0.05),

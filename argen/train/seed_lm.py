@@ -17,7 +17,7 @@ from argen.models.seed_llama import Vocabulary, add_words, likelihoods
 from argen.train.loop import Schedule
 from argen.train.seed import ImagesTask
 from argen.train.tokens import near_codes
-from tokenizers_img.seed import Seed
+from tokenizers_img.seed.network import Seed
 
 SCHEDULES = {
     "cpu": Schedule(

@@ -21,7 +21,8 @@ from argen.train.sd import velocity_error
 from argen.train.tokens import LatentsTask, paired
 from tokenizers_img.conv_encoder import ConvEncoder, TwoEncoders
 from tokenizers_img.pixels import from_uint8
-from tokenizers_img.seed import Seed, SeedTokenizer, UnCLIP
+from tokenizers_img.seed.network import Seed
+from tokenizers_img.seed.tokenizer import SeedTokenizer, UnCLIP
 
 SCHEDULES = {
     "cpu": Schedule(

@@ -7,10 +7,11 @@ from PIL import Image
 from torch import Tensor
 
 from argen.eval.metrics import psnr, ssim
-from argen.eval.reconstruction import Tokenizer, decoded, encoded
+from argen.eval.reconstruction import decoded, encoded
 from argen.hub.cards import all_cards, ids
 from argen.ui.context import PREVIEW_SIDE, AppContext, enlarge, user_errors
 from argen.ui.inputs import image_input
+from tokenizers_img.base import ImageTokenizer
 from tokenizers_img.pixels import from_pil, to_pil
 
 LATENT_BITS = 16  # of a continuous number, as in bfloat16
@@ -93,7 +94,7 @@ class Tokenizers:
         return preview(decoded_pixels), caption, table(tokens[0]), slider
 
 
-def reconstructed(tokenizer: Tokenizer, pixels: Tensor, tokens: Tensor) -> tuple[Tensor, tuple]:
+def reconstructed(tokenizer: ImageTokenizer, pixels: Tensor, tokens: Tensor) -> tuple[Tensor, tuple]:
     """Return the reconstruction [3, S, S] of `pixels` from their tokens, see `encoded`; and PSNR in dB, SSIM, size as text, bits."""
     output = decoded(tokenizer, tokens, pixels)
     if tokens.ndim == 2:
