@@ -76,7 +76,10 @@ def test_a_network_loads_no_pipelines_and_no_text_encoder(model):
 
 def test_the_vae_loads_no_diffusion_pipeline():
     modules = imported(LOAD.format("argen/emoji-vae"))
-    assert not modules & {"diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion", "tokenizers_img.seed.tokenizer"}
+    assert not modules & {
+        "diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion",
+        "tokenizers_img.seed.tokenizer",
+    }
 
 
 def test_the_collector_is_as_it_was(capsys):
