@@ -61,7 +61,7 @@ class ControlARPipeline(LlamaGenPipeline):
     official = Defaults(guidance_scale=4.0, top_k=2000)
 
     def prepare(self, control: Control) -> Control:
-        """See `TokenPipeline.prepare`. Without a size asked for, a model of any size takes the control image's own, as
+        """See `TokenPipeline.prepare`. Without a requested size, a model of any size takes the control image's own, as
         near as whole cells come and as large as fits.
 
         Raises:

@@ -86,7 +86,7 @@ def bind(pipe: DiffusionPipeline, prompt: str, pairs: str, strength: str, argume
     Args:
         pairs: as `parse_bindings` returns them; if empty, the prompt is parsed.
         strength: settings of `SemanticBinding`.
-        asked: see `drawn`.
+        arguments: see `draw_steps`.
     """
     check_prompt(prompt)
     lines = [line.partition("=") for line in check_length(pairs, "bindings").splitlines() if line.strip()]
@@ -112,7 +112,7 @@ def erase(
     Args:
         concepts, retained: separated by commas.
         model, preset: see `erasing`.
-        asked: see `drawn`.
+        arguments: see `draw_steps`.
     """
     check_prompt(prompt)
     for text, what in ((concepts, "the list of concepts"), (retained, "the list of what must stay")):
