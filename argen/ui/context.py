@@ -124,7 +124,7 @@ class View:
 
     def restore(self, request: gr.Request) -> tuple:
         """Show the latest job if it is not over, after the page was loaded again."""
-        last = self.studio.store.latest(self.context.owner(request))
+        last = self.studio.store.latest_job(self.context.owner(request))
         return self.watch(None if last is None or self.studio.progress(last).over else last)
 
     def cancel_job(self, id: str | None, request: gr.Request) -> None:
