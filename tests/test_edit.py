@@ -164,7 +164,7 @@ def test_what_the_buttons_of_the_page_leave_to_write(pipe, generated):
         (edit.inpaint, (True, ""), ~painted),
         (edit.inpaint, (False, "1 x 2, 8 x 7-8"), painted | corner),
         (edit.keep_prefix, (0.25,), ~first),
-        (edit.extended, ("right", 3), torch.arange(8).expand(8, 8) >= 5),
+        (edit.outpaint, ("right", 3), torch.arange(8).expand(8, 8) >= 5),
     ):
         grid = change(pipe, request, tokens, canvas, *how)
         assert torch.equal(grid[0] < 0, empty)
