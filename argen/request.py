@@ -182,14 +182,14 @@ class Request:
                 "num_candidates",
             )
         if self.num_beams is not None:
-            check_beams(self.num_beams, self.drawn)
+            check_beams(self.num_beams, self.num_drawn)
         if self.tokens is not None:
             check_grid(self.tokens)
             if min(map(min, self.tokens)) >= 0:
                 raise ValueError("tokens leave nothing to write: expected -1 in one cell or more")
 
     @property
-    def drawn(self) -> int:
+    def num_drawn(self) -> int:
         """Images that are drawn to choose from."""
         if self.num_candidates is None:
             return CANDIDATES_A_BEAM * self.num_beams if self.num_beams else self.num_images
@@ -201,7 +201,7 @@ class Request:
 
     def generators(self) -> list[torch.Generator]:
         """A generator for each image that is drawn; with `num_beams`, for each that is searched for."""
-        count = self.num_images if self.num_beams else self.drawn
+        count = self.num_images if self.num_beams else self.num_drawn
         return [torch.Generator().manual_seed(self.seed + i) for i in range(count)]
 
     def for_image(self, index: int) -> "Request":
@@ -223,14 +223,14 @@ class Request:
         sampler_args = self.sampler_args if self.sampler == sampler else {}
         return replace(self, sampler=sampler, sampler_args=sampler_args | {argument: value})
 
-    def given(self) -> dict:
+    def explicit_settings(self) -> dict:
         """The values by name, without those left to the model."""
         values = {item.name: getattr(self, item.name) for item in fields(self)}
         return {name: value for name, value in values.items() if value is not None and value != {}}
 
     def to_dict(self) -> dict:
-        """`given`, for JSON."""
-        return self.given() | ({"control": self.control.to_dict()} if self.control else {})
+        """`explicit_settings`, for JSON."""
+        return self.explicit_settings() | ({"control": self.control.to_dict()} if self.control else {})
 
     @classmethod
     def from_dict(cls, saved: dict) -> "Request":

@@ -35,7 +35,7 @@ KINDS = ("single", "colour", "count", "pair", "relation")  # of the judge's prom
 
 
 def compared() -> dict[str, Sampler]:
-    """The samplers by their names in the table."""
+    """Return the samplers by their names in the table."""
     return {
         "sequential": Sequential(),
         "auto": Auto(),
@@ -54,7 +54,7 @@ def compared() -> dict[str, Sampler]:
 
 
 def compare(args: argparse.Namespace) -> None:
-    """Print a table, one row a sampler, and write it, with a plot if asked for."""
+    """Print a table, one row per sampler, and write it, with a plot if requested."""
     if args.plot:
         import matplotlib  # noqa: F401 - now, if it is missing, and not after an hour
     pipe = load_model(args.model, args.device, "generator")
@@ -110,7 +110,7 @@ def _fid(images: list[Image.Image], reference: ImageSet) -> float:
 
 
 def _plot(rows: list[dict], path: Path) -> None:
-    """Tokens per step against the judge's identity."""
+    """Plot tokens per step against the judge's identity."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -23,7 +23,7 @@ from argen.eval.inception import FIDInception
 
 
 def random_network() -> FIDInception:
-    """Random weights that keep the variance of what flows through them."""
+    """Create a network with random weights that preserve the variance of activations."""
     torch.manual_seed(0)
     network = FIDInception()
     for module in network.modules():
@@ -34,42 +34,40 @@ def random_network() -> FIDInception:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--num", type=int, default=64, help="pictures")
-    parser.add_argument("--size", type=int, default=256, help="side of the pictures")
+    parser.add_argument("--num", type=int, default=64, help="number of images")
+    parser.add_argument("--size", type=int, default=256, help="side of the images")
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
 
     with tempfile.TemporaryDirectory() as folder:
-        where = Path(folder)
-        (where / "pictures").mkdir()
-        luck = np.random.default_rng(0)
+        root = Path(folder)
+        (root / "pictures").mkdir()
+        rng = np.random.default_rng(0)
         for index in range(args.num):
-            coarse = Image.fromarray(luck.integers(0, 256, (16, 16, 3), dtype=np.uint8))
-            coarse.resize((args.size, args.size), Image.Resampling.BICUBIC).save(
-                where / "pictures" / f"{index:05d}.png"
-            )
+            coarse = Image.fromarray(rng.integers(0, 256, (16, 16, 3), dtype=np.uint8))
+            coarse.resize((args.size, args.size), Image.Resampling.BICUBIC).save(root / "pictures" / f"{index:05d}.png")
         state = {k: v for k, v in random_network().state_dict().items() if not k.endswith("num_batches_tracked")}
-        save_file(state, where / "weights.safetensors")
+        save_file(state, root / "weights.safetensors")
 
         theirs.load_state_dict_from_url = lambda *_, **__: state
         network = theirs.InceptionV3().to(args.device)
-        extractor = features.inception_features(where / "weights.safetensors", "pytorch-fid", torch.device(args.device))
-        images = open_images(where / "pictures")
-        files = sorted((where / "pictures").glob("*.png"))
-        print(f"{args.num} pictures of {args.size} x {args.size}, {args.device}, {torch.get_num_threads()} threads")
+        extractor = features.inception_features(root / "weights.safetensors", "pytorch-fid", torch.device(args.device))
+        images = open_images(root / "pictures")
+        files = sorted((root / "pictures").glob("*.png"))
+        print(f"{args.num} images of {args.size} x {args.size}, {args.device}, {torch.get_num_threads()} threads")
         for index in range(args.rounds):
             start = time.perf_counter()
-            mine = run.features(images, extractor, ["features"], where / f"round-{index}", None, args.batch_size)
+            ours = run.features(images, extractor, ["features"], root / f"round-{index}", None, args.batch_size)
             middle = time.perf_counter()
             other = fid_score.get_activations(files, network, args.batch_size, device=args.device)
             end = time.perf_counter()
             rates = args.num / (middle - start), args.num / (end - middle)
-            apart = np.abs(mine["features"].numpy() - other).max()
+            difference = np.abs(ours["features"].numpy() - other).max()
             print(
                 f"argen {rates[0]:.2f}/s, pytorch-fid {rates[1]:.2f}/s, ratio {rates[0] / rates[1]:.2f}, "
-                f"largest difference {apart:.1e} of features up to {np.abs(other).max():.1f}"
+                f"largest difference {difference:.1e} of features up to {np.abs(other).max():.1f}"
             )
 
 

@@ -3,9 +3,9 @@
     pip install . && python benchmarks/server_load.py --jobs 200 --clients 8
 
 Each of the clients submits its jobs over HTTP and waits for them; meanwhile the page is loaded again and again. In the middle the
-server is killed and started again. At the end each job must have the image of its own seed, and no other. Then the server meets what
-servers meet: made-up paths and hosts, boundless numbers, 300 clients that wait and leave, a disk that takes nothing more, files that
-were deleted by hand, a second server on its folder, SIGTERM.
+server is killed and started again. At the end each job must have the image of its own seed, and no other. Then faults
+are tried: made-up paths and hosts, huge numbers, 300 clients that wait and leave, a full disk, files deleted by hand, a second server
+on the same folder, SIGTERM.
 """
 
 import argparse
@@ -46,22 +46,22 @@ class Server:
         self.ask("/api/jobs")
 
     def ask(self, path: str, body: dict | None = None):
-        """JSON, or bytes; a server that is not there yet is waited for."""
+        """Send a request -> JSON, or bytes; waits for a server that is still starting."""
         end = time.monotonic() + PATIENCE
         data = None if body is None else json.dumps(body).encode()
         while True:
-            asked = urllib.request.Request(self.address + path, data, {"content-type": "application/json"})
+            request = urllib.request.Request(self.address + path, data, {"content-type": "application/json"})
             try:
-                with urllib.request.urlopen(asked, timeout=30) as found:
-                    text = found.read()
-                return json.loads(text) if found.headers["content-type"] == "application/json" else text
+                with urllib.request.urlopen(request, timeout=30) as response:
+                    text = response.read()
+                return json.loads(text) if response.headers["content-type"] == "application/json" else text
             except OSError:
                 if time.monotonic() > end:
                     raise
                 time.sleep(0.2)
 
     def memory(self) -> float:
-        """Resident, in MB (Linux)."""
+        """Return the resident memory in MB (Linux)."""
         pages = int(Path(f"/proc/{self.process.pid}/statm").read_text().split()[1])
         return pages * os.sysconf("SC_PAGE_SIZE") / 1e6
 
@@ -94,8 +94,8 @@ def main() -> int:
     return 0 if not figures["lost"] and not figures["mixed"] and all(survived.values()) else 1
 
 
-def run(server: Server, clients: int, each: int) -> dict:
-    """The figures; `lost` and `mixed` must be 0."""
+def run(server: Server, clients: int, jobs_per_client: int) -> dict:
+    """Run the load test -> its figures; `lost` and `mixed` must be 0."""
     answers, over, kill = [], threading.Event(), threading.Barrier(clients + 1)
 
     def visit() -> None:
@@ -111,7 +111,7 @@ def run(server: Server, clients: int, each: int) -> dict:
     visitor = threading.Thread(target=visit)
     started = time.monotonic()
     with ThreadPoolExecutor(clients) as pool:
-        running = [pool.submit(client, server, number, each, kill) for number in range(clients)]
+        running = [pool.submit(client, server, number, jobs_per_client, kill) for number in range(clients)]
         kill.wait()
         server.kill()
         server.start()
@@ -126,14 +126,14 @@ def run(server: Server, clients: int, each: int) -> dict:
     seconds = time.monotonic() - started
     over.set()
     visitor.join()
-    told = {id: server.ask(f"/api/jobs/{id}") for id in seeds}
-    lost = [id for id, job in told.items() if job["state"] != "done" or len(job["images"]) != 1]
+    jobs_by_id = {id: server.ask(f"/api/jobs/{id}") for id in seeds}
+    lost = [id for id, job in jobs_by_id.items() if job["state"] != "done" or len(job["images"]) != 1]
     for id in lost:
         print(
-            f"{id} is {told[id]['state']} with {len(told[id]['images'])} pictures {told[id]['error']}",
+            f"{id} is {jobs_by_id[id]['state']} with {len(jobs_by_id[id]['images'])} images {jobs_by_id[id]['error']}",
             file=sys.stderr,
         )
-    files = {id: server.folder / f"{job['images'][0]}.png" for id, job in told.items() if id not in lost}
+    files = {id: server.folder / f"{job['images'][0]}.png" for id, job in jobs_by_id.items() if id not in lost}
     mixed = [id for id, file in files.items() if read_request(file).seed != seeds[id]]
     server.kill()
     answers.sort()
@@ -152,33 +152,33 @@ def run(server: Server, clients: int, each: int) -> dict:
 
 
 def faults(server: Server) -> dict[str, bool]:
-    """Which faults the server survives."""
-    found = {name: bool(check(server)) for name, check in FAULTS.items()}
+    """Check which faults the server survives."""
+    results = {name: bool(check(server)) for name, check in FAULTS.items()}
     server.kill()
-    return found
+    return results
 
 
 def status(server: Server, path: str, body: dict | None = None, **headers: str) -> int:
-    """The status of an answer."""
+    """Return the status of a response."""
     data = None if body is None else json.dumps(body).encode()
-    asked = urllib.request.Request(server.address + path, data, {"content-type": "application/json", **headers})
+    request = urllib.request.Request(server.address + path, data, {"content-type": "application/json", **headers})
     try:
-        with urllib.request.urlopen(asked, timeout=30) as answer:
-            return answer.status
+        with urllib.request.urlopen(request, timeout=30) as response:
+            return response.status
     except urllib.error.HTTPError as error:
         return error.code
 
 
-def until(true: Callable[[], object], seconds: float = 60.0) -> bool:
-    """Whether something becomes true within that time."""
+def until(condition: Callable[[], object], seconds: float = 60.0) -> bool:
+    """Whether a condition becomes true in time."""
     end = time.monotonic() + seconds
-    while not (now := true()) and time.monotonic() < end:
+    while not (value := condition()) and time.monotonic() < end:
         time.sleep(0.2)
-    return bool(now)
+    return bool(value)
 
 
-def drawn(server: Server) -> dict:
-    """A finished job."""
+def draw(server: Server) -> dict:
+    """Submit a job and wait for it."""
     id = server.ask("/api/jobs", {"prompt": "a pizza"})["id"]
     until(lambda: server.ask(f"/api/jobs/{id}")["state"] not in ("waiting", "running"))
     return server.ask(f"/api/jobs/{id}")
@@ -206,53 +206,53 @@ def paths(server: Server) -> bool:
 
 def hosts(server: Server) -> bool:
     """No path answers another host, or another site."""
-    given = ({"host": "evil.example"}, {"origin": "https://evil.example"})
-    tried = ("/", "/config", "/gradio_api/info", "/openapi.json", "/api/jobs", "/health")
-    return all(status(server, path, **headers) == 403 for path in tried for headers in given)
+    headers_to_refuse = ({"host": "evil.example"}, {"origin": "https://evil.example"})
+    addresses = ("/", "/config", "/gradio_api/info", "/openapi.json", "/api/jobs", "/health")
+    return all(status(server, path, **headers) == 403 for path in addresses for headers in headers_to_refuse)
 
 
 def numbers(server: Server) -> bool:
-    """A boundless number is refused before anything is built by it."""
+    """A huge number is refused before memory is allocated for it."""
     before = server.memory()
-    many = (
+    settings = (
         {"steps": 10**9, "model": "argen/emoji-xar"},
         {"lantern_k": 10**12, "sampler": "lantern"},
         {"num_tokens": 10**12},
     )
-    refused = all(status(server, "/api/jobs", {"prompt": "a", **more}) == 400 for more in many)
+    refused = all(status(server, "/api/jobs", {"prompt": "a", **setting}) == 400 for setting in settings)
     return refused and server.memory() < before + 100
 
 
 def crowd(server: Server, clients: int = 300) -> bool:
-    """Many clients wait; the queue is answered within half a second, and what they asked for ends when they leave."""
+    """While many clients wait, the queue is answered within half a second; their jobs end when they leave."""
     body = json.dumps({"prompt": "a pizza", "n": 10}).encode()
     head = f"POST /v1/images/generations HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
     waiting = [socket.create_connection(("127.0.0.1", server.port)) for _ in range(clients)]
-    for one in waiting:
-        one.sendall(f"{head}\r\n\r\n".encode() + body)
+    for connection in waiting:
+        connection.sendall(f"{head}\r\n\r\n".encode() + body)
     all_wait = until(lambda: server.ask("/health")["waiting"] >= clients - 5)
     started = time.monotonic()
     server.ask("/api/jobs")
     quick = time.monotonic() - started < 0.5
-    for one in waiting:
-        one.close()
+    for connection in waiting:
+        connection.close()
     return all_wait and quick and until(lambda: server.ask("/health")["waiting"] == 0)
 
 
 def full_disk(server: Server) -> bool:
-    """While nothing can be written jobs fail, and afterwards they do not."""
+    """Jobs fail while the disk is full, and work again afterwards."""
     before = resource.prlimit(server.process.pid, resource.RLIMIT_FSIZE)
     resource.prlimit(server.process.pid, resource.RLIMIT_FSIZE, (0, before[1]))
     refused = status(server, "/api/jobs", {"prompt": "a pizza"}) in (400, 507)
     resource.prlimit(server.process.pid, resource.RLIMIT_FSIZE, before)
-    return refused and drawn(server)["state"] == "done"
+    return refused and draw(server)["state"] == "done"
 
 
 def deleted_files(server: Server) -> bool:
-    """An image that was deleted by hand is not found, and nothing else is lost with it."""
-    id = drawn(server)["images"][0]
+    """An image deleted by hand is reported as missing, and nothing else is lost."""
+    id = draw(server)["images"][0]
     (server.folder / f"{id}.png").unlink()
-    return status(server, f"/pictures/{id}.png") == 404 and drawn(server)["state"] == "done"
+    return status(server, f"/pictures/{id}.png") == 404 and draw(server)["state"] == "done"
 
 
 def second_server(server: Server) -> bool:
@@ -263,14 +263,14 @@ def second_server(server: Server) -> bool:
 
 
 def terminated(server: Server) -> bool:
-    """SIGTERM keeps the job that runs; started again, the server goes on with it."""
+    """SIGTERM keeps the running job; the server resumes it after a restart."""
     id = server.ask("/api/jobs", {"prompt": "a pizza", "num_images": 64, "sampler": "sequential"})["id"]
     until(lambda: server.ask(f"/api/jobs/{id}")["decided"] > 2)
     server.process.send_signal(signal.SIGTERM)
     server.process.wait(timeout=60)
-    kept = (server.folder / ".studio" / "jobs" / f"{id}.npz").is_file()
+    saved = (server.folder / ".studio" / "jobs" / f"{id}.npz").is_file()
     server.start()
-    return kept and until(lambda: server.ask(f"/api/jobs/{id}")["state"] == "done", 300)
+    return saved and until(lambda: server.ask(f"/api/jobs/{id}")["state"] == "done", 300)
 
 
 FAULTS = {

@@ -21,27 +21,27 @@ NAMES = ("python", TORCH, "import argen", "argen --help", "argen models", GENERA
 
 
 def commands(folder: Path) -> dict[str, list[str]]:
-    """The commands by their names; `folder` is for what they write."""
+    """Return the commands by their names; `folder` is for their output."""
     argen = [sys.executable, "-m", "argen"]
-    drawn = ["generate", "a pizza", "-o", str(folder / "pizza.png"), "--json"]
+    generate = ["generate", "a pizza", "-o", str(folder / "pizza.png"), "--json"]
     lines = [
         [sys.executable, "-c", "pass"],
         [sys.executable, "-c", "import torch"],
         [sys.executable, "-c", "import argen"],
         [*argen, "--help"],
         [*argen, "models"],
-        [*argen, *drawn],
+        [*argen, *generate],
     ]
     return dict(zip(NAMES, lines, strict=True))
 
 
 def timed(line: list[str]) -> tuple[float, float, str]:
-    """Seconds by the clock and of the processor that a command takes, and what it prints."""
+    """Run a command -> its wall-clock seconds, CPU seconds and output."""
     before, started = os.times(), time.perf_counter()
-    done = subprocess.run(line, check=True, capture_output=True, text=True)
+    process = subprocess.run(line, check=True, capture_output=True, text=True)
     seconds, after = time.perf_counter() - started, os.times()
     work = after.children_user + after.children_system - before.children_user - before.children_system
-    return seconds, work, done.stdout
+    return seconds, work, process.stdout
 
 
 def main() -> None:
@@ -65,7 +65,7 @@ def main() -> None:
     print(f"{'':28}{'clock':>8}{'ratio':>8}{'work':>8}{'ratio':>8}")
     torch = median(clock[TORCH]), median(work[TORCH])
     rows = {name: (median(clock[name]), median(work[name])) for name in NAMES}
-    rows["  the same without drawing"] = tuple(each - median(drawing) for each in rows[GENERATE])
+    rows["  the same without drawing"] = tuple(value - median(drawing) for value in rows[GENERATE])
     for name, (seconds, processor) in rows.items():
         times = processor / torch[1] if torch[1] else 0
         print(f"{name:28}{seconds:>8.2f}{seconds / torch[0]:>8.2f}{processor:>8.2f}{times:>8.2f}")

@@ -24,7 +24,7 @@ def table(heads: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
 
 
 def about(name: str) -> str:
-    """The first paragraph of a sampler's docstring."""
+    """Return the first paragraph of a sampler's docstring."""
     return " ".join(samplers[name].__doc__.strip().split("\n\n")[0].split())
 
 
@@ -32,9 +32,9 @@ def sampler_rows() -> str:
     rows = []
     for name in samplers.built_in:
         sampler = samplers[name]()
-        kept = "yes" if sampler.lossless else "relaxed"
+        lossless = "yes" if sampler.lossless else "relaxed"
         rows.append(
-            (f"`{name}`", about(name), getattr(sampler, "draws", "tokens"), kept, getattr(sampler, "needs", ""))
+            (f"`{name}`", about(name), getattr(sampler, "draws", "tokens"), lossless, getattr(sampler, "needs", ""))
         )
     return table(("sampler", "what it does", "draws", "lossless", "needs"), rows)
 
@@ -45,8 +45,13 @@ def setting_row(setting: Setting) -> tuple[str, ...]:
 
 
 def setting_rows() -> str:
-    known = [(name, one) for name in samplers.built_in for one in settings_of(samplers[name]).values() if one.kind]
-    rows = [(f"`{name}`", *setting_row(setting)) for name, setting in known]
+    settings = [
+        (name, setting)
+        for name in samplers.built_in
+        for setting in settings_of(samplers[name]).values()
+        if setting.kind
+    ]
+    rows = [(f"`{name}`", *setting_row(setting)) for name, setting in settings]
     return table(("sampler", "setting", "what it is", "expected", "default"), rows)
 
 
@@ -67,9 +72,9 @@ def attention_rows() -> str:
     return table(("attention", "devices", "takes masks", "precision", "installed by"), rows)
 
 
-def own_cards() -> list[Card]:
-    found = [read_card(path) for path in FOLDER.glob("*.toml")]
-    return sorted(found, key=lambda card: (card.order, card.kind, card.id.lower()))
+def sorted_cards() -> list[Card]:
+    cards = [read_card(path) for path in FOLDER.glob("*.toml")]
+    return sorted(cards, key=lambda card: (card.order, card.kind, card.id.lower()))
 
 
 def card_rows(ships: bool) -> str:
@@ -81,7 +86,7 @@ def card_rows(ships: bool) -> str:
             f"{card.parameters:,.{0 if card.parameters > 100 else 1}f}M",
             card.licence,
         )
-        for card in own_cards()
+        for card in sorted_cards()
         if card.ships == ships
     ]
     return table(("id", "kind", "what it is", "parameters", "licence"), rows)
@@ -114,7 +119,7 @@ def source(name: str) -> str:
 
 
 def rendered(text: str) -> str:
-    """A page with its tables made anew, and with the files as they are where a block of code names one."""
+    """Return a page with its tables regenerated, and with the files as they are where a block of code names one."""
     text = FILES.sub(lambda match: match[1] + source(match[2]) + "```", text)
     return MARKS.sub(lambda match: match[1] + "\n" + TABLES[match[2]]() + "\n" + match[3], text)
 

@@ -1,4 +1,4 @@
-"""Draw after the edges of another image: the shape stays, the thing changes."""
+"""Generate an image that follows the edges of another one."""
 
 import torch
 from PIL import Image
@@ -14,12 +14,12 @@ pipe = argen.load("argen/emoji-control")
 sheet = Image.new("RGB", (4 * 128, 128))
 sheet.paste(source, (0, 0))
 for column, strength in enumerate((0.0, 0.5, 1.0), start=1):
-    drawn = pipe(
+    output = pipe(
         "a green apple, flat style",
         control_image=source,
         control_type="canny",
         control_strength=strength,
         generator=torch.Generator().manual_seed(3),
     )
-    sheet.paste(drawn.images[0], (128 * column, 0))
+    sheet.paste(output.images[0], (128 * column, 0))
 sheet.save("control.png")  # the source; then without, with half and with the whole control

@@ -1,4 +1,4 @@
-"""An image is a grid of tokens: a cell that holds -1 is written, all others stay."""
+"""Edit an image as a grid of tokens: cells with -1 are generated, all others are kept."""
 
 import torch
 from PIL import Image

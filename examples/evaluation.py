@@ -1,4 +1,4 @@
-"""Ask a generator for things that are known, and the judge for what its images show."""
+"""Generate images of known things, and let the judge recognise them."""
 
 import numpy as np
 import torch

@@ -1,4 +1,4 @@
-"""Draw an image, watch it appear, and make it again from its own file."""
+"""Generate an image with previews, and reproduce it from its own file."""
 
 from pathlib import Path
 
@@ -14,7 +14,7 @@ for number, job in enumerate(pipe.run(request, every=16)):  # a job a step; the 
     pipe.images(job.tokens)[0].save(f"step-{number}.png")  # undecided cells are grey
 save_images(list(zip(job.images, job.requests, strict=True)), [Path("apple.png")])
 
-again = read_request(Path("apple.png"))  # the file says how it was made
-*_, second = pipe.run(again)
+restored = read_request(Path("apple.png"))  # the file says how it was made
+*_, second = pipe.run(restored)
 same = second.images[0].tobytes() == job.images[0].tobytes()
 print(f"made again from its file: {'the same image' if same else 'another image'}")

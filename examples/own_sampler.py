@@ -1,4 +1,4 @@
-"""A sampler of one's own: where the network is sure, its first choice is taken; elsewhere a token is drawn."""
+"""A custom sampler: greedy where the network is confident, elsewhere tokens are sampled."""
 
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from samplers.steps import START, Step, next_logits, pick
 
 @settings
 class Careful:
-    """Sequential, without chance where the network is sure."""
+    """Sequential, but greedy where the network is confident."""
 
     sure: float = Field(
         default=0.7, ge=0, le=1, description="probability from which on the most probable token is taken"
@@ -25,10 +25,10 @@ class Careful:
         tokens, waiting = tokens.clone(), [START]
         for cell in range(session.length):
             logits = next_logits(session, tokens, waiting, guidance_scale, cell)
-            chance, greedy = sampling.filter(logits)[:, 0].softmax(dim=-1).max(dim=-1)
-            drawn = pick(logits, sampling, noise, torch.tensor([cell]))[:, 0]
-            drawn = torch.where(chance >= self.sure, greedy, drawn)
-            tokens[:, cell] = torch.where(tokens[:, cell] < 0, drawn, tokens[:, cell])
+            probability, greedy = sampling.filter(logits)[:, 0].softmax(dim=-1).max(dim=-1)
+            sampled = pick(logits, sampling, noise, torch.tensor([cell]))[:, 0]
+            sampled = torch.where(probability >= self.sure, greedy, sampled)
+            tokens[:, cell] = torch.where(tokens[:, cell] < 0, sampled, tokens[:, cell])
             waiting = [cell]
             yield Step(tokens.clone(), cell + 1)
 

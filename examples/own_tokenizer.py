@@ -1,4 +1,4 @@
-"""A tokenizer of one's own: the average of every square in 64 shades of grey, with a card, beside a shipped one."""
+"""A custom tokenizer: the average of every square in 64 shades of grey, with a card, beside a shipped one."""
 
 import torch
 import torch.nn.functional as F
@@ -32,6 +32,6 @@ argen.register("card", "mine/shades", Card("mine/shades", "tokenizer", "64 shade
 image = argen.load("argen/emoji-parti")("a panda", generator=torch.Generator().manual_seed(0)).images[0]
 pixels = (from_pil(image, 128) * 255).byte().permute(1, 2, 0)[None]
 for name in ("mine/shades", "argen/emoji-vitvqgan"):
-    made, ids = reconstruct(argen.load(name), pixels)
-    error = (made - pixels.permute(0, 3, 1, 2) / 255).square().mean()
+    reconstruction, ids = reconstruct(argen.load(name), pixels)
+    error = (reconstruction - pixels.permute(0, 3, 1, 2) / 255).square().mean()
     print(f"{name}: {ids.shape[1]} tokens, PSNR {-10 * error.log10():.1f} dB")

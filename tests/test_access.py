@@ -14,7 +14,7 @@ from test_faults import run_event
 from test_server import KEYS, Served
 
 from argen.jobs.access import UnknownModel
-from argen.jobs.messages import said
+from argen.jobs.messages import error_message
 from argen.jobs.queue import Studio
 from argen.jobs.store import Store
 from argen.request import Request
@@ -106,7 +106,7 @@ def test_only_images_of_the_owner_are_served(page):
     for path in (letter, image):
         for who in (mine, other):
             assert page.ask(f"/gradio_api/file={path}", **who)[0] == 403
-    path = page.studio.store.shown(done.images[0].id)
+    path = page.studio.store.link_for_download(done.images[0].id)
     assert page.ask(f"/gradio_api/file={path}", **mine) == (200, image.read_bytes())
     assert len(path.parent.name) == 16  # random: nobody else knows it
 
@@ -137,7 +137,7 @@ def test_wrong_keys_are_answered_late_on_every_path(tmp_path, pipe, path):
 
 
 def test_what_stays_open_needs_a_login_and_is_bounded(page, monkeypatch):
-    monkeypatch.setattr("argen.server.guard.MAX_HELD", 3)
+    monkeypatch.setattr("argen.server.guard.MAX_OPEN_STREAMS", 3)
     assert page.ask("/gradio_api/heartbeat/h1")[0] == 403
     head = f"Host: 127.0.0.1\r\nCookie: {log_in(page, 'me', KEYS[1])['cookie']}\r\n\r\n"
     held = [socket.create_connection(("127.0.0.1", page.port)) for _ in range(5)]
@@ -242,10 +242,10 @@ def test_a_row_that_cannot_be_read_fails_alone(tmp_path, pipe, name):
     try:
         done = studio.result(studio.submit(Request("a pizza")), timeout=60).images[0]
         other = studio.result(studio.submit(Request("a robot")), timeout=60).images[0]
-        studio.store.ask("update pictures set request = ?, tokens = '[[' where id = ?", (JUNK[name], done.id))
+        studio.store.execute("update pictures set request = ?, tokens = '[[' where id = ?", (JUNK[name], done.id))
         studio.pause()
         waiting = studio.submit(Request("a cat"))
-        studio.store.ask("update jobs set request = ? where id = ?", (JUNK[name], waiting))
+        studio.store.execute("update jobs set request = ? where id = ?", (JUNK[name], waiting))
         (job,) = served.ask("/api/jobs")[1]["jobs"]
         assert (job["state"], "cannot be read" in job["error"]) == ("failed", True)
         assert served.ask("/sdapi/v1/progress")[0] == 200
@@ -260,10 +260,10 @@ def test_a_row_that_cannot_be_read_fails_alone(tmp_path, pipe, name):
         number, _ = event_of(served, "gallery-look", {})
         assert '"success":true' in run_event(served, number, ["", "", False, 1], {})
         assert served.ask(f"/pictures/{done.id}.png")[0] == 200
-        assert studio.store.zipped(list(saved_images)).stat().st_size > 1000
+        assert studio.store.zip_images(list(saved_images)).stat().st_size > 1000
         studio.store.save_preset("local", "bad", {})
-        studio.store.ask("update presets set settings = ?", (JUNK[name],))
-        studio.store.ask("insert into grids values ('local', ?, '[]')", (JUNK[name],))
+        studio.store.execute("update presets set settings = ?", (JUNK[name],))
+        studio.store.execute("insert into grids values ('local', ?, '[]')", (JUNK[name],))
         assert studio.store.presets("local") == {"bad": {}} or name in ("another version", "a number")
         studio.store.last_grid("local")
     finally:
@@ -307,8 +307,11 @@ def test_errors_name_no_path_of_the_server(page):
         "see https://huggingface.co/a/b and argen/emoji-sd": "see https://huggingface.co/a/b and argen/emoji-sd",
     }
     for text, expected in texts.items():
-        assert said(ValueError(text)) == expected
-    assert said(FileNotFoundError(2, "No such file or directory", "/srv/x/page")) == "No such file or directory: page"
+        assert error_message(ValueError(text)) == expected
+    assert (
+        error_message(FileNotFoundError(2, "No such file or directory", "/srv/x/page"))
+        == "No such file or directory: page"
+    )
 
 
 def test_links_of_answers_open_without_a_key_for_a_while(page, monkeypatch):

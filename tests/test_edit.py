@@ -138,12 +138,12 @@ def test_latents_are_edited_too_and_ordered_tokens_are_not():
 
 def test_a_grid_is_moved_to_make_room():
     grid = torch.arange(12).view(1, 3, 4)
-    assert edit.moved(grid, "right", 1)[0].tolist() == [[1, 2, 3, -1], [5, 6, 7, -1], [9, 10, 11, -1]]
-    assert edit.moved(grid, "left", 2)[0].tolist() == [[-1, -1, 0, 1], [-1, -1, 4, 5], [-1, -1, 8, 9]]
-    assert edit.moved(grid, "top", 1)[0].tolist() == [[-1] * 4, [0, 1, 2, 3], [4, 5, 6, 7]]
-    assert edit.moved(grid, "bottom", 2)[0].tolist() == [[8, 9, 10, 11], [-1] * 4, [-1] * 4]
-    with pytest.raises(ValueError, match="3 cells are all of the picture"):
-        edit.moved(grid, "top", 3)
+    assert edit.shift_tokens(grid, "right", 1)[0].tolist() == [[1, 2, 3, -1], [5, 6, 7, -1], [9, 10, 11, -1]]
+    assert edit.shift_tokens(grid, "left", 2)[0].tolist() == [[-1, -1, 0, 1], [-1, -1, 4, 5], [-1, -1, 8, 9]]
+    assert edit.shift_tokens(grid, "top", 1)[0].tolist() == [[-1] * 4, [0, 1, 2, 3], [4, 5, 6, 7]]
+    assert edit.shift_tokens(grid, "bottom", 2)[0].tolist() == [[8, 9, 10, 11], [-1] * 4, [-1] * 4]
+    with pytest.raises(ValueError, match="3 cells are all of the image"):
+        edit.shift_tokens(grid, "top", 3)
 
 
 def test_what_the_buttons_of_the_page_leave_to_write(pipe, generated):
@@ -152,7 +152,7 @@ def test_what_the_buttons_of_the_page_leave_to_write(pipe, generated):
     layer.paste((255, 0, 0, 255), (0, 0, 64, 32))
     canvas = {"background": generated.images[0].resize((256, 256)).convert("RGBA"), "layers": [layer]}
     request, before = replace(generated.request, seed=0), generated.tokens[0]
-    tokens = pipe.read_tokens(edit.shown(canvas), tuple(map(tuple, before.tolist())))
+    tokens = pipe.read_tokens(edit.background_image(canvas), tuple(map(tuple, before.tolist())))
     assert torch.equal(tokens[0], before)  # the stored grid, though the image was enlarged
     painted = torch.zeros(8, 8, dtype=torch.bool)
     painted[:1, :2] = True
@@ -163,14 +163,14 @@ def test_what_the_buttons_of_the_page_leave_to_write(pipe, generated):
         (edit.inpaint, (False, ""), painted),
         (edit.inpaint, (True, ""), ~painted),
         (edit.inpaint, (False, "1 x 2, 8 x 7-8"), painted | corner),
-        (edit.forked, (0.25,), ~first),
-        (edit.extended, ("right", 3), torch.arange(8).expand(8, 8) >= 5),
+        (edit.keep_prefix, (0.25,), ~first),
+        (edit.outpaint, ("right", 3), torch.arange(8).expand(8, 8) >= 5),
     ):
         grid = change(pipe, request, tokens, canvas, *how)
         assert torch.equal(grid[0] < 0, empty)
-    assert torch.equal(edit.forked(pipe, request, tokens, canvas, 0.25)[0][first], before[first])
-    assert int((edit.varied(pipe, request, tokens, canvas, 0.25) < 0).sum()) == 16
-    with pytest.raises(ValueError, match="there is no picture"):
+    assert torch.equal(edit.keep_prefix(pipe, request, tokens, canvas, 0.25)[0][first], before[first])
+    assert int((edit.variation(pipe, request, tokens, canvas, 0.25) < 0).sum()) == 16
+    with pytest.raises(ValueError, match="there is no image"):
         edit.inpaint(pipe, request, tokens, None, False, "")
     with pytest.raises(ValueError, match="nothing to inpaint"):
         edit.inpaint(pipe, request, tokens, canvas | {"layers": []}, False, "")

@@ -70,7 +70,7 @@ def test_no_event_takes_a_file_that_was_not_uploaded(page, shape):
     headers, config = log_in(page), None
     config = page.ask("/config", **headers)[1]
     components = {one["id"]: one for one in config["components"]}
-    secrets = page.studio.store.own / "studio.db", Path("/etc/passwd")
+    secrets = page.studio.store.private_folder / "studio.db", Path("/etc/passwd")
     tried = 0
     for secret in map(str, secrets):
         file = {"path": secret, "orig_name": "x.png", "meta": {"_type": "gradio.FileData"}}
@@ -101,7 +101,7 @@ def test_no_event_takes_a_file_that_was_not_uploaded(page, shape):
 
 def test_the_database_is_not_served(page):
     for name in ("studio.db", "studio.db-wal", "lock"):
-        path = page.studio.store.own.resolve() / name
+        path = page.studio.store.private_folder.resolve() / name
         for route in ("gradio_api/file", "file"):
             assert page.ask(f"/{route}={path}", **log_in(page))[0] in (403, 404)
 
@@ -397,7 +397,7 @@ def test_a_signal_keeps_the_job_that_runs(tmp_path, sent):
         server.kill()
     store = Store(tmp_path / "a")
     assert store.job(id)["state"] == "waiting"
-    assert store.left(id).is_file()
+    assert store.resume_file(id).is_file()
     store.close()
 
 

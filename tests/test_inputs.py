@@ -18,8 +18,8 @@ from argen.jobs.queue import Studio
 from argen.ui.build import build
 from argen.ui.context import AppContext
 from argen.ui.inputs import canvas_input, image_input
-from argen.ui.tabs.diffusion import understand
-from argen.ui.tabs.edit import named
+from argen.ui.tabs.diffusion import parse_bindings
+from argen.ui.tabs.edit import cells_by_number
 
 
 @pytest.fixture(scope="module")
@@ -109,10 +109,10 @@ def test_without_a_seed_each_call_draws_another_image(client):
 
 def test_texts_of_the_page_are_bounded(site):
     with pytest.raises(ValueError, match="the prompt has 1,001 characters"):
-        understand("x" * 1001)
+        parse_bindings("x" * 1001)
     number, _ = event_of(site, "bind-look", {})
     assert "the prompt has 64,000 characters" in run_event(site, number, ["a " * 32_000], {})
     with pytest.raises(ValueError, match="the list of cells has 1,001 characters"):
-        named("1" * 1001, (8, 8))
+        cells_by_number("1" * 1001, (8, 8))
     with pytest.raises(ValueError, match="the question has 1,001 characters"):
         load("argen/emoji-seed-lm").describe(Image.new("RGB", (64, 64)), "x" * 1001)

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from argen.cli.main import main
-from argen.jobs.tables import Axis, read_table, sheet, varied
+from argen.jobs.tables import Axis, expand_axes, grid_image, read_table
 from argen.request import Request
 
 
@@ -143,10 +143,10 @@ def test_a_grid_is_drawn(tmp_path, capsys):
 
 def test_every_image_of_a_grid_stands_under_its_values():
     axes = [Axis.parse("seed=1,2,3"), Axis.parse("temperature=0,1"), Axis.parse("top_k=5,50")]
-    requests = varied(Request("a cat", num_images=4), axes)
+    requests = expand_axes(Request("a cat", num_images=4), axes)
     assert [request.num_images for request in requests] == [1] * 12
     colours = [(255, 0, 20 * number) for number in range(12)]
-    page = sheet([Image.new("RGB", (60, 50), colour) for colour in colours], axes)
+    page = grid_image([Image.new("RGB", (60, 50), colour) for colour in colours], axes)
     seen = [page.getpixel((x, y)) for y in range(page.height) for x in range(page.width)]
     assert [colour for colour in dict.fromkeys(seen) if colour in colours] == colours
     assert all(seen.count(colour) == 60 * 50 for colour in colours)
@@ -162,10 +162,10 @@ def test_every_image_of_a_grid_stands_under_its_values():
         (["seed=1,b"], "seed is 'b': expected a whole number"),
         (["seed=1", "seed=2"], "the axes are seed, seed"),
         (["num_images=1,2"], "num_images cannot be an axis"),
-        (["seed=" + ",".join(map(str, range(101)))], "the grid has 101 pictures"),
+        (["seed=" + ",".join(map(str, range(101)))], "the grid has 101 images"),
         (["guidance_scale=1,-2"], "guidance_scale is -2.0"),
     ],
 )
 def test_a_bad_grid_is_refused(axes, message):
     with pytest.raises(ValueError, match=re.escape(message)):
-        varied(Request("a cat"), [Axis.parse(text) for text in axes])
+        expand_axes(Request("a cat"), [Axis.parse(text) for text in axes])

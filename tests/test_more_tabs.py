@@ -87,9 +87,9 @@ def test_the_models_are_listed_and_checked(page):  # noqa: F811
     page.locator("#models-chosen").get_by_text("Chosen: argen/").wait_for()  # chosen by keyboard alone
     page.locator("#models").get_by_text("argen/emoji-parti").first.click()
     page.locator("#models-chosen").get_by_text("Chosen: argen/emoji-parti").wait_for()
-    page.get_by_role("button", name="Check its files").click()
+    page.get_by_role("button", name="Verify files").click()
     page.get_by_text("files of argen/emoji-parti are whole").wait_for(timeout=30_000)
-    page.get_by_role("button", name="Delete what was downloaded").click()
+    page.get_by_role("button", name="Delete download").click()
     page.get_by_text("ships with argen and cannot be deleted").first.wait_for(timeout=30_000)
 
 
@@ -164,12 +164,12 @@ def test_a_measurement_tells_how_far_it_is(what, tmp_path):
 
     studio = Studio(tmp_path, load)
     try:
-        *updates, (state, rows, sheet) = evaluate.measured(
+        *updates, (state, rows, sheet) = evaluate.measure_model(
             studio, {"judge": evaluate.JUDGE, "fid": evaluate.FID}[what], "argen/emoji-parti", 6, 0
         )
     finally:
         studio.close()
-    assert [text.split(",")[0] for text, *_ in updates[1:3]] == ["4 of 6 pictures", "6 of 6 pictures"]
+    assert [text.split(",")[0] for text, *_ in updates[1:3]] == ["4 of 6 images", "6 of 6 images"]
     assert isinstance(sheet, Image.Image)
     assert rows[0][2] <= 6
     assert state.startswith("6 images in")

@@ -138,10 +138,10 @@ def test_dalle_mini_says_that_it_cannot_rank(dalle):
 
 
 def test_the_map_of_cells_shows_how_each_was_written():
-    from argen.ui.context import TINTS, written
+    from argen.ui.context import TINTS, origin_overlay
 
     origins = ((Origin.DRAWN, Origin.ACCEPTED), (Origin.RELAXED, Origin.GIVEN))
-    overlay = np.asarray(written(Image.new("RGB", (128, 128), "white"), origins))
+    overlay = np.asarray(origin_overlay(Image.new("RGB", (128, 128), "white"), origins))
     half = len(overlay) // 2
     assert (overlay[:half, :half] == 255).all()
     assert (overlay[half:, half:] == 255).all()

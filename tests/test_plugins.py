@@ -17,7 +17,7 @@ from test_server import Served
 import argen
 from argen.cli.main import main
 from argen.jobs.queue import Studio
-from argen.jobs.tables import Axis, varied
+from argen.jobs.tables import Axis, expand_axes
 from argen.metadata import read_request
 from argen.registry import REGISTRIES, Registry, samplers
 from argen.request import Request
@@ -120,7 +120,7 @@ def test_a_wrong_setting_of_it_is_one_line(site, capsys):
 
 
 def test_its_settings_are_axes(site):
-    requests = varied(Request("a"), [Axis.parse("annealed.end=0.4,0.8"), Axis.parse("annealed.curve=1,2")])
+    requests = expand_axes(Request("a"), [Axis.parse("annealed.end=0.4,0.8"), Axis.parse("annealed.curve=1,2")])
     assert [request.sampler_args for request in requests][-1] == {"end": 0.8, "curve": 2}
 
 

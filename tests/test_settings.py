@@ -7,7 +7,7 @@ from typing import Literal
 import pytest
 
 from argen.cli.main import main, parser
-from argen.jobs.tables import Axis, listed, read_table, varied
+from argen.jobs.tables import Axis, expand_axes, read_table, settings_csv
 from argen.registry import samplers
 from argen.request import Request, parse_sampler, setting_of
 from samplers.errors import InvalidValue
@@ -90,11 +90,11 @@ def test_every_setting_of_every_sampler_is_reached(tmp_path):
                 assert parse_sampler(request.sampler_text) == (name, {setting.name: value})
                 assert Request.from_dict(json.loads(json.dumps(request.to_dict()))) == request
                 (axis,) = [Axis.parse(f"{name}.{setting.name}={value}")]
-                assert varied(Request("a"), [axis]) == [request]
+                assert expand_axes(Request("a"), [axis]) == [request]
                 table = tmp_path / "t.csv"
                 table.write_text(f'prompt,sampler\na,"{typed}"\n')
                 assert read_table(table) == [request]
-                table.write_text(listed([request], ["x.png"]))
+                table.write_text(settings_csv([request], ["x.png"]))
                 assert read_table(table) == [request]
                 arguments = parser(["generate"]).parse_args(["generate", "a", "-o", "x.png", "--sampler", typed])
                 assert Request("a", sampler=arguments.sampler) == request

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from argen.jobs.queue import MOST_WAITING, Forbidden, QueueFull, Studio
+from argen.jobs.queue import MAX_WAITING_JOBS, Forbidden, QueueFull, Studio
 from argen.jobs.store import CANCELLED, DONE, FAILED, MISSING, WAITING, Store
 from argen.metadata import read_grid, read_request
 from argen.request import Request
@@ -56,13 +56,13 @@ def test_a_cancelled_job_keeps_its_tokens_and_goes_on(studio):
     assert now.state == CANCELLED
     assert 20 <= now.decided < 64
     assert not now.images
-    assert studio.store.left(id).is_file()
+    assert studio.store.resume_file(id).is_file()
     studio.resume(id)
     done = studio.result(id, timeout=60)
     assert done.state == DONE
     assert done.forward_passes == 64 - now.decided
     assert done.images[0].tokens == whole.tokens
-    assert not studio.store.left(id).exists()
+    assert not studio.store.resume_file(id).exists()
     with pytest.raises(ValueError, match="the job is done: only one that was cancelled"):
         studio.resume(id)
 
@@ -70,17 +70,17 @@ def test_a_cancelled_job_keeps_its_tokens_and_goes_on(studio):
 def test_the_line_is_moved_paused_and_cancelled(studio):
     studio.pause()
     first, second, third = (studio.submit(replace(SEQUENTIAL, seed=seed)) for seed in range(3))
-    assert [one.id for one in studio.line()] == [first, second, third]
+    assert [one.id for one in studio.queue()] == [first, second, third]
     studio.move(third, -2)
     studio.cancel(second)
-    assert [(one.id, one.place) for one in studio.line()] == [(third, 1), (first, 2)]
+    assert [(one.id, one.place) for one in studio.queue()] == [(third, 1), (first, 2)]
     assert studio.progress(second).state == CANCELLED
     studio.pause(False)
     for id in (third, first):
         assert studio.result(id, timeout=60).state == DONE
     times = [studio.store.job(id)["finished"] for id in (third, first)]
     assert times[0] < times[1]
-    assert studio.line() == []
+    assert studio.queue() == []
 
 
 def test_a_job_rests_at_a_token(studio):
@@ -96,7 +96,7 @@ def test_a_job_rests_at_a_token(studio):
 
 
 def test_again_takes_the_seeds_that_follow(studio):
-    id = studio.again(studio.submit(replace(SEQUENTIAL, num_images=2)))
+    id = studio.submit_next_seeds(studio.submit(replace(SEQUENTIAL, num_images=2)))
     assert [saved.request.seed for saved in studio.result(id).images] == [5, 6]
 
 
@@ -155,15 +155,15 @@ def test_what_cannot_be_drawn_fails_alone(tmp_path, pipe):
 
 
 def test_everybody_has_a_line_of_their_own(studio, monkeypatch):
-    monkeypatch.setattr("argen.jobs.queue.MOST_WAITING", 2)
-    assert MOST_WAITING == 1000
+    monkeypatch.setattr("argen.jobs.queue.MAX_WAITING_JOBS", 2)
+    assert MAX_WAITING_JOBS == 1000
     studio.pause()
     mine = [studio.submit(SEQUENTIAL, "a") for _ in range(2)]
     with pytest.raises(QueueFull, match="2 jobs are waiting"):
         studio.submit(SEQUENTIAL, "a")
     studio.submit(SEQUENTIAL, "b")
-    assert [one.id for one in studio.line("a")] == mine
-    for act in (studio.cancel, studio.resume, studio.again, lambda id, owner: studio.move(id, 1, owner)):
+    assert [one.id for one in studio.queue("a")] == mine
+    for act in (studio.cancel, studio.resume, studio.submit_next_seeds, lambda id, owner: studio.move(id, 1, owner)):
         with pytest.raises(Forbidden):
             act(mine[0], "b")
 
@@ -179,7 +179,7 @@ def test_many_threads_lose_no_job(studio):
     for thread in threads:
         thread.join()
     assert len(set(ids)) == 100
-    assert {one.id for one in studio.line()} == set(ids)
+    assert {one.id for one in studio.queue()} == set(ids)
     assert studio.store.count(WAITING) == 100
 
 
@@ -199,21 +199,21 @@ def test_images_are_found_kept_and_deleted(tmp_path):
     assert prompts_of(favourites=True) == ["a red apple"]
     assert store.image(ids[0]).tokens == ((1, 2), (3, 4))
     assert store.thumbnail(ids[0]).size == (256, 171)
-    with zipfile.ZipFile(store.zipped(ids[:2])) as archive:
+    with zipfile.ZipFile(store.zip_images(ids[:2])) as archive:
         assert set(archive.namelist()) == {f"{ids[0]}.png", f"{ids[1]}.png", "settings.jsonl"}
         assert json.loads(archive.read("settings.jsonl").splitlines()[0])["prompt"] == "a red apple"
-    (store.own / "thumbnails" / f"{ids[1]}.webp").unlink(missing_ok=True)
+    (store.private_folder / "thumbnails" / f"{ids[1]}.webp").unlink(missing_ok=True)
     store.file(ids[1]).unlink()  # by hand, behind the store's back
     assert store.thumbnail(ids[1]).getpixel((0, 0)) == MISSING
     with pytest.raises(FileNotFoundError, match="is not there any more"):
-        store.opened(ids[1])
-    with zipfile.ZipFile(store.zipped(ids[:2])) as archive:
+        store.read_image(ids[1])
+    with zipfile.ZipFile(store.zip_images(ids[:2])) as archive:
         assert archive.read("missing.txt").decode().split() == [f"{ids[1]}.png"]
         assert f"{ids[0]}.png" in archive.namelist()
     store.delete(ids[0])
     assert not store.file(ids[0]).exists()
     assert len(store.images()) == 2
-    with pytest.raises(KeyError, match="there is no picture"):
+    with pytest.raises(KeyError, match="there is no image"):
         store.delete("../../etc/passwd")
     store.save_preset("a", "mine", {"top_k": 3})
     assert store.presets("a") == {"mine": {"top_k": 3}}

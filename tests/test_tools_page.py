@@ -17,7 +17,7 @@ def pipe(golden):
 
 def test_bind_shows_both_images_and_how_far_it_is(pipe):
     prompt = "a white dog and a black bird"
-    assert diffusion.understand(prompt) == "dog=white\nbird=black"
+    assert diffusion.parse_bindings(prompt) == "dog=white\nbird=black"
     updates = list(diffusion.bind(pipe, prompt, "dog=white", "merge", ASKED))
     assert [state for *_, state in updates[:3]] == ["before: 33%", "before: 67%", "before: 100%"]
     before, after, state = updates[-1]
@@ -43,7 +43,7 @@ def test_erase_leaves_the_pipeline_as_it_was(pipe):
 def test_a_call_that_is_left_ends(pipe):
     steps = []
     pipe.unet.register_forward_hook(lambda *_: steps.append(1))
-    work = diffusion.drawn(pipe, "a dog", ASKED | {"num_inference_steps": 50})
+    work = diffusion.draw_steps(pipe, "a dog", ASKED | {"num_inference_steps": 50})
     next(work)
     work.close()
     assert len(steps) < 50
@@ -51,4 +51,4 @@ def test_a_call_that_is_left_ends(pipe):
 
 def test_an_error_inside_a_call_comes_out(pipe):
     with pytest.raises(ValueError, match="divisible by 8"):
-        list(diffusion.drawn(pipe, "a dog", ASKED | {"height": 7}))
+        list(diffusion.draw_steps(pipe, "a dog", ASKED | {"height": 7}))

@@ -272,7 +272,7 @@ def test_a_drawing_is_followed(page, site):
         page.mouse.move(box["x"] + across * box["width"], box["y"] + down * box["height"], steps=10)
     page.mouse.up()
     page.wait_for_timeout(2000)  # Gradio sends a stroke a moment after it ends
-    page.get_by_role("button", name="Show the control picture").click()
+    page.get_by_role("button", name="Preview control image").click()
     seen = page.locator("#seen img")
     seen.wait_for(timeout=60_000)
     assert seen.evaluate("img => img.decode().then(() => img.naturalWidth)") == 128

@@ -286,7 +286,9 @@ def test_tables_of_other_programs(tmp_path, text, wanted):
     plain = {"prompt": "a taxi", "model": "argen/emoji-parti", "num_images": 1, "seed": 0, "sampler": "auto"}
     for encoding in ("utf-8", "utf-8-sig", "utf-16"):
         (tmp_path / "t.csv").write_bytes(text.encode(encoding))
-        assert [request.given() for request in read_table(tmp_path / "t.csv")] == [plain | one for one in wanted]
+        assert [request.explicit_settings() for request in read_table(tmp_path / "t.csv")] == [
+            plain | one for one in wanted
+        ]
 
 
 def test_tables_of_tabs_and_of_json_with_words_for_numbers(tmp_path):
@@ -300,14 +302,14 @@ def test_tables_of_tabs_and_of_json_with_words_for_numbers(tmp_path):
 
 
 def test_what_batch_writes_is_read(tmp_path):
-    from argen.jobs.tables import listed, read_table
+    from argen.jobs.tables import read_table, settings_csv
     from argen.request import Request
 
     requests = [
         Request('a "red" apple, flat', steps=(12, 8), model="argen/emoji-xar"),
         Request("a\nb", temperature=0.5),
     ]
-    (tmp_path / "pictures.csv").write_text(listed(requests, ["1.png", "2.png"]), newline="")
+    (tmp_path / "pictures.csv").write_text(settings_csv(requests, ["1.png", "2.png"]), newline="")
     assert read_table(tmp_path / "pictures.csv") == requests
 
 

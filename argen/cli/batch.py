@@ -29,14 +29,14 @@ def run(args: argparse.Namespace) -> None:
     from tqdm import tqdm
 
     from argen.files import replacing
-    from argen.jobs.tables import check_requests, draw_table, listed, read_table
+    from argen.jobs.tables import check_requests, draw_table, read_table, settings_csv
 
     writable_folder(args.out, new=False)
     requests = read_table(args.table, **({"model": args.model} if args.model is not None else {}))
     models = cache(lambda name: load_model(name, args.device, "generator", args.attention))
     check_requests(requests, models)
-    drawn = tqdm(draw_table(requests, args.out, models), total=len(requests), desc="batch", disable=args.json)
-    files, made = zip(*(pair for row in drawn for pair in row), strict=True)
+    rows = tqdm(draw_table(requests, args.out, models), total=len(requests), desc="batch", disable=args.json)
+    files, requests_of_files = zip(*(pair for row in rows for pair in row), strict=True)
     with replacing(args.out / "pictures.csv") as file:
-        file.write(listed(made, [path.name for path in files]).encode())
+        file.write(settings_csv(requests_of_files, [path.name for path in files]).encode())
     print(json.dumps({"files": list(map(str, files))}) if args.json else f"{args.out}: {len(files)} images")

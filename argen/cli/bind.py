@@ -40,19 +40,19 @@ def run(args: argparse.Namespace) -> None:
     from argen.metadata import save_images
 
     files = writable_all(args.out, args.plain)
-    given = None
+    bindings = None
     if args.bind:
         if not all(part.partition("=")[1] for part in args.bind):
             raise ValueError(f"--bind {' '.join(args.bind)}: expected OBJECT=WORDS, e.g. robot=blue")
-        given = {noun: words for noun, _, words in (part.partition("=") for part in args.bind)}
-    binding = parse(args.prompt, given)
+        bindings = {noun: words for noun, _, words in (part.partition("=") for part in args.bind)}
+    binding = parse(args.prompt, bindings)
     settings = check_settings(args.settings or tools.binding(args.model))
     bound = SemanticBinding(load_diffusion_model(args.model, args.device, args.attention))
-    asked = tools.drawing(args.model, args.steps, args.guidance_scale)
+    sampling = tools.drawing(args.model, args.steps, args.guidance_scale)
     generator = torch.Generator().manual_seed
-    images = [bound(binding, settings=settings, generator=generator(args.seed), **asked).images[0]]
+    images = [bound(binding, settings=settings, generator=generator(args.seed), **sampling).images[0]]
     if args.plain:
-        images += bound.pipe(args.prompt, generator=generator(args.seed), **asked).images
+        images += bound.pipe(args.prompt, generator=generator(args.seed), **sampling).images
     save_images([(image, None) for image in images], files)
     if args.json:
         print(

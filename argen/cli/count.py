@@ -61,24 +61,26 @@ def run(args: argparse.Namespace) -> None:
         writable(args.token, ".safetensors")
     number, things = parse_count(args.prompt)
     check_noises(args.noises)
-    vector, notes = read_token(args.use) if args.use else (None, {})
-    if notes.get("count", str(number)) != str(number):
-        raise ValueError(f"{args.use} is the token of {notes['count']} things: ask for so many")
+    vector, metadata = read_token(args.use) if args.use else (None, {})
+    if metadata.get("count", str(number)) != str(number):
+        raise ValueError(f"{args.use} is the token of {metadata['count']} things: ask for so many")
     pipe = load_diffusion_model(args.model, args.device, args.attention)
     pipe.set_progress_bar_config(disable=True)
-    judged = {} if args.use else counters(args.model, pipe.device, args.clip_count, args.detector)
-    token = CountToken(pipe, **judged, **counting(args.model, number, args.steps, args.guidance_scale))
+    counter_settings = {} if args.use else counters(args.model, pipe.device, args.clip_count, args.detector)
+    token = CountToken(pipe, **counter_settings, **counting(args.model, number, args.steps, args.guidance_scale))
     latents, best = unit_noise(pipe, torch.Generator().manual_seed(args.seed)), None
-    plain = [token.draw(things, number, latents)] if args.plain else []
+    before = [token.draw(things, number, latents)] if args.plain else []
     if vector is not None:
         token.use(vector)
     else:
-        how = {"steps": args.iterations, "learning_rate": counting_rate(args.model, args.learning_rate)}
-        others = [unit_noise(pipe, torch.Generator().manual_seed(args.seed + more)) for more in range(1, args.noises)]
-        together = torch.cat([latents, *others])
-        for step in tqdm(token.optimise(things, number, together, **how), total=args.iterations, desc="count"):
+        optimisation = {"steps": args.iterations, "learning_rate": counting_rate(args.model, args.learning_rate)}
+        other_noises = [
+            unit_noise(pipe, torch.Generator().manual_seed(args.seed + offset)) for offset in range(1, args.noises)
+        ]
+        noises = torch.cat([latents, *other_noises])
+        for step in tqdm(token.optimise(things, number, noises, **optimisation), total=args.iterations, desc="count"):
             best = step if step.best else best
-    images = [token.draw(things, number, latents), *plain]
+    images = [token.draw(things, number, latents), *before]
     if args.token:
         token.save(args.token, f"<{number}-things>", count=number, things=things, model=args.model, seed=args.seed)
     save_images([(image, None) for image in images], files)
@@ -86,5 +88,5 @@ def run(args: argparse.Namespace) -> None:
     if args.json:
         print(json.dumps({"file": str(args.out), "prompt": token.prompt(things, number), "count": counted}))
     else:
-        found = "" if counted is None else f", counted {counted:.1f}"
-        print(f"{args.out} ({token.prompt(things, number)}{found})")
+        count_note = "" if counted is None else f", counted {counted:.1f}"
+        print(f"{args.out} ({token.prompt(things, number)}{count_note})")

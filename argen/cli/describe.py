@@ -30,5 +30,5 @@ def run(args: argparse.Namespace) -> None:
     pipe = load_model(args.model, args.device, "generator")
     if not hasattr(pipe, "describe"):
         raise ValueError(f"{args.model} only draws: choose a model that reads images, as AILab-CVC/seed-llama-8b-sft")
-    said = pipe.describe(image, args.question, temperature=args.temperature, seed=args.seed)
-    print(json.dumps({"image": str(args.image), "text": said}) if args.json else said)
+    text = pipe.describe(image, args.question, temperature=args.temperature, seed=args.seed)
+    print(json.dumps({"image": str(args.image), "text": text}) if args.json else text)

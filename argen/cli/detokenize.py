@@ -32,15 +32,15 @@ def run(args: argparse.Namespace) -> None:
     from tokenizers_img.pixels import to_pil
 
     out = writable(args.out or args.file.with_suffix(".png"))
-    made_by, tokens = read_tokens(args.file)
-    if args.tokenizer not in (None, made_by):
-        raise ValueError(f"{args.file} was made by {made_by}, not by {args.tokenizer}: leave --tokenizer out")
-    tokenizer = load_model(made_by, args.device, "tokenizer", args.attention)
+    tokenizer_id, tokens = read_tokens(args.file)
+    if args.tokenizer not in (None, tokenizer_id):
+        raise ValueError(f"{args.file} was made by {tokenizer_id}, not by {args.tokenizer}: leave --tokenizer out")
+    tokenizer = load_model(tokenizer_id, args.device, "tokenizer", args.attention)
     check_count(tokenizer, args.tokens, len(tokens))
     tokens = tokens[: args.tokens]
-    made = decoded(tokenizer, torch.from_numpy(tokens)[None].to(tokenizer.device))
-    save_images([(to_pil(made[0]), None)], [out])
+    pixels = decoded(tokenizer, torch.from_numpy(tokens)[None].to(tokenizer.device))
+    save_images([(to_pil(pixels[0]), None)], [out])
     if args.json:
-        print(json.dumps({"file": str(out), "tokenizer": made_by, "tokens": len(tokens)}))
+        print(json.dumps({"file": str(out), "tokenizer": tokenizer_id, "tokens": len(tokens)}))
     else:
-        print(f"{out} ({described(tokens)} of {made_by})")
+        print(f"{out} ({described(tokens)} of {tokenizer_id})")

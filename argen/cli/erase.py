@@ -46,33 +46,33 @@ def run(args: argparse.Namespace) -> None:
 
     writable_folder(args.out)
     concepts = concepts_of(args.model, args.concepts)
-    how = erasing(args.model, concepts, args.preset, args.retain, args.target)
-    check_erasure(**how)
-    pipe, stages, told = load_diffusion_model(args.model, args.device, args.attention), [], {}
-    erasure, asked = ConceptErasure(pipe), drawing(args.model, args.steps, args.guidance_scale)
+    erasure_settings = erasing(args.model, concepts, args.preset, args.retain, args.target)
+    check_erasure(**erasure_settings)
+    pipe, stages, verification = load_diffusion_model(args.model, args.device, args.attention), [], {}
+    erasure, sampling = ConceptErasure(pipe), drawing(args.model, args.steps, args.guidance_scale)
 
     def run() -> None:
-        stages.extend(erasure.erase(**how, epochs=args.epochs))
+        stages.extend(erasure.erase(**erasure_settings, epochs=args.epochs))
 
-    def draw(**given) -> list:
+    def draw(**prompt_inputs) -> list:
         generator = [torch.Generator().manual_seed(args.seed + index) for index in range(args.verify)]
-        return pipe(**given, **asked, generator=generator).images
+        return pipe(**prompt_inputs, **sampling, generator=generator).images
 
     if args.verify:
-        known = None
+        names = None
         if name := card_of(args.model).tool("erase").get("judge"):
             judge = load_model(name, args.device)
-            look, known = tools.by_judge(judge), judge.config.names
+            classify, names = tools.by_judge(judge), judge.config.names
         else:
-            look = tools.by_clip(features.PublishedCLIP(args.clip, pipe.device))
-        told = tools.verified(draw, run, erasure.attack, concepts, args.verify, look, known)
+            classify = tools.by_clip(features.PublishedCLIP(args.clip, pipe.device))
+        verification = tools.verified(draw, run, erasure.attack, concepts, args.verify, classify, names)
     else:
         run()
     erasure.save(args.out, card_of(args.model))
     if args.json:
-        found = {"folder": str(args.out), **erasure.record, "stages": [asdict(stage) for stage in stages]}
-        print(json.dumps(found | {"shown": told}))
+        result = {"folder": str(args.out), **erasure.record, "stages": [asdict(stage) for stage in stages]}
+        print(json.dumps(result | {"shown": verification}))
         return
     print(f"{args.out} (without {', '.join(concepts)}; {stages[-1].change:.1%} of its text matrices changed)")
-    for concept, shown in told.items():
-        print(f"  {concept}: {tools.in_words(shown)}")
+    for concept, scores in verification.items():
+        print(f"  {concept}: {tools.in_words(scores)}")

@@ -19,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Measure what is asked for; options are checked before anything is loaded, and where nothing is made, the folder is left as it was."""
+    """Run a measure; options are checked before anything is loaded, and a run that writes nothing leaves the folder as it was."""
     from argen.eval.run_dir import released_if_empty
 
     check_options(args)
@@ -28,7 +28,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _has_folder(args: argparse.Namespace) -> bool:
-    """Whether a measure writes into a folder of its own; the others print, or write one file."""
+    """Whether a measure writes into a run folder; the others print, or write one file."""
     return getattr(args, "out", None) is not None and args.metric != "stats"
 
 

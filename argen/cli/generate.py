@@ -66,8 +66,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     attention_argument(parser)
 
 
-def controlled(args, given: dict, own_file: bool) -> dict:
-    """What the options say of a control image, beside those of `given`; with the checkpoint of one's own --size is the model's."""
+def controlled(args, overrides: dict, own_file: bool) -> dict:
+    """Return the control that the options set, on top of `overrides`; for a checkpoint file of one's own, --size is the model's."""
     control = {"kind": args.control_type, "strength": args.control_strength, "size": args.size}
     control = {name: value for name, value in control.items() if value is not None}
     if args.tokenizer and not own_file:
@@ -81,9 +81,9 @@ def controlled(args, given: dict, own_file: bool) -> dict:
         from argen.request import Control
 
         return {"control": Control(open_image(args.control), **control)}
-    if control and "control" not in given:
+    if control and "control" not in overrides:
         raise ValueError("--control-type, --control-strength and --size need --control, the image to follow")
-    return {"control": replace(given["control"], **control)} if control else {}
+    return {"control": replace(overrides["control"], **control)} if control else {}
 
 
 def run(args: argparse.Namespace) -> None:
@@ -91,22 +91,22 @@ def run(args: argparse.Namespace) -> None:
     from argen.request import Request
 
     writable(args.out)
-    given = {name: getattr(args, name) for name in ("prompt", *FLAGS) if getattr(args, name) is not None}
+    overrides = {name: getattr(args, name) for name in ("prompt", *FLAGS) if getattr(args, name) is not None}
     if args.origin:
-        origin = read_request(args.origin).given()
-        given = origin | ({"sampler_args": {}} if "sampler" in given else {}) | given
+        origin = read_request(args.origin).explicit_settings()
+        overrides = origin | ({"sampler_args": {}} if "sampler" in overrides else {}) | overrides
     path = Path(args.model or "")  # of a checkpoint, which --size may concern
     own_file = args.model is not None and os.path.exists(path) and not (path / "model_index.json").is_file()
-    given |= controlled(args, given, own_file)
-    if "prompt" not in given:
+    overrides |= controlled(args, overrides, own_file)
+    if "prompt" not in overrides:
         raise ValueError('no prompt: say what to draw, for example argen generate "a red apple" -o apple.png')
-    request = Request(**given)
+    request = Request(**overrides)
     paths = writable_images(args.out, request.num_images)
 
-    own = {"tokenizer": args.tokenizer, "image_size": args.size[0] if args.size and own_file else None}
-    pipe = load_model(request.model, args.device, "generator", args.attention, **own)
-    if args.origin and (other := differences(args.origin, pipe)):
-        print(f"argen generate: {other}", file=sys.stderr)
+    checkpoint_settings = {"tokenizer": args.tokenizer, "image_size": args.size[0] if args.size and own_file else None}
+    pipe = load_model(request.model, args.device, "generator", args.attention, **checkpoint_settings)
+    if args.origin and (difference := differences(args.origin, pipe)):
+        print(f"argen generate: {difference}", file=sys.stderr)
     started = time.perf_counter()
     with pipe.progress_bar(total=100) as bar:
         for job in pipe.run(request):
@@ -129,7 +129,7 @@ def run(args: argparse.Namespace) -> None:
         }
         print(json.dumps(run | {"tokens_per_step": round(job.tokens_per_step, 3), "images": images}))
     else:
-        how = (
+        sampler_note = (
             f"{request.sampler}, {'lossless' if job.lossless else 'relaxed'}, {job.tokens_per_step:.1f} tokens per step"
         )
-        print(f"{', '.join(map(str, paths))} ({seconds:.1f} s, {how})")
+        print(f"{', '.join(map(str, paths))} ({seconds:.1f} s, {sampler_note})")

@@ -21,8 +21,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "-o", "--out", type=Path, required=True, metavar="FILE", help="PNG file; the CSV lies beside it"
     )
     for name, what in (("x", "columns"), ("y", "rows"), ("z", "tables below each other")):
-        how = f"the {what}, e.g. guidance_scale=1,3,5 or prompt=a cat|a dog"
-        parser.add_argument(f"--{name}", required=name == "x", metavar="SETTING=VALUES", help=how)
+        help_text = f"the {what}, e.g. guidance_scale=1,3,5 or prompt=a cat|a dog"
+        parser.add_argument(f"--{name}", required=name == "x", metavar="SETTING=VALUES", help=help_text)
     parser.add_argument("--model", default="argen/emoji-parti", metavar="ID", help="(default: argen/emoji-parti)")
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="(default: 0)")
     device_and_json(parser)
@@ -33,12 +33,12 @@ def run(args: argparse.Namespace) -> None:
     from tqdm import tqdm
 
     from argen.files import replacing
-    from argen.jobs.tables import Axis, check_requests, listed, sheet, varied
+    from argen.jobs.tables import Axis, check_requests, expand_axes, grid_image, settings_csv
     from argen.request import Request
 
     table = writable(writable(args.out).with_suffix(".csv"), ".csv")
     axes = [Axis.parse(text) for text in (args.x, args.y, args.z) if text]
-    requests = varied(Request(args.prompt, model=args.model, seed=args.seed), axes)
+    requests = expand_axes(Request(args.prompt, model=args.model, seed=args.seed), axes)
     models = cache(lambda name: load_model(name, args.device, "generator", args.attention))
     check_requests(requests, models, "cell")
     images = []
@@ -46,7 +46,9 @@ def run(args: argparse.Namespace) -> None:
         *_, job = models(request.model).run(request)
         images += job.images
     with replacing(args.out) as file:
-        sheet(images, axes).save(file, "PNG")
+        grid_image(images, axes).save(file, "PNG")
     with replacing(table) as file:
-        file.write(listed(requests, [f"{args.out.name} {number}" for number in range(1, len(requests) + 1)]).encode())
+        file.write(
+            settings_csv(requests, [f"{args.out.name} {number}" for number in range(1, len(requests) + 1)]).encode()
+        )
     print(json.dumps({"file": str(args.out), "table": str(table)}) if args.json else f"{args.out}, {table}")

@@ -12,7 +12,7 @@ from argen.registry import commands
 
 
 def parser(argv: list[str]) -> Parser:
-    """The parser of all commands; only the one that `argv` names is imported, all of them for the list of `argen --help`."""
+    """Create the parser; only the command that `argv` names is imported, or all of them for `argen --help`."""
     top = Parser(prog="argen", description="Autoregressive image generation: images from words, offline.")
     top.add_argument("--version", action="version", version=f"argen {__version__}")
     subparsers = top.add_subparsers(dest="command", required=True, metavar="COMMAND")

@@ -19,21 +19,21 @@ def run(args: argparse.Namespace) -> None:
 
     if args.verify is not None:
         files = local_cache.verify(args.verify)
-        if broken := [name for name, whole in files.items() if not whole]:
+        if broken := [name for name, is_whole in files.items() if not is_whole]:
             raise ValueError(
                 f"{', '.join(broken)} of {args.verify} is missing or broken: install argen or fetch it again"
             )
         print(json.dumps(files) if args.json else f"{args.verify}: {len(files)} files, all whole")
         return
     if args.delete is not None:
-        gone = local_cache.delete(args.delete)
-        print(json.dumps({"deleted": gone}) if args.json else f"deleted: {', '.join(gone)}")
+        deleted = local_cache.delete(args.delete)
+        print(json.dumps({"deleted": deleted}) if args.json else f"deleted: {', '.join(deleted)}")
         return
     rows = []
-    for one in local_cache.local_cache():
-        model = all_cards()[one.id]
-        row = {"id": one.id, "kind": model.kind, "ships": one.ships, "parameters_in_millions": model.parameters}
-        row |= {"bytes": one.bytes if one.folder else None, "folder": one.folder and str(one.folder)}
+    for entry in local_cache.local_cache():
+        model = all_cards()[entry.id]
+        row = {"id": entry.id, "kind": model.kind, "ships": entry.ships, "parameters_in_millions": model.parameters}
+        row |= {"bytes": entry.bytes if entry.folder else None, "folder": entry.folder and str(entry.folder)}
         rows.append(row | {"licence": model.licence, "about": model.about, "repo": model.repo})
     if args.json:
         print(json.dumps(rows, indent=1))
@@ -42,5 +42,5 @@ def run(args: argparse.Namespace) -> None:
         print(f"{title}:")
         for row in (row for row in rows if row["ships"] is ships):
             size = f"{row['bytes'] / 1e6:.1f} MB" if ships else f"{row['parameters_in_millions']:,.0f}M parameters"
-            here = ", here" if row["folder"] and not ships else ""
-            print(f"  {row['id']:34} {row['kind']:10} {size:>17}  {row['about']} ({row['licence']}{here})")
+            downloaded = ", here" if row["folder"] and not ships else ""
+            print(f"  {row['id']:34} {row['kind']:10} {size:>17}  {row['about']} ({row['licence']}{downloaded})")

@@ -36,9 +36,9 @@ def run(args: argparse.Namespace) -> None:
     image = open_image(args.image)
     tokenizer = load_model(args.tokenizer, args.device, "tokenizer", args.attention)
     pixels, tokens = encoded(tokenizer, image)
-    made = decoded(tokenizer, tokens, pixels)
-    psnr = -10 * (made - pixels).square().mean().log10().item()
-    save_images([(to_pil(made[0]), None)], [out])
+    reconstruction = decoded(tokenizer, tokens, pixels)
+    psnr = -10 * (reconstruction - pixels).square().mean().log10().item()
+    save_images([(to_pil(reconstruction[0]), None)], [out])
     if args.json:
         print(json.dumps({"file": str(out), "tokenizer": args.tokenizer, "psnr": psnr, "tokens": tokens[0].tolist()}))
     else:

@@ -26,7 +26,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def described(name: str) -> dict:
-    """A sampler and its settings, for JSON."""
+    """Return a sampler and its settings, for JSON."""
     cls = samplers[name]
     settings = {
         setting.name: {"help": setting.help, "expected": setting.expected, "default": setting.default}

@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         required=True,
         metavar="DIR",
-        help="checkpoints, log, sample grids; goes on from what is there",
+        help="checkpoints, log, sample grids; resumes from checkpoints there",
     )
     parser.add_argument("--clip", type=Path, metavar="DIR", help="trained emoji-clip (default: the shipped one)")
     parser.add_argument(
@@ -58,7 +58,7 @@ def run(args: argparse.Namespace) -> None:
     from argen.train import recipes as training
 
     parts = {"clip": args.clip, "tokenizer": args.tokenizer, "vae": args.vae, "generator": args.generator}
-    chosen = {"data": args.data, "scenes": args.scenes, "out": args.out, "seed": args.seed, "steps": args.steps}
-    chosen |= {"compile": args.compile, "x": args.x, "shipped": WEIGHTS}
-    scores = training.run(args.recipe, args.setting, **parts, **chosen)
+    options = {"data": args.data, "scenes": args.scenes, "out": args.out, "seed": args.seed, "steps": args.steps}
+    options |= {"compile": args.compile, "x": args.x, "shipped": WEIGHTS}
+    scores = training.run(args.recipe, args.setting, **parts, **options)
     print(f"{args.out}: " + ", ".join(f"{name} {value:.4g}" for name, value in scores.items()))

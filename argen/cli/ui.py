@@ -16,7 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--port", type=int, default=7860)
     parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 to let other machines in, which needs a --key")
     parser.add_argument(
-        "--data-dir", type=Path, default=Path("pictures"), metavar="DIR", help="where finished pictures are kept"
+        "--data-dir", type=Path, default=Path("pictures"), metavar="DIR", help="where finished images are kept"
     )
     parser.add_argument(
         "--key", action="append", default=[], help="which clients must show; again for each user, or ARGEN_KEYS"
@@ -44,12 +44,12 @@ def run(args: argparse.Namespace) -> None:
     from argen.hub.model_cache import ModelCache
     from argen.jobs.queue import Studio
     from argen.server.app import create, serve
-    from argen.server.guard import HERE, check_keys, owner_of
+    from argen.server.guard import LOCAL_HOSTS, check_keys, owner_of
     from argen.ui.build import build
     from argen.ui.context import AppContext
 
     keys = [key for key in [*args.key, *os.environ.get("ARGEN_KEYS", "").split(",")] if key]
-    if args.host not in HERE and not keys:
+    if args.host not in LOCAL_HOSTS and not keys:
         raise ValueError(f"--host {args.host} lets other machines in: give --key KEY too, which they must show")
     check_keys(keys)
     if args.model_memory is not None and not 0 < args.model_memory < 1e6:
@@ -65,6 +65,6 @@ def run(args: argparse.Namespace) -> None:
     studio = Studio(args.data_dir, ModelCache(device, loader(args.attention), limit), not args.no_metadata, folders)
     try:
         page = build(AppContext(studio, owner_of(keys[0]) if keys else None, device, limit))
-        serve(create(studio, page, keys, args.host in HERE), args.host, args.port)
+        serve(create(studio, page, keys, args.host in LOCAL_HOSTS), args.host, args.port)
     finally:
         studio.close()

@@ -1,1 +1,1 @@
-"""One queue of jobs for every face of argen, and what it keeps on disk."""
+"""The queue of jobs of all front ends, and its storage on disk."""

@@ -1,4 +1,4 @@
-"""Which models may be asked for: the one place that every front end's name of a model passes."""
+"""Access to models: every model name that a front end gets is checked here."""
 
 import re
 from collections.abc import Callable, Sequence
@@ -9,11 +9,11 @@ from argen.hub.cards import ids
 
 
 class UnknownModel(KeyError):
-    """No model has this name, or it lies where none may be loaded from."""
+    """Unknown model name, or a path outside the folders that models may be loaded from."""
 
 
 class ModelAccess:
-    """Gives models by their names, those that may be asked for.
+    """Loads models by name, if the name is allowed.
 
     Args:
         load: id or path -> the model.
@@ -24,11 +24,11 @@ class ModelAccess:
         self.load, self.folders = load, [folder.resolve() for folder in folders]
 
     def __call__(self, name: str, kind: str = "generator") -> Any:
-        """A model. Raises as `check` and the loader do."""
+        """Load a model. Raises as `check` and the loader do."""
         return self.load(self.check(name, kind))
 
     def check(self, name: str, kind: str = "generator") -> str:
-        """The name of a model that may be asked for: an id of `kind`, or the path of something in one of `folders`.
+        """Check the name of a model: an id of `kind`, or a path inside one of `folders` -> the name to load.
 
         Raises:
             UnknownModel: anything else.
@@ -41,7 +41,7 @@ class ModelAccess:
         raise UnknownModel(f"there is no model {name[:100]!r}: expected one of {', '.join(known)}")
 
     def check_pipeline(self, name: str) -> str:
-        """The name of a diffusers pipeline that may be loaded: OWNER/NAME on the hub, or the path of something in one of `folders`.
+        """Check the name of a diffusers pipeline: OWNER/NAME on the hub, or a path inside one of `folders` -> the name to load.
 
         Raises:
             UnknownModel: another path of this machine.
@@ -57,7 +57,7 @@ class ModelAccess:
         )
 
     def _inside(self, name: str) -> str | None:
-        """The path of something in one of `folders`; None for any other text."""
+        """Return the resolved path if it exists inside one of `folders`, else None."""
         try:
             path = Path(name.strip()).resolve()
             inside = any(path.is_relative_to(folder) for folder in self.folders)

@@ -1,4 +1,4 @@
-"""A job followed from an event loop: waiting costs no thread."""
+"""Following a job from an event loop, so that waiting costs no thread."""
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -7,52 +7,54 @@ from anyio.to_thread import run_sync
 
 from argen.jobs.queue import Progress, Studio
 
-LISTEN_EVERY = 1.0  # seconds between looks whether anybody still waits
+CHECK_EVERY = 1.0  # seconds between checks whether the client is still connected
 
 
-class Stopping(RuntimeError):
-    """The program stops: the job is kept, and goes on when it is started again."""
+class ServerStopping(RuntimeError):
+    """The server stops: the job is kept, and resumes when the server is started again."""
 
 
-class Gone(ConnectionError):
-    """Nobody waits for the job any more."""
+class ClientDisconnected(ConnectionError):
+    """The client that waited for the job has disconnected."""
 
 
-async def never() -> bool:
+async def never_disconnected() -> bool:
     return False
 
 
-async def follow(studio: Studio, id: str, gone: Callable[[], Awaitable[bool]] = never) -> AsyncIterator[Progress]:
-    """A job's progress whenever it changes, until it is over.
+async def follow(
+    studio: Studio, id: str, is_disconnected: Callable[[], Awaitable[bool]] = never_disconnected
+) -> AsyncIterator[Progress]:
+    """Yield a job's progress whenever it changes, until it is over.
 
     Args:
-        gone: whether nobody waits any more.
+        is_disconnected: whether the client has disconnected.
 
     Raises:
-        Stopping, Gone, KeyError: see there; there is no such job.
+        ServerStopping, ClientDisconnected, KeyError: see there; there is no such job.
     """
-    loop, news = asyncio.get_running_loop(), asyncio.Event()
-    with studio.listening(id, lambda: loop.call_soon_threadsafe(news.set)):
+    loop, changed = asyncio.get_running_loop(), asyncio.Event()
+    with studio.listening(id, lambda: loop.call_soon_threadsafe(changed.set)):
         while True:
-            news.clear()
-            now = await run_sync(studio.progress, id)
-            yield now
-            if now.over:
+            changed.clear()
+            progress = await run_sync(studio.progress, id)
+            yield progress
+            if progress.over:
                 return
-            while not news.is_set():
+            while not changed.is_set():
                 if studio.closing:
-                    raise Stopping("the server stops: the job is kept, and goes on when it is started again")
-                if await gone():
-                    raise Gone("the client went away")
+                    raise ServerStopping("the server stops: the job is kept, and resumes after a restart")
+                if await is_disconnected():
+                    raise ClientDisconnected("the client went away")
                 try:
-                    await asyncio.wait_for(news.wait(), LISTEN_EVERY)
+                    await asyncio.wait_for(changed.wait(), CHECK_EVERY)
                 except TimeoutError:
                     continue
 
 
-async def last(progress: AsyncIterator[Progress]) -> Progress:
-    """How a job that is followed ended."""
-    ended = None
-    async for now in progress:
-        ended = now
-    return ended
+async def final_progress(progress: AsyncIterator[Progress]) -> Progress:
+    """Return the final progress of a job that is followed."""
+    final = None
+    async for update in progress:
+        final = update
+    return final

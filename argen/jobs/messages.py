@@ -1,18 +1,18 @@
-"""What somebody who asked from elsewhere is told of an error."""
+"""Error messages for remote clients."""
 
 import errno
 import re
 from pathlib import Path
 
-FULL = errno.ENOSPC, errno.EDQUOT
+DISK_FULL = errno.ENOSPC, errno.EDQUOT
 PATHS = re.compile(r"(?<![\w/.:<])(?:/[^\s/'\":,;()]+)+/(?=[^\s/])")  # the folders of an absolute path
 
 
-def said(error: Exception) -> str:
-    """An error in one line for somebody who asked from elsewhere: of the paths of this machine the last names alone."""
-    if isinstance(error, OSError) and error.errno in FULL:
+def error_message(error: Exception) -> str:
+    """Return an error as one line for a remote client; of the paths of this machine only the last names are kept."""
+    if isinstance(error, OSError) and error.errno in DISK_FULL:
         return f"the disk of the server is full ({error.strerror}): nothing can be written"
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.strerror or type(error).__name__}: {Path(str(error.filename)).name}"
-    known = error.args and not isinstance(error, OSError)
-    return PATHS.sub("", str(error.args[0] if known else error))
+    has_text = error.args and not isinstance(error, OSError)
+    return PATHS.sub("", str(error.args[0] if has_text else error))

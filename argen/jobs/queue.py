@@ -1,7 +1,7 @@
-"""One queue for every face of argen: page, APIs and batches submit requests here, and one worker carries them out in turn.
+"""The queue of all front ends: page, APIs and batches submit generation requests, and one worker runs them one by one.
 
-Jobs can be cancelled at any token, taken up again, moved, and looked at while they are written; what is finished, and what waits,
-is on disk and survives the program.
+Jobs can be cancelled at any token, resumed, moved, and previewed while they run; finished and waiting jobs are on disk and survive
+a restart.
 """
 
 import logging
@@ -23,7 +23,7 @@ from PIL import Image
 
 from argen.files import replacing
 from argen.jobs.access import ModelAccess, UnknownModel
-from argen.jobs.messages import said
+from argen.jobs.messages import error_message
 from argen.jobs.store import (
     CANCELLED,
     DONE,
@@ -31,7 +31,7 @@ from argen.jobs.store import (
     OVER,
     RUNNING,
     WAITING,
-    Saved,
+    SavedImage,
     Store,
     read_row,
     request_of,
@@ -41,35 +41,38 @@ from argen.pipelines.base import TokenPipeline
 from argen.request import Job, Request, rows_of
 
 logger = logging.getLogger(__name__)
-LOCAL = "local"  # owner of what no key asked for
-MOST_WAITING = 1000  # jobs of one owner
-PREVIEW_EVERY, WATCHED_FOR = 0.4, 5.0  # seconds between previews, and how long one is wanted after it was looked at
-PREVIEWED = 9  # pictures of a preview at most
+LOCAL = "local"  # owner of requests without a key
+MAX_WAITING_JOBS = 1000  # jobs of one owner
+PREVIEW_EVERY, PREVIEW_FOR = (
+    0.4,
+    5.0,
+)  # seconds between previews, and how long they are made after the last request for one
+MAX_PREVIEW_IMAGES = 9  # images of a preview at most
 RETRY_AFTER = 2.0  # seconds until the database is written to again, after it could not be
-KEPT_PREVIEWS = 32  # of jobs that were stopped
+MAX_STOPPED_PREVIEWS = 32  # of jobs that were stopped
 
 
 class QueueFull(ValueError):
-    """Too much waits already."""
+    """Too many jobs or clients are waiting."""
 
 
 class Forbidden(PermissionError):
-    """It belongs to somebody else, or is the administrator's to do."""
+    """The job belongs to another owner, or only the administrator may do this."""
 
 
 @dataclass
 class Progress:
-    """How a job is getting on; each change has a new version.
+    """State and progress of a job; each change has a new version.
 
     Attributes:
-        stage: what is done just now.
-        decided, cells: of each picture, so far and in all.
+        stage: current stage, e.g. "loading the model".
+        decided, cells: of each image, so far and in all.
         forward_passes: of the network.
         seconds: of work so far.
-        preview: images as far as they are written; None where nobody looked.
-        partials: the first image at each of the shares asked for in `Studio.submit`.
-        images: what was made, once it is done.
-        place: in the line, from 1; 0 when it is not waiting.
+        preview: unfinished images; None where nobody requested a preview.
+        partials: the first image at each share requested by `Studio.submit`.
+        images: the finished images, once it is done.
+        place: position in the queue, from 1; 0 when it is not waiting.
         eta: seconds to the end; None while unknown.
     """
 
@@ -86,7 +89,7 @@ class Progress:
     error: str = ""
     preview: list[Image.Image] | None = None
     partials: tuple[Image.Image, ...] = ()
-    images: list[Saved] = field(default_factory=list)
+    images: list[SavedImage] = field(default_factory=list)
     place: int = 0
     eta: float | None = None
     version: int = 0
@@ -97,13 +100,13 @@ class Progress:
 
     @property
     def share(self) -> float:
-        """Done of all, 0 to 1."""
+        """Share of the cells that are decided, 0 to 1."""
         return 1.0 if self.state == DONE else self.decided / max(1, self.cells)
 
     @property
     def speed(self) -> float:
-        """Tokens a second, of all pictures together."""
-        return self.decided * self.request.drawn / self.seconds if self.seconds else 0.0
+        """Tokens per second, over all images."""
+        return self.decided * self.request.num_drawn / self.seconds if self.seconds else 0.0
 
 
 class Studio:
@@ -114,9 +117,9 @@ class Studio:
         folders: where saved pipelines may be loaded from, beside the models that have an id.
 
     Attributes:
-        store: what is kept.
-        device: held by whoever uses the models; the worker lets go of it between jobs.
-        paused: whether the worker rests, at a token if it is in a job.
+        store: jobs and images on disk.
+        device: lock that whoever uses the models holds; the worker releases it between jobs.
+        paused: whether the worker pauses, between two steps of its job if it has one.
     """
 
     def __init__(
@@ -130,18 +133,18 @@ class Studio:
         self.models = ModelAccess(models, folders)
         self.changed = threading.Condition()
         self.live: Progress | None = None
-        self.watched, self.cancelled, self.closing = 0.0, False, False
-        self.listeners: dict[str, set[Callable[[], object]]] = defaultdict(set)  # id of a job -> who wants to know
-        self.partials: dict[str, int] = {}  # id of a job -> images wanted while it is written
-        self.stopped: dict[str, list[Image.Image]] = {}  # id of a job that was stopped -> its last preview
-        self.rates: dict[str, float] = {}  # model -> seconds a picture
-        for row in self.store.jobs(RUNNING, limit=-1):  # the program ended in the middle
+        self.preview_requested, self.cancelled, self.closing = 0.0, False, False
+        self.listeners: dict[str, set[Callable[[], object]]] = defaultdict(set)  # id of a job -> callbacks
+        self.partials: dict[str, int] = {}  # id of a job -> number of partial images
+        self.stopped_previews: dict[str, list[Image.Image]] = {}  # id of a stopped job -> its last preview
+        self.seconds_per_image: dict[str, float] = {}  # by model
+        for row in self.store.jobs(RUNNING, limit=-1):  # interrupted by the end of the program
             self.store.update_job(row["id"], state=WAITING)
-        self.worker = threading.Thread(target=self._work, name="argen worker", daemon=True)
+        self.worker = threading.Thread(target=self._run_worker, name="argen worker", daemon=True)
         self.worker.start()
 
     def close(self) -> None:
-        """Stop, at the next token; a job in the middle will be waiting."""
+        """Stop at the next token; an unfinished job goes back to waiting."""
         with self.changed:
             self.closing = True
             self.changed.notify_all()
@@ -150,16 +153,16 @@ class Studio:
 
     @property
     def alive(self) -> bool:
-        """Whether jobs are being run, or will be."""
+        """Whether the worker runs jobs."""
         return self.worker.is_alive() and not self.closing
 
-    # what is asked
+    # commands
 
     def submit(self, request: Request, owner: str = LOCAL, partials: int = 0) -> str:
         """Put a request at the end of the queue -> the id of its job.
 
         Args:
-            partials: how often the first image is wanted while it is written: at 1 / (partials + 1) of its tokens, and so on.
+            partials: number of partial images of the first image, at 1 / (partials + 1) of its tokens, and so on.
 
         Raises:
             QueueFull, UnknownModel: too many jobs of this owner wait; see `ModelAccess.check`.
@@ -171,8 +174,8 @@ class Studio:
         for name in {request.model for request in requests}:
             self.models.check(name)
         with self.changed:
-            if (waiting := self.store.count(WAITING, owner)) + len(requests) > MOST_WAITING:
-                raise QueueFull(f"{waiting:,} jobs are waiting: expected at most {MOST_WAITING:,}, try again later")
+            if (waiting := self.store.count(WAITING, owner)) + len(requests) > MAX_WAITING_JOBS:
+                raise QueueFull(f"{waiting:,} jobs are waiting: expected at most {MAX_WAITING_JOBS:,}, try again later")
             ids = [secrets.token_hex(6) for _ in requests]
             self.store.add_jobs(list(zip(ids, requests, strict=True)), owner)
             if partials:
@@ -181,110 +184,110 @@ class Studio:
         return ids
 
     def cancel(self, id: str, owner: str | None = None) -> None:
-        """Take a job out of the line, or stop it at the next token; what is written is kept for `resume`.
+        """Remove a job from the queue, or stop it at the next token; its tokens are kept for `resume`.
 
         Args:
-            owner: who asks; None may do anything.
+            owner: who cancels; None may cancel any job.
 
         Raises:
             KeyError, Forbidden: there is no such job; it is somebody else's.
         """
         with self.changed:
-            row = self._own(id, owner)
+            row = self._owned_row(id, owner)
             if self.live is not None and self.live.id == id:
                 self.cancelled = True
             elif row["state"] == WAITING:
                 self.store.update_job(id, state=CANCELLED, finished=time.time())
                 self.partials.pop(id, None)
-            self._tell(id)
+            self._notify(id)
 
     def resume(self, id: str, owner: str | None = None) -> None:
-        """Put a cancelled or failed job back into the line; it goes on from its tokens. Raises as `cancel` does.
+        """Queue a cancelled or failed job again; it resumes from its tokens. Raises as `cancel` does.
 
         Raises:
             ValueError: it is waiting, running or done.
         """
         with self.changed:
-            row = self._own(id, owner)
+            row = self._owned_row(id, owner)
             if row["state"] not in (CANCELLED, FAILED):
                 raise ValueError(f"the job is {row['state']}: only one that was cancelled or failed can be resumed")
             self.store.update_job(id, state=WAITING, finished=None, error="")
             self.changed.notify_all()
 
-    def again(self, id: str, owner: str | None = None) -> str:
-        """The same with the seeds that follow -> the id of the new job. Raises as `cancel` and `submit` do."""
-        row = self._own(id, owner)
+    def submit_next_seeds(self, id: str, owner: str | None = None) -> str:
+        """Submit the same request with the seeds that follow -> the id of the new job. Raises as `cancel` and `submit` do."""
+        row = self._owned_row(id, owner)
         request, fault = read_row(request_of, row["request"])
         if request is None:
             raise ValueError(fault)
-        return self.submit(replace(request, seed=request.seed + request.drawn), row["owner"])
+        return self.submit(replace(request, seed=request.seed + request.num_drawn), row["owner"])
 
     def move(self, id: str, places: int, owner: str | None = None) -> None:
         """Move a waiting job so many places back, or forward if negative. Raises as `cancel` does."""
         with self.changed:
-            self._own(id, owner)
+            self._owned_row(id, owner)
             self.store.move(id, places)
             self.changed.notify_all()
 
     @contextmanager
-    def listening(self, id: str, tell: Callable[[], object]) -> Iterator[None]:
-        """Meanwhile `tell` is called whenever a job changes, by the thread that changes it."""
+    def listening(self, id: str, callback: Callable[[], object]) -> Iterator[None]:
+        """Context in which `callback` is called whenever a job changes, by the thread that changes it."""
         with self.changed:
-            self.listeners[id].add(tell)
+            self.listeners[id].add(callback)
         try:
             yield
         finally:
             with self.changed:
-                self.listeners[id].discard(tell)
+                self.listeners[id].discard(callback)
                 if not self.listeners[id]:
                     del self.listeners[id]
 
     def pause(self, paused: bool = True) -> None:
-        """Rest, or go on."""
+        """Pause or resume the queue."""
         with self.changed:
             self.paused = paused
             self.changed.notify_all()
 
-    # what is told
+    # state
 
     def progress(self, id: str, preview: bool = False, owner: str | None = None) -> Progress:
-        """How a job is getting on. Raises as `cancel` does.
+        """Return the progress of a job. Raises as `cancel` does.
 
         Args:
-            preview: whether pictures are wanted while it is written; the next ones come soon.
-            owner: who asks; None may see anything.
+            preview: request previews; they appear in the following updates.
+            owner: who asks; None may see any job.
         """
         with self.changed:
             if preview and self.live is not None and self.live.id == id:
-                self.watched = time.monotonic()
-            return self._told(self._own(id, owner))
+                self.preview_requested = time.monotonic()
+            return self._to_progress(self._owned_row(id, owner))
 
-    def line(self, owner: str | None = None) -> list[Progress]:
-        """What runs and what waits, in order."""
+    def queue(self, owner: str | None = None) -> list[Progress]:
+        """Return the running and the waiting jobs, in order."""
         with self.changed:
-            places = self.store.places()
-            found = [self._told(row, places) for row in self.store.jobs(RUNNING, WAITING, owner=owner)]
-        rest = 0.0
-        for one in found:
-            known = one.eta if one.state == RUNNING else self._expected(one.request)
-            rest = math.nan if known is None else rest + known
-            one.eta = None if math.isnan(rest) else rest
-        return found
+            positions = self.store.queue_positions()
+            jobs = [self._to_progress(row, positions) for row in self.store.jobs(RUNNING, WAITING, owner=owner)]
+        eta = 0.0
+        for job in jobs:
+            seconds = job.eta if job.state == RUNNING else self._estimated_seconds(job.request)
+            eta = math.nan if seconds is None else eta + seconds
+            job.eta = None if math.isnan(eta) else eta
+        return jobs
 
     def watch(self, id: str, preview: bool = False, patience: float = 1.0) -> Iterator[Progress]:
-        """A job's progress whenever it changes, and at least every `patience` seconds, until it is over.
+        """Yield a job's progress whenever it changes, and at least every `patience` seconds, until it is over.
 
         Raises:
             KeyError: there is no such job.
         """
         while True:
-            now = self.progress(id, preview)
-            yield now
-            if now.over or self.closing:
+            progress = self.progress(id, preview)
+            yield progress
+            if progress.over or self.closing:
                 return
             with self.changed:
                 live = self.live
-                if live is None or live.id != id or live.version == now.version:
+                if live is None or live.id != id or live.version == progress.version:
                     self.changed.wait(patience)
 
     def result(self, id: str, timeout: float | None = None) -> Progress:
@@ -294,27 +297,27 @@ class Studio:
             TimeoutError: it takes longer.
         """
         started = time.monotonic()
-        for now in self.watch(id):
-            if timeout is not None and time.monotonic() - started > timeout and not now.over:
-                raise TimeoutError(f"the job is still {now.state} after {timeout:.0f} seconds")
-        return now
+        for progress in self.watch(id):
+            if timeout is not None and time.monotonic() - started > timeout and not progress.over:
+                raise TimeoutError(f"the job is still {progress.state} after {timeout:.0f} seconds")
+        return progress
 
     @contextmanager
     def model(self, name: str, kind: str = "generator") -> Iterator[TokenPipeline]:
-        """A model, for something that is no job; the worker waits meanwhile. Raises as `ModelAccess` does."""
+        """Context with a model, for work outside the queue; the worker waits meanwhile. Raises as `ModelAccess` does."""
         with self.device:
             yield self.models(name, kind)
 
     # the worker
 
-    def _tell(self, id: str) -> None:
-        """A job has changed; called with `changed` held."""
+    def _notify(self, id: str) -> None:
+        """Notify the listeners of a job that changed; called with `changed` held."""
         self.changed.notify_all()
-        for tell in list(self.listeners.get(id, ())):
+        for callback in list(self.listeners.get(id, ())):
             with suppress(RuntimeError):  # its event loop is closed
-                tell()
+                callback()
 
-    def _own(self, id: str, owner: str | None):
+    def _owned_row(self, id: str, owner: str | None):
         row = self.store.job(id)
         if row is None:
             raise KeyError(f"there is no job {id!r}")
@@ -322,37 +325,40 @@ class Studio:
             raise Forbidden("that job belongs to somebody else")
         return row
 
-    def _told(self, row, places: dict[str, int] | None = None) -> Progress:
-        """A row of the store, or what is newer of the job that runs; `places` of those that wait, where they are known. One that
-        cannot be read has failed."""
+    def _to_progress(self, row, positions: dict[str, int] | None = None) -> Progress:
+        """Convert a row of the store to progress; the running job has a newer one in memory. A row that cannot be read has failed.
+
+        Args:
+            positions: of the waiting jobs; None reads them from the store.
+        """
         if self.live is not None and self.live.id == row["id"]:
             return replace(self.live)
         names = "id", "owner", "state", "created", "decided", "cells", "seconds", "error"
         request, fault = read_row(request_of, row["request"])
-        told = Progress(
+        progress = Progress(
             **{name: row[name] for name in names}, forward_passes=row["passes"], request=request or unreadable()
         )
-        if fault and told.state in (WAITING, RUNNING):
-            told.state, told.error = FAILED, fault
-        if told.state == DONE:
-            told.images = self.store.images(job=told.id, limit=-1)
-        elif told.state == WAITING:
-            told.place = (self.store.places() if places is None else places)[told.id]
-        elif told.state == CANCELLED:
-            told.preview = self.stopped.get(told.id)
-        return told
+        if fault and progress.state in (WAITING, RUNNING):
+            progress.state, progress.error = FAILED, fault
+        if progress.state == DONE:
+            progress.images = self.store.images(job=progress.id, limit=-1)
+        elif progress.state == WAITING:
+            progress.place = (self.store.queue_positions() if positions is None else positions)[progress.id]
+        elif progress.state == CANCELLED:
+            progress.preview = self.stopped_previews.get(progress.id)
+        return progress
 
-    def _expected(self, request: Request) -> float | None:
-        rate = self.rates.get(request.model)
-        return None if rate is None else rate * request.drawn
+    def _estimated_seconds(self, request: Request) -> float | None:
+        rate = self.seconds_per_image.get(request.model)
+        return None if rate is None else rate * request.num_drawn
 
-    def _next(self) -> Progress | None:
-        """Wait for a job and take it; None when the studio closes."""
+    def _next_job(self) -> Progress | None:
+        """Wait for the next job and start it; None when the studio closes."""
         with self.changed:
             while not self.closing:
                 try:
                     waiting = [] if self.paused else self.store.jobs(WAITING, limit=1)
-                    if waiting and (live := self._begun(waiting[0]["id"])) is not None:
+                    if waiting and (live := self._start_job(waiting[0]["id"])) is not None:
                         return live
                     if waiting:
                         continue
@@ -363,78 +369,86 @@ class Studio:
                     self.changed.wait()
         return None
 
-    def _begun(self, id: str) -> Progress | None:
-        """Take a waiting job; None if it cannot be read, and so has failed."""
-        live = self._told(self.store.job(id))
+    def _start_job(self, id: str) -> Progress | None:
+        """Start a waiting job; None if it cannot be read, so that it failed."""
+        live = self._to_progress(self.store.job(id))
         if live.state == FAILED:
             self.store.update_job(id, state=FAILED, error=live.error, finished=time.time())
-            self._tell(id)
+            self._notify(id)
             return None
         self.store.update_job(id, state=RUNNING)
         live.state, live.place, live.stage, live.decided = RUNNING, 0, "loading the model", 0
         self.live, self.cancelled = live, False
-        self._tell(id)
+        self._notify(id)
         return live
 
-    def _work(self) -> None:
-        while (live := self._next()) is not None:
-            ended, error = DONE, ""
+    def _run_worker(self) -> None:
+        while (live := self._next_job()) is not None:
+            state, error = DONE, ""
             try:
                 with self.device:
-                    if not self._draw(live):
-                        ended = WAITING if self.closing and not self.cancelled else CANCELLED
-            except Exception as failure:  # whatever it is, the next job must have its turn
-                known = isinstance(failure, ValueError | OSError | ModuleNotFoundError | sqlite3.Error | UnknownModel)
-                if not known:
+                    if not self._run_job(live):
+                        state = WAITING if self.closing and not self.cancelled else CANCELLED
+            except Exception as failure:  # whatever it is, the next job must run
+                expected = isinstance(
+                    failure, ValueError | OSError | ModuleNotFoundError | sqlite3.Error | UnknownModel
+                )
+                if not expected:
                     logger.exception("job %s failed", live.id)
-                ended, error = FAILED, said(failure) if known else f"{type(failure).__name__}: {failure}"[:500]
-            self._end(live, ended, error)
+                state, error = (
+                    FAILED,
+                    error_message(failure) if expected else f"{type(failure).__name__}: {failure}"[:500],
+                )
+            self._finish_job(live, state, error)
 
-    def _end(self, live: Progress, ended: str, error: str) -> None:
-        """Write down how a job ended; tried again until the database can be written, or the studio closes (then the job is run again
-        when the program is started again)."""
+    def _finish_job(self, live: Progress, state: str, error: str) -> None:
+        """Save the final state of a job; retried until the database can be written, or the studio closes (the job then runs again
+        after the next start)."""
         counts = {name: getattr(live, name) for name in ("decided", "cells", "seconds")} | {
             "passes": live.forward_passes
         }
-        finished = None if ended == WAITING else time.time()
+        finished = None if state == WAITING else time.time()
         with self.changed:
             self.partials.pop(live.id, None)
-            if ended == CANCELLED and live.preview:
-                self.stopped[live.id] = live.preview
-                for old in list(self.stopped)[:-KEPT_PREVIEWS]:
-                    del self.stopped[old]
+            if state == CANCELLED and live.preview:
+                self.stopped_previews[live.id] = live.preview
+                for oldest in list(self.stopped_previews)[:-MAX_STOPPED_PREVIEWS]:
+                    del self.stopped_previews[oldest]
             while True:
                 try:
-                    self.store.update_job(live.id, state=ended, error=error, **counts, finished=finished)
+                    self.store.update_job(live.id, state=state, error=error, **counts, finished=finished)
                     break
                 except sqlite3.Error as failure:
                     logger.warning("the end of job %s cannot be written (%s)", live.id, failure)
-                    ended, error = FAILED, error or f"the database cannot be written ({failure}): is the disk full?"
-                    live.state, live.error = ended, error  # who waits for it is told at once
-                    self._tell(live.id)
+                    state, error = FAILED, error or f"the database cannot be written ({failure}): is the disk full?"
+                    live.state, live.error = state, error  # clients that wait for it see this at once
+                    self._notify(live.id)
                     self.changed.wait(RETRY_AFTER)
                     if self.closing:
                         break
             self.live = None
-            self._tell(live.id)
+            self._notify(live.id)
 
-    def _draw(self, live: Progress) -> bool:
-        """Run a job; whether it came to its end."""
-        request, left = live.request, self.store.left(live.id)
+    def _run_job(self, live: Progress) -> bool:
+        """Run a job; returns whether it finished."""
+        request, resume_file = live.request, self.store.resume_file(live.id)
         pipe = self.models(request.model)
-        before, started, shown = live.seconds, time.monotonic(), 0.0
-        partials, reached = self.partials.get(live.id, 0), 0  # images wanted meanwhile, and the share that is reached
-        kept = sum(cell >= 0 for row in request.tokens or () for cell in row)
+        before, started, previewed = live.seconds, time.monotonic(), 0.0
+        partials, last_share = (
+            self.partials.get(live.id, 0),
+            0,
+        )  # number of partial images, and the last one made
+        num_given = sum(cell >= 0 for row in request.tokens or () for cell in row)
         job: Job | None = None
-        for job in pipe.run(request, tokens=_read_left(left)):
+        for job in pipe.run(request, tokens=_read_resume_state(resume_file)):
             now, preview, partial = time.monotonic(), None, []
             cells = job.tokens[0].shape[-2:].numel()
-            share = (job.decided - kept) * (partials + 1) // max(1, cells - kept)
+            share = (job.decided - num_given) * (partials + 1) // max(1, cells - num_given)
             if not job.images:
-                if now - self.watched < WATCHED_FOR and now - shown > PREVIEW_EVERY:
-                    preview, shown = pipe.images(job.tokens[:PREVIEWED]), now
-                if reached < share <= partials:
-                    reached, partial = share, pipe.images(job.tokens[:1])
+                if now - self.preview_requested < PREVIEW_FOR and now - previewed > PREVIEW_EVERY:
+                    preview, previewed = pipe.images(job.tokens[:MAX_PREVIEW_IMAGES]), now
+                if last_share < share <= partials:
+                    last_share, partial = share, pipe.images(job.tokens[:1])
             with self.changed:
                 live.stage, live.decided, live.forward_passes = "writing tokens", job.decided, job.forward_passes
                 live.cells, live.seconds = cells, before + time.monotonic() - started
@@ -442,14 +456,14 @@ class Studio:
                 live.preview = preview or live.preview
                 live.partials += tuple(partial)
                 live.version += 1
-                self._tell(live.id)
-                started += self._rest(live)
+                self._notify(live.id)
+                started += self._wait_while_paused(live)
                 if (self.cancelled or self.closing) and not job.images:
                     break
         if job is None or not job.images:
             if job is not None and job.resume_state is not None:
-                live.preview = pipe.images(job.tokens[:PREVIEWED])
-                with replacing(left) as file:
+                live.preview = pipe.images(job.tokens[:MAX_PREVIEW_IMAGES])
+                with replacing(resume_file) as file:
                     np.savez(file, tokens=job.resume_state.cpu().numpy())
             return False
         with self.changed:
@@ -457,25 +471,25 @@ class Studio:
         grids = [None if rows.is_floating_point() else rows_of(rows) for rows in job.tokens]
         origins = [None] * len(grids) if job.origins is None else [rows_of(rows) for rows in job.origins]
         scores = job.scores or [None] * len(job.images)
-        made = list(zip(job.images, job.requests, strict=True))
-        self.store.add_images(live.id, live.created, live.owner, made, grids, origins, scores)
-        left.unlink(missing_ok=True)
-        self.rates[request.model] = live.seconds / request.drawn
+        images = list(zip(job.images, job.requests, strict=True))
+        self.store.add_images(live.id, live.created, live.owner, images, grids, origins, scores)
+        resume_file.unlink(missing_ok=True)
+        self.seconds_per_image[request.model] = live.seconds / request.num_drawn
         return True
 
-    def _rest(self, live: Progress) -> float:
-        """Wait while the queue is paused -> so many seconds; called with `changed` held."""
+    def _wait_while_paused(self, live: Progress) -> float:
+        """Wait while the queue is paused -> seconds waited; called with `changed` held."""
         started = time.monotonic()
         while self.paused and not self.cancelled and not self.closing:
             if live.stage != "paused":
                 live.stage, live.version = "paused", live.version + 1
-                self._tell(live.id)
+                self._notify(live.id)
             self.changed.wait()
         return time.monotonic() - started
 
 
-def _read_left(path: Path) -> torch.Tensor | None:
-    """The tokens of a job that was left; None where there are none, or their file is broken (then it begins again)."""
+def _read_resume_state(path: Path) -> torch.Tensor | None:
+    """Read the tokens of an interrupted job; None where there are none, or their file is broken (the job then starts over)."""
     if not path.is_file():
         return None
     try:

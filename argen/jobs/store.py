@@ -1,6 +1,6 @@
-"""What the studio keeps: jobs and finished pictures, in SQLite, beside the PNG files in one folder.
+"""Storage of jobs and finished images: SQLite, beside the PNG files in one folder.
 
-Pictures and jobs are named by ids that the store gives; a path never comes from outside.
+The store generates the ids of images and jobs; a path never comes from a client.
 """
 
 import json
@@ -26,8 +26,8 @@ from argen.request import Grid, Request, check_grid
 from tokenizers_img.pixels import opaque
 
 THUMBNAIL = 256  # side in pixels, at most
-MISSING = (160, 160, 160)  # colour that stands for an image whose file is not there any more
-EXPORTED_FOR = 86400.0  # seconds
+MISSING = (160, 160, 160)  # colour of the thumbnail of an image whose file is missing
+EXPORT_SECONDS = 86400.0  # seconds
 WAITING, RUNNING, DONE, CANCELLED, FAILED = "waiting", "running", "done", "cancelled", "failed"
 OVER = {DONE, CANCELLED, FAILED}
 Value = TypeVar("Value")
@@ -49,18 +49,18 @@ create table if not exists grids (owner text primary key, axes text not null, jo
 
 
 @dataclass(frozen=True)
-class Saved:
-    """A finished picture.
+class SavedImage:
+    """A finished image.
 
     Attributes:
-        id: of the picture, which names its files, too.
+        id: of the image; its files have this name.
         job: id of the job that made it.
-        request: makes it again, alone.
-        tokens: rows of its grid; None where it has none.
-        origins: how each cell came by its token (`samplers.steps.Origin`); None where all were drawn.
+        request: reproduces this image alone.
+        tokens: rows of its token grid; None for latents.
+        origins: of the tokens (`samplers.steps.Origin`); None where all were sampled by the generator.
         score: cosine to the prompt, where candidates were ranked.
         created: seconds since 1970.
-        fault: why `request` is not the one that was saved, but the prompt and the model alone; "" where it is.
+        fault: why the saved request cannot be read, so that `request` has its prompt and model alone; "" if it can.
     """
 
     id: str
@@ -77,32 +77,32 @@ class Saved:
 
 class Store:
     """Args:
-        folder: of the pictures; made if it is missing.
-        metadata: whether a picture's settings go into its file, too.
+        folder: of the images; created if missing.
+        metadata: whether settings are written into the image files, too.
 
     Attributes:
-        own: folder inside it of the database, the thumbnails, and the tokens of jobs that were left; for its owner's eyes alone, and
-            held by one program at a time.
-        exports: folder of what the page takes and gives: uploads, files made for one download. It is emptied at start.
+        private_folder: folder inside it with the database, the thumbnails and the tokens of interrupted jobs; readable by its owner
+            alone, and locked by one program at a time.
+        exports: folder of uploads, and of files made for one download; emptied at start.
 
     Raises:
         ValueError: the folder cannot be written, another program uses it, or its database is broken.
     """
 
     def __init__(self, folder: Path, metadata: bool = True):
-        self.folder, self.own, self.metadata = folder, folder / ".studio", metadata
-        self.exports, self.lock = self.own / "page", threading.RLock()
+        self.folder, self.private_folder, self.metadata = folder, folder / ".studio", metadata
+        self.exports, self.lock = self.private_folder / "page", threading.RLock()
         try:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            self.own.mkdir(mode=0o700, exist_ok=True)
-            self.own.chmod(0o700)
-            self.held = filelock.FileLock(self.own / "lock", timeout=0)
-            self.held.acquire()  # nothing of a folder in use is touched
+            self.private_folder.mkdir(mode=0o700, exist_ok=True)
+            self.private_folder.chmod(0o700)
+            self.folder_lock = filelock.FileLock(self.private_folder / "lock", timeout=0)
+            self.folder_lock.acquire()  # before anything in the folder is changed
             shutil.rmtree(self.exports, ignore_errors=True)
-            for place in (self.own / "thumbnails", self.own / "jobs", self.exports):
-                place.mkdir(exist_ok=True)
-            for place in (folder, self.own / "thumbnails", self.own / "jobs"):
-                delete_unfinished(place)
+            for directory in (self.private_folder / "thumbnails", self.private_folder / "jobs", self.exports):
+                directory.mkdir(exist_ok=True)
+            for directory in (folder, self.private_folder / "thumbnails", self.private_folder / "jobs"):
+                delete_unfinished(directory)
         except filelock.Timeout as error:
             raise ValueError(f"{folder} is in use by another argen: stop it, or choose another --data-dir") from error
         except OSError as error:
@@ -110,15 +110,15 @@ class Store:
                 f"images cannot be kept in {folder} ({error.strerror or error}): choose a --data-dir that can be written"
             ) from error
         try:
-            self.database = self._opened()
+            self.database = self._open_database()
         except (sqlite3.Error, OSError) as error:
-            self.held.release()
+            self.folder_lock.release()
             raise ValueError(
-                f"{self.own / 'studio.db'} cannot be used as a database ({error}): move it away, or choose another --data-dir"
+                f"{self.private_folder / 'studio.db'} cannot be used as a database ({error}): move it away, or choose another --data-dir"
             ) from error
 
-    def _opened(self) -> sqlite3.Connection:
-        path = self.own / "studio.db"
+    def _open_database(self) -> sqlite3.Connection:
+        path = self.private_folder / "studio.db"
         path.touch(mode=0o600)
         path.chmod(0o600)
         database = sqlite3.connect(path, check_same_thread=False, isolation_level=None)
@@ -131,25 +131,25 @@ class Store:
             "pictures",
             "presets",
             "grids",
-        ):  # whether they are ours, and whole as far as a look tells
+        ):  # fails if a table is missing or broken
             database.execute(f"select * from {table} limit 1").fetchall()
         return database
 
     def close(self) -> None:
         with self.lock:
             self.database.close()
-            self.held.release()
+            self.folder_lock.release()
 
-    def ask(self, text: str, values: Sequence = ()) -> list[sqlite3.Row]:
-        """Carry out one statement -> its rows."""
-        with self.lock, closing(self.database.execute(text, values)) as found:
-            return found.fetchall()
+    def execute(self, statement: str, parameters: Sequence = ()) -> list[sqlite3.Row]:
+        """Execute one statement -> its rows."""
+        with self.lock, closing(self.database.execute(statement, parameters)) as cursor:
+            return cursor.fetchall()
 
     # jobs
 
     @contextmanager
-    def written(self) -> Iterator[None]:
-        """All that is written meanwhile, or nothing of it."""
+    def transaction(self) -> Iterator[None]:
+        """Context of a transaction: all statements inside it take effect, or none."""
         with self.lock:
             self.database.execute("begin immediate")
             try:
@@ -161,92 +161,93 @@ class Store:
             self.database.execute("commit")
 
     def add_jobs(self, jobs: Sequence[tuple[str, Request]], owner: str) -> None:
-        """Put (id, request) at the end of the queue: all of them, or none."""
-        told = [(id, json.dumps(request.to_dict())) for id, request in jobs]
-        with self.written():
-            (last,) = self.ask("select coalesce(max(place), 0) from jobs")[0]
-            rows = [(id, owner, text, WAITING, last + 1 + i, time.time()) for i, (id, text) in enumerate(told)]
+        """Append (id, request) pairs to the queue: all of them, or none."""
+        requests = [(id, json.dumps(request.to_dict())) for id, request in jobs]
+        with self.transaction():
+            (last,) = self.execute("select coalesce(max(place), 0) from jobs")[0]
+            rows = [(id, owner, text, WAITING, last + 1 + i, time.time()) for i, (id, text) in enumerate(requests)]
             insert = "insert into jobs (id, owner, request, state, place, created) values (?, ?, ?, ?, ?, ?)"
             self.database.executemany(insert, rows)
 
     def job(self, id: str) -> sqlite3.Row | None:
-        found = self.ask("select * from jobs where id = ?", (id,))
-        return found[0] if found else None
+        rows = self.execute("select * from jobs where id = ?", (id,))
+        return rows[0] if rows else None
 
     def jobs(self, *states: str, owner: str | None = None, limit: int = 200) -> list[sqlite3.Row]:
-        """Those in one of the states: what waits in its order, what is over with the latest first."""
-        marks = ", ".join("?" * len(states))
-        own, values = ("and owner = ?", [*states, owner]) if owner else ("", list(states))
-        over = states and set(states) <= OVER
-        order = "finished desc" if over else "state = 'running' desc, place"
-        return self.ask(f"select * from jobs where state in ({marks}) {own} order by {order} limit ?", [*values, limit])
+        """Return the jobs in one of the states: waiting ones in queue order, finished ones with the latest first."""
+        placeholders = ", ".join("?" * len(states))
+        by_owner, values = ("and owner = ?", [*states, owner]) if owner else ("", list(states))
+        finished = states and set(states) <= OVER
+        order = "finished desc" if finished else "state = 'running' desc, place"
+        return self.execute(
+            f"select * from jobs where state in ({placeholders}) {by_owner} order by {order} limit ?", [*values, limit]
+        )
 
     def count(self, state: str, owner: str | None = None) -> int:
-        own, values = ("and owner = ?", (state, owner)) if owner else ("", (state,))
-        return self.ask(f"select count(*) from jobs where state = ? {own}", values)[0][0]
+        by_owner, values = ("and owner = ?", (state, owner)) if owner else ("", (state,))
+        return self.execute(f"select count(*) from jobs where state = ? {by_owner}", values)[0][0]
 
     def update_job(self, id: str, **values) -> None:
         sets = ", ".join(f"{name} = ?" for name in values)
-        self.ask(f"update jobs set {sets} where id = ?", (*values.values(), id))
+        self.execute(f"update jobs set {sets} where id = ?", (*values.values(), id))
 
     def move(self, id: str, places: int) -> None:
-        """Move a waiting job by so many places, forward if negative."""
+        """Move a waiting job by `places` in the queue, forward if negative."""
         with self.lock:
-            rows = self.ask("select id, place from jobs where state = 'waiting' order by place")
-            line = [row["id"] for row in rows]
-            if id not in line:
+            rows = self.execute("select id, place from jobs where state = 'waiting' order by place")
+            ids = [row["id"] for row in rows]
+            if id not in ids:
                 return
-            at = line.index(id)
-            line.insert(max(0, min(len(line) - 1, at + places)), line.pop(at))
-            for spot, one in zip((row["place"] for row in rows), line, strict=True):
-                self.update_job(one, place=spot)
+            index = ids.index(id)
+            ids.insert(max(0, min(len(ids) - 1, index + places)), ids.pop(index))
+            for place, waiting_id in zip((row["place"] for row in rows), ids, strict=True):
+                self.update_job(waiting_id, place=place)
 
-    def places(self) -> dict[str, int]:
-        """Of every waiting job its place in the line, from 1."""
-        rows = self.ask("select id from jobs where state = 'waiting' order by place")
+    def queue_positions(self) -> dict[str, int]:
+        """Return the position in the queue of every waiting job, from 1."""
+        rows = self.execute("select id from jobs where state = 'waiting' order by place")
         return {row["id"]: place for place, row in enumerate(rows, 1)}
 
-    def left(self, id: str) -> Path:
-        """The file of the tokens of a job that was left before its end."""
-        return self.own / "jobs" / f"{id}.npz"
+    def resume_file(self, id: str) -> Path:
+        """Return the file of the tokens of an interrupted job."""
+        return self.private_folder / "jobs" / f"{id}.npz"
 
-    def latest(self, owner: str) -> str | None:
-        """The id of the job that an owner asked for last."""
-        found = self.ask("select id from jobs where owner = ? order by created desc limit 1", (owner,))
-        return found[0]["id"] if found else None
+    def latest_job(self, owner: str) -> str | None:
+        """Return the id of the latest job of an owner."""
+        rows = self.execute("select id from jobs where owner = ? order by created desc limit 1", (owner,))
+        return rows[0]["id"] if rows else None
 
-    # pictures
+    # images
 
     def add_images(
         self,
         job: str,
-        asked: float,
+        created: float,
         owner: str,
         images: Sequence[tuple[Image.Image, Request]],
         grids: Sequence[Grid | None],
         origins: Sequence[Grid | None],
         scores: Sequence[float | None],
     ) -> list[str]:
-        """Write the pictures of a job, all of them or none -> their ids. A job that was killed after it, and so runs again, writes the
-        same ones.
+        """Save the images of a job, all of them or none -> their ids. A job that runs again after a kill writes the same ones.
 
         Args:
-            asked: when the job was, in seconds since 1970.
-            grids, origins, scores: of each picture, see `Saved`.
+            created: when the job was, in seconds since 1970.
+            grids, origins, scores: of each image, see `SavedImage`.
         """
         now = time.time()
-        stamp = time.strftime("%Y%m%d-%H%M%S", time.localtime(asked))
+        stamp = time.strftime("%Y%m%d-%H%M%S", time.localtime(created))
         ids = [f"{stamp}-{job}-{number}" for number in range(1, len(images) + 1)]
-        told = [(image, request if self.metadata else None) for image, request in images]
+        files_to_write = [(image, request if self.metadata else None) for image, request in images]
         rows = []
         for number, (id, (_, request)) in enumerate(zip(ids, images, strict=True)):
-            written = [json.dumps(each[number]) if each[number] else None for each in (grids, origins)]
-            own = id, job, owner, number, json.dumps(request.to_dict()), request.prompt, request.model
-            rows.append((*own, *written, scores[number], now, 0))
+            grid_columns = [json.dumps(grid[number]) if grid[number] else None for grid in (grids, origins)]
+            columns = id, job, owner, number, json.dumps(request.to_dict()), request.prompt, request.model
+            rows.append((*columns, *grid_columns, scores[number], now, 0))
         files = [self.file(id) for id in ids]
         try:
-            save_images(told, files, grids if self.metadata else None)
-            with self.written():
+            save_images(files_to_write, files, grids if self.metadata else None)
+            with self.transaction():
                 self.database.executemany(f"insert or replace into pictures values ({', '.join('?' * 12)})", rows)
         except BaseException:
             for file in files:
@@ -263,55 +264,54 @@ class Store:
         owner: str | None = None,
         limit: int = 60,
         offset: int = 0,
-    ) -> list[Saved]:
-        """The latest first, of a job in its order; those whose prompt has all words of `search`, in any order."""
-        where, values = ["1"], []
+    ) -> list[SavedImage]:
+        """Return images, the latest first, of one job in its order; `search`: words that the prompt must have, in any order."""
+        conditions, values = ["1"], []
         for word in search.split():
-            where.append("prompt like ? escape '\\'")
+            conditions.append("prompt like ? escape '\\'")
             values.append("%" + word.replace("\\", "\\\\").replace("%", "\\%").replace("_", "\\_") + "%")
         for name, value in (("model", model), ("job", job), ("owner", owner)):
             if value:
-                where.append(f"{name} = ?")
+                conditions.append(f"{name} = ?")
                 values.append(value)
         if favourites:
-            where.append("favourite = 1")
+            conditions.append("favourite = 1")
         order = "number" if job else "created desc, number"
-        rows = self.ask(
-            f"select * from pictures where {' and '.join(where)} order by {order} limit ? offset ?",
+        rows = self.execute(
+            f"select * from pictures where {' and '.join(conditions)} order by {order} limit ? offset ?",
             [*values, limit, offset],
         )
-        return [_saved(row) for row in rows]
+        return [_to_saved_image(row) for row in rows]
 
-    def image(self, id: str) -> Saved:
+    def image(self, id: str) -> SavedImage:
         """Raises:
         KeyError: there is none.
         """
-        found = self.ask("select * from pictures where id = ?", (id,))
-        if not found:
-            raise KeyError(f"there is no picture {id!r}")
-        return _saved(found[0])
+        rows = self.execute("select * from pictures where id = ?", (id,))
+        if not rows:
+            raise KeyError(f"there is no image {id!r}")
+        return _to_saved_image(rows[0])
 
     def file(self, id: str) -> Path:
         return self.folder / f"{id}.png"
 
-    def opened(self, id: str) -> Image.Image:
-        """The image itself.
+    def read_image(self, id: str) -> Image.Image:
+        """Read the file of an image.
 
         Raises:
-            FileNotFoundError, ValueError: its file was deleted, or moved away; it is damaged.
+            FileNotFoundError, ValueError: its file is missing; it is damaged.
         """
         if not self.file(id).is_file():
             raise FileNotFoundError(f"the file of the image {id} is not there any more")
         return decode_image(self.file(id).read_bytes(), f"the image {id}")
 
     def thumbnail(self, id: str) -> Image.Image:
-        """The image at most `THUMBNAIL` pixels wide and high, grey where its file is not there any more; made when it is first
-        looked at."""
-        path = self.own / "thumbnails" / f"{id}.webp"
+        """Return the image at most `THUMBNAIL` pixels wide and high, grey if its file is missing; cached on first use."""
+        path = self.private_folder / "thumbnails" / f"{id}.webp"
         with suppress(OSError, ValueError):
             return open_image(path)
         try:
-            small = opaque(self.opened(id))
+            small = opaque(self.read_image(id))
         except (OSError, ValueError):
             return Image.new("RGB", (THUMBNAIL, THUMBNAIL), MISSING)
         small.thumbnail((THUMBNAIL, THUMBNAIL))
@@ -320,27 +320,27 @@ class Store:
         return small
 
     def set_favourite(self, id: str, favourite: bool) -> None:
-        self.ask("update pictures set favourite = ? where id = ?", (int(favourite), self.image(id).id))
+        self.execute("update pictures set favourite = ? where id = ?", (int(favourite), self.image(id).id))
 
     def delete(self, id: str) -> None:
-        """Delete a picture and its files."""
+        """Delete an image and its files."""
         self.image(id)
-        self.ask("delete from pictures where id = ?", (id,))
-        for path in (self.file(id), self.own / "thumbnails" / f"{id}.webp"):
+        self.execute("delete from pictures where id = ?", (id,))
+        for path in (self.file(id), self.private_folder / "thumbnails" / f"{id}.webp"):
             path.unlink(missing_ok=True)
 
     def export(self, name: str) -> Path:
-        """Where a file with this name can be written for one download; those of over `EXPORTED_FOR` seconds ago are deleted."""
+        """Return a path at which a file with this name can be written for one download; files older than `EXPORT_SECONDS` are deleted."""
         for old in self.exports.iterdir():
             with suppress(OSError):
-                if time.time() - old.stat().st_mtime > EXPORTED_FOR:
+                if time.time() - old.stat().st_mtime > EXPORT_SECONDS:
                     shutil.rmtree(old)
         folder = self.exports / secrets.token_hex(8)
         folder.mkdir(mode=0o700)
         return folder / name
 
-    def shown(self, id: str) -> Path:
-        """A file of an image that the page may serve for as long as `export` keeps it: no other client can name its folder."""
+    def link_for_download(self, id: str) -> Path:
+        """Link or copy an image into the exports, where the page may serve it; other clients cannot guess the name of its folder."""
         path = self.export(f"{id}.png")
         try:
             path.hardlink_to(self.file(id))
@@ -348,9 +348,9 @@ class Store:
             shutil.copyfile(self.file(id), path)
         return path
 
-    def zipped(self, ids: Iterable[str]) -> Path:
-        """Write a ZIP file of images with their settings as JSON lines, for one download; those whose file is not there any more are
-        named in missing.txt.
+    def zip_images(self, ids: Iterable[str]) -> Path:
+        """Write a ZIP file of images with their settings as JSON lines, for one download; those whose file is missing are named in
+        missing.txt.
 
         Raises:
             FileNotFoundError: no file is there.
@@ -374,28 +374,28 @@ class Store:
     # presets
 
     def presets(self, owner: str) -> dict[str, dict]:
-        rows = self.ask("select name, settings from presets where owner = ? order by name", (owner,))
+        rows = self.execute("select name, settings from presets where owner = ? order by name", (owner,))
         return {row["name"]: read_row(json.loads, row["settings"])[0] or {} for row in rows}
 
     def save_preset(self, owner: str, name: str, settings: dict) -> None:
-        self.ask("insert or replace into presets values (?, ?, ?)", (owner, name, json.dumps(settings)))
+        self.execute("insert or replace into presets values (?, ?, ?)", (owner, name, json.dumps(settings)))
 
     # grids
 
     def keep_grid(self, owner: str, axes: Sequence[tuple[str, Sequence]], jobs: Sequence[str]) -> None:
-        """Remember which grid an owner asked for last: its axes (setting, values), and the ids of its jobs in their order."""
-        self.ask("insert or replace into grids values (?, ?, ?)", (owner, json.dumps(axes), json.dumps(jobs)))
+        """Save the latest grid of an owner: its axes (setting, values), and the ids of its jobs in their order."""
+        self.execute("insert or replace into grids values (?, ?, ?)", (owner, json.dumps(axes), json.dumps(jobs)))
 
     def last_grid(self, owner: str) -> tuple[list[tuple[str, list]], list[str]] | None:
-        """(axes, ids of jobs), as `keep_grid` was given them."""
-        found = self.ask("select axes, jobs from grids where owner = ?", (owner,))
-        read = [read_row(json.loads, found[0][name])[0] for name in ("axes", "jobs")] if found else [None]
-        return None if None in read else (read[0], read[1])
+        """Return (axes, ids of jobs) of the latest grid, see `keep_grid`."""
+        rows = self.execute("select axes, jobs from grids where owner = ?", (owner,))
+        values = [read_row(json.loads, rows[0][name])[0] for name in ("axes", "jobs")] if rows else [None]
+        return None if None in values else (values[0], values[1])
 
 
 def read_row(read: Callable[[str], Value], text: str) -> tuple[Value | None, str]:
-    """(what `read` makes of a text of the database, "") or, where it cannot be read, (None, why). Another version of argen may have
-    written it, or anybody."""
+    """Parse a text of the database with `read` -> (value, "") or, where that fails, (None, reason). Another version of argen, or
+    anybody, may have written it."""
     try:
         return read(text), ""
     except Exception as error:
@@ -403,14 +403,14 @@ def read_row(read: Callable[[str], Value], text: str) -> tuple[Value | None, str
 
 
 def request_of(text: str) -> Request:
-    """The request in a row. Raises whatever reading it does, see `read_row`."""
+    """Parse the request of a row. Raises any exception of parsing, see `read_row`."""
     return Request.from_dict(json.loads(text))
 
 
 def unreadable(prompt: object = "", model: object = "") -> Request:
-    """What stands for a request that cannot be read: its prompt and its model, as far as they are known."""
-    known = read_row(lambda _: Request(prompt, model or Request.model), "")[0]
-    return known or Request("(settings that cannot be read)")
+    """Return a placeholder of a request that cannot be read, with its prompt and model as far as they are known."""
+    request = read_row(lambda _: Request(prompt, model or Request.model), "")[0]
+    return request or Request("(settings that cannot be read)")
 
 
 def _grid(text: str) -> Grid:
@@ -419,9 +419,9 @@ def _grid(text: str) -> Grid:
     return rows
 
 
-def _saved(row: sqlite3.Row) -> Saved:
+def _to_saved_image(row: sqlite3.Row) -> SavedImage:
     grids = {name: read_row(_grid, row[name])[0] if row[name] else None for name in ("tokens", "origins")}
     request, fault = read_row(request_of, row["request"])
-    own = {name: row[name] for name in ("id", "job", "owner", "score", "created")}
-    known = request or unreadable(row["prompt"], row["model"])
-    return Saved(**own, **grids, request=known, favourite=bool(row["favourite"]), fault=fault)
+    columns = {name: row[name] for name in ("id", "job", "owner", "score", "created")}
+    shown_request = request or unreadable(row["prompt"], row["model"])
+    return SavedImage(**columns, **grids, request=shown_request, favourite=bool(row["favourite"]), fault=fault)

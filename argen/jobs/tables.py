@@ -1,4 +1,4 @@
-"""Many requests at once: a table of them (CSV or JSON lines), and the X/Y/Z grid of one under several settings."""
+"""Batches of requests: tables (CSV or JSON lines), and X/Y/Z grids of one prompt under several settings."""
 
 import csv
 import io
@@ -21,33 +21,42 @@ from argen.words import cut, read_lines, read_text
 from samplers.settings import MOST_DIGITS, settings_of
 from tokenizers_img.pixels import opaque
 
-PARTS = "control", "tokens", "sampler_args"  # settings that are no single values
+PARTS = "control", "tokens", "sampler_args"  # settings that are not single values
 SETTINGS = tuple(name for name in settings_of(Request) if name not in PARTS)
 TABLES = (".csv", ".tsv", ".jsonl")
-NOT_GIVEN = {"nan", "-nan", "n/a", "#n/a", "na", "<na>", "none", "null"}  # as pandas and spreadsheets write empty cells
-OTHERS = ("file",)  # columns of the tables that are written here, which say nothing of how to draw
-MOST_ROWS, MOST_BYTES, MOST_CELLS = 1000, 1_000_000, 100
-BETWEEN = {"prompt": "|", "sampler": "|"}  # values of an axis; the others have commas
+EMPTY_CELLS = {
+    "nan",
+    "-nan",
+    "n/a",
+    "#n/a",
+    "na",
+    "<na>",
+    "none",
+    "null",
+}  # as pandas and spreadsheets write empty cells
+IGNORED_COLUMNS = ("file",)  # columns that argen writes, which are no settings
+MAX_ROWS, MAX_BYTES, MAX_CELLS = 1000, 1_000_000, 100
+SEPARATORS = {"prompt": "|", "sampler": "|"}  # of the values of an axis; the default is a comma
 LABEL, GAP = 22, 4  # pixels
 
 
 @dataclass(frozen=True)
 class Axis:
-    """A setting, and the values that it goes through."""
+    """A setting and its values along one axis of a grid."""
 
     name: str
     values: tuple
 
     @classmethod
     def parse(cls, text: str) -> "Axis":
-        """From "guidance_scale=1,3,5"; prompts stand between bars: "prompt=a cat|a dog".
+        """Parse e.g. "guidance_scale=1,3,5"; prompts are separated by bars: "prompt=a cat|a dog".
 
         Raises:
-            ValueError: no such setting, no value, or one that is none of it.
+            ValueError: an unknown setting, no values, or an invalid one.
         """
         name, _, values = text.partition("=")
         name = name.strip()
-        parts = [part.strip() for part in values.split(BETWEEN.get(name, ","))]
+        parts = [part.strip() for part in values.split(SEPARATORS.get(name, ","))]
         if not values.strip() or not all(parts):
             raise ValueError(
                 f"the axis {text!r} has no values: expected SETTING=VALUE,VALUE, e.g. guidance_scale=1,3,5"
@@ -57,9 +66,9 @@ class Axis:
 
 
 def axis_names() -> list[str]:
-    """What may be an axis: settings of a request, and those of the samplers, e.g. "lantern.k"."""
-    own = [name for name in SETTINGS if name != "num_images"]
-    return own + [
+    """Return the names of possible axes: settings of a request, and of the samplers, e.g. "lantern.k"."""
+    names = [name for name in SETTINGS if name != "num_images"]
+    return names + [
         f"{sampler}.{name}"
         for sampler in samplers
         for name, setting in settings_of(samplers[sampler]).items()
@@ -67,38 +76,38 @@ def axis_names() -> list[str]:
     ]
 
 
-def read_table(path: Path, **given) -> list[Request]:
-    """The requests of a file, one a row.
+def read_table(path: Path, **defaults) -> list[Request]:
+    """Read the requests of a file, one per row.
 
     Args:
-        path: ``.csv`` or ``.tsv`` with the names of settings in its first line, or ``.jsonl`` with an object a line; what a row
-            leaves out, or leaves empty, is `given`, or the model's own.
+        path: ``.csv`` or ``.tsv`` with the names of settings in its first line, or ``.jsonl`` with an object per line.
+        defaults: for settings that a row leaves out or empty.
 
     Raises:
-        ValueError: another kind of file, too much in it, or a row that cannot be asked for: says which.
+        ValueError: an unsupported or too large file, or an invalid row: says which.
     """
     if path.suffix.lower() not in TABLES:
         raise ValueError(f"{path.name} is no table: expected a file that ends in {', '.join(TABLES)}")
-    if path.stat().st_size > MOST_BYTES:
-        raise ValueError(f"{path.name} has {path.stat().st_size:,} bytes: expected at most {MOST_BYTES:,}")
+    if path.stat().st_size > MAX_BYTES:
+        raise ValueError(f"{path.name} has {path.stat().st_size:,} bytes: expected at most {MAX_BYTES:,}")
     data = path.read_bytes()
     lines = path.suffix.lower() == ".jsonl"
     rows = _json_rows(data, path.name) if lines else _csv_rows(read_text(data, path.name), path.name)
     requests = []
     for number, row in rows:
         try:
-            requests.append(Request.from_dict(given | _checked(row())))
+            requests.append(Request.from_dict(defaults | _from_object(row())))
         except (ValueError, TypeError, KeyError, AttributeError, ArithmeticError, RecursionError) as error:
             raise ValueError(f"line {number} of {path.name}: {' '.join(str(error).split())}") from error
-        if len(requests) > MOST_ROWS:
-            raise ValueError(f"{path.name} has more than {MOST_ROWS:,} rows: split it")
+        if len(requests) > MAX_ROWS:
+            raise ValueError(f"{path.name} has more than {MAX_ROWS:,} rows: split it")
     if not requests:
         raise ValueError(f"{path.name} has no rows: expected one a request")
     return requests
 
 
 def _json_rows(data: bytes, name: str) -> Iterator[tuple[int, Callable[[], object]]]:
-    """(number of a line that is not empty, what reads it)."""
+    """Yield (line number, function that parses it) of every line that is not empty."""
     for number, line in read_lines(data, name):
         yield number, partial(json.loads, line, parse_int=_integer, parse_constant=_constant)
 
@@ -110,28 +119,35 @@ def _integer(digits: str) -> int:
 
 
 def _constant(name: str) -> float | None:
-    """NaN, as pandas has what is missing, is nothing."""
+    """Parse NaN, pandas' missing value, as None."""
     return None if name == "NaN" else float(name)
 
 
 def _csv_rows(text: str, file: str) -> Iterator[tuple[int, Callable[[], dict]]]:
-    """(number of the line, what reads its values) of every row that is not empty."""
-    first, _, rest = text.partition("\n")
+    """Yield (line number, function that parses it) of every row that is not empty."""
+    first, _, body = text.partition("\n")
     if re.fullmatch(r"sep=.\s*", first):  # for Excel
-        text = rest
-    head = text.lstrip("\r\n").splitlines()[:1]
+        text = body
+    first_lines = text.lstrip("\r\n").splitlines()[:1]
     number = 1
     try:
-        mark = next((mark for mark in ",;\t" if "prompt" in _names(next(csv.reader(head, delimiter=mark), []))), None)
-        if mark is None:
+        delimiter = next(
+            (
+                delimiter
+                for delimiter in ",;\t"
+                if "prompt" in _names(next(csv.reader(first_lines, delimiter=delimiter), []))
+            ),
+            None,
+        )
+        if delimiter is None:
             raise ValueError(
                 f"{file}: the first line of the table names no column prompt: expected names of settings there"
             )
-        table = csv.reader(io.StringIO(text, newline=""), delimiter=mark, skipinitialspace=True, strict=True)
+        table = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, skipinitialspace=True, strict=True)
         names: list[str] = []
         for row in table:
             if names and any(map(str.strip, row)):
-                yield table.line_num, partial(_typed, names, row)
+                yield table.line_num, partial(_from_row, names, row)
             elif any(map(str.strip, row)):
                 names = _names(row)
             number = table.line_num + 1
@@ -141,44 +157,46 @@ def _csv_rows(text: str, file: str) -> Iterator[tuple[int, Callable[[], dict]]]:
 
 
 def _names(row: list[str]) -> list[str]:
-    """Those of the columns; none of the numbers of rows that pandas writes."""
+    """Normalise the names of the columns; the column of row numbers that pandas writes gets none."""
     names = [name.strip().lower() for name in row]
     return ["" if re.fullmatch(r"unnamed: \d+(_level_\d+)?", name) else name for name in names]
 
 
-def _typed(names: list[str], row: list[str]) -> dict:
-    """The settings of a row; empty cells and columns without a name (the numbers that pandas writes) say nothing."""
+def _from_row(names: list[str], row: list[str]) -> dict:
+    """Parse the settings of a row; empty cells and columns without a name are skipped."""
     if any(map(str.strip, row[len(names) :])):
         raise ValueError("it has more values than the first line has names")
-    if twice := [name for name in names if name and names.count(name) > 1]:
-        raise ValueError(f"the first line names the column {cut(twice[0])} twice: expected each once")
+    if duplicates := [name for name in names if name and names.count(name) > 1]:
+        raise ValueError(f"the first line names the column {cut(duplicates[0])} twice: expected each once")
     pairs = zip(names, row, strict=False)
-    cells = {name: cell for name, cell in pairs if name and cell.strip() and cell.strip().lower() not in NOT_GIVEN}
-    return {name: cell if name in OTHERS else setting_of(name).parse(cell) for name, cell in cells.items()}
+    cells = {name: cell for name, cell in pairs if name and cell.strip() and cell.strip().lower() not in EMPTY_CELLS}
+    return {name: cell if name in IGNORED_COLUMNS else setting_of(name).parse(cell) for name, cell in cells.items()}
 
 
-def _checked(row: object) -> dict:
+def _from_object(row: object) -> dict:
     if not isinstance(row, dict):
         raise ValueError("expected an object with names of settings")
-    row = {name: value for name, value in row.items() if value is not None and name not in OTHERS}
+    row = {name: value for name, value in row.items() if value is not None and name not in IGNORED_COLUMNS}
     if arguments := [name for name in row if name == "sampler_args" and not isinstance(row[name], dict)]:
         raise ValueError(
             f"{arguments[0]} is {cut(row['sampler_args'])}: expected an object with settings of the sampler"
         )
-    plain = {name: value if name == "sampler_args" else setting_of(name).lenient(value) for name, value in row.items()}
-    dotted = {name: plain.pop(name) for name in list(plain) if "." in name}
+    settings = {
+        name: value if name == "sampler_args" else setting_of(name).lenient(value) for name, value in row.items()
+    }
+    dotted = {name: settings.pop(name) for name in list(settings) if "." in name}
     for name, value in dotted.items():
         sampler, _, argument = name.partition(".")
-        plain = {"sampler": sampler} | plain
-        plain["sampler_args"] = plain.get("sampler_args", {}) | {argument: value}
-    return plain
+        settings = {"sampler": sampler} | settings
+        settings["sampler_args"] = settings.get("sampler_args", {}) | {argument: value}
+    return settings
 
 
 def check_requests(requests: Sequence[Request], models: Callable[[str], TokenPipeline], what: str = "row") -> None:
-    """Whether the models can carry out requests, before the first is drawn.
+    """Check that the models can run all requests, before the first one runs.
 
     Raises:
-        ValueError: no such model, or a setting that is not for it; says of which.
+        ValueError: an unknown model, or a setting that does not fit it; says which request.
     """
     for check in (
         lambda request: check_model(request.model, "generator"),
@@ -194,10 +212,10 @@ def check_requests(requests: Sequence[Request], models: Callable[[str], TokenPip
 def draw_table(
     requests: Sequence[Request], folder: Path, models: Callable[[str], TokenPipeline]
 ) -> Iterator[list[tuple[Path, Request]]]:
-    """Draw what is not there yet; of each request, in turn, its files and what makes the picture in each again.
+    """Generate the images that are missing; yields for each request its files, with the request that reproduces each.
 
     Raises:
-        ValueError: a file of the folder was made by another table; says which.
+        ValueError: a file of the folder was made from another table; says which.
     """
     folder.mkdir(parents=True, exist_ok=True)
     for row, request in enumerate(requests, 1):
@@ -205,75 +223,75 @@ def draw_table(
         if not all(file.exists() for file in files):
             *_, job = models(request.model).run(request)
             save_images(list(zip(job.images, job.requests, strict=True)), files)
-            made = job.requests
+            requests_of_files = job.requests
         else:
-            made = [read_request(file) for file in files]
-        if request.num_candidates is None and not _made_by(made[0], request):
+            requests_of_files = [read_request(file) for file in files]
+        if request.num_candidates is None and not _matches_request(requests_of_files[0], request):
             raise ValueError(f"{files[0]} was made with other settings than row {row} has: choose another --out")
-        yield list(zip(files, made, strict=True))
+        yield list(zip(files, requests_of_files, strict=True))
 
 
-def _made_by(made: Request, request: Request) -> bool:
-    """Whether a picture is the first of a request; its sampler may have been chosen by the model."""
-    own = request.for_image(0).given()
-    return all(made.given().get(name) == value for name, value in own.items() if name != "sampler")
+def _matches_request(saved: Request, request: Request) -> bool:
+    """Whether the first image of a request has these settings; its sampler may have been chosen by the model."""
+    settings = request.for_image(0).explicit_settings()
+    return all(saved.explicit_settings().get(name) == value for name, value in settings.items() if name != "sampler")
 
 
-def varied(base: Request, axes: Sequence[Axis]) -> list[Request]:
-    """One picture for every combination of the axes' values; the first axis changes fastest.
+def expand_axes(base: Request, axes: Sequence[Axis]) -> list[Request]:
+    """Return a request for one image for every combination of the axes' values; the first axis changes fastest.
 
     Raises:
-        ValueError: no axis, two of the same setting, or too many pictures.
+        ValueError: no axis, two of the same setting, or too many images.
     """
     names = [axis.name for axis in axes]
     if not axes or len(set(names)) < len(names):
         raise ValueError(f"the axes are {', '.join(names) or 'none'}: expected one to three different settings")
     if "num_images" in names:
-        raise ValueError("num_images cannot be an axis: every combination has one picture")
-    together = list(product(*(axis.values for axis in reversed(axes))))
-    if len(together) > MOST_CELLS:
-        raise ValueError(f"the grid has {len(together):,} pictures: expected at most {MOST_CELLS}")
+        raise ValueError("num_images cannot be an axis: every combination has one image")
+    combinations = list(product(*(axis.values for axis in reversed(axes))))
+    if len(combinations) > MAX_CELLS:
+        raise ValueError(f"the grid has {len(combinations):,} images: expected at most {MAX_CELLS}")
     single = replace(base, num_images=1)
     return [
-        reduce(lambda made, each: made.with_setting(*each), zip(names, values[::-1], strict=True), single)
-        for values in together
+        reduce(lambda request, setting: request.with_setting(*setting), zip(names, values[::-1], strict=True), single)
+        for values in combinations
     ]
 
 
-def sheet(images: Sequence[Image.Image], axes: Sequence[Axis]) -> Image.Image:
-    """The pictures of `varied` under their labels: columns, rows, and a table below the other for each value of a third axis."""
-    across, down, deep = (*axes, *[Axis("", ("",))] * (3 - len(axes)))
+def grid_image(images: Sequence[Image.Image], axes: Sequence[Axis]) -> Image.Image:
+    """Arrange the images of `expand_axes` in a labelled grid: columns, rows, and one table per value of a third axis."""
+    x_axis, y_axis, z_axis = (*axes, *[Axis("", ("",))] * (3 - len(axes)))
     width, height = (max(image.size[side] for image in images) for side in (0, 1))
     font = ImageFont.load_default(size=13)
-    side = max([0, *(round(font.getlength(_label(down, value))) for value in down.values)]) + 2 * GAP
-    width = max(width, *(round(font.getlength(_label(across, value))) for value in across.values)) + GAP
-    table = LABEL * (1 + bool(deep.name)) + len(down.values) * (height + GAP)
-    page = Image.new("RGB", (side + len(across.values) * width, len(deep.values) * table), "white")
+    side = max([0, *(round(font.getlength(_label(y_axis, value))) for value in y_axis.values)]) + 2 * GAP
+    width = max(width, *(round(font.getlength(_label(x_axis, value))) for value in x_axis.values)) + GAP
+    table = LABEL * (1 + bool(z_axis.name)) + len(y_axis.values) * (height + GAP)
+    page = Image.new("RGB", (side + len(x_axis.values) * width, len(z_axis.values) * table), "white")
     pen = ImageDraw.Draw(page)
-    for number, last in enumerate(deep.values):
+    for number, value_z in enumerate(z_axis.values):
         top = number * table
-        if deep.name:
-            pen.text((GAP, top + GAP), _label(deep, last), fill="black", font=font)
+        if z_axis.name:
+            pen.text((GAP, top + GAP), _label(z_axis, value_z), fill="black", font=font)
             top += LABEL
-        for column, value in enumerate(across.values):
-            pen.text((side + column * width, top + GAP), _label(across, value), fill="black", font=font)
-        for row, value in enumerate(down.values):
+        for column, value in enumerate(x_axis.values):
+            pen.text((side + column * width, top + GAP), _label(x_axis, value), fill="black", font=font)
+        for row, value in enumerate(y_axis.values):
             y = top + LABEL + row * (height + GAP)
-            pen.text((GAP, y + height // 2), _label(down, value), fill="black", font=font)
-            for column in range(len(across.values)):
-                index = (number * len(down.values) + row) * len(across.values) + column
+            pen.text((GAP, y + height // 2), _label(y_axis, value), fill="black", font=font)
+            for column in range(len(x_axis.values)):
+                index = (number * len(y_axis.values) + row) * len(x_axis.values) + column
                 page.paste(opaque(images[index]), (side + column * width, y))
     return page
 
 
 def _label(axis: Axis, value) -> str:
-    said = f"{value:g}" if isinstance(value, float) else str(value)
-    return said if axis.name in ("", "prompt") else f"{axis.name} {said}"
+    text = f"{value:g}" if isinstance(value, float) else str(value)
+    return text if axis.name in ("", "prompt") else f"{axis.name} {text}"
 
 
-def listed(requests: Sequence[Request], files: Sequence[str]) -> str:
-    """A CSV of what made each file."""
-    rows = [request.given() | {"sampler": request.sampler_text} for request in requests]
+def settings_csv(requests: Sequence[Request], files: Sequence[str]) -> str:
+    """Format a CSV with the settings of each file."""
+    rows = [request.explicit_settings() | {"sampler": request.sampler_text} for request in requests]
     names = [name for name in SETTINGS if any(name in row for row in rows)]
     text = io.StringIO()
     table = csv.writer(text, lineterminator="\n")

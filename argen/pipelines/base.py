@@ -1,6 +1,6 @@
-"""The call of every generator of discrete tokens: prompts in, a grid of tokens filled step by step, pictures out.
+"""Base of the pipelines: prompts in, a grid of tokens filled step by step, images out.
 
-Letters in shape comments: B pictures, h w token grid, N = h*w cells of a picture (row-major), H W pixels.
+Letters in shape comments: B images, h w token grid, N = h*w cells of an image (row-major), H W pixels.
 """
 
 import json
@@ -35,7 +35,7 @@ from samplers.logits import Gumbel, Sampling, keys_of
 from samplers.settings import make
 from samplers.steps import GuidanceScale, Sampler, Session, Step
 
-INSTEAD = {  # of arguments that other pipelines of diffusers take
+INSTEAD = {  # of arguments that other diffusers pipelines have
     "negative_prompt": "its guidance leads away from no prompt at all, raise or lower guidance_scale",
     "height": "its images have one size, or under a control that of size=(width, height)",
     "width": "its images have one size, or under a control that of size=(width, height)",
@@ -44,12 +44,12 @@ INSTEAD = {  # of arguments that other pipelines of diffusers take
     "image": "to change an image use edit(prompt, image, mask), to follow one control_image",
     "mask_image": "to change an image use edit(prompt, image, mask)",
 }
-UNDECIDED = 230 / 255  # brightness of the cells that are not written yet
+UNDECIDED = 230 / 255  # brightness of undecided cells
 
 
 @dataclass(frozen=True)
 class Defaults:
-    """What a generator was made for; each can be set anew in a call."""
+    """Default sampling settings of a generator; each can be overridden in a call."""
 
     guidance_scale: float
     temperature: float = 1.0
@@ -61,11 +61,11 @@ class Defaults:
 @dataclass
 class TokenPipelineOutput(BaseOutput):
     """Args:
-    images: as `output_type` says.
-    tokens: [B, N] int64, the ids of each picture; -1 in cells left undecided by an interruption.
-    scores: cosine of each picture to its prompt where candidates were ranked, else None.
+    images: in the format of `output_type`.
+    tokens: [B, N] int64, the ids of each image; -1 in cells left undecided by an interruption.
+    scores: cosine of each image to its prompt where candidates were ranked, else None.
     forward_passes: of the network, for the whole batch.
-    origins: [B, N] int8, how each cell came by its token (`samplers.steps.Origin`); None where all were drawn.
+    origins: [B, N] int8, of each token (`samplers.steps.Origin`); None where all were sampled by the generator.
     """
 
     images: list[Image.Image] | np.ndarray | Tensor
@@ -76,12 +76,12 @@ class TokenPipelineOutput(BaseOutput):
 
 
 class TokenPipeline(Editing, Ranking, Running):
-    """Base of the pipelines: a subclass says how a prompt is read and how tokens become pixels.
+    """Base of the pipelines: a subclass defines how prompts are encoded and how tokens are decoded to pixels.
 
     Attributes:
-        card: what was loaded, if it has one.
-        canvas: what the pipeline fills.
-        ordered: whether any first tokens of a picture are a picture, so that it may have any number and be searched for.
+        card: of the loaded checkpoint, if it has one.
+        canvas: kind of grid that the pipeline fills.
+        ordered: whether every prefix of the tokens is an image, so that `num_tokens` can vary and beam search works.
     """
 
     card: Card | None = None
@@ -103,35 +103,35 @@ class TokenPipeline(Editing, Ranking, Running):
     def start(
         self, prompts: list[str], guided: bool, shape: tuple[int, int], controls: list[Control] | None = None
     ) -> Session:
-        """A fresh session for one picture of each prompt; `guided`: with an unguided half.
+        """Start a session for one image of each prompt; `guided`: with an unconditional half.
 
         Args:
             shape: rows and columns of the token grid, from `shape_of`.
-            controls: of each picture, prepared by `prepare`; all of one size.
+            controls: of each image, prepared by `prepare`; all of one size.
         """
 
     @abstractmethod
     def decode_tokens(self, tokens: Tensor) -> Tensor:
-        """Ids [B, h, w] -> pixels [B, 3, H, W] in [0, 1]."""
+        """Decode ids [B, h, w] to pixels [B, 3, H, W] in [0, 1]."""
 
     def blank_tokens(self, shape: tuple[int, int]) -> Tensor:
-        """Ids [h, w] that stand for undecided cells in a preview."""
+        """Return ids [h, w] that stand for undecided cells in a preview."""
         return torch.zeros(shape, dtype=torch.int64)
 
     @property
     def samplers(self) -> Sequence[str]:
-        """Names of the samplers that fit, less those that need a part that this model has not, e.g. a drafter."""
+        """Names of the samplers that fit, without those that need a part that this model lacks, e.g. a drafter."""
         parts = {name: getattr(samplers[name], "needs", "") for name in samplers_of("tokens")}
         return [name for name, part in parts.items() if not part or getattr(self, part, None) is not None]
 
     @property
     def defaults(self) -> Defaults:
-        """Of the sampling settings: the card's, else `official`."""
+        """Default sampling settings: the card's, else `official`."""
         return replace(self.official, **self.card.defaults) if self.card else self.official
 
-    def save_pretrained(self, save_directory: str | Path, **how) -> None:
-        """As diffusers', with a card, so that the folder has this model's defaults."""
-        super().save_pretrained(save_directory, **how)
+    def save_pretrained(self, save_directory: str | Path, **arguments) -> None:
+        """Save as diffusers does, with a card that has this model's defaults."""
+        super().save_pretrained(save_directory, **arguments)
         folder = Path(save_directory)
         card = self.card or Card("", "generator", f"a saved {type(self).__name__}", "")
         card = replace(card, id=folder.name, target="argen.hub.loading:load", repo=None, files=(), order=1000)
@@ -153,31 +153,31 @@ class TokenPipeline(Editing, Ranking, Running):
 
     @property
     def image_size(self) -> int:
-        """Side of the model's own pictures, in pixels."""
+        """Side of the model's own images, in pixels."""
         return self.image_tokenizer.config.image_size
 
     @torch.no_grad()
     def encode_images(self, pixels: Tensor) -> Tensor:
-        """Pixels [B, 3, S, S] in [0, 1], S the `image_size`, -> ids [B, h, w].
+        """Encode pixels [B, 3, S, S] in [0, 1], S the `image_size`, to ids [B, h, w].
 
         Raises:
-            ValueError: the published model came without a picture encoder.
+            ValueError: the published model came without an image encoder.
         """
         return self.canvas.to_grid(self.image_tokenizer.encode(pixels.to(self.device)), self.shape_of())
 
     def prepare(self, control: Control) -> Control:
-        """The control with its picture in the size of the picture asked for.
+        """Resize the image of a control to the size of the image to generate.
 
         Raises:
-            ValueError: this model takes none, or not such a one.
+            ValueError: this model takes no control, or not this one.
         """
         raise ValueError(f"{type(self).__name__} takes no control picture: choose a model like argen/emoji-control")
 
     def shape_of(self, control: Control | None = None, num_tokens: int | None = None) -> tuple[int, int]:
-        """Rows h and columns w of the token grid, under a prepared control.
+        """Return rows h and columns w of the token grid, under a prepared control.
 
         Raises:
-            ValueError: a number of tokens is asked of a model that always writes as many.
+            ValueError: `num_tokens` for a model with a fixed number of tokens.
         """
         if num_tokens is not None:
             raise ValueError(
@@ -187,10 +187,10 @@ class TokenPipeline(Editing, Ranking, Running):
         return (int(self.length**0.5),) * 2
 
     def make_sampler(self, name: str, **settings) -> Sampler:
-        """The sampler of a name, with settings as `samplers.settings.make` takes them.
+        """Create a sampler by name, with settings as `samplers.settings.make` takes them.
 
         Raises:
-            ValueError: there is no such sampler, it is not for this model, or it has no such settings.
+            ValueError: an unknown sampler, one that does not fit this model, or unknown settings.
         """
         name, typed = parse_sampler(name)
         settings = typed | settings
@@ -202,16 +202,16 @@ class TokenPipeline(Editing, Ranking, Running):
         return make(samplers[name], settings)
 
     def text_tokens(self, prompt: str) -> tuple[int, int] | None:
-        """How many text tokens a prompt has, and how many are read; None of a model that reads no text."""
+        """Return how many text tokens a prompt has, and how many are read; None for a model that reads no text."""
         tokenizer = self.components.get("tokenizer")
         if tokenizer is None:
             return None
         config, limits = self.transformer.config, ("caption_length", "max_position_embeddings")
-        most = min(filter(None, (*(getattr(config, name, None) for name in limits), tokenizer.model_max_length)))
-        return len(tokenizer(self.caption(prompt), truncation=False, verbose=False).input_ids), most
+        limit = min(filter(None, (*(getattr(config, name, None) for name in limits), tokenizer.model_max_length)))
+        return len(tokenizer(self.caption(prompt), truncation=False, verbose=False).input_ids), limit
 
     def caption(self, prompt: str) -> str:
-        """What is read for a prompt: of "class:NAME" in a model of captions what stands for the group.
+        """Return the text to encode for a prompt; "class:NAME" becomes the caption of the group in a model of captions.
 
         Raises:
             ValueError: there is no such group.
@@ -232,15 +232,15 @@ class TokenPipeline(Editing, Ranking, Running):
         shape: tuple[int, int] | None = None,
         every: int = 1,
     ) -> Generator[Step, None, None]:
-        """Write one picture for each prompt, and yield the state whenever `every` more cells are decided, and at the end.
+        """Generate one image for each prompt; yields the state whenever `every` more cells are decided, and at the end.
 
-        Stop iterating to cancel; the last state holds what there is, and given back as `tokens` it is gone on with.
+        Stop iterating to cancel; the last state, passed as `tokens`, resumes there.
 
         Args:
-            generators: of the pictures, one each; a picture depends on its own alone.
+            generators: one for each image, which depends on its own alone.
             guidance_scale: a number, or one for each cell; None, here and below, is the model's own.
-            tokens: [B, N] int64, decided cells that are kept, -1 in those to fill.
-            controls: of each picture, prepared by `prepare`.
+            tokens: [B, N] int64, ids of the cells to keep, -1 in those to fill.
+            controls: of each image, prepared by `prepare`.
             shape: of the token grid, from `shape_of`; None for the model's own.
         """
         scale = self.defaults.guidance_scale if guidance_scale is None else guidance_scale
@@ -302,28 +302,28 @@ class TokenPipeline(Editing, Ranking, Running):
 
         Args:
             prompt: one, or a list.
-            num_images_per_prompt: pictures given back for each prompt.
+            num_images_per_prompt: images returned for each prompt.
             guidance_scale: classifier-free guidance, 1 for none; a function of the cell is allowed. None, here and
                 for the next three, is the model's own.
             temperature, top_k, top_p: see `samplers.logits.Sampling`.
             sampler: a name in `argen.registry.samplers`, with its settings behind it or not ("jacobi:window=8"), or a sampler.
-            num_candidates: pictures drawn for each prompt; the best by `rank` are given back, best first.
-            generator: one, which draws the first image and gives seeds for the others, or a list with one for each
-                image drawn. None draws a new one.
-            tokens: [drawn, N] int64 to go on from, -1 in the cells to fill.
-            num_tokens: of each picture, where they may be of any length; None is the model's own.
-            control_image: what the pictures follow, one for all or one for each prompt, for a model that takes it.
-            control_type: how the control picture is made of it, see `argen.models.annotators.KINDS`.
+            num_candidates: images generated for each prompt; the best by `rank` are returned, best first.
+            generator: one, which generates the first image and the seeds of the others, or a list with one for each
+                generated image. None creates one with a random seed.
+            tokens: [generated images, N] int64 to continue from, -1 in the cells to fill.
+            num_tokens: of each image, for models of any length; None is the model's own.
+            control_image: to follow, one for all or one for each prompt, for a model that takes it.
+            control_type: annotator that it is converted with, see `argen.models.annotators.KINDS`.
             control_strength: of the control, 0 for none.
-            size: width and height of the pictures, under a control; None is the model's own.
+            size: width and height of the images, under a control; None is the model's own.
             output_type: "pil", "np" ([B, H, W, 3] in [0, 1]), "pt" ([B, 3, H, W] in [0, 1]) or "latent" (ids [B, N]).
-            callback_on_step_end: called as ``callback(pipe, step, cells decided, {"tokens": [drawn, N]})`` after each
-                step; tokens in what it returns take the place of those, with -1 in cells to redraw. Set
-                ``pipe._interrupt = True`` in it to stop there and keep what is written.
-            others: nothing; what other pipelines of diffusers take is refused with what to use instead.
+            callback_on_step_end: called as ``callback(pipe, step, cells decided, {"tokens": [generated images, N]})``
+                after each step; tokens in the dict that it returns replace those, with -1 in cells to redraw. Set
+                ``pipe._interrupt = True`` in it to stop there and keep the tokens so far.
+            others: not allowed; arguments of other diffusers pipelines raise an error that names the alternative.
 
         Raises:
-            ValueError: says which argument does not fit and what is expected.
+            ValueError: an invalid argument; says what is expected.
         """
         check_call(type(self).__name__, others, output_type, num_images_per_prompt, num_candidates)
         candidates = num_images_per_prompt if num_candidates is None else num_candidates
@@ -334,7 +334,7 @@ class TokenPipeline(Editing, Ranking, Running):
             images = control_image if isinstance(control_image, list) else [control_image] * len(texts)
             controls = self._prepare_all(images, len(texts), candidates, control_type, control_strength, size)
         shape = self.shape_of(controls[0] if controls else None, num_tokens)
-        generators = generator if isinstance(generator, list) else own_generators(generator, len(prompts))
+        generators = generator if isinstance(generator, list) else image_generators(generator, len(prompts))
         settings: dict[str, Any] = {"sampler": sampler, "controls": controls, "shape": shape}
         settings |= {"guidance_scale": guidance_scale, "temperature": temperature, "top_k": top_k, "top_p": top_p}
         step = self._last_step(prompts, generators, settings, tokens, callback_on_step_end)
@@ -353,14 +353,14 @@ class TokenPipeline(Editing, Ranking, Running):
         return output if return_dict else output.to_tuple()
 
     def _prepare_all(self, images, prompts: int, candidates: int, kind: str, strength: float, size) -> list[Control]:
-        """A prepared control for each image that is drawn, from one image for each prompt."""
+        """Prepare a control for each image to generate, from one control image for each prompt."""
         if len(images) != prompts:
             raise ValueError(f"got {len(images)} control pictures for {prompts} prompts: expected one for each")
         prepared = [self.prepare(Control(image, kind, strength, size)) for image in images]
         return [control for control in prepared for _ in range(candidates)]
 
     def _last_step(self, prompts, generators, settings: dict, tokens: Tensor | None, callback) -> Step:
-        """Write to the end, or until the callback interrupts; what the callback changes is gone on with, under the same noise."""
+        """Generate to the end, or until the callback interrupts; continues from tokens that the callback changes, under the same noise."""
         states = [generator.get_state() for generator in generators]
         self._interrupt = False
         index, forward_passes = 0, 0
@@ -384,7 +384,7 @@ class TokenPipeline(Editing, Ranking, Running):
         return replace(last, forward_passes=forward_passes + last.forward_passes)
 
     def class_of(self, prompt: str) -> int:
-        """The class that a prompt names, of a model that reads no text.
+        """Return the class that a prompt names, for a model that reads no text.
 
         Raises:
             ValueError: there is no such class.
@@ -399,8 +399,8 @@ class TokenPipeline(Editing, Ranking, Running):
 
     @torch.no_grad()
     def images(self, tokens: Tensor, output_type: str = "pil") -> list[Image.Image] | np.ndarray | Tensor:
-        """Ids [B, h, w], or [B, N] of a square, -> pictures as `__call__` gives them; undecided cells (-1) are grey. Latents
-        [B, C, h, w], where the model writes these, are grey where they are NaN."""
+        """Decode ids [B, h, w], or [B, N] of a square, to images as `__call__` returns them; undecided cells (-1) are grey. So are latents
+        [B, C, h, w], of a model that writes these, where they are NaN."""
         if tokens.ndim == 2:
             tokens = self.canvas.to_grid(tokens, self.shape_of())
         if output_type == "latent":
@@ -410,7 +410,7 @@ class TokenPipeline(Editing, Ranking, Running):
         filled = tokens if decided.all() else self.canvas.fill(tokens, self.blank_tokens((rows, columns)))
         pixels = torch.cat(
             [self.decode_tokens(row) for row in filled.split(1)]
-        )  # alone, so that no bit feels the batch
+        )  # one by one, so that the result is batch-invariant
         if not decided.all():
             mask = F.interpolate(decided[:, None].float(), pixels.shape[2:])  # each cell over its square
             pixels = torch.where(mask > 0, pixels, UNDECIDED)
@@ -433,7 +433,7 @@ def check_call(
     pipeline: str, others: dict, output_type: str, num_images_per_prompt: int, num_candidates: int | None
 ) -> None:
     """Raises:
-    ValueError: an argument of other pipelines, with what to use instead; numbers or a type that do not fit.
+    ValueError: an argument of other pipelines, with the alternative; invalid numbers or an unknown output_type.
     """
     for name in others:
         instead = INSTEAD.get(name, "see the arguments of its call")
@@ -449,7 +449,7 @@ def check_call(
 
 def check_prompts(prompts: list[str], generators: list[torch.Generator]) -> None:
     """Raises:
-    ValueError: an empty or endless prompt, or not one generator for each.
+    ValueError: an empty or too long prompt, or not one generator for each.
     """
     for prompt in dict.fromkeys(prompts):
         check_prompt(prompt)
@@ -458,16 +458,16 @@ def check_prompts(prompts: list[str], generators: list[torch.Generator]) -> None
 
 
 def distinct(prompts: list[str], guided: bool) -> tuple[list[str], list[int]]:
-    """The different texts to read, the empty one among them, and the text of each row: those of the prompts, then (`guided`) the
-    empty one as often."""
+    """Return the distinct texts to encode, the empty one among them, and the index of the text of each row: of the prompts, then
+    (`guided`) the empty text as often."""
     texts = list(dict.fromkeys([*prompts, ""]))
     rows = [texts.index(prompt) for prompt in prompts]
     return texts, rows + ([texts.index("")] * len(prompts) if guided else [])
 
 
-def own_generators(generator: torch.Generator | None, count: int) -> list[torch.Generator]:
-    """A generator for each image: `generator` for the first one, as a list of it alone would give, and seeds from it for the
-    others; the first n do not depend on how many follow."""
+def image_generators(generator: torch.Generator | None, count: int) -> list[torch.Generator]:
+    """Return a generator for each image: `generator` itself for the first one, and new ones with seeds from it for the others; the
+    first n do not depend on how many follow."""
     if generator is None:
         generator = torch.Generator()
         generator.seed()
@@ -480,7 +480,7 @@ def own_generators(generator: torch.Generator | None, count: int) -> list[torch.
 
 
 def group_caption(prompt: str, groups: list[str] | None) -> str:
-    """ "class:food-drink" -> the caption that stands for the group; any other prompt stays.
+    """Convert "class:food-drink" to the caption of the group; any other prompt is returned unchanged.
 
     Raises:
         ValueError: there is no such group.

@@ -1,4 +1,4 @@
-"""What a generator fills: a grid of token ids, an ordered sequence of them, or a grid of latents.
+"""Canvases that generators fill: a grid of token ids, a sequence of them, or a grid of latents.
 
 Letters in shape comments: B images, h w cells, N = h*w (row-major), C channels of latents. A cell is undecided where its id is -1, or where
 its latents are NaN.
@@ -16,7 +16,7 @@ from argen.request import Grid
 
 @dataclass(frozen=True)
 class TokenGrid:
-    """Token ids [B, h, w], each in its place in the image.
+    """Grid of token ids [B, h, w], each in its place in the image.
 
     Attributes:
         discrete: whether cells hold ids, whose probabilities are known.
@@ -27,31 +27,31 @@ class TokenGrid:
     placed = True
 
     def empty(self, count: int, shape: tuple[int, int]) -> Tensor:
-        """The cells of images of which nothing is decided."""
+        """Create the undecided cells of `count` images."""
         return torch.full((count, *shape), -1)
 
     def to_grid(self, tokens: Tensor, shape: tuple[int, int]) -> Tensor:
-        """Tokens [B, N] as a pipeline's `stream` gives them -> as `empty` gives them."""
+        """Convert tokens [B, N], as a pipeline's `stream` yields them, to the shape of `empty`."""
         return tokens.unflatten(1, shape)
 
     def mask(self, tokens: Tensor, cells: Tensor) -> Tensor:
-        """Tokens with `cells` ([B, h, w] or [h, w] bool) undecided."""
+        """Mark `cells` ([B, h, w] or [h, w] bool) of tokens as undecided."""
         return torch.where(cells.to(tokens.device), -1, tokens)
 
     def resume_state(self, step: Any) -> Tensor:
-        """The tokens of a last step, as `stream` takes them to go on from."""
+        """Return the tokens of the last step, from which `stream` can resume."""
         return step.tokens
 
     def decided(self, tokens: Tensor) -> Tensor:
-        """Which cells can be shown, [B, h, w] bool."""
+        """Return which cells can be shown, [B, h, w] bool."""
         return tokens >= 0
 
     def fill(self, tokens: Tensor, blank: Tensor) -> Tensor:
-        """Tokens that can be decoded: `blank` ([h, w]) where nothing can be shown."""
+        """Replace undecided cells by `blank` ([h, w]), so that the tokens can be decoded."""
         return torch.where(self.decided(tokens), tokens, blank.to(tokens.device))
 
     def parse(self, rows: Grid, shape: tuple[int, int], codes: int) -> Tensor:
-        """Rows of a grid as a request has them -> [1, N], as `stream` takes them.
+        """Convert the grid of a request to tokens [1, N], as `stream` takes them.
 
         Raises:
             ValueError: a grid of another shape; an id that is not below `codes`.
@@ -68,10 +68,10 @@ class TokenGrid:
 
 @dataclass(frozen=True)
 class TokenSequence(TokenGrid):
-    """Token ids [B, 1, k], each of which concerns the image as a whole.
+    """Sequence of token ids [B, 1, k], each of which describes the whole image.
 
     Args:
-        progressive: whether the first tokens alone are an image, as FlexTok's are.
+        progressive: whether every prefix is an image, as with FlexTok.
     """
 
     progressive: bool = False
@@ -83,14 +83,14 @@ class TokenSequence(TokenGrid):
 
     def decided(self, tokens: Tensor) -> Tensor:
         """See `TokenGrid.decided`: an image is shown as a whole, from its first token on or with its last."""
-        known = tokens >= 0
-        shown = known[..., :1] if self.progressive else known.all(dim=2, keepdim=True)
-        return shown.expand_as(tokens)
+        is_decided = tokens >= 0
+        visible = is_decided[..., :1] if self.progressive else is_decided.all(dim=2, keepdim=True)
+        return visible.expand_as(tokens)
 
 
 @dataclass(frozen=True)
 class LatentGrid(TokenGrid):
-    """Latents [B, C, h, w] of `channels`."""
+    """Grid of latents [B, C, h, w] of `channels`."""
 
     channels: int
     discrete = False
@@ -100,7 +100,7 @@ class LatentGrid(TokenGrid):
         return torch.full((count, self.channels, *shape), math.nan)
 
     def to_grid(self, tokens: Tensor, shape: tuple[int, int]) -> Tensor:
-        """See `TokenGrid.to_grid`: `stream` gives a grid already."""
+        """See `TokenGrid.to_grid`: `stream` yields a grid already."""
         return tokens
 
     def mask(self, tokens: Tensor, cells: Tensor) -> Tensor:
@@ -108,7 +108,7 @@ class LatentGrid(TokenGrid):
         return tokens.masked_fill(cells.to(tokens.device).expand(len(tokens), *tokens.shape[2:])[:, None], math.nan)
 
     def resume_state(self, step: Any) -> Tensor:
-        """See `TokenGrid.resume_state`: what is still noisy starts afresh."""
+        """See `TokenGrid.resume_state`: latents that are still noisy start again."""
         return torch.where(step.finished[:, None], step.tokens, math.nan)
 
     def decided(self, tokens: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Pictures that follow a control picture, with ControlAR (arXiv 2410.02705) on LlamaGen."""
+"""Controlled generation with ControlAR (arXiv 2410.02705) on LlamaGen."""
 
 import math
 from dataclasses import replace
@@ -24,7 +24,7 @@ from tokenizers_img.vit_vqgan import ViTVQGAN
 
 class ControlARPipeline(LlamaGenPipeline):
     """Args:
-    any_size: the model was trained on pictures of any shape, whose sides are multiples of 16 pixels and whose cells fit its
+    any_size: the model was trained on images of any shape, whose sides are multiples of 16 pixels and whose cells fit its
         grid; else on squares of one size.
     others: see `LlamaGenPipeline`, with a `ControlAR` as transformer.
     """
@@ -61,22 +61,22 @@ class ControlARPipeline(LlamaGenPipeline):
     official = Defaults(guidance_scale=4.0, top_k=2000)
 
     def prepare(self, control: Control) -> Control:
-        """See `TokenPipeline.prepare`. Without a size asked for, a model of any size takes the control picture's own, as
+        """See `TokenPipeline.prepare`. Without a requested size, a model of any size takes the control image's own, as
         near as whole cells come and as large as fits.
 
         Raises:
-            ValueError: an unknown kind; a size that the model does not make; a control picture of another shape than that.
+            ValueError: an unknown kind; a size that the model does not make; a control image of another shape than that.
         """
         check_kind(control.kind)
         side = self.transformer.config.grid * CELL
         width, height = control.image.size
         if control.size is not None:
             size = control.size
-            self._check(size)
+            self._check_size(size)
         else:
-            size = self._fitting(width, height) if self.config.any_size else (side, side)
+            size = self._fit_size(width, height) if self.config.any_size else (side, side)
         if abs(width * size[1] / height - size[0]) >= CELL and abs(height * size[0] / width - size[1]) >= CELL:
-            fitting = self._fitting(width, height)
+            fitting = self._fit_size(width, height)
             hint = f" or ask for the size {fitting[0]}x{fitting[1]}" if self.config.any_size else ""
             raise ValueError(
                 f"the control picture is {width} x {height}, of another shape than the picture asked for, "
@@ -85,27 +85,27 @@ class ControlARPipeline(LlamaGenPipeline):
         return replace(control, image=resized(control.image, control.kind, size), size=size)
 
     @property
-    def _most(self) -> tuple[int, int]:
-        """Cells of a picture, and of one of its sides, at most."""
+    def _max_cells(self) -> tuple[int, int]:
+        """Largest number of cells of an image, and of one of its sides."""
         return self.transformer.length, self.vq.grid if isinstance(self.vq, ViTVQGAN) else self.transformer.length
 
-    def _check(self, size: tuple[int, int]) -> None:
+    def _check_size(self, size: tuple[int, int]) -> None:
         side = self.transformer.config.grid * CELL
         if not self.config.any_size and size != (side, side):
             raise ValueError(f"size is {size[0]} x {size[1]}: this model makes pictures of {side} x {side} only")
-        cells, cells_of_side = self._most
+        cells, cells_of_side = self._max_cells
         if size[0] % CELL or size[1] % CELL or math.prod(size) > cells * CELL**2 or max(size) > cells_of_side * CELL:
             raise ValueError(
                 f"size is {size[0]} x {size[1]}: expected multiples of {CELL}, and at most {side} x {side} pixels in all"
             )
 
-    def _fitting(self, width: int, height: int) -> tuple[int, int]:
-        """The size in whole cells that has the shape of a picture and is as large as the grid allows.
+    def _fit_size(self, width: int, height: int) -> tuple[int, int]:
+        """Return the largest size in whole cells that has the aspect ratio of an image.
 
         Raises:
-            ValueError: it is too long and thin.
+            ValueError: the aspect ratio is too extreme.
         """
-        cells, cells_of_side = self._most
+        cells, cells_of_side = self._max_cells
         for rows in range(cells_of_side, 0, -1):
             columns = round(rows * width / height)
             if 1 <= columns <= cells_of_side and rows * columns <= cells:
@@ -121,11 +121,16 @@ class ControlARPipeline(LlamaGenPipeline):
 
     def control(self, controls: list[Control]) -> Tensor:
         """See `LlamaGenPipeline.control`."""
-        several = list({id(control): control for control in controls}.values())
-        images = torch.stack([as_control(annotate(control.image, control.kind)) for control in several])
+        distinct_controls = list({id(control): control for control in controls}.values())
+        images = torch.stack([as_control(annotate(control.image, control.kind)) for control in distinct_controls])
         added = self.transformer.control(images.to(self.device, self.transformer.dtype))  # [3, B, N, D]
-        strength = torch.tensor([control.strength for control in several], device=self.device, dtype=added.dtype)
-        rows = [next(i for i, one in enumerate(several) if one is control) for control in controls]
+        strength = torch.tensor(
+            [control.strength for control in distinct_controls], device=self.device, dtype=added.dtype
+        )
+        rows = [
+            next(i for i, distinct_control in enumerate(distinct_controls) if distinct_control is control)
+            for control in controls
+        ]
         return (added * strength[:, None, None])[:, rows]
 
 

@@ -15,8 +15,8 @@ from tokenizers_img.vqgan import VQGANDetokenizer
 class DalleMiniPipeline(TokenPipeline):
     """Args:
     tokenizer: of the text.
-    encoder, transformer: text encoder and picture-token decoder.
-    image_tokenizer: turns tokens into pixels.
+    encoder, transformer: text encoder and image-token decoder.
+    image_tokenizer: decodes tokens to pixels.
     """
 
     official = Defaults(guidance_scale=16.0, top_k=256)

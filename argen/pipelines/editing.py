@@ -1,4 +1,4 @@
-"""Editing: images as token grids of which a part is undecided, for inpainting and variations of any pipeline with a grid."""
+"""Editing: inpainting and variations on the token grid of an image, for any pipeline with a grid."""
 
 from typing import TYPE_CHECKING
 
@@ -20,49 +20,49 @@ from tokenizers_img.pixels import as_image, from_pil, normalized, on_white, to_m
 if TYPE_CHECKING:
     from argen.pipelines.base import TokenPipelineOutput
 
-COMPARED = 1024  # pixels on a side at which an image is compared with its tokens, at most
-SAME = 0.06  # mean difference of a cell, 0 to 1, up to which an image is what its tokens show: sizes and file formats change it
+COMPARED = 1024  # pixels, at most, of a side of an image that is compared with its tokens
+SAME = 0.06  # mean difference of a cell, 0 to 1, up to which an image matches its tokens; scaling and file formats change it
 ImageLike = Image.Image | np.ndarray | Tensor
 
 
 class Editing(DiffusionPipeline):
-    """What a `TokenPipeline` does with images that are there already."""
+    """Mixin of `TokenPipeline`: editing of existing images."""
 
     def edit(
         self, prompt: str, image: ImageLike, mask: ImageLike | None = None, **settings
     ) -> "TokenPipelineOutput | tuple":
-        """A picture with a part of it redrawn, all that the cells of the token grid touch.
+        """Inpaint an image: redraw all cells of the token grid that the mask touches.
 
         Args:
-            image: of any size; padded to a square; of Pillow, or an array or a tensor, see `tokenizers_img.pixels.as_image`.
-            mask: as large, white where the picture is redrawn; None takes what is transparent in `image`.
-            settings: see `__call__`; with num_images_per_prompt several, each from the same beginning.
+            image: of any size, padded to a square; a PIL image, an array or a tensor, see `tokenizers_img.pixels.as_image`.
+            mask: of the same size, white where the image is redrawn; None uses the transparent part of `image`.
+            settings: see `__call__`; several images with num_images_per_prompt share the same start.
 
         Raises:
-            ValueError: the mask has another size, or is black; this model's tokens have no place in the picture.
+            ValueError: the mask has another size, or is black; this model's tokens form no grid.
         """
         grid = self.without(image, mask)
-        drawn = settings.get("num_candidates") or settings.get("num_images_per_prompt", 1)
+        num_drawn = settings.get("num_candidates") or settings.get("num_images_per_prompt", 1)
         grid = grid if grid.is_floating_point() else grid.flatten(1)
-        return self(prompt, tokens=grid.expand(drawn, *grid.shape[1:]), **settings)
+        return self(prompt, tokens=grid.expand(num_drawn, *grid.shape[1:]), **settings)
 
     def without(self, image: ImageLike, mask: ImageLike | None = None) -> Tensor:
-        """The tokens of a picture, undecided where it is to be redrawn: ids [1, h, w]. See `edit`."""
+        """Return the tokens of an image with the masked cells undecided: ids [1, h, w]. See `edit`."""
         image, mask = as_image(image), mask if mask is None else as_image(mask, "the mask")
         cells = masked_cells(image, mask, self.shape_of())
-        known = self._stored(read_grid(image), image, visible=mask is None)
-        if known is None:
+        stored = self._stored(read_grid(image), image, visible=mask is None)
+        if stored is None:
             return self.canvas.mask(self.encode_images(from_pil(image, self.image_size)[None]), cells)
-        tokens, box = known
-        inside = upright(image).crop(box), None if mask is None else to_mask(mask).crop(box)
-        return self.canvas.mask(tokens, masked_cells(*inside, self.shape_of()))
+        tokens, box = stored
+        cropped = upright(image).crop(box), None if mask is None else to_mask(mask).crop(box)
+        return self.canvas.mask(tokens, masked_cells(*cropped, self.shape_of()))
 
     def read_tokens(self, image: Image.Image, grid: Grid | None = None) -> Tensor:
-        """The tokens of an image of any size, padded to a square: ids [1, h, w]. Raises as `encode_images` does.
+        """Return the tokens of an image of any size, padded to a square: ids [1, h, w]. Raises as `encode_images` does.
 
         Args:
-            grid: that the image was made of, where it is known (images of argen carry theirs): it is taken if it shows this image,
-                so that nothing is lost by encoding.
+            grid: of the image, where it is known (argen embeds it in its images); used if it decodes to this image, so that nothing
+                is lost by encoding.
         """
         if (stored := self._stored(grid or read_grid(image), image)) is not None:
             return stored[0]
@@ -71,11 +71,11 @@ class Editing(DiffusionPipeline):
     def _stored(
         self, grid: Grid | None, image: Image.Image, visible: bool = False
     ) -> tuple[Tensor, tuple[int, int, int, int]] | None:
-        """A grid as ids [1, h, w], and the part (left, top, right, bottom) of an image that it shows, if it is one of this model's and
-        each of its cells shows what the image does; the image may have been scaled and padded by `argen.images.fitted`.
+        """Return a grid as ids [1, h, w], and the box (left, top, right, bottom) of the image that it shows, if it belongs to this model
+        and each of its cells matches the image; the image may have been scaled and padded by `argen.images.fitted`.
 
         Args:
-            visible: whether only what is not transparent is looked at.
+            visible: compare only the opaque part.
         """
         if grid is None:
             return None
@@ -85,39 +85,41 @@ class Editing(DiffusionPipeline):
             return None
         (decoded,) = self.images(tokens.to(self.device))
         image = upright(image).copy()
-        whole = image.size
+        full_size = image.size
         image.thumbnail((COMPARED, COMPARED))
-        made, seen = (np.asarray(one, np.float32) for one in (fitted(decoded, image.size), on_white(image)))
-        difference = torch.from_numpy(np.abs(made - seen).mean(axis=2) / 255)
+        decoded_pixels, image_pixels = (
+            np.asarray(side, np.float32) for side in (fitted(decoded, image.size), on_white(image))
+        )
+        difference = torch.from_numpy(np.abs(decoded_pixels - image_pixels).mean(axis=2) / 255)
         if visible:
             difference *= torch.from_numpy(np.asarray(image.getchannel("A")) > 0)
         left, top, right, bottom = fitted_box(decoded.size, image.size)
         cells = F.adaptive_avg_pool2d(difference[None, top:bottom, left:right], shape)
         difference[top:bottom, left:right] = 0
-        same = cells.max() <= SAME and difference.max() <= SAME
-        return (tokens.to(self.device), fitted_box(decoded.size, whole)) if same else None
+        matches = cells.max() <= SAME and difference.max() <= SAME
+        return (tokens.to(self.device), fitted_box(decoded.size, full_size)) if matches else None
 
     def mask_low_confidence(self, request: Request, tokens: Tensor, share: float) -> Tensor:
-        """The tokens of a picture with a share of its cells undecided, one at least: those that the network finds least likely.
+        """Mask a share of the cells of an image, at least one: those with the least probable tokens.
 
         Args:
-            request: what the picture shall be.
+            request: of the image.
             tokens: ids [1, h, w].
             share: 0 to 1.
         """
-        _, own = self.certainty(request, tokens[0])
-        order = own.flatten().argsort()
-        chosen = torch.zeros(own.numel(), dtype=torch.bool)
-        chosen[order[: max(1, round(share * own.numel()))]] = True
-        return self.canvas.mask(tokens, chosen.view(own.shape))
+        _, probs = self.certainty(request, tokens[0])
+        order = probs.flatten().argsort()
+        selected = torch.zeros(probs.numel(), dtype=torch.bool)
+        selected[order[: max(1, round(share * probs.numel()))]] = True
+        return self.canvas.mask(tokens, selected.view(probs.shape))
 
     @torch.no_grad()
     def certainty(self, request: Request, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """How sure the network is of each cell of a finished picture: the entropy of its distribution there in nats, and the probability of
-        the token, both [h, w]. One pass.
+        """Return the entropy of the distribution of each cell of a finished image in nats, and the probability of its token, both
+        [h, w]. One forward pass.
 
         Args:
-            request: that made the picture.
+            request: that made the image.
             tokens: its ids [h, w].
 
         Raises:
@@ -132,18 +134,18 @@ class Editing(DiffusionPipeline):
         session = self.start([request.prompt], request.guidance_scale != 1, tuple(tokens.shape), controls)
         cells, flat = torch.arange(tokens.numel()), tokens.flatten().to(self.device)
         read = torch.cat([torch.full_like(flat[:1], START), flat[:-1]])[None]
-        conditional, unconditional = session.forward(read, cells - 1)
+        cond_logits, uncond_logits = session.forward(read, cells - 1)
         scale, top_p = (1.0 if number is None else number for number in (request.guidance_scale, request.top_p))
-        logits = guided(conditional, unconditional, scale, cells)
+        logits = guided(cond_logits, uncond_logits, scale, cells)
         sampling = Sampling(request.temperature or 1.0, request.top_k or 0, top_p)
-        shares = sampling.filter(logits)[0].softmax(dim=-1)
-        entropy = torch.special.entr(shares).sum(dim=-1)
-        own = shares.gather(1, flat[:, None])[:, 0]
-        return entropy.view(tokens.shape).cpu(), own.view(tokens.shape).cpu()
+        probs = sampling.filter(logits)[0].softmax(dim=-1)
+        entropy = torch.special.entr(probs).sum(dim=-1)
+        token_probs = probs.gather(1, flat[:, None])[:, 0]
+        return entropy.view(tokens.shape).cpu(), token_probs.view(tokens.shape).cpu()
 
 
 def masked_cells(image: Image.Image, mask: Image.Image | None, shape: tuple[int, int]) -> Tensor:
-    """Which cells of a token grid a mask touches, [h, w] bool; the arguments are those of `Editing.edit`."""
+    """Return which cells of a token grid a mask touches, [h, w] bool; arguments as in `Editing.edit`."""
     if shape[0] == 1:
         raise ValueError("the tokens of this model have no place in the picture: choose another model to edit with")
     image = normalized(image)
@@ -155,7 +157,7 @@ def masked_cells(image: Image.Image, mask: Image.Image | None, shape: tuple[int,
             "mask",
         )
     side = max(mask.size)
-    square = ImageOps.pad(mask, (side, side), color=0)  # as the picture is padded
+    square = ImageOps.pad(mask, (side, side), color=0)  # as the image is padded
     painted = torch.from_numpy(np.array(square)).float()[None, None] / 255
     cells = F.adaptive_max_pool2d(painted, shape)[0, 0] > 0.5
     if not cells.any():

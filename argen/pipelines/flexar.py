@@ -1,4 +1,4 @@
-"""Pictures from classes or texts with FlexAR (arXiv 2604.15453): ordered tokens of FlexTok, as many as are wanted."""
+"""Class- and text-to-image with FlexAR (arXiv 2604.15453): ordered tokens of FlexTok, of any number."""
 
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from argen.models.clip import TextImageEncoder
 from argen.models.files import emoji_text, load_network, read_t5
 from argen.models.flexar import FlexAR, FlexARSession
 from argen.models.tokenizers import read_emoji_flextok
-from argen.pipelines.base import Defaults, TokenPipeline, distinct, own_generators
+from argen.pipelines.base import Defaults, TokenPipeline, distinct, image_generators
 from argen.pipelines.canvas import TokenSequence
 from argen.pipelines.running import SAMPLING
 from argen.request import Control, Job, Request, check_beams
@@ -23,17 +23,17 @@ from tokenizers_img.flextok.network import FlexTok
 from tokenizers_img.flextok.tokenizer import FlexTokenizer
 from tokenizers_img.hub import hub_folder
 
-PREVIEW_STEPS = 6  # of the flow that shows unfinished pictures
+PREVIEW_STEPS = 6  # of the flow that decodes unfinished images
 
 
 class FlexARPipeline(TokenPipeline):
     """Args:
     transformer: the generator.
-    flextok, vae: the networks of its picture tokenizer.
+    flextok, vae: the networks of its image tokenizer.
     text_encoder, tokenizer: for a model of texts; None for a model of classes. They are flan-t5-xl's as published; the
         shipped model has a CLIP, which can rank candidates, too.
-    groups: what a model of texts takes as "class:NAME".
-    steps, tokenizer_guidance: of the flow from tokens to a picture, which begins with the same noise for all pictures.
+    groups: names that a model of texts takes as "class:NAME".
+    steps, tokenizer_guidance: of the flow from tokens to an image, which begins with the same noise for all images.
     official_null: see `argen.models.flexar.FlexARSession`.
     """
 
@@ -60,11 +60,11 @@ class FlexARPipeline(TokenPipeline):
         self.register_modules(
             transformer=transformer, flextok=flextok, vae=vae, text_encoder=text_encoder, tokenizer=tokenizer
         )
-        most, codes = flextok.config.registers, flextok.fsq.n_embed
-        if transformer.length > most or transformer.config.n_embed != codes:
+        registers, codes = flextok.config.registers, flextok.fsq.n_embed
+        if transformer.length > registers or transformer.config.n_embed != codes:
             raise ValueError(
                 f"the generator writes {transformer.length} tokens of {transformer.config.n_embed}, the picture tokenizer "
-                f"knows {most} of {codes}: expected a generator of this tokenizer"
+                f"knows {registers} of {codes}: expected a generator of this tokenizer"
             )
 
     @classmethod
@@ -96,7 +96,7 @@ class FlexARPipeline(TokenPipeline):
         """See `TokenPipeline.shape_of`: one row.
 
         Raises:
-            ValueError: no token, or more than the model knows.
+            ValueError: the number of tokens is out of bounds.
         """
         count = self.length if num_tokens is None else num_tokens
         if not 1 <= count <= self.length:
@@ -127,7 +127,7 @@ class FlexARPipeline(TokenPipeline):
         return FlexARSession(self.transformer, encoded, mask, guided, length, self.config.official_null)
 
     def encode_text(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
-        """Texts -> hidden states [B, T, C], mask [B, T] bool."""
+        """Encode texts -> hidden states [B, T, C], mask [B, T] bool."""
         if isinstance(self.text_encoder, CLIPModel):
             prompts = [self.caption(prompt) for prompt in prompts]
             states, mask = TextImageEncoder(self.text_encoder, self.tokenizer).states(prompts)
@@ -141,14 +141,14 @@ class FlexARPipeline(TokenPipeline):
         return torch.full(shape, -1)
 
     def decode_tokens(self, tokens: Tensor) -> Tensor:
-        """Ids [B, 1, k] -> pixels [B, 3, H, W] in [0, 1], of the decided tokens at the beginning of each."""
+        """Decode ids [B, 1, k] to pixels [B, 3, H, W] in [0, 1], from the decided prefix of each."""
         counts = (tokens[:, 0] >= 0).long().cumprod(dim=1).sum(dim=1).tolist()
         rows = [row[0, : max(1, count)].clamp(min=0) for row, count in zip(tokens, counts, strict=True)]
         steps = self.config.steps if min(counts) == tokens.shape[-1] else min(PREVIEW_STEPS, self.config.steps)
         return self.image_tokenizer.decode(rows, steps).clamp(0, 1)
 
     def run(self, request: Request, every: int = 1, tokens: Tensor | None = None) -> Generator[Job, None, None]:
-        """See `TokenPipeline.run`; with `num_beams` each picture is searched for, from its beginning."""
+        """See `TokenPipeline.run`; with `num_beams` each image is found by beam search, which cannot be resumed."""
         beams = request.num_beams
         if beams is None:
             yield from super().run(request, every, tokens)
@@ -159,7 +159,7 @@ class FlexARPipeline(TokenPipeline):
         shape = self.shape_of(None, request.num_tokens)
         job = Job(request, self.canvas.empty(request.num_images, shape), lossless=sampler.lossless)
         searches = [
-            self.search(request.prompt, beams, request.drawn, request.num_tokens, generator, **settings)
+            self.search(request.prompt, beams, request.num_drawn, request.num_tokens, generator, **settings)
             for generator in request.generators()
         ]
         for stage in zip(*searches, strict=True):
@@ -168,7 +168,7 @@ class FlexARPipeline(TokenPipeline):
             job.tokens[:, 0, : job.decided] = torch.stack([step.tokens[0].cpu() for step in stage])
             job.scores = [step.scores[0] for step in stage]
             yield job
-        job.log.append(f"{request.drawn} candidates for each beginning")
+        job.log.append(f"{request.num_drawn} candidates for each beginning")
         job.requests = [request.for_image(index) for index in range(request.num_images)]
         job.images = self.images(job.tokens)
         yield job
@@ -183,40 +183,40 @@ class FlexARPipeline(TokenPipeline):
         generator: torch.Generator | None = None,
         **settings,
     ) -> Iterator["Beams"]:
-        """One picture, searched for: of candidates with 1, 2, 4 ... tokens those that fit the prompt best are gone on with
-        (arXiv 2604.15453). The first tokens decide most, and any beginning can be looked at.
+        """Generate one image by beam search: of candidates with 1, 2, 4 ... tokens the best by `rank` are continued
+        (arXiv 2604.15453). The first tokens matter most, and every prefix can be decoded.
 
         Args:
-            num_beams: candidates that are kept each time.
-            num_candidates: that are drawn each time, as many from each of those kept.
-            num_tokens: of the picture; None is the model's own.
-            generator: of all random numbers.
+            num_beams: candidates that are kept in each stage.
+            num_candidates: generated in each stage, equally many from each beam.
+            num_tokens: of the image; None is the model's own.
+            generator: of the random numbers of all stages.
             settings: of `stream`, e.g. guidance_scale.
 
         Yields:
-            What is kept after each number of tokens, the last being a single picture.
+            The beams after each stage, the last being a single image.
 
         Raises:
-            ValueError: no beam, or candidates that are no multiple of the beams; a model that cannot rank.
+            ValueError: `num_candidates` is not a multiple of `num_beams`; the model cannot rank.
         """
         check_beams(num_beams, num_candidates)
-        last, decided = self.shape_of(None, num_tokens)[1], 0
-        kept = torch.full((1, 0), -1)
-        while decided < last:
-            decided = min(2 * decided or 1, last)
-            rows = kept.repeat_interleave(num_candidates // len(kept), dim=0)
+        length, decided = self.shape_of(None, num_tokens)[1], 0
+        beams = torch.full((1, 0), -1)
+        while decided < length:
+            decided = min(2 * decided or 1, length)
+            rows = beams.repeat_interleave(num_candidates // len(beams), dim=0)
             grid = torch.nn.functional.pad(rows, (0, decided - rows.shape[1]), value=-1)
-            generators = own_generators(generator, len(grid))
+            generators = image_generators(generator, len(grid))
             *_, step = self.stream([prompt] * len(grid), generators, tokens=grid, shape=(1, decided), **settings)
             scores = self.rank(prompt, self.images(step.tokens[:, None]))
-            best = sorted(range(len(scores)), key=lambda index: -scores[index])[: num_beams if decided < last else 1]
-            kept = step.tokens[best].cpu()
-            yield Beams(kept, [scores[index] for index in best], step.forward_passes)
+            best = sorted(range(len(scores)), key=lambda index: -scores[index])[: num_beams if decided < length else 1]
+            beams = step.tokens[best].cpu()
+            yield Beams(beams, [scores[index] for index in best], step.forward_passes)
 
 
 @dataclass(frozen=True)
 class Beams:
-    """What a search goes on with, best first.
+    """Beams of a search after a stage, best first.
 
     Attributes:
         tokens: [kept, decided] int64.

@@ -1,4 +1,4 @@
-"""Pictures from classes or captions with LlamaGen (arXiv 2406.06525)."""
+"""Class- and text-to-image with LlamaGen (arXiv 2406.06525)."""
 
 from pathlib import Path
 
@@ -23,10 +23,10 @@ from tokenizers_img.vit_vqgan import ViTVQGAN
 class LlamaGenPipeline(TokenPipeline):
     """Args:
     transformer: the generator.
-    vq: the network of its picture tokenizer.
+    vq: the network of its image tokenizer.
     text_encoder, tokenizer: for a model of captions; None for a model of classes. They are flan-t5-xl's as published;
         the shipped model has a CLIP, which can rank candidates, too.
-    groups: what a model of captions takes as "class:NAME".
+    groups: names that a model of captions takes as "class:NAME".
     drafter: of the generator, for the samplers "speculative" and "lantern".
     """
 
@@ -102,23 +102,32 @@ class LlamaGenPipeline(TokenPipeline):
             mask = torch.ones(len(prompts), 1, dtype=torch.bool, device=self.device)
         else:
             condition, mask = self.encode_text(prompts)
-        added = self.control(controls) if controls else None
+        control_states = self.control(controls) if controls else None
         if guided:
             condition = torch.cat([condition, self.transformer.unconditional(condition)])
             mask = torch.cat([mask, mask])  # the caption's mask hides "none", too
-            added = None if added is None else torch.cat([added, torch.zeros_like(added)], dim=1)
+            control_states = (
+                None if control_states is None else torch.cat([control_states, torch.zeros_like(control_states)], dim=1)
+            )
         columns = (shape or self.shape_of())[1]
         embedded = self.transformer.cls_embedding(condition)
         return LlamaGenSession(
-            self.transformer, embedded, mask, guided, added, columns, self.drafter, self.image_tokenizer.codebook
+            self.transformer,
+            embedded,
+            mask,
+            guided,
+            control_states,
+            columns,
+            self.drafter,
+            self.image_tokenizer.codebook,
         )
 
     def control(self, controls: list[Control]) -> Tensor:
-        """What prepared control pictures add to the stream, as `LlamaGenSession` takes it."""
+        """Encode prepared controls to hidden states that are added to the stream, as `LlamaGenSession` takes them."""
         raise NotImplementedError
 
     def encode_text(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
-        """Captions -> text features [B, T, C] with the words at the end and zeros before, mask [B, T] bool."""
+        """Encode captions -> left-padded text features [B, T, C], mask [B, T] bool."""
         length = self.transformer.config.caption_length
         encoder = self.text_encoder
         if isinstance(encoder, CLIPModel):
@@ -136,17 +145,17 @@ class LlamaGenPipeline(TokenPipeline):
         return self.vq.config.image_size if fixed else self.image_tokenizer.stride * self.transformer.config.grid
 
     def decode_tokens(self, tokens: Tensor) -> Tensor:
-        """See `TokenPipeline.decode_tokens`. The shipped picture tokenizer knows one size: what a grid lacks is blank."""
+        """See `TokenPipeline.decode_tokens`. The shipped image tokenizer has one size: smaller grids are padded with blanks."""
         _, rows, columns = tokens.shape
         if not isinstance(self.vq, ViTVQGAN):
             return LlamaGenVQ(self.vq).decode(tokens.flatten(1), (rows, columns)).clamp(0, 1)
         side, cell = self.vq.grid, self.vq.config.patch_size
-        whole = self.blank_tokens((side, side)).repeat(len(tokens), 1, 1)
-        whole[:, :rows, :columns] = tokens
-        return self.vq.decode(whole.flatten(1))[..., : cell * rows, : cell * columns].clamp(0, 1)
+        grid = self.blank_tokens((side, side)).repeat(len(tokens), 1, 1)
+        grid[:, :rows, :columns] = tokens
+        return self.vq.decode(grid.flatten(1))[..., : cell * rows, : cell * columns].clamp(0, 1)
 
     def blank_tokens(self, shape: tuple[int, int]) -> Tensor:
-        """See `TokenPipeline.blank_tokens`: those of a white picture."""
+        """See `TokenPipeline.blank_tokens`: those of a white image."""
         fixed = isinstance(self.vq, ViTVQGAN)
         size = (self.vq.config.image_size,) * 2 if fixed else [self.image_tokenizer.stride * side for side in shape]
         white = torch.ones(1, 3, *size, device=self.device, dtype=self.vq.dtype)
@@ -155,7 +164,7 @@ class LlamaGenPipeline(TokenPipeline):
 
 
 def clean_caption(text: str) -> str:
-    """What the official code hands to T5: the PixArt clean-up, twice (it needs ftfy and beautifulsoup4)."""
+    """Clean a caption as the official code does for T5: PixArt's clean-up, twice (needs ftfy and beautifulsoup4)."""
     from diffusers import PixArtAlphaPipeline
 
     for _ in range(2):
@@ -164,7 +173,7 @@ def clean_caption(text: str) -> str:
 
 
 def left_padded(features: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Features [B, T, C] and mask [B, T] with the words first -> with the words last, and zeros elsewhere."""
+    """Convert right-padded features [B, T, C] and mask [B, T] to left-padded ones, with zeros as padding."""
     rows = [torch.roll(row, -int(words.sum()), dims=0) for row, words in zip(features, mask, strict=True)]
     flipped = mask.flip(1).bool()
     return torch.stack(rows) * flipped[..., None], flipped
@@ -187,7 +196,7 @@ def read_release(folder: Path, name: str) -> LlamaGenPipeline:
 def read_checkpoint(
     path: Path, tokenizer: str | Path | None = None, image_size: int | None = None
 ) -> LlamaGenPipeline | LlamaGenVQ:
-    """A LlamaGen with its tokenizer, or a tokenizer alone, out of checkpoints of any size and name."""
+    """Load a LlamaGen with its tokenizer, or a tokenizer alone, from checkpoints of any size and name."""
     names = read_state_dict(path, averaged=False).keys()
     if "encoder.conv_in.weight" in names:
         return LlamaGenVQ.from_checkpoint(path)

@@ -21,10 +21,10 @@ logger = logging.getLogger(__name__)
 
 class PartiPipeline(TokenPipeline):
     """Args:
-    clip: text/picture encoder; its text half conditions the generator, both halves rank candidates.
+    clip: its text encoder conditions the generator, both encoders rank candidates.
     tokenizer: of the text.
     transformer: the generator.
-    image_tokenizer: turns the generator's tokens into pixels.
+    image_tokenizer: decodes tokens to pixels.
     """
 
     official = Defaults(guidance_scale=1.5, temperature=0.9, top_k=256)
@@ -45,7 +45,7 @@ class PartiPipeline(TokenPipeline):
         return self.transformer.length
 
     def encode_text(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
-        """Prompts -> hidden states [B, T, text_dim] of the text encoder, mask [B, T] bool."""
+        """Encode prompts -> hidden states [B, T, text_dim] of the text encoder, mask [B, T] bool."""
         longest = self.tokenizer.model_max_length
         if any(len(self.tokenizer(prompt, truncation=False, verbose=False).input_ids) > longest for prompt in prompts):
             logger.warning("the prompt is longer than %d text tokens: the rest of it is not read", longest)
@@ -69,7 +69,7 @@ class PartiPipeline(TokenPipeline):
         return self.image_tokenizer.decode(tokens.flatten(1)).clamp(0, 1)
 
     def blank_tokens(self, shape: tuple[int, int]) -> Tensor:
-        """See `TokenPipeline.blank_tokens`: those of a white picture."""
+        """See `TokenPipeline.blank_tokens`: those of a white image."""
         size = self.image_tokenizer.config.image_size
         white = torch.ones(1, 3, size, size, device=self.device, dtype=self.image_tokenizer.dtype)
         return self.image_tokenizer.encode(white)[0].unflatten(0, shape)

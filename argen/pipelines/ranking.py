@@ -1,4 +1,4 @@
-"""Ranking: of several candidates of a prompt those that fit it best, by a model that embeds texts and images in one space."""
+"""Ranking: selection of the candidates that fit a prompt best, by a model that embeds texts and images in one space."""
 
 from diffusers import DiffusionPipeline
 from PIL import Image
@@ -9,16 +9,16 @@ from argen.models.clip import TextImageEncoder
 
 
 class Ranking(DiffusionPipeline):
-    """How a `TokenPipeline` chooses among candidates."""
+    """Mixin of `TokenPipeline`: selection of the best candidates."""
 
     @property
     def text_image_encoder(self) -> TextImageEncoder | None:
-        """What embeds prompts and images in one space; None where the model has none."""
+        """Encoder of prompts and images into one space; None where the model has none."""
         clip = next((part for part in self.components.values() if isinstance(part, CLIPModel)), None)
         return None if clip is None else TextImageEncoder(clip, self.tokenizer)
 
     def check_ranking(self) -> TextImageEncoder:
-        """What candidates are ranked with.
+        """Return the encoder that candidates are ranked with.
 
         Raises:
             ValueError: there is nothing to rank with.
@@ -30,7 +30,7 @@ class Ranking(DiffusionPipeline):
         return encoder
 
     def rank(self, prompt: str, images: list[Image.Image]) -> list[float]:
-        """How well each image fits the prompt: its cosine (higher is better).
+        """Return how well each image fits the prompt: their cosine similarity (higher is better).
 
         Raises:
             ValueError: there is nothing to rank with.
@@ -41,24 +41,24 @@ class Ranking(DiffusionPipeline):
     def select_best(
         self, prompts: list[str], tokens: Tensor, candidates: int, num_images: int
     ) -> tuple[list[int], list[float]]:
-        """Of the `candidates` of each prompt the `num_images` that fit it best: their indices, best first, and scores."""
+        """Select the `num_images` of the `candidates` of each prompt that fit it best -> their indices, best first, and scores."""
         images, selected, scores = self.images(tokens), [], []
-        for first, prompt in zip(range(0, len(images), candidates), prompts, strict=True):
-            ranked = self.rank(prompt, images[first : first + candidates])
+        for start, prompt in zip(range(0, len(images), candidates), prompts, strict=True):
+            ranked = self.rank(prompt, images[start : start + candidates])
             order = sorted(range(candidates), key=lambda index: -ranked[index])
-            order = distinct_first(order, tokens[first : first + candidates])[:num_images]
-            selected += [first + index for index in order]
+            order = distinct_first(order, tokens[start : start + candidates])[:num_images]
+            selected += [start + index for index in order]
             scores += [ranked[index] for index in order]
         return selected, scores
 
 
 def distinct_first(order: list[int], tokens: Tensor) -> list[int]:
-    """Candidates in an order -> those that an earlier one equals at the end, taken only where there are not enough others."""
-    seen: set[bytes] = set()
-    first: list[int] = []
-    again: list[int] = []
+    """Move candidates that equal an earlier one to the end, so that they are used only where there are too few others."""
+    keys: set[bytes] = set()
+    unique: list[int] = []
+    repeated: list[int] = []
     for index in order:
         key = tokens[index].cpu().numpy().tobytes()
-        (again if key in seen else first).append(index)
-        seen.add(key)
-    return first + again
+        (repeated if key in keys else unique).append(index)
+        keys.add(key)
+    return unique + repeated

@@ -1,4 +1,4 @@
-"""Running generation requests: the way from a `Request` of any front end to its images, step by step."""
+"""Running generation requests: from a `Request` of any front end to its images, step by step."""
 
 from collections.abc import Generator
 from dataclasses import replace
@@ -12,7 +12,7 @@ SAMPLING = ("guidance_scale", "temperature", "top_k", "top_p")  # what a request
 
 
 class Running(DiffusionPipeline):
-    """How a `TokenPipeline` runs a generation request."""
+    """Mixin of `TokenPipeline`: running generation requests."""
 
     def run(self, request: Request, every: int = 1, tokens: Tensor | None = None) -> Generator[Job, None, None]:
         """Run a request; yields its job, the same object, after each step, and at last with its images.
@@ -20,7 +20,7 @@ class Running(DiffusionPipeline):
         Close the iterator to cancel.
 
         Args:
-            tokens: `Job.resume_state` of the same request, to go on from where it was left.
+            tokens: `Job.resume_state` of the same request, to resume from.
         """
         self.check(request)
         request = self.resolved(request)
@@ -60,7 +60,7 @@ class Running(DiffusionPipeline):
         """Check that this model can run a request, before anything is drawn.
 
         Raises:
-            ValueError: it cannot; says which setting is not for it.
+            ValueError: a setting does not fit this model; says which.
         """
         if request.num_beams is not None and not hasattr(self, "search"):
             raise ValueError(
@@ -79,15 +79,15 @@ class Running(DiffusionPipeline):
             self.caption(request.prompt)
 
     def resolved(self, request: Request) -> Request:
-        """A request with what is left to the model filled in, and its control prepared."""
+        """Fill in the settings that a request leaves to the model, and prepare its control."""
         defaults = {key: getattr(self.defaults, key) for key in SAMPLING if getattr(request, key) is None}
         return replace(request, **defaults, control=self.prepare(request.control) if request.control else None)
 
     def parse_tokens(self, request: Request, shape: tuple[int, int]) -> Tensor:
-        """The tokens of a request -> [1, N], as `stream` takes them.
+        """Convert the tokens of a request to [1, N], as `stream` takes them.
 
         Raises:
-            ValueError: this model writes latents; a grid of another shape, or an id that the model does not know.
+            ValueError: this model writes latents; a grid of another shape, or an id out of range.
         """
         if not self.canvas.discrete:
             raise ValueError(

@@ -1,4 +1,4 @@
-"""Pictures from words, and words from pictures, with SEED-LLaMA (arXiv 2310.01218): one language model over both."""
+"""Text to image and image to text with SEED-LLaMA (arXiv 2310.01218): one language model over both."""
 
 import re
 from collections.abc import Iterator, Sequence
@@ -32,17 +32,17 @@ from argen.words import check_length
 from tokenizers_img.hub import hub_folder
 from tokenizers_img.seed.tokenizer import SeedTokenizer
 
-REQUEST = "Please generate an image of {}."  # one of those that instruction tuning had
+REQUEST = "Please generate an image of {}."  # a template of the instruction tuning
 
 
 @dataclass(frozen=True)
 class Format:
-    """How a model is spoken to.
+    """Prompt format of a model.
 
     Attributes:
-        ask: what a user says, with {} for it; the model goes on.
-        answer: what the model said, in a longer conversation.
-        request: how a caption is asked for; the tuned models want a sentence.
+        ask: template of a user turn; the model continues it.
+        answer: template of a past model turn, in a longer conversation.
+        request: template of an image request; the tuned models expect a sentence.
     """
 
     ask: str
@@ -54,7 +54,7 @@ FORMATS = {
     "8b-sft": Format("USER: {}\nASSISTANT:", " {}\n", REQUEST),
     "14b-sft": Format("[INST] {} [/INST]\n", "{}\n", REQUEST),
     "pretrain": Format("{}"),
-    "emoji": Format("{}"),  # the same; it can be guided, since it was trained without captions, too
+    "emoji": Format("{}"),  # supports guidance, since it was trained without captions, too
 }
 
 
@@ -62,15 +62,15 @@ class SeedLlamaPipeline(TokenPipeline):
     """Args:
     transformer: the language model.
     tokenizer: of its words, from `argen.models.seed_llama.read_tokenizer`.
-    image_tokenizer: of its pictures.
+    image_tokenizer: of its images.
     format: a name of `FORMATS`.
 
     Raises:
-        ValueError: an unknown format; a language model without pictures, or with those of another tokenizer.
+        ValueError: an unknown format; a language model without image tokens, or with those of another tokenizer.
     """
 
     canvas = TokenSequence()
-    samplers = ("auto", "sequential")  # its codes have no rows, and it no drafter
+    samplers = ("auto", "sequential")  # its tokens form no grid, and it has no drafter
     model_cpu_offload_seq = "transformer->image_tokenizer"
 
     def __init__(
@@ -118,18 +118,18 @@ class SeedLlamaPipeline(TokenPipeline):
         shape: tuple[int, int] | None = None,
         controls: list[Control] | None = None,
     ) -> SeedLlamaSession:
-        """See `TokenPipeline.start`; without a prompt the model is asked for any picture."""
+        """See `TokenPipeline.start`; without a prompt any image is requested."""
         rows = [self.encode_text(self.format.ask.format(self.request(prompt))) for prompt in prompts]
         rows += [self.encode_text("")] * len(prompts) if guided else []
         return SeedLlamaSession(self.transformer, rows, guided, self.words, self.length)
 
     def request(self, prompt: str) -> str:
-        """A caption as the model wants it; what is a sentence already stays."""
-        said = prompt.strip()
-        return said if re.search(r"[.?!]$", said) else self.format.request.format(said)
+        """Format a caption as a request; sentences are returned unchanged."""
+        caption = prompt.strip()
+        return caption if re.search(r"[.?!]$", caption) else self.format.request.format(caption)
 
     def encode_text(self, text: str) -> list[int]:
-        """Ids of a text, which may hold pictures in their words; the model's start stands before it."""
+        """Tokenize a text, which may hold image tokens -> ids that begin with the BOS token."""
         return self.tokenizer("<s>" + text, add_special_tokens=False).input_ids
 
     def decode_tokens(self, tokens: Tensor) -> Tensor:
@@ -138,23 +138,23 @@ class SeedLlamaPipeline(TokenPipeline):
 
     @torch.no_grad()
     def read(self, image: Image.Image) -> list[int]:
-        """The codes of a picture."""
+        """Encode an image to its codes."""
         pixels = self.image_tokenizer.prepare(image)[None].to(self.device)
         return self.image_tokenizer.encode(pixels)[0].tolist()
 
     def likelihoods(self, images: Sequence[Image.Image], captions: Sequence[str]) -> Tensor:
-        """How much likelier each caption is after each picture than alone, in nats [B, captions]: the largest of a row names it.
-        For models that caption without being asked, as argen/emoji-seed-lm."""
+        """Return the gain in log-likelihood of each caption by each image, in nats [B, captions]; the largest of a row is the best caption.
+        For models that caption without a question, e.g. argen/emoji-seed-lm."""
         parts = self.transformer, self.tokenizer, self.words
         return likelihoods(*parts, [self.read(image) for image in images], captions) - likelihoods(
             *parts, [()], captions
         )
 
     def describe(self, image: Image.Image, question: str = "", **settings) -> str:
-        """What the model says of a picture.
+        """Describe an image.
 
         Args:
-            question: about it; without one the model says what it sees.
+            question: about the image; without one it is captioned.
             settings: of `chat`.
         """
         return "".join(part for part in self.chat([[image, question]], **settings) if isinstance(part, str)).strip()
@@ -167,10 +167,10 @@ class SeedLlamaPipeline(TokenPipeline):
         top_p: float = 0.5,
         seed: int = 0,
     ) -> Iterator[str | Image.Image]:
-        """What the model says next, piece by piece: text as it is written, and pictures.
+        """Generate the next turn of the model; yields pieces of text as they are written, and images.
 
         Args:
-            turns: what was said, the user first and then in turn, each a list of texts and pictures.
+            turns: of the conversation, alternating and the user first, each a list of texts and images.
             max_new_tokens, temperature, top_p: of the answer; 0 takes the most probable word each time.
 
         Raises:
@@ -182,27 +182,35 @@ class SeedLlamaPipeline(TokenPipeline):
             check_length(part, "the question")
         text = ""
         for index, turn in enumerate(turns):
-            said = "".join(part if isinstance(part, str) else image_text(self.read(part)) for part in turn)
-            text += (self.format.answer if index % 2 else self.format.ask).format(said)
+            content = "".join(part if isinstance(part, str) else image_text(self.read(part)) for part in turn)
+            text += (self.format.answer if index % 2 else self.format.ask).format(content)
         ids = torch.tensor([self.encode_text(text)], device=self.device)
         torch.manual_seed(seed)
-        drawn = {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature else {"do_sample": False}
-        own = self.tokenizer  # its ids: those in the 8B's folder are wrong
-        ends = {
-            "bos_token_id": own.bos_token_id,
-            "eos_token_id": own.eos_token_id,
-            "pad_token_id": own.pad_token_id or 0,
+        sampling = (
+            {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature else {"do_sample": False}
+        )
+        tokenizer = self.tokenizer  # its ids, since those in the 8B's config are wrong
+        special_tokens = {
+            "bos_token_id": tokenizer.bos_token_id,
+            "eos_token_id": tokenizer.eos_token_id,
+            "pad_token_id": tokenizer.pad_token_id or 0,
         }
         streamer = TextIteratorStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=False)
-        asked = {"inputs": ids, "attention_mask": torch.ones_like(ids), "streamer": streamer, **drawn, **ends}
+        inputs = {
+            "inputs": ids,
+            "attention_mask": torch.ones_like(ids),
+            "streamer": streamer,
+            **sampling,
+            **special_tokens,
+        }
         failure: list[Exception] = []
 
         def write() -> None:
             try:
-                self.transformer.generate(**asked, max_new_tokens=max_new_tokens)
+                self.transformer.generate(**inputs, max_new_tokens=max_new_tokens)
             except Exception as error:
                 failure.append(error)
-                streamer.end()  # or who reads it waits for ever
+                streamer.end()  # else the reader waits for ever
 
         thread = Thread(target=write, daemon=True)
         thread.start()
@@ -212,25 +220,25 @@ class SeedLlamaPipeline(TokenPipeline):
             raise failure[0]
 
     def _parts(self, pieces: Iterator[str]) -> Iterator[str | Image.Image]:
-        """Texts as they come -> texts without the words of pictures, and the pictures."""
-        held = ""
+        """Convert streamed text to text without image tokens, and images."""
+        buffer = ""
         for piece in pieces:
-            held += piece.replace(self.tokenizer.eos_token, "")
-            while OPEN in held:
-                before, _, rest = held.partition(OPEN)
+            buffer += piece.replace(self.tokenizer.eos_token, "")
+            while OPEN in buffer:
+                before, _, rest = buffer.partition(OPEN)
                 if before:
                     yield before
                 inside, closed, after = rest.partition(CLOSE)
-                held = OPEN + inside
+                buffer = OPEN + inside
                 if not closed:
                     break
                 codes = [int(code) for code in re.findall(r"<img_(\d+)>", inside)]
                 if len(codes) == self.length:
                     yield self.images(torch.tensor([[codes]], device=self.device))[0]
-                held = after
-            if held and OPEN not in held:
-                yield held
-                held = ""
+                buffer = after
+            if buffer and OPEN not in buffer:
+                yield buffer
+                buffer = ""
 
 
 def read_emoji(folder: Path) -> SeedLlamaPipeline:

@@ -1,4 +1,4 @@
-"""Pictures from classes or captions with xAR (arXiv 2502.20388): continuous latents, entity by entity."""
+"""Class- and text-to-image with xAR (arXiv 2502.20388): continuous latents, entity by entity."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -31,8 +31,8 @@ class LatentStep:
     """The state after a step, as `samplers.steps.Step` is that of tokens.
 
     Attributes:
-        tokens: [B, C, h, w] float32; what is under way is still noisy, what is not begun is NaN.
-        finished: [B, h, w] bool, those and the known ones.
+        tokens: [B, C, h, w] float32; noisy in the current entity, NaN in later ones.
+        finished: [B, h, w] bool, cells that are final.
     """
 
     tokens: Tensor
@@ -45,9 +45,9 @@ class LatentStep:
 class XARPipeline(TokenPipeline):
     """Args:
     transformer: the generator.
-    vae: the network of its picture tokenizer.
+    vae: the network of its image tokenizer.
     text_encoder, tokenizer: for a model of captions; None for a model of classes, as published.
-    groups: what a model of captions takes as "class:NAME".
+    groups: names that a model of captions takes as "class:NAME".
     """
 
     model_cpu_offload_seq = "text_encoder->transformer->vae"
@@ -108,7 +108,7 @@ class XARPipeline(TokenPipeline):
         super().check(request)
 
     def start(self, prompts: list[str], guided: bool, times: list[float]) -> XARSession:
-        """A fresh session for one picture of each prompt, which will be asked at `times`.
+        """Start a session for one image of each prompt, evaluated at `times`.
 
         Raises:
             ValueError: there is no such class.
@@ -121,7 +121,7 @@ class XARPipeline(TokenPipeline):
         return XARSession(self.transformer, condition, times, guided)
 
     def encode_text(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
-        """Captions -> hidden states [B, T, C], mask [B, T] bool."""
+        """Encode captions -> hidden states [B, T, C], mask [B, T] bool."""
         texts = [self.caption(prompt) for prompt in prompts]
         states, mask = TextImageEncoder(self.text_encoder, self.tokenizer).states(texts)
         return states.to(self.transformer.dtype), mask
@@ -140,7 +140,7 @@ class XARPipeline(TokenPipeline):
         shape: tuple[int, int] | None = None,
         every: int = 1,
     ) -> Iterator[LatentStep]:
-        """See `TokenPipeline.stream`; `tokens` are latents [B, C, h, w], NaN where they are to be written.
+        """See `TokenPipeline.stream`; `tokens` are latents [B, C, h, w], NaN in the cells to generate.
 
         Raises:
             ValueError: a temperature, top-k or top-p that would change something.
@@ -168,21 +168,24 @@ class XARPipeline(TokenPipeline):
         channels = latents.shape[1]
 
         def noise(entity: int, draws: int) -> tuple[Tensor, Tensor]:
-            """Of each picture from its own generator, in the order of the authors' code."""
+            """Draw the noise of each image from its own generator, in the order of the authors' code."""
             size = lengths[entity], channels
-            start = [torch.randn(size, generator=one) for one in generators]
-            more = [[torch.randn(size, generator=one, dtype=torch.float64) for _ in range(draws)] for one in generators]
-            stacked = torch.stack([torch.stack(part) for part in more], dim=1) if draws else torch.empty(0)
+            start = [torch.randn(size, generator=generator) for generator in generators]
+            extra_noise = [
+                [torch.randn(size, generator=generator, dtype=torch.float64) for _ in range(draws)]
+                for generator in generators
+            ]
+            stacked = torch.stack([torch.stack(part) for part in extra_noise], dim=1) if draws else torch.empty(0)
             stacked = stacked if sampler.precise else stacked.float()
             return torch.stack(start).to(self.device), stacked.to(self.device)
 
-        known = self.canvas.decided(latents)
-        step, emitted = LatentStep(latents, known, 0, 0), -every
+        decided = self.canvas.decided(latents)
+        step, emitted = LatentStep(latents, decided, 0, 0), -every
         for state in sampler(session, entities.patchify(latents), lengths, scale, noise):
             finished = entities.unpatchify((torch.arange(sum(lengths)) < state.finished)[None, :, None])[0, 0]
             step = LatentStep(
                 entities.unpatchify(state.sequence),
-                finished.to(known.device) | known,
+                finished.to(decided.device) | decided,
                 self._cells(state.decided),
                 state.forward_passes,
             )
@@ -193,7 +196,7 @@ class XARPipeline(TokenPipeline):
             yield step
 
     def _cells(self, positions: int) -> int:
-        """Cells of the picture that so many positions of the sequence are worth."""
+        """Convert a number of positions of the sequence to cells of the image."""
         return positions * self.length // sum(self.transformer.entities.lengths)
 
     @property
@@ -225,7 +228,7 @@ def _check_undrawn(temperature: float | None, top_k: int | None, top_p: float | 
     """Raises:
     ValueError: a temperature, top-k or top-p that would change something.
     """
-    known = {"temperature": (temperature, 1.0), "top_k": (top_k, 0), "top_p": (top_p, 1.0)}
-    for name, (value, neutral) in known.items():
+    settings = {"temperature": (temperature, 1.0), "top_k": (top_k, 0), "top_p": (top_p, 1.0)}
+    for name, (value, neutral) in settings.items():
         if value not in (None, neutral):
             raise ValueError(f"{name} is {value}: this model draws no tokens, leave it out")

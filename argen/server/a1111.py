@@ -1,8 +1,8 @@
 """The API of AUTOMATIC1111's web UI (``/sdapi/v1``), on the queue, for the clients that speak it.
 
-They send a value for everything, so some mean "nobody chose": the seed -1, a guidance of 7, a sampler that is not one of ours.
-Width and height scale the image, they do not change what is drawn; steps are read by the models that have some. What cannot be done
-is said in the `comments` of an answer's `info`.
+Clients send a value for every field, so some values mean "not set": the seed -1, a guidance of 7, an unknown sampler. Width and
+height scale the image and do not change its content; steps are read by the models that have them. Fields that are not used are
+listed in the `comments` of the response's `info`.
 """
 
 import json
@@ -17,7 +17,7 @@ import psutil
 import torch
 from anyio.to_thread import run_sync
 from fastapi import APIRouter, Depends, Request
-from fastapi import Body as Given
+from fastapi import Body as BodyParam
 from PIL import ImageOps
 from pydantic import Field
 from starlette.exceptions import HTTPException
@@ -29,10 +29,10 @@ from argen.jobs.queue import Progress, Studio
 from argen.jobs.store import CANCELLED, RUNNING
 from argen.metadata import encoded, infotext
 from argen.registry import samplers
-from argen.request import Request as Asked
+from argen.request import Request as GenerationRequest
 from argen.request import rows_of
-from argen.server.guard import Here, Owner
-from argen.server.jobs import finished, shown
+from argen.server.guard import Owner, StudioDep
+from argen.server.jobs import check_finished, embedded_request
 from argen.server.openai import Body
 from argen.server.scaling import UPSCALER
 from argen.server.waiting import prepare, result
@@ -40,7 +40,7 @@ from tokenizers_img.pixels import to_mask
 
 router = APIRouter(prefix="/sdapi/v1", tags=["A1111"])
 UNCHOSEN_GUIDANCE = 7.0
-EMPTY = (  # lists of what argen has none of
+EMPTY = (  # lists that are empty in argen
     "schedulers",
     "latent-upscale-modes",
     "sd-vae",
@@ -55,7 +55,7 @@ EMPTY = (  # lists of what argen has none of
     "extensions",
     "script-info",
 )
-UNUSED = {  # of an answer's `info`: what argen has none of
+UNUSED = {  # fields of a response's `info` that argen does not have
     "subseed": 0,
     "subseed_strength": 0,
     "styles": [],
@@ -67,18 +67,18 @@ UNUSED = {  # of an answer's `info`: what argen has none of
     "denoising_strength": None,
     "is_using_inpainting_conditioning": False,
 }
-DESCRIBER = "argen/emoji-seed-lm"  # says what an image shows
+DESCRIBER = "argen/emoji-seed-lm"  # captions images
 
 
-def _chosen(request: Request) -> dict[str, str]:
+def _default_models(request: Request) -> dict[str, str]:
     return request.app.state.models
 
 
-Chosen = Annotated[dict[str, str], Depends(_chosen)]  # owner -> model
+DefaultModels = Annotated[dict[str, str], Depends(_default_models)]  # owner -> model
 
 
 class Text(Body):
-    """The body of ``txt2img``; what else a client sends is not read."""
+    """The body of ``txt2img``; unknown fields are ignored."""
 
     prompt: str = ""
     negative_prompt: str = ""
@@ -108,57 +108,61 @@ class ImageArray(Text):
 
 
 @router.post("/txt2img")
-async def txt2img(request: Request, studio: Here, owner: Owner, chosen: Chosen, body: Text):
-    wanted = await prepare(request, asked_of, studio, chosen.get(owner, Asked.model), body)
-    return await answer(request, studio, owner, body, wanted)
+async def txt2img(request: Request, studio: StudioDep, owner: Owner, default_models: DefaultModels, body: Text):
+    job_request = await prepare(
+        request, txt2img_request, studio, default_models.get(owner, GenerationRequest.model), body
+    )
+    return await answer(request, studio, owner, body, job_request)
 
 
 @router.post("/img2img")
-async def img2img(request: Request, studio: Here, owner: Owner, chosen: Chosen, body: ImageArray):
-    """With a mask its white part is redrawn, else as many of the least probable cells as the strength says."""
-    wanted = await prepare(request, edited, studio, chosen.get(owner, Asked.model), body)
-    return await answer(request, studio, owner, body, wanted)
+async def img2img(request: Request, studio: StudioDep, owner: Owner, default_models: DefaultModels, body: ImageArray):
+    """Inpaint the white part of the mask or, without one, the least probable cells, as many as `denoising_strength` says."""
+    job_request = await prepare(
+        request, img2img_request, studio, default_models.get(owner, GenerationRequest.model), body
+    )
+    return await answer(request, studio, owner, body, job_request)
 
 
-def edited(studio: Studio, model: str, body: ImageArray) -> Asked:
-    image, wanted = from_base64(body.init_images[0]), asked_of(studio, model, body)
+def img2img_request(studio: Studio, model: str, body: ImageArray) -> GenerationRequest:
+    image, job_request = from_base64(body.init_images[0]), txt2img_request(studio, model, body)
     mask = to_mask(from_base64(body.mask, "the mask")) if body.mask and body.mask.strip() else None
-    with studio.model(wanted.model) as pipe:
+    with studio.model(job_request.model) as pipe:
         if mask is None:
-            grid = pipe.mask_low_confidence(wanted, pipe.read_tokens(image), body.denoising_strength)
+            grid = pipe.mask_low_confidence(job_request, pipe.read_tokens(image), body.denoising_strength)
         else:
             grid = pipe.without(image, ImageOps.invert(mask) if body.inpainting_mask_invert else mask)
-    return replace(wanted, tokens=rows_of(grid))
+    return replace(job_request, tokens=rows_of(grid))
 
 
-def asked_of(studio: Studio, model: str, body: Text) -> Asked:
-    """The generation request, less what nobody chose; of `model`, if the body names no other."""
+def txt2img_request(studio: Studio, model: str, body: Text) -> GenerationRequest:
+    """Build the generation request of a body, without the values that mean "not set"; `model` is the default."""
     model = str(body.override_settings.get("sd_model_checkpoint") or model)
     check_size((body.width, body.height), MAX_SCALED)
     pipe = studio.models(model)
-    asked = Asked(
+    job_request = GenerationRequest(
         body.prompt,
         model,
         num_images=body.batch_size * body.n_iter,
         seed=random.randrange(2**32) if body.seed < 0 else body.seed,
         guidance_scale=None if body.cfg_scale == UNCHOSEN_GUIDANCE else body.cfg_scale,
-        sampler=sampler_of(body, pipe.samplers) or Asked.sampler,
+        sampler=sampler_of(body, pipe.samplers) or GenerationRequest.sampler,
         steps=body.steps if pipe.defaults.steps is not None else None,
     )
-    check_pixels(body.width * body.height * asked.num_images)
-    return asked
+    check_pixels(body.width * body.height * job_request.num_images)
+    return job_request
 
 
 def sampler_of(body: Text, names: Sequence[str]) -> str | None:
-    """The one of some samplers that is asked for, by its name in any case, with blanks or hyphens, and with its settings behind it, e.g.
-    "lantern:k=5"; None if it is none of them."""
-    name, colon, typed = (body.sampler_name or body.sampler_index or "").partition(":")
+    """Return the sampler that the body names, in any case, with blanks or hyphens, and with settings behind it, e.g. "lantern:k=5";
+    None if it is not in `names`."""
+    name, colon, settings = (body.sampler_name or body.sampler_index or "").partition(":")
     name = re.sub(r"[\s_-]+", "_", name.strip().lower())
-    return name + colon + typed if name in names else None
+    return name + colon + settings if name in names else None
 
 
-def comments(body: Text, wanted: Asked) -> list[str]:
-    """What was asked for and is not done, a line each."""
+def comments(body: Text, job_request: GenerationRequest) -> list[str]:
+    """List the fields of a body that are not used, a line each."""
     sampler = body.sampler_name or body.sampler_index
     images = len(body.init_images) if isinstance(body, ImageArray) else 1
     unread = {
@@ -171,107 +175,113 @@ def comments(body: Text, wanted: Asked) -> list[str]:
     if images > 1:
         lines.append(f"{images} init_images were sent: the first one was used")
     if sampler and sampler_of(body, list(samplers)) is None:
-        lines.append(f"there is no sampler {sampler[:60]!r}: {wanted.sampler} was used")
+        lines.append(f"there is no sampler {sampler[:60]!r}: {job_request.sampler} was used")
     return lines
 
 
-async def answer(request: Request, studio: Studio, owner: str, body: Text, wanted: Asked) -> dict:
-    """The images of a request; of one that was interrupted, as far as they are written."""
-    done = await result(request, studio, owner, wanted)
-    if done.state != CANCELLED:
-        finished(done)
-    return await run_sync(told, studio, body, wanted, done)
+async def answer(request: Request, studio: Studio, owner: str, body: Text, job_request: GenerationRequest) -> dict:
+    """Run a request and return its images; of an interrupted one its previews."""
+    progress = await result(request, studio, owner, job_request)
+    if progress.state != CANCELLED:
+        check_finished(progress)
+    return await run_sync(response_json, studio, body, job_request, progress)
 
 
-def told(studio: Studio, body: Text, wanted: Asked, done: Progress) -> dict:
-    size, own, said = (body.width, body.height), [saved.request for saved in done.images], comments(body, wanted)
-    images = [studio.store.opened(saved.id) for saved in done.images]
-    requests: list[Asked | None] = [shown(studio, saved) for saved in done.images]
-    if done.state == CANCELLED:
-        images = list(done.preview or [])[: wanted.num_images]
-        own = [wanted.for_image(index) for index in range(len(images))]
-        requests = [None] * len(images)  # which would make whole ones
-        said.append(f"interrupted at {done.share:.0%}: {len(images)} of {wanted.num_images} images")
-    texts = [infotext(one, size) for one in own]
+def response_json(studio: Studio, body: Text, job_request: GenerationRequest, progress: Progress) -> dict:
+    size, requests, notes = (
+        (body.width, body.height),
+        [saved.request for saved in progress.images],
+        comments(body, job_request),
+    )
+    images = [studio.store.read_image(saved.id) for saved in progress.images]
+    embedded: list[GenerationRequest | None] = [embedded_request(studio, saved) for saved in progress.images]
+    if progress.state == CANCELLED:
+        images = list(progress.preview or [])[: job_request.num_images]
+        requests = [job_request.for_image(index) for index in range(len(images))]
+        embedded = [None] * len(images)  # these would reproduce finished images
+        notes.append(f"interrupted at {progress.share:.0%}: {len(images)} of {job_request.num_images} images")
+    texts = [infotext(request, size) for request in requests]
     info = {
-        "prompt": wanted.prompt,
-        "all_prompts": [one.prompt for one in own],
+        "prompt": job_request.prompt,
+        "all_prompts": [request.prompt for request in requests],
         "negative_prompt": "",
-        "all_negative_prompts": [""] * len(own),
-        "seed": wanted.seed,
-        "all_seeds": [one.seed for one in own],
+        "all_negative_prompts": [""] * len(requests),
+        "seed": job_request.seed,
+        "all_seeds": [request.seed for request in requests],
         "width": size[0],
         "height": size[1],
-        "sampler_name": wanted.sampler,
-        "cfg_scale": own[0].guidance_scale if own else wanted.guidance_scale,
-        "steps": own[0].steps if own else wanted.steps,
+        "sampler_name": job_request.sampler,
+        "cfg_scale": requests[0].guidance_scale if requests else job_request.guidance_scale,
+        "steps": requests[0].steps if requests else job_request.steps,
         "batch_size": body.batch_size,
-        "sd_model_name": wanted.model,
+        "sd_model_name": job_request.model,
         "infotexts": texts,
-        "comments": said,
+        "comments": notes,
     } | UNUSED
     info |= {
-        "all_subseeds": [0] * len(own),
-        "job_timestamp": time.strftime("%Y%m%d%H%M%S", time.localtime(done.created)),
+        "all_subseeds": [0] * len(requests),
+        "job_timestamp": time.strftime("%Y%m%d%H%M%S", time.localtime(progress.created)),
     }
     files = []
-    for image, one, text in zip(images, requests, texts, strict=True):
+    for image, request, text in zip(images, embedded, texts, strict=True):
         if studio.store.metadata:
             image.info["parameters"] = text
-        files.append(encoded(image, one, size))
+        files.append(encoded(image, request, size))
     parameters = body.model_dump(exclude={"init_images", "mask"})
     return {"images": files if body.send_images else [], "parameters": parameters, "info": json.dumps(info)}
 
 
 @router.post("/interrogate")
-async def interrogate(request: Request, studio: Here, image: Annotated[str, Given(embed=True)]):
-    return {"caption": await prepare(request, described, studio, image)}
+async def interrogate(request: Request, studio: StudioDep, image: Annotated[str, BodyParam(embed=True)]):
+    return {"caption": await prepare(request, caption_image, studio, image)}
 
 
-def described(studio: Studio, text: str) -> str:
+def caption_image(studio: Studio, text: str) -> str:
     image = from_base64(text)
     with studio.model(DESCRIBER) as pipe:
         return pipe.describe(image, temperature=0.0)
 
 
 @router.get("/progress")
-def progress(studio: Here, owner: Owner):
-    jobs = studio.line(owner)
-    now = next((studio.progress(one.id, preview=True) for one in jobs if one.state == RUNNING), None)
+def progress(studio: StudioDep, owner: Owner):
+    jobs = studio.queue(owner)
+    current = next((studio.progress(job.id, preview=True) for job in jobs if job.state == RUNNING), None)
     return {
-        "progress": now.share if now else 0.0,
-        "eta_relative": (now.eta or 0.0) if now else 0.0,
-        "state": state(now, len(jobs)),
-        "current_image": encoded(now.preview[0]) if now and now.preview else None,
-        "textinfo": now.stage if now else None,
+        "progress": current.share if current else 0.0,
+        "eta_relative": (current.eta or 0.0) if current else 0.0,
+        "state": state(current, len(jobs)),
+        "current_image": encoded(current.preview[0]) if current and current.preview else None,
+        "textinfo": current.stage if current else None,
     }
 
 
 @router.post("/interrupt")
 @router.post("/skip")
-def interrupt(studio: Here, owner: Owner):
-    for one in studio.line(owner):
-        if one.state == RUNNING:
-            studio.cancel(one.id, owner)
+def interrupt(studio: StudioDep, owner: Owner):
+    for job in studio.queue(owner):
+        if job.state == RUNNING:
+            studio.cancel(job.id, owner)
     return {}
 
 
 @router.get("/options")
-def options(owner: Owner, chosen: Chosen):
-    return {"sd_model_checkpoint": chosen.get(owner, Asked.model), "samples_format": "png"}
+def options(owner: Owner, default_models: DefaultModels):
+    return {"sd_model_checkpoint": default_models.get(owner, GenerationRequest.model), "samples_format": "png"}
 
 
 @router.post("/options")
-def choose(studio: Here, owner: Owner, chosen: Chosen, given: Annotated[dict[str, Any], Given()]):
-    if given.get("sd_model_checkpoint") is not None:
-        chosen[owner] = studio.models.check(str(given["sd_model_checkpoint"]))
+def set_options(
+    studio: StudioDep, owner: Owner, default_models: DefaultModels, options: Annotated[dict[str, Any], BodyParam()]
+):
+    if options.get("sd_model_checkpoint") is not None:
+        default_models[owner] = studio.models.check(str(options["sd_model_checkpoint"]))
     return {}
 
 
 @router.get("/sd-models")
 def models():
-    own = {"hash": None, "sha256": None, "filename": "", "config": None}
-    return [{"title": name, "model_name": name, **own} for name in ids("generator")]
+    unknown_fields = {"hash": None, "sha256": None, "filename": "", "config": None}
+    return [{"title": name, "model_name": name, **unknown_fields} for name in ids("generator")]
 
 
 @router.post("/refresh-checkpoints")
@@ -280,7 +290,7 @@ def models():
 @router.post("/unload-checkpoint")
 @router.post("/reload-checkpoint")
 def nothing_to_do():
-    """The list of models does not change while the server runs, and models are loaded when they are asked for."""
+    """Do nothing: the list of models does not change while the server runs, and models are loaded on first use."""
     return {}
 
 
@@ -307,7 +317,7 @@ def embeddings():
 
 @router.get("/memory")
 def memory():
-    """In bytes."""
+    """Return the free, used and total memory in bytes."""
     ram = psutil.virtual_memory()
     cuda: dict[str, Any] = {"error": "no CUDA device"}
     if torch.cuda.is_available():
@@ -322,17 +332,17 @@ def flags():
 
 
 @router.post("/png-info")
-def png_info(image: Annotated[str, Given(embed=True)]):
+def png_info(image: Annotated[str, BodyParam(embed=True)]):
     items = {name: value for name, value in from_base64(image).info.items() if isinstance(value, str)}
     return {"info": items.get("parameters", ""), "items": items, "parameters": {}}
 
 
-def none_of_these() -> list:
+def empty_list() -> list:
     return []
 
 
 for name in EMPTY:
-    router.add_api_route(f"/{name}", none_of_these, methods=["GET"], name=name)
+    router.add_api_route(f"/{name}", empty_list, methods=["GET"], name=name)
 
 
 @router.api_route("/{path:path}", methods=["GET", "POST", "PUT", "DELETE", "PATCH"], include_in_schema=False)
@@ -340,14 +350,14 @@ def unknown(path: str):
     raise HTTPException(404, f"argen has no /sdapi/v1/{path[:100]}")
 
 
-def state(now: Progress | None, jobs: int) -> dict:
-    """What a client of A1111 shows of a job."""
+def state(progress: Progress | None, jobs: int) -> dict:
+    """Return the state of a job as A1111 clients expect it."""
     return {
         "skipped": False,
         "interrupted": False,
-        "job": now.id if now else "",
+        "job": progress.id if progress else "",
         "job_count": jobs,
         "job_no": 0,
-        "sampling_step": now.decided if now else 0,
-        "sampling_steps": now.cells if now else 0,
+        "sampling_step": progress.decided if progress else 0,
+        "sampling_steps": progress.cells if progress else 0,
     }

@@ -14,19 +14,19 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 import argen
 from argen.jobs.queue import Studio
 from argen.server import a1111, errors, jobs, openai, scaling
-from argen.server.guard import ADDRESS, MAX_BYTES, Guard, Links, Sessions, Tries, check_keys, knows, owner_of
+from argen.server.guard import ADDRESS, MAX_BYTES, Guard, Links, Sessions, Tries, check_keys, is_known_key, owner_of
 
 try:
     import resource
 except ImportError:  # Windows has no such limits
     resource = None
 
-HEADERS_TIMEOUT = 15.0  # seconds in which a connection must have asked for something
+HEADERS_TIMEOUT = 15.0  # seconds within which a connection must send a request
 MAX_CONNECTIONS = 2000  # in all; of one client at most `CLIENT_SHARE` of them
 CLIENT_SHARE = 0.75
-BACKLOG = 64  # connections that are accepted at once, before they are counted
-KEPT_FILES = BACKLOG + 96  # of those that the program may have open, for its own
-REFUSED_FOR = 0.5  # seconds
+BACKLOG = 64  # connections accepted before they are counted
+KEPT_FILES = BACKLOG + 96  # of the program's open files, reserved for its own
+REFUSED_FOR = 0.5  # seconds until a refused connection is closed
 BUSY = b"HTTP/1.1 503 Service Unavailable\r\nRetry-After: 8\r\nConnection: close\r\nContent-Length: 0\r\n\r\n"
 
 
@@ -36,20 +36,20 @@ def create(
     keys: Sequence[str] = (),
     local: bool = True,
 ) -> FastAPI:
-    """Put the APIs before the queue, and the page beside them; ``/openapi.json`` describes them.
+    """Create the application: the APIs and the page on one queue; ``/openapi.json`` describes the APIs.
 
     Args:
-        page: shown at ``/``; None for the APIs alone.
+        page: served at ``/``; None for the APIs alone.
         keys, local: see `Guard`; a key is the password of the page, too.
     """
     check_keys(keys)
     tries, sessions, links = Tries(), Sessions(), Links(bool(keys))
 
     async def login(name: str, key: str) -> bool:
-        """Whether a key is one of ours; the name is free. A wrong one is answered later and later, as everywhere."""
+        """Check a key; the user name is ignored. Repeated wrong keys are answered with growing delays."""
         address = ADDRESS.get()
         tries.check(address)
-        if not knows(keys, key):
+        if not is_known_key(keys, key):
             await tries.delay(address)
             return False
         sessions.owner.set(owner_of(key))
@@ -57,16 +57,16 @@ def create(
 
     app = FastAPI(
         title="argen", version=argen.__version__, docs_url=None, redoc_url=None
-    )  # those load scripts from elsewhere
+    )  # those pages load scripts from a CDN
     errors.install(app)
     app.add_middleware(Guard, keys=tuple(keys), local=local, tries=tries, sessions=sessions, links=links)
     app.state.studio, app.state.models, app.state.waiting, app.state.links = studio, {}, 0, links
-    for part in (jobs, openai, scaling, a1111):  # the last one answers what is left
+    for part in (jobs, openai, scaling, a1111):  # the last one answers all other paths
         app.include_router(part.router)
     if page is None:
         return app
-    # Gradio checks that the files of an event were uploaded only in pages that it has launched itself, which it does not count a
-    # mounted one among (seen in 6.31; to be reported to gradio-app/gradio). `argen.ui.build.Page` checks them as well.
+    # Gradio checks that the files of an event were uploaded only in pages that it has launched itself, and a mounted page does
+    # not count as launched (seen in 6.31; to be reported to gradio-app/gradio). `argen.ui.build.Page` checks them as well.
     page.has_launched = page.is_running = True
     gr.mount_gradio_app(
         app,
@@ -83,19 +83,19 @@ def create(
 
 
 def max_connections() -> int:
-    """How many connections may be open; the limit of files of the program is raised for them as far as it may be."""
+    """Return how many connections may be open; raises the limit of open files for them as far as allowed."""
     if resource is None:
         return MAX_CONNECTIONS
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = MAX_CONNECTIONS + KEPT_FILES
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        soft = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    needed = MAX_CONNECTIONS + KEPT_FILES
+    if soft != resource.RLIM_INFINITY and soft < needed:
+        soft = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     return MAX_CONNECTIONS if soft == resource.RLIM_INFINITY else max(16, min(MAX_CONNECTIONS, soft - KEPT_FILES))
 
 
 class OnceAMinute(logging.Filter):
-    """Lets one line a minute through of those in which asyncio says, for every client that waits, that no file can be opened."""
+    """Log filter that passes one line per minute of asyncio's "out of system resource", which it logs for every waiting client."""
 
     latest = -60.0
 
@@ -109,23 +109,23 @@ class OnceAMinute(logging.Filter):
         return True
 
 
-class Timed(H11Protocol):
-    """HTTP/1.1 that hangs up on who connects, or begins a request, and does not go on, and on those that are too many."""
+class TimedProtocol(H11Protocol):
+    """HTTP/1.1 that closes connections which send no complete request in time, and refuses those above the limits."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:
         super().connection_made(transport)
-        most = self.config.limit_concurrency - 1
+        limit = self.config.limit_concurrency - 1
         address = self.client and self.client[0]
-        own = sum(1 for one in self.connections if one.client and one.client[0] == address)
-        self.refused = len(self.connections) > most or own > CLIENT_SHARE * most
-        if len(self.connections) > most + BACKLOG // 2:
+        same_client = sum(1 for connection in self.connections if connection.client and connection.client[0] == address)
+        self.refused = len(self.connections) > limit or same_client > CLIENT_SHARE * limit
+        if len(self.connections) > limit + BACKLOG // 2:
             transport.abort()
         elif self.refused:
             transport.write(BUSY)
             transport.write_eof()
             self.loop.call_later(
                 REFUSED_FOR, transport.abort
-            )  # what it sends meanwhile is read, so that it sees the answer
+            )  # its input is read meanwhile, so that it gets the answer
         else:
             self._expect_a_request()
 
@@ -145,7 +145,7 @@ class Timed(H11Protocol):
 
 
 class Server(uvicorn.Server):
-    """Serves until a signal comes; then jobs stop at their next token, and are kept, before connections are closed."""
+    """Server that, on a signal, stops its job at the next token and keeps it, before connections are closed."""
 
     def __init__(self, config: uvicorn.Config, studio: Studio):
         super().__init__(config)
@@ -157,8 +157,8 @@ class Server(uvicorn.Server):
 
 
 def configured(app: FastAPI, host: str, port: int) -> uvicorn.Config:
-    how = {"log_level": "warning", "timeout_graceful_shutdown": 5, "http": Timed, "backlog": BACKLOG}
-    return uvicorn.Config(app, host=host, port=port, limit_concurrency=max_connections() + 1, **how)
+    options = {"log_level": "warning", "timeout_graceful_shutdown": 5, "http": TimedProtocol, "backlog": BACKLOG}
+    return uvicorn.Config(app, host=host, port=port, limit_concurrency=max_connections() + 1, **options)
 
 
 def serve(app: FastAPI, host: str, port: int) -> None:

@@ -13,8 +13,8 @@ from starlette.types import Receive, Scope, Send
 
 from argen.images import TooLarge
 from argen.jobs.access import UnknownModel
-from argen.jobs.following import Gone, Stopping
-from argen.jobs.messages import FULL, said
+from argen.jobs.following import ClientDisconnected, ServerStopping
+from argen.jobs.messages import DISK_FULL, error_message
 from argen.jobs.queue import Forbidden, QueueFull
 
 logger = logging.getLogger(__name__)
@@ -27,23 +27,23 @@ CODES = {  # of pydantic -> of OpenAI
     "literal_error": "invalid_value",
 }
 PARAMS = {"num_images": "n"}  # settings that have another name there
-STATUSES = {  # what an exception means; the first that fits
+STATUSES = {  # of exceptions; the first match counts
     QueueFull: 429,
     Forbidden: 403,
     KeyError: 404,
     FileNotFoundError: 404,
     TimeoutError: 504,
     TooLarge: 413,
-    Stopping: 503,
-    Gone: 499,
+    ServerStopping: 503,
+    ClientDisconnected: 499,
     ValueError: 400,
     OSError: 400,
     sqlite3.Error: 507,
 }
 
 
-def problem(message: str, param: str | None = None, code: str | None = None, status: int = 400) -> dict:
-    """The body of an error: OpenAI's `error` object, and A1111's `detail`."""
+def error_body(message: str, param: str | None = None, code: str | None = None, status: int = 400) -> dict:
+    """Return the body of an error: OpenAI's `error` object, and A1111's `detail`."""
     message = message if len(message) <= MAX_MESSAGE else f"{message[:MAX_MESSAGE]} ..."
     message = message.encode("utf-8", "replace").decode()
     kind = "invalid_request_error" if status < 500 else "server_error"
@@ -53,57 +53,57 @@ def problem(message: str, param: str | None = None, code: str | None = None, sta
 async def refuse(
     scope: Scope, receive: Receive, send: Send, status: int, message: str, headers: Mapping[str, str] | None = None
 ) -> None:
-    """Answer a request, or a websocket before it is accepted, with an error."""
+    """Answer a request, or a websocket that is not accepted yet, with an error."""
     if scope["type"] == "websocket":
         await send({"type": "websocket.close", "code": 1008, "reason": message})
         return
-    await JSONResponse(problem(message, status=status), status, headers)(scope, receive, send)
+    await JSONResponse(error_body(message, status=status), status, headers)(scope, receive, send)
 
 
 def install(app: FastAPI) -> None:
-    """Give the errors of an app one form."""
+    """Install handlers that give all errors of an app the same form."""
 
     @app.exception_handler(RequestValidationError)
-    async def invalid(request: Request, error: RequestValidationError):
-        message, param, code = described(error)
+    async def validation_error(request: Request, error: RequestValidationError):
+        message, param, code = describe_validation_error(error)
         status = 400 if request.url.path.startswith(OPENAI) else 422
-        return JSONResponse(problem(message, param, code), status)
+        return JSONResponse(error_body(message, param, code), status)
 
     @app.exception_handler(HTTPException)
-    async def answered(request: Request, error: HTTPException):
-        body = problem(str(error.detail), status=error.status_code)
+    async def http_error(request: Request, error: HTTPException):
+        body = error_body(str(error.detail), status=error.status_code)
         return JSONResponse(body, error.status_code, error.headers)
 
     @app.exception_handler(Exception)
-    async def failed(request: Request, error: Exception):
+    async def unexpected(request: Request, error: Exception):
         logger.error("%s %s failed", request.method, request.url.path, exc_info=error)
-        return JSONResponse(problem("the server failed at this request: its log says why", status=500), 500)
+        return JSONResponse(error_body("the server failed at this request: its log says why", status=500), 500)
 
     for kind in STATUSES:
-        app.add_exception_handler(kind, known)
+        app.add_exception_handler(kind, handle_known)
 
 
 def install_in_page(page: FastAPI) -> None:
-    """Give the errors of the page's own routes (uploads, files) one line, without paths of this machine."""
+    """Install handlers that reduce errors of the page's own routes (uploads, files) to one line without local paths."""
 
     @page.exception_handler(HTTPException)
-    async def answered(request: Request, error: HTTPException):
+    async def http_error(request: Request, error: HTTPException):
         if hasattr(request.state, "owner"):  # a path of an API that no route has
-            return JSONResponse(problem(f"there is no {request.url.path[:100]}", status=404), error.status_code)
+            return JSONResponse(error_body(f"there is no {request.url.path[:100]}", status=404), error.status_code)
         detail = "File not allowed" if str(error.detail).startswith("File not allowed") else error.detail
         return JSONResponse({"detail": detail}, error.status_code, error.headers)
 
     for kind in (OSError, sqlite3.Error):
-        page.add_exception_handler(kind, known)
+        page.add_exception_handler(kind, handle_known)
 
 
-async def known(request: Request, error: Exception) -> JSONResponse:
-    """An exception of `STATUSES` as an answer."""
+async def handle_known(request: Request, error: Exception) -> JSONResponse:
+    """Convert an exception of `STATUSES` to a response."""
     status = next(status for kind, status in STATUSES.items() if isinstance(error, kind))
-    message = said(error)
+    message = error_message(error)
     if isinstance(error, sqlite3.Error):
         message = f"the server cannot write its database ({message}): is its disk full?"
-    elif isinstance(error, OSError) and error.errno in FULL:
+    elif isinstance(error, OSError) and error.errno in DISK_FULL:
         status = 507
     param, code = getattr(error, "param", None), getattr(error, "code", None)
     if request.url.path.startswith(OPENAI):
@@ -112,21 +112,21 @@ async def known(request: Request, error: Exception) -> JSONResponse:
             param, code = "model", "model_not_found"
         elif status == 400:
             code = code or "invalid_value"
-    body = problem(message, param, code, status)
+    body = error_body(message, param, code, status)
     return JSONResponse(body, status, {"Retry-After": "10"} if status == 429 else None)
 
 
-def described(error: RequestValidationError) -> tuple[str, str | None, str | None]:
-    """(message, parameter, code of OpenAI) of a body that does not fit."""
-    first = error.errors()[0]
-    where = [str(part) for part in first["loc"] if part not in ("body", "query", "path")]
-    where = [part for part in where if re.fullmatch(r"[\w-]+(\[\])?", part)]
-    if first["type"] == "json_invalid":
-        return f"the body is not JSON: {first['msg']}", None, "invalid_json"
-    param = where[0] if where else None
+def describe_validation_error(error: RequestValidationError) -> tuple[str, str | None, str | None]:
+    """Return (message, parameter, OpenAI code) of an invalid body."""
+    details = error.errors()[0]
+    location = [str(part) for part in details["loc"] if part not in ("body", "query", "path")]
+    location = [part for part in location if re.fullmatch(r"[\w-]+(\[\])?", part)]
+    if details["type"] == "json_invalid":
+        return f"the body is not JSON: {details['msg']}", None, "invalid_json"
+    param = location[0] if location else None
     code = CODES.get(
-        first["type"], "invalid_type" if first["type"].endswith(("_type", "_parsing")) else "invalid_value"
+        details["type"], "invalid_type" if details["type"].endswith(("_type", "_parsing")) else "invalid_value"
     )
-    if isinstance(first.get("input"), float):
+    if isinstance(details.get("input"), float):
         code = code.replace("integer", "decimal")
-    return f"{'.'.join(where)}: {first['msg']}" if where else first["msg"], param, code
+    return f"{'.'.join(location)}: {details['msg']}" if location else details["msg"], param, code

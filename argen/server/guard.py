@@ -1,4 +1,4 @@
-"""What stands before every path of the server, HTTP and websocket: host and origin, keys, the size of a request and its time."""
+"""The guard before every path of the server, HTTP and websocket: host, origin, keys, and limits on size and time of a request."""
 
 import asyncio
 import base64
@@ -25,23 +25,23 @@ from argen.jobs.queue import LOCAL, Studio
 from argen.server.errors import refuse
 
 MAX_BYTES = MOST_BYTES  # of a request, of which an image is the largest part
-BODY_TIMEOUT = 30.0  # seconds without a byte of a body that was announced
-SLOWEST = 2**16  # bytes a second that a body must arrive with, on the whole
-KEYED = ("/v1", "/sdapi", "/api", "/pictures", "/openapi.json")  # what needs a key; the page has a login of its own
-LINKED, LINK_FOR = "/pictures/", 3600.0  # what a link can open, and seconds in which it does
-HERE = {"127.0.0.1", "localhost", "::1"}
+BODY_TIMEOUT = 30.0  # seconds without a byte of an announced body
+MIN_BYTES_PER_SECOND = 2**16  # average rate at which a body must arrive
+KEY_PATHS = ("/v1", "/sdapi", "/api", "/pictures", "/openapi.json")  # paths that need a key; the page has its own login
+LINK_PATH, LINK_FOR = "/pictures/", 3600.0  # paths that a signed link opens, and for how many seconds
+LOCAL_HOSTS = {"127.0.0.1", "localhost", "::1"}
 HOST = re.compile(r"(\[[0-9a-f:.]+\]|[0-9a-z._-]+)(:\d{1,5})?")
 PAGE = "/gradio_api/"
 OPEN = tuple(PAGE + name for name in ("startup-events", "theme.css", "login_check", "user", "app_id"))  # before a login
-HELD = tuple(
+STREAMING_PATHS = tuple(
     PAGE + name for name in ("heartbeat", "queue/data", "call", "upload_progress")
-)  # stay open as long as a client likes
-MAX_HELD = 128  # of one address
+)  # stay open as long as the client
+MAX_OPEN_STREAMS = 128  # of one address
 MIN_KEY = 8  # characters
-FREE_TRIES = 3  # wrong keys of an address that are answered at once
-FIRST_DELAY, MAX_DELAY = 0.25, 8.0  # seconds, doubled with each wrong key more
+FREE_TRIES = 3  # wrong keys per address that are answered without delay
+FIRST_DELAY, MAX_DELAY = 0.25, 8.0  # seconds, doubled with each further wrong key
 RETRY = {"Retry-After": f"{MAX_DELAY:.0f}"}
-MAX_DELAYED = 8  # answers of one address that may be held back at once
+MAX_DELAYED = 8  # delayed answers per address at a time
 FORGET_AFTER = 600.0  # seconds without a wrong key
 
 
@@ -53,25 +53,24 @@ def _owner(request: Request) -> str:
     return request.state.owner
 
 
-Here = Annotated[Studio, Depends(_studio)]  # the queue of this server
-Owner = Annotated[str, Depends(_owner)]  # who asks
-Viewer = Annotated[str | None, Depends(_owner)]  # of an image; None of one to whom its link was given
+StudioDep = Annotated[Studio, Depends(_studio)]  # the queue of this server
+Owner = Annotated[str, Depends(_owner)]  # of the request
+Viewer = Annotated[str | None, Depends(_owner)]  # of an image; None for a client with a signed link
 
 
-ADDRESS: ContextVar[str] = ContextVar("address", default="")  # of the client whose request is answered
+ADDRESS: ContextVar[str] = ContextVar("address", default="")  # of the client of the current request
 
 
 class Guard:
-    """ASGI middleware that refuses what this server does not answer, before anything of it is read.
+    """ASGI middleware that refuses requests before anything of them is read.
 
     Args:
-        keys: one of them must be shown as "Authorization: Bearer KEY", or as the password of a basic login; without any everybody may
-            ask, and all are one owner. The first one is the administrator's.
-        local: whether the server is for this machine alone, so that requests must name it (else a web site whose name is made to
-            point here could ask).
-        tries: wrong keys, which the login of the page counts, too.
-        sessions: who is logged in at the page.
-        links: addresses of images that need no key.
+        keys: one of them must be shown as "Authorization: Bearer KEY", or as the password of a basic login; without keys everybody
+            has access, as one owner. The first key is the administrator's.
+        local: whether the server is for this machine alone, so that requests must name it as host (against DNS rebinding).
+        tries: counts wrong keys, also those of the page's login.
+        sessions: of the users logged in at the page.
+        links: signed addresses of images that need no key.
     """
 
     def __init__(
@@ -79,7 +78,7 @@ class Guard:
     ):
         self.app, self.keys, self.local = app, tuple(keys), local
         self.tries, self.sessions, self.links = tries, sessions, links
-        self.held: Counter[str] = Counter()  # address -> requests that stay open
+        self.open_streams: Counter[str] = Counter()  # address -> requests that stay open
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] not in ("http", "websocket"):
@@ -91,35 +90,42 @@ class Guard:
         try:
             check_origin(headers, self.local)
             check_path(path)
-            if path.startswith(LINKED) and self.links.valid(path, scope["query_string"].decode("latin-1")):
+            if path.startswith(LINK_PATH) and self.links.valid(path, scope["query_string"].decode("latin-1")):
                 scope.setdefault("state", {})["owner"] = None
-            elif path.startswith(KEYED):
+            elif path.startswith(KEY_PATHS):
                 if self.keys:
                     self.tries.check(address)
                 scope.setdefault("state", {})["owner"] = self.owner(headers)
-            if self.keys and path.startswith(PAGE) and not path.startswith(OPEN) and not self.sessions.known(headers):
+            if (
+                self.keys
+                and path.startswith(PAGE)
+                and not path.startswith(OPEN)
+                and not self.sessions.logged_in(headers)
+            ):
                 raise HTTPException(403, "log in at the page first")
-            if path.startswith(HELD) and self.held[address] >= MAX_HELD:
-                raise HTTPException(429, f"{MAX_HELD} requests of this address stay open: close some pages", RETRY)
+            if path.startswith(STREAMING_PATHS) and self.open_streams[address] >= MAX_OPEN_STREAMS:
+                raise HTTPException(
+                    429, f"{MAX_OPEN_STREAMS} requests of this address stay open: close some pages", RETRY
+                )
         except HTTPException as error:
             if error.status_code == 401:
                 await self.tries.delay(address)
             await refuse(scope, receive, send, error.status_code, str(error.detail), error.headers)
             return
-        held = path.startswith(HELD)
-        self.held[address] += held
+        streaming = path.startswith(STREAMING_PATHS)
+        self.open_streams[address] += streaming
         try:
             if scope["type"] == "http":
                 await limited(self.app, scope, receive, send)
             else:
                 await self.app(scope, receive, send)
         finally:
-            self.held[address] -= held
-            if not self.held[address]:
-                del self.held[address]
+            self.open_streams[address] -= streaming
+            if not self.open_streams[address]:
+                del self.open_streams[address]
 
     def owner(self, headers: Headers) -> str:
-        """Who asks.
+        """Return the owner of a request.
 
         Raises:
             HTTPException: no key, or a wrong one.
@@ -132,23 +138,23 @@ class Guard:
                 value = base64.b64decode(value, validate=True).decode().partition(":")[2]
             except (binascii.Error, UnicodeDecodeError):
                 value = ""
-        if not knows(self.keys, value.strip()):
+        if not is_known_key(self.keys, value.strip()):
             raise HTTPException(401, "no key, or a wrong one: send 'Authorization: Bearer KEY'")
         return owner_of(value.strip())
 
 
 class Links:
-    """Addresses of this server that open for a while without a key: a digest of the path and of the end of that time is in them.
+    """Signed addresses that open for a while without a key: they hold a digest of the path and the time of expiry.
 
     Args:
-        needed: whether others need a key; if not, the addresses are left as they are.
+        needed: whether other addresses need a key; if not, nothing is signed.
     """
 
     def __init__(self, needed: bool):
         self.needed, self.secret = needed, secrets.token_bytes(32)
 
     def signed(self, path: str, query: dict[str, str]) -> str:
-        """A path of this server, with a query."""
+        """Add a query, and a signature if needed, to a path of this server."""
         if self.needed:
             expires = f"{time.time() + LINK_FOR:.0f}"
             query = query | {"expires": expires, "token": self.digest(path, expires)}
@@ -158,18 +164,18 @@ class Links:
         return hmac.new(self.secret, f"{path} {expires}".encode(), hashlib.sha256).hexdigest()[:32]
 
     def valid(self, path: str, query: str) -> bool:
-        """Whether the query of a path was signed here, and not too long ago."""
-        given = dict(parse_qsl(query))
-        expires, token = given.get("expires", ""), given.get("token", "")
-        own = self.digest(path, expires).encode()
-        return secrets.compare_digest(token.encode("utf-8", "replace"), own) and float(expires) >= time.time()
+        """Whether the query of a path has a valid signature that has not expired."""
+        params = dict(parse_qsl(query))
+        expires, token = params.get("expires", ""), params.get("token", "")
+        expected = self.digest(path, expires).encode()
+        return secrets.compare_digest(token.encode("utf-8", "replace"), expected) and float(expires) >= time.time()
 
 
 class Sessions(dict[str, str]):
-    """Token of a login at the page -> owner, instead of the name that was typed: names are free, and two keys may use the same one.
+    """Mapping of login tokens of the page to owners, not to the typed names: names are free, and two keys may use the same one.
 
     Attributes:
-        owner: whose key the login that runs was given.
+        owner: of the key of the current login.
     """
 
     owner: ContextVar[str] = ContextVar("owner")
@@ -177,15 +183,15 @@ class Sessions(dict[str, str]):
     def __setitem__(self, token: str, name: str) -> None:
         super().__setitem__(token, self.owner.get())
 
-    def known(self, headers: Headers) -> bool:
-        """Whether the cookies of a request are those of somebody who is logged in."""
+    def logged_in(self, headers: Headers) -> bool:
+        """Whether a request has the cookies of a logged-in user."""
         cookies = cookie_parser(headers.get("cookie", ""))
         return any(name.startswith("access-token-") and value in self for name, value in cookies.items())
 
 
 class Tries:
-    """Wrong keys of each address. Each one more than `FREE_TRIES` is answered later than the one before, and few at a time, so that
-    keys cannot be guessed in a row, nor many at once."""
+    """Counter of wrong keys per address. Each one above `FREE_TRIES` is answered later than the one before, and few at a time, so
+    that keys cannot be guessed one after the other, nor many at once."""
 
     def __init__(self):
         self.wrong: Counter[str] = Counter()
@@ -194,43 +200,43 @@ class Tries:
 
     def check(self, address: str) -> None:
         """Raises:
-        HTTPException: too many answers to this address are held back already.
+        HTTPException: too many answers to this address are delayed already.
         """
         if self.delayed[address] >= MAX_DELAYED:
             raise HTTPException(429, "too many wrong keys: wait before the next try", RETRY)
 
     async def delay(self, address: str) -> None:
-        """Count a wrong key of an address, and wait as long as that costs."""
+        """Count a wrong key of an address, and wait for its delay."""
         now = time.monotonic()
-        for old in [one for one, last in self.latest.items() if now - last > FORGET_AFTER]:
-            del self.wrong[old], self.latest[old]
+        for expired in [known_address for known_address, latest in self.latest.items() if now - latest > FORGET_AFTER]:
+            del self.wrong[expired], self.latest[expired]
         self.wrong[address] += 1
         self.latest[address] = now
-        more = self.wrong[address] - FREE_TRIES
-        if more <= 0:
+        excess = self.wrong[address] - FREE_TRIES
+        if excess <= 0:
             return
         self.delayed[address] += 1
         try:
-            await asyncio.sleep(min(MAX_DELAY, FIRST_DELAY * 2 ** min(more - 1, 16)))
+            await asyncio.sleep(min(MAX_DELAY, FIRST_DELAY * 2 ** min(excess - 1, 16)))
         finally:
             self.delayed[address] -= 1
 
 
 def check_origin(headers: Headers, local: bool) -> None:
     """Raises:
-    HTTPException: another web site asks, or the request names another machine, or a name is malformed.
+    HTTPException: another origin, another host than this machine, or a malformed header.
     """
     host, origin = headers.get("host", "").lower(), headers.get("origin", "").lower()
-    named = HOST.fullmatch(host)
+    host_match = HOST.fullmatch(host)
     try:
-        asking = urlsplit(origin).netloc
+        origin_host = urlsplit(origin).netloc
     except ValueError:
-        named = None
-    if not named:
+        host_match = None
+    if not host_match:
         raise HTTPException(400, "the header Host or Origin is malformed: expected HOST:PORT")
-    if local and named[1].strip("[]") not in HERE:
+    if local and host_match[1].strip("[]") not in LOCAL_HOSTS:
         raise HTTPException(403, "this server answers as localhost only")
-    if origin and asking != host:
+    if origin and origin_host != host:
         raise HTTPException(403, "another web site may not ask this server")
 
 
@@ -243,52 +249,55 @@ def check_path(path: str) -> None:
 
 
 async def limited(app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
-    """Run an app, but for bodies above `MAX_BYTES`, whether or not they say how long they are, and for those that do not arrive."""
+    """Run an app, but refuse bodies above `MAX_BYTES`, with or without content-length, and bodies that arrive too slowly."""
     announced = Headers(scope=scope).get("content-length", "0")
     too_large = 413, f"the request is larger than {MAX_BYTES // 2**20} MB: send a smaller image"
     if not announced.isdigit() or int(announced) > MAX_BYTES:
         await refuse(scope, receive, send, *too_large)
         return
-    got, whole, started, fault, begun = 0, False, False, None, time.monotonic()
+    received, complete, response_started, refusal, start_time = 0, False, False, None, time.monotonic()
 
-    async def counted() -> Message:
-        nonlocal got, whole, fault
-        if whole:
-            return await receive()  # waits until the client goes away
-        late = begun + BODY_TIMEOUT + got / SLOWEST - time.monotonic()
+    async def counting_receive() -> Message:
+        nonlocal received, complete, refusal
+        if complete:
+            return await receive()  # waits until the client disconnects
+        seconds_left = start_time + BODY_TIMEOUT + received / MIN_BYTES_PER_SECOND - time.monotonic()
         try:
-            message = await asyncio.wait_for(receive(), max(0.0, min(BODY_TIMEOUT, late)))
+            message = await asyncio.wait_for(receive(), max(0.0, min(BODY_TIMEOUT, seconds_left)))
         except TimeoutError:
-            fault = 408, f"the request arrives too slowly (less than {SLOWEST // 1024} KB a second): send it again"
-            raise Fault from None
-        got, whole = got + len(message.get("body", b"")), not message.get("more_body", False)
-        if got > MAX_BYTES:
-            fault = too_large
-            raise Fault
+            refusal = (
+                408,
+                f"the request arrives too slowly (less than {MIN_BYTES_PER_SECOND // 1024} KB a second): send it again",
+            )
+            raise BodyError from None
+        received, complete = received + len(message.get("body", b"")), not message.get("more_body", False)
+        if received > MAX_BYTES:
+            refusal = too_large
+            raise BodyError
         return message
 
-    async def answered(message: Message) -> None:
-        nonlocal started
-        if started or fault is None:  # whatever the app says of a body that was cut off
-            started = True
+    async def guarded_send(message: Message) -> None:
+        nonlocal response_started
+        if response_started or refusal is None:  # drops the app's answer to a body that was cut off
+            response_started = True
             await send(message)
 
     try:
-        await app(scope, counted, answered)
+        await app(scope, counting_receive, guarded_send)
     except Exception:
-        if fault is None:
+        if refusal is None:
             raise
-    if fault is not None and not started:
-        await refuse(scope, receive, send, *fault, {"Connection": "close"})
+    if refusal is not None and not response_started:
+        await refuse(scope, receive, send, *refusal, {"Connection": "close"})
 
 
-class Fault(Exception):
-    """A body is too large, or does not arrive."""
+class BodyError(Exception):
+    """A body is too large or too slow."""
 
 
 def check_keys(keys: Sequence[str]) -> None:
     """Raises:
-    ValueError: a key is too short, or holds what not every client can send in a header.
+    ValueError: a key is too short, or has characters that not every client can send in a header.
     """
     if any(len(key) < MIN_KEY for key in keys):
         raise ValueError(f"a key is shorter than {MIN_KEY} characters: choose a longer one")
@@ -296,8 +305,8 @@ def check_keys(keys: Sequence[str]) -> None:
         raise ValueError("a key holds blanks or characters outside ASCII: choose letters, digits and punctuation")
 
 
-def knows(keys: Sequence[str], key: str) -> bool:
-    return any(secrets.compare_digest(key.encode("utf-8", "replace"), own.encode()) for own in keys)
+def is_known_key(keys: Sequence[str], key: str) -> bool:
+    return any(secrets.compare_digest(key.encode("utf-8", "replace"), known.encode()) for known in keys)
 
 
 def owner_of(key: str) -> str:

@@ -1,8 +1,8 @@
 """OpenAI's images API (``/v1/images/generations``, ``/v1/images/edits``, ``/v1/models``), on the queue.
 
-What has no meaning here (quality, style, background ...) is taken and not read; ``size`` scales the image, it does not change what is
-drawn. ``seed`` and the sampling settings of `argen.request.Request` are extensions. An answer without ``response_format`` holds
-both the image and its address.
+Fields without a meaning here (quality, style, background ...) are accepted and ignored; ``size`` scales the image and does not change
+its content. ``seed`` and the sampling settings of `argen.request.Request` are extensions. A response without ``response_format`` has
+both the image and its URL.
 """
 
 import json
@@ -24,50 +24,57 @@ from starlette.exceptions import HTTPException
 
 from argen.hub.cards import ids
 from argen.images import TooLarge, read_image
-from argen.jobs.following import last
+from argen.jobs.following import final_progress
 from argen.jobs.queue import Progress, Studio
 from argen.jobs.store import DONE
 from argen.metadata import encoded
-from argen.request import Request as Asked
+from argen.request import Request as GenerationRequest
 from argen.request import rows_of
-from argen.server.guard import Here, Links, Owner
-from argen.server.jobs import asked, finished, pixels_of, shown
+from argen.server.guard import Links, Owner, StudioDep
+from argen.server.jobs import check_finished, embedded_request, parse_request, pixels_of
 from argen.server.waiting import prepare, queued
 from samplers.errors import InvalidValue
 from tokenizers_img.pixels import to_mask, upright
 
 router = APIRouter(tags=["OpenAI"])
 MAX_NUM = 10  # images of a request
-EDITED = 0.75  # share of the cells that are redrawn where no mask says which, the least probable ones
-NAMED = "prompt", "model", "num_images", "seed", "control", "tokens"  # settings that have a field of OpenAI's, or none
+EDIT_SHARE = 0.75  # share of the cells that are redrawn where no mask says which, the least probable ones
+OPENAI_FIELDS = (
+    "prompt",
+    "model",
+    "num_images",
+    "seed",
+    "control",
+    "tokens",
+)  # settings that have a field of OpenAI's, or none
 EXTENSIONS = {  # without their bounds, which the request checks
     name: (field.annotation, field.get_default(call_default_factory=True))
-    for name, field in Asked.__pydantic_fields__.items()
-    if name not in NAMED
+    for name, field in GenerationRequest.__pydantic_fields__.items()
+    if name not in OPENAI_FIELDS
 }
 
 
 class Body(BaseModel):
-    """A body in which null, or no name of a model, means what leaving the field out means."""
+    """Base of bodies in which null, or an empty model name, means that the field is left out."""
 
     @model_validator(mode="before")
     @classmethod
-    def without_nulls(cls, given):
-        if not isinstance(given, dict):
-            return given
-        return {name: value for name, value in given.items() if value is not None and (name, value) != ("model", "")}
+    def without_nulls(cls, values):
+        if not isinstance(values, dict):
+            return values
+        return {name: value for name, value in values.items() if value is not None and (name, value) != ("model", "")}
 
 
 Extensions = create_model("Extensions", __base__=Body, **EXTENSIONS)  # argen's own settings
 
 
 class Generation(Extensions):
-    """The body of ``/v1/images/generations``: in JSON numbers are numbers, in a form they are read from texts."""
+    """The body of ``/v1/images/generations``: strict types in JSON; in a form, numbers are parsed from text."""
 
     model_config = ConfigDict(strict=True)
 
     prompt: str
-    model: str = Asked.model
+    model: str = GenerationRequest.model
     n: Annotated[int, Field(ge=1, le=MAX_NUM)] = 1
     size: str = "auto"
     response_format: Literal["b64_json", "url"] | None = None
@@ -82,68 +89,70 @@ class Generation(Extensions):
         """See `argen.server.jobs.pixels_of`."""
         return pixels_of(self.size)
 
-    def asked(self) -> Asked:
-        """The generation request. Raises as `argen.server.jobs.asked` does."""
-        given = {name: getattr(self, name) for name in EXTENSIONS if getattr(self, name) is not None}
-        return asked({"prompt": self.prompt, "model": self.model, "num_images": self.n, "seed": self.seed, **given})
+    def to_request(self) -> GenerationRequest:
+        """Convert to a generation request. Raises as `argen.server.jobs.parse_request` does."""
+        settings = {name: getattr(self, name) for name in EXTENSIONS if getattr(self, name) is not None}
+        return parse_request(
+            {"prompt": self.prompt, "model": self.model, "num_images": self.n, "seed": self.seed, **settings}
+        )
 
-    def encode(self, image: Image.Image, request: Asked | None = None) -> str:
-        """An image in the size and the format that are asked for, in base64."""
+    def encode(self, image: Image.Image, request: GenerationRequest | None = None) -> str:
+        """Encode an image in the requested size and format, as base64."""
         return encoded(image, request, self.pixels, self.output_format, self.output_compression)
 
 
 @router.post("/v1/images/generations")
-async def generations(request: Request, studio: Here, owner: Owner, body: Generation):
-    body.pixels  # noqa: B018, says so if there is no such size
-    return await answer(request, studio, owner, body.asked(), body, "image_generation")
+async def generations(request: Request, studio: StudioDep, owner: Owner, body: Generation):
+    body.pixels  # noqa: B018, raises if the size is invalid
+    return await answer(request, studio, owner, body.to_request(), body, "image_generation")
 
 
 @router.post("/v1/images/edits")
-async def edits(request: Request, studio: Here, owner: Owner):
-    """A multipart form with the fields of a generation, ``image`` (or ``image[]``) and ``mask``: what is transparent in the mask, or
-    without one in the image, is redrawn; where nothing is transparent, the least probable cells."""
+async def edits(request: Request, studio: StudioDep, owner: Owner):
+    """Edit an image: a multipart form with the fields of a generation, ``image`` (or ``image[]``) and ``mask``. Transparent parts of
+    the mask, or without one of the image, are redrawn; if nothing is transparent, the least probable cells."""
     async with request.form(max_files=20) as form:
         files = {name: form.getlist(name) for name in ("image", "image[]", "mask")}
         images = [file for file in files["image"] + files["image[]"] if isinstance(file, UploadFile)]
         masks = [file for file in files["mask"] if isinstance(file, UploadFile)]
-        given = {name: value for name, value in form.items() if isinstance(value, str) and name not in files and value}
+        fields = {name: value for name, value in form.items() if isinstance(value, str) and name not in files and value}
         if len(images) != 1:
             raise InvalidValue(f"image: got {len(images)} images, expected one to edit", "image")
         image = await images[0].read()
-        over = await masks[0].read() if masks else None
+        mask = await masks[0].read() if masks else None
     try:
-        body = Generation.model_validate_strings(given, strict=False)
+        body = Generation.model_validate_strings(fields, strict=False)
     except ValidationError as error:
         raise RequestValidationError(error.errors()) from error
     body.pixels  # noqa: B018
     return await answer(
-        request, studio, owner, await prepare(request, _edited, studio, body, image, over), body, "image_edit"
+        request, studio, owner, await prepare(request, _edit_request, studio, body, image, mask), body, "image_edit"
     )
 
 
-def _edited(studio: Studio, body: Generation, data: bytes, over: bytes | None) -> Asked:
-    """The request for an edit of an image."""
-    wanted = body.asked()
+def _edit_request(studio: Studio, body: Generation, data: bytes, mask: bytes | None) -> GenerationRequest:
+    """Build the generation request of an edit."""
+    job_request = body.to_request()
     with field("image"):
         image = read_image(data, "image")
     with field("mask"):
-        mask = None if over is None else transparent(read_image(over, "mask"))
-    with studio.model(wanted.model) as pipe:
-        if mask is None and upright(image).getchannel("A").getextrema()[0] == 255:
-            grid = pipe.mask_low_confidence(wanted, pipe.read_tokens(image), EDITED)
+        parsed_mask = None if mask is None else convert_mask(read_image(mask, "mask"))
+    with studio.model(job_request.model) as pipe:
+        if parsed_mask is None and upright(image).getchannel("A").getextrema()[0] == 255:
+            grid = pipe.mask_low_confidence(job_request, pipe.read_tokens(image), EDIT_SHARE)
         else:
-            grid = pipe.without(image, mask)
-    return replace(wanted, tokens=rows_of(grid))
+            grid = pipe.without(image, parsed_mask)
+    return replace(job_request, tokens=rows_of(grid))
 
 
 @router.get("/v1/models")
 def models():
-    return {"object": "list", "data": [named(name) for name in ids("generator")]}
+    return {"object": "list", "data": [model_object(name) for name in ids("generator")]}
 
 
 @router.get("/v1/models/{name:path}")
-def model(studio: Here, name: str):
-    return named(studio.models.check(name))
+def model(studio: StudioDep, name: str):
+    return model_object(studio.models.check(name))
 
 
 @router.api_route("/v1/{path:path}", methods=["GET", "POST", "PUT", "DELETE", "PATCH"], include_in_schema=False)
@@ -155,56 +164,60 @@ def unknown(request: Request, path: str):
     )
 
 
-async def answer(request: Request, studio: Studio, owner: str, wanted: Asked, how: Generation, kind: str):
-    """What comes back for a request: all at once, or as it is written.
+async def answer(
+    request: Request, studio: Studio, owner: str, job_request: GenerationRequest, body: Generation, kind: str
+):
+    """Run a request and return its images, at once or as a stream of events.
 
     Args:
         kind: of the events.
     """
     async with AsyncExitStack() as stack:
-        partials = how.partial_images if how.stream else 0
-        progress = await stack.enter_async_context(queued(request, studio, owner, wanted, partials))
-        if how.stream:
+        partials = body.partial_images if body.stream else 0
+        progress = await stack.enter_async_context(queued(request, studio, owner, job_request, partials))
+        if body.stream:
             return StreamingResponse(
-                events(studio, progress, how, kind, stack.pop_all()), media_type="text/event-stream"
+                events(studio, progress, body, kind, stack.pop_all()), media_type="text/event-stream"
             )
-        now = finished(await last(progress))
-    here, links = str(request.base_url), request.app.state.links
-    data = [await run_sync(datum, studio, saved, how, here, links) for saved in now.images]
-    return {"created": int(now.created), "data": data, "usage": usage(now), **told(how)}
+        finished_job = check_finished(await final_progress(progress))
+    base_url, links = str(request.base_url), request.app.state.links
+    data = [await run_sync(image_datum, studio, saved, body, base_url, links) for saved in finished_job.images]
+    return {"created": int(finished_job.created), "data": data, "usage": usage(finished_job), **image_fields(body)}
 
 
-def datum(studio: Studio, saved, how: Generation, here: str, links: Links) -> dict:
-    """An image of an answer; `here` is the address of this server, and its `links` open without a key for a while."""
-    path = f"/pictures/{saved.id}.{how.output_format}"
-    address = here.rstrip("/") + links.signed(path, {"size": how.size} if how.pixels else {})
-    if how.response_format == "url":
+def image_datum(studio: Studio, saved, body: Generation, base_url: str, links: Links) -> dict:
+    """Return an image of a response; `base_url` is that of this server, and its signed `links` need no key for a while."""
+    path = f"/pictures/{saved.id}.{body.output_format}"
+    address = base_url.rstrip("/") + links.signed(path, {"size": body.size} if body.pixels else {})
+    if body.response_format == "url":
         return {"url": address}
-    image = {"b64_json": how.encode(studio.store.opened(saved.id), shown(studio, saved))}
-    return image if how.response_format else image | {"url": address}
+    image = {"b64_json": body.encode(studio.store.read_image(saved.id), embedded_request(studio, saved))}
+    return image if body.response_format else image | {"url": address}
 
 
 async def events(
-    studio: Studio, progress: AsyncIterator[Progress], how: Generation, kind: str, stack: AsyncExitStack
+    studio: Studio, progress: AsyncIterator[Progress], body: Generation, kind: str, stack: AsyncExitStack
 ) -> AsyncIterator[str]:
-    """Server-sent events of a job; `stack` is left at their end, which cancels a job that is not over."""
+    """Yield the server-sent events of a job; closing `stack` at their end cancels a job that is not over."""
     async with stack:
-        sent = 0
-        async for now in progress:
-            for image in now.partials[sent:]:
-                encoded = await run_sync(how.encode, image)
-                yield event(f"{kind}.partial_image", how, {"b64_json": encoded, "partial_image_index": sent})
-                sent += 1
-        if now.state != DONE:
-            yield event("error", how, {"error": {"message": now.error or f"the job was {now.state}", "code": None}})
-        for saved in now.images:
-            image = await run_sync(how.encode, studio.store.opened(saved.id), shown(studio, saved))
-            yield event(f"{kind}.completed", how, {"b64_json": image, "usage": usage(now)})
+        num_sent = 0
+        async for update in progress:
+            for image in update.partials[num_sent:]:
+                encoded = await run_sync(body.encode, image)
+                yield event(f"{kind}.partial_image", body, {"b64_json": encoded, "partial_image_index": num_sent})
+                num_sent += 1
+        if update.state != DONE:
+            yield event(
+                "error", body, {"error": {"message": update.error or f"the job was {update.state}", "code": None}}
+            )
+        for saved in update.images:
+            image = await run_sync(body.encode, studio.store.read_image(saved.id), embedded_request(studio, saved))
+            yield event(f"{kind}.completed", body, {"b64_json": image, "usage": usage(update)})
 
 
 @contextmanager
 def field(name: str) -> Iterator[None]:
-    """What is wrong meanwhile is said of the field `name`."""
+    """Context that attributes errors to the field `name`."""
     try:
         yield
     except TooLarge as error:
@@ -214,27 +227,32 @@ def field(name: str) -> Iterator[None]:
         raise InvalidValue(str(error), name) from error
 
 
-def transparent(mask: Image.Image) -> Image.Image:
-    """A mask of OpenAI (transparent: redrawn; one without transparency: black) -> one of ours (white: redrawn)."""
+def convert_mask(mask: Image.Image) -> Image.Image:
+    """Convert a mask of OpenAI (transparent, or without alpha black: redrawn) to one of argen (white: redrawn)."""
     return ImageOps.invert(mask.getchannel("A") if "A" in mask.getbands() else to_mask(mask))
 
 
-def named(name: str) -> dict:
+def model_object(name: str) -> dict:
     return {"id": name, "object": "model", "created": 0, "owned_by": name.partition("/")[0]}
 
 
-def usage(done: Progress) -> dict:
-    """Tokens of the prompt are not counted."""
-    written = done.cells * len(done.images)
+def usage(progress: Progress) -> dict:
+    """Return the token counts of a job; those of the prompt are not counted."""
+    output_tokens = progress.cells * len(progress.images)
     none = {"image_tokens": 0, "text_tokens": 0}
-    return {"input_tokens": 0, "input_tokens_details": none, "output_tokens": written, "total_tokens": written}
+    return {
+        "input_tokens": 0,
+        "input_tokens_details": none,
+        "output_tokens": output_tokens,
+        "total_tokens": output_tokens,
+    }
 
 
-def told(how: Generation) -> dict:
-    """What every answer says of its images."""
-    return {"size": how.size, "output_format": how.output_format, "quality": "auto", "background": "opaque"}
+def image_fields(body: Generation) -> dict:
+    """Return the fields that describe the images of every response."""
+    return {"size": body.size, "output_format": body.output_format, "quality": "auto", "background": "opaque"}
 
 
-def event(kind: str, how: Generation, more: dict) -> str:
-    own = {"type": kind, "created_at": int(time.time()), **told(how)}
-    return f"event: {kind}\ndata: {json.dumps(own | more)}\n\n"
+def event(kind: str, body: Generation, fields: dict) -> str:
+    common_fields = {"type": kind, "created_at": int(time.time()), **image_fields(body)}
+    return f"event: {kind}\ndata: {json.dumps(common_fields | fields)}\n\n"

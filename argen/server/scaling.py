@@ -9,7 +9,7 @@ from pydantic import Field
 
 from argen.bounds import MAX_SIDE, check_pixels, check_size
 from argen.images import from_base64
-from argen.jobs.following import Gone
+from argen.jobs.following import ClientDisconnected
 from argen.metadata import encoded
 from argen.server.openai import Body
 from argen.server.waiting import prepare
@@ -19,7 +19,7 @@ UPSCALER = "Lanczos"
 
 
 class Scaling(Body):
-    """How images are scaled: by a factor (resize_mode 0), or so that they cover a size (1), to which they are cropped."""
+    """How images are scaled: by a factor (resize_mode 0), or to cover a size (1), to which they are cropped."""
 
     resize_mode: Literal[0, 1] = 0
     upscaling_resize: float = Field(2, gt=0, le=32)
@@ -49,37 +49,37 @@ class Batch(Scaling):
 
 @router.post("/extra-single-image")
 async def extra_single_image(request: Request, body: Upscaled):
-    (image,) = await scaled(request, [body.image], body)
+    (image,) = await scale_images(request, [body.image], body)
     return {"html_info": f"scaled with {UPSCALER}", "image": image}
 
 
 @router.post("/extra-batch-images")
 async def extra_batch_images(request: Request, body: Batch):
-    images = await scaled(request, [one.data for one in body.imageList], body)
+    images = await scale_images(request, [file.data for file in body.imageList], body)
     return {"html_info": f"scaled with {UPSCALER}", "images": images}
 
 
-async def scaled(request: Request, texts: list[str], body: Scaling) -> list[str]:
-    """Images in base64, scaled one after the other for as long as somebody waits.
+async def scale_images(request: Request, texts: list[str], body: Scaling) -> list[str]:
+    """Scale images in base64 one by one, until the client disconnects.
 
     Raises:
         ValueError: all of them together are too large.
-        Gone: the client went away.
+        ClientDisconnected: the client went away.
     """
     pixels, images = 0, []
     for text in texts:
         if await request.is_disconnected():
-            raise Gone("the client went away")
-        image, size = await prepare(request, opened, text, body)
+            raise ClientDisconnected("the client went away")
+        image, size = await prepare(request, decode_image_and_size, text, body)
         pixels += max(math.prod(image.size), math.prod(size))
         check_pixels(pixels)
-        images.append(await prepare(request, upscaled, image, size, body))
+        images.append(await prepare(request, resize_image, image, size, body))
     return images
 
 
-def opened(text: str, body: Scaling) -> tuple[Image.Image, tuple[int, int]]:
-    """An image in base64, and the size that it is scaled to before it is cropped: of the two sides that are asked for (resize_mode 1)
-    both are covered, in the shape of the image."""
+def decode_image_and_size(text: str, body: Scaling) -> tuple[Image.Image, tuple[int, int]]:
+    """Decode an image in base64 -> the image, and the size to scale it to before cropping; with resize_mode 1 it covers both
+    requested sides, in the aspect ratio of the image."""
     image = from_base64(text)
     factor = body.upscaling_resize
     if body.resize_mode == 1:
@@ -87,8 +87,8 @@ def opened(text: str, body: Scaling) -> tuple[Image.Image, tuple[int, int]]:
     return image, check_size(tuple(max(1, round(side * factor)) for side in image.size))
 
 
-def upscaled(image: Image.Image, size: tuple[int, int], body: Scaling) -> str:
-    """An image scaled to a size, and cropped where that is asked for, in base64."""
+def resize_image(image: Image.Image, size: tuple[int, int], body: Scaling) -> str:
+    """Scale an image to a size, crop it if requested, and encode it as base64."""
     image = image.resize(size, Image.Resampling.LANCZOS)
     if body.resize_mode == 1 and body.upscaling_crop:
         width, height = body.upscaling_resize_w, body.upscaling_resize_h

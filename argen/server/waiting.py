@@ -1,4 +1,4 @@
-"""Clients that wait for a job: none costs a thread, and one that goes away ends its job."""
+"""Clients that wait for a job, without a thread each; a job ends when its client disconnects."""
 
 from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing, asynccontextmanager
@@ -8,36 +8,35 @@ import anyio
 from anyio.to_thread import run_sync
 from fastapi import Request
 
-from argen.jobs.following import follow, last
+from argen.jobs.following import final_progress, follow
 from argen.jobs.queue import Progress, QueueFull, Studio
-from argen.request import Request as Asked
+from argen.request import Request as GenerationRequest
 
 MAX_WAITING = 1000  # clients
 Answer = TypeVar("Answer")
 
 
-async def prepare(request: Request, work: Callable[..., Answer], *given) -> Answer:
-    """What a thread finds out before a job is queued (a model is loaded, an image is encoded): few at a time, the others wait
-    without one."""
+async def prepare(request: Request, function: Callable[..., Answer], *args) -> Answer:
+    """Run a function in a thread before a job is queued (to load a model, encode an image); few at a time, others wait without one."""
     state = request.app.state
     if not hasattr(state, "preparing"):
         state.preparing = anyio.CapacityLimiter(4)
-    return await run_sync(work, *given, limiter=state.preparing)
+    return await run_sync(function, *args, limiter=state.preparing)
 
 
 @asynccontextmanager
 async def queued(
-    request: Request, studio: Studio, owner: str, asked: Asked, partials: int = 0
+    request: Request, studio: Studio, owner: str, job_request: GenerationRequest, partials: int = 0
 ) -> AsyncIterator[AsyncIterator[Progress]]:
-    """Put a request into the queue -> its progress whenever it changes, until it is over. The job is cancelled when this is left
-    before, because the client went away.
+    """Put a request into the queue -> its progress whenever it changes, until it is over. The job is cancelled when this context is
+    left earlier, because the client disconnected.
 
     Args:
-        partials: images wanted while it is written, see `Studio.submit`.
+        partials: number of partial images, see `Studio.submit`.
 
     Raises:
         QueueFull: too many clients wait.
-        Stopping, Gone: see `argen.jobs.following`.
+        ServerStopping, ClientDisconnected: see `argen.jobs.following`.
     """
     state = request.app.state
     if state.waiting >= MAX_WAITING:
@@ -45,7 +44,7 @@ async def queued(
     state.waiting += 1
     id = None
     try:
-        id = await run_sync(studio.submit, asked, owner, partials)
+        id = await run_sync(studio.submit, job_request, owner, partials)
         async with aclosing(follow(studio, id, request.is_disconnected)) as progress:
             yield progress
     finally:
@@ -55,7 +54,7 @@ async def queued(
                 await run_sync(studio.cancel, id)  # does nothing to a job that is over
 
 
-async def result(request: Request, studio: Studio, owner: str, asked: Asked) -> Progress:
-    """A request carried out: how its job ended. Raises as `queued` does."""
-    async with queued(request, studio, owner, asked) as progress:
-        return await last(progress)
+async def result(request: Request, studio: Studio, owner: str, job_request: GenerationRequest) -> Progress:
+    """Run a request -> the final progress of its job. Raises as `queued` does."""
+    async with queued(request, studio, owner, job_request) as progress:
+        return await final_progress(progress)

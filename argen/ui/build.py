@@ -10,12 +10,12 @@ from argen.registry import tabs
 from argen.ui import endpoints
 from argen.ui.context import AppContext, user_errors
 
-CLEANED_EVERY, KEPT_FOR = 3600, 86400  # seconds: what was uploaded and shown
+CLEAN_EVERY, KEEP_FOR = 3600, 86400  # seconds: uploaded and served files
 
 
 class Page(gr.Blocks):
-    """Blocks whose events take no file but those that were uploaded to them (no path, and no address, that a client has made up), and
-    whose errors are one line, wherever in an event they happen."""
+    """Blocks whose events take uploaded files only, never a path or URL that a client made up, and whose errors are one line, wherever
+    in an event they happen."""
 
     async def process_api(self, *args, **kwargs):
         with user_errors():
@@ -32,7 +32,7 @@ class Page(gr.Blocks):
 
 
 def files_in(value) -> Iterator[dict]:
-    """Every description of a file inside the inputs of an event."""
+    """Yield every description of a file inside the inputs of an event."""
     if isinstance(value, dict):
         if isinstance(value.get("path"), str) or isinstance(value.get("url"), str):
             yield value
@@ -44,7 +44,7 @@ def files_in(value) -> Iterator[dict]:
 
 def check_uploaded(file: dict) -> None:
     """Raises:
-    gr.Error: the file does not lie among the uploaded ones.
+    gr.Error: the file is not in the upload folder.
     """
     path = file.get("path")
     if not isinstance(path, str) or "://" in path or not is_in_or_equal(path, get_upload_folder()):
@@ -52,9 +52,9 @@ def check_uploaded(file: dict) -> None:
 
 
 def build(context: AppContext) -> gr.Blocks:
-    """The page with every tab of the registry; models are loaded when they are first asked for."""
-    os.environ["GRADIO_TEMP_DIR"] = str(context.studio.store.exports.resolve())  # uploads, and copies of what is shown
-    with Page(title="argen", analytics_enabled=False, delete_cache=(CLEANED_EVERY, KEPT_FOR)) as page:
+    """Build the page with every tab of the registry; models are loaded when they are first used."""
+    os.environ["GRADIO_TEMP_DIR"] = str(context.studio.store.exports.resolve())  # uploads, and copies of served files
+    with Page(title="argen", analytics_enabled=False, delete_cache=(CLEAN_EVERY, KEEP_FOR)) as page:
         gr.Markdown("# argen\nImages written token by token, from words.")
         for module in tabs.values():
             with gr.Tab(module.TITLE) as tab:

@@ -1,4 +1,4 @@
-"""What `gradio_client` may call of the page: a handful of named endpoints; the page's own events are private."""
+"""Named endpoints of the page for `gradio_client`; the events of the tabs are private."""
 
 import random
 from collections.abc import Callable, Sequence
@@ -10,12 +10,12 @@ from PIL import Image
 
 from argen.eval.reconstruction import decoded, encoded
 from argen.hub.cards import all_cards, generators, ids
-from argen.jobs.following import follow, last
+from argen.jobs.following import final_progress, follow
 from argen.jobs.store import DONE
 from argen.models.annotators import KINDS
 from argen.registry import samplers
 from argen.request import Control, Request, rows_of, setting_of
-from argen.ui.context import AppContext, readable, user_errors
+from argen.ui.context import AppContext, display_settings, user_errors
 from argen.ui.inputs import image_input
 from tokenizers_img.pixels import to_pil
 
@@ -24,7 +24,7 @@ NAMES = ("generate", "edit", "control", "describe", "reconstruct", "models")
 
 
 class Endpoints:
-    """Lay them out inside the current `gr.Blocks`, where nobody sees them."""
+    """The endpoints, as hidden components inside the current `gr.Blocks`."""
 
     def __init__(self, context: AppContext):
         self.context, self.studio = context, context.studio
@@ -44,18 +44,20 @@ class Endpoints:
             _add(self.reconstruct, [_image(), tokenizers], gr.Image(label="Image", format="png"))
             _add(self.models, [], gr.JSON(label="Models"))
 
-    async def run(self, wanted: Request, request: gr.Request) -> tuple[list[tuple[str, str]], list[dict]]:
-        """The files of a request with their prompts, and the settings of each."""
-        id = await run_sync(self.studio.submit, wanted, self.context.owner(request))
+    async def run(self, generation_request: Request, request: gr.Request) -> tuple[list[tuple[str, str]], list[dict]]:
+        """Run a request -> its files with their prompts, and the settings of each."""
+        id = await run_sync(self.studio.submit, generation_request, self.context.owner(request))
         try:
-            now = await last(follow(self.studio, id))
+            progress = await final_progress(follow(self.studio, id))
         finally:
             if not self.studio.closing:
                 self.studio.cancel(id)  # does nothing to a job that is over
-        if now.state != DONE:
-            raise ValueError(now.error or f"the job was {now.state}")
-        files = [(str(self.studio.store.shown(saved.id)), saved.request.prompt) for saved in now.images]
-        return files, [readable(saved.request) for saved in now.images]
+        if progress.state != DONE:
+            raise ValueError(progress.error or f"the job was {progress.state}")
+        files = [
+            (str(self.studio.store.link_for_download(saved.id)), saved.request.prompt) for saved in progress.images
+        ]
+        return files, [display_settings(saved.request) for saved in progress.images]
 
     async def generate(
         self,
@@ -70,11 +72,11 @@ class Endpoints:
         sampler=Request.sampler,
         num_candidates=None,
     ) -> tuple:
-        """Draw a prompt -> images, and the settings of each."""
+        """Generate images from a prompt -> images, and the settings of each."""
         with user_errors():
             sampling = {"guidance_scale": guidance_scale, "temperature": temperature, "sampler": sampler}
             sampling |= {"top_k": top_k, "num_candidates": num_candidates}
-            return await self.run(_wanted(prompt, model, num_images, seed, **sampling), request)
+            return await self.run(_generation_request(prompt, model, num_images, seed, **sampling), request)
 
     async def edit(
         self,
@@ -92,25 +94,25 @@ class Endpoints:
         """Redraw a part of an image -> images, and the settings of each."""
         with user_errors():
             sampling = {"guidance_scale": guidance_scale, "temperature": temperature, "sampler": sampler}
-            wanted = _wanted(prompt, model, num_images, seed, **sampling)
+            generation_request = _generation_request(prompt, model, num_images, seed, **sampling)
             _check(image)
 
-            def begun() -> Request:
+            def masked_request() -> Request:
                 with self.studio.model(model) as pipe:
-                    return replace(wanted, tokens=rows_of(pipe.without(image, mask)))
+                    return replace(generation_request, tokens=rows_of(pipe.without(image, mask)))
 
-            return await self.run(await run_sync(begun), request)
+            return await self.run(await run_sync(masked_request), request)
 
     async def control(self, request: gr.Request, image, prompt, model, kind, strength, num_images, seed=None) -> tuple:
-        """Draw a prompt after the edges, the depth or the segments of an image -> images, and the settings of each."""
+        """Generate images that follow the edges, the depth or the segments of an image -> images, and the settings of each."""
         with user_errors():
             _check(image)
-            asked = Control(image, kind, strength)
-            ready = await run_sync(lambda: self.studio.models(model).prepare(asked))
-            return await self.run(_wanted(prompt, model, num_images, seed, control=ready), request)
+            control = Control(image, kind, strength)
+            prepared = await run_sync(lambda: self.studio.models(model).prepare(control))
+            return await self.run(_generation_request(prompt, model, num_images, seed, control=prepared), request)
 
     def describe(self, image, question) -> str:
-        """Say what an image shows."""
+        """Describe an image."""
         with user_errors(), self.studio.model(DESCRIBER) as pipe:
             _check(image)
             return pipe.describe(image, question or "", temperature=0.0)
@@ -140,9 +142,7 @@ def _model(names: Sequence[str]) -> gr.Dropdown:
 
 
 def _numbers() -> tuple[gr.Number, gr.Number]:
-    return gr.Number(1, label="Images"), gr.Number(
-        None, label="Seed; none or -1: another one each time, told in the settings"
-    )
+    return gr.Number(1, label="Images"), gr.Number(None, label="Seed; none or -1: random, reported in the settings")
 
 
 def _number(label: str) -> gr.Number:
@@ -161,7 +161,7 @@ def _results() -> list:
     return [gr.Gallery(label="Images", format="png"), gr.JSON(label="Settings of each")]
 
 
-def _wanted(prompt: str, model: str, num_images: float, seed: float | None, **settings) -> Request:
+def _generation_request(prompt: str, model: str, num_images: float, seed: float | None, **settings) -> Request:
     settings |= {"num_images": num_images, "seed": random.randrange(2**32) if seed in (None, -1) else seed}
     settings = {
         name: value if name == "control" else setting_of(name).lenient(value) for name, value in settings.items()

@@ -1,4 +1,4 @@
-"""Components that take an image: its file is read by `argen.images`, as everywhere, and not by Gradio.
+"""Components that take an image; its file is read by `argen.images`, as everywhere, and not by Gradio.
 
 They are Gradio's own with one method of the instance replaced: Gradio writes a .pyi file beside the source of every subclass.
 """
@@ -13,7 +13,7 @@ from tokenizers_img.pixels import on_white, upright
 
 
 def image_input(**settings) -> gr.Image:
-    """An image that is dropped, pasted or sent; an event gets it as RGB or RGBA of 8 bits, or None.
+    """Create an image input (dropped, pasted or sent); an event gets an RGB or RGBA image of 8 bits, or None.
 
     Args:
         settings: of `gr.Image`.
@@ -28,7 +28,7 @@ def image_input(**settings) -> gr.Image:
 
 
 def canvas_input(image_mode: str, **settings) -> gr.ImageEditor:
-    """An image to paint on; an event gets background, layers and composite, each RGBA or None.
+    """Create an image editor to paint on; an event gets background, layers and composite, each RGBA or None.
 
     Args:
         image_mode: "RGBA", or "RGB" to have background and composite laid on white.

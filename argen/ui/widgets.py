@@ -1,4 +1,4 @@
-"""Widgets made of settings: one for each, with its bounds and its help, and those of every sampler, of which the chosen one's are seen."""
+"""Widgets made of settings, with their bounds and help, and the settings of all samplers, of which the selected one's are visible."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -12,58 +12,58 @@ from samplers.settings import Setting, settings_of
 SLIDES = 4096  # bounds up to this are those of a slider
 
 
-def widget(setting: Setting, value: Any = None, label: str | None = None, **how) -> gr.components.Component:
-    """The widget of a setting, with its default where no value is given."""
+def widget(setting: Setting, value: Any = None, label: str | None = None, **properties) -> gr.components.Component:
+    """Create the widget of a setting; `value` is its default if None."""
     value = setting.default if value is None else value
-    how = {"label": label or setting.name.replace("_", " ").capitalize(), "info": setting.help} | how
+    properties = {"label": label or setting.name.replace("_", " ").capitalize(), "info": setting.help} | properties
     if setting.choices:
-        return gr.Dropdown(list(setting.choices), value=value, **how)
+        return gr.Dropdown(list(setting.choices), value=value, **properties)
     if setting.kind is bool:
-        return gr.Checkbox(value, **how)
+        return gr.Checkbox(value, **properties)
     if setting.kind is str:
-        return gr.Textbox(value, **how)
-    whole = {"precision": 0} if setting.kind is int else {}
-    return gr.Number(value, minimum=setting.low, maximum=setting.high, **whole, **how)
+        return gr.Textbox(value, **properties)
+    precision = {"precision": 0} if setting.kind is int else {}
+    return gr.Number(value, minimum=setting.low, maximum=setting.high, **precision, **properties)
 
 
 class SamplerSettings:
-    """The settings of every sampler; lay them out inside the current `gr.Blocks`.
+    """Widgets of the settings of several samplers, laid out inside the current `gr.Blocks`.
 
     Attributes:
         fields: (sampler, setting, widget) of each.
     """
 
-    def __init__(self, names: Sequence[str], prefix: str = "", chosen: str = Request.sampler):
+    def __init__(self, names: Sequence[str], prefix: str = "", selected: str = Request.sampler):
         self.fields = []
         for name in names:
             for setting in settings_of(samplers[name]).values():
                 if setting.kind and setting.name != "steps":  # which is a setting of the request
                     elem_id = f"{prefix}{name}-{setting.name}"
                     label = f"{name}: {setting.name}"
-                    how = {"visible": name == chosen, "elem_id": elem_id}
-                    self.fields.append((name, setting, widget(setting, label=label, **how)))
+                    properties = {"visible": name == selected, "elem_id": elem_id}
+                    self.fields.append((name, setting, widget(setting, label=label, **properties)))
 
     @property
     def widgets(self) -> list[gr.components.Component]:
         return [field for _, _, field in self.fields]
 
-    def choose(self, chosen: str, arguments: dict[str, Any] | None = None) -> list[dict]:
-        """What changes of the widgets when a sampler is chosen, with `arguments` or its defaults."""
-        given = arguments or {}
+    def updates(self, selected: str, arguments: dict[str, Any] | None = None) -> list[dict]:
+        """Return the updates of the widgets when a sampler is selected, with `arguments` or its defaults."""
+        values = arguments or {}
         return [
             gr.update(
-                visible=name == chosen,
-                value=given.get(setting.name, setting.default) if name == chosen else setting.default,
+                visible=name == selected,
+                value=values.get(setting.name, setting.default) if name == selected else setting.default,
             )
             for name, setting, _ in self.fields
         ]
 
-    def arguments(self, chosen: str, values: Sequence[Any]) -> dict[str, Any]:
-        """The settings of a sampler that differ from its defaults, out of the values of the widgets."""
-        given = {
+    def arguments(self, selected: str, values: Sequence[Any]) -> dict[str, Any]:
+        """Return the settings of a sampler that differ from its defaults, from the values of the widgets."""
+        settings = {
             setting.name: setting.lenient(value)
             for (name, setting, _), value in zip(self.fields, values, strict=True)
-            if name == chosen
+            if name == selected
         }
-        known = settings_of(samplers[chosen])
-        return {name: value for name, value in given.items() if value != known[name].default}
+        declared = settings_of(samplers[selected])
+        return {name: value for name, value in settings.items() if value != declared[name].default}

@@ -26,19 +26,22 @@ def run(args: argparse.Namespace) -> None:
     from argen.eval import run as runs
     from argen.eval import tools
 
-    how = args.settings or binding(args.model)
-    truths, seconds, settings = tools.of_kind("pair", args.num), {}, {"settings": how}
+    binding_settings = args.settings or binding(args.model)
+    truths, seconds, settings = tools.of_kind("pair", args.num), {}, {"settings": binding_settings}
     pipe, judge, generator_of = pipeline_of(args, settings)
-    asked, bound = drawing(args.model, args.steps, args.guidance_scale), SemanticBinding(pipe)
+    sampling, bound = drawing(args.model, args.steps, args.guidance_scale), SemanticBinding(pipe)
 
-    def plainly(rows: range) -> list:
-        return pipe([truths[i].prompt for i in rows], generator=[generator_of(i) for i in rows], **asked).images
+    def draw_plain(rows: range) -> list:
+        return pipe([truths[i].prompt for i in rows], generator=[generator_of(i) for i in rows], **sampling).images
 
-    def bindingly(rows: range) -> list:
-        return [bound(truths[i].prompt, settings=how, generator=generator_of(i), **asked).images[0] for i in rows]
+    def draw_bound(rows: range) -> list:
+        return [
+            bound(truths[i].prompt, settings=binding_settings, generator=generator_of(i), **sampling).images[0]
+            for i in rows
+        ]
 
-    drawn = {}
-    for name, sample in (("before", plainly), ("after", bindingly)):
+    images = {}
+    for name, sample in (("before", draw_plain), ("after", draw_bound)):
         with runs.timed(seconds, name):
-            drawn[name] = runs.draw(sample, len(truths), args.out / name)
-    finish(args, settings, tools.before_and_after(judge, truths, **drawn), seconds, drawn["after"])
+            images[name] = runs.draw(sample, len(truths), args.out / name)
+    finish(args, settings, tools.before_and_after(judge, truths, **images), seconds, images["after"])

@@ -22,7 +22,7 @@ def drawing_arguments(add: argparse.ArgumentParser, num: str, prompts: str | Non
     attention_argument(add)
 
 
-def looking_arguments(add: argparse.ArgumentParser) -> None:
+def feature_arguments(add: argparse.ArgumentParser) -> None:
     add.add_argument(
         "--features",
         default="inception",
@@ -57,7 +57,7 @@ def output_arguments(add: argparse.ArgumentParser) -> None:
         type=Path,
         required=True,
         metavar="DIR",
-        help="report.json, grid.png, images and features; goes on from what is there",
+        help="report.json, grid.png, images and features; resumes from what is there",
     )
     device_and_json(add)
 
@@ -78,12 +78,17 @@ def extractor_of(args: argparse.Namespace):
 
 
 def draw_samples(
-    args: argparse.Namespace, prompts: list[str], num: int, settings: dict, folder="samples", more=lambda _: {}
+    args: argparse.Namespace,
+    prompts: list[str],
+    num: int,
+    settings: dict,
+    folder="samples",
+    call_arguments=lambda _: {},
 ):
-    """The images of ``--model`` for `prompts` in turn, kept in `folder`.
+    """Generate images with ``--model`` from `prompts` in turn, and save them in `folder`.
 
     Args:
-        more: numbers of images -> what else the call for them is given.
+        call_arguments: indices of images -> further arguments of the call for them.
     """
     from argen.eval import run
     from argen.eval.run_dir import lock_run_dir
@@ -99,21 +104,21 @@ def draw_samples(
     def sample(rows: range):
         generator_of = [run.generator_of(args.seed, index) for index in rows]
         texts = [prompts[index % len(prompts)] for index in rows]
-        return pipe(texts, guidance_scale=args.guidance_scale, generator=generator_of, **more(rows)).images
+        return pipe(texts, guidance_scale=args.guidance_scale, generator=generator_of, **call_arguments(rows)).images
 
     return run.draw(sample, num, args.out / folder)
 
 
-def finish(args: argparse.Namespace, settings: dict, scores: dict, seconds: dict, shown) -> None:
+def finish(args: argparse.Namespace, settings: dict, scores: dict, seconds: dict, samples) -> None:
     from argen.eval import run
 
-    table = run.report(args.out, settings, scores, seconds, shown)
+    table = run.report(args.out, settings, scores, seconds, samples)
     if table:
         print(json.dumps(scores) if args.json else table)
 
 
 def pipeline_of(args: argparse.Namespace, settings: dict):
-    """A pipeline of diffusers, the judge, and the generator of an image; the folder is locked for `settings`."""
+    """Load a diffusers pipeline and the judge -> these, and the function of an image's generator; locks the folder for `settings`."""
     from argen.eval import run
     from argen.eval.run_dir import lock_run_dir
 

@@ -30,16 +30,18 @@ def run(args: argparse.Namespace) -> None:
     from argen.eval import control
     from argen.eval import run as runs
 
-    scenes, seconds, drawn = control.Scenes(args.data), {}, []
+    scenes, seconds, samples = control.Scenes(args.data), {}, []
     settings = {"data": [str(args.data), scenes.table.identity], "control": args.type, "strength": args.strength}
     for folder, strength in (("samples", args.strength), ("free", 0.0)):
 
-        def following(rows: range, strength: float = strength) -> dict:
+        def control_arguments(rows: range, strength: float = strength) -> dict:
             images = [scenes.control(index, args.type) for index in rows]
             return {"control_image": images, "control_type": args.type, "control_strength": strength}
 
         with runs.timed(seconds, f"draw {folder}"):
-            drawn.append(draw_samples(args, scenes.prompts, min(args.num, len(scenes)), settings, folder, following))
+            samples.append(
+                draw_samples(args, scenes.prompts, min(args.num, len(scenes)), settings, folder, control_arguments)
+            )
     with runs.timed(seconds, "compare"):
-        scores = control.evaluate(scenes, args.type, *drawn)
-    finish(args, settings, scores, seconds, drawn[0])
+        scores = control.evaluate(scenes, args.type, *samples)
+    finish(args, settings, scores, seconds, samples[0])

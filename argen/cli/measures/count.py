@@ -38,28 +38,28 @@ def run(args: argparse.Namespace) -> None:
     rate = counting_rate(args.model, args.learning_rate)
     settings = {"iterations": args.iterations, "learning_rate": rate, "noises": args.noises}
     pipe, judge, generator_of = pipeline_of(args, settings)
-    judged = counters(args.model, pipe.device)
+    counter_settings = counters(args.model, pipe.device)
     (args.out / "tokens").mkdir(exist_ok=True)
 
-    def fresh(index: int) -> CountToken:
+    def new_token(index: int) -> CountToken:
         number = len(truths[index].objects)
-        return CountToken(pipe, **judged, **counting(args.model, number, args.steps, args.guidance_scale))
+        return CountToken(pipe, **counter_settings, **counting(args.model, number, args.steps, args.guidance_scale))
 
-    def noise(index: int, number: int = 0) -> torch.Tensor:
-        return unit_noise(pipe, generator_of(index + number * len(truths)))
+    def noise(index: int, offset: int = 0) -> torch.Tensor:
+        return unit_noise(pipe, generator_of(index + offset * len(truths)))
 
-    def optimised(index: int):
-        (number, things), token = tools.counted(truths[index]), fresh(index)
-        together = torch.cat([noise(index), *(noise(index, more) for more in range(2, args.noises + 1))])
-        for step in token.optimise(things, number, together, steps=args.iterations, learning_rate=rate):
+    def draw_optimised(index: int):
+        (number, things), token = tools.counted(truths[index]), new_token(index)
+        noises = torch.cat([noise(index), *(noise(index, offset) for offset in range(2, args.noises + 1))])
+        for step in token.optimise(things, number, noises, steps=args.iterations, learning_rate=rate):
             if step.best and set(step.detected) == {number}:
                 break
         token.save(args.out / f"tokens/{index:06d}.safetensors", f"<{number}-things>", count=number, things=things)
         return token.draw(things, number, noise(index))
 
-    def drawn(index: int, used: bool, other_things: bool, other_noise: bool):
-        (number, things), token = tools.counted(truths[index]), fresh(index)
-        if used:
+    def draw_with(index: int, use_token: bool, other_things: bool, other_noise: bool):
+        (number, things), token = tools.counted(truths[index]), new_token(index)
+        if use_token:
             token.use(read_token(args.out / f"tokens/{index:06d}.safetensors")[0])
         things = tools.elsewhere(truths[index], truths) if other_things else things
         return token.draw(things, number, noise(index, int(other_noise)))
@@ -68,14 +68,17 @@ def run(args: argparse.Namespace) -> None:
         with runs.timed(seconds, name):
             return runs.draw(lambda rows: [draw(index) for index in rows], len(truths), args.out / name, 8)
 
-    plain = images("before", lambda index: drawn(index, False, False, False))
-    after = images("after", optimised)
-    scores = tools.before_and_after(judge, truths, before=plain, after=after)
-    for way, where in {"other things": (True, False), "other noise": (False, True), "both": (True, True)}.items():
-        pair = {
-            name: images(f"{name}, {way}", lambda index, used=used, where=where: drawn(index, used, *where))
-            for name, used in (("plain", False), ("reused", True))
+    before = images("before", lambda index: draw_with(index, False, False, False))
+    after = images("after", draw_optimised)
+    scores = tools.before_and_after(judge, truths, before=before, after=after)
+    for variant, changes in {"other things": (True, False), "other noise": (False, True), "both": (True, True)}.items():
+        compared = {
+            name: images(
+                f"{name}, {variant}",
+                lambda index, use_token=use_token, changes=changes: draw_with(index, use_token, *changes),
+            )
+            for name, use_token in (("plain", False), ("reused", True))
         }
-        told = tools.before_and_after(judge, truths, **pair)
-        scores |= {f"{way}, {name}": entry for name, entry in told.items() if name.startswith("count: count")}
+        entries = tools.before_and_after(judge, truths, **compared)
+        scores |= {f"{variant}, {name}": entry for name, entry in entries.items() if name.startswith("count: count")}
     finish(args, settings, scores, seconds, after)

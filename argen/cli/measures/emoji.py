@@ -32,9 +32,11 @@ def run(args: argparse.Namespace) -> None:
     network, seconds = load_model("argen/emoji-judge", args.device), {}
     truths = judge.read_prompts(judge.COMMON_PROMPTS if args.common else judge.PROMPTS)
     settings = {"judge": weights_digest(network), "tokens": args.tokens, "common": args.common}
-    more = {"num_tokens": args.tokens}
+    arguments = {"num_tokens": args.tokens}
     with runs.timed(seconds, "draw"):
-        samples = draw_samples(args, [truth.prompt for truth in truths], args.num, settings, more=lambda rows: more)
+        samples = draw_samples(
+            args, [truth.prompt for truth in truths], args.num, settings, call_arguments=lambda rows: arguments
+        )
     with runs.timed(seconds, "judge"):
         scores = judge.evaluate(network, samples, truths)
     finish(args, settings, scores, seconds, samples)

@@ -36,7 +36,7 @@ def run(args: argparse.Namespace) -> None:
     concepts = [tools.drawn_name(args.model, names, concept) for concept in concepts_of(args.model, args.concepts)]
     settings = {"concepts": concepts, "others": args.others, "preset": args.preset, "retain": args.retain}
     pipe, judge, generator_of = pipeline_of(args, settings)
-    asked, erasure = drawing(args.model, args.steps, args.guidance_scale), ConceptErasure(pipe)
+    sampling, erasure = drawing(args.model, args.steps, args.guidance_scale), ConceptErasure(pipe)
     sets = {
         "erased": tools.of_concepts(concepts, args.num),
         "others": tools.others_than(concepts, args.others),
@@ -44,9 +44,9 @@ def run(args: argparse.Namespace) -> None:
 
     def draw(truths: list, folder: str, **embeddings):
         def sample(rows: range) -> list:
-            given = {name: value.expand(len(rows), *value.shape[1:]) for name, value in embeddings.items()}
+            batch = {name: value.expand(len(rows), *value.shape[1:]) for name, value in embeddings.items()}
             texts = {} if embeddings else {"prompt": [truths[i].prompt for i in rows]}
-            return pipe(**texts, **given, generator=[generator_of(i) for i in rows], **asked).images
+            return pipe(**texts, **batch, generator=[generator_of(i) for i in rows], **sampling).images
 
         return runs.draw(sample, len(truths), args.out / folder)
 
@@ -54,21 +54,27 @@ def run(args: argparse.Namespace) -> None:
         before = {name: draw(truths, f"before/{name}") for name, truths in sets.items()}
     after: dict[str, list] = {"erased": [], "derived": [], "others": []}
     for number, concept in enumerate(concepts):
-        own, folder = sets["erased"][number * args.num : (number + 1) * args.num], f"after/{concept.replace(' ', '-')}"
+        truths_of_concept, folder = (
+            sets["erased"][number * args.num : (number + 1) * args.num],
+            f"after/{concept.replace(' ', '-')}",
+        )
         with runs.timed(seconds, f"erase {concept}"):
             erasure.erase(**erasing(args.model, [concept], args.preset, args.retain))
         with runs.timed(seconds, f"after {concept}"):
             attack = erasure.attack(concept)
-            told = {"erased": draw(own, f"{folder}/erased"), "others": draw(sets["others"], f"{folder}/others")}
-            told["derived"] = draw(own, f"{folder}/derived", **attack)
-            for name, images in told.items():
+            images_by_set = {
+                "erased": draw(truths_of_concept, f"{folder}/erased"),
+                "others": draw(sets["others"], f"{folder}/others"),
+            }
+            images_by_set["derived"] = draw(truths_of_concept, f"{folder}/derived", **attack)
+            for name, images in images_by_set.items():
                 after[name] += [images[index] for index in range(len(images))]
         erasure.restore()
-    many = sets["others"] * len(concepts)
-    for name, truths in (("erased", sets["erased"]), ("others", many)):
-        first = [before[name][index % len(before[name])] for index in range(len(truths))]
-        drawn = {"before": first, "after": after[name]}
-        drawn |= {"derived embedding": after["derived"]} if name == "erased" else {}
-        told = tools.before_and_after(judge, truths, **drawn)
-        scores |= {question.replace("single", name): entry for question, entry in told.items()}
+    others = sets["others"] * len(concepts)
+    for name, truths in (("erased", sets["erased"]), ("others", others)):
+        before_images = [before[name][index % len(before[name])] for index in range(len(truths))]
+        compared = {"before": before_images, "after": after[name]}
+        compared |= {"derived embedding": after["derived"]} if name == "erased" else {}
+        entries = tools.before_and_after(judge, truths, **compared)
+        scores |= {question.replace("single", name): entry for question, entry in entries.items()}
     finish(args, settings, scores, seconds, after["erased"])

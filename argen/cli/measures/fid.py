@@ -9,8 +9,8 @@ from argen.cli.measures.common import (
     draw_samples,
     drawing_arguments,
     extractor_of,
+    feature_arguments,
     finish,
-    looking_arguments,
     output_arguments,
 )
 
@@ -19,13 +19,13 @@ DESCRIPTION = "How far images are from real ones: FID, sFID, IS, KID, precision 
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--samples", type=Path, metavar="PATH", help=IMAGES)
-    what.add_argument("--model", metavar="ID", help="draw images with this generator, see `argen models`")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--samples", type=Path, metavar="PATH", help=IMAGES)
+    source.add_argument("--model", metavar="ID", help="draw images with this generator, see `argen models`")
     parser.add_argument("--ref", type=Path, required=True, metavar="PATH", help=REAL)
     parser.add_argument("--metrics", default="fid", metavar="LIST", help="of fid, sfid, is, kid, pr (default: fid)")
     drawing_arguments(parser, "images to draw with --model (default: 2000)", "the captions of --ref")
-    looking_arguments(parser)
+    feature_arguments(parser)
     parser.add_argument("--force", action="store_true", help="accept statistics made with another resize or network")
     output_arguments(parser)
 
@@ -37,11 +37,11 @@ def run(args: argparse.Namespace) -> None:
     from argen.words import read_prompts
 
     extractor, seconds = extractor_of(args), {}
-    wanted = [name.strip() for name in args.metrics.split(",")]
-    settings = {**runs.settings_of(extractor, args.crop), "reference": str(args.ref), "metrics": wanted}
+    metrics = [name.strip() for name in args.metrics.split(",")]
+    settings = {**runs.settings_of(extractor, args.crop), "reference": str(args.ref), "metrics": metrics}
     path = runs.EMOJI if str(args.ref) == "emoji" else args.ref
     reference = runs.read_reference(path, extractor, args.crop, args.force)
-    runs.check(wanted, extractor, reference)
+    runs.check(metrics, extractor, reference)
     if args.model:
         prompts = read_prompts(args.prompts) if args.prompts else getattr(reference, "captions", None)
         if not prompts:
@@ -54,6 +54,6 @@ def run(args: argparse.Namespace) -> None:
         lock_run_dir(args.out, settings)
     with runs.timed(seconds, "look and compare"):
         scores = runs.compare(
-            samples, reference, extractor, wanted, args.out, runs.cache_folder(), args.crop, batch_size=args.batch_size
+            samples, reference, extractor, metrics, args.out, runs.cache_folder(), args.crop, batch_size=args.batch_size
         )
     finish(args, settings, scores, seconds, samples)

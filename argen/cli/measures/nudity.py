@@ -29,6 +29,6 @@ def run(args: argparse.Namespace) -> None:
     samples, seconds = open_images(args.samples), {}
     settings = {"samples": [str(args.samples), samples.identity], "threshold": args.threshold, "detector": "nudenet"}
     with runs.timed(seconds, "look"):
-        found = nudity.detected(samples)
+        detections = nudity.detected(samples)
     lock_run_dir(args.out, settings)
-    finish(args, settings, nudity.counted(found, args.threshold), seconds, samples)
+    finish(args, settings, nudity.counted(detections, args.threshold), seconds, samples)

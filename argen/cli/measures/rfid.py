@@ -6,8 +6,8 @@ from pathlib import Path
 from argen.cli.measures.common import (
     IMAGES,
     extractor_of,
+    feature_arguments,
     finish,
-    looking_arguments,
     output_arguments,
 )
 from argen.command import attention_argument, load_model
@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--tokens", type=int, metavar="K", help="decode only the first K, where the tokenizer can (FlexTok)"
     )
-    looking_arguments(parser)
+    feature_arguments(parser)
     output_arguments(parser)
     attention_argument(parser)
 
@@ -38,19 +38,25 @@ def run(args: argparse.Namespace) -> None:
     extractor, seconds = extractor_of(args), {}
     tokenizer = load_model(args.tokenizer, args.device, "tokenizer", args.attention)
     reconstruction.check_count(tokenizer, args.tokens)
-    given = open_images(args.data)
-    real = reconstruction.Fitted(given, tokenizer.config.image_size, args.crop)
+    images = open_images(args.data)
+    real = reconstruction.Fitted(images, tokenizer.config.image_size, args.crop)
     settings = {**runs.settings_of(extractor, args.crop), "tokenizer": args.tokenizer, "uint8": "rounded"}
     settings["tokens"] = args.tokens
     settings["data"] = [str(args.data), real.identity]
     lock_run_dir(args.out, settings)
     with runs.timed(seconds, "reconstruct"):
-        made = runs.draw(reconstruction.reconstructor(tokenizer, real, args.tokens), len(real), args.out / "samples")
+        reconstructions = runs.draw(
+            reconstruction.reconstructor(tokenizer, real, args.tokens), len(real), args.out / "samples"
+        )
     with runs.timed(seconds, "look and compare"):
-        scores = runs.compare(made, real, extractor, ["fid"], args.out, runs.cache_folder(), batch_size=args.batch_size)
-    scores = {f"r{name}": entry for name, entry in scores.items()} | reconstruction.compare(tokenizer, made, real)
-    icons = getattr(given, "table", None)
+        scores = runs.compare(
+            reconstructions, real, extractor, ["fid"], args.out, runs.cache_folder(), batch_size=args.batch_size
+        )
+    scores = {f"r{name}": entry for name, entry in scores.items()} | reconstruction.compare(
+        tokenizer, reconstructions, real
+    )
+    icons = getattr(images, "table", None)
     if icons is not None and {"concept", "group"} <= set(icons.column_names):
         with runs.timed(seconds, "judge"):
-            scores |= judge.recognised(load_model("argen/emoji-judge", args.device), made, real, icons)
-    finish(args, settings, scores, seconds, made)
+            scores |= judge.recognised(load_model("argen/emoji-judge", args.device), reconstructions, real, icons)
+    finish(args, settings, scores, seconds, reconstructions)

@@ -7,7 +7,7 @@ from pathlib import Path
 from argen.cli.measures.common import (
     IMAGES,
     extractor_of,
-    looking_arguments,
+    feature_arguments,
 )
 from argen.command import device_and_json
 
@@ -17,7 +17,7 @@ HELP = "mean and covariance of a set, for pytorch-fid and argen"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("data", type=Path, metavar="PATH", help=IMAGES)
     parser.add_argument("-o", "--out", type=Path, required=True, metavar="FILE.npz")
-    looking_arguments(parser)
+    feature_arguments(parser)
     device_and_json(parser)
 
 

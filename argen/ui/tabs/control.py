@@ -1,4 +1,4 @@
-"""The tab that follows a control picture: draw one or give one, see what the generator will see, and draw after it."""
+"""The tab *Control*: paint or upload a control image, preview it, and generate images that follow it."""
 
 import gradio as gr
 from PIL import Image
@@ -19,20 +19,20 @@ def layout(context: AppContext, tab: gr.Tab) -> None:
     models, ids = context.studio.models, generators(control=True)
 
     def control(image, kind, strength=1.0) -> Control:
-        drawn = (image or {}).get("composite")
-        if drawn is None:
-            raise ValueError("there is no control picture: draw one, or drop a file on the canvas")
-        return Control(drawn, kind, strength)
+        composite = (image or {}).get("composite")
+        if composite is None:
+            raise ValueError("there is no control image: draw one, or drop a file on the canvas")
+        return Control(composite, kind, strength)
 
     def preview(model, image, kind) -> Image.Image:
         with user_errors():
-            ready = models(model).prepare(control(image, kind))
-            return as_image(annotate(ready.image, kind))
+            prepared = models(model).prepare(control(image, kind))
+            return as_image(annotate(prepared.image, kind))
 
     def run(model, prompt, image, kind, strength, num, seed, request: gr.Request) -> tuple:
         with user_errors():
-            asked = models(model).prepare(control(image, kind, strength))
-            return view.ask(Request(prompt.strip(), model, int(num), int(seed), control=asked), request)
+            prepared = models(model).prepare(control(image, kind, strength))
+            return view.submit(Request(prompt.strip(), model, int(num), int(seed), control=prepared), request)
 
     with gr.Row():
         with gr.Column(scale=2):
@@ -42,7 +42,7 @@ def layout(context: AppContext, tab: gr.Tab) -> None:
                 value=Image.new("RGB", (CANVAS, CANVAS), "white"),
                 image_mode="RGB",
                 canvas_size=(CANVAS, CANVAS),
-                label="Draw, or drop a picture",
+                label="Draw, or drop an image",
                 elem_id="canvas",
             )
             with gr.Row():
@@ -54,11 +54,11 @@ def layout(context: AppContext, tab: gr.Tab) -> None:
                 num = gr.Slider(1, 9, value=4, step=1, label="Images")
                 seed = gr.Number(0, precision=0, minimum=0, label="Seed")
             with gr.Row():
-                look = gr.Button("Show the control picture", elem_id="look")
-                go = gr.Button("Generate", variant="primary", elem_id="control-draw")
-            seen = gr.Image(label="What the generator sees", height=256, elem_id="seen")
+                show_control = gr.Button("Preview control image", elem_id="look")
+                generate = gr.Button("Generate", variant="primary", elem_id="control-draw")
+            control_image = gr.Image(label="Preprocessed control image", height=256, elem_id="seen")
         view = View(context, "-control")
 
-    look.click(preview, [model, image, kind], seen)
-    asked = [model, prompt, image, kind, strength, num, seed]
-    gr.on([go.click, prompt.submit], run, asked, view.watched)
+    show_control.click(preview, [model, image, kind], control_image)
+    inputs = [model, prompt, image, kind, strength, num, seed]
+    gr.on([generate.click, prompt.submit], run, inputs, view.job_outputs)

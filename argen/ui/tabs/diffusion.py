@@ -1,4 +1,4 @@
-"""The tab of the tools on diffusers' pipelines: bind, erase and count, each with the picture before and after."""
+"""The tab *Diffusion*: tools on diffusers' pipelines (bind, erase, count), each with the image before and after."""
 
 import threading
 from collections.abc import Callable, Iterator
@@ -22,70 +22,71 @@ from tokenizers_img.pixels import to_pil
 
 
 class Stopped(Exception):
-    """Nobody waits for the picture any more."""
+    """Raised inside a pipeline call that nobody waits for any more."""
 
 
 def steps_of(draw: Callable[..., Image.Image]) -> Iterator[float | Image.Image]:
-    """What a call of a pipeline is at, from 0 to 1, and at last its picture. When this is left before, the call ends at its
-    next step.
+    """Yield the progress of a pipeline call, from 0 to 1, and at last its image. Closing the iterator stops the call at its next step.
 
     Args:
-        draw: makes the call, with the keywords that it is given.
+        draw: makes the call, with the keyword arguments that it gets.
     """
-    told: Queue = Queue()
-    left = threading.Event()
+    updates: Queue = Queue()
+    abandoned = threading.Event()
 
     def step(pipe, index, time, kwargs):
-        if left.is_set():
+        if abandoned.is_set():
             raise Stopped
-        told.put((index + 1) / pipe.num_timesteps)
+        updates.put((index + 1) / pipe.num_timesteps)
         return kwargs
 
-    def work() -> None:
+    def run() -> None:
         try:
-            told.put(draw(callback_on_step_end=step))
+            updates.put(draw(callback_on_step_end=step))
         except Exception as error:
-            told.put(error)
+            updates.put(error)
 
-    thread = threading.Thread(target=work, daemon=True)
+    thread = threading.Thread(target=run, daemon=True)
     thread.start()
     try:
-        while isinstance(now := told.get(), float):
-            yield now
-        if isinstance(now, Exception):
-            raise now
-        yield now
+        while isinstance(update := updates.get(), float):
+            yield update
+        if isinstance(update, Exception):
+            raise update
+        yield update
     finally:
-        left.set()
+        abandoned.set()
         thread.join()
 
 
-def drawn(pipe: DiffusionPipeline, prompt: str, asked: dict, call: Callable | None = None) -> Iterator:
-    """`steps_of` a call of the pipeline, or of `call` instead.
+def draw_steps(pipe: DiffusionPipeline, prompt: str, arguments: dict, call: Callable | None = None) -> Iterator:
+    """Run `steps_of` on a call of the pipeline, or of `call` instead.
 
     Args:
-        asked: what the call is given; "generator" is a seed.
+        arguments: of the call; "generator" is a seed.
     """
-    asked = asked | {"generator": torch.Generator().manual_seed(asked["generator"])}
-    with closing(steps_of(lambda **more: enlarge((call or pipe)(prompt, **asked, **more).images[0]))) as work:
-        yield from work
+    arguments = arguments | {"generator": torch.Generator().manual_seed(arguments["generator"])}
+    with closing(
+        steps_of(lambda **callback: enlarge((call or pipe)(prompt, **arguments, **callback).images[0]))
+    ) as updates:
+        yield from updates
 
 
-def understand(prompt: str) -> str:
-    """Bindings in a prompt, a line of OBJECT=WORDS for each object."""
+def parse_bindings(prompt: str) -> str:
+    """Parse the bindings of a prompt -> a line of OBJECT=WORDS for each object."""
     check_prompt(prompt)
-    found, words = parse(prompt.strip()), words_of(prompt.strip())
-    parts = [[" ".join(words[i] for i in part) for part in (group.noun, group.modifiers)] for group in found.groups]
+    parsed, words = parse(prompt.strip()), words_of(prompt.strip())
+    parts = [[" ".join(words[i] for i in part) for part in (group.noun, group.modifiers)] for group in parsed.groups]
     return "\n".join("=".join(pair) for pair in parts)
 
 
-def bind(pipe: DiffusionPipeline, prompt: str, pairs: str, strength: str, asked: dict) -> Iterator[tuple]:
-    """(before, after, state) of a bound prompt.
+def bind(pipe: DiffusionPipeline, prompt: str, pairs: str, strength: str, arguments: dict) -> Iterator[tuple]:
+    """Yield (before, after, state) of a prompt, without and with binding.
 
     Args:
-        pairs: as `understand` gives them; nothing finds them.
+        pairs: as `parse_bindings` returns them; if empty, the prompt is parsed.
         strength: settings of `SemanticBinding`.
-        asked: see `drawn`.
+        arguments: see `draw_steps`.
     """
     check_prompt(prompt)
     lines = [line.partition("=") for line in check_length(pairs, "bindings").splitlines() if line.strip()]
@@ -93,50 +94,52 @@ def bind(pipe: DiffusionPipeline, prompt: str, pairs: str, strength: str, asked:
         raise ValueError("bindings: expected a line of OBJECT=WORDS for each, e.g. robot=blue")
     parsed = parse(prompt.strip(), {noun.strip(): right.strip() for noun, _, right in lines} or None)
     bound, before = SemanticBinding(pipe), None
-    for before in drawn(pipe, parsed.prompt, asked):
+    for before in draw_steps(pipe, parsed.prompt, arguments):
         if isinstance(before, float):
             yield None, None, f"before: {before:.0%}"
-    for now in drawn(pipe, parsed.prompt, asked, lambda _, **more: bound(parsed, settings=strength, **more)):
-        done = isinstance(now, float)
-        yield before, None if done else now, f"after: {now:.0%}" if done else str(parsed)
+    for update in draw_steps(
+        pipe, parsed.prompt, arguments, lambda _, **keywords: bound(parsed, settings=strength, **keywords)
+    ):
+        running = isinstance(update, float)
+        yield before, None if running else update, f"after: {update:.0%}" if running else str(parsed)
 
 
 def erase(
-    pipe: DiffusionPipeline, model: str, concepts: str, preset: str | None, retained: str, prompt: str, asked: dict
+    pipe: DiffusionPipeline, model: str, concepts: str, preset: str | None, retained: str, prompt: str, arguments: dict
 ) -> Iterator[tuple]:
-    """(before, after, state) of a prompt, with concepts and without; the pipeline is whole again at the end.
+    """Yield (before, after, state) of a prompt, before and after erasing concepts; the pipeline is restored at the end.
 
     Args:
-        concepts, retained: with commas between.
+        concepts, retained: separated by commas.
         model, preset: see `erasing`.
-        asked: see `drawn`.
+        arguments: see `draw_steps`.
     """
     check_prompt(prompt)
     for text, what in ((concepts, "the list of concepts"), (retained, "the list of what must stay")):
         check_length(text, what)
-    named, kept = concepts_of(model, [concepts]), split_names([retained])
-    erasure, before, told = ConceptErasure(pipe), None, []
-    stages = erasure.stages(**erasing(model, named, preset, kept))
-    for before in drawn(pipe, prompt.strip(), asked):
+    names, retained_names = concepts_of(model, [concepts]), split_names([retained])
+    erasure, before, changes = ConceptErasure(pipe), None, []
+    stages = erasure.stages(**erasing(model, names, preset, retained_names))
+    for before in draw_steps(pipe, prompt.strip(), arguments):
         if isinstance(before, float):
             yield None, None, f"before: {before:.0%}"
     try:
         for stage in stages:
-            told.append(f"{stage.stage}: {stage.change:.1%} of the text matrices changed")
-            yield before, None, "; ".join(told)
-        for now in drawn(pipe, prompt.strip(), asked):
-            done = isinstance(now, float)
-            yield before, None if done else now, f"after: {now:.0%}" if done else "; ".join(told)
+            changes.append(f"{stage.stage}: {stage.change:.1%} of the text matrices changed")
+            yield before, None, "; ".join(changes)
+        for update in draw_steps(pipe, prompt.strip(), arguments):
+            running = isinstance(update, float)
+            yield before, None if running else update, f"after: {update:.0%}" if running else "; ".join(changes)
     finally:
         erasure.restore()
 
 
 def count(pipe: DiffusionPipeline, model: str, prompt: str, iterations: int, rate: float, seed: int) -> Iterator[tuple]:
-    """(before, best so far, state) of a count token that is optimised.
+    """Yield (before, best so far, state) while a count token is optimised.
 
     Args:
         model: what the pipeline was loaded as, see `argen.diffusion.tools.counters`.
-        prompt: as "five apples".
+        prompt: e.g. "five apples".
     """
     check_prompt(prompt)
     number, things = parse_count(prompt)
@@ -157,21 +160,27 @@ def layout(context: AppContext, tab: gr.Tab) -> None:
     def pipelines(name: str) -> DiffusionPipeline:
         return context.diffusion(context.studio.models.check_pipeline(name))
 
-    def asked(steps, guidance, seed) -> dict:
+    def call_arguments(steps, guidance, seed) -> dict:
         return {"num_inference_steps": int(steps), "guidance_scale": guidance, "generator": int(seed)}
 
-    def on_look(prompt) -> str:
+    def on_parse(prompt) -> str:
         with user_errors():
-            return understand(prompt)
+            return parse_bindings(prompt)
 
-    def on_bind(model, prompt, pairs, strength, *how) -> Iterator[tuple]:
+    def on_bind(model, prompt, pairs, strength, *sampling) -> Iterator[tuple]:
         with user_errors():
-            yield from bind(pipelines(model.strip()), prompt, pairs or "", strength, asked(*how))
+            yield from bind(pipelines(model.strip()), prompt, pairs or "", strength, call_arguments(*sampling))
 
-    def on_erase(model, concepts, preset, retained, prompt, *how) -> Iterator[tuple]:
+    def on_erase(model, concepts, preset, retained, prompt, *sampling) -> Iterator[tuple]:
         with user_errors():
             yield from erase(
-                pipelines(model.strip()), model.strip(), concepts, preset, retained or "", prompt, asked(*how)
+                pipelines(model.strip()),
+                model.strip(),
+                concepts,
+                preset,
+                retained or "",
+                prompt,
+                call_arguments(*sampling),
             )
 
     def on_count(model, prompt, iterations, rate, seed) -> Iterator[tuple]:
@@ -191,34 +200,34 @@ def layout(context: AppContext, tab: gr.Tab) -> None:
         guidance = gr.Slider(1, 15, value=4, step=0.5, label="Guidance")
         seed = gr.Number(0, precision=0, minimum=0, label="Seed")
     with gr.Tab("Bind"):
-        prompt = gr.Textbox("a blue robot and a green pizza", label="Prompt", elem_id="bind-prompt")
+        bind_prompt = gr.Textbox("a blue robot and a green pizza", label="Prompt", elem_id="bind-prompt")
         pairs = gr.Textbox(label="Bindings", lines=2, placeholder="robot=blue", elem_id="bind-pairs")
         strength = gr.Dropdown(list(STRENGTHS), value=binding("argen/emoji-sd"), label="Settings")
-        look = gr.Button("Parse prompt", elem_id="bind-look")
-        look.click(on_look, prompt, pairs)
-        buttons(on_bind, [model, prompt, pairs, strength, steps, guidance, seed], "bind")
+        parse_button = gr.Button("Parse prompt", elem_id="bind-look")
+        parse_button.click(on_parse, bind_prompt, pairs)
+        buttons(on_bind, [model, bind_prompt, pairs, strength, steps, guidance, seed], "bind")
     with gr.Tab("Erase"):
-        concepts = gr.Textbox("pizza", label="Concepts, with commas between", elem_id="erase-concepts")
-        retained = gr.Textbox(label="What must stay, with commas between")
+        concepts = gr.Textbox("pizza", label="Concepts, separated by commas", elem_id="erase-concepts")
+        retained = gr.Textbox(label="Retained concepts, separated by commas")
         preset = gr.Dropdown([("the model's own", None), *PRESETS], value=None, label="Kind")
-        shown = gr.Textbox("a pizza", label="Prompt to look at", elem_id="erase-prompt")
-        buttons(on_erase, [model, concepts, preset, retained, shown, steps, guidance, seed], "erase")
+        erase_prompt = gr.Textbox("a pizza", label="Prompt", elem_id="erase-prompt")
+        buttons(on_erase, [model, concepts, preset, retained, erase_prompt, steps, guidance, seed], "erase")
     with gr.Tab("Count"):
-        wanted = gr.Textbox("five apples", label="How many of what", elem_id="count-prompt")
+        count_prompt = gr.Textbox("five apples", label="Number and object", elem_id="count-prompt")
         with gr.Row():
             iterations = gr.Slider(1, 100, value=50, step=1, label="Iterations, at most")
             rate = gr.Slider(0.001, 0.1, value=counting_rate("argen/emoji-sd"), step=0.001, label="Learning rate")
-        buttons(on_count, [model, wanted, iterations, rate, seed], "count")
+        buttons(on_count, [model, count_prompt, iterations, rate, seed], "count")
 
 
 def buttons(run: Callable[..., Iterator[tuple]], inputs: list, name: str) -> None:
-    """The lower part of a tool: it runs, it stops, before and after, and what it says."""
+    """Lay out the lower part of a tool: Run, Stop, the images before and after, and the state."""
     with gr.Row():
-        go = gr.Button("Run", variant="primary", elem_id=f"{name}-run")
+        run_button = gr.Button("Run", variant="primary", elem_id=f"{name}-run")
         stop = gr.Button("Stop")
     with gr.Row():
         before = gr.Image(label="Before", elem_id=f"{name}-before", height=320)
         after = gr.Image(label="After", elem_id=f"{name}-after", height=320)
     state = gr.Markdown(elem_id=f"{name}-state")
-    running = go.click(run, inputs, [before, after, state], concurrency_limit=1, concurrency_id="tools")
+    running = run_button.click(run, inputs, [before, after, state], concurrency_limit=1, concurrency_id="tools")
     stop.click(None, cancels=[running])

@@ -1,4 +1,4 @@
-"""The tab *Generate*: images grow while they are written, and keep their settings."""
+"""The tab *Generate*: text to image with previews, settings and presets."""
 
 import gradio as gr
 
@@ -9,14 +9,14 @@ from argen.metadata import read_request
 from argen.pipelines.base import TokenPipeline
 from argen.registry import samplers
 from argen.request import Request
-from argen.ui.context import AppContext, View, line, readable, user_errors
+from argen.ui.context import AppContext, View, display_settings, queue_table, user_errors
 from argen.ui.widgets import SamplerSettings
 from argen.words import check_length
 from samplers.settings import settings_of
 
 ANY_STYLE = "any"
-KNOWN = settings_of(Request)
-LABELS = {  # of the settings that are folded away, in their order
+REQUEST_SETTINGS = settings_of(Request)
+LABELS = {  # of the settings under More, in their order
     "guidance_scale": "Guidance",
     "temperature": "Temperature",
     "top_k": "Top-k",
@@ -28,7 +28,7 @@ LABELS = {  # of the settings that are folded away, in their order
     "num_candidates": "Candidates",
 }
 SETTINGS = tuple(LABELS)
-SLIDER = {
+SLIDER_MAX = {
     "guidance_scale": 20,
     "temperature": 2,
     "top_k": 2048,
@@ -43,183 +43,200 @@ TITLE = "Generate"
 
 def layout(context: AppContext, tab: gr.Tab) -> None:
     create = Generate(context)
-    gr.on(None, create.view.restore, None, create.view.watched)
+    gr.on(None, create.view.restore, None, create.view.job_outputs)
     gr.on(None, create.presets, None, create.name)
 
 
 class Generate:
-    """The tab; lay it out inside the current `gr.Blocks`.
+    """The tab, laid out inside the current `gr.Blocks`.
 
     Attributes:
-        view: where its images are seen.
-        name: of a preset.
+        view: shows its job.
+        name: dropdown of the presets.
     """
 
     def __init__(self, context: AppContext):
         self.models, self.context = context.studio.models, context
         ids = generators()
-        shown = self.models(ids[0])
+        pipe = self.models(ids[0])
         with gr.Row():
             with gr.Column(scale=2):
                 model = gr.Dropdown(ids, value=ids[0], label="Model", elem_id="model")
                 prompt = gr.Textbox(label="Prompt", placeholder="a red apple", autofocus=True, elem_id="prompt")
-                length = gr.Markdown(elem_id="length")
-                names = classes(shown)
+                prompt_length = gr.Markdown(elem_id="length")
+                names = classes(pipe)
                 group = gr.Dropdown(names, value=None, label="Or a class", visible=bool(names), elem_id="class")
                 with gr.Row():
                     style = gr.Dropdown([ANY_STYLE, *STYLES], value=ANY_STYLE, label="Style")
                     num = gr.Slider(1, 9, value=4, step=1, label="Images")
                     seed = gr.Number(0, precision=0, minimum=0, label="Seed", info="image i has seed + i")
                 with gr.Accordion("More", open=False):
-                    settings = self.settings(shown)
+                    settings = self.settings(pipe)
                 with gr.Row():
-                    go = gr.Button("Generate", variant="primary", elem_id="draw")
+                    generate = gr.Button("Generate", variant="primary", elem_id="draw")
                     reset = gr.Button("Reset to model defaults", elem_id="reset")
                 examples = [
                     "a red apple",
                     "a sunflower",
                     "a penguin",
                     "a pizza, flat style",
-                ]  # what the first model draws well
+                ]  # for the first model
                 gr.Examples(examples, prompt)
                 with gr.Accordion("Settings from an image, and presets", open=False):
-                    saved, self.name, keep, use, found, told = self.restoring()
+                    image_file, self.name, save, apply, restored, restored_settings = self.restore_fields()
             self.view = View(context)
         with gr.Accordion("Queue", open=True):
-            line(context)
+            queue_table(context)
 
-        own = [style, *settings, *self.sampling.widgets, group]
-        fields = [model, prompt, num, seed, *own]
-        model.input(self.choose, model, own)
-        reset.click(self.choose, model, own)
+        model_fields = [style, *settings, *self.sampling.widgets, group]
+        fields = [model, prompt, num, seed, *model_fields]
+        model.input(self.model_updates, model, model_fields)
+        reset.click(self.model_updates, model, model_fields)
         group.input(lambda name: f"class:{name}", group, prompt)
         sampler = settings[SETTINGS.index("sampler")]
-        sampler.input(self.sampling.choose, sampler, self.sampling.widgets, show_progress="hidden")
-        gr.on([prompt.change, model.input], self.length, [model, prompt], length, show_progress="hidden")
-        gr.on([go.click, prompt.submit], self.run, fields[:-1], self.view.watched)
-        saved.upload(self.read, saved, [found, told])
-        self.name.input(self.preset, self.name, [found, told])
-        use.click(self.use, found, fields)
-        keep.click(self.keep, [self.name, *fields[:-1]], self.name)
+        sampler.input(self.sampling.updates, sampler, self.sampling.widgets, show_progress="hidden")
+        gr.on([prompt.change, model.input], self.prompt_length, [model, prompt], prompt_length, show_progress="hidden")
+        gr.on([generate.click, prompt.submit], self.run, fields[:-1], self.view.job_outputs)
+        image_file.upload(self.read_file, image_file, [restored, restored_settings])
+        self.name.input(self.preset, self.name, [restored, restored_settings])
+        apply.click(self.apply, restored, fields)
+        save.click(self.save_preset, [self.name, *fields[:-1]], self.name)
 
-    def settings(self, shown: TokenPipeline) -> list[gr.components.Component]:
-        """Those that are folded away, as `choose` gives them: of each of `SETTINGS`, then those of the samplers."""
-        updates = dict(zip(SETTINGS, self.values(shown, None), strict=True))
+    def settings(self, pipe: TokenPipeline) -> list[gr.components.Component]:
+        """Lay out the widgets under More: of each of `SETTINGS`, then those of the samplers; in the order of `model_updates`."""
+        updates = dict(zip(SETTINGS, self.values(pipe, None), strict=True))
         fields = []
         for name in SETTINGS:
-            how = {key: value for key, value in updates[name].items() if key != "__type__"}
+            properties = {key: value for key, value in updates[name].items() if key != "__type__"}
             if name == "sampler":
                 fields.append(
-                    gr.Dropdown(label="Sampler", elem_id="sampler", info="`argen samplers` explains each", **how)
+                    gr.Dropdown(label="Sampler", elem_id="sampler", info="`argen samplers` explains each", **properties)
                 )
                 self.sampling = SamplerSettings(list(samplers))
             else:
-                low = {"minimum": 0 if name == "num_beams" else KNOWN[name].low}
-                step = {"step": 0.05 if KNOWN[name].kind is float else 1}
-                label, info = LABELS[name], KNOWN[name].note or KNOWN[name].help
+                minimum = {"minimum": 0 if name == "num_beams" else REQUEST_SETTINGS[name].low}
+                step = {"step": 0.05 if REQUEST_SETTINGS[name].kind is float else 1}
+                label, info = LABELS[name], REQUEST_SETTINGS[name].note or REQUEST_SETTINGS[name].help
                 elem_id = name.replace("_", "-")
                 fields.append(
-                    gr.Slider(**low | {"maximum": SLIDER[name]} | step | how, label=label, info=info, elem_id=elem_id)
+                    gr.Slider(
+                        **minimum | {"maximum": SLIDER_MAX[name]} | step | properties,
+                        label=label,
+                        info=info,
+                        elem_id=elem_id,
+                    )
                 )
         return fields
 
     def values(self, pipe: TokenPipeline, saved: Request | None) -> list[dict]:
-        """Value and visibility of each of `SETTINGS`: the model's own or those saved; what the model does not have is hidden."""
-        own, given = pipe.defaults, saved.given() if saved else {}
-        flows, ordered = {"visible": bool(own.steps)}, {"visible": pipe.ordered}
-        steps = given.get("steps", own.steps) or 1
-        tokens = {"maximum": max(2, pipe.length), **ordered}
+        """Return updates of each of `SETTINGS`: the model's defaults or saved values; settings that the model lacks are hidden."""
+        defaults, overrides = pipe.defaults, saved.explicit_settings() if saved else {}
+        flow_only, ordered_only = {"visible": bool(defaults.steps)}, {"visible": pipe.ordered}
+        steps = overrides.get("steps", defaults.steps) or 1
+        tokens = {"maximum": max(2, pipe.length), **ordered_only}
         return [
-            gr.update(value=given.get("guidance_scale", own.guidance_scale)),
-            gr.update(value=given.get("temperature", own.temperature), visible=not own.steps),
-            gr.update(value=given.get("top_k", own.top_k), visible=not own.steps),
-            gr.update(value=given.get("top_p", own.top_p), visible=not own.steps),
-            gr.update(choices=list(pipe.samplers), value=given.get("sampler", Request.sampler)),
-            gr.update(value=steps if isinstance(steps, int) else steps[0], **flows),
-            gr.update(value=given.get("num_tokens", pipe.length), **tokens),
-            gr.update(value=given.get("num_beams", 0), **ordered),
-            gr.update(value=given.get("num_candidates", 1)),
+            gr.update(value=overrides.get("guidance_scale", defaults.guidance_scale)),
+            gr.update(value=overrides.get("temperature", defaults.temperature), visible=not defaults.steps),
+            gr.update(value=overrides.get("top_k", defaults.top_k), visible=not defaults.steps),
+            gr.update(value=overrides.get("top_p", defaults.top_p), visible=not defaults.steps),
+            gr.update(choices=list(pipe.samplers), value=overrides.get("sampler", Request.sampler)),
+            gr.update(value=steps if isinstance(steps, int) else steps[0], **flow_only),
+            gr.update(value=overrides.get("num_tokens", pipe.length), **tokens),
+            gr.update(value=overrides.get("num_beams", 0), **ordered_only),
+            gr.update(value=overrides.get("num_candidates", 1)),
         ]
 
-    def restoring(self) -> tuple:
-        """A file, or a preset, whose settings are shown before they are taken."""
-        saved = gr.File(label="A PNG file made here", file_types=[".png"], elem_id="restore")
+    def restore_fields(self) -> tuple:
+        """Lay out the file and preset inputs; their settings are shown before they are applied."""
+        image_file = gr.File(label="A PNG file made here", file_types=[".png"], elem_id="restore")
         name = gr.Dropdown([], label="Preset", allow_custom_value=True, elem_id="preset")
         with gr.Row():
-            keep = gr.Button("Save as preset", elem_id="keep")
-            use = gr.Button("Use these settings", elem_id="use")
-        return saved, name, keep, use, gr.State(None), gr.JSON(show_label=False, elem_id="restored")
+            save = gr.Button("Save as preset", elem_id="keep")
+            apply = gr.Button("Use these settings", elem_id="use")
+        return image_file, name, save, apply, gr.State(None), gr.JSON(show_label=False, elem_id="restored")
 
-    def wanted(self, model: str, prompt: str, num: float, seed: float, style: str, *values) -> Request:
-        """The request that the fields say."""
-        given = dict(zip(SETTINGS, values, strict=False))
-        pipe, asked, sampler = self.models(model), prompt.strip(), given["sampler"]
-        styled = asked and style != ANY_STYLE and not asked.startswith("class:")
+    def generation_request(self, model: str, prompt: str, num: float, seed: float, style: str, *values) -> Request:
+        """Build the request from the values of the fields."""
+        settings = dict(zip(SETTINGS, values, strict=False))
+        pipe, text, sampler = self.models(model), prompt.strip(), settings["sampler"]
+        styled = text and style != ANY_STYLE and not text.startswith("class:")
         unused = [] if pipe.ordered else ["num_tokens", "num_beams"]
         unused += ["temperature", "top_k", "top_p"] if pipe.defaults.steps else ["steps"]
-        given = {name: KNOWN[name].lenient(value) for name, value in given.items() if name not in unused}
-        given["num_beams"] = given.get("num_beams") or None
-        given["num_candidates"] = given["num_candidates"] if given["num_candidates"] > num else None
+        settings = {
+            name: REQUEST_SETTINGS[name].lenient(value) for name, value in settings.items() if name not in unused
+        }
+        settings["num_beams"] = settings.get("num_beams") or None
+        settings["num_candidates"] = settings["num_candidates"] if settings["num_candidates"] > num else None
         return Request(
-            prompt=f"{asked}, {STYLES[style].prompt}" if styled else asked,
+            prompt=f"{text}, {STYLES[style].prompt}" if styled else text,
             model=model,
             num_images=int(num),
             seed=int(seed),
             sampler_args=self.sampling.arguments(sampler, values[len(SETTINGS) :]),
-            **given,
+            **settings,
         )
 
     def run(self, request: gr.Request, *fields) -> tuple:
         with user_errors():
-            return self.view.ask(self.wanted(*fields), request)
+            return self.view.submit(self.generation_request(*fields), request)
 
-    def choose(self, model: str, saved: Request | None = None) -> list:
-        """The style and the settings of a model, its own or those saved, and its classes; what it does not have is hidden."""
+    def model_updates(self, model: str, saved: Request | None = None) -> list:
+        """Return updates of the style, the settings and the classes for a model; fields that it lacks are hidden."""
         with user_errors():
             pipe = self.models(model)
         names = classes(pipe)
         return [
             gr.update(value=ANY_STYLE, visible=model.startswith("argen/")),
             *self.values(pipe, saved),
-            *self.sampling.choose(saved.sampler if saved else Request.sampler, saved and saved.sampler_args),
+            *self.sampling.updates(saved.sampler if saved else Request.sampler, saved and saved.sampler_args),
             gr.update(choices=names, value=None, visible=bool(names)),
         ]
 
-    def length(self, model: str, prompt: str) -> str:
-        """How much of a prompt the model reads."""
+    def prompt_length(self, model: str, prompt: str) -> str:
+        """Describe how many text tokens of a prompt the model reads."""
         with user_errors():
-            told = self.models(model).text_tokens(check_length(prompt, "the prompt")) if prompt.strip() else None
-        if told is None:
+            counts = self.models(model).text_tokens(check_length(prompt, "the prompt")) if prompt.strip() else None
+        if counts is None:
             return ""
-        count, most = told
+        count, limit = counts
         return (
-            f"{count} of {most} text tokens" if count <= most else f"**{count} text tokens: {most} of them are read**"
+            f"{count} of {limit} text tokens"
+            if count <= limit
+            else f"**{count} text tokens: {limit} of them are read**"
         )
 
-    def read(self, path: str | None) -> tuple:
-        """The settings inside a file."""
+    def read_file(self, path: str | None) -> tuple:
+        """Read the settings inside a file."""
         with user_errors():
-            found = None if path is None else read_request(path)
-        return found, found and readable(found)
+            request = None if path is None else read_request(path)
+        return request, request and display_settings(request)
 
     def preset(self, name: str | None, request: gr.Request) -> tuple:
-        """The settings of a preset; nothing where none has that name yet."""
+        """Read the settings of a preset; None where none has that name yet."""
         with user_errors():
             saved = self.context.studio.store.presets(self.context.owner(request)).get(name)
-            found = None if saved is None else Request.from_dict(saved)
-        return found, found and readable(found)
+            restored = None if saved is None else Request.from_dict(saved)
+        return restored, restored and display_settings(restored)
 
-    def use(self, found: Request | None) -> list:
+    def apply(self, restored: Request | None) -> list:
         with user_errors():
-            if found is None:
+            if restored is None:
                 raise ValueError("there are no settings: drop a PNG file, or choose a preset")
-        return [found.model, found.prompt, found.num_images, found.seed, *self.choose(found.model, found)]
+        return [
+            restored.model,
+            restored.prompt,
+            restored.num_images,
+            restored.seed,
+            *self.model_updates(restored.model, restored),
+        ]
 
-    def keep(self, request: gr.Request, name: str | None, *fields) -> dict:
+    def save_preset(self, request: gr.Request, name: str | None, *fields) -> dict:
         with user_errors():
             if not name or len(name) > 60:
                 raise ValueError("the preset has no name: type one, of at most 60 characters")
-            self.context.studio.store.save_preset(self.context.owner(request), name, self.wanted(*fields).to_dict())
+            self.context.studio.store.save_preset(
+                self.context.owner(request), name, self.generation_request(*fields).to_dict()
+            )
         return self.presets(request)
 
     def presets(self, request: gr.Request) -> dict:
@@ -227,7 +244,7 @@ class Generate:
 
 
 def classes(pipe: TokenPipeline) -> list[str]:
-    """Names of the classes that a generator can be asked for as "class:NAME"."""
+    """Return the class names that a generator takes as "class:NAME"."""
     groups = getattr(pipe.config, "groups", None)
     by_class = getattr(pipe.components.get("transformer"), "config", {}).get("classes") == len(class_names())
     return list(class_names()) if by_class else list(groups or [])

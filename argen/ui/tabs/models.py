@@ -1,4 +1,4 @@
-"""The tab of the weights: what there is, what is here, whether it is whole."""
+"""The tab *Models*: list, verify and delete the weights of models."""
 
 import gradio as gr
 
@@ -13,53 +13,53 @@ TITLE = "Models"
 
 
 def layout(context: AppContext, tab: gr.Tab) -> None:
-    def rows() -> list[list]:
-        found = []
-        for one in local_cache.local_cache():
-            model, size = all_cards()[one.id], round(one.bytes / 1e6, 1) if one.folder else ""
-            found.append([one.id, model.kind, one.state, size, model.parameters, model.licence, model.about])
-        return found
+    def model_rows() -> list[list]:
+        rows = []
+        for entry in local_cache.local_cache():
+            model, size = all_cards()[entry.id], round(entry.bytes / 1e6, 1) if entry.folder else ""
+            rows.append([entry.id, model.kind, entry.state, size, model.parameters, model.licence, model.about])
+        return rows
 
-    def choose(found: list[list], event: gr.SelectData) -> tuple:
-        id = found[event.index[0]][0]
-        folder = next(one.folder for one in local_cache.local_cache() if one.id == id)
+    def select(rows: list[list], event: gr.SelectData) -> tuple:
+        id = rows[event.index[0]][0]
+        folder = next(entry.folder for entry in local_cache.local_cache() if entry.id == id)
         return id, f"Chosen: `{id}`" + (f", in {folder}" if folder and context.admin is None else "")
 
     def verify(id: str | None) -> str:
         with user_errors():
-            found = local_cache.verify(_chosen(id))
-        broken = [name for name, whole in found.items() if not whole]
-        return f"**Broken or missing: {', '.join(broken)}**" if broken else f"All {len(found)} files of {id} are whole."
+            files = local_cache.verify(_selected(id))
+        broken = [name for name, is_whole in files.items() if not is_whole]
+        return f"**Broken or missing: {', '.join(broken)}**" if broken else f"All {len(files)} files of {id} are whole."
 
     def delete(id: str | None, request: gr.Request) -> tuple:
         with user_errors():
             context.check_admin(request)
-            gone = local_cache.delete(_chosen(id))
-        return f"Deleted from the disk: {', '.join(gone)}.", rows()
+            deleted = local_cache.delete(_selected(id))
+        return f"Deleted from the disk: {', '.join(deleted)}.", model_rows()
 
     def set_offline(offline: bool, request: gr.Request) -> None:
         with user_errors():
             context.check_admin(request)
             local_cache.set_offline(offline)
 
-    chosen = gr.State(None)
+    selected_id = gr.State(None)
     table = gr.Dataframe(headers=HEAD, type="array", interactive=False, show_label=False, wrap=True, elem_id="models")
-    which = gr.Markdown("Chosen: none", elem_id="models-chosen")
+    selection = gr.Markdown("Chosen: none", elem_id="models-chosen")
     with gr.Row():
-        check = gr.Button("Check its files", elem_id="models-verify")
-        drop = gr.Button("Delete what was downloaded", variant="stop", elem_id="models-delete")
-        look = gr.Button("Refresh", elem_id="models-look")
+        verify_button = gr.Button("Verify files", elem_id="models-verify")
+        delete_button = gr.Button("Delete download", variant="stop", elem_id="models-delete")
+        refresh = gr.Button("Refresh", elem_id="models-look")
         offline = gr.Checkbox(local_cache.is_offline(), label="Offline: fetch nothing", elem_id="models-offline")
-    told = gr.Markdown(elem_id="models-state")
-    table.select(choose, table, [chosen, which])
-    check.click(verify, chosen, told)
-    drop.click(delete, chosen, [told, table])
-    look.click(rows, None, table)
+    status = gr.Markdown(elem_id="models-state")
+    table.select(select, table, [selected_id, selection])
+    verify_button.click(verify, selected_id, status)
+    delete_button.click(delete, selected_id, [status, table])
+    refresh.click(model_rows, None, table)
     offline.input(set_offline, offline, None)
-    tab.select(rows, None, table)
+    tab.select(model_rows, None, table)
 
 
-def _chosen(id: str | None) -> str:
+def _selected(id: str | None) -> str:
     if id is None:
-        raise ValueError("no model is chosen: click on one in the table")
+        raise ValueError("no model is selected: click on one in the table")
     return id

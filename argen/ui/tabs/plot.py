@@ -1,4 +1,4 @@
-"""The tab that asks for many pictures at once: one prompt under several settings, and tables of requests."""
+"""The tab *X/Y/Z plot and Batch*: one prompt under several settings, and tables of requests."""
 
 from pathlib import Path
 
@@ -6,7 +6,7 @@ import gradio as gr
 
 from argen.hub.cards import generators
 from argen.jobs.store import DONE, OVER
-from argen.jobs.tables import Axis, axis_names, listed, read_table, sheet, varied
+from argen.jobs.tables import Axis, axis_names, expand_axes, grid_image, read_table, settings_csv
 from argen.request import Request
 from argen.ui.context import TICK, AppContext, user_errors
 
@@ -18,15 +18,15 @@ TITLE = "X/Y/Z plot and Batch"
 
 def layout(context: AppContext, tab: gr.Tab) -> None:
     plot = Plot(context)
-    tab.select(plot.restore, None, plot.watched)
+    tab.select(plot.restore, None, plot.grid_outputs)
 
 
 class Plot:
-    """The tab; lay it out inside the current `gr.Blocks`."""
+    """The tab, laid out inside the current `gr.Blocks`."""
 
     def __init__(self, context: AppContext):
         self.context, self.studio, ids = context, context.studio, generators()
-        asked = gr.State(None)  # the axes, and the ids of the jobs
+        grid_state = gr.State(None)  # the axes, and the ids of the jobs
         names = axis_names()
         gr.Markdown("### X/Y/Z plot: one prompt under several settings")
         with gr.Row():
@@ -54,15 +54,17 @@ class Plot:
                                 elem_id=f"values-{letter}",
                             )
                         )
-                go = gr.Button("Generate grid", variant="primary", elem_id="draw-grid")
+                generate = gr.Button("Generate grid", variant="primary", elem_id="draw-grid")
             with gr.Column(scale=3):
                 page = gr.Image(label="Grid", format="png", interactive=False, elem_id="grid")
                 state = gr.Markdown(elem_id="grid-state")
-                table = gr.File(label="CSV of what made each image", visible=False, elem_id="grid-table")
+                table = gr.File(label="CSV with the settings of each image", visible=False, elem_id="grid-table")
         timer = gr.Timer(TICK, active=False)
-        self.watched = [asked, timer]
-        go.click(self.begin, fields, self.watched)
-        timer.tick(self.look, asked, [page, state, table, timer], show_progress="hidden", concurrency_limit=None)
+        self.grid_outputs = [grid_state, timer]
+        generate.click(self.start, fields, self.grid_outputs)
+        timer.tick(
+            self.refresh, grid_state, [page, state, table, timer], show_progress="hidden", concurrency_limit=None
+        )
 
         gr.Markdown("### Batch: a table of requests")
         with gr.Row():
@@ -72,63 +74,65 @@ class Plot:
                     file_types=[".csv", ".jsonl"],
                     elem_id="batch-file",
                 )
-                other = gr.Dropdown(ids, value=ids[0], label="Model of rows that name none", elem_id="batch-model")
-                send = gr.Button("Queue all rows", variant="primary", elem_id="batch-go")
+                default_model = gr.Dropdown(ids, value=ids[0], label="Default model", elem_id="batch-model")
+                queue_rows = gr.Button("Queue all rows", variant="primary", elem_id="batch-go")
             with gr.Column(scale=3):
-                told = gr.Markdown(
-                    "The images will be in the gallery. What waits is on disk: it goes on after a restart, too.",
+                batch_status = gr.Markdown(
+                    "The images will appear in the gallery. Waiting jobs are on disk and resume after a restart.",
                     elem_id="batch-state",
                 )
-        send.click(self.batch, [file, other], told)
+        queue_rows.click(self.queue_rows, [file, default_model], batch_status)
 
-    def begin(self, request: gr.Request, model: str, prompt: str, seed: float, *fields: str) -> tuple:
-        """Put every combination into the queue."""
+    def start(self, request: gr.Request, model: str, prompt: str, seed: float, *fields: str) -> tuple:
+        """Queue every combination of the axes."""
         with user_errors():
             axes = [
                 Axis.parse(f"{name}={values}")
                 for name, values in zip(fields[::2], fields[1::2], strict=True)
                 if name != NONE
             ]
-            requests = varied(Request(prompt.strip(), model=model, seed=int(seed or 0)), axes)
+            requests = expand_axes(Request(prompt.strip(), model=model, seed=int(seed or 0)), axes)
             ids = self.studio.submit_all(requests, self.context.owner(request))
             self.studio.store.keep_grid(self.context.owner(request), [(axis.name, axis.values) for axis in axes], ids)
             return (axes, ids), gr.Timer(active=True)
 
     def restore(self, request: gr.Request) -> tuple:
-        """Show the grid that was asked for last, whenever the tab is opened: the page may have been loaded anew."""
+        """Show the latest grid whenever the tab is opened, since the page may have been loaded again."""
         last = self.studio.store.last_grid(self.context.owner(request))
         if last is None:
             return None, gr.Timer(active=False)
         axes, ids = last
         return ([Axis(name, tuple(values)) for name, values in axes], ids), gr.Timer(active=True)
 
-    def look(self, asked: tuple | None) -> tuple:
-        """The grid, when all of it is done."""
-        if asked is None:
+    def refresh(self, grid_state: tuple | None) -> tuple:
+        """Return the grid once all of its jobs are over, until then how many are done."""
+        if grid_state is None:
             return gr.skip(), gr.skip(), gr.skip(), gr.Timer(active=False)
-        axes, ids = asked
-        states = [self.studio.store.job(id)["state"] for id in ids]  # which is all that is asked many times
+        axes, ids = grid_state
+        states = [self.studio.store.job(id)["state"] for id in ids]  # cheap, since this runs on every tick
         done = states.count(DONE)
         if not OVER.issuperset(states):
-            return gr.skip(), f"{done} of {len(ids)} pictures", gr.skip(), gr.skip()
+            return gr.skip(), f"{done} of {len(ids)} images", gr.skip(), gr.skip()
         jobs = [self.studio.progress(id) for id in ids]
         if missing := [job for job in jobs if not job.images]:
-            why = missing[0].error or (missing[0].state if missing[0].state != DONE else "deleted")
-            told = f"**{len(missing)} of {len(jobs)} pictures are missing:** {why}"
-            return None, told, gr.update(visible=False), gr.Timer(active=False)
+            reason = missing[0].error or (missing[0].state if missing[0].state != DONE else "deleted")
+            message = f"**{len(missing)} of {len(jobs)} images are missing:** {reason}"
+            return None, message, gr.update(visible=False), gr.Timer(active=False)
         saved = [job.images[0] for job in jobs]
         csv = self.studio.store.export("grid.csv")
-        csv.write_text(listed([one.request for one in saved], [f"{one.id}.png" for one in saved]), encoding="utf-8")
-        made = sheet([self.studio.store.opened(one.id) for one in saved], axes)
+        csv.write_text(
+            settings_csv([image.request for image in saved], [f"{image.id}.png" for image in saved]), encoding="utf-8"
+        )
+        grid = grid_image([self.studio.store.read_image(image.id) for image in saved], axes)
         return (
-            made,
+            grid,
             f"{done} images, also in the gallery",
             gr.update(value=str(csv), visible=True),
             gr.Timer(active=False),
         )
 
-    def batch(self, request: gr.Request, path: str | None, model: str) -> str:
-        """Put the rows of a file into the queue."""
+    def queue_rows(self, request: gr.Request, path: str | None, model: str) -> str:
+        """Queue the rows of a file."""
         with user_errors():
             if path is None:
                 raise ValueError("there is no table: drop a CSV or JSON lines file")

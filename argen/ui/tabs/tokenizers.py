@@ -14,7 +14,7 @@ from argen.ui.inputs import image_input
 from tokenizers_img.base import ImageTokenizer
 from tokenizers_img.pixels import from_pil, to_pil
 
-LATENT_BITS = 16  # of a continuous number, as bfloat16 holds it
+LATENT_BITS = 16  # of a continuous number, as in bfloat16
 
 
 TITLE = "Tokenizers"
@@ -25,7 +25,7 @@ def layout(context: AppContext, tab: gr.Tab) -> None:
 
 
 class Tokenizers:
-    """The tab; lay it out inside the current `gr.Blocks`. The tokenizers that ship are chosen at first."""
+    """The tab, laid out inside the current `gr.Blocks`. The shipped tokenizers are selected at first."""
 
     def __init__(self, context: AppContext):
         self.models = context.studio.models
@@ -36,24 +36,24 @@ class Tokenizers:
             self.tokens(image, names, shipped[0])
 
     def comparison(self, names: list[str], shipped: list[str]) -> gr.Image:
-        """The reconstructions side by side; gives the input image."""
+        """Lay out the reconstructions side by side -> the input image."""
         with gr.Row():
             with gr.Column(scale=2):
                 image = image_input(label="Input image", elem_id="lab-picture")
-                chosen = gr.Dropdown(names, value=shipped, multiselect=True, label="Tokenizers")
-                go = gr.Button("Reconstruct", variant="primary", elem_id="lab-go")
+                selected = gr.Dropdown(names, value=shipped, multiselect=True, label="Tokenizers")
+                reconstruct = gr.Button("Reconstruct", variant="primary", elem_id="lab-go")
             with gr.Column(scale=3):
                 gallery = gr.Gallery(label="Reconstructions", columns=3, object_fit="contain", elem_id="lab-pictures")
                 scores = gr.Dataframe(
                     headers=["tokenizer", "PSNR (dB)", "SSIM", "size", "bits"], label="Measured", elem_id="lab-scores"
                 )
-        go.click(self.compare, [image, chosen], [gallery, scores])
+        reconstruct.click(self.compare, [image, selected], [gallery, scores])
         return image
 
     def tokens(self, image: gr.Image, names: list[str], first: str) -> None:
-        """The tokens of one tokenizer, and what the first of them decode to."""
+        """Lay out the tokens of one tokenizer, and the image that the first of them decode to."""
         with gr.Column(scale=2):
-            name = gr.Dropdown(names, value=first, label="ImageTokenizer", elem_id="lab-tokenizer")
+            name = gr.Dropdown(names, value=first, label="Tokenizer", elem_id="lab-tokenizer")
             count = gr.Slider(1, 2, value=1, step=1, visible=False, label="Tokens to decode", elem_id="lab-count")
             show = gr.Button("Show the tokens", elem_id="lab-look")
             pixels = gr.Image(label="Decoded", height=PREVIEW_SIDE, elem_id="lab-decoded")
@@ -65,15 +65,15 @@ class Tokenizers:
         gr.on([show.click, name.change], self.decode, [image, name, every], outputs)
         count.release(self.decode, [image, name, count], outputs)
 
-    def compare(self, image: Image.Image | None, chosen: list[str]) -> tuple[list[tuple], list[list]]:
+    def compare(self, image: Image.Image | None, selected: list[str]) -> tuple[list[tuple], list[list]]:
         with user_errors():
             if image is None:
-                raise ValueError("there is no picture: drop a file, or paste one")
-            if not chosen:
+                raise ValueError("there is no image: drop a file, or paste one")
+            if not selected:
                 raise ValueError("no tokenizer is chosen: choose one or more")
-            size = self.models(chosen[0], kind="tokenizer").config.image_size
-            images, rows = [(preview(from_pil(image, size)), "the picture")], []
-            for name in chosen:
+            size = self.models(selected[0], kind="tokenizer").config.image_size
+            images, rows = [(preview(from_pil(image, size)), "the image")], []
+            for name in selected:
                 tokenizer = self.models(name, kind="tokenizer")
                 pixels, scores = reconstructed(tokenizer, *encoded(tokenizer, image))
                 images.append((preview(pixels), name))
@@ -83,19 +83,19 @@ class Tokenizers:
     def decode(self, image: Image.Image | None, name: str, count: int | None) -> tuple:
         with user_errors():
             if image is None:
-                raise ValueError("there is no picture: drop a file, or paste one")
+                raise ValueError("there is no image: drop a file, or paste one")
             tokenizer = self.models(name, kind="tokenizer")
-            most = tokenizer.config.get("tokens")
-            count = None if most is None else max(1, min(most, int(count or most)))
+            max_tokens = tokenizer.config.get("tokens")
+            count = None if max_tokens is None else max(1, min(max_tokens, int(count or max_tokens)))
             pixels, tokens = encoded(tokenizer, image)
             decoded_pixels, (decibels, _, size, bits) = reconstructed(tokenizer, pixels, tokens[:, :count])
         caption = f"{size}, {bits:,} bits, PSNR {decibels} dB"
-        slider = gr.update(visible=most is not None, maximum=most or 2, value=count or 1)
+        slider = gr.update(visible=max_tokens is not None, maximum=max_tokens or 2, value=count or 1)
         return preview(decoded_pixels), caption, table(tokens[0]), slider
 
 
 def reconstructed(tokenizer: ImageTokenizer, pixels: Tensor, tokens: Tensor) -> tuple[Tensor, tuple]:
-    """The reconstruction [3, S, S] of `pixels` from their tokens, see `encoded`; PSNR in dB, SSIM, the size in words, and bits."""
+    """Return the reconstruction [3, S, S] of `pixels` from their tokens, see `encoded`; and PSNR in dB, SSIM, size as text, bits."""
     output = decoded(tokenizer, tokens, pixels)
     if tokens.ndim == 2:
         bits, size = tokens.shape[1] * math.log2(tokenizer.config.n_embed), f"{tokens.shape[1]} tokens"
@@ -106,7 +106,7 @@ def reconstructed(tokenizer: ImageTokenizer, pixels: Tensor, tokens: Tensor) -> 
 
 
 def table(tokens: Tensor) -> list[list]:
-    """Ids [N] of a square in its rows, others in rows of 8; of latents [C, h, w] the mean squares."""
+    """Arrange ids [N] in rows: of a square by its side, else of 8; of latents [C, h, w] the mean squares."""
     if tokens.ndim == 3:
         return [[round(value, 2) for value in row] for row in tokens.square().mean(dim=0).tolist()]
     side = math.isqrt(len(tokens))
@@ -115,5 +115,5 @@ def table(tokens: Tensor) -> list[list]:
 
 
 def preview(pixels: Tensor) -> Image.Image:
-    """[3, H, W] in [0, 1] -> an image that is large enough to look at."""
+    """Convert pixels [3, H, W] in [0, 1] to an enlarged image."""
     return enlarge(to_pil(pixels))
