@@ -1,5 +1,7 @@
 """Write the tables of the pages that come from cards, samplers, settings and commands: ``python docs/generate.py``."""
 
+import json
+import math
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -101,6 +103,36 @@ def recipe_rows() -> str:
     return table(("recipe", "takes beside `--data` and `--out`", "cpu: steps x batch", "gpu: steps x batch"), rows)
 
 
+def trained_rows() -> str:
+    rows = []
+    for card in sorted_cards():
+        if card.ships:
+            files, training = sorted(card.path.rglob("*.safetensors")), card.training
+            size = (
+                f"{sum(map(parameters, files)) / 1e6:.1f}M, {sum(file.stat().st_size for file in files) / 1e6:.1f} MB"
+            )
+            made = (training[name] for name in ("recipe", "length", "device", "scores"))
+            rows.append((f"`{card.id}`", training["network"], size, *made))
+    return table(("id", "what", "parameters, files", "recipe", "steps x batch", "device", "held-out scores"), rows)
+
+
+def parameters(file: Path) -> int:
+    """Numbers in a safetensors file, by its header."""
+    with file.open("rb") as stream:
+        header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
+    return sum(math.prod(entry["shape"]) for name, entry in header.items() if name != "__metadata__")
+
+
+def fetched_rows() -> str:
+    rows = []
+    for card in sorted_cards():
+        if not card.ships:
+            files = "; ".join([", ".join(f"`{name}`" for name in card.files), *card.fetches])
+            unproven = "unproven, since no list of its keys is public: " if card.unproven else ""
+            rows.append((f"`{card.id}`", f"`{card.repo}`", unproven + files, f"{card.parameters:,.1f}M", card.licence))
+    return table(("id in argen", "repository", "files", "parameters", "licence"), rows)
+
+
 TABLES = {
     "attention": attention_rows,
     "samplers": sampler_rows,
@@ -109,6 +141,8 @@ TABLES = {
     "commands": command_rows,
     "recipes": recipe_rows,
     "shipped": lambda: card_rows(True),
+    "trained": trained_rows,
+    "fetched": fetched_rows,
     "published": lambda: card_rows(False),
 }
 
@@ -125,5 +159,5 @@ def rendered(text: str) -> str:
 
 
 if __name__ == "__main__":
-    for path in sorted(DOCS.glob("*.md")):
+    for path in (*sorted(DOCS.glob("*.md")), ROOT / "weights.md"):
         path.write_text(rendered(path.read_text(encoding="utf-8")), encoding="utf-8")

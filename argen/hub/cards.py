@@ -37,6 +37,7 @@ class Card:
         parameters: in millions, of everything that the id loads by itself.
         repo: hub repository of published weights; None for those that ship or lie in a folder.
         files: glob patterns of the files in `repo` that are read.
+        fetches: further weights that loading needs, with their licences, where they come from elsewhere.
         revision: commit of `repo` that is fetched; None for the one at the first fetch.
         folder: where the files of a package's card lie, relative to the card.
         takes: what a generator is asked with: "text", "class", "control" (an image to follow).
@@ -44,6 +45,7 @@ class Card:
         unproven: whether no key list is public that would prove that its files fit.
         order: place in lists; those without come last.
         defaults: sampling settings that differ from those of the pipeline's class.
+        training: how weights that ship were made: their `network`, `recipe`, `length`, `device` and held-out `scores`.
         tools: settings of `argen bind`, `erase` and `count` on this pipeline.
     """
 
@@ -55,6 +57,7 @@ class Card:
     parameters: float = 0.0
     repo: str | None = None
     files: tuple[str, ...] = ()
+    fetches: tuple[str, ...] = ()
     revision: str | None = None
     folder: str | None = None
     takes: tuple[str, ...] = ("text",)
@@ -63,6 +66,7 @@ class Card:
     order: int = 1000
     arguments: Mapping[str, Any] = field(default_factory=dict)
     defaults: Mapping[str, Any] = field(default_factory=dict)
+    training: Mapping[str, str] = field(default_factory=dict)
     tools: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def __post_init__(self):
@@ -101,8 +105,8 @@ def read_card(path: Path) -> Card:
 
 
 def write_card(card: Card, folder: Path) -> None:
-    """Write a card into a saved folder, which then loads with its defaults and tools."""
-    plain = {item.name: getattr(card, item.name) for item in fields(card)}
+    """Write a card into a saved folder, which then loads with its defaults and tools; how the shipped weights were trained stays out."""
+    plain = {item.name: getattr(card, item.name) for item in fields(card) if item.name != "training"}
     tables = {name: value for name, value in plain.items() if isinstance(value, Mapping) and value}
     tools = tables.pop("tools", {})
     lines = [f"{name} = {json.dumps(value)}" for name, value in plain.items() if _is_set(card, name, value)]
