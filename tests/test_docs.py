@@ -149,7 +149,8 @@ def test_the_reference_is_written_from_the_docstrings(site):
     page = (site / "api" / "index.html").read_text()
     anchors = set(re.findall(r'id="([\w.]+)"', page))
     loading = {"argen.load", "argen.list_models", "argen.register"}
-    pipelines = {f"argen.pipelines.base.TokenPipeline.{name}" for name in ("__call__", "run", "stream")}
+    pipelines = {f"argen.pipelines.base.TokenPipeline.{name}" for name in ("__call__", "stream")}
+    pipelines |= {"argen.pipelines.running.Running.run", "argen.pipelines.ranking.Ranking.rank"}
     tokenizers = {
         f"tokenizers_img.{name}.{method}"
         for name in (
