@@ -261,6 +261,14 @@ def test_a_model_that_is_not_here_is_answered_with_one_line(page):
     page.get_by_text("could not be fetched from the hub").first.wait_for(timeout=60_000)
 
 
+SHADES = """async img => {  // how many different pixels an image has
+    await img.decode();
+    const canvas = new OffscreenCanvas(img.naturalWidth, img.naturalHeight), draw = canvas.getContext("2d");
+    draw.drawImage(img, 0, 0);
+    return new Set(new Uint32Array(draw.getImageData(0, 0, canvas.width, canvas.height).data.buffer)).size;
+}"""
+
+
 def test_a_drawing_is_followed(page, site):
     page.get_by_role("tab", name="Control").click()
     canvas = page.locator("#canvas canvas").first
@@ -271,10 +279,15 @@ def test_a_drawing_is_followed(page, site):
     for across, down in ((0.7, 0.3), (0.7, 0.7), (0.3, 0.7), (0.3, 0.3)):
         page.mouse.move(box["x"] + across * box["width"], box["y"] + down * box["height"], steps=10)
     page.mouse.up()
-    page.wait_for_timeout(2000)  # Gradio sends a stroke a moment after it ends
-    page.get_by_role("button", name="Preview control image").click()
-    seen = page.locator("#seen img")
-    seen.wait_for(timeout=60_000)
+    seen, shades = page.locator("#seen img"), 1
+    for _ in range(20):  # Gradio sends a stroke some moments after it ends
+        page.wait_for_timeout(500)
+        page.get_by_role("button", name="Preview control image").click()
+        seen.wait_for(timeout=60_000)
+        page.wait_for_timeout(500)
+        if (shades := seen.evaluate(SHADES)) > 1:
+            break
+    assert shades > 1
     assert seen.evaluate("img => img.decode().then(() => img.naturalWidth)") == 128
     page.locator("#control-prompt textarea").fill("a pizza")
     page.locator("#control-draw").click()
