@@ -7,10 +7,11 @@ import re
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
 
 from argen.bounds import check, check_size
 from argen.words import check_text, cut
@@ -29,9 +30,6 @@ EXTRAS = {
 
 
 DEFAULTS = argparse.ArgumentDefaultsHelpFormatter  # help that shows the default of each option
-ATTENTION = (
-    "native, sdpa-math, sdpa-flash, sdpa-efficient, sdpa-cudnn, xformers, flash"  # tokenizers_img.attention.BACKENDS
-)
 CONTROLS = (
     "canny, hed, lineart, lineart-inverted, depth, depth-midas, segments, seg or map"  # argen.models.annotators.KINDS
 )
@@ -39,6 +37,7 @@ PIPELINE = "folder of a Stable Diffusion (XL) pipeline, or OWNER/NAME on the hub
 BINDING = "attribute, object, merge or gentle (default: attribute; of argen/emoji-sd gentle)"
 COUNT_RATE = "(default: the authors' 0.01; of argen/emoji-sd 0.003)"
 CLIP = "openai/clip-vit-base-patch32"
+OPTIONS = "dtype", "attention"  # of `argen.hub.options.LoadOptions`
 CALLED = {"tokens": "num_tokens", "strength": "control_strength"}  # options -> their names in `argen.bounds`
 MAX_WORD = 600  # characters in errors: of a path
 MAX_NAME = 250  # bytes of a file name: 255, less the number of one of several images
@@ -68,8 +67,16 @@ def device_argument(add: argparse.ArgumentParser) -> None:
     add.add_argument("--device", metavar="NAME", help="cpu, cuda, mps (default: the best one here)")
 
 
-def attention_argument(add: argparse.ArgumentParser, whose: str = "the model") -> None:
-    add.add_argument("--attention", metavar="NAME", help=f"attention backend of {whose}: {ATTENTION} (default: native)")
+def load_arguments(add: argparse.ArgumentParser) -> None:
+    """How the model is loaded, see `argen.hub.options.LoadOptions`; `load_options` reads it."""
+    from argen.hub.options import LoadOptions
+
+    add_settings(add, LoadOptions, OPTIONS, "the model's")
+
+
+def load_options(args: argparse.Namespace) -> dict[str, Any]:
+    """The options that were given, as `argen.load` takes them."""
+    return {name: value for name in OPTIONS if (value := getattr(args, name)) is not None}
 
 
 def size(text: str) -> tuple[int, int]:
@@ -91,7 +98,7 @@ def diffusion_arguments(add: argparse.ArgumentParser, steps: int, guidance: floa
     add.add_argument("--steps", type=int, metavar="N", help=f"of the sampler (default: {steps}; {default_note})")
     add.add_argument("--guidance-scale", type=float, metavar="G", help=f"(default: {guidance}; {default_note})")
     device_and_json(add)
-    attention_argument(add)
+    load_arguments(add)
 
 
 def add_settings(parser: argparse.ArgumentParser, cls: type, names: Iterable[str], default_text: str) -> None:
@@ -236,27 +243,28 @@ def check_numbers(args: argparse.Namespace) -> None:
                 check(CALLED.get(name, name), number, name)
 
 
-def load_model(model: str, device: str | None, kind: str | None = None, attention: str | None = None, **files):
-    """The model called `model` on a device; `attention` and `files` as in `argen.hub.loading.load`."""
+def load_model(
+    model: str, device: str | None, kind: str | None = None, options: Mapping[str, Any] = MappingProxyType({}), **files
+):
+    """The model called `model` on a device; `options` from `load_options`, `files` as in `argen.hub.loading.load`."""
     from argen.hub.loading import load
 
-    where = device_for(device, attention)
+    where = device_for(device, options)
     check_model(model, kind)
-    loaded = load(model, attention=attention, **files)
+    loaded = load(model, device=where, **options, **files)
     if hasattr(loaded, "set_progress_bar_config"):
         loaded.set_progress_bar_config(disable=None, bar_format="{desc}{percentage:3.0f}%|{bar:30}| {elapsed}")
-    return loaded.to(where)
+    return loaded
 
 
-def load_diffusion_model(model: str, device: str | None, attention: str | None):
-    """The pipeline of diffusers called `model` on a device; `attention` as in `argen.hub.loading.load`."""
+def load_diffusion_model(model: str, device: str | None, options: Mapping[str, Any]):
+    """The diffusers pipeline called `model` on a device; `options` from `load_options`."""
     from argen.hub.loading import load_diffusion
 
-    where = device_for(device, attention)
-    return load_diffusion(model, attention).to(where)
+    return load_diffusion(model, device=device_for(device, options), **options)
 
 
-def device_for(device: str | None, attention: str | None) -> "torch.device":
+def device_for(device: str | None, options: Mapping[str, Any]) -> "torch.device":
     """The device of that name, on which the attention backend can run.
 
     Raises:
@@ -266,8 +274,8 @@ def device_for(device: str | None, attention: str | None) -> "torch.device":
     from tokenizers_img.attention import check_attention
 
     where = pick(device)
-    if attention is not None:
-        check_attention(attention, where)
+    if "attention" in options:
+        check_attention(options["attention"], where)
     return where
 
 

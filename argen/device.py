@@ -11,6 +11,8 @@ import torch
 
 from argen.words import cut
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+LARGE = 50_000_000  # parameters from which on reading the weights takes most of a step
 # While diffusers or transformers load a network, those that any thread makes have no storage, and after two at once all have none
 # (accelerate's init_empty_weights changes torch's classes for the while): whoever loads one holds this.
 LOADING = threading.RLock()
@@ -76,6 +78,16 @@ def _bf16_is_faster(size: int = 512, tries: int = 7) -> bool:
             matrix @ matrix
             best[dtype] = min(best.get(dtype, float("inf")), time.perf_counter() - started)
     return best[torch.bfloat16] < best[torch.float32]
+
+
+def auto_dtype(device: torch.device | str, parameters: int) -> torch.dtype:
+    """The precision of a network whose `dtype` is "auto": bfloat16 on GPUs that have it, and on a CPU with matrix units for it (AMX) if the
+    network is large; else float32. Without such units a decoding step of few tokens is slower in bfloat16, though training is faster."""
+    device = torch.device(device)
+    if device.type != "cpu":
+        return torch.bfloat16 if has_bf16(device) else torch.float32
+    units = has_bf16(device) and torch.cpu._is_amx_tile_supported()
+    return torch.bfloat16 if units and parameters >= LARGE else torch.float32
 
 
 def autocast(device: torch.device | str) -> torch.autocast:

@@ -170,4 +170,4 @@ def test_the_reference_is_written_from_the_docstrings(site):
     }
     pipelines |= {"argen.pipelines.editing.Editing.edit"}
     assert not (loading | pipelines | tokenizers | samplers) - anchors
-    assert "backend of its attention layers" in page  # of the arguments of `load`
+    assert "backend of the attention layers" in page  # of the arguments of `load`

@@ -6,9 +6,10 @@ from functools import cache
 from pathlib import Path
 
 from argen.command import (
-    attention_argument,
     device_and_json,
+    load_arguments,
     load_model,
+    load_options,
     writable_folder,
 )
 
@@ -22,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--model", metavar="ID", help="of rows that name none (default: argen/emoji-parti)")
     device_and_json(parser)
-    attention_argument(parser)
+    load_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -33,7 +34,7 @@ def run(args: argparse.Namespace) -> None:
 
     writable_folder(args.out, new=False)
     requests = read_table(args.table, **({"model": args.model} if args.model is not None else {}))
-    models = cache(lambda name: load_model(name, args.device, "generator", args.attention))
+    models = cache(lambda name: load_model(name, args.device, "generator", load_options(args)))
     check_requests(requests, models)
     rows = tqdm(draw_table(requests, args.out, models), total=len(requests), desc="batch", disable=args.json)
     files, requests_of_files = zip(*(pair for row in rows for pair in row), strict=True)

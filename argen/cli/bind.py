@@ -9,6 +9,7 @@ from argen.command import (
     BINDING,
     diffusion_arguments,
     load_diffusion_model,
+    load_options,
     writable_all,
 )
 
@@ -47,7 +48,7 @@ def run(args: argparse.Namespace) -> None:
         bindings = {noun: words for noun, _, words in (part.partition("=") for part in args.bind)}
     binding = parse(args.prompt, bindings)
     settings = check_settings(args.settings or tools.binding(args.model))
-    bound = SemanticBinding(load_diffusion_model(args.model, args.device, args.attention))
+    bound = SemanticBinding(load_diffusion_model(args.model, args.device, load_options(args)))
     sampling = tools.drawing(args.model, args.steps, args.guidance_scale)
     generator = torch.Generator().manual_seed
     images = [bound(binding, settings=settings, generator=generator(args.seed), **sampling).images[0]]

@@ -8,6 +8,7 @@ from argen.command import (
     COUNT_RATE,
     diffusion_arguments,
     load_diffusion_model,
+    load_options,
     writable,
     writable_all,
 )
@@ -64,7 +65,7 @@ def run(args: argparse.Namespace) -> None:
     vector, metadata = read_token(args.use) if args.use else (None, {})
     if metadata.get("count", str(number)) != str(number):
         raise ValueError(f"{args.use} is the token of {metadata['count']} things: ask for so many")
-    pipe = load_diffusion_model(args.model, args.device, args.attention)
+    pipe = load_diffusion_model(args.model, args.device, load_options(args))
     pipe.set_progress_bar_config(disable=True)
     counter_settings = {} if args.use else counters(args.model, pipe.device, args.clip_count, args.detector)
     token = CountToken(pipe, **counter_settings, **counting(args.model, number, args.steps, args.guidance_scale))

@@ -5,10 +5,11 @@ import json
 from pathlib import Path
 
 from argen.command import (
-    attention_argument,
     described,
     device_and_json,
+    load_arguments,
     load_model,
+    load_options,
     writable,
 )
 
@@ -21,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokens", type=int, metavar="K", help="only the first K, where the tokenizer can (FlexTok)")
     parser.add_argument("-o", "--out", type=Path, metavar="FILE", help="PNG file (default: the file's name with .png)")
     device_and_json(parser)
-    attention_argument(parser)
+    load_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -35,7 +36,7 @@ def run(args: argparse.Namespace) -> None:
     tokenizer_id, tokens = read_tokens(args.file)
     if args.tokenizer not in (None, tokenizer_id):
         raise ValueError(f"{args.file} was made by {tokenizer_id}, not by {args.tokenizer}: leave --tokenizer out")
-    tokenizer = load_model(tokenizer_id, args.device, "tokenizer", args.attention)
+    tokenizer = load_model(tokenizer_id, args.device, "tokenizer", load_options(args))
     check_count(tokenizer, args.tokens, len(tokens))
     tokens = tokens[: args.tokens]
     pixels = decoded(tokenizer, torch.from_numpy(tokens)[None].to(tokenizer.device))

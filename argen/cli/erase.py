@@ -10,6 +10,7 @@ from argen.command import (
     diffusion_arguments,
     load_diffusion_model,
     load_model,
+    load_options,
     writable_folder,
 )
 
@@ -48,7 +49,7 @@ def run(args: argparse.Namespace) -> None:
     concepts = concepts_of(args.model, args.concepts)
     erasure_settings = erasing(args.model, concepts, args.preset, args.retain, args.target)
     check_erasure(**erasure_settings)
-    pipe, stages, verification = load_diffusion_model(args.model, args.device, args.attention), [], {}
+    pipe, stages, verification = load_diffusion_model(args.model, args.device, load_options(args)), [], {}
     erasure, sampling = ConceptErasure(pipe), drawing(args.model, args.steps, args.guidance_scale)
 
     def run() -> None:

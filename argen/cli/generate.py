@@ -11,9 +11,10 @@ from pathlib import Path
 from argen.command import (
     CONTROLS,
     add_settings,
-    attention_argument,
     device_and_json,
+    load_arguments,
     load_model,
+    load_options,
     size,
     writable,
     writable_images,
@@ -63,7 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="take prompt and settings from an image that argen made; other options win",
     )
     device_and_json(parser)
-    attention_argument(parser)
+    load_arguments(parser)
 
 
 def controlled(args, overrides: dict, own_file: bool) -> dict:
@@ -104,7 +105,7 @@ def run(args: argparse.Namespace) -> None:
     paths = writable_images(args.out, request.num_images)
 
     checkpoint_settings = {"tokenizer": args.tokenizer, "image_size": args.size[0] if args.size and own_file else None}
-    pipe = load_model(request.model, args.device, "generator", args.attention, **checkpoint_settings)
+    pipe = load_model(request.model, args.device, "generator", load_options(args), **checkpoint_settings)
     if args.origin and (difference := differences(args.origin, pipe)):
         print(f"argen generate: {difference}", file=sys.stderr)
     started = time.perf_counter()

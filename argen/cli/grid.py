@@ -6,9 +6,10 @@ from functools import cache
 from pathlib import Path
 
 from argen.command import (
-    attention_argument,
     device_and_json,
+    load_arguments,
     load_model,
+    load_options,
     writable,
 )
 
@@ -26,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", default="argen/emoji-parti", metavar="ID", help="(default: argen/emoji-parti)")
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="(default: 0)")
     device_and_json(parser)
-    attention_argument(parser)
+    load_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -39,7 +40,7 @@ def run(args: argparse.Namespace) -> None:
     table = writable(writable(args.out).with_suffix(".csv"), ".csv")
     axes = [Axis.parse(text) for text in (args.x, args.y, args.z) if text]
     requests = expand_axes(Request(args.prompt, model=args.model, seed=args.seed), axes)
-    models = cache(lambda name: load_model(name, args.device, "generator", args.attention))
+    models = cache(lambda name: load_model(name, args.device, "generator", load_options(args)))
     check_requests(requests, models, "cell")
     images = []
     for request in tqdm(requests, desc="grid", disable=args.json):

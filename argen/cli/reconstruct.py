@@ -5,10 +5,11 @@ import json
 from pathlib import Path
 
 from argen.command import (
-    attention_argument,
     described,
     device_and_json,
+    load_arguments,
     load_model,
+    load_options,
     writable,
 )
 
@@ -23,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "-o", "--out", type=Path, metavar="FILE", help="PNG file (default: IMG's name with -reconstructed.png)"
     )
     device_and_json(parser)
-    attention_argument(parser)
+    load_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -34,7 +35,7 @@ def run(args: argparse.Namespace) -> None:
 
     out = writable(args.out or args.image.with_name(f"{args.image.stem}-reconstructed.png"))
     image = open_image(args.image)
-    tokenizer = load_model(args.tokenizer, args.device, "tokenizer", args.attention)
+    tokenizer = load_model(args.tokenizer, args.device, "tokenizer", load_options(args))
     pixels, tokens = encoded(tokenizer, image)
     reconstruction = decoded(tokenizer, tokens, pixels)
     psnr = -10 * (reconstruction - pixels).square().mean().log10().item()

@@ -5,10 +5,11 @@ import json
 from pathlib import Path
 
 from argen.command import (
-    attention_argument,
     described,
     device_and_json,
+    load_arguments,
     load_model,
+    load_options,
     writable,
 )
 
@@ -21,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokenizer", default="argen/emoji-vitvqgan", metavar="ID", help="see `argen models`")
     parser.add_argument("-o", "--out", type=Path, metavar="FILE", help="NPZ file (default: IMG's name with .npz)")
     device_and_json(parser)
-    attention_argument(parser)
+    load_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -31,7 +32,7 @@ def run(args: argparse.Namespace) -> None:
 
     out = writable(args.out or args.image.with_suffix(".npz"), ".npz")
     image = open_image(args.image)
-    tokenizer = load_model(args.tokenizer, args.device, "tokenizer", args.attention)
+    tokenizer = load_model(args.tokenizer, args.device, "tokenizer", load_options(args))
     tokens = encoded(tokenizer, image)[1][0].cpu().numpy()
     save_tokens(out, args.tokenizer, tokens)
     if args.json:

@@ -6,7 +6,7 @@ import signal
 import sys
 from pathlib import Path
 
-from argen.command import attention_argument, device_argument, device_for
+from argen.command import device_argument, device_for, load_arguments, load_options
 
 HELP = "open the web page, and the APIs of OpenAI and A1111"
 SHOWS_DEFAULTS = True
@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="of models that stay loaded; the least recently used ones are released (default: half of the memory)",
     )
     device_argument(parser)
-    attention_argument(parser, "generators and image tokenizers")
+    load_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -61,8 +61,10 @@ def run(args: argparse.Namespace) -> None:
             raise ValueError(f"--model-dir {folder} is not a folder: expected one that exists")
     os.umask(0o077)  # what is kept is for its owner's eyes alone
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # so that the queue is closed, as at Ctrl-C
-    device = device_for(args.device, args.attention)
-    studio = Studio(args.data_dir, ModelCache(device, loader(args.attention), limit), not args.no_metadata, folders)
+    device = device_for(args.device, load_options(args))
+    studio = Studio(
+        args.data_dir, ModelCache(device, loader(device, **load_options(args)), limit), not args.no_metadata, folders
+    )
     try:
         page = build(AppContext(studio, owner_of(keys[0]) if keys else None, device, limit))
         serve(create(studio, page, keys, args.host in LOCAL_HOSTS), args.host, args.port)

@@ -251,6 +251,7 @@ class CountToken:
 
     def _image_loss(self, image: Tensor, word: str, count: int, scale: float, relevance_scale: float) -> "_ImageLoss":
         """Count, relevance and loss of an image [1, 3, H, W]."""
+        image = image.float()  # counters are in float32
         crop = centre_crop(image)
         density = self.density(crop, word)
         detected = None if self.detector is None else self.detector(image.detach(), word)

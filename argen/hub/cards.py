@@ -40,6 +40,7 @@ class Card:
         fetches: further weights that loading needs, with their licences, where they come from elsewhere.
         revision: commit of `repo` that is fetched; None for the one at the first fetch.
         folder: where the files of a package's card lie, relative to the card.
+        dtypes: precisions in which it gives what it should, of "fp32", "bf16" and "fp16".
         takes: what a generator is asked with: "text", "class", "control" (an image to follow).
         grid: whether its images are grids of tokens, each with its position, which can be read from images, too.
         unproven: whether no key list is public that would prove that its files fit.
@@ -60,6 +61,7 @@ class Card:
     fetches: tuple[str, ...] = ()
     revision: str | None = None
     folder: str | None = None
+    dtypes: tuple[str, ...] = ("fp32", "bf16", "fp16")
     takes: tuple[str, ...] = ("text",)
     grid: bool = False
     unproven: bool = False

@@ -12,8 +12,9 @@ import torch
 from safetensors import SafetensorError
 
 from argen.collector import uncollected
-from argen.device import LOADING, silent
+from argen.device import DTYPES, LOADING, auto_dtype, silent
 from argen.hub.cards import CARD_FILE, Card, all_cards, check_known, find_card
+from argen.hub.options import Attention, Dtype, LoadOptions
 from argen.registry import pipelines, resolve
 from samplers.errors import InvalidValue
 from tokenizers_img.attention import DispatchedAttention, check_attention, set_attention
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 NOT_READ = OSError, ValueError, RuntimeError, SafetensorError  # by files that do not fit
 UNUSABLE = (*NOT_READ, TypeError, AttributeError, LookupError)  # by settings beside them that do not
 IN_BFLOAT16 = ("T5EncoderModel", "LlamaForCausalLM")  # where published: as trained; in float16 T5 overflows
+CAST = ("", "transformer", "encoder", "text_encoder", "drafter")  # networks of a pipeline whose precision is chosen
 CHECKPOINTS = "argen.pipelines.llamagen:read_checkpoint"  # of files that no card names
 DIFFUSION = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
 DIFFUSION_FILES = ("*.json", "*/*.json", "*/*.txt", "*/model.safetensors", "*/diffusion_pytorch_model.safetensors")
@@ -39,10 +41,11 @@ def load(
     model: str | Path,
     tokenizer: str | Path | None = None,
     image_size: int | None = None,
-    attention: str | None = None,
+    device: torch.device | str | None = None,
+    dtype: Dtype = "auto",
+    attention: Attention | None = None,
 ) -> Any:
-    """The pipeline of a generator, the network of a tokenizer, or a text and image encoder, on the CPU in float32, whatever precision
-    its files have; T5 and SEED-LLaMA are in bfloat16.
+    """The pipeline of a generator, the network of a tokenizer, or a text and image encoder.
 
     Args:
         model: an id that `argen models` lists, a folder written by a pipeline's ``save_pretrained`` or by `argen train`, the released file of a ControlAR or
@@ -50,20 +53,55 @@ def load(
             from the hub's cache, or fetched into it.
         tokenizer: of a LlamaGen's checkpoint: the file of its image tokenizer; None where a released one lies beside it.
         image_size: of a LlamaGen's checkpoint: side of its images in pixels; None where the file or its name says it.
-        attention: backend of its attention layers, a name in `tokenizers_img.attention.BACKENDS`, e.g. "xformers"; None for
+        device: where it runs; None for the CPU.
+        dtype: precision of a generator's network and text encoder, whatever precision their files have: "fp32", "bf16", "fp16", or "auto",
+            see `argen.device.auto_dtype`. Logits and noise are always in float32, and so are image tokenizers unless one is loaded by itself.
+        attention: backend of the attention layers, a name in `tokenizers_img.attention.BACKENDS`, e.g. "xformers"; None for
             "native", PyTorch's own.
 
     Raises:
-        ValueError: no such model; weights that cannot be read or do not fit; a backend that cannot be used here or by this model.
+        ValueError: no such model; weights that cannot be read or do not fit; a precision or backend that cannot be used here or by this
+            model.
         FileNotFoundError, ConnectionError: published weights that are not here and cannot be fetched.
     """
+    options = LoadOptions(dtype=dtype, attention=attention)
     check_known(model)
     if attention is not None:
         check_attention(attention)
-    loaded = _load(model, tokenizer, image_size)
-    if attention is not None:
-        choose_attention(loaded, attention)
-    return loaded
+    card = all_cards().get(str(model))
+    if card is not None and dtype not in ("auto", *card.dtypes):
+        raise InvalidValue(
+            f"dtype is {dtype}, in which {card.id} overflows: expected {' or '.join(card.dtypes)}", "dtype"
+        )
+    return _prepared(_load(model, tokenizer, image_size), device, options)
+
+
+def _prepared(model: Any, device: torch.device | str | None, options: LoadOptions) -> Any:
+    """The model on its device, in its precision, with its attention backend."""
+    where = torch.device("cpu" if device is None else device)
+    cast(model, options.dtype, where)
+    if options.attention is not None:
+        choose_attention(model, options.attention)
+    return model if device is None else model.to(where)
+
+
+def cast(model: Any, dtype: Dtype, device: torch.device) -> None:
+    """Bring the networks that `load` names into a precision; "auto" leaves single networks, the diffusion tools' pipelines, whose weights
+    are edited, and those of `IN_BFLOAT16` as they are.
+
+    Raises:
+        ValueError: T5 in float16.
+    """
+    parts = getattr(model, "components", {"": model})
+    cast_parts = parts if "unet" in parts else CAST  # diffusers' own pipelines have one precision
+    for network in (parts[name] for name in cast_parts if isinstance(parts.get(name), torch.nn.Module)):
+        name = type(network).__name__
+        if dtype == "fp16" and name == "T5EncoderModel":
+            raise InvalidValue("dtype is fp16, in which T5 overflows: expected fp32 or bf16", "dtype")
+        if dtype != "auto":
+            network.to(DTYPES[dtype])
+        elif name not in IN_BFLOAT16 and not {"", "unet"} & parts.keys():
+            network.to(auto_dtype(device, sum(part.numel() for part in network.parameters())))
 
 
 def _load(model: str | Path, tokenizer: str | Path | None, image_size: int | None) -> Any:
@@ -112,13 +150,13 @@ def _read(folder: Path, card: Card | None, read: Callable[[], Any]) -> Any:
     return loaded
 
 
-def loader(attention: str | None) -> Callable[[str], Any]:
-    """`load` with an attention backend for generators, image tokenizers and saved folders; other models have none to choose."""
+def loader(device: torch.device | str | None = None, **options) -> Callable[[str], Any]:
+    """`load` with options for generators, image tokenizers and saved folders; other models have none."""
 
     def loading(model: str) -> Any:
         card = all_cards().get(model)
-        chosen = attention if card is None or card.kind in ("generator", "tokenizer") else None
-        return load(model, attention=chosen)
+        optional = card is None or card.kind in ("generator", "tokenizer")
+        return load(model, device=device, **options if optional else {})
 
     return loading
 
@@ -140,11 +178,18 @@ def choose_attention(model: Any, name: str) -> None:
     set_attention(networks_of(model), name)
 
 
-def load_diffusion(model: str | Path, attention: str | None = None) -> "DiffusionPipeline":
-    """A Stable Diffusion (XL) pipeline for the tools of `argen.diffusion`, on the CPU in float32, without a safety checker.
+def load_diffusion(
+    model: str | Path,
+    device: torch.device | str | None = None,
+    dtype: Dtype = "auto",
+    attention: Attention | None = None,
+) -> "DiffusionPipeline":
+    """A Stable Diffusion (XL) pipeline for the tools of `argen.diffusion`, without a safety checker.
 
     Args:
         model: an id of kind "diffusion", a folder in diffusers' layout, or "owner/name" of one on the hub.
+        device: see `load`.
+        dtype: of the whole pipeline; "auto" is "fp32", since its weights are edited.
         attention: "native" or "xformers", see `load`.
 
     Raises:
@@ -153,7 +198,8 @@ def load_diffusion(model: str | Path, attention: str | None = None) -> "Diffusio
     """
     card = all_cards().get(str(model))
     if card is not None and card.kind == "diffusion":
-        return load(model, attention=attention)
+        return load(model, device=device, dtype=dtype, attention=attention)
+    options = LoadOptions(dtype=dtype, attention=attention)
     if attention is not None:
         check_attention(attention)
     folder = Path(model)
@@ -168,9 +214,7 @@ def load_diffusion(model: str | Path, attention: str | None = None) -> "Diffusio
             pipe = _in_float32(_pipeline(folder, DIFFUSION))
     except UNUSABLE as error:
         raise ValueError(f"the pipeline in {folder} cannot be used ({' '.join(str(error).split())[:300]})") from error
-    if attention is not None:
-        choose_attention(pipe, attention)
-    return pipe
+    return _prepared(pipe, device, options)
 
 
 def _pipeline(folder: Path, names: tuple[str, ...]) -> "DiffusionPipeline":

@@ -49,7 +49,8 @@ class PartiPipeline(TokenPipeline):
         longest = self.tokenizer.model_max_length
         if any(len(self.tokenizer(prompt, truncation=False, verbose=False).input_ids) > longest for prompt in prompts):
             logger.warning("the prompt is longer than %d text tokens: the rest of it is not read", longest)
-        return TextImageEncoder(self.clip, self.tokenizer).states(prompts)
+        states, mask = TextImageEncoder(self.clip, self.tokenizer).states(prompts)
+        return states.to(self.transformer.dtype), mask
 
     def start(
         self,

@@ -5,7 +5,7 @@ import json
 from functools import partial
 from pathlib import Path
 
-from argen.command import attention_argument, device_and_json, load_diffusion_model, load_model
+from argen.command import device_and_json, load_arguments, load_diffusion_model, load_model, load_options
 
 IMAGES = "images: a folder, or a .zip, .npz or .parquet file"
 REAL = f"real {IMAGES}, or .npz statistics; emoji: those of the training images, for --features emoji"
@@ -19,7 +19,7 @@ def drawing_arguments(add: argparse.ArgumentParser, num: str, prompts: str | Non
     )
     add.add_argument("--seed", type=int, default=0, help="image i is drawn from (seed, i) alone (default: 0)")
     add.add_argument("--guidance-scale", type=float, metavar="G", help="(default: the model's)")
-    attention_argument(add)
+    load_arguments(add)
 
 
 def feature_arguments(add: argparse.ArgumentParser) -> None:
@@ -48,7 +48,7 @@ def tool_arguments(add: argparse.ArgumentParser, num: int) -> None:
     add.add_argument("--seed", type=int, default=0, help="image i is drawn from (seed, i) alone (default: 0)")
     add.add_argument("--steps", type=int, metavar="N", help="of the sampler")
     add.add_argument("--guidance-scale", type=float, metavar="G")
-    attention_argument(add)
+    load_arguments(add)
 
 
 def output_arguments(add: argparse.ArgumentParser) -> None:
@@ -98,7 +98,7 @@ def draw_samples(
     settings |= {"model": args.model, "num": num, "seed": args.seed, "guidance_scale": args.guidance_scale}
     settings |= {"prompts": run.digest(prompts), "prompt_order": "i % prompts", "uint8": "rounded"}
     lock_run_dir(args.out, settings)
-    pipe = load_model(args.model, args.device, "generator", args.attention)
+    pipe = load_model(args.model, args.device, "generator", load_options(args))
     pipe.set_progress_bar_config(disable=True)
 
     def sample(rows: range):
@@ -124,6 +124,6 @@ def pipeline_of(args: argparse.Namespace, settings: dict):
 
     names = ("model", "num", "seed", "steps", "guidance_scale")
     lock_run_dir(args.out, settings | {name: getattr(args, name) for name in names})
-    pipe = load_diffusion_model(args.model, args.device, args.attention)
+    pipe = load_diffusion_model(args.model, args.device, load_options(args))
     pipe.set_progress_bar_config(disable=True)
     return pipe, load_model("argen/emoji-judge", args.device), partial(run.generator_of, args.seed)

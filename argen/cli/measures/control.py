@@ -8,7 +8,7 @@ from argen.cli.measures.common import (
     finish,
     output_arguments,
 )
-from argen.command import attention_argument
+from argen.command import load_arguments
 
 HELP = "how closely a generator follows control images"
 DESCRIPTION = "Draw the captions of scenes after their edges or segments, and without: F1 of edges (within 2 pixels), mIoU of segments."
@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="image i is drawn from (seed, i) alone (default: 0)")
     parser.add_argument("--guidance-scale", type=float, metavar="G", help="(default: the model's)")
     output_arguments(parser)
-    attention_argument(parser)
+    load_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> None:

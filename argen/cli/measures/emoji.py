@@ -7,7 +7,7 @@ from argen.cli.measures.common import (
     finish,
     output_arguments,
 )
-from argen.command import attention_argument, load_model
+from argen.command import load_arguments, load_model
 
 HELP = "objects, colours, counts and places in images of 500 fixed prompts"
 DESCRIPTION = "Draw 500 fixed prompts whose truth is known and judge what the images show, beside the share that the judge gets right on real held-out images."
@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="image i is drawn from (seed, i) alone (default: 0)")
     parser.add_argument("--guidance-scale", type=float, metavar="G", help="(default: the model's)")
     output_arguments(parser)
-    attention_argument(parser)
+    load_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> None:

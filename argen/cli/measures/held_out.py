@@ -5,9 +5,10 @@ import json
 from pathlib import Path
 
 from argen.command import (
-    attention_argument,
     device_and_json,
+    load_arguments,
     load_model,
+    load_options,
     writable,
 )
 
@@ -24,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--grid", type=Path, metavar="PNG", help="also write a labelled grid of 32 images")
     parser.add_argument("--seed", type=int, default=0, help="(default: 0)")
     device_and_json(parser)
-    attention_argument(parser)
+    load_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -33,7 +34,7 @@ def run(args: argparse.Namespace) -> None:
     from argen.data.tables import pixels, read_split
     from argen.eval import prompts, reconstruction, retrieval
 
-    model = load_model(args.model, args.device, attention=args.attention)
+    model = load_model(args.model, args.device, options=load_options(args))
     if args.grid:
         writable(args.grid)
     if hasattr(model, "likelihoods"):

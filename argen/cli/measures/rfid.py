@@ -10,7 +10,7 @@ from argen.cli.measures.common import (
     finish,
     output_arguments,
 )
-from argen.command import attention_argument, load_model
+from argen.command import load_arguments, load_model, load_options
 
 HELP = "what a tokenizer keeps: rFID, PSNR, SSIM, use of codes"
 DESCRIPTION = "What a tokenizer keeps of images: rFID, PSNR, SSIM, use of codes and, of a table made by `argen data emoji`, what the judge still recognises."
@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     feature_arguments(parser)
     output_arguments(parser)
-    attention_argument(parser)
+    load_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -36,7 +36,7 @@ def run(args: argparse.Namespace) -> None:
     from argen.eval.run_dir import lock_run_dir
 
     extractor, seconds = extractor_of(args), {}
-    tokenizer = load_model(args.tokenizer, args.device, "tokenizer", args.attention)
+    tokenizer = load_model(args.tokenizer, args.device, "tokenizer", load_options(args))
     reconstruction.check_count(tokenizer, args.tokens)
     images = open_images(args.data)
     real = reconstruction.Fitted(images, tokenizer.config.image_size, args.crop)
