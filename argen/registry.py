@@ -144,6 +144,7 @@ commands = Registry(
             "batch",
             "grid",
             "describe",
+            "quantize",
             "control",
             "bind",
             "erase",
