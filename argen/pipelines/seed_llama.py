@@ -1,5 +1,6 @@
 """Text to image and image to text with SEED-LLaMA (arXiv 2310.01218): one language model over both."""
 
+import logging
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ from argen.models.seed_llama import (
     likelihoods,
     read_tokenizer,
 )
-from argen.models.tokenizers import SEED_FILE, read_emoji_seed, read_seed
+from argen.models.tokenizers import SEED_FILE, read_emoji_seed, read_saved_seed, read_seed
 from argen.pipelines.base import Defaults, TokenPipeline
 from argen.pipelines.canvas import TokenSequence
 from argen.request import Control
@@ -91,6 +92,24 @@ class SeedLlamaPipeline(TokenPipeline):
                 f"the language model has words for {self.words.codes} codes, the picture tokenizer {image_tokenizer.config.n_embed}: "
                 "expected a model of this tokenizer"
             )
+
+    def save_pretrained(self, save_directory: str | Path, **arguments) -> None:
+        """See `TokenPipeline.save_pretrained`; diffusers knows no such image tokenizer, so that it saves itself."""
+        logger = logging.getLogger("diffusers.pipelines.pipeline_utils")
+        level = logger.level
+        logger.setLevel(logging.ERROR)  # or it warns that it cannot save what is saved here
+        try:
+            super().save_pretrained(save_directory, **arguments)
+            self.image_tokenizer.save_pretrained(Path(save_directory) / "image_tokenizer")
+        finally:
+            logger.setLevel(level)
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, **arguments) -> "SeedLlamaPipeline":
+        """Read what `save_pretrained` wrote."""
+        if "image_tokenizer" not in arguments:
+            arguments["image_tokenizer"] = read_saved_seed(Path(folder) / "image_tokenizer")
+        return super().from_pretrained(folder, **arguments)
 
     @property
     def format(self) -> Format:

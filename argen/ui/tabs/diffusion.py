@@ -144,13 +144,15 @@ def count(pipe: DiffusionPipeline, model: str, prompt: str, iterations: int, rat
     check_prompt(prompt)
     number, things = parse_count(prompt)
     token = CountToken(pipe, **counters(model, pipe.device), **counting(model, number))
-    before, best = None, None
-    for step in token.optimise(
-        things, number, unit_noise(pipe, torch.Generator().manual_seed(seed)), steps=iterations, learning_rate=rate
-    ):
-        image = enlarge(to_pil(step.image[0]))
-        before, best = before or image, image if step.best else best
-        yield before, best, f"step {step.index + 1}: counted {step.count:.1f}, loss {step.loss:.2f}"
+    latents, before, shown = unit_noise(pipe, torch.Generator().manual_seed(seed)), None, None
+    for step in token.search(things, number, latents, steps=iterations, learning_rate=rate):
+        if step.best:
+            shown, after = step, enlarge(to_pil(step.image[0]))
+            before = before or after
+        state = f"after {step.index} of {iterations} steps; shown: counted {shown.count:.1f} after {shown.index} steps"
+        if step.is_right(number):
+            state += ", right"
+        yield before, after, state
 
 
 TITLE = "Diffusion"
