@@ -105,7 +105,7 @@ def infotext(request: Request, size: tuple[int, int]) -> str:
     """The settings of a picture as A1111 writes them."""
     settings = {
         "Steps": request.steps,
-        "Sampler": request.sampler,
+        "Sampler": request.sampler_text,
         "CFG scale": request.guidance_scale,
         "Seed": request.seed,
     }
@@ -115,8 +115,13 @@ def infotext(request: Request, size: tuple[int, int]) -> str:
         "Temperature": request.temperature,
         "Top-k": request.top_k,
     }
-    text = ", ".join(f"{name}: {value}" for name, value in settings.items() if value is not None)
+    text = ", ".join(f"{name}: {_quoted(str(value))}" for name, value in settings.items() if value is not None)
     return f"{request.prompt}\n{text}"
+
+
+def _quoted(value: str) -> str:
+    """A value as A1111 writes it: in quotation marks where programs would cut it at a comma or a colon."""
+    return json.dumps(value, ensure_ascii=False) if set(',:"\n') & set(value) else value
 
 
 def save_tokens(path: Path, tokenizer: str, tokens: np.ndarray) -> None:
