@@ -63,7 +63,7 @@ def run(args: argparse.Namespace) -> None:
     from argen.diffusion.base import unit_noise
     from argen.diffusion.count_token import check_noises, read_token
     from argen.diffusion.tools import counters, counting, counting_rate
-    from argen.metadata import save_images
+    from argen.metadata import save_made
     from argen.words import parse_count
     from tokenizers_img.pixels import to_pil
 
@@ -79,13 +79,14 @@ def run(args: argparse.Namespace) -> None:
     pipe.set_progress_bar_config(disable=True)
     counter_settings = {} if args.use else counters(args.model, pipe.device, args.clip_count, args.detector)
     token = CountToken(pipe, **counter_settings, **counting(args.model, number, args.steps, args.guidance_scale))
+    rate = counting_rate(args.model, args.learning_rate)
     latents, first, best = unit_noise(pipe, torch.Generator().manual_seed(args.seed)), None, None
     if vector is not None:
         before = [token.draw(things, number, latents)] if args.plain else []
         token.use(vector)
         images = [token.draw(things, number, latents), *before]
     else:
-        optimisation = {"steps": args.iterations, "learning_rate": counting_rate(args.model, args.learning_rate)}
+        optimisation = {"steps": args.iterations, "learning_rate": rate}
         other_noises = [
             unit_noise(pipe, torch.Generator().manual_seed(args.seed + offset)) for offset in range(1, args.noises)
         ]
@@ -95,7 +96,10 @@ def run(args: argparse.Namespace) -> None:
         images = [to_pil(step.image[0]) for step in ((best, first) if args.plain else (best,))]
     if args.token:
         token.save(args.token, f"<{number}-things>", count=number, things=things, model=args.model, seed=args.seed)
-    save_images([(image, None) for image in images], files)
+    made = {"prompt": args.prompt, "model": args.model, "seed": args.seed, "noises": args.noises, "use": args.use}
+    made |= {"iterations": args.iterations, "learning_rate": rate, **token.settings}
+    save_made(images[:1], files[:1], "count", made | {"count": best and best.counts[0]}, pipe)
+    save_made(images[1:], files[1:], "count", made | {"count": first and first.counts[0], "plain": True}, pipe)
     if args.json:
         counts = {"count": best and best.counts[0], "before": first and first.counts[0]}
         print(json.dumps({"file": str(args.out), "prompt": token.prompt(things, number)} | counts))

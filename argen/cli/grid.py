@@ -35,6 +35,7 @@ def run(args: argparse.Namespace) -> None:
 
     from argen.files import replacing
     from argen.jobs.tables import Axis, check_requests, expand_axes, grid_image, settings_csv
+    from argen.metadata import save_made
     from argen.request import Request
 
     table = writable(writable(args.out).with_suffix(".csv"), ".csv")
@@ -46,8 +47,11 @@ def run(args: argparse.Namespace) -> None:
     for request in tqdm(requests, desc="grid", disable=args.json):
         *_, job = models(request.model).run(request)
         images += job.images
-    with replacing(args.out) as file:
-        grid_image(images, axes).save(file, "PNG")
+    settings = {"prompt": args.prompt, "model": args.model, "seed": args.seed}
+    settings |= {"x": args.x, "y": args.y, "z": args.z}
+    used = {request.model for request in requests}
+    model = models(used.pop()) if len(used) == 1 else None
+    save_made([grid_image(images, axes)], [args.out], "grid", settings, model)
     with replacing(table) as file:
         file.write(
             settings_csv(requests, [f"{args.out.name} {number}" for number in range(1, len(requests) + 1)]).encode()

@@ -15,6 +15,7 @@ from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerBas
 
 from argen.bounds import check
 from argen.files import WEIGHTS
+from argen.hub.cards import list_models
 from argen.models.files import complete
 from argen.models.seed_llama import (
     CLOSE,
@@ -49,6 +50,11 @@ class Format:
     ask: str
     answer: str = "{}"
     request: str = "{}"
+
+    @property
+    def answers(self) -> bool:
+        """Whether the model was trained to answer."""
+        return self.ask != "{}"
 
 
 FORMATS = {
@@ -175,7 +181,16 @@ class SeedLlamaPipeline(TokenPipeline):
         Args:
             question: about the image; without one it is captioned.
             settings: of `chat`.
+
+        Raises:
+            ValueError: a question to a model that was not trained to answer any.
         """
+        check_length(question, "the question")
+        if question.strip() and not self.format.answers:
+            name = self.card.id if self.card else "this model"
+            raise ValueError(
+                f"{name} only writes captions: leave the question out, or choose a model that answers, {' or '.join(answering())}"
+            )
         return "".join(part for part in self.chat([[image, question]], **settings) if isinstance(part, str)).strip()
 
     def chat(
@@ -258,6 +273,12 @@ class SeedLlamaPipeline(TokenPipeline):
             if buffer and OPEN not in buffer:
                 yield buffer
                 buffer = ""
+
+
+def answering() -> list[str]:
+    """Ids of the models that answer questions about images."""
+    forms = {card.id: card.arguments.get("form") for card in list_models("generator")}
+    return [id for id, form in forms.items() if form in FORMATS and FORMATS[form].answers]
 
 
 def read_emoji(folder: Path) -> SeedLlamaPipeline:
