@@ -37,7 +37,7 @@ PIPELINE = "folder of a Stable Diffusion (XL) pipeline, or OWNER/NAME on the hub
 BINDING = "attribute, object, merge or gentle (default: attribute; of argen/emoji-sd gentle)"
 COUNT_RATE = "(default: the authors' 0.01; of argen/emoji-sd 0.003)"
 CLIP = "openai/clip-vit-base-patch32"
-OPTIONS = "dtype", "attention"  # of `argen.hub.options.LoadOptions`
+OPTIONS = "dtype", "attention", "compile"  # of `argen.hub.options.LoadOptions`
 CALLED = {"tokens": "num_tokens", "strength": "control_strength"}  # options -> their names in `argen.bounds`
 MAX_WORD = 600  # characters in errors: of a path
 MAX_NAME = 250  # bytes of a file name: 255, less the number of one of several images
@@ -67,16 +67,17 @@ def device_argument(add: argparse.ArgumentParser) -> None:
     add.add_argument("--device", metavar="NAME", help="cpu, cuda, mps (default: the best one here)")
 
 
-def load_arguments(add: argparse.ArgumentParser) -> None:
-    """How the model is loaded, see `argen.hub.options.LoadOptions`; `load_options` reads it."""
+def load_arguments(add: argparse.ArgumentParser, *names: str) -> None:
+    """How the model is loaded, the options of `argen.hub.options.LoadOptions` called `names` (all of them by default); `load_options` reads
+    them."""
     from argen.hub.options import LoadOptions
 
-    add_settings(add, LoadOptions, OPTIONS, "the model's")
+    add_settings(add, LoadOptions, names or OPTIONS, "the model's")
 
 
 def load_options(args: argparse.Namespace) -> dict[str, Any]:
     """The options that were given, as `argen.load` takes them."""
-    return {name: value for name in OPTIONS if (value := getattr(args, name)) is not None}
+    return {name: value for name in OPTIONS if (value := getattr(args, name, None)) not in (None, False)}
 
 
 def size(text: str) -> tuple[int, int]:
@@ -98,7 +99,7 @@ def diffusion_arguments(add: argparse.ArgumentParser, steps: int, guidance: floa
     add.add_argument("--steps", type=int, metavar="N", help=f"of the sampler (default: {steps}; {default_note})")
     add.add_argument("--guidance-scale", type=float, metavar="G", help=f"(default: {guidance}; {default_note})")
     device_and_json(add)
-    load_arguments(add)
+    load_arguments(add, "dtype", "attention")
 
 
 def add_settings(parser: argparse.ArgumentParser, cls: type, names: Iterable[str], default_text: str) -> None:
@@ -111,9 +112,13 @@ def add_settings(parser: argparse.ArgumentParser, cls: type, names: Iterable[str
 
     for name in names:
         setting = settings_of(cls)[name]
+        flag = f"--{name.replace('_', '-')}"
+        if setting.kind is bool:
+            parser.add_argument(*setting.flags, flag, dest=name, action="store_true", help=setting.help)
+            continue
         parser.add_argument(
             *setting.flags,
-            f"--{name.replace('_', '-')}",
+            flag,
             dest=name,
             type=partial(_typed, setting),
             metavar=setting.metavar,

@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokens", type=int, metavar="K", help="only the first K, where the tokenizer can (FlexTok)")
     parser.add_argument("-o", "--out", type=Path, metavar="FILE", help="PNG file (default: the file's name with .png)")
     device_and_json(parser)
-    load_arguments(parser)
+    load_arguments(parser, "dtype", "attention")
 
 
 def run(args: argparse.Namespace) -> None:

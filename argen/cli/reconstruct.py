@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "-o", "--out", type=Path, metavar="FILE", help="PNG file (default: IMG's name with -reconstructed.png)"
     )
     device_and_json(parser)
-    load_arguments(parser)
+    load_arguments(parser, "dtype", "attention")
 
 
 def run(args: argparse.Namespace) -> None:

@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokenizer", default="argen/emoji-vitvqgan", metavar="ID", help="see `argen models`")
     parser.add_argument("-o", "--out", type=Path, metavar="FILE", help="NPZ file (default: IMG's name with .npz)")
     device_and_json(parser)
-    load_arguments(parser)
+    load_arguments(parser, "dtype", "attention")
 
 
 def run(args: argparse.Namespace) -> None:

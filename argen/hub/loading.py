@@ -1,5 +1,6 @@
 """From a model's id, a saved folder or a checkpoint file to a pipeline or a network in memory."""
 
+import importlib.util
 import json
 import logging
 import re
@@ -44,6 +45,7 @@ def load(
     device: torch.device | str | None = None,
     dtype: Dtype = "auto",
     attention: Attention | None = None,
+    compile: bool = False,
 ) -> Any:
     """The pipeline of a generator, the network of a tokenizer, or a text and image encoder.
 
@@ -58,16 +60,20 @@ def load(
             see `argen.device.auto_dtype`. Logits and noise are always in float32, and so are image tokenizers unless one is loaded by itself.
         attention: backend of the attention layers, a name in `tokenizers_img.attention.BACKENDS`, e.g. "xformers"; None for
             "native", PyTorch's own.
+        compile: whether a generator's decoding pass becomes a graph of OpenVINO, on a CPU and in float32; compiling takes some seconds at the
+            first image. Its tokens are those of the pass that is not compiled, but for rounding.
 
     Raises:
-        ValueError: no such model; weights that cannot be read or do not fit; a precision or backend that cannot be used here or by this
+        ValueError: no such model; weights that cannot be read or do not fit; a precision, a backend or a compiler that cannot be used here or by this
             model.
         FileNotFoundError, ConnectionError: published weights that are not here and cannot be fetched.
     """
-    options = LoadOptions(dtype=dtype, attention=attention)
+    options = LoadOptions(dtype=dtype, attention=attention, compile=compile)
     check_known(model)
     if attention is not None:
         check_attention(attention)
+    if compile:
+        check_compile(device, dtype)
     card = all_cards().get(str(model))
     if card is not None and dtype not in ("auto", *card.dtypes):
         raise InvalidValue(
@@ -82,7 +88,42 @@ def _prepared(model: Any, device: torch.device | str | None, options: LoadOption
     cast(model, options.dtype, where)
     if options.attention is not None:
         choose_attention(model, options.attention)
-    return model if device is None else model.to(where)
+    model = model if device is None else model.to(where)
+    if options.compile:
+        compile_decoding(model)
+    return model
+
+
+def check_compile(device: torch.device | str | None, dtype: Dtype) -> None:
+    """Check that OpenVINO can compile here, before any weights are read.
+
+    Raises:
+        ValueError: it is not installed; another device than a CPU; half precision.
+    """
+    if torch.device(device or "cpu").type != "cpu":
+        raise InvalidValue(f"compile is for a CPU, and the device is {device}: leave it out", "compile")
+    if dtype in ("bf16", "fp16"):
+        raise InvalidValue(f"compile takes the dtype fp32, and it is {dtype}: leave one of them out", "compile")
+    if importlib.util.find_spec("openvino") is None:
+        raise InvalidValue("compile needs OpenVINO: pip install 'argen[openvino]', or leave it out", "compile")
+
+
+def compile_decoding(model: Any) -> None:
+    """Let the network of a generator decode through a graph, see `argen.models.compiled`.
+
+    Raises:
+        ValueError: this model does not decode token by token with a cache of argen's.
+    """
+    network: Any = getattr(model, "transformer", model)
+    if not hasattr(network, "compiled"):
+        name = type(network).__name__
+        raise InvalidValue(
+            f"compile is for networks that decode token by token, not for a {name}: leave it out", "compile"
+        )
+    from argen.models.compiled import CompiledStep
+
+    network.float()
+    network.compiled = CompiledStep(network, getattr(network, "step", network.decode))
 
 
 def cast(model: Any, dtype: Dtype, device: torch.device) -> None:
@@ -150,13 +191,16 @@ def _read(folder: Path, card: Card | None, read: Callable[[], Any]) -> Any:
     return loaded
 
 
-def loader(device: torch.device | str | None = None, **options) -> Callable[[str], Any]:
-    """`load` with options for generators, image tokenizers and saved folders; other models have none."""
+def loader(device: torch.device | str | None = None, compile: bool = False, **options) -> Callable[[str], Any]:
+    """`load` with options for generators, image tokenizers and saved folders; other models have none. What can be compiled is."""
 
     def loading(model: str) -> Any:
         card = all_cards().get(model)
         optional = card is None or card.kind in ("generator", "tokenizer")
-        return load(model, device=device, **options if optional else {})
+        loaded = load(model, device=device, **options if optional else {})
+        if compile and hasattr(getattr(loaded, "transformer", None), "compiled"):
+            compile_decoding(loaded)
+        return loaded
 
     return loading
 

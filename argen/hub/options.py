@@ -14,3 +14,6 @@ class LoadOptions:
 
     dtype: Dtype = Field(default="auto", description="precision of the networks")
     attention: Attention | None = Field(default=None, description="attention backend")
+    compile: bool = Field(
+        default=False, description="decode through a compiled graph: faster after some seconds of compiling"
+    )

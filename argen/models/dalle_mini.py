@@ -150,6 +150,8 @@ class DalleMiniDecoder(ModelMixin, ConfigMixin):
         length: cells of a picture, row-major.
     """
 
+    compiled = None  # see `argen.models.compiled`
+
     @register_to_config
     def __init__(
         self,

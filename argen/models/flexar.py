@@ -140,6 +140,8 @@ class FlexAR(ModelMixin, ConfigMixin):
         dropout: in training, on what a layer adds.
     """
 
+    compiled = None  # see `argen.models.compiled`
+
     @register_to_config
     def __init__(
         self,

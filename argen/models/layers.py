@@ -27,7 +27,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def _packs(weight: Tensor) -> bool:
-    if torch.is_grad_enabled() or torch.compiler.is_compiling() or weight.is_inference():
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing() or weight.is_inference():
         return False
     return weight.dtype in (torch.float32, torch.bfloat16) and torch.backends.mkldnn.is_available()
 

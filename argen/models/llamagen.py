@@ -21,7 +21,7 @@ from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
 from argen.models.layers import Linear, RMSNorm, causal_mask, grid_places, rotary_table, rotate, split_heads
-from argen.models.session import KeyValueCache
+from argen.models.session import KeyValueCache, decoding
 from tokenizers_img.attention import DispatchedAttention
 from tokenizers_img.checkpoint import load_strict, read_state_dict
 
@@ -159,6 +159,8 @@ class LlamaGen(ModelMixin, ConfigMixin):
         caption_attention: words attend and are attended to, each for itself. In the published models they are not.
     """
 
+    compiled = None  # see `argen.models.compiled`
+
     @register_to_config
     def __init__(
         self,
@@ -253,13 +255,29 @@ class LlamaGen(ModelMixin, ConfigMixin):
         """
         cells = positions.clamp(max=self.length - 1)  # a draft may reach behind the picture
         freqs_cis = self.freqs_cis[cells if cells.ndim == 2 else cells[None]][:, :, None]
-        mask = torch.zeros(len(scores), 1, *visible.shape[2:], device=tokens.device).masked_fill(~visible, -torch.inf)
+        mask = torch.zeros(scores.shape[0], 1, *visible.shape[2:], device=tokens.device).masked_fill(
+            ~visible, -torch.inf
+        )
         x = self.drop(self.tok_embeddings(tokens))
         mask = torch.cat([scores[:, None, None].expand(-1, 1, tokens.shape[1], -1), mask], dim=-1).to(x.dtype)
         for index, layer in enumerate(self.layers):
             x = self.controlled(x, index, control)
             x = layer(x, freqs_cis, mask, index, cache, None if prefixes is None else prefixes[index])
         return self.norm(x)
+
+    def step(
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        visible: Tensor,
+        scores: Tensor,
+        prefixes: list[Pair] | None = None,
+        control: Tensor | None = None,
+        cache: KeyValueCache | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """`decode`, and logits [R, n, K] in float32."""
+        hidden = self.decode(tokens, positions, visible, scores, prefixes, cache, control)
+        return hidden, self.output(hidden).float()
 
     def unconditional(self, condition: Tensor) -> Tensor:
         """What stands for "none" where class ids [R] or text features [R, T, caption_dim] stand."""
@@ -356,7 +374,7 @@ class LlamaGenSession:
         first = None if control is None else control[:, :, :1]
         self.prefix, self.scores, prefixes = model.condition(embedded, mask, first)
         before = self.scores.shape[1]  # slots of the condition
-        self.cache = KeyValueCache(model.depth, before + self.length, before)
+        self.decode, self.cache = decoding(model, model.step, model.depth, before + self.length, before)
         self.cache.place(torch.arange(-before, 0), None, guided, embedded.device)
         for index, prefix in enumerate(prefixes):
             self.cache.append(index, *prefix)
@@ -367,7 +385,7 @@ class LlamaGenSession:
         """See `samplers.steps.Session.forward`; the condition, which is cached already, stands for the start token."""
         parts = []
         if int(positions.min()) < 0:
-            parts = [self.prefix[:, -1:]]
+            parts = [(self.prefix[:, -1:], self.model.output(self.prefix[:, -1:]).float())]
             tokens, positions, mask = tokens[:, 1:], positions[..., 1:], None if mask is None else mask[..., 1:, 1:]
         if tokens.shape[1]:
             visible = self.cache.visible(positions, mask, seen, self.guided, tokens.device)[..., self.cache.before :]
@@ -375,13 +393,9 @@ class LlamaGenSession:
             if self.guided:
                 tokens = torch.cat([tokens, tokens])
                 positions = torch.cat([positions, positions]) if positions.ndim == 2 else positions
-            parts.append(
-                self.model.decode(
-                    tokens, positions, visible, self.scores, cache=self.cache, control=self._ahead(positions)
-                )
-            )
-        self.hidden = torch.cat(parts, dim=1)
-        logits = self.model.output(self.hidden).float()
+            control = self._ahead(positions)
+            parts.append(self.decode(tokens, positions, visible, self.scores, None, control, cache=self.cache))
+        self.hidden, logits = (torch.cat(part, dim=1) for part in zip(*parts, strict=True))
         return logits.chunk(2) if self.guided else (logits, None)
 
     def _ahead(self, positions: Tensor) -> Tensor | None:

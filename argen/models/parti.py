@@ -98,6 +98,8 @@ class Parti(ModelMixin, ConfigMixin):
         dropout: in training.
     """
 
+    compiled = None  # see `argen.models.compiled`
+
     @register_to_config
     def __init__(
         self,

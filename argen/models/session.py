@@ -4,7 +4,8 @@ Letters in shape comments: B images, n tokens of a forward pass, m keys, T text 
 rows (2B under guidance: with the prompt, then without).
 """
 
-from typing import Protocol
+from collections.abc import Callable
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -107,6 +108,15 @@ class KeyValueCache:
         return torch.arange(len(first), device=nodes.device)[:, None], first[:, None] + nodes
 
 
+def decoding(
+    network: Any, decode: Callable[..., Any], layers: int, capacity: int, before: int = 1
+) -> tuple[Callable[..., Any], KeyValueCache]:
+    """The pass that a session calls, `decode` or what was compiled of it (`argen.models.compiled`), and a cache for it."""
+    if network.compiled is None:
+        return decode, KeyValueCache(layers, capacity, before)
+    return network.compiled, network.compiled.cache(layers, capacity, before)
+
+
 KeysValues = list[tuple[Tensor, Tensor]]  # of each layer's cross-attention, each [R, T, H, D/H]
 
 
@@ -115,6 +125,7 @@ class CrossAttentionDecoder(Protocol):
 
     length: int  # cells of a picture
     depth: int  # layers
+    compiled: Any  # `argen.models.compiled.CompiledStep` of `decode`, or None
 
     def project_text(self, encoded: Tensor) -> KeysValues: ...
 
@@ -142,7 +153,7 @@ class DecoderSession:
         self.columns = int(decoder.length**0.5)
         self.text_mask = text_mask
         self.text_keys_values = decoder.project_text(encoded)
-        self.cache = KeyValueCache(decoder.depth, decoder.length)
+        self.decode, self.cache = decoding(decoder, decoder.decode, decoder.depth, decoder.length)
 
     def forward(
         self, tokens: Tensor, positions: Tensor, mask: Tensor | None = None, seen: Tensor | None = None
@@ -153,7 +164,7 @@ class DecoderSession:
         if self.guided:
             tokens = torch.cat([tokens, tokens])
             positions = torch.cat([positions, positions]) if positions.ndim == 2 else positions
-        logits = self.decoder.decode(tokens, positions, visible, self.text_keys_values, self.text_mask, self.cache)
+        logits = self.decode(tokens, positions, visible, self.text_keys_values, self.text_mask, cache=self.cache)
         return logits.chunk(2) if self.guided else (logits, None)
 
     def keep(self, nodes: Tensor) -> None:

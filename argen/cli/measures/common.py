@@ -48,7 +48,7 @@ def tool_arguments(add: argparse.ArgumentParser, num: int) -> None:
     add.add_argument("--seed", type=int, default=0, help="image i is drawn from (seed, i) alone (default: 0)")
     add.add_argument("--steps", type=int, metavar="N", help="of the sampler")
     add.add_argument("--guidance-scale", type=float, metavar="G")
-    load_arguments(add)
+    load_arguments(add, "dtype", "attention")
 
 
 def output_arguments(add: argparse.ArgumentParser) -> None:

@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     feature_arguments(parser)
     output_arguments(parser)
-    load_arguments(parser)
+    load_arguments(parser, "dtype", "attention")
 
 
 def run(args: argparse.Namespace) -> None:
