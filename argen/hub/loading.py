@@ -13,9 +13,9 @@ import torch
 from safetensors import SafetensorError
 
 from argen.collector import uncollected
-from argen.device import DTYPES, LOADING, auto_dtype, silent
+from argen.device import DTYPES, LOADING, auto_dtype, pick, silent
 from argen.hub.cards import CARD_FILE, Card, all_cards, check_known, find_card
-from argen.hub.options import Attention, Dtype, LoadOptions
+from argen.hub.options import Attention, Dtype, LoadOptions, check_arguments
 from argen.registry import pipelines, resolve
 from samplers.errors import InvalidValue
 from tokenizers_img.attention import DispatchedAttention, check_attention, set_attention
@@ -46,6 +46,7 @@ def load(
     dtype: Dtype = "auto",
     attention: Attention | None = None,
     compile: bool = False,
+    **others: Any,
 ) -> Any:
     """The pipeline of a generator, the network of a tokenizer, or a text and image encoder.
 
@@ -62,13 +63,16 @@ def load(
             "native", PyTorch's own.
         compile: whether a generator's decoding pass becomes a graph of OpenVINO, on a CPU and in float32; compiling takes some seconds at the
             first image. Its tokens are those of the pass that is not compiled, but for rounding.
+        others: not allowed; arguments of diffusers' ``from_pretrained`` raise an error that names the alternative.
 
     Raises:
         ValueError: no such model; weights that cannot be read or do not fit; a precision, a backend or a compiler that cannot be used here or by this
             model.
         FileNotFoundError, ConnectionError: published weights that are not here and cannot be fetched.
     """
+    check_arguments(others)
     options = LoadOptions(dtype=dtype, attention=attention, compile=compile)
+    device = None if device is None else pick(device)
     check_known(model)
     if attention is not None:
         check_attention(attention)
@@ -152,7 +156,7 @@ def _load(model: str | Path, tokenizer: str | Path | None, image_size: int | Non
         return _read_card(hub_folder(card.repo, card.files) if card.repo else card.path, card)
     if (path / "model_index.json").is_file():
         card = find_card(str(path)) if (path / CARD_FILE).is_file() else None
-        return _read(path, card, lambda: _pipeline(path, tuple(pipelines)))
+        return _read(path, card, lambda: _pipeline(path, (*pipelines, *DIFFUSION)))
     if (path / CARD_FILE).is_file():  # as `argen train` writes it
         return _read_card(path, find_card(str(path)))
     if path.is_file() and (card := _released(path)):

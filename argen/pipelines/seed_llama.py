@@ -111,11 +111,12 @@ class SeedLlamaPipeline(TokenPipeline):
             logger.setLevel(level)
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, **arguments) -> "SeedLlamaPipeline":
-        """Read what `save_pretrained` wrote."""
-        if "image_tokenizer" not in arguments:
-            arguments["image_tokenizer"] = read_saved_seed(Path(folder) / "image_tokenizer")
-        return super().from_pretrained(folder, **arguments)
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **arguments: Any) -> TokenPipeline:
+        """See `TokenPipeline.from_pretrained`."""
+        images = Path(pretrained_model_name_or_path) / "image_tokenizer"
+        if "image_tokenizer" not in arguments and images.is_dir():
+            arguments["image_tokenizer"] = read_saved_seed(images)
+        return super().from_pretrained(pretrained_model_name_or_path, **arguments)
 
     @property
     def format(self) -> Format:
