@@ -13,6 +13,7 @@ from argen.command import (
     writable,
     writable_all,
 )
+from argen.words import number_of
 
 if TYPE_CHECKING:
     from argen.diffusion.count_token import CountStep
@@ -113,7 +114,7 @@ def _counted(number: int, first: "CountStep | None", best: "CountStep | None") -
         return ""
     counted = f", counted {best.counts[0]:.1f}"
     if best.index:
-        counted += f" after {best.index} steps, {first.counts[0]:.1f} before"
+        counted += f" after {number_of(best.index, 'step')}, {first.counts[0]:.1f} before"
     elif best.is_right(number):
         counted += ", right without optimisation"
     return counted if best.is_right(number) else f"{counted}: not {number}, try another --seed"

@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "-o", "--out", type=Path, required=True, metavar="FILE", help="PNG file; the CSV lies beside it"
     )
     for name, what in (("x", "columns"), ("y", "rows"), ("z", "tables below each other")):
-        help_text = f"the {what}, e.g. guidance_scale=1,3,5 or prompt=a cat|a dog"
+        help_text = f"the {what}, e.g. guidance_scale=1,3,5; prompts and samplers with | between: 'prompt=a cat|a dog'"
         parser.add_argument(f"--{name}", required=name == "x", metavar="SETTING=VALUES", help=help_text)
     parser.add_argument("--model", default="argen/emoji-parti", metavar="ID", help="(default: argen/emoji-parti)")
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="(default: 0)")

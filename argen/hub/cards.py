@@ -122,6 +122,11 @@ def _is_set(card: Card, name: str, value: Any) -> bool:
     return not isinstance(value, Mapping) and value is not None and value != getattr(type(card), name, None)
 
 
+def is_own(id: str) -> bool:
+    """Whether a card is one of argen's, not of an installed package or a running program."""
+    return id in _own_cards()
+
+
 def all_cards() -> dict[str, Card]:
     """Every card by its id: argen's own, those of installed packages, those that the program registered."""
     by_id = dict(_own_cards())

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from argen.bounds import check
 from argen.registry import nearest
-from argen.words import check_prompt, cut
+from argen.words import check_prompt, cut, number_of
 from samplers.errors import InvalidValue
 
 STEPS = "tokens take as many steps as there are; of a flow give the sampler's, sampler='sde:steps=40'"
@@ -175,6 +175,5 @@ def check_prompts(prompts: list[str], generators: list[torch.Generator]) -> None
     for prompt in dict.fromkeys(prompts):
         check_prompt(prompt)
     if len(generators) != len(prompts):
-        plural = "" if len(generators) == 1 else "s"
-        of_images = f"{len(prompts)} image{'' if len(prompts) == 1 else 's'}"
-        raise ValueError(f"got {len(generators)} generator{plural} for {of_images}: expected one for each")
+        counts = number_of(len(generators), "generator"), number_of(len(prompts), "image")
+        raise ValueError(f"got {counts[0]} for {counts[1]}: expected one for each")

@@ -33,6 +33,7 @@ from argen.pipelines.ranking import Ranking
 from argen.pipelines.running import Running
 from argen.registry import draws_of, samplers, samplers_of
 from argen.request import Control, parse_sampler
+from argen.words import number_of
 from samplers.logits import Gumbel, Sampling, keys_of
 from samplers.settings import make
 from samplers.steps import GuidanceScale, Sampler, Session, Step
@@ -444,7 +445,9 @@ class TokenPipeline(Editing, Ranking, Running):
     def _prepare_all(self, images, prompts: int, candidates: int, kind: str, strength: float, size) -> list[Control]:
         """Prepare a control for each image to generate, from one control image for each prompt."""
         if len(images) != prompts:
-            raise ValueError(f"got {len(images)} control images for {prompts} prompts: expected one for each")
+            raise ValueError(
+                f"got {number_of(len(images), 'control image')} for {number_of(prompts, 'prompt')}: expected one for each"
+            )
         prepared = [self.prepare(Control(image, kind, strength, size)) for image in images]
         return [control for control in prepared for _ in range(candidates)]
 

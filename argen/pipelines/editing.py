@@ -147,7 +147,7 @@ class Editing(DiffusionPipeline):
         if not self.canvas.discrete:
             raise ValueError("this model writes latents, whose probabilities are not known: choose a model of tokens")
         if (tokens < 0).any():
-            raise ValueError("the picture is not finished: expected a token in each cell")
+            raise ValueError("the image is not finished: expected a token in each cell")
         request = self.resolved(request)
         controls = [request.control] if request.control else None
         session = self.start([request.prompt], request.guidance_scale != 1, tuple(tokens.shape), controls)
@@ -166,13 +166,13 @@ class Editing(DiffusionPipeline):
 def masked_cells(image: Image.Image, mask: Image.Image | None, shape: tuple[int, int]) -> Tensor:
     """Return which cells of a token grid a mask touches, [h, w] bool; arguments as in `Editing.edit`."""
     if shape[0] == 1:
-        raise ValueError("the tokens of this model have no place in the picture: choose another model to edit with")
+        raise ValueError("the tokens of this model have no place in the image: choose another model to edit with")
     image = normalized(image)
     if mask is None:
         mask = ImageOps.invert(upright(image).getchannel("A"))
     elif (mask := to_mask(mask)).size != image.size:
         raise InvalidValue(
-            f"the mask is {mask.width} x {mask.height} and the picture {image.width} x {image.height}: expected the same",
+            f"the mask is {mask.width} x {mask.height} and the image {image.width} x {image.height}: expected the same",
             "mask",
         )
     side = max(mask.size)

@@ -63,7 +63,7 @@ class FlexARPipeline(TokenPipeline):
         registers, codes = flextok.config.registers, flextok.fsq.n_embed
         if transformer.length > registers or transformer.config.n_embed != codes:
             raise ValueError(
-                f"the generator writes {transformer.length} tokens of {transformer.config.n_embed}, the picture tokenizer "
+                f"the generator writes {transformer.length} tokens of {transformer.config.n_embed}, the image tokenizer "
                 f"knows {registers} of {codes}: expected a generator of this tokenizer"
             )
 

@@ -95,7 +95,7 @@ class SeedLlamaPipeline(TokenPipeline):
         self.words = Vocabulary.of(tokenizer)
         if self.words.codes != image_tokenizer.config.n_embed:
             raise ValueError(
-                f"the language model has words for {self.words.codes} codes, the picture tokenizer {image_tokenizer.config.n_embed}: "
+                f"the language model has words for {self.words.codes} codes, the image tokenizer {image_tokenizer.config.n_embed}: "
                 "expected a model of this tokenizer"
             )
 

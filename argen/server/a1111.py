@@ -37,6 +37,7 @@ from argen.server.jobs import check_finished, embedded_request
 from argen.server.openai import Body
 from argen.server.scaling import UPSCALER
 from argen.server.waiting import prepare, result
+from argen.words import number_of
 from samplers.settings import settings_of
 from tokenizers_img.pixels import to_mask
 
@@ -205,7 +206,9 @@ def response_json(studio: Studio, body: Text, job_request: GenerationRequest, pr
         images = list(progress.preview or [])[: job_request.num_images]
         requests = [job_request.for_image(index) for index in range(len(images))]
         embedded = [None] * len(images)  # these would reproduce finished images
-        notes.append(f"interrupted at {progress.share:.0%}: {len(images)} of {job_request.num_images} images")
+        notes.append(
+            f"interrupted at {progress.share:.0%}: {len(images)} of {number_of(job_request.num_images, 'image')}"
+        )
     texts = [infotext(request, size) for request in requests]
     info = {
         "prompt": job_request.prompt,

@@ -134,7 +134,7 @@ class SeedTokenizer(nn.Module):
         """
         if min(image.size) < SMALLEST:
             raise ValueError(
-                f"the picture is {image.width} x {image.height}: SEED expects at least {SMALLEST} pixels a side"
+                f"the image is {image.width} x {image.height}: SEED expects at least {SMALLEST} pixels a side"
             )
         size = self.config.image_size
         if not self.squashed:
