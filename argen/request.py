@@ -135,7 +135,7 @@ class Request:
     sampler_args: dict[str, Any] = Field(default_factory=dict, description="settings of the sampler by their names")
     steps: Steps | tuple[Steps, Steps] | None = Field(
         default=None,
-        description="of the flow of a model of continuous latents; two numbers: of its first and of its last part",
+        description="steps from noise to image, for a model of continuous latents such as argen/emoji-xar; two numbers: for its first and its last part",
     )
     num_tokens: Annotated[int | None, _within("num_tokens", flags=["--tokens"])] = Field(
         default=None,
