@@ -207,7 +207,7 @@ recipes = Registry(
         "emoji-llamagen": "argen.train.llamagen:RECIPE",
         "emoji-llamagen-second": "argen.train.llamagen:SECOND_RECIPE",
         "emoji-control": "argen.train.controlar:RECIPE",
-        "emoji-drafter": "argen.train.draft:RECIPE",
+        "emoji-drafter": "argen.train.drafter:RECIPE",
         "emoji-xar": "argen.train.xar:RECIPE",
         "emoji-flextok": "argen.train.flextok:RECIPE",
         "emoji-flextok-ar": "argen.train.flexar:RECIPE",

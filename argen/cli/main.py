@@ -6,8 +6,8 @@ import gc
 import sys
 
 from argen import __version__
-from argen.collector import uncollected
 from argen.command import HelpFormatter, Parser, check_numbers, flush_output, guarded, printable
+from argen.garbage import uncollected
 from argen.registry import commands
 
 

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import logging
 import re
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import SafetensorError
 
-from argen.collector import uncollected
 from argen.device import DTYPES, LOADING, auto_dtype, pick, silent
+from argen.garbage import uncollected
 from argen.hub.cards import CARD_FILE, Card, all_cards, check_known, find_card
 from argen.hub.options import Attention, Dtype, LoadOptions, check_arguments
 from argen.registry import pipelines, resolve
@@ -30,6 +31,7 @@ UNUSABLE = (*NOT_READ, TypeError, AttributeError, LookupError)  # by settings be
 IN_BFLOAT16 = ("T5EncoderModel", "LlamaForCausalLM")  # where published: as trained; in float16 T5 overflows
 CAST = ("", "transformer", "encoder", "text_encoder", "drafter")  # networks of a pipeline whose precision is chosen
 CHECKPOINTS = "argen.pipelines.llamagen:read_checkpoint"  # of files that no card names
+MOVED = {"argen.models.draft": "argen.models.drafter"}  # modules that saved pipelines of earlier versions name
 DIFFUSION = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
 DIFFUSION_FILES = ("*.json", "*/*.json", "*/*.txt", "*/model.safetensors", "*/diffusion_pytorch_model.safetensors")
 # diffusers warns whenever a network is cast, even of one in which nothing must stay float32
@@ -274,9 +276,17 @@ def _pipeline(folder: Path, names: tuple[str, ...]) -> "DiffusionPipeline":
     cls = pipelines[name] if name in pipelines else resolve(f"diffusers:{name}")
     unchecked = {"safety_checker": None, "requires_safety_checker": False} if name == "StableDiffusionPipeline" else {}
     try:
+        _know_moved_modules(index)
         return cls.from_pretrained(folder, **unchecked)
     except ImportError as error:  # a part of a library that is not here, or does not exist
         raise ValueError(f"it names a part that cannot be imported: {error}") from error
+
+
+def _know_moved_modules(index: dict) -> None:
+    """Let diffusers find the classes of a saved pipeline whose modules had another name when it was saved."""
+    named = {value[0] for value in index.values() if isinstance(value, list) and value}
+    for old in named & MOVED.keys():
+        sys.modules[old] = importlib.import_module(MOVED[old])
 
 
 def networks_of(model: Any) -> list[torch.nn.Module]:
