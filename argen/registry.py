@@ -130,6 +130,7 @@ pipelines = Registry(
         "ControlARPipeline": "argen.pipelines.controlar:ControlARPipeline",
         "XARPipeline": "argen.pipelines.xar:XARPipeline",
         "FlexARPipeline": "argen.pipelines.flexar:FlexARPipeline",
+        "SeedLlamaPipeline": "argen.pipelines.seed_llama:SeedLlamaPipeline",
     },
 )
 commands = Registry(
@@ -207,7 +208,7 @@ recipes = Registry(
         "emoji-llamagen": "argen.train.llamagen:RECIPE",
         "emoji-llamagen-second": "argen.train.llamagen:SECOND_RECIPE",
         "emoji-control": "argen.train.controlar:RECIPE",
-        "emoji-drafter": "argen.train.draft:RECIPE",
+        "emoji-drafter": "argen.train.drafter:RECIPE",
         "emoji-xar": "argen.train.xar:RECIPE",
         "emoji-flextok": "argen.train.flextok:RECIPE",
         "emoji-flextok-ar": "argen.train.flexar:RECIPE",

@@ -9,7 +9,7 @@ from diffusers import UNet2DConditionModel
 from argen.cli.main import main
 from argen.cli.main import main as argen
 from argen.diffusion.count_token import read_token
-from argen.diffusion.tools import erasing
+from argen.diffusion.model_settings import erasing
 from argen.eval import tools
 from argen.files import WEIGHTS
 from argen.hub.loading import load_diffusion

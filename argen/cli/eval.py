@@ -4,7 +4,7 @@ import argparse
 from contextlib import nullcontext
 
 from argen.bounds import check
-from argen.command import check_numbers, writable_folder
+from argen.command import HelpFormatter, check_numbers, writable_folder
 from argen.registry import measures
 
 HELP = "FID and the other numbers that papers report"
@@ -14,7 +14,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     commands = parser.add_subparsers(dest="metric", required=True, metavar="WHAT")
     for name in measures:
         measure = measures[name]
-        add = commands.add_parser(name, help=measure.HELP, description=getattr(measure, "DESCRIPTION", None))
+        add = commands.add_parser(
+            name, help=measure.HELP, description=getattr(measure, "DESCRIPTION", None), formatter_class=HelpFormatter
+        )
         measure.add_arguments(add)
 
 

@@ -6,8 +6,8 @@ import gc
 import sys
 
 from argen import __version__
-from argen.collector import uncollected
-from argen.command import DEFAULTS, Parser, check_numbers, guarded, printable
+from argen.command import HelpFormatter, Parser, check_numbers, flush_output, guarded, printable
+from argen.garbage import uncollected
 from argen.registry import commands
 
 
@@ -20,9 +20,8 @@ def parser(argv: list[str]) -> Parser:
     for name in commands:
         if chosen in (None, name):
             module = commands[name]
-            formatter = DEFAULTS if getattr(module, "SHOWS_DEFAULTS", False) else argparse.HelpFormatter
             description = getattr(module, "DESCRIPTION", None)
-            add = subparsers.add_parser(name, help=module.HELP, description=description, formatter_class=formatter)
+            add = subparsers.add_parser(name, help=module.HELP, description=description, formatter_class=HelpFormatter)
             if chosen:
                 module.add_arguments(add)
         else:
@@ -32,6 +31,14 @@ def parser(argv: list[str]) -> Parser:
 
 def main(argv: list[str] | None = None) -> int:
     """Run a command; bad input is one line on stderr and the exit code 2."""
+    try:
+        return run(argv)
+    finally:
+        flush_output()  # or Python says at its end that it is not
+
+
+def run(argv: list[str] | None) -> int:
+    """See `main`."""
     argv = sys.argv[1:] if argv is None else list(map(str, argv))
     atexit.register(gc.freeze)  # or Python, when it ends, searches all that was imported for garbage several times
     with uncollected():
@@ -41,9 +48,9 @@ def main(argv: list[str] | None = None) -> int:
             print(f"argen: error: {printable(str(error))}", file=sys.stderr)
             return 2
 
-    def run(args: argparse.Namespace) -> None:
+    def run_command(args: argparse.Namespace) -> None:
         if args.command != "train":  # its steps are those of a schedule
             check_numbers(args)
         commands[args.command].run(args)
 
-    return guarded(f"argen {args.command}", run, args)
+    return guarded(f"argen {args.command}", run_command, args)

@@ -15,7 +15,7 @@ from types import ModuleType
 from typing import Any
 
 from argen.files import WEIGHTS, replacing
-from argen.registry import MAX_SHOWN, cards, nearest
+from argen.registry import MAX_SHOWN, cards, nearest, pipelines
 from argen.words import cut, visible
 
 FOLDER = Path(__file__).parents[1] / "cards"
@@ -122,6 +122,11 @@ def _is_set(card: Card, name: str, value: Any) -> bool:
     return not isinstance(value, Mapping) and value is not None and value != getattr(type(card), name, None)
 
 
+def is_own(id: str) -> bool:
+    """Whether a card is one of argen's, not of an installed package or a running program."""
+    return id in _own_cards()
+
+
 def all_cards() -> dict[str, Card]:
     """Every card by its id: argen's own, those of installed packages, those that the program registered."""
     by_id = dict(_own_cards())
@@ -171,8 +176,43 @@ def check_known(model: str | Path) -> None:
         )
 
 
+def kind_of(model: str | Path) -> str | None:
+    """The kind of an id or of a saved folder, see `Card`; None of a checkpoint file, or where the folder does not say it."""
+    if str(model) in all_cards():
+        return all_cards()[str(model)].kind
+    folder = Path(model)
+    if (folder / CARD_FILE).is_file():
+        return read_card(folder / CARD_FILE).kind
+    try:
+        name = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))["_class_name"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return "generator" if name in pipelines else "diffusion"
+
+
+def check_kind(model: str | Path, kind: str) -> None:
+    """Raises:
+    ValueError: the model is of another kind; says what it is for.
+    """
+    found = kind_of(model)
+    if found == "diffusion" and kind == "generator":
+        raise ValueError(
+            f"{model} is a diffusion pipeline, expected a generator: draw with it by `argen bind PROMPT --model {model}` or `argen count`, "
+            f"in Python by argen.load({str(model)!r})(PROMPT)"
+        )
+    if found not in (None, kind):
+        article = "an" if str(found)[0] in "aeiou" else "a"
+        raise ValueError(f"{model} is {article} {found}, expected a {kind}: `argen models` lists them")
+
+
 def list_models(kind: str | None = None) -> list[Card]:
-    """The cards of everything that `argen.load` takes by its id, or of one kind of them."""
+    """The cards of everything that `argen.load` takes by its id, or of one kind of them, a name in `KINDS`.
+
+    Raises:
+        ValueError: no such kind.
+    """
+    if kind is not None and kind not in KINDS:
+        raise ValueError(f"unknown kind {cut(kind)!r}: expected one of {', '.join(KINDS)}{nearest(str(kind), KINDS)}")
     return [card for card in all_cards().values() if kind in (None, card.kind)]
 
 

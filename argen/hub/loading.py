@@ -4,6 +4,7 @@ import importlib.util
 import json
 import logging
 import re
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,11 +13,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import SafetensorError
 
-from argen.collector import uncollected
-from argen.device import DTYPES, LOADING, auto_dtype, silent
+from argen.device import DTYPES, LOADING, auto_dtype, pick, silent
+from argen.garbage import uncollected
 from argen.hub.cards import CARD_FILE, Card, all_cards, check_known, find_card
+<<<<<<< HEAD
 from argen.hub.options import Attention, Dtype, LoadOptions, Quantize
 from argen.hub.quantized import NAMES, quantize_model, quantized, read_quantized
+=======
+from argen.hub.options import Attention, Dtype, LoadOptions, check_arguments
+>>>>>>> mend
 from argen.registry import pipelines, resolve
 from samplers.errors import InvalidValue
 from tokenizers_img.attention import DispatchedAttention, check_attention, set_attention
@@ -31,6 +36,7 @@ UNUSABLE = (*NOT_READ, TypeError, AttributeError, LookupError)  # by settings be
 IN_BFLOAT16 = ("T5EncoderModel", "LlamaForCausalLM")  # where published: as trained; in float16 T5 overflows
 CAST = ("", "transformer", "encoder", "text_encoder", "drafter")  # networks of a pipeline whose precision is chosen
 CHECKPOINTS = "argen.pipelines.llamagen:read_checkpoint"  # of files that no card names
+MOVED = {"argen.models.draft": "argen.models.drafter"}  # modules that saved pipelines of earlier versions name
 DIFFUSION = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
 DIFFUSION_FILES = ("*.json", "*/*.json", "*/*.txt", "*/model.safetensors", "*/diffusion_pytorch_model.safetensors")
 # diffusers warns whenever a network is cast, even of one in which nothing must stay float32
@@ -48,6 +54,7 @@ def load(
     attention: Attention | None = None,
     quantize: Quantize | None = None,
     compile: bool = False,
+    **others: Any,
 ) -> Any:
     """The pipeline of a generator, the network of a tokenizer, or a text and image encoder.
 
@@ -66,13 +73,20 @@ def load(
             with OpenVINO they are compiled, too; elsewhere they are unpacked in each pass, which is slow.
         compile: whether a generator's decoding pass becomes a graph of OpenVINO, on a CPU and in float32; compiling takes some seconds at the
             first image. Its tokens are those of the pass that is not compiled, but for rounding.
+        others: not allowed; arguments of diffusers' ``from_pretrained`` raise an error that names the alternative.
 
     Raises:
         ValueError: no such model; weights that cannot be read or do not fit; a precision, a backend or a compiler that cannot be used here or by this
             model.
         FileNotFoundError, ConnectionError: published weights that are not here and cannot be fetched.
     """
+<<<<<<< HEAD
     options = LoadOptions(dtype=dtype, attention=attention, quantize=quantize, compile=compile)
+=======
+    check_arguments(others)
+    options = LoadOptions(dtype=dtype, attention=attention, compile=compile)
+    device = None if device is None else pick(device)
+>>>>>>> mend
     check_known(model)
     if attention is not None:
         check_attention(attention)
@@ -159,7 +173,7 @@ def _load(model: str | Path, tokenizer: str | Path | None, image_size: int | Non
         return _read_card(hub_folder(card.repo, card.files) if card.repo else card.path, card)
     if (path / "model_index.json").is_file():
         card = find_card(str(path)) if (path / CARD_FILE).is_file() else None
-        return _read(path, card, lambda: _pipeline(path, tuple(pipelines)))
+        return _read(path, card, lambda: _pipeline(path, (*pipelines, *DIFFUSION)))
     if (path / CARD_FILE).is_file():  # as `argen train` writes it
         return _read_card(path, find_card(str(path)))
     if path.is_file() and (card := _released(path)):
@@ -283,10 +297,22 @@ def _pipeline(folder: Path, names: tuple[str, ...]) -> "DiffusionPipeline":
     cls = pipelines[name] if name in pipelines else resolve(f"diffusers:{name}")
     unchecked = {"safety_checker": None, "requires_safety_checker": False} if name == "StableDiffusionPipeline" else {}
     try:
+<<<<<<< HEAD
         network = read_quantized(folder)
         return cls.from_pretrained(folder, **unchecked, **{} if network is None else {"transformer": network})
+=======
+        _know_moved_modules(index)
+        return cls.from_pretrained(folder, **unchecked)
+>>>>>>> mend
     except ImportError as error:  # a part of a library that is not here, or does not exist
         raise ValueError(f"it names a part that cannot be imported: {error}") from error
+
+
+def _know_moved_modules(index: dict) -> None:
+    """Let diffusers find the classes of a saved pipeline whose modules had another name when it was saved."""
+    named = {value[0] for value in index.values() if isinstance(value, list) and value}
+    for old in named & MOVED.keys():
+        sys.modules[old] = importlib.import_module(MOVED[old])
 
 
 def networks_of(model: Any) -> list[torch.nn.Module]:

@@ -349,7 +349,7 @@ class LlamaGenSession:
         embedded, mask: as `LlamaGen.condition` takes them. Under guidance R = 2B: all conditions, then "none" as often.
         control: [J, R, N, D] of every cell of the picture, which then has N cells; without it as many as the grid.
         columns: cells of a row; as many as the grid has, by default.
-        drafter: `argen.models.draft.Drafter` of this model, for the samplers that draft.
+        drafter: `argen.models.drafter.Drafter` of this model, for the samplers that draft.
         codebook: [K, C], of the picture tokenizer, for those that relax.
 
     Attributes:
