@@ -226,10 +226,10 @@ def check_model(model: str, kind: str | None = None) -> None:
     ValueError: there is no such model, or it is of another kind.
     """
     from argen.data.emoji import with_article
-    from argen.hub.cards import all_cards, check_known
+    from argen.hub.cards import check_known, kind_of
 
     check_known(model)
-    if kind and model in all_cards() and (model_kind := all_cards()[model].kind) != kind:
+    if kind and (model_kind := kind_of(model)) not in (None, kind):
         model_kind = "diffusion pipeline" if model_kind == "diffusion" else model_kind
         raise ValueError(
             f"{model} is {with_article(model_kind)}, expected {with_article(kind)}: `argen models` lists them"

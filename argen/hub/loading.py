@@ -1,10 +1,12 @@
 """From a model's id, a saved folder or a checkpoint file to a pipeline or a network in memory."""
 
 import importlib.util
+import inspect
 import json
 import logging
+import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +16,7 @@ from safetensors import SafetensorError
 
 from argen.collector import uncollected
 from argen.device import DTYPES, LOADING, auto_dtype, silent
-from argen.hub.cards import CARD_FILE, Card, all_cards, check_known, find_card
+from argen.hub.cards import CARD_FILE, DIFFUSION, Card, all_cards, check_known, find_card, kind_of
 from argen.hub.options import Attention, Dtype, LoadOptions
 from argen.registry import pipelines, resolve
 from samplers.errors import InvalidValue
@@ -30,7 +32,6 @@ UNUSABLE = (*NOT_READ, TypeError, AttributeError, LookupError)  # by settings be
 IN_BFLOAT16 = ("T5EncoderModel", "LlamaForCausalLM")  # where published: as trained; in float16 T5 overflows
 CAST = ("", "transformer", "encoder", "text_encoder", "drafter")  # networks of a pipeline whose precision is chosen
 CHECKPOINTS = "argen.pipelines.llamagen:read_checkpoint"  # of files that no card names
-DIFFUSION = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
 DIFFUSION_FILES = ("*.json", "*/*.json", "*/*.txt", "*/model.safetensors", "*/diffusion_pytorch_model.safetensors")
 # diffusers warns whenever a network is cast, even of one in which nothing must stay float32
 logging.getLogger("diffusers.models.modeling_utils").addFilter(
@@ -150,10 +151,11 @@ def _load(model: str | Path, tokenizer: str | Path | None, image_size: int | Non
     card, path = all_cards().get(str(model)), Path(model)
     if card is not None:
         return _read_card(hub_folder(card.repo, card.files) if card.repo else card.path, card)
+    has_card = os.path.lexists(path / CARD_FILE)
     if (path / "model_index.json").is_file():
-        card = find_card(str(path)) if (path / CARD_FILE).is_file() else None
-        return _read(path, card, lambda: _pipeline(path, tuple(pipelines)))
-    if (path / CARD_FILE).is_file():  # as `argen train` writes it
+        kind_of(path)  # refuses a card of another kind
+        return _read(path, find_card(str(path)) if has_card else None, lambda: _pipeline(path, pipelines))
+    if has_card:  # as `argen train` writes it
         return _read_card(path, find_card(str(path)))
     if path.is_file() and (card := _released(path)):
         return _read_card(path.parent, card)
@@ -168,8 +170,21 @@ def _released(path: Path) -> Card | None:
 
 
 def _read_card(folder: Path, card: Card) -> Any:
-    """What the card's target reads out of a folder, see `_read`."""
-    return _read(folder, card, lambda: resolve(card.target)(folder, **card.arguments))
+    """What the card's target reads out of a folder, see `_read`.
+
+    Raises:
+        ValueError: the target cannot be imported, or takes other arguments.
+    """
+    try:
+        reader = resolve(card.target)
+        inspect.signature(reader).bind(folder, **card.arguments)
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
+        if isinstance(error, ImportError) and error.name and not card.target.startswith(error.name):
+            raise  # a library that its reader needs
+        raise ValueError(
+            f"the card {card.id} cannot be loaded by {card.target!r} with its arguments ({error})"
+        ) from error
+    return _read(folder, card, lambda: reader(folder, **card.arguments))
 
 
 def _read(folder: Path, card: Card | None, read: Callable[[], Any]) -> Any:
@@ -177,6 +192,11 @@ def _read(folder: Path, card: Card | None, read: Callable[[], Any]) -> Any:
     try:
         with _alone():
             loaded = _in_float32(read())
+        if card is not None and card.kind == "generator":
+            if not hasattr(loaded, "samplers"):
+                raise ValueError(f"{card.target} gives a {type(loaded).__name__}, expected a pipeline")
+            loaded.card = card
+            _ = loaded.defaults  # checked
     except UNUSABLE as error:
         if isinstance(error, FileNotFoundError):
             raise
@@ -186,8 +206,6 @@ def _read(folder: Path, card: Card | None, read: Callable[[], Any]) -> Any:
         raise ValueError(
             f"the weights in {folder} cannot be used ({reason}): install argen or fetch them again"
         ) from error
-    if card is not None and card.kind == "generator":
-        loaded.card = card
     return loaded
 
 
@@ -261,18 +279,39 @@ def load_diffusion(
     return _prepared(pipe, device, options)
 
 
-def _pipeline(folder: Path, names: tuple[str, ...]) -> "DiffusionPipeline":
+def _pipeline(folder: Path, names: Collection[str]) -> "DiffusionPipeline":
     """A pipeline of one of the classes called `names`, as ``save_pretrained`` wrote it."""
     index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
     name = index.get("_class_name") if isinstance(index, dict) else None
-    if not isinstance(name, str) or name not in names:
-        raise ValueError(f"it holds a {str(name)[:60]}, expected one of {', '.join(names)}")
+    if not isinstance(name, str):
+        raise ValueError("its model_index.json names no class of a pipeline")
+    if name not in names:
+        raise ValueError(f"its model_index.json names a {name[:60]}, expected one of {', '.join(names)}")
     cls = pipelines[name] if name in pipelines else resolve(f"diffusers:{name}")
-    unchecked = {"safety_checker": None, "requires_safety_checker": False} if name == "StableDiffusionPipeline" else {}
+    _check_parts({part: index.get(part) for part in cls._get_signature_keys(cls)[0]})
+    options = {"safety_checker": None, "requires_safety_checker": False} if name == "StableDiffusionPipeline" else {}
     try:
-        return cls.from_pretrained(folder, **unchecked)
+        return cls.from_pretrained(folder, **options)
     except ImportError as error:  # a part of a library that is not here, or does not exist
         raise ValueError(f"it names a part that cannot be imported: {error}") from error
+
+
+def _check_parts(parts: dict[str, Any]) -> None:
+    """Raises:
+    ValueError: a part is of a library that is neither diffusers, transformers, argen nor a package that brings pipelines.
+    """
+    libraries = {"diffusers", "transformers", "argen", "tokenizers_img"}
+    libraries |= {point.point.module.partition(".")[0] for point in pipelines.installed.values()}
+    libraries |= {cls.__module__.partition(".")[0] for cls in pipelines.added.values()}
+    for part, value in parts.items():
+        if value is not None and (not isinstance(value, list) or len(value) != 2):
+            raise ValueError(f"its part {part[:60]} is {str(value)[:60]!r}: expected a library and a class")
+        if value is not None and value[0] is not None:
+            library = str(value[0])[:60]
+            if library.partition(".")[0] not in libraries:
+                raise ValueError(
+                    f"its part {part[:60]} is of the library {library}, expected one of {', '.join(sorted(libraries))}"
+                )
 
 
 def networks_of(model: Any) -> list[torch.nn.Module]:

@@ -7,7 +7,7 @@ import json
 import math
 from abc import abstractmethod
 from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal, overload
 
@@ -20,6 +20,7 @@ from PIL import Image
 from torch import Tensor
 
 from argen import __version__
+from argen.bounds import check
 from argen.data.imagenet import class_id
 from argen.hub.cards import Card, write_card
 from argen.hub.loading import choose_attention
@@ -44,6 +45,10 @@ INSTEAD = {  # of arguments that other diffusers pipelines have
     "image": "to change an image use edit(prompt, image, mask), to follow one control_image",
     "mask_image": "to change an image use edit(prompt, image, mask)",
 }
+MOVED = {  # modules of the parts of saved pipelines, as release 0.1 named them
+    "tokenizers_img.flextok": "tokenizers_img.flextok.network",
+    "tokenizers_img.seed": "tokenizers_img.seed.network",
+}
 UNDECIDED = 230 / 255  # brightness of undecided cells
 
 
@@ -56,6 +61,10 @@ class Defaults:
     top_k: int = 0
     top_p: float = 1.0
     steps: int | None = None  # of a flow
+
+    def __post_init__(self):
+        for item in fields(self):
+            check(item.name, getattr(self, item.name))
 
 
 @dataclass
@@ -129,12 +138,29 @@ class TokenPipeline(Editing, Ranking, Running):
         """Default sampling settings: the card's, else `official`."""
         return replace(self.official, **self.card.defaults) if self.card else self.official
 
+    @classmethod
+    def load_config(cls, *arguments, **settings) -> Any:
+        """Read the index of a saved folder, as diffusers does; one of an earlier release names modules that have moved."""
+        read = super().load_config(*arguments, **settings)
+        index = read[0] if isinstance(read, tuple) else read
+        for part, value in index.items():
+            if isinstance(value, list) and value and isinstance(value[0], str) and value[0] in MOVED:
+                index[part] = [MOVED[value[0]], *value[1:]]
+        return read
+
     def save_pretrained(self, save_directory: str | Path, **arguments) -> None:
         """Save as diffusers does, with a card that has this model's defaults."""
         super().save_pretrained(save_directory, **arguments)
         folder = Path(save_directory)
         card = self.card or Card("", "generator", f"a saved {type(self).__name__}", "")
-        card = replace(card, id=folder.name, target="argen.hub.loading:load", repo=None, files=(), order=1000)
+        card = replace(
+            card,
+            id="".join(filter(str.isprintable, folder.name)),
+            target="argen.hub.loading:load",
+            repo=None,
+            files=(),
+            order=1000,
+        )
         write_card(replace(card, arguments={}), folder)
 
     def enable_xformers_memory_efficient_attention(self, attention_op: None = None) -> None:
