@@ -265,10 +265,12 @@ class Speculative:
         hidden = drafting.read(root_tokens[:, None].to(device), frontier.cells, torch.zeros(batch, 1).long(), ones)
         while not frontier.complete:
             drafts = shape.grow(drafting, hidden, frontier.roots, root_tokens, distribution, numbers)
-            nodes = torch.tensor([draft.tokens for draft in drafts])
-            positions = frontier.cells + torch.stack([draft.tree.depths for draft in drafts])
-            masks = torch.stack([draft.tree.mask for draft in drafts])
-            logits = guided(*session.forward(nodes.to(device), positions, masks), guidance_scale, positions + 1)
+            most = max(len(draft.tokens) for draft in drafts)
+            nodes = torch.tensor([draft.tokens + [-1] * (most - len(draft.tokens)) for draft in drafts])
+            trees = [draft.tree.padded(most) for draft in drafts]
+            positions = frontier.cells + torch.stack([tree.depths for tree in trees])
+            masks, fed = torch.stack([tree.mask for tree in trees]), nodes.clamp(min=0).to(device)
+            logits = guided(*session.forward(fed, positions, masks), guidance_scale, positions + 1)
             target_probs = frontier.known(distribution.of_guided(logits), positions + 1)
             forward_passes += 1
             drafting.observe(nodes, logits, target_probs)

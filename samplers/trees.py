@@ -37,6 +37,10 @@ class Tree:
         numbers = {(): 0} | {path: index for index, path in enumerate(ordered, 1)}
         return cls((-1, *(numbers[path[:-1]] for path in ordered)))
 
+    def padded(self, nodes: int) -> "Tree":
+        """The same with further children of the root, up to so many nodes: as large as another tree of the batch."""
+        return Tree((*self.parents, *[0] * (nodes - len(self.parents))))
+
     @cached_property
     def children(self) -> tuple[tuple[int, ...], ...]:
         """Children of each node, in the order in which they are tried."""
@@ -123,7 +127,7 @@ class Reading(Protocol):
         """
 
     def observe(self, tokens: Tensor, logits: Tensor, draft_probs: Tensor) -> None:
-        """Learn from a pass of the target over tokens [B, M]: guided logits and probabilities [B, M, K] of what follows."""
+        """Learn from a pass of the target over tokens [B, M] (-1 where another image's tree is larger): guided logits and probabilities [B, M, K] of what follows."""
 
 
 class Drafting(Reading, Protocol):
@@ -387,8 +391,7 @@ class DrawnTree:
             where = (roots[:, None] + depth + 1).expand(batch, width)
             hidden = drafting.guess(torch.tensor(fed, device=tokens.device), where, led, visible, roots + 1)
             level = children
-        most = max(len(tree.tokens) for tree in grown)
-        return [tree.draft(most, distribution.greedy) for tree in grown]
+        return [tree.draft(distribution.greedy) for tree in grown]
 
 
 class _Growing:
@@ -417,12 +420,9 @@ class _Growing:
             residual[token] = 0
         return children
 
-    def draft(self, most: int, greedy: bool) -> Draft:
-        """With as many nodes as the largest tree of the batch: those added have no chance."""
-        lacking = most - len(self.tokens)
-        tree = Tree((*self.parents, *[0] * lacking))
-        drafted = None if greedy else Drafted(self.draft_probs, [*self.proposal_probs, *[0.0] * lacking])
-        return Draft(tree, self.tokens + [-1] * lacking, drafted)
+    def draft(self, greedy: bool) -> Draft:
+        drafted = None if greedy else Drafted(self.draft_probs, self.proposal_probs)
+        return Draft(Tree(tuple(self.parents)), self.tokens, drafted)
 
 
 # Twelve nodes below the root: on two cores a forward pass over them costs less than two over a single token.
