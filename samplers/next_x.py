@@ -90,7 +90,9 @@ class NextX:
         for entity, length in enumerate(lengths):
             entity_cells = sequence[:, finished : finished + length]  # a view
             known, times = entity_cells.isfinite(), self.times(entity, len(lengths))
-            start, draws = noise(entity, len(times) - 2 if self.noisy else 0)  # also of one that is finished: a generator runs on
+            start, draws = noise(
+                entity, len(times) - 2 if self.noisy else 0
+            )  # also of one that is finished: a generator runs on
             if not known.all():
                 scale = guidance_scale
                 if len(lengths) > 1:
