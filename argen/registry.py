@@ -296,6 +296,7 @@ commands = Registry(
             "batch",
             "grid",
             "describe",
+            "quantize",
             "control",
             "bind",
             "erase",

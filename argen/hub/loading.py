@@ -17,7 +17,8 @@ from safetensors import SafetensorError
 from argen.collector import uncollected
 from argen.device import DTYPES, LOADING, auto_dtype, silent
 from argen.hub.cards import CARD_FILE, DIFFUSION, Card, all_cards, check_known, find_card, kind_of
-from argen.hub.options import Attention, Dtype, LoadOptions
+from argen.hub.options import Attention, Dtype, LoadOptions, Quantize
+from argen.hub.quantized import NAMES, quantize_model, quantized, read_quantized
 from argen.registry import pipelines, resolve
 from samplers.errors import InvalidValue
 from tokenizers_img.attention import DispatchedAttention, check_attention, set_attention
@@ -46,6 +47,7 @@ def load(
     device: torch.device | str | None = None,
     dtype: Dtype = "auto",
     attention: Attention | None = None,
+    quantize: Quantize | None = None,
     compile: bool = False,
 ) -> Any:
     """The pipeline of a generator, the network of a tokenizer, or a text and image encoder.
@@ -61,6 +63,8 @@ def load(
             see `argen.device.auto_dtype`. Logits and noise are always in float32, and so are image tokenizers unless one is loaded by itself.
         attention: backend of the attention layers, a name in `tokenizers_img.attention.BACKENDS`, e.g. "xformers"; None for
             "native", PyTorch's own.
+        quantize: "int8" or "int4": round the weights of a generator's network, which then take a quarter or an eighth of the memory. On a CPU
+            with OpenVINO they are compiled, too; elsewhere they are unpacked in each pass, which is slow.
         compile: whether a generator's decoding pass becomes a graph of OpenVINO, on a CPU and in float32; compiling takes some seconds at the
             first image. Its tokens are those of the pass that is not compiled, but for rounding.
 
@@ -69,7 +73,7 @@ def load(
             model.
         FileNotFoundError, ConnectionError: published weights that are not here and cannot be fetched.
     """
-    options = LoadOptions(dtype=dtype, attention=attention, compile=compile)
+    options = LoadOptions(dtype=dtype, attention=attention, quantize=quantize, compile=compile)
     check_known(model)
     if attention is not None:
         check_attention(attention)
@@ -89,8 +93,11 @@ def _prepared(model: Any, device: torch.device | str | None, options: LoadOption
     cast(model, options.dtype, where)
     if options.attention is not None:
         choose_attention(model, options.attention)
+    if options.quantize is not None:
+        quantize_model(model, NAMES[options.quantize])
     model = model if device is None else model.to(where)
-    if options.compile:
+    faster = where.type == "cpu" and quantized(model) and importlib.util.find_spec("openvino") is not None
+    if options.compile or faster:
         compile_decoding(model)
     return model
 
@@ -209,15 +216,21 @@ def _read(folder: Path, card: Card | None, read: Callable[[], Any]) -> Any:
     return loaded
 
 
-def loader(device: torch.device | str | None = None, compile: bool = False, **options) -> Callable[[str], Any]:
-    """`load` with options for generators, image tokenizers and saved folders; other models have none. What can be compiled is."""
+def loader(
+    device: torch.device | str | None = None, quantize: Quantize | None = None, compile: bool = False, **options
+) -> Callable[[str], Any]:
+    """`load` with options for generators, image tokenizers and saved folders; other models have none. What decodes token by token is
+    quantized and compiled."""
 
     def loading(model: str) -> Any:
         card = all_cards().get(model)
         optional = card is None or card.kind in ("generator", "tokenizer")
         loaded = load(model, device=device, **options if optional else {})
-        if compile and hasattr(getattr(loaded, "transformer", None), "compiled"):
-            compile_decoding(loaded)
+        if hasattr(getattr(loaded, "transformer", None), "compiled"):
+            if quantize is not None and not quantized(loaded):
+                quantize_model(loaded, NAMES[quantize])
+            if compile:
+                compile_decoding(loaded)
         return loaded
 
     return loading
@@ -291,7 +304,8 @@ def _pipeline(folder: Path, names: Collection[str]) -> "DiffusionPipeline":
     _check_parts({part: index.get(part) for part in cls._get_signature_keys(cls)[0]})
     options = {"safety_checker": None, "requires_safety_checker": False} if name == "StableDiffusionPipeline" else {}
     try:
-        return cls.from_pretrained(folder, **options)
+        network = read_quantized(folder)
+        return cls.from_pretrained(folder, **options, **{} if network is None else {"transformer": network})
     except ImportError as error:  # a part of a library that is not here, or does not exist
         raise ValueError(f"it names a part that cannot be imported: {error}") from error
 

@@ -76,7 +76,7 @@ class Attention(DispatchedAttention):
             others = causal_mask(x.shape[1], x.shape[1], x.device) & mask[:, None, None]
             visible = others | torch.eye(x.shape[1], dtype=torch.bool, device=x.device)
             return self.wo(self.attend(query, key, value, visible)), (key, value)
-        value, weights = F.linear(x, self.wqkv.weight[2 * x.shape[-1] :]), mask[..., None].to(x.dtype)
+        value, weights = F.linear(x, self.wqkv.weight[2 * x.shape[-1] :].to(x.dtype)), mask[..., None].to(x.dtype)
         means, padding = (running_mean(value, part) for part in (weights, 1 - weights))
         mean = split_heads(means[:, -1:], self.heads)
         return self.wo(torch.where(mask[..., None], means, padding)), (torch.zeros_like(mean), mean)

@@ -1,0 +1,136 @@
+"""Quantized weights: their numbers, their files, and what a generator draws with them."""
+
+import importlib.util
+import json
+
+import pytest
+import torch
+from safetensors import safe_open
+from torch import nn
+
+import argen
+from argen.cli.main import main
+from argen.hub import loading
+from argen.models.quantized import Quantization, QuantizedLinear, packed, quantize, rounded, unpacked
+
+IDS = ["argen/emoji-parti", "argen/emoji-llamagen", "argen/emoji-flextok-ar"]
+
+
+def draw(pipe, seeds: list[int], sampler: str = "sequential") -> torch.Tensor:
+    pipe.set_progress_bar_config(disable=True)
+    generator = [torch.Generator().manual_seed(seed) for seed in seeds]
+    return pipe("a pizza", len(seeds), sampler=sampler, generator=generator, output_type="latent").tokens
+
+
+@pytest.fixture
+def uncompiled(monkeypatch):
+    """As where OpenVINO is not installed."""
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "openvino" else find(name))
+
+
+def test_weights_are_rounded_to_nearest():
+    weight = torch.tensor([[1.27, -0.634, 0.0049, 0.0], [-2.54, 0.02, 0.01, 1.0]])
+    integers, scales = rounded(weight, 8, 0)
+    torch.testing.assert_close(scales, torch.tensor([[0.01], [0.02]]))
+    assert integers.tolist() == [[127, -63, 0, 0], [-127, 1, 0, 50]]
+    integers, scales = rounded(weight, 4, 2)
+    torch.testing.assert_close(scales, torch.tensor([[1.27, 0.0049], [2.54, 1.0]]) / 7)
+    assert integers.tolist() == [[7, -3, 7, 0], [-7, 0, 0, 7]]
+    assert rounded(torch.zeros(1, 4), 8, 0)[0].tolist() == [[0] * 4]
+    assert rounded(torch.randn(3, 10), 4, 4)[1].shape == (3, 1)  # which 4 does not divide
+
+
+def test_two_weights_of_4_bits_share_a_byte():
+    integers = torch.arange(-8, 8, dtype=torch.int8)[None]
+    data = packed(integers)
+    assert data[0].tolist() == [0x10, 0x32, 0x54, 0x76, 0x98, 0xBA, 0xDC, 0xFE]  # the even column low, 8 added
+    assert torch.equal(unpacked(data).to(torch.int8) - 8, integers)
+
+
+@pytest.mark.parametrize(("bits", "group", "error"), [(8, 0, 0.01), (8, 16, 0.008), (4, 16, 0.12), (4, 0, 0.2)])
+def test_a_layer_gives_about_what_it_gave(bits, group, error):
+    torch.manual_seed(0)
+    layer, x = nn.Linear(64, 48), torch.randn(5, 64)
+    quantized = QuantizedLinear(*rounded(layer.weight, bits, group), layer.bias, bits)
+    assert (quantized(x) - layer(x)).norm() / layer(x).norm() < error
+    half = quantized.to(torch.bfloat16)
+    assert half.scales.dtype == torch.float32
+    assert half(x.to(torch.bfloat16)).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("name", IDS)
+def test_a_generator_keeps_most_of_its_tokens(name, uncompiled):
+    plain = draw(argen.load(name), [0, 1])
+    pipe = argen.load(name, quantize="int8")
+    assert pipe.transformer.compiled is None
+    assert (draw(pipe, [0, 1]) == plain).float().mean() > 0.4  # one token that differs changes what follows
+    layers = [layer for layer in pipe.transformer.modules() if isinstance(layer, QuantizedLinear)]
+    assert {layer.qweight.dtype for layer in layers} == {torch.int8}
+    assert pipe.transformer.dtype == torch.float32
+
+
+def test_the_heads_of_a_network_of_4_bits_keep_8():
+    pipe = argen.load("argen/emoji-llamagen", quantize="int4")
+    assert pipe.transformer.output.bits == 8
+    assert pipe.transformer.layers[0].attention.wqkv.bits == 4
+    assert not isinstance(pipe.transformer.cls_embedding, QuantizedLinear)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_a_quantized_folder_is_written_and_loaded(tmp_path, capsys, bits, uncompiled):
+    folder, name = tmp_path / "small", "argen/emoji-llamagen"
+    assert main(["quantize", name, "--bits", str(bits), "-o", str(folder), "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["bytes"] < report["bytes_before"] / 2
+    with safe_open(folder / "transformer/diffusion_pytorch_model.safetensors", "pt") as file:
+        how = json.loads(file.metadata()["quantization"])
+        assert "layers.0.attention.wqkv.qweight" in file.keys()  # noqa: SIM118 - no mapping
+        assert "layers.0.attention.wqkv.weight" not in file.keys()  # noqa: SIM118
+    assert how == {"bits": bits, "group": {8: 0, 4: 32}[bits], "method": "rtn", "symmetric": True}
+    assert torch.equal(draw(argen.load(folder), [3]), draw(argen.load(name, quantize=f"int{bits}"), [3]))
+    assert argen.load(folder).defaults == argen.load(name).defaults
+    assert main(["quantize", str(folder), "-o", str(tmp_path / "again")]) == 2
+    assert "quantized already" in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["small"]
+
+
+@pytest.mark.skipif(importlib.util.find_spec("openvino") is None, reason="OpenVINO is not installed")
+@pytest.mark.parametrize("name", IDS)
+def test_on_a_cpu_it_is_compiled_and_an_image_does_not_depend_on_its_batch(name):
+    pipe = argen.load(name, quantize="int8")
+    assert pipe.transformer.compiled is not None
+    together = draw(pipe, [0, 1, 2])
+    assert torch.equal(torch.cat([draw(pipe, [seed]) for seed in (0, 1, 2)]), together)
+    pipe.transformer.compiled = None
+    assert (draw(pipe, [0, 1, 2]) == together).float().mean() > 0.5  # activations are rounded, too
+
+
+def test_a_server_quantizes_what_it_can(uncompiled):
+    load = loading.loader("cpu", quantize="int8")
+    assert loading.quantized(load("argen/emoji-parti"))
+    assert not loading.quantized(load("argen/emoji-xar"))
+    load("argen/emoji-vitvqgan")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["argen/emoji-parti", "--bits", "3"], "bits is 3: expected 8 or 4"),
+        (["argen/emoji-parti", "--group", "3"], "group is 3: expected an even number, or 0 for whole rows"),
+        (["argen/emoji-xar"], "quantize is for networks that decode token by token, not for a XAR"),
+        (["argen/emoji-vitvqgan"], "is a tokenizer"),
+        (["argen/nothing"], "argen/nothing"),
+    ],
+)
+def test_what_cannot_be_quantized_is_one_line(tmp_path, capsys, arguments, message):
+    assert main(["quantize", *arguments, "-o", str(tmp_path / "out")]) == 2
+    line = capsys.readouterr().err
+    assert message in line
+    assert line.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_network_without_such_layers_is_refused():
+    with pytest.raises(ValueError, match="a Sequential has no layers to quantize"):
+        quantize(nn.Sequential(nn.Conv2d(1, 1, 1)), Quantization())
