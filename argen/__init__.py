@@ -8,12 +8,18 @@ if TYPE_CHECKING:
     from argen.hub.cards import list_models as list_models
     from argen.hub.loading import load as load
     from argen.registry import register as register
+    from argen.request import Request as Request
 
 # transformers says at each start that without torchvision it uses Pillow, which is what argen wants: torchvision is no dependency.
 logging.getLogger("transformers.utils.import_utils").addFilter(lambda one: "torchvision" not in one.getMessage())
 
 __version__ = "0.2.0"
-_PUBLIC = {"load": "argen.hub.loading", "list_models": "argen.hub.cards", "register": "argen.registry"}
+_PUBLIC = {
+    "load": "argen.hub.loading",
+    "list_models": "argen.hub.cards",
+    "register": "argen.registry",
+    "Request": "argen.request",
+}
 __all__ = list(_PUBLIC)
 
 
@@ -26,4 +32,4 @@ if not TYPE_CHECKING:  # or any name would be one of argen's
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *__all__])
+    return sorted({*__all__, *(name for name in globals() if name.startswith("__"))})

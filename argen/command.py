@@ -14,7 +14,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from argen.bounds import check, check_size
-from argen.words import check_text, cut
+from argen.words import check_text, cut, number_of
 
 if TYPE_CHECKING:
     import torch
@@ -29,7 +29,6 @@ EXTRAS = {
 }  # module -> the extra that brings it; others are of "train"
 
 
-DEFAULTS = argparse.ArgumentDefaultsHelpFormatter  # help that shows the default of each option
 CONTROLS = (
     "canny, hed, lineart, lineart-inverted, depth, depth-midas, segments, seg or map"  # argen.models.annotators.KINDS
 )
@@ -41,6 +40,15 @@ OPTIONS = "dtype", "attention", "quantize", "compile"  # of `argen.hub.options.L
 CALLED = {"tokens": "num_tokens", "strength": "control_strength"}  # options -> their names in `argen.bounds`
 MAX_WORD = 600  # characters in errors: of a path
 MAX_NAME = 250  # bytes of a file name: 255, less the number of one of several images
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Help that shows the default of each option, where it has one and the help does not say it itself."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        said = "(default" in (action.help or "")
+        without = action.default is None or action.default is False or action.default in ([], ())
+        return action.help or "" if said or without else super()._get_help_string(action) or ""
 
 
 class Parser(argparse.ArgumentParser):
@@ -135,7 +143,7 @@ def _typed(setting: "Setting", text: str) -> object:
 
 def described(tokens) -> str:
     """What one image became, ids [N] or latents [C, h, w], in words."""
-    return f"{len(tokens)} tokens" if tokens.ndim == 1 else f"{tokens[0].size} latents of {len(tokens)} numbers"
+    return number_of(len(tokens), "token") if tokens.ndim == 1 else f"{tokens[0].size} latents of {len(tokens)} numbers"
 
 
 def check_name(path: Path) -> None:
@@ -225,15 +233,11 @@ def check_model(model: str, kind: str | None = None) -> None:
     """Raises:
     ValueError: there is no such model, or it is of another kind.
     """
-    from argen.data.emoji import with_article
-    from argen.hub.cards import check_known, kind_of
+    from argen.hub.cards import check_kind, check_known
 
     check_known(model)
-    if kind and (model_kind := kind_of(model)) not in (None, kind):
-        model_kind = "diffusion pipeline" if model_kind == "diffusion" else model_kind
-        raise ValueError(
-            f"{model} is {with_article(model_kind)}, expected {with_article(kind)}: `argen models` lists them"
-        )
+    if kind:
+        check_kind(model, kind)
 
 
 def check_numbers(args: argparse.Namespace) -> None:
@@ -284,6 +288,18 @@ def device_for(device: str | None, options: Mapping[str, Any]) -> "torch.device"
     return where
 
 
+def reader_is_there() -> bool:
+    """Whether what was printed could be written; if not, because a program like `head` has read enough, the rest goes nowhere."""
+    there = True
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except BrokenPipeError:
+            there = False
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    return there
+
+
 def guarded(name: str, function: Callable[[argparse.Namespace], None], args: argparse.Namespace) -> int:
     """Run `function` -> exit code: bad input is one line on stderr and 2, an interruption 130."""
     warnings.simplefilter("ignore")
@@ -301,6 +317,8 @@ def guarded(name: str, function: Callable[[argparse.Namespace], None], args: arg
                     raise ValueError(f"{option} is {cut(repr(str(text)))}, with a zero byte: no file has such a name")
         function(args)
     except (ValueError, OSError) as error:
+        if isinstance(error, BrokenPipeError) and not reader_is_there():
+            return 141  # as programs end whom SIGPIPE kills
         print(f"{name}: error: {printable(str(error))}", file=sys.stderr)
         return 2
     except ModuleNotFoundError as error:

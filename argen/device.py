@@ -32,7 +32,7 @@ def silent() -> Iterator[None]:
             library.enable_progress_bar()
 
 
-def pick(name: str | None = None) -> torch.device:
+def pick(name: str | torch.device | None = None) -> torch.device:
     """The device called `name`, or the best that is here: CUDA, Apple GPU, CPU.
 
     Raises:
@@ -47,6 +47,16 @@ def pick(name: str | None = None) -> torch.device:
         reason = cut(str(error).splitlines()[0].split(". ")[0])
         raise ValueError(f"device {cut(name)!r} cannot be used here ({reason}): expected cpu, cuda or mps") from error
     return device
+
+
+def check_offload(method: str, device: torch.device | str | None = None) -> None:
+    """Raises:
+    ValueError: there is no GPU whose memory `method` of a pipeline could spare, or not the one that is named.
+    """
+    if device is not None:
+        pick(device)
+    if pick().type == "cpu":
+        raise ValueError(f"{method} spares the memory of a GPU, and there is none here: leave it out")
 
 
 def has_bf16(device: torch.device | str) -> bool:

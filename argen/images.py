@@ -37,7 +37,7 @@ def open_image(path: str | Path) -> Image.Image:
         FileNotFoundError, ValueError: there is no such file; it is no image, damaged, or too large to be one.
     """
     if not Path(path).is_file():
-        raise FileNotFoundError(f"no picture at {path}")
+        raise FileNotFoundError(f"no image at {path}")
     return decode_image(Path(path).read_bytes(), str(path))
 
 
@@ -69,7 +69,7 @@ def decode_image(
         if not isinstance(error, UnidentifiedImageError) and str(error):
             reason = " ".join(str(error).split())
         raise ValueError(
-            f"{name} could not be read as a picture ({reason}): expected a PNG, JPEG or WebP file"
+            f"{name} could not be read as an image ({reason}): expected a PNG, JPEG or WebP file"
         ) from error
 
 
@@ -97,14 +97,14 @@ def without_text(data: bytes) -> bytes:
     return b"".join(chunks)
 
 
-def read_image(data: bytes, name: str = "the picture") -> Image.Image:
+def read_image(data: bytes, name: str = "the image") -> Image.Image:
     """An image that was sent. Raises as `decode_image` does, and `TooLarge` above `MOST_BYTES` or `MOST_PIXELS`."""
     if len(data) > MOST_BYTES:
         raise TooLarge(f"{name} is larger than {MOST_BYTES // 2**20} MB: send a smaller one")
     return decode_image(data, name, SENT_FORMATS, MOST_PIXELS)
 
 
-def from_base64(text: str, name: str = "the picture") -> Image.Image:
+def from_base64(text: str, name: str = "the image") -> Image.Image:
     """An image in base64 of either alphabet, wrapped or not, padded or not, with "data:image/png;base64," before it or
     without. Raises as `read_image` does.
     """

@@ -5,11 +5,11 @@ import hashlib
 import json
 import zipfile
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -20,12 +20,14 @@ from argen import __version__
 from argen.files import replacing
 from argen.images import fitted, open_image
 from argen.request import Grid, Request, check_grid
+from argen.words import cut
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
 # PNG texts, as JSON: the request, the grid, the version of argen and a digest of the weights
 KEY, TOKENS, MADE_BY = "argen", "argen tokens", "argen version"
+COMMAND = "argen command"  # the same of a command that is no request: its name and its settings
 PARAMETERS = "parameters"  # of A1111's text
 
 
@@ -37,6 +39,28 @@ def save_images(
     with ExitStack() as stack:
         for (image, request), path, grid in zip(images, paths, grids or [None] * len(paths), strict=True):
             image.save(stack.enter_context(replacing(path)), "PNG", pnginfo=_info(image, request, grid))
+
+
+def save_made(
+    images: Sequence[Image.Image],
+    paths: Sequence[Path],
+    command: str,
+    settings: Mapping[str, Any],
+    model: "DiffusionPipeline | torch.nn.Module | None" = None,
+) -> None:
+    """Write PNG files of a command other than `argen generate`, each with what made it.
+
+    Args:
+        settings: of the command, by their names; None is left out.
+        model: the network or the pipeline that drew them.
+    """
+    texts = {
+        key: str(value) if isinstance(value, Path) else value for key, value in settings.items() if value is not None
+    }
+    made_by = {"argen": __version__} | ({} if model is None else {"weights": fingerprint(model)})
+    for image in images:
+        image.info |= {COMMAND: json.dumps({"command": command} | texts), MADE_BY: json.dumps(made_by)}
+    save_images([(image, None) for image in images], list(paths))
 
 
 def encoded(
@@ -68,6 +92,8 @@ def _info(image: Image.Image, request: Request | None, grid: Grid | None = None)
     if request is None:
         if PARAMETERS in image.info:  # of an image that was not finished
             info.add_itxt(PARAMETERS, image.info[PARAMETERS])
+        for name in (COMMAND, MADE_BY) if COMMAND in image.info else ():
+            info.add_text(name, image.info[name])
         return info
     info.add_text(KEY, json.dumps(request.to_dict()))
     info.add_itxt(PARAMETERS, infotext(request, image.size))
@@ -78,10 +104,10 @@ def _info(image: Image.Image, request: Request | None, grid: Grid | None = None)
     return info
 
 
-def fingerprint(pipe: "DiffusionPipeline") -> str:
-    """A digest of the weights of a pipeline: of names, shapes and some values of each tensor, so that it costs milliseconds."""
+def fingerprint(model: "DiffusionPipeline | torch.nn.Module") -> str:
+    """A digest of the weights of a pipeline or a network: of names, shapes and some values of each tensor, so that it costs milliseconds."""
     digest = hashlib.sha256()
-    for name, part in sorted(pipe.components.items()):
+    for name, part in sorted(getattr(model, "components", {"": model}).items()):
         for key, tensor in part.state_dict().items() if isinstance(part, torch.nn.Module) else ():
             flat = tensor.detach().flatten()
             some = flat[torch.linspace(0, flat.numel() - 1, min(16, flat.numel()), device=flat.device).long()]
@@ -105,7 +131,7 @@ def infotext(request: Request, size: tuple[int, int]) -> str:
     """The settings of a picture as A1111 writes them."""
     settings = {
         "Steps": request.steps,
-        "Sampler": request.sampler,
+        "Sampler": request.sampler_text,
         "CFG scale": request.guidance_scale,
         "Seed": request.seed,
     }
@@ -115,8 +141,13 @@ def infotext(request: Request, size: tuple[int, int]) -> str:
         "Temperature": request.temperature,
         "Top-k": request.top_k,
     }
-    text = ", ".join(f"{name}: {value}" for name, value in settings.items() if value is not None)
+    text = ", ".join(f"{name}: {_quoted(str(value))}" for name, value in settings.items() if value is not None)
     return f"{request.prompt}\n{text}"
+
+
+def _quoted(value: str) -> str:
+    """A value as A1111 writes it: in quotation marks where programs would cut it at a comma or a colon."""
+    return json.dumps(value, ensure_ascii=False) if set(',:"\n') & set(value) else value
 
 
 def save_tokens(path: Path, tokenizer: str, tokens: np.ndarray) -> None:
@@ -184,6 +215,8 @@ def read_request(path: str | Path) -> Request:
         ValueError: the picture holds none, or one that cannot be read.
     """
     image = open_image(path)
+    if COMMAND in image.info and KEY not in image.info:
+        raise ValueError(_not_generated(path, image))
     if KEY not in image.info:
         raise ValueError(
             f"{path} holds no settings of argen: expected a PNG file made by `argen generate` or the web page"
@@ -193,3 +226,15 @@ def read_request(path: str | Path) -> Request:
     except (TypeError, ValueError, KeyError, OSError) as error:
         reason = " ".join(str(error).split())[:300]
         raise ValueError(f"the settings in {path} cannot be used: {reason}") from error
+
+
+def _not_generated(path: str | Path, image: Image.Image) -> str:
+    """Why an image that another command of argen made cannot be made again from its file."""
+    try:
+        command = str(read_json(image, COMMAND)["command"])
+    except (TypeError, ValueError, KeyError):
+        command = "another command"
+    return (
+        f"{path} was made by `argen {cut(command)}`, which generate cannot repeat: run that command again, with the settings in its text "
+        f"{COMMAND!r}"
+    )

@@ -281,6 +281,7 @@ pipelines = Registry(
         "ControlARPipeline": "argen.pipelines.controlar:ControlARPipeline",
         "XARPipeline": "argen.pipelines.xar:XARPipeline",
         "FlexARPipeline": "argen.pipelines.flexar:FlexARPipeline",
+        "SeedLlamaPipeline": "argen.pipelines.seed_llama:SeedLlamaPipeline",
     },
     check_pipeline,
 )

@@ -54,7 +54,7 @@ class Control:
         if min(self.image.size) < MIN_CONTROL:
             width, height = self.image.size
             raise ValueError(
-                f"the control picture is {width} x {height}: expected at least {MIN_CONTROL} x {MIN_CONTROL} pixels"
+                f"the control image is {width} x {height}: expected at least {MIN_CONTROL} x {MIN_CONTROL} pixels"
             )
         check_size(self.size)
 
@@ -135,7 +135,7 @@ class Request:
     sampler_args: dict[str, Any] = Field(default_factory=dict, description="settings of the sampler by their names")
     steps: Steps | tuple[Steps, Steps] | None = Field(
         default=None,
-        description="of the flow of a model of continuous latents; two numbers: of its first and of its last part",
+        description="steps from noise to image, for a model of continuous latents such as argen/emoji-xar; two numbers: for its first and its last part",
     )
     num_tokens: Annotated[int | None, _within("num_tokens", flags=["--tokens"])] = Field(
         default=None,
@@ -321,7 +321,7 @@ def rows_of(grid: torch.Tensor) -> Grid:
         ValueError: they are latents.
     """
     if grid.is_floating_point():
-        raise ValueError("this model writes numbers, not tokens: edit its pictures in Python, or choose another model")
+        raise ValueError("this model writes numbers, not tokens: edit its images in Python, or choose another model")
     return tuple(map(tuple, grid.reshape(grid.shape[-2:]).tolist()))
 
 

@@ -144,6 +144,11 @@ def cut(value: object) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
+def number_of(count: int, noun: str) -> str:
+    """ "1 image", "1,200 images"."""
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
+
+
 def visible(text: str) -> bool:
     """Whether a text holds anything but white space and invisible characters."""
     return re.fullmatch(f"[{BLANK}{INVISIBLE}]*", text) is None

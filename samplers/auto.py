@@ -19,10 +19,10 @@ CPU_IMAGES = 1  # with more at a time, a forward pass over their windows takes a
 
 @settings
 class Auto:
-    """Exactly the image of `Sequential`: it writes the first row, `Jacobi` goes on, and the one that wrote more tokens a second
-    finishes. Of several images at a time on a CPU `Sequential` writes all.
+    """Chooses between `sequential` and `jacobi`, whichever is faster here; the image is the same either way.
 
-    Nothing is thrown away: a sampler takes up the cells that the other has decided.
+    `Sequential` writes the first row, `Jacobi` goes on, and the one that wrote more tokens a second finishes. Of several images at a time on a
+    CPU `Sequential` writes all. Nothing is thrown away: a sampler takes up the cells that the other has decided.
     """
 
     name = "auto"

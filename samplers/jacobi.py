@@ -18,9 +18,17 @@ from samplers.steps import MAX_WINDOW, START, GuidanceScale, Origin, Session, St
 
 @settings
 class Jacobi:
-    """Exactly the image of `Sequential` with the same noise (up to ties that rounding decides: keep logits in float32)."""
+    """Guesses several tokens ahead and checks them in one forward pass: the image of one-by-one sampling in fewer passes.
 
-    window: int = Field(default=16, ge=1, le=MAX_WINDOW, description="cells that are guessed at a time")
+    The tokens are those of `Sequential` with the same noise, up to ties that rounding decides: keep logits in float32.
+    """
+
+    window: int = Field(
+        default=16,
+        ge=1,
+        le=MAX_WINDOW,
+        description="tokens that are guessed ahead: more save more passes, and make each pass slower",
+    )
     name = "jacobi"
     lossless = True
 

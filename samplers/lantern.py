@@ -18,7 +18,7 @@ from samplers.rules import NONE, OneByOne, Raised
 from samplers.settings import Field, settings
 from samplers.speculative import DraftedSession, Speculative, drafter_of
 from samplers.steps import GuidanceScale, Step
-from samplers.trees import DEPTH, NODES, TREE_CHOICES, WIDTH, Shape, TreeName, tree_of
+from samplers.trees import DEPTH, NODES, TREE, TREE_CHOICES, WIDTH, Shape, TreeName, tree_of
 
 SLICE = 1024  # rows of the codebook that are compared at a time
 
@@ -96,22 +96,32 @@ class Relaxed(OneByOne):
 
 @settings
 class Lantern:
-    """Relaxed speculative decoding: fewer forward passes than `Speculative`, at some loss that no bound here limits as a whole.
+    """A small drafter proposes tokens, and one is also accepted for the probability of codes that look like it (LANTERN): fewer passes than
+    lossless drafting, at some loss of quality.
 
-    See `Relaxed`; `delta` is 0.2 where neither bound is given.
+    No bound here limits the loss as a whole. See `Relaxed`; `delta` is 0.2 where neither bound is given.
     """
 
-    k: int = Field(default=10, ge=0, le=2**16, description="nearest codebook entries whose probability is aggregated")
+    k: int = Field(
+        default=10, ge=0, le=2**16, description="how many codes that look most like a token lend it their probability"
+    )
     delta: float | None = Field(
-        default=None, ge=0, le=1, description="bound on what is aggregated (0.2 if no bound is given)"
+        default=None,
+        ge=0,
+        le=1,
+        description="most probability that a token may borrow (LANTERN); 0.2 where neither delta nor lambda is given",
     )
     lambda_: float | None = Field(
-        default=None, ge=1, le=10**6, description="or bound on the aggregated over the own probability"
+        default=None,
+        ge=1,
+        le=10**6,
+        description="instead of delta: at most so many times its own probability counts for a token (LANTERN++)",
     )
-    official: bool = Field(default=False, description="reject all k neighbours with a token, as the authors' code does")
-    tree: Shape | TreeName = Field(
-        default="static", description="shape of the drafted trees", json_schema_extra=TREE_CHOICES
+    official: bool = Field(
+        default=False,
+        description="a rejected token takes all of its k neighbours with it, as in the authors' code; else only those that lent",
     )
+    tree: Shape | TreeName = Field(default="static", description=TREE, json_schema_extra=TREE_CHOICES)
     nodes: int | None = Field(default=None, ge=1, le=256, description=NODES)
     depth: int | None = Field(default=None, ge=1, le=32, description=DEPTH)
     width: int | None = Field(default=None, ge=1, le=64, description=WIDTH)

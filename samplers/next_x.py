@@ -52,9 +52,12 @@ class NextX:
     """Base of the samplers of flows: a subclass says which solver is used."""
 
     steps: Steps | tuple[Steps, Steps] = Field(
-        default=40, description="of each entity's flow; two: of the first, of the last"
+        default=40,
+        description="steps from noise to image for each part that is written at a time; of two numbers the first is for the first part, the second for the last",
     )
-    precise: bool = Field(default=True, description="add up in float64, as published; float32 for devices without it")
+    precise: bool = Field(
+        default=True, description="add up the steps in float64, as published; off for devices without it"
+    )
     lossless = True
     draws = "latents"
     noisy = False  # whether the solver draws noise at each step
@@ -115,7 +118,7 @@ class NextX:
 
 @settings
 class EulerMaruyama(NextX):
-    """The stochastic solver, as published."""
+    """Follows the flow with some noise added at each step (Euler-Maruyama), as published: one forward pass a step."""
 
     name = "sde"
     noisy = True
@@ -127,7 +130,7 @@ class EulerMaruyama(NextX):
 
 @settings
 class Euler(NextX):
-    """One call of the network a step."""
+    """Follows the flow in straight steps without noise (Euler): one forward pass a step, good in fewer steps than the stochastic solver."""
 
     name = "euler"
 
@@ -138,7 +141,7 @@ class Euler(NextX):
 
 @settings
 class Heun(NextX):
-    """Two calls of the network a step, which may be longer."""
+    """Follows the flow without noise and corrects each step at its end (Heun): two forward passes a step, so that half as many steps do."""
 
     name = "heun"
 

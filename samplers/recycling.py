@@ -14,7 +14,7 @@ from samplers.logits import Noise, Sampling
 from samplers.settings import Field, settings
 from samplers.speculative import Speculative
 from samplers.steps import GuidanceScale, Session, Step
-from samplers.trees import TREE_CHOICES, Shape, TreeName
+from samplers.trees import TREE, TREE_CHOICES, Shape, TreeName
 
 
 @dataclass
@@ -64,12 +64,11 @@ class Table:
 
 @settings
 class TokenRecycling:
-    """Drafts from what followed each token before (Token Recycling); lossless, for any generator."""
+    """Drafts what followed the same token earlier in this image, and checks it in one forward pass (token recycling): fewer passes, other images
+    than one by one, equally probable ones."""
 
-    width: int = Field(default=8, ge=1, le=1024, description="tokens that are kept of each distribution")
-    tree: Shape | TreeName = Field(
-        default="static", description="shape of the drafted trees", json_schema_extra=TREE_CHOICES
-    )
+    width: int = Field(default=8, ge=1, le=1024, description="how many probable followers of each token are remembered")
+    tree: Shape | TreeName = Field(default="static", description=TREE, json_schema_extra=TREE_CHOICES)
     name = "recycling"
     lossless = True
 

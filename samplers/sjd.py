@@ -85,9 +85,15 @@ class Window:
 
 @settings
 class SpeculativeJacobi:
-    """Tokens follow the distribution of `Sequential`, though they are others; for any generator."""
+    """Drafts several tokens ahead from the last forward pass and keeps those that a random test accepts (speculative Jacobi decoding): fewer
+    passes, other images than one by one, equally probable ones."""
 
-    window: int = Field(default=16, ge=1, le=MAX_WINDOW, description="cells that are drafted at a time")
+    window: int = Field(
+        default=16,
+        ge=1,
+        le=MAX_WINDOW,
+        description="tokens that are drafted ahead: more save more passes, and make each pass slower",
+    )
     name = "sjd"
     lossless = True
 
@@ -105,12 +111,18 @@ class SpeculativeJacobi:
 
 @settings
 class GroupedJacobi(SpeculativeJacobi):
-    """The same with the relaxed rule of grouped speculative decoding: fewer forward passes, at some loss."""
+    """Drafts several tokens ahead from the last forward pass, and also accepts a draft that is about as probable as what would be drawn (grouped
+    speculative decoding): still fewer passes, at some loss of quality."""
 
     side: int = Field(
-        default=7, ge=0, le=1024, description="less and more probable tokens that stand for each other, at most"
+        default=7,
+        ge=0,
+        le=1024,
+        description="how many tokens on each side, in the order of their probabilities, count as interchangeable with one, at most",
     )
-    near: float = Field(default=0.15, ge=0, le=1, description="whose probability differs by less than this")
+    near: float = Field(
+        default=0.15, ge=0, le=1, description="how far the probabilities of interchangeable tokens may differ"
+    )
     name = "gsd"
     lossless = False
 

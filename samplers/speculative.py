@@ -21,6 +21,7 @@ from samplers.steps import START, GuidanceScale, Origin, Session, Step, guided
 from samplers.trees import (
     DEPTH,
     NODES,
+    TREE,
     TREE_CHOICES,
     WIDTH,
     Distribution,
@@ -204,18 +205,22 @@ class Frontier:
 
 @settings
 class Speculative:
-    """Speculative decoding: the target looks at a tree of drafted tokens in one forward pass, and keeps a path of it.
+    """A small drafter proposes a tree of next tokens, the model checks it in one forward pass and keeps a path of it (speculative decoding):
+    fewer passes, other images than one by one, equally probable ones.
 
     In Python `tree` may be any `samplers.trees.Shape`, `rule` any `samplers.rules.Rule`, and `drafter` another than the one that the
     generator brings; for `reject_in` see `verify`.
     """
 
-    tree: Shape | TreeName = Field(
-        default="static", description="shape of the drafted trees", json_schema_extra=TREE_CHOICES
+    tree: Shape | TreeName = Field(default="static", description=TREE, json_schema_extra=TREE_CHOICES)
+    rule: Rule | RuleName = Field(
+        default="lossless",
+        description="which drafts are accepted: lossless and k-seq keep the model's distribution, grouped accepts more at some loss",
+        json_schema_extra=RULE_CHOICES,
     )
-    rule: Rule | RuleName = Field(default="lossless", description="what is accepted", json_schema_extra=RULE_CHOICES)
     reject_in: Literal["draft", "target"] = Field(
-        default="draft", description="where the neighbours of a rejected token fall"
+        default="draft",
+        description="for a relaxed rule: which distribution loses a rejected token and its neighbours, the draft's or the target's",
     )
     nodes: int | None = Field(default=None, ge=1, le=256, description=NODES)
     depth: int | None = Field(default=None, ge=1, le=32, description=DEPTH)

@@ -111,7 +111,7 @@ class Sampler(Protocol):
 
 @settings
 class Sequential:
-    """One token per forward pass, in row-major order."""
+    """Writes one token in each forward pass of the network, row by row: the reference that the lossless samplers are compared with."""
 
     name = "sequential"
     lossless = True

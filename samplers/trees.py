@@ -436,10 +436,11 @@ TREES: dict[str, Shape] = {
     "independent": IndependentTree(SMALL_TREE.paths),
 }
 TREE_CHOICES: JsonDict = {"choices": list(TREES)}
+TREE = "how drafts branch: static (fixed), dynamic (most probable first), drawn (at random), independent (at random, for k-seq)"
 NODES, DEPTH, WIDTH = (  # help of the settings that are a tree's sizes
-    "nodes of a drawn tree, or of a dynamic one, which it chooses instead of the static one",
-    "levels, likewise",
-    "nodes that a dynamic tree grows on each level, likewise",
+    "how many tokens a dynamic or drawn tree drafts at once; given with a static tree, that becomes a dynamic one",
+    "how many tokens ahead a dynamic or drawn tree looks; given with a static tree, that becomes a dynamic one",
+    "how many branches a dynamic tree follows at each token; given with a static tree, that becomes a dynamic one",
 )
 TreeName = Literal["static", "dynamic", "drawn", "independent"]
 

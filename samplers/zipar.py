@@ -16,13 +16,18 @@ from samplers.steps import MAX_WINDOW, START, GuidanceScale, Session, Step, guid
 
 @settings
 class ZipAR:
-    """A row begins when the one above has `window` tokens. With a window as wide as the image it is `Sequential`.
+    """Writes several rows side by side, each some tokens behind the one above (ZipAR): a fast preview, with visible losses.
 
-    The first token of a row follows the last one of the row above; until that is written, the latest one of that row stands
+    With a window as wide as the image it is `Sequential`.     The first token of a row follows the last one of the row above; until that is written, the latest one of that row stands
     in for it.
     """
 
-    window: int = Field(default=4, ge=1, le=MAX_WINDOW, description="tokens that the row above is ahead")
+    window: int = Field(
+        default=4,
+        ge=1,
+        le=MAX_WINDOW,
+        description="how many tokens the row above must be ahead: fewer are faster and worse",
+    )
     name = "zipar"
     lossless = False
 

@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import re
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -354,6 +355,49 @@ def test_a1111_takes_what_its_clients_send(site):
         assert (info["all_subseeds"], info["styles"], len(info["job_timestamp"])) == ([0, 0], [], 14)
     answer = site.ask("/sdapi/v1/txt2img", {"prompt": "a pizza", "sampler_name": "DPM++ 2M"})[1]
     assert "there is no sampler 'DPM++ 2M'" in answer["info"]
+    answer = site.ask("/sdapi/v1/txt2img", {"prompt": "a pizza", "sampler_name": "Euler"})[1]
+    assert json.loads(answer["info"])["comments"] == ["there is no sampler 'Euler' for this model: auto was used"]
+
+
+@pytest.mark.parametrize("name", ["lantern:k=5,delta=0.1", "Lantern", "euler:steps=3", "jacobi:widow=3", "lantrn:k=5"])
+def test_a_sampler_of_argen_that_does_not_fit_is_refused_everywhere(site, name):
+    for path, field in (("/sdapi/v1/txt2img", "sampler_name"), ("/v1/images/generations", "sampler")):
+        status, answer = site.ask(path, {"prompt": "a red apple", field: name})
+        assert status == 400, (path, answer)
+
+
+def test_the_settings_of_a_sampler_are_in_the_texts(site):
+    typed = "jacobi:window=4"
+    answer = site.ask("/sdapi/v1/txt2img", {"prompt": "a pizza", "sampler_name": typed, "seed": 1})[1]
+    info = json.loads(answer["info"])
+    assert info["sampler_name"] == typed
+    assert f'Sampler: "{typed}", ' in info["infotexts"][0]
+    text = site.ask("/sdapi/v1/png-info", {"image": answer["images"][0]})[1]["info"]
+    assert Request("a pizza", sampler=json.loads(re.search(r"Sampler: (\".*?\")", text)[1])).sampler_text == typed
+
+
+def test_samplers_are_listed_with_their_settings(site):
+    options = {row["name"]: row["options"] for row in site.ask("/sdapi/v1/samplers")[1]}
+    assert options["jacobi"] == {"window": "16"}
+    assert options["sequential"] == {}
+    for name, settings in options.items():  # they are what may be typed
+        typed = ",".join(f"{key}={value}" for key, value in settings.items())
+        Request("a pizza", sampler=f"{name}:{typed}")
+
+
+def test_unknown_fields_are_refused(site):
+    status, answer = site.ask("/v1/images/generations", {"prompt": "a red apple", "guidance_scal": 3})
+    assert (status, answer["error"]["param"], answer["error"]["code"]) == (400, "guidance_scal", "unknown_parameter")
+    assert answer["error"]["message"].endswith("did you mean guidance_scale?")
+    status, answer = site.ask("/api/jobs", {"prompt": "a red apple", "guidance_scal": 3})
+    assert (status, answer["detail"].endswith("did you mean guidance_scale?")) == (400, True)
+
+
+def test_another_method_says_which(site):
+    for path, method in (("/sdapi/v1/png-info", "GET"), ("/v1/models", "POST"), ("/api/jobs", "PUT")):
+        status, answer = site.ask(path, {} if method != "GET" else None, method)
+        assert status == 405, (path, answer)
+        assert f"does not take {method}: send " in answer["detail"]
 
 
 def test_an_interrupted_batch_says_what_came_of_it(site):

@@ -1,5 +1,7 @@
 """CLIP-Count and the optimised count token against the official code's numbers."""
 
+import json
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -7,9 +9,16 @@ from conftest import published_keys, shapes, tiny_pipeline
 from torch import nn
 from transformers import CLIPConfig, CLIPModel
 
+import argen
+from argen.cli.main import main
+from argen.diffusion.base import unit_noise
 from argen.diffusion.count_token import CountToken, centre_crop
+from argen.diffusion.tools import counters, counting
+from argen.hub.loading import load_diffusion
+from argen.images import open_image
 from argen.models.clip_count import FROZEN, SCALE, CLIPCount
 from tokenizers_img.checkpoint import load_strict
+from tokenizers_img.pixels import from_pil
 
 
 def small(case) -> CLIPCount:
@@ -121,6 +130,49 @@ def test_a_token_is_optimised_as_by_the_authors(golden, name):
     if "saved_epochs" in io:
         assert saved == io["saved_epochs"].tolist()
     torch.testing.assert_close(token.vector, io["saved_token"], atol=5e-3, rtol=0)
+
+
+def searched(numbers, count):
+    """A search among images of which a counter says `numbers`, on a shipped pipeline."""
+    pipe = load_diffusion("argen/emoji-sd")
+    pipe.set_progress_bar_config(disable=True)
+    remaining = iter(numbers)
+    settings = counters("argen/emoji-sd", "cpu") | {"counter": lambda pixels, things: next(remaining)}
+    token = CountToken(pipe, **settings, **counting("argen/emoji-sd", count, steps=1))
+    latents = unit_noise(pipe, torch.Generator().manual_seed(0))
+    steps = list(token.search("apples", count, latents, steps=len(numbers), learning_rate=0.003))
+    return token, latents, steps
+
+
+def test_the_image_that_is_counted_best_is_kept_be_it_the_original_one():
+    token, latents, steps = searched([4.4, 2.0, 9.0], 5)
+    assert [step.best for step in steps] == [True, False, False]
+    assert torch.equal(token.vector, steps[0].vector)
+    drawn = from_pil(token.draw("apples", 5, latents), 128)
+    torch.testing.assert_close(drawn, steps[0].image[0], atol=0.01, rtol=0)
+    token, _, steps = searched([2.0, 4.2, 3.0], 5)
+    assert [step.best for step in steps] == [True, True, False]
+    assert torch.equal(token.vector, steps[1].vector)
+    assert not torch.equal(steps[0].vector, steps[1].vector)
+
+
+def test_a_search_ends_with_an_image_that_is_right():
+    _, _, steps = searched([5.4, 1.0, 1.0], 5)
+    assert len(steps) == 1
+    assert steps[0].is_right(5)
+    _, _, steps = searched([4.0, 4.9, 1.0], 5)
+    assert [step.count for step in steps] == [4.0, 4.9]
+    assert steps[-1].best
+
+
+def test_the_count_is_that_of_the_file(tmp_path, capsys):
+    out = tmp_path / "five.png"
+    arguments = "--seed", "2", "--iterations", "3", "--json"
+    assert main(["count", "five tomatoes", "-o", str(out), *arguments]) == 0
+    report = json.loads(capsys.readouterr().out)
+    pixels = from_pil(open_image(out), 128)[None]
+    with torch.no_grad():
+        assert report["count"] == pytest.approx(argen.load("argen/emoji-counter")(pixels).sum().item(), abs=1e-3)
 
 
 def test_several_images_share_a_token(golden):

@@ -181,7 +181,7 @@ def test_what_is_not_yet_written_shows_as_the_image_so_far(pipe):
 
 
 def test_the_token_number_is_refused_where_it_is_fixed():
-    with pytest.raises(ValueError, match="this model's pictures have 64 tokens, leave it out"):
+    with pytest.raises(ValueError, match="this model's images have 64 tokens, leave it out"):
         argen.load("argen/emoji-parti")("a red apple", num_tokens=5)
 
 

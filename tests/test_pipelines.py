@@ -91,7 +91,7 @@ def test_save_and_load(pipe, tmp_path):
         ({"prompt": "a", "num_images_per_prompt": 3, "num_candidates": 2}, "at least as many candidates"),
         ({"prompt": "a", "output_type": "jpg"}, "unknown output_type 'jpg'"),
         ({"prompt": "a", "tokens": torch.zeros(1, 5, dtype=torch.int64)}, r"tokens are \[1, 5\]: expected \[1, 64\]"),
-        ({"prompt": "a", "generator": [generators(0), generators(1)]}, "got 2 generators for 1 pictures"),
+        ({"prompt": "a", "generator": [generators(0), generators(1)]}, "got 2 generators for 1 image"),
         ({"prompt": "a", "temperature": -0.5}, "temperature is -0.5"),
     ],
 )

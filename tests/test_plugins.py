@@ -149,10 +149,11 @@ def test_both_apis_take_it(served, site):
     body |= {"override_settings": {"sd_model_checkpoint": "mosaic/bigram"}, "width": 64, "height": 64}
     status, answer = served.ask("/sdapi/v1/txt2img", body)
     assert status == 200
-    assert json.loads(answer["info"])["sampler_name"] == "annealed"
+    assert json.loads(answer["info"])["sampler_name"] == TYPED
     assert "annealed" in {row["name"] for row in served.ask("/sdapi/v1/samplers")[1]}
     assert "mosaic/bigram" in {row["title"] for row in served.ask("/sdapi/v1/sd-models")[1]}
-    assert served.ask("/v1/images/generations", body | {"sampler": "annealed:end=11"})[0] == 400
+    wrong = {"prompt": "a red wall", "model": "mosaic/bigram", "sampler": "annealed:end=11"}
+    assert served.ask("/v1/images/generations", wrong)[0] == 400
 
 
 def test_its_sampler_without_cooling_is_the_sequential_one(site):

@@ -52,7 +52,7 @@ def refused(capsys, *command: str) -> str:
         (["fid", "--protocol", "nope"], "unknown protocol 'nope'"),
         (["emoji", "--num", "999999999"], "num is 999999999"),
         (["emoji", "--tokens", "0"], "tokens is 0: expected 1 to"),
-        (["emoji", "--tokens", "5", "--num", "2"], "num_tokens is 5: this model's pictures have 64 tokens"),
+        (["emoji", "--tokens", "5", "--num", "2"], "num_tokens is 5: this model's images have 64 tokens"),
         (["emoji", "--model", "DIR", "--num", "2"], "is a folder: expected a checkpoint file"),
         (["emoji", "--seed", "99999999999"], "seed is 99999999999: expected 0 to 2,147,483,647"),
         (["bind", "--num", "-1"], "num is -1"),

@@ -143,4 +143,7 @@ def test_samplers_are_listed(capsys):
     assert list(rows) == list(samplers)
     assert rows["jacobi"]["settings"]["window"]["default"] == 16
     assert main(["samplers"]) == 0
-    assert "cells that are guessed at a time: a whole number, 1 to 16,384 (default: 16)" in capsys.readouterr().out
+    assert (
+        "tokens that are guessed ahead: more save more passes, and make each pass slower: a whole number, 1 to 16,384 (default: 16)"
+        in capsys.readouterr().out
+    )

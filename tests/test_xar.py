@@ -236,7 +236,7 @@ def test_what_does_not_fit_a_flow_is_refused(pipe):
         pipe("class:1", sampler="jacobi")
     with pytest.raises(ValueError, match="top_k is 5: this model draws no tokens"):
         pipe("class:1", top_k=5)
-    with pytest.raises(ValueError, match="XARPipeline takes no control picture"):
+    with pytest.raises(ValueError, match="this model takes no control image"):
         pipe("class:1", control_image=Image.new("RGB", (64, 64)))
     with pytest.raises(ValueError, match=r"latents are \[1, 16, 3, 4\]: expected \[1, 16, 4, 4\]"):
         pipe("class:1", tokens=torch.zeros(1, 16, 3, 4))

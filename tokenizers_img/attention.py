@@ -91,8 +91,8 @@ class DispatchedAttention(nn.Module):
         if self.attention in ("xformers", *KERNELS) and mask is not None:
             mask = _additive(mask, query, key.shape[1])
         if self.attention in KERNELS:
-            heads_first = (part.transpose(1, 2) for part in (query, key, value))
-            return KERNELS[self.attention](*heads_first, mask, dropout_p, scale).transpose(1, 2).flatten(2)
+            queries, keys, values = (part.transpose(1, 2) for part in (query, key, value))
+            return KERNELS[self.attention](queries, keys, values, mask, dropout_p, scale).transpose(1, 2).flatten(2)
         return dispatch_attention_fn(query, key, value, mask, dropout_p, scale=scale, backend=backend.name).flatten(2)
 
 

@@ -1,6 +1,7 @@
 """A small convolutional picture encoder, of `argen/emoji-seed`: what is in a picture, so few pictures teach convolutions better than a
 transformer."""
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -67,6 +68,19 @@ class TwoEncoders(nn.Module):
     def __init__(self, clip: "CLIPVisionModel", conv: ConvEncoder):
         super().__init__()
         self.clip, self.conv, self.config = clip, conv, clip.config
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Save both, a folder each."""
+        self.clip.save_pretrained(Path(folder) / "clip")
+        self.conv.save_pretrained(Path(folder) / "conv")
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> "TwoEncoders":
+        """Read what `save_pretrained` wrote."""
+        from transformers import CLIPVisionModel
+
+        clip = CLIPVisionModel.from_pretrained(Path(folder) / "clip")
+        return cls(clip, ConvEncoder.from_pretrained(Path(folder) / "conv"))
 
     @property
     def dtype(self) -> torch.dtype:

@@ -78,7 +78,7 @@ class KLVAE(nn.Module):
             ValueError: a side is no multiple of the stride.
         """
         if pixels.shape[2] % self.stride or pixels.shape[3] % self.stride:
-            raise ValueError(f"pictures are {list(pixels.shape[2:])}: expected multiples of {self.stride}")
+            raise ValueError(f"images are {list(pixels.shape[2:])}: expected multiples of {self.stride}")
         return self.vae.encode(2 * pixels - 1).latent_dist
 
     def encode(self, pixels: Tensor) -> Tensor:

@@ -106,7 +106,7 @@ class LlamaGenVQ(nn.Module):
             ValueError: a side is no multiple of the stride.
         """
         if pixels.shape[2] % self.stride or pixels.shape[3] % self.stride:
-            raise ValueError(f"pictures are {list(pixels.shape[2:])}: expected multiples of {self.stride}")
+            raise ValueError(f"images are {list(pixels.shape[2:])}: expected multiples of {self.stride}")
         z = self.vq.encode(2 * pixels - 1).latents.permute(0, 2, 3, 1)  # [B, h, w, C]
         similar = F.normalize(z.float(), dim=-1).flatten(1, 2) @ self.vq.quantize.embedding.weight.float().T
         return similar.argmax(dim=-1)

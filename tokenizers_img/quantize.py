@@ -18,7 +18,7 @@ def check_ids(ids: Tensor, n_embed: int, fewest: int, most: int) -> None:
     """
     if not fewest <= len(ids) <= most:
         expected = fewest if fewest == most else f"{fewest} to {most}"
-        raise ValueError(f"got {len(ids)} tokens for a picture: expected {expected}")
+        raise ValueError(f"got {len(ids)} tokens for an image: expected {expected}")
     for wrong in (int(ids.min()), int(ids.max())):
         if not 0 <= wrong < n_embed:
             raise ValueError(f"token {wrong} does not exist: expected 0 to {n_embed - 1}")

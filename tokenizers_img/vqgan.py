@@ -56,6 +56,6 @@ class VQGANDetokenizer(ModelMixin, ConfigMixin):
         """Ids [B, N] of a square grid -> pixels [B, 3, H, W], about [0, 1] and not clipped."""
         side = int(ids.shape[1] ** 0.5)
         if side * side != ids.shape[1]:
-            raise ValueError(f"got {ids.shape[1]} tokens for a picture: expected a square number")
+            raise ValueError(f"got {ids.shape[1]} tokens for an image: expected a square number")
         codes = rearrange(self.embedding(ids), "b (h w) c -> b c h w", h=side)
         return self.decoder(self.post_quant_conv(codes))

@@ -31,6 +31,7 @@ def run(args: argparse.Namespace) -> None:
 
     from argen.files import replacing
     from argen.jobs.tables import check_requests, draw_table, read_table, settings_csv
+    from argen.words import number_of
 
     writable_folder(args.out, new=False)
     requests = read_table(args.table, **({"model": args.model} if args.model is not None else {}))
@@ -40,4 +41,6 @@ def run(args: argparse.Namespace) -> None:
     files, requests_of_files = zip(*(pair for row in rows for pair in row), strict=True)
     with replacing(args.out / "pictures.csv") as file:
         file.write(settings_csv(requests_of_files, [path.name for path in files]).encode())
-    print(json.dumps({"files": list(map(str, files))}) if args.json else f"{args.out}: {len(files)} images")
+    print(
+        json.dumps({"files": list(map(str, files))}) if args.json else f"{args.out}: {number_of(len(files), 'image')}"
+    )

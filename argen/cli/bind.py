@@ -38,7 +38,7 @@ def run(args: argparse.Namespace) -> None:
     from argen.diffusion import SemanticBinding, tools
     from argen.diffusion.prompts import parse
     from argen.diffusion.tome import check_settings
-    from argen.metadata import save_images
+    from argen.metadata import save_made
 
     files = writable_all(args.out, args.plain)
     bindings = None
@@ -54,7 +54,9 @@ def run(args: argparse.Namespace) -> None:
     images = [bound(binding, settings=settings, generator=generator(args.seed), **sampling).images[0]]
     if args.plain:
         images += bound.pipe(args.prompt, generator=generator(args.seed), **sampling).images
-    save_images([(image, None) for image in images], files)
+    made = {"prompt": args.prompt, "model": args.model, "seed": args.seed, **sampling, "bind": args.bind}
+    save_made(images[:1], files[:1], "bind", made | {"settings": settings}, bound.pipe)
+    save_made(images[1:], files[1:], "bind", made | {"plain": True}, bound.pipe)
     if args.json:
         print(
             json.dumps({"file": str(args.out), "binding": asdict(binding), "steps": [asdict(s) for s in bound.history]})

@@ -21,11 +21,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     from argen.images import open_image
-    from argen.metadata import save_images
+    from argen.metadata import save_made
     from argen.models.annotators import annotate, as_image, resized
 
     writable(args.out)
     image = open_image(args.image)
     flat = resized(image, args.type, args.size or image.size)
-    save_images([(as_image(annotate(flat, args.type)), None)], [args.out])
+    settings = {"image": args.image, "type": args.type, "size": flat.size}
+    save_made([as_image(annotate(flat, args.type))], [args.out], "control", settings)
     print(f"{args.out} ({args.type}, {flat.width} x {flat.height})")

@@ -3,6 +3,7 @@
 import argparse
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from argen.command import (
     COUNT_RATE,
@@ -12,6 +13,10 @@ from argen.command import (
     writable,
     writable_all,
 )
+from argen.words import number_of
+
+if TYPE_CHECKING:
+    from argen.diffusion.count_token import CountStep
 
 HELP = "generate an exact number of objects (count-token optimisation)"
 
@@ -21,7 +26,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "prompt", help='a number from 1 to 25 and what is counted, for example "five apples" or "two dozen eggs"'
     )
     parser.add_argument("-o", "--out", type=Path, required=True, metavar="FILE", help="PNG file")
-    parser.add_argument("--plain", type=Path, metavar="FILE", help="also the image before, from the same noise")
+    parser.add_argument(
+        "--plain",
+        type=Path,
+        metavar="FILE",
+        help="also the image before, from the same noise: the same where that is right",
+    )
     parser.add_argument(
         "--token", type=Path, metavar="FILE", help="also the token, a textual inversion in .safetensors"
     )
@@ -54,8 +64,9 @@ def run(args: argparse.Namespace) -> None:
     from argen.diffusion.base import unit_noise
     from argen.diffusion.count_token import check_noises, read_token
     from argen.diffusion.tools import counters, counting, counting_rate
-    from argen.metadata import save_images
+    from argen.metadata import save_made
     from argen.words import parse_count
+    from tokenizers_img.pixels import to_pil
 
     files = writable_all(args.out, args.plain)
     if args.token:
@@ -69,25 +80,41 @@ def run(args: argparse.Namespace) -> None:
     pipe.set_progress_bar_config(disable=True)
     counter_settings = {} if args.use else counters(args.model, pipe.device, args.clip_count, args.detector)
     token = CountToken(pipe, **counter_settings, **counting(args.model, number, args.steps, args.guidance_scale))
-    latents, best = unit_noise(pipe, torch.Generator().manual_seed(args.seed)), None
-    before = [token.draw(things, number, latents)] if args.plain else []
+    rate = counting_rate(args.model, args.learning_rate)
+    latents, first, best = unit_noise(pipe, torch.Generator().manual_seed(args.seed)), None, None
     if vector is not None:
+        before = [token.draw(things, number, latents)] if args.plain else []
         token.use(vector)
+        images = [token.draw(things, number, latents), *before]
     else:
-        optimisation = {"steps": args.iterations, "learning_rate": counting_rate(args.model, args.learning_rate)}
+        optimisation = {"steps": args.iterations, "learning_rate": rate}
         other_noises = [
             unit_noise(pipe, torch.Generator().manual_seed(args.seed + offset)) for offset in range(1, args.noises)
         ]
         noises = torch.cat([latents, *other_noises])
-        for step in tqdm(token.optimise(things, number, noises, **optimisation), total=args.iterations, desc="count"):
-            best = step if step.best else best
-    images = [token.draw(things, number, latents), *before]
+        for step in tqdm(token.search(things, number, noises, **optimisation), total=args.iterations, desc="count"):
+            first, best = first or step, step if step.best else best
+        images = [to_pil(step.image[0]) for step in ((best, first) if args.plain else (best,))]
     if args.token:
         token.save(args.token, f"<{number}-things>", count=number, things=things, model=args.model, seed=args.seed)
-    save_images([(image, None) for image in images], files)
-    counted = best.count if best else None
+    made = {"prompt": args.prompt, "model": args.model, "seed": args.seed, "noises": args.noises, "use": args.use}
+    made |= {"iterations": args.iterations, "learning_rate": rate, **token.settings}
+    save_made(images[:1], files[:1], "count", made | {"count": best and best.counts[0]}, pipe)
+    save_made(images[1:], files[1:], "count", made | {"count": first and first.counts[0], "plain": True}, pipe)
     if args.json:
-        print(json.dumps({"file": str(args.out), "prompt": token.prompt(things, number), "count": counted}))
+        counts = {"count": best and best.counts[0], "before": first and first.counts[0]}
+        print(json.dumps({"file": str(args.out), "prompt": token.prompt(things, number)} | counts))
     else:
-        count_note = "" if counted is None else f", counted {counted:.1f}"
-        print(f"{args.out} ({token.prompt(things, number)}{count_note})")
+        print(f"{args.out} ({token.prompt(things, number)}{_counted(number, first, best)})")
+
+
+def _counted(number: int, first: "CountStep | None", best: "CountStep | None") -> str:
+    """What the counter found in the image that is written and in the one before, in words; nothing where nothing was optimised."""
+    if first is None or best is None:
+        return ""
+    counted = f", counted {best.counts[0]:.1f}"
+    if best.index:
+        counted += f" after {number_of(best.index, 'step')}, {first.counts[0]:.1f} before"
+    elif best.is_right(number):
+        counted += ", right without optimisation"
+    return counted if best.is_right(number) else f"{counted}: not {number}, try another --seed"

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from argen.command import (
-    DEFAULTS,
+    HelpFormatter,
 )
 
 HELP = "build datasets"
@@ -12,22 +12,24 @@ HELP = "build datasets"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     sets = parser.add_subparsers(dest="set", required=True, metavar="SET")
-    add = sets.add_parser("emoji", help="single images with names, about 14,000 in 4 styles", formatter_class=DEFAULTS)
+    add = sets.add_parser(
+        "emoji", help="single images with names, about 14,000 in 4 styles", formatter_class=HelpFormatter
+    )
     add.add_argument("--out", type=Path, required=True, metavar="DIR")
     add.add_argument(
         "--icons", type=Path, metavar="DIR", help="folder for the icon packages; missing ones are fetched with npm"
     )
     add.add_argument("--size", type=int, default=128, help="side of the images in pixels")
-    add = sets.add_parser("scenes", help="composed images with exact truth", formatter_class=DEFAULTS)
+    add = sets.add_parser("scenes", help="composed images with exact truth", formatter_class=HelpFormatter)
     add.add_argument("--emoji", type=Path, required=True, metavar="DIR", help="made by `argen data emoji`")
     add.add_argument("--out", type=Path, required=True, metavar="DIR")
     add.add_argument(
         "--num", type=int, default=12000, help="training scenes; the other splits have a tenth of that each"
     )
     add.add_argument("--common", action="store_true", help="of 65 common things alone, as argen/emoji-sd draws")
-    add.add_argument("--seed", type=int, default=0)
+    add.add_argument("--seed", type=int, default=0, help="of the compositions")
     add = sets.add_parser(
-        "sample", help="a small set out of a large one, as it ships for the tests", formatter_class=DEFAULTS
+        "sample", help="a small set out of a large one, as it ships for the tests", formatter_class=HelpFormatter
     )
     add.add_argument("--emoji", type=Path, required=True, metavar="DIR", help="made by `argen data emoji`")
     add.add_argument("--out", type=Path, required=True, metavar="DIR")

@@ -14,7 +14,9 @@ HELP = "say what an image shows, with a model that reads images"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("image", type=Path, metavar="IMG")
-    parser.add_argument("question", nargs="?", default="", help="about the image (default: none, it is described)")
+    parser.add_argument(
+        "question", nargs="?", default="", help="about the image, for a model that answers; without one it is described"
+    )
     parser.add_argument("--model", default="argen/emoji-seed-lm", metavar="ID", help="(default: argen/emoji-seed-lm)")
     parser.add_argument(
         "--temperature", type=float, default=1.0, metavar="T", help="0: the most probable words (default: 1)"
@@ -29,6 +31,6 @@ def run(args: argparse.Namespace) -> None:
     image = open_image(args.image)
     pipe = load_model(args.model, args.device, "generator")
     if not hasattr(pipe, "describe"):
-        raise ValueError(f"{args.model} only draws: choose a model that reads images, as AILab-CVC/seed-llama-8b-sft")
+        raise ValueError(f"{args.model} only draws: choose a model that reads images, e.g. argen/emoji-seed-lm")
     text = pipe.describe(image, args.question, temperature=args.temperature, seed=args.seed)
     print(json.dumps({"image": str(args.image), "text": text}) if args.json else text)

@@ -29,7 +29,7 @@ def run(args: argparse.Namespace) -> None:
     import torch
 
     from argen.eval.reconstruction import check_count, decoded
-    from argen.metadata import read_tokens, save_images
+    from argen.metadata import read_tokens, save_made
     from tokenizers_img.pixels import to_pil
 
     out = writable(args.out or args.file.with_suffix(".png"))
@@ -40,7 +40,8 @@ def run(args: argparse.Namespace) -> None:
     check_count(tokenizer, args.tokens, len(tokens))
     tokens = tokens[: args.tokens]
     pixels = decoded(tokenizer, torch.from_numpy(tokens)[None].to(tokenizer.device))
-    save_images([(to_pil(pixels[0]), None)], [out])
+    settings = {"file": args.file, "tokenizer": tokenizer_id, "tokens": args.tokens}
+    save_made([to_pil(pixels[0])], [out], "detokenize", settings, tokenizer)
     if args.json:
         print(json.dumps({"file": str(out), "tokenizer": tokenizer_id, "tokens": len(tokens)}))
     else:

@@ -74,6 +74,6 @@ def run(args: argparse.Namespace) -> None:
         result = {"folder": str(args.out), **erasure.record, "stages": [asdict(stage) for stage in stages]}
         print(json.dumps(result | {"shown": verification}))
         return
-    print(f"{args.out} (without {', '.join(concepts)}; {stages[-1].change:.1%} of its text matrices changed)")
+    print(f"{args.out} (without {', '.join(concepts)}; text matrices changed by {stages[-1].change:.2f} of their norm)")
     for concept, scores in verification.items():
         print(f"  {concept}: {tools.in_words(scores)}")

@@ -4,7 +4,7 @@ import argparse
 from contextlib import nullcontext
 
 from argen.bounds import check
-from argen.command import check_numbers, writable_folder
+from argen.command import HelpFormatter, check_numbers, writable_folder
 from argen.registry import measures
 
 HELP = "FID and the other numbers that papers report"
@@ -13,8 +13,8 @@ HELP = "FID and the other numbers that papers report"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     commands = parser.add_subparsers(dest="metric", required=True, metavar="WHAT")
     for name, measure in measures.items():
-        text = measure.HELP.replace("%", "%%")
-        add = commands.add_parser(name, help=text, description=getattr(measure, "DESCRIPTION", None))
+        text, description = measure.HELP.replace("%", "%%"), getattr(measure, "DESCRIPTION", None)
+        add = commands.add_parser(name, help=text, description=description, formatter_class=HelpFormatter)
         measure.add_arguments(add)
 
 

@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "-o", "--out", type=Path, required=True, metavar="FILE", help="PNG file; the CSV lies beside it"
     )
     for name, what in (("x", "columns"), ("y", "rows"), ("z", "tables below each other")):
-        help_text = f"the {what}, e.g. guidance_scale=1,3,5 or prompt=a cat|a dog"
+        help_text = f"the {what}, e.g. guidance_scale=1,3,5; prompts and samplers with | between: 'prompt=a cat|a dog'"
         parser.add_argument(f"--{name}", required=name == "x", metavar="SETTING=VALUES", help=help_text)
     parser.add_argument("--model", default="argen/emoji-parti", metavar="ID", help="(default: argen/emoji-parti)")
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="(default: 0)")
@@ -35,6 +35,7 @@ def run(args: argparse.Namespace) -> None:
 
     from argen.files import replacing
     from argen.jobs.tables import Axis, check_requests, expand_axes, grid_image, settings_csv
+    from argen.metadata import save_made
     from argen.request import Request
 
     table = writable(writable(args.out).with_suffix(".csv"), ".csv")
@@ -46,8 +47,11 @@ def run(args: argparse.Namespace) -> None:
     for request in tqdm(requests, desc="grid", disable=args.json):
         *_, job = models(request.model).run(request)
         images += job.images
-    with replacing(args.out) as file:
-        grid_image(images, axes).save(file, "PNG")
+    settings = {"prompt": args.prompt, "model": args.model, "seed": args.seed}
+    settings |= {"x": args.x, "y": args.y, "z": args.z}
+    used = {request.model for request in requests}
+    model = models(used.pop()) if len(used) == 1 else None
+    save_made([grid_image(images, axes)], [args.out], "grid", settings, model)
     with replacing(table) as file:
         file.write(
             settings_csv(requests, [f"{args.out.name} {number}" for number in range(1, len(requests) + 1)]).encode()

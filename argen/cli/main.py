@@ -7,7 +7,7 @@ import sys
 
 from argen import __version__
 from argen.collector import uncollected
-from argen.command import DEFAULTS, Parser, check_numbers, guarded, printable
+from argen.command import HelpFormatter, Parser, check_numbers, guarded, printable, reader_is_there
 from argen.registry import commands
 
 
@@ -18,9 +18,8 @@ def parser(argv: list[str]) -> Parser:
     subparsers = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name in [argv[0]] if argv and argv[0] in commands else commands:
         module = commands[name]
-        formatter = DEFAULTS if getattr(module, "SHOWS_DEFAULTS", False) else argparse.HelpFormatter
         description, text = getattr(module, "DESCRIPTION", None), module.HELP.replace("%", "%%")
-        add = subparsers.add_parser(name, help=text, description=description, formatter_class=formatter)
+        add = subparsers.add_parser(name, help=text, description=description, formatter_class=HelpFormatter)
         if argv and name == argv[0]:
             module.add_arguments(add)
     return top
@@ -28,6 +27,14 @@ def parser(argv: list[str]) -> Parser:
 
 def main(argv: list[str] | None = None) -> int:
     """Run a command; bad input is one line on stderr and the exit code 2."""
+    try:
+        return run(argv)
+    finally:
+        reader_is_there()  # or Python says at its end that it is not
+
+
+def run(argv: list[str] | None) -> int:
+    """See `main`."""
     argv = sys.argv[1:] if argv is None else list(map(str, argv))
     atexit.register(gc.freeze)  # or Python, when it ends, searches all that was imported for garbage several times
     with uncollected():
@@ -37,9 +44,9 @@ def main(argv: list[str] | None = None) -> int:
             print(f"argen: error: {printable(str(error))}", file=sys.stderr)
             return 2
 
-    def run(args: argparse.Namespace) -> None:
+    def run_command(args: argparse.Namespace) -> None:
         if args.command != "train":  # its steps are those of a schedule
             check_numbers(args)
         commands[args.command].run(args)
 
-    return guarded(f"argen {args.command}", run, args)
+    return guarded(f"argen {args.command}", run_command, args)

@@ -3,6 +3,8 @@
 import argparse
 import json
 
+from argen.hub.cards import is_own
+
 HELP = "list what ships and which published weights can be loaded"
 
 
@@ -32,15 +34,40 @@ def run(args: argparse.Namespace) -> None:
     rows = []
     for entry in local_cache.local_cache():
         model = all_cards()[entry.id]
-        row = {"id": entry.id, "kind": model.kind, "ships": entry.ships, "parameters_in_millions": model.parameters}
+        row = {
+            "id": entry.id,
+            "kind": model.kind,
+            "ships": entry.ships,
+            "parameters_in_millions": model.parameters or None,
+        }
         row |= {"bytes": entry.bytes if entry.folder else None, "folder": entry.folder and str(entry.folder)}
         rows.append(row | {"licence": model.licence, "about": model.about, "repo": model.repo})
     if args.json:
         print(json.dumps(rows, indent=1))
         return
-    for title, ships in (("Ships with argen", True), ("Published, fetched from the hub when first used", False)):
+    width = max(len(row["id"]) for row in rows)
+    for title, group in groups(rows).items():
         print(f"{title}:")
-        for row in (row for row in rows if row["ships"] is ships):
-            size = f"{row['bytes'] / 1e6:.1f} MB" if ships else f"{row['parameters_in_millions']:,.0f}M parameters"
-            downloaded = ", here" if row["folder"] and not ships else ""
-            print(f"  {row['id']:34} {row['kind']:10} {size:>17}  {row['about']} ({row['licence']}{downloaded})")
+        for row in group:
+            downloaded = ", here" if row["folder"] and not row["ships"] else ""
+            about = f"{row['about']} ({row['licence']}{downloaded})"
+            print(f"  {row['id']:{width}} {row['kind']:10} {size_text(row):>19}  {about}")
+
+
+def groups(rows: list[dict]) -> dict[str, list[dict]]:
+    """The rows by where they come from, without the places that nothing comes from."""
+    titles = "Ships with argen", "In installed packages", "Published, fetched from the hub when first used"
+    sources = [2 if not row["ships"] else 0 if is_own(row["id"]) else 1 for row in rows]
+    found = {
+        title: [row for row, source in zip(rows, sources, strict=True) if source == number]
+        for number, title in enumerate(titles)
+    }
+    return {title: group for title, group in found.items() if group}
+
+
+def size_text(row: dict) -> str:
+    """The size of a model's files where they ship, else its parameters; nothing where it is not known."""
+    if row["ships"] and row["bytes"]:
+        return f"{row['bytes'] / 1e6:.1f} MB"
+    millions = row["parameters_in_millions"]
+    return f"{millions:,.{0 if millions >= 10 else 1 if millions >= 1 else 3}f}M parameters" if millions else ""

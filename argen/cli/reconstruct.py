@@ -14,7 +14,6 @@ from argen.command import (
 )
 
 HELP = "turn an image into tokens and back"
-SHOWS_DEFAULTS = True
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     from argen.eval.reconstruction import decoded, encoded
     from argen.images import open_image
-    from argen.metadata import save_images
+    from argen.metadata import save_made
     from tokenizers_img.pixels import to_pil
 
     out = writable(args.out or args.image.with_name(f"{args.image.stem}-reconstructed.png"))
@@ -39,7 +38,8 @@ def run(args: argparse.Namespace) -> None:
     pixels, tokens = encoded(tokenizer, image)
     reconstruction = decoded(tokenizer, tokens, pixels)
     psnr = -10 * (reconstruction - pixels).square().mean().log10().item()
-    save_images([(to_pil(reconstruction[0]), None)], [out])
+    settings = {"image": args.image, "tokenizer": args.tokenizer}
+    save_made([to_pil(reconstruction[0])], [out], "reconstruct", settings, tokenizer)
     if args.json:
         print(json.dumps({"file": str(out), "tokenizer": args.tokenizer, "psnr": psnr, "tokens": tokens[0].tolist()}))
     else:

@@ -21,8 +21,17 @@ def run(args: argparse.Namespace) -> None:
         return
     for row in rows:
         print(f"{row['name']:12} {row['about']}")
+        print(f"{'':12} {'; '.join(traits(row))}")
         for name, setting in row["settings"].items():
-            print(f"    {name:10} {setting['help']}: {setting['expected']} (default: {setting['default']})")
+            default = "" if setting["default"] is None else f" (default: {setting['default']})"
+            print(f"    {name:10} {setting['help']}: {setting['expected']}{default}")
+
+
+def traits(row: dict) -> list[str]:
+    """What a sampler keeps, writes and needs, in words."""
+    kept = "lossless" if row["lossless"] else "relaxed"
+    written = "for models of tokens" if row["draws"] == "tokens" else "for models of continuous latents"
+    return [kept, written, *([f"needs a model with a {row['needs']}"] if row["needs"] else [])]
 
 
 def described(name: str) -> dict:
@@ -34,4 +43,5 @@ def described(name: str) -> dict:
         if setting.kind
     }
     about = " ".join((cls.__doc__ or "").strip().split("\n\n")[0].split())
-    return {"name": name, "about": about, "draws": getattr(cls, "draws", "tokens"), "settings": settings}
+    traits = {"draws": getattr(cls, "draws", "tokens"), "lossless": cls().lossless, "needs": getattr(cls, "needs", "")}
+    return {"name": name, "about": about, **traits, "settings": settings}

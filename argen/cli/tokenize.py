@@ -14,7 +14,6 @@ from argen.command import (
 )
 
 HELP = "turn an image into a file of tokens"
-SHOWS_DEFAULTS = True
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -6,7 +6,6 @@ from pathlib import Path
 from argen.registry import recipes
 
 HELP = "train a model"
-SHOWS_DEFAULTS = True
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -15,7 +14,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="RECIPE",
         help=", ".join(recipes),
     )
-    parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="made by `argen data emoji`")
+    parser.add_argument(
+        "--data", type=Path, metavar="DIR", help="made by `argen data emoji`; all of argen's own recipes need it"
+    )
     parser.add_argument("--scenes", type=Path, metavar="DIR", help="made by `argen data scenes`")
     parser.add_argument(
         "--out",
@@ -50,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="compile the networks first: faster steps; on a CPU this needs a C++ compiler",
     )
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="of the weights and of the batches")
 
 
 def run(args: argparse.Namespace) -> None:

@@ -9,11 +9,10 @@ from pathlib import Path
 from argen.command import device_argument, device_for, load_arguments, load_options
 
 HELP = "open the web page, and the APIs of OpenAI and A1111"
-SHOWS_DEFAULTS = True
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--port", type=int, default=7860)
+    parser.add_argument("--port", type=int, default=7860, help="of the page and the APIs; 0 for any that is free")
     parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 to let other machines in, which needs a --key")
     parser.add_argument(
         "--data-dir", type=Path, default=Path("pictures"), metavar="DIR", help="where finished images are kept"

@@ -144,7 +144,7 @@ class Composer:
         self.styles = sorted(style for style, images in self.icons.items() if len(images) >= 2)
         if not self.styles:
             raise ValueError(
-                "too few pictures to compose scenes: expected at least two things of one style in each split"
+                "too few images to compose scenes: expected at least two things of one style in each split"
             )
 
     def scene(self, rng: random.Random) -> tuple[Scene, Image.Image]:

@@ -9,7 +9,7 @@ Letters in shape comments: B pictures, H W sides of a picture, D width of a text
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -32,6 +32,7 @@ STATIC_SCALE = 60.0
 
 Density = Callable[[Tensor, str], Tensor]  # pixels [1, 3, 224, 224] in [0, 1], name of the things -> density [1, h, w]
 Detector = Callable[[Tensor, str], int]  # pixels [1, 3, H, W] in [0, 1], name -> how many
+ImageCounter = Callable[[Tensor, str], float]  # the same, where a part of a thing may count
 Relevance = Callable[[Tensor, str], Tensor]  # pixels [1, 3, 224, 224] in [0, 1], name -> cosine
 
 
@@ -42,7 +43,9 @@ class CountStep:
     Attributes:
         image: of each noise, [B, 3, H, W] in [0, 1].
         density: [B, h, w], scaled so that its sum is what was counted.
-        count, count_loss, relevance: of all pictures, their mean.
+        vector: the token [D] that drew it.
+        counts: things that the counter finds in each image, as it is saved with 8 bits.
+        count, count_loss, relevance: of all images, their mean.
         detected: things that the detector found in each, None without one.
         loss: count_loss + the weighted relevance.
         best: no step before had a lower loss.
@@ -51,12 +54,25 @@ class CountStep:
     index: int
     image: Tensor
     density: Tensor
-    count: float
+    vector: Tensor
+    counts: tuple[float, ...]
     detected: tuple[int, ...] | None
     count_loss: float
     relevance: float | None
     loss: float
     best: bool
+
+    @property
+    def count(self) -> float:
+        return sum(self.counts) / len(self.counts)
+
+    def miss(self, count: int) -> float:
+        """How far the images are from `count` things, on average."""
+        return sum(abs(counted - count) for counted in self.counts) / len(self.counts)
+
+    def is_right(self, count: int) -> bool:
+        """Whether each image has `count` things, as the counter's numbers are rounded."""
+        return all(abs(counted - count) < 0.5 for counted in self.counts)
 
 
 @dataclass(frozen=True)
@@ -65,6 +81,7 @@ class _ImageLoss:
 
     image: Tensor
     shares: Tensor
+    counted: float
     detected: int | None
     count_loss: Tensor
     cosine: Tensor | None
@@ -121,6 +138,8 @@ class CountToken:
         density: a differentiable counter; without one a token can be used and not optimised.
         detector: counts what the density is scaled by, so that the gradient is the density's and the count the detector's. None
             scales it by a constant.
+        counter: says what an image has, to find the best one and for whoever reads the result; it does not change the optimisation. None is
+            the detector, or the density where there is none.
         relevance: keeps the picture at what the prompt names.
         placeholder: the word whose embedding is optimised; it has one text token.
         template: of the prompt, with {placeholder}, {count} and {things}.
@@ -139,6 +158,7 @@ class CountToken:
         density: Density | None = None,
         detector: Detector | None = None,
         relevance: Relevance | None = None,
+        counter: ImageCounter | None = None,
         placeholder: str = "some",
         template: str = "A photo of {placeholder} {count} {things}",
         settings: dict | None = None,
@@ -147,7 +167,8 @@ class CountToken:
         ids = pipe.tokenizer(placeholder, add_special_tokens=False).input_ids
         if len(ids) != 1:
             raise ValueError(f"the placeholder {placeholder!r} has {len(ids)} text tokens: choose a word of one")
-        self.pipe, self.density, self.detector, self.relevance = pipe, density, detector, relevance
+        self.pipe, self.density, self.detector = pipe, density, detector
+        self.relevance, self.counter = relevance, counter
         self.placeholder, self.id, self.template = placeholder, ids[0], template
         self.settings = ONE_STEP if settings is None else settings
         self.vector = pipe.text_encoder.get_input_embeddings().weight[self.id].detach().float().clone()
@@ -207,7 +228,8 @@ class CountToken:
         patience: int = 15,
         **others,
     ) -> Iterator[CountStep]:
-        """Improve the token for one picture, or for several together; `vector` is the best so far whenever it is left.
+        """Improve the token for one image, or for several together, as the authors do; `vector` is that of the lowest loss so far whenever
+        it is left. `search` keeps what was counted best instead.
 
         Args:
             things: what is counted, as "oranges"; counters are asked for its last word.
@@ -238,9 +260,9 @@ class CountToken:
                         image = draw(self.pipe, prompt, latents=noise.clone(), **kwargs).images
                         results.append(self._image_loss(image, word, count, scale, relevance_scale))
                         (results[-1].loss / len(latents)).backward()
-                step = self._together(index, results, lowest)
+                step = self._together(index, results, vector.detach().clone(), lowest)
                 if step.best:
-                    lowest, remaining, self.vector = step.loss, patience, vector.detach().clone()
+                    lowest, remaining, self.vector = step.loss, patience, step.vector
                 else:
                     remaining -= 1
                 optimizer.step()
@@ -248,6 +270,24 @@ class CountToken:
                 yield step
                 if remaining < 0:
                     return
+
+    def search(self, things: str, count: int, latents: Tensor, **arguments) -> Iterator[CountStep]:
+        """Run `optimise` until the counter finds `count` things in each image: at once, where it does before anything is optimised.
+
+        The step marked `best` last is that whose images are nearest to `count`, the original ones (step 0) among them; `vector` is its token.
+
+        Args: see `optimise`.
+        """
+        nearest, vector = (float("inf"), float("inf")), self.vector
+        for step in self.optimise(things, count, latents, **arguments):
+            rank = step.miss(count), step.loss
+            best = rank < nearest
+            if best:
+                nearest, vector = rank, step.vector
+            self.vector = vector
+            yield replace(step, best=best)
+            if step.is_right(count):
+                return
 
     def _image_loss(self, image: Tensor, word: str, count: int, scale: float, relevance_scale: float) -> "_ImageLoss":
         """Count, relevance and loss of an image [1, 3, H, W]."""
@@ -264,9 +304,11 @@ class CountToken:
         count_loss = (shares.sum() - count).abs()
         cosine = None if self.relevance is None else self.relevance(crop, word).squeeze()
         loss = count_loss if cosine is None else count_loss + relevance_scale * (1 - cosine)
-        return _ImageLoss(image.detach(), shares.detach(), detected, count_loss, cosine, loss)
+        saved = (255 * image.detach()).round() / 255
+        counted = shares.sum().item() if self.counter is None else self.counter(saved, word)
+        return _ImageLoss(image.detach(), shares.detach(), counted, detected, count_loss, cosine, loss)
 
-    def _together(self, index: int, results: Sequence["_ImageLoss"], lowest: float) -> CountStep:
+    def _together(self, index: int, results: Sequence["_ImageLoss"], vector: Tensor, lowest: float) -> CountStep:
         """A step of several pictures."""
 
         def mean(values: Iterable[Tensor]) -> float:
@@ -276,7 +318,8 @@ class CountToken:
             index,
             torch.cat([result.image for result in results]),
             torch.cat([result.shares for result in results]),
-            mean(result.shares.sum() for result in results),
+            vector,
+            tuple(result.counted for result in results),
             None if self.detector is None else tuple(result.detected for result in results),
             mean(result.count_loss for result in results),
             None if self.relevance is None else mean(result.cosine for result in results),

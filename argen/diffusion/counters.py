@@ -44,6 +44,17 @@ class EmojiDensity:
         return self.counter(pixels)
 
 
+class EmojiCount:
+    """The shipped counter as a number: the sum of its density over the whole image."""
+
+    def __init__(self, counter: Counter):
+        self.counter = counter
+
+    @torch.no_grad()
+    def __call__(self, pixels: Tensor, things: str) -> float:
+        return self.counter(pixels).sum().item()
+
+
 class EmojiRelevance:
     """The cosine of a picture to the words, by the encoder of the emoji family."""
 

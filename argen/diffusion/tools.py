@@ -14,6 +14,7 @@ from argen.diffusion.counters import (
     CLIPCountDensity,
     CLIPRelevance,
     Detected,
+    EmojiCount,
     EmojiDensity,
     EmojiRelevance,
     components,
@@ -145,8 +146,12 @@ def counters(
     if "counter" in settings:
         if clip_count or detector:
             raise ValueError(f"{model} has a counter of its own: leave --clip-count and --detector out")
-        density, relevance = EmojiDensity(load(settings["counter"]).to(device)), load(settings["relevance"]).to(device)
-        return {"density": density, "detector": components, "relevance": EmojiRelevance(relevance)}
+        counter, relevance = (
+            load(settings["counter"]).to(device),
+            EmojiRelevance(load(settings["relevance"]).to(device)),
+        )
+        density, count = EmojiDensity(counter), EmojiCount(counter)
+        return {"density": density, "detector": components, "relevance": relevance, "counter": count}
     if clip_count is None:
         raise ValueError(
             f"{model} needs a counter: give --clip-count the file clipcount_pretrained.ckpt, linked in the README of "

@@ -159,17 +159,17 @@ def open_images(path: str | Path) -> ImageSet:
     """
     path = Path(path)
     if not path.exists():
-        raise FileNotFoundError(f"no pictures at {path}: expected a folder, or a .zip, .npz or .parquet file")
+        raise FileNotFoundError(f"no images at {path}: expected a folder, or a .zip, .npz or .parquet file")
     kind = FileList if path.is_dir() else {".zip": FileList, ".npz": Batch, ".parquet": Table}.get(path.suffix.lower())
     if kind is None:
-        raise ValueError(f"{path} is no set of pictures: expected a folder, or a .zip, .npz or .parquet file")
+        raise ValueError(f"{path} is no set of images: expected a folder, or a .zip, .npz or .parquet file")
     try:
         images = kind(path)
     except (zipfile.BadZipFile, KeyError, EOFError) as error:
         raise ValueError(f"{path} cannot be read ({error}): make or fetch it again") from error
     if not len(images):
         hint = ": for a set made by `argen data`, give the .parquet file of a split" if path.is_dir() else ""
-        raise ValueError(f"no pictures in {path}{hint}")
+        raise ValueError(f"no images in {path}{hint}")
     return images
 
 
@@ -177,7 +177,7 @@ def _map_array(path: Path, name: str) -> np.ndarray:
     """An array of an npz file; mapped where it is stored without compression, as these files are."""
     with zipfile.ZipFile(path) as archive:
         if f"{name}.npy" not in archive.namelist():
-            raise ValueError(f"{path} holds no {name}: expected a batch of pictures, [N, H, W, 3] uint8")
+            raise ValueError(f"{path} holds no {name}: expected a batch of images, [N, H, W, 3] uint8")
         member = archive.getinfo(f"{name}.npy")
         if member.compress_type != zipfile.ZIP_STORED:
             return np.load(archive.open(member))

@@ -78,7 +78,7 @@ def evaluate(pipe: Generator, data: Path, num_candidates: int, seed: int, grid: 
     """
     if pipe.text_image_encoder is None:
         raise ValueError(
-            f"{type(pipe).__name__} has no text/picture encoder to judge with: expected a Parti-style model"
+            f"{pipe.name} has no text and image encoder to judge with: expected a model that ranks, e.g. argen/emoji-parti"
         )
     held_out = held_out_captions(data)
     prompts = [*held_out, *COMMON]
@@ -100,7 +100,7 @@ def evaluate(pipe: Generator, data: Path, num_candidates: int, seed: int, grid: 
             first.append(job.images[0])
     scores: dict[str, float] = {}
     half = len(held_out)
-    for name, images in (("one picture", first), (f"best of {num_candidates}", best)):
+    for name, images in (("one image", first), (f"best of {num_candidates}", best)):
         parts = slice(half), slice(half, None)
         encoder = pipe.text_image_encoder
         prompt_ranks = torch.cat([ranks(encoder, prompts[part], images[part], distractors) for part in parts])

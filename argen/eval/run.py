@@ -131,7 +131,7 @@ def _look(images: ImageSet, rows: range, extractor: Extractor, crop: str | None,
                 if not finite.all():
                     place = part[int((~finite).nonzero()[0])]
                     raise ValueError(
-                        f"the features of picture {place} are not finite: the weights or the picture are damaged"
+                        f"the features of image {place} are not finite: the weights or the image are damaged"
                     )
                 chunks[name].append(value.float().cpu())
     return {name: torch.cat(parts) for name, parts in chunks.items()}
@@ -260,7 +260,7 @@ def read_reference(path: Path, extractor: Extractor, crop: str | None, force: bo
 def enough(n: int, name: str) -> None:
     """Raises ValueError for fewer than two pictures, which have no covariance."""
     if n < 2:
-        raise ValueError(f"{name} has {n} picture{'s' if n != 1 else ''}: expected at least 2")
+        raise ValueError(f"{name} has {n} image{'s' if n != 1 else ''}: expected at least 2")
 
 
 def check_names(names: Sequence[str]) -> None:
@@ -280,7 +280,7 @@ def check(names: Sequence[str], extractor: Extractor, reference: ImageSet | Stat
         return
     for name in set(names) & {"kid", "pr"}:
         if reference.images is None:
-            raise ValueError(f"{name} needs the pictures of the reference, and its file holds statistics alone")
+            raise ValueError(f"{name} needs the images of the reference, and its file holds statistics alone")
     for name in set(names) & {"fid", "sfid"}:
         if METRICS[name] not in reference.moments:
             raise ValueError(f"{name} needs mu_s and sigma_s in the file of the reference, which has none")
@@ -345,7 +345,7 @@ def _measure(names, fake, real, reference, extractor) -> dict[str, dict]:
             entry["subset_size"] = min(KID_SIZE, n, len(real[array]))
         else:
             if min(n, len(real[array])) <= NEIGHBOURS:
-                raise ValueError(f"precision and recall need more than {NEIGHBOURS} pictures on both sides")
+                raise ValueError(f"precision and recall need more than {NEIGHBOURS} images on both sides")
             precision, recall = metrics.precision_recall(real[array], rows, NEIGHBOURS)
             entry |= {"neighbours": NEIGHBOURS, "n_reference": len(real[array])}
             out[extractor.called("precision")] = entry | {"value": precision}
@@ -376,7 +376,7 @@ def draw(sample: Callable[[range], list[Image.Image]], n: int, folder: Path, bat
     state.wait_for_everyone()
     images = open_images(folder)
     if len(images) != n:
-        raise ValueError(f"{folder} holds {len(images)} pictures, expected {n}: choose another --out")
+        raise ValueError(f"{folder} holds {len(images)} images, expected {n}: choose another --out")
     return images
 
 
@@ -398,7 +398,7 @@ def report(folder: Path, settings: dict, scores: dict[str, dict], seconds: dict[
         counts = f"N {entry['n']:,}" + (f" against {entry['n_reference']:,}" if entry.get("n_reference") else "")
         lines.append(f"{name:28} {entry['value']:>10.4f}{extra:14} {counts}")
         if entry.get("judge_on_real") is not None:
-            lines[-1] += f" (on real held-out pictures: {entry['judge_on_real']:.4f})"
+            lines[-1] += f" (on real held-out images: {entry['judge_on_real']:.4f})"
         if "warning" in entry:
             lines.append(f"  warning: {entry['warning']}")
     return "\n".join([*lines, f"{folder / 'report.json'}"])

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from argen.data.emoji import STYLES, with_article
 from argen.data.scenes import thing_of
+from argen.diffusion.count_token import ImageCounter
 from argen.diffusion.tools import vocabulary_of
 from argen.eval.features import PublishedCLIP
 from argen.eval.images import ImageSet
@@ -60,6 +61,16 @@ def of_kind(kind: str, num: int) -> list[Truth]:
 def counted(truth: Truth) -> tuple[int, str]:
     """How many of what a prompt of the kind "count" asks for, in its own words."""
     return parse_count(truth.prompt)
+
+
+def share_counted(counter: ImageCounter, images: ImageSet, truths: Sequence[Truth]) -> float:
+    """The share of images in which a counter finds as many things as their prompts ask for."""
+    right = 0
+    for index, truth in enumerate(truths):
+        number, things = counted(truth)
+        pixels = torch.from_numpy(images[index]).permute(2, 0, 1)[None].float() / 255
+        right += abs(counter(pixels, things) - number) < 0.5
+    return right / len(truths)
 
 
 def elsewhere(truth: Truth, truths: Sequence[Truth]) -> str:

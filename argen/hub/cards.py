@@ -192,6 +192,11 @@ def _is_set(card: Card, name: str, value: Any) -> bool:
     return not isinstance(value, Mapping) and value is not None and value != getattr(type(card), name, None)
 
 
+def is_own(id: str) -> bool:
+    """Whether a card is one of argen's, not of an installed package or a running program."""
+    return id in _own_cards()
+
+
 def all_cards() -> dict[str, Card]:
     """Every card by its id: argen's own, those of installed packages, those that the program registered."""
     by_id = dict(_own_cards())
@@ -274,8 +279,29 @@ def check_known(model: str | Path) -> None:
         )
 
 
+def check_kind(model: str | Path, kind: str) -> None:
+    """Raises:
+    ValueError: the model is of another kind; says what it is for.
+    """
+    found = kind_of(model)
+    if found == "diffusion" and kind == "generator":
+        raise ValueError(
+            f"{model} is a diffusion pipeline, expected a generator: draw with it by `argen bind PROMPT --model {model}` or `argen count`, "
+            f"in Python by argen.load({str(model)!r})(PROMPT)"
+        )
+    if found not in (None, kind):
+        article = "an" if str(found)[0] in "aeiou" else "a"
+        raise ValueError(f"{model} is {article} {found}, expected a {kind}: `argen models` lists them")
+
+
 def list_models(kind: str | None = None) -> list[Card]:
-    """The cards of everything that `argen.load` takes by its id, or of one kind of them."""
+    """The cards of everything that `argen.load` takes by its id, or of one kind of them, a name in `KINDS`.
+
+    Raises:
+        ValueError: no such kind.
+    """
+    if kind is not None and kind not in KINDS:
+        raise ValueError(f"unknown kind {cut(kind)!r}: expected one of {', '.join(KINDS)}{nearest(str(kind), KINDS)}")
     return [card for card in all_cards().values() if kind in (None, card.kind)]
 
 

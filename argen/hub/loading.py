@@ -6,7 +6,7 @@ import json
 import logging
 import os
 import re
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,9 +15,9 @@ import torch
 from safetensors import SafetensorError
 
 from argen.collector import uncollected
-from argen.device import DTYPES, LOADING, auto_dtype, silent
+from argen.device import DTYPES, LOADING, auto_dtype, pick, silent
 from argen.hub.cards import CARD_FILE, DIFFUSION, Card, all_cards, check_known, find_card, kind_of
-from argen.hub.options import Attention, Dtype, LoadOptions, Quantize
+from argen.hub.options import Attention, Dtype, LoadOptions, Quantize, check_arguments
 from argen.hub.quantized import NAMES, quantize_model, quantized, read_quantized
 from argen.registry import pipelines, resolve
 from samplers.errors import InvalidValue
@@ -49,6 +49,7 @@ def load(
     attention: Attention | None = None,
     quantize: Quantize | None = None,
     compile: bool = False,
+    **others: Any,
 ) -> Any:
     """The pipeline of a generator, the network of a tokenizer, or a text and image encoder.
 
@@ -67,13 +68,16 @@ def load(
             with OpenVINO they are compiled, too; elsewhere they are unpacked in each pass, which is slow.
         compile: whether a generator's decoding pass becomes a graph of OpenVINO, on a CPU and in float32; compiling takes some seconds at the
             first image. Its tokens are those of the pass that is not compiled, but for rounding.
+        others: not allowed; arguments of diffusers' ``from_pretrained`` raise an error that names the alternative.
 
     Raises:
         ValueError: no such model; weights that cannot be read or do not fit; a precision, a backend or a compiler that cannot be used here or by this
             model.
         FileNotFoundError, ConnectionError: published weights that are not here and cannot be fetched.
     """
+    check_arguments(others)
     options = LoadOptions(dtype=dtype, attention=attention, quantize=quantize, compile=compile)
+    device = None if device is None else pick(device)
     check_known(model)
     if attention is not None:
         check_attention(attention)
@@ -161,7 +165,7 @@ def _load(model: str | Path, tokenizer: str | Path | None, image_size: int | Non
     has_card = os.path.lexists(path / CARD_FILE)
     if (path / "model_index.json").is_file():
         kind_of(path)  # refuses a card of another kind
-        return _read(path, find_card(str(path)) if has_card else None, lambda: _pipeline(path, pipelines))
+        return _read(path, find_card(str(path)) if has_card else None, lambda: _pipeline(path))
     if has_card:  # as `argen train` writes it
         return _read_card(path, find_card(str(path)))
     if path.is_file() and (card := _released(path)):
@@ -286,20 +290,21 @@ def load_diffusion(
         folder = hub_folder(str(model), DIFFUSION_FILES)
     try:
         with _alone():
-            pipe = _in_float32(_pipeline(folder, DIFFUSION))
+            pipe = _in_float32(_pipeline(folder, generators=False))
     except UNUSABLE as error:
         raise ValueError(f"the pipeline in {folder} cannot be used ({' '.join(str(error).split())[:300]})") from error
     return _prepared(pipe, device, options)
 
 
-def _pipeline(folder: Path, names: Collection[str]) -> "DiffusionPipeline":
-    """A pipeline of one of the classes called `names`, as ``save_pretrained`` wrote it."""
+def _pipeline(folder: Path, generators: bool = True) -> "DiffusionPipeline":
+    """A generator or a Stable Diffusion, or only the latter, as ``save_pretrained`` wrote it."""
     index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
     name = index.get("_class_name") if isinstance(index, dict) else None
     if not isinstance(name, str):
         raise ValueError("its model_index.json names no class of a pipeline")
-    if name not in names:
-        raise ValueError(f"its model_index.json names a {name[:60]}, expected one of {', '.join(names)}")
+    if name not in DIFFUSION and not (generators and name in pipelines):
+        known = ", ".join((*pipelines, *DIFFUSION) if generators else DIFFUSION)
+        raise ValueError(f"its model_index.json names a {name[:60]}, expected one of {known}")
     cls = pipelines[name] if name in pipelines else resolve(f"diffusers:{name}")
     _check_parts({part: index.get(part) for part in cls._get_signature_keys(cls)[0]})
     options = {"safety_checker": None, "requires_safety_checker": False} if name == "StableDiffusionPipeline" else {}

@@ -1,7 +1,10 @@
 """How a model is loaded: the settings that `argen.load`, the commands and the server share."""
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
+from argen.registry import nearest
+from samplers.errors import InvalidValue
 from samplers.settings import Field, settings
 
 Dtype = Literal["auto", "fp32", "bf16", "fp16"]
@@ -19,3 +22,31 @@ class LoadOptions:
     compile: bool = Field(
         default=False, description="decode through a compiled graph: faster after some seconds of compiling"
     )
+
+
+INSTEAD = {  # of arguments of diffusers' and transformers' from_pretrained
+    "torch_dtype": "give dtype, e.g. dtype='bf16'",
+    "precision": "give dtype, e.g. dtype='bf16'",
+    "device_map": "give device, e.g. device='cuda'",
+    "attn_implementation": "give attention, e.g. attention='xformers'",
+    "variant": "published files are read as their card names them, leave it out",
+    "use_safetensors": "published files are read as their card names them, leave it out",
+    "revision": "a card names the revision, leave it out",
+    "subfolder": "give the folder itself as the model",
+    "cache_dir": "set the environment variable HF_HUB_CACHE",
+    "local_files_only": "set the environment variable HF_HUB_OFFLINE=1",
+    "token": "set the environment variable HF_TOKEN",
+    "trust_remote_code": "nothing that is fetched is run, leave it out",
+    "safety_checker": "there is none, leave it out",
+    "low_cpu_mem_usage": "weights are read without a copy, leave it out",
+}
+
+
+def check_arguments(others: Mapping[str, Any]) -> None:
+    """Raises:
+    ValueError: an argument that `argen.hub.loading.load` does not have; names what stands for it.
+    """
+    for name in others:
+        known = "tokenizer, image_size, device, dtype, attention, quantize, compile"
+        instead = INSTEAD.get(name, f"it has {known}{nearest(name, known.split(', '))}")
+        raise InvalidValue(f"{name} is not an argument of argen.load: {instead}", name)

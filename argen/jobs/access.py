@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from argen.hub.cards import ids
+from argen.hub.cards import check_kind, ids
 
 
 class UnknownModel(KeyError):
@@ -32,11 +32,13 @@ class ModelAccess:
 
         Raises:
             UnknownModel: anything else.
+            ValueError: the folder holds a model of another kind.
         """
         known = ids(kind)
         if name in known:
             return name
         if (path := self._inside(name)) is not None:
+            check_kind(path, kind)
             return path
         raise UnknownModel(f"there is no model {name[:100]!r}: expected one of {', '.join(known)}")
 

@@ -16,7 +16,7 @@ from argen.command import check_model
 from argen.metadata import read_request, save_images
 from argen.pipelines.base import TokenPipeline
 from argen.registry import samplers
-from argen.request import Request, setting_of
+from argen.request import Request, parse_sampler, setting_of
 from argen.words import cut, read_lines, read_text
 from samplers.settings import MOST_DIGITS, settings_of
 from tokenizers_img.pixels import opaque
@@ -49,7 +49,7 @@ class Axis:
 
     @classmethod
     def parse(cls, text: str) -> "Axis":
-        """Parse e.g. "guidance_scale=1,3,5"; prompts are separated by bars: "prompt=a cat|a dog".
+        """Parse e.g. "guidance_scale=1,3,5"; prompts and samplers are separated by bars: "prompt=a cat|a dog".
 
         Raises:
             ValueError: an unknown setting, no values, or an invalid one.
@@ -62,6 +62,15 @@ class Axis:
                 f"the axis {text!r} has no values: expected SETTING=VALUE,VALUE, e.g. guidance_scale=1,3,5"
             )
         setting = setting_of(name)
+        for part in parts if name == "sampler" else ():
+            try:
+                parse_sampler(part)
+            except ValueError as error:
+                if "," not in part:
+                    raise
+                raise ValueError(
+                    f"the axis {text!r}: {error}; several samplers have | between, e.g. sampler=jacobi|zipar:window=2"
+                ) from error
         return cls(name, tuple(setting.parse(part) for part in parts))
 
 

@@ -207,7 +207,7 @@ def _pretrained(cls: type["PreTrainedModel"], repo: str) -> "PreTrainedModel":
             return cls.from_pretrained(folder, dtype=torch.float32).eval()
     except OSError as error:
         raise ConnectionError(
-            f"{repo} is not on this machine and could not be fetched: connect, or give a control picture with the type map"
+            f"{repo} is not on this machine and could not be fetched: connect, or give a control image with the type map"
         ) from error
 
 
@@ -231,10 +231,10 @@ KINDS: dict[str, tuple[str, Callable[[Tensor], Tensor]]] = {  # type -> what it 
     "lineart": ("line drawing, black on white", _lineart),
     "lineart-inverted": ("line drawing, white on black, for edge_base", lambda x: 255 - _lineart(x)),
     "depth": ("depth by DPT, near is light", lambda x: _depth(x, "dpt")),
-    "depth-midas": ("depth by MiDaS, for pictures that are not square", lambda x: _depth(x, "midas")),
+    "depth-midas": ("depth by MiDaS, for images that are not square", lambda x: _depth(x, "midas")),
     "segments": ("segments by MaskFormer, in the colours of COCO-Stuff", _segments),
-    "seg": ("the picture is a map of segments already", lambda x: x),
-    "map": ("the picture is a control picture already", lambda x: x),
+    "seg": ("the image is a map of segments already", lambda x: x),
+    "map": ("the image is a control image already", lambda x: x),
 }
 
 

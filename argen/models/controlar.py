@@ -164,10 +164,10 @@ class ControlAR(LlamaGen):
         """
         height, width = images.shape[2:]
         if height % CELL or width % CELL:
-            raise ValueError(f"the control picture is {width} x {height}: expected multiples of {CELL}")
+            raise ValueError(f"the control image is {width} x {height}: expected multiples of {CELL}")
         if height * width > self.length * CELL**2:
             most = f"{self.length} cells of {CELL} x {CELL} pixels"
-            raise ValueError(f"the control picture is {width} x {height}: this model has at most {most}")
+            raise ValueError(f"the control image is {width} x {height}: this model has at most {most}")
         tokens = self.condition_mlp.cap_proj(self.adapter_mlp(self.adapter(images)))
         return strength * torch.stack([layer(tokens) for layer in self.condition_layers])
 

@@ -78,7 +78,7 @@ class Vocabulary:
         words = tokenizer.get_vocab()
         codes = codes_among(words)
         if not codes or OPEN not in words or CLOSE not in words:
-            raise ValueError("this language model has no words of pictures, as <img_00000>: choose a SEED-LLaMA")
+            raise ValueError("this language model has no words of images, as <img_00000>: choose a SEED-LLaMA")
         return cls(words[code_word(0)], codes, words[OPEN], words[CLOSE])
 
     def images(self, ids: Sequence[int], count: int) -> list[list[int]]:

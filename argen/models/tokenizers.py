@@ -114,6 +114,13 @@ def read_emoji_seed(folder: Path) -> "SeedTokenizer":
     return SeedTokenizer(load_network(Seed, folder), vision, decoder, **EMOJI_SEED)
 
 
+def read_saved_seed(folder: Path) -> "SeedTokenizer":
+    """A SEED that was saved with its language model."""
+    from tokenizers_img.seed.tokenizer import SeedTokenizer
+
+    return SeedTokenizer.from_pretrained(folder, _published_unclip)
+
+
 def _published_unclip() -> "UnCLIP":
     from tokenizers_img.seed.tokenizer import UnCLIP, unclip_repository
 

@@ -8,8 +8,9 @@ import math
 from abc import abstractmethod
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, fields, replace
+from inspect import signature
 from pathlib import Path
-from typing import Any, Literal, overload
+from typing import TYPE_CHECKING, Any, Generic, Literal, Self, TypeVar, overload
 
 import numpy as np
 import torch
@@ -22,33 +23,28 @@ from torch import Tensor
 from argen import __version__
 from argen.bounds import check
 from argen.data.imagenet import class_id
-from argen.hub.cards import Card, write_card
+from argen.device import check_offload, pick
+from argen.hub.cards import Card, all_cards, write_card
 from argen.hub.loading import choose_attention
 from argen.metadata import MADE_BY, TOKENS, fingerprint
+from argen.pipelines.arguments import check_call, check_prompts, check_sampling, check_unknown
 from argen.pipelines.canvas import TokenGrid
 from argen.pipelines.editing import Editing
 from argen.pipelines.ranking import Ranking
 from argen.pipelines.running import Running
 from argen.registry import draws_of, samplers, samplers_of
 from argen.request import Control, parse_sampler
-from argen.words import check_prompt
+from argen.words import number_of
 from samplers.logits import Gumbel, Sampling, keys_of
 from samplers.settings import make
 from samplers.steps import GuidanceScale, Sampler, Session, Step
 
-INSTEAD = {  # of arguments that other diffusers pipelines have
-    "negative_prompt": "its guidance leads away from no prompt at all, raise or lower guidance_scale",
-    "height": "its images have one size, or under a control that of size=(width, height)",
-    "width": "its images have one size, or under a control that of size=(width, height)",
-    "num_inference_steps": "tokens take as many steps as there are; of a flow give the sampler's, sampler='sde:steps=40'",
-    "latents": "give tokens, with -1 in the cells to fill",
-    "image": "to change an image use edit(prompt, image, mask), to follow one control_image",
-    "mask_image": "to change an image use edit(prompt, image, mask)",
-}
 MOVED = {  # modules of the parts of saved pipelines, as release 0.1 named them
     "tokenizers_img.flextok": "tokenizers_img.flextok.network",
     "tokenizers_img.seed": "tokenizers_img.seed.network",
 }
+Prompts = str | list[str]
+Images = TypeVar("Images")  # list[Image.Image], np.ndarray or Tensor
 UNDECIDED = 230 / 255  # brightness of undecided cells
 
 
@@ -68,7 +64,7 @@ class Defaults:
 
 
 @dataclass
-class TokenPipelineOutput(BaseOutput):
+class TokenPipelineOutput(BaseOutput, Generic[Images]):
     """Args:
     images: in the format of `output_type`.
     tokens: [B, N] int64, the ids of each image; -1 in cells left undecided by an interruption.
@@ -77,7 +73,7 @@ class TokenPipelineOutput(BaseOutput):
     origins: [B, N] int8, of each token (`samplers.steps.Origin`); None where all were sampled by the generator.
     """
 
-    images: list[Image.Image] | np.ndarray | Tensor
+    images: Images
     tokens: Tensor
     scores: list[float] | None = None
     forward_passes: int = 0
@@ -97,6 +93,13 @@ class TokenPipeline(Editing, Ranking, Running):
     canvas: TokenGrid = TokenGrid()
     ordered = False
     _interrupt = False
+    if TYPE_CHECKING:  # of diffusers, whose classes type checkers do not see
+        components: dict[str, Any]
+        device: torch.device
+        dtype: torch.dtype
+        config: Any
+
+        def set_progress_bar_config(self, **settings: Any) -> None: ...
 
     @property
     @abstractmethod
@@ -163,6 +166,49 @@ class TokenPipeline(Editing, Ranking, Running):
         )
         write_card(replace(card, arguments={}), folder)
 
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **arguments: Any) -> "TokenPipeline":
+        """Read a saved pipeline as diffusers does; `argen.load` reads it, too, and everything else that argen has.
+
+        Raises:
+            ValueError: an id of a card, whose files are not those of a saved pipeline.
+        """
+        name = str(pretrained_model_name_or_path)
+        if name in all_cards():
+            raise ValueError(f"{name} is no pipeline that diffusers saved: use argen.load({name!r})")
+        return super().from_pretrained(pretrained_model_name_or_path, **arguments)
+
+    def to(self, *args: Any, **kwargs: Any) -> Self:
+        """Move to a device, a precision, or both, as in diffusers.
+
+        Raises:
+            ValueError: there is no such device here.
+        """
+        for where in (*args, kwargs.get("device"), kwargs.get("torch_device")):
+            if isinstance(where, str | torch.device):
+                pick(where)
+        return super().to(*args, **kwargs)
+
+    def enable_model_cpu_offload(self, gpu_id: int | None = None, device: torch.device | str | None = None) -> None:
+        """Keep networks on the CPU while they do nothing, as in diffusers.
+
+        Raises:
+            ValueError: there is no GPU.
+        """
+        check_offload("enable_model_cpu_offload", device)
+        super().enable_model_cpu_offload(gpu_id, device)
+
+    def enable_sequential_cpu_offload(
+        self, gpu_id: int | None = None, device: torch.device | str | None = None
+    ) -> None:
+        """Keep layers on the CPU while they do nothing, as in diffusers.
+
+        Raises:
+            ValueError: there is no GPU.
+        """
+        check_offload("enable_sequential_cpu_offload", device)
+        super().enable_sequential_cpu_offload(gpu_id, device)
+
     def enable_xformers_memory_efficient_attention(self, attention_op: None = None) -> None:
         """Let xformers compute the attention of all networks of this pipeline, as ``argen.load(..., attention="xformers")`` does.
 
@@ -176,6 +222,11 @@ class TokenPipeline(Editing, Ranking, Running):
     def disable_xformers_memory_efficient_attention(self) -> None:
         """Go back to PyTorch's own attention."""
         choose_attention(self, "native")
+
+    @property
+    def name(self) -> str:
+        """The model's id, for messages."""
+        return self.card.id if self.card and self.card.id else "this model"
 
     @property
     def image_size(self) -> int:
@@ -197,7 +248,7 @@ class TokenPipeline(Editing, Ranking, Running):
         Raises:
             ValueError: this model takes no control, or not this one.
         """
-        raise ValueError(f"{type(self).__name__} takes no control picture: choose a model like argen/emoji-control")
+        raise ValueError(f"{self.name} takes no control image: choose a model like argen/emoji-control")
 
     def shape_of(self, control: Control | None = None, num_tokens: int | None = None) -> tuple[int, int]:
         """Return rows h and columns w of the token grid, under a prepared control.
@@ -207,7 +258,7 @@ class TokenPipeline(Editing, Ranking, Running):
         """
         if num_tokens is not None:
             raise ValueError(
-                f"num_tokens is {num_tokens}: this model's pictures have {self.length} tokens, leave it out (FlexTok's are "
+                f"num_tokens is {num_tokens}: this model's images have {self.length} tokens, leave it out (FlexTok's are "
                 "of any length)"
             )
         return (int(self.length**0.5),) * 2
@@ -269,6 +320,7 @@ class TokenPipeline(Editing, Ranking, Running):
             controls: of each image, prepared by `prepare`.
             shape: of the token grid, from `shape_of`; None for the model's own.
         """
+        check_sampling(guidance_scale, temperature, top_k, top_p)
         scale = self.defaults.guidance_scale if guidance_scale is None else guidance_scale
         defaults = self.defaults
         sampling = Sampling(
@@ -279,7 +331,7 @@ class TokenPipeline(Editing, Ranking, Running):
         sampler = self.make_sampler(sampler) if isinstance(sampler, str) else sampler
         check_prompts(prompts, generators)
         if controls and len({control.image.size for control in controls}) > 1:
-            raise ValueError("the control pictures have several sizes: expected one")
+            raise ValueError("the control images have several sizes: expected one")
         shape = shape or self.shape_of(controls[0] if controls else None)
         length = math.prod(shape)
         grid = torch.full((len(prompts), length), -1) if tokens is None else tokens
@@ -302,9 +354,32 @@ class TokenPipeline(Editing, Ranking, Running):
         if step.decided != emitted:
             yield step
 
+    @overload
+    def __call__(
+        self, prompt: Prompts, *, output_type: Literal["pil"] = ..., return_dict: Literal[True] = ..., **arguments: Any
+    ) -> TokenPipelineOutput[list[Image.Image]]: ...
+
+    @overload
+    def __call__(
+        self, prompt: Prompts, *, output_type: Literal["np"], return_dict: Literal[True] = ..., **arguments: Any
+    ) -> TokenPipelineOutput[np.ndarray]: ...
+
+    @overload
     def __call__(
         self,
-        prompt: str | list[str],
+        prompt: Prompts,
+        *,
+        output_type: Literal["pt", "latent"],
+        return_dict: Literal[True] = ...,
+        **arguments: Any,
+    ) -> TokenPipelineOutput[Tensor]: ...
+
+    @overload
+    def __call__(self, prompt: Prompts, *, return_dict: Literal[False], **arguments: Any) -> tuple: ...
+
+    def __call__(
+        self,
+        prompt: Prompts,
         num_images_per_prompt: int = 1,
         guidance_scale: GuidanceScale | None = None,
         temperature: float | None = None,
@@ -351,7 +426,20 @@ class TokenPipeline(Editing, Ranking, Running):
         Raises:
             ValueError: an invalid argument; says what is expected.
         """
-        check_call(type(self).__name__, others, output_type, num_images_per_prompt, num_candidates)
+        check_unknown(type(self).__name__, others, _ARGUMENTS)
+        check_call(
+            prompt,
+            num_images_per_prompt,
+            num_candidates,
+            generator,
+            tokens,
+            output_type,
+            size,
+            callback_on_step_end,
+            sampler,
+            control_image,
+        )
+        check_sampling(guidance_scale, temperature, top_k, top_p)
         candidates = num_images_per_prompt if num_candidates is None else num_candidates
         texts = [prompt] if isinstance(prompt, str) else prompt
         prompts = [text for text in texts for _ in range(candidates)]
@@ -360,7 +448,9 @@ class TokenPipeline(Editing, Ranking, Running):
             images = control_image if isinstance(control_image, list) else [control_image] * len(texts)
             controls = self._prepare_all(images, len(texts), candidates, control_type, control_strength, size)
         shape = self.shape_of(controls[0] if controls else None, num_tokens)
-        generators = generator if isinstance(generator, list) else image_generators(generator, len(prompts))
+        generators = (
+            list(generator) if isinstance(generator, list | tuple) else image_generators(generator, len(prompts))
+        )
         settings: dict[str, Any] = {"sampler": sampler, "controls": controls, "shape": shape}
         settings |= {"guidance_scale": guidance_scale, "temperature": temperature, "top_k": top_k, "top_p": top_p}
         step = self._last_step(prompts, generators, settings, tokens, callback_on_step_end)
@@ -381,7 +471,9 @@ class TokenPipeline(Editing, Ranking, Running):
     def _prepare_all(self, images, prompts: int, candidates: int, kind: str, strength: float, size) -> list[Control]:
         """Prepare a control for each image to generate, from one control image for each prompt."""
         if len(images) != prompts:
-            raise ValueError(f"got {len(images)} control pictures for {prompts} prompts: expected one for each")
+            raise ValueError(
+                f"got {number_of(len(images), 'control image')} for {number_of(prompts, 'prompt')}: expected one for each"
+            )
         prepared = [self.prepare(Control(image, kind, strength, size)) for image in images]
         return [control for control in prepared for _ in range(candidates)]
 
@@ -455,32 +547,7 @@ class TokenPipeline(Editing, Ranking, Running):
         return images
 
 
-def check_call(
-    pipeline: str, others: dict, output_type: str, num_images_per_prompt: int, num_candidates: int | None
-) -> None:
-    """Raises:
-    ValueError: an argument of other pipelines, with the alternative; invalid numbers or an unknown output_type.
-    """
-    for name in others:
-        instead = INSTEAD.get(name, "see the arguments of its call")
-        raise ValueError(f"{name} is not an argument of {pipeline}: {instead}")
-    if output_type not in ("pil", "np", "pt", "latent"):
-        raise ValueError(f"unknown output_type {output_type!r}: expected pil, np, pt or latent")
-    if not 1 <= num_images_per_prompt <= (num_images_per_prompt if num_candidates is None else num_candidates):
-        raise ValueError(
-            f"num_images_per_prompt is {num_images_per_prompt} and num_candidates {num_candidates}: "
-            "expected at least 1 picture, and at least as many candidates"
-        )
-
-
-def check_prompts(prompts: list[str], generators: list[torch.Generator]) -> None:
-    """Raises:
-    ValueError: an empty or too long prompt, or not one generator for each.
-    """
-    for prompt in dict.fromkeys(prompts):
-        check_prompt(prompt)
-    if len(generators) != len(prompts):
-        raise ValueError(f"got {len(generators)} generators for {len(prompts)} pictures: expected one for each")
+_ARGUMENTS = [name for name in signature(TokenPipeline.__call__).parameters if name not in ("self", "others")]
 
 
 def distinct(prompts: list[str], guided: bool) -> tuple[list[str], list[int]]:

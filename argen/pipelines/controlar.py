@@ -79,7 +79,7 @@ class ControlARPipeline(LlamaGenPipeline):
             fitting = self._fit_size(width, height)
             hint = f" or ask for the size {fitting[0]}x{fitting[1]}" if self.config.any_size else ""
             raise ValueError(
-                f"the control picture is {width} x {height}, of another shape than the picture asked for, "
+                f"the control image is {width} x {height}, of another shape than the image asked for, "
                 f"{size[0]} x {size[1]}: crop it{hint}"
             )
         return replace(control, image=resized(control.image, control.kind, size), size=size)
@@ -92,7 +92,7 @@ class ControlARPipeline(LlamaGenPipeline):
     def _check_size(self, size: tuple[int, int]) -> None:
         side = self.transformer.config.grid * CELL
         if not self.config.any_size and size != (side, side):
-            raise ValueError(f"size is {size[0]} x {size[1]}: this model makes pictures of {side} x {side} only")
+            raise ValueError(f"size is {size[0]} x {size[1]}: this model makes images of {side} x {side} only")
         cells, cells_of_side = self._max_cells
         if size[0] % CELL or size[1] % CELL or math.prod(size) > cells * CELL**2 or max(size) > cells_of_side * CELL:
             raise ValueError(
@@ -110,7 +110,7 @@ class ControlARPipeline(LlamaGenPipeline):
             columns = round(rows * width / height)
             if 1 <= columns <= cells_of_side and rows * columns <= cells:
                 return columns * CELL, rows * CELL
-        raise ValueError(f"the control picture is {width} x {height}, too long and thin for this model: crop it")
+        raise ValueError(f"the control image is {width} x {height}, too long and thin for this model: crop it")
 
     def shape_of(self, control: Control | None = None, num_tokens: int | None = None) -> tuple[int, int]:
         """See `TokenPipeline.shape_of`."""

@@ -77,7 +77,7 @@ class DalleMiniPipeline(TokenPipeline):
         """Raises:
         ValueError: always; see `TokenPipeline.encode_images`.
         """
-        raise ValueError("DALL-E mini was published without its picture encoder: choose another model to edit with")
+        raise ValueError("DALL-E mini was published without its image encoder: choose another model to edit with")
 
     def decode_tokens(self, tokens: Tensor) -> Tensor:
         """See `TokenPipeline.decode_tokens`."""

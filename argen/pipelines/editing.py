@@ -1,6 +1,6 @@
 """Editing: inpainting and variations on the token grid of an image, for any pipeline with a grid."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import numpy as np
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from argen.images import fitted, fitted_box
 from argen.metadata import read_grid
+from argen.pipelines.arguments import check_counts
 from argen.request import Grid, Request
 from samplers.errors import InvalidValue
 from samplers.logits import Sampling
@@ -28,8 +29,25 @@ ImageLike = Image.Image | np.ndarray | Tensor
 class Editing(DiffusionPipeline):
     """Mixin of `TokenPipeline`: editing of existing images."""
 
+    @overload
     def edit(
-        self, prompt: str, image: ImageLike, mask: ImageLike | None = None, **settings
+        self,
+        prompt: str,
+        image: ImageLike,
+        mask: ImageLike | None = None,
+        *,
+        output_type: Literal["pil"] = ...,
+        return_dict: Literal[True] = ...,
+        **settings: Any,
+    ) -> "TokenPipelineOutput[list[Image.Image]]": ...
+
+    @overload
+    def edit(
+        self, prompt: str, image: ImageLike, mask: ImageLike | None = None, **settings: Any
+    ) -> "TokenPipelineOutput | tuple": ...
+
+    def edit(
+        self, prompt: str, image: ImageLike, mask: ImageLike | None = None, **settings: Any
     ) -> "TokenPipelineOutput | tuple":
         """Inpaint an image: redraw all cells of the token grid that the mask touches.
 
@@ -41,6 +59,7 @@ class Editing(DiffusionPipeline):
         Raises:
             ValueError: the mask has another size, or is black; this model's tokens form no grid.
         """
+        check_counts(settings.get("num_images_per_prompt", 1), settings.get("num_candidates"))
         grid = self.without(image, mask)
         num_drawn = settings.get("num_candidates") or settings.get("num_images_per_prompt", 1)
         grid = grid if grid.is_floating_point() else grid.flatten(1)
@@ -128,7 +147,7 @@ class Editing(DiffusionPipeline):
         if not self.canvas.discrete:
             raise ValueError("this model writes latents, whose probabilities are not known: choose a model of tokens")
         if (tokens < 0).any():
-            raise ValueError("the picture is not finished: expected a token in each cell")
+            raise ValueError("the image is not finished: expected a token in each cell")
         request = self.resolved(request)
         controls = [request.control] if request.control else None
         session = self.start([request.prompt], request.guidance_scale != 1, tuple(tokens.shape), controls)
@@ -147,13 +166,13 @@ class Editing(DiffusionPipeline):
 def masked_cells(image: Image.Image, mask: Image.Image | None, shape: tuple[int, int]) -> Tensor:
     """Return which cells of a token grid a mask touches, [h, w] bool; arguments as in `Editing.edit`."""
     if shape[0] == 1:
-        raise ValueError("the tokens of this model have no place in the picture: choose another model to edit with")
+        raise ValueError("the tokens of this model have no place in the image: choose another model to edit with")
     image = normalized(image)
     if mask is None:
         mask = ImageOps.invert(upright(image).getchannel("A"))
     elif (mask := to_mask(mask)).size != image.size:
         raise InvalidValue(
-            f"the mask is {mask.width} x {mask.height} and the picture {image.width} x {image.height}: expected the same",
+            f"the mask is {mask.width} x {mask.height} and the image {image.width} x {image.height}: expected the same",
             "mask",
         )
     side = max(mask.size)

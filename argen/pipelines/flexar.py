@@ -63,7 +63,7 @@ class FlexARPipeline(TokenPipeline):
         registers, codes = flextok.config.registers, flextok.fsq.n_embed
         if transformer.length > registers or transformer.config.n_embed != codes:
             raise ValueError(
-                f"the generator writes {transformer.length} tokens of {transformer.config.n_embed}, the picture tokenizer "
+                f"the generator writes {transformer.length} tokens of {transformer.config.n_embed}, the image tokenizer "
                 f"knows {registers} of {codes}: expected a generator of this tokenizer"
             )
 
@@ -99,7 +99,7 @@ class FlexARPipeline(TokenPipeline):
             ValueError: the number of tokens is out of bounds.
         """
         count = self.length if num_tokens is None else num_tokens
-        if not 1 <= count <= self.length:
+        if not isinstance(count, int) or not 1 <= count <= self.length:
             raise ValueError(f"num_tokens is {count}: expected 1 to {self.length}")
         return 1, count
 

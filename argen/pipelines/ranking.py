@@ -24,9 +24,7 @@ class Ranking(DiffusionPipeline):
             ValueError: there is nothing to rank with.
         """
         if (encoder := self.text_image_encoder) is None:
-            raise ValueError(
-                f"{type(self).__name__} has no picture encoder to rank candidates with: leave num_candidates out"
-            )
+            raise ValueError(f"{self.name} has no image encoder to rank candidates with: leave num_candidates out")
         return encoder
 
     def rank(self, prompt: str, images: list[Image.Image]) -> list[float]:

@@ -64,7 +64,7 @@ class Running(DiffusionPipeline):
         """
         if request.num_beams is not None and not hasattr(self, "search"):
             raise ValueError(
-                f"num_beams is {request.num_beams}: only pictures of ordered tokens can be searched for (FlexAR's), leave it out"
+                f"num_beams is {request.num_beams}: only images of ordered tokens can be searched for (FlexAR's), leave it out"
             )
         if (request.num_beams, request.num_candidates) != (None, None):
             self.check_ranking()

@@ -1,5 +1,6 @@
 """Text to image and image to text with SEED-LLaMA (arXiv 2310.01218): one language model over both."""
 
+import logging
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerBas
 
 from argen.bounds import check
 from argen.files import WEIGHTS
+from argen.hub.cards import list_models
 from argen.models.files import complete
 from argen.models.seed_llama import (
     CLOSE,
@@ -24,7 +26,7 @@ from argen.models.seed_llama import (
     likelihoods,
     read_tokenizer,
 )
-from argen.models.tokenizers import SEED_FILE, read_emoji_seed, read_seed
+from argen.models.tokenizers import SEED_FILE, read_emoji_seed, read_saved_seed, read_seed
 from argen.pipelines.base import Defaults, TokenPipeline
 from argen.pipelines.canvas import TokenSequence
 from argen.request import Control
@@ -48,6 +50,11 @@ class Format:
     ask: str
     answer: str = "{}"
     request: str = "{}"
+
+    @property
+    def answers(self) -> bool:
+        """Whether the model was trained to answer."""
+        return self.ask != "{}"
 
 
 FORMATS = {
@@ -88,9 +95,28 @@ class SeedLlamaPipeline(TokenPipeline):
         self.words = Vocabulary.of(tokenizer)
         if self.words.codes != image_tokenizer.config.n_embed:
             raise ValueError(
-                f"the language model has words for {self.words.codes} codes, the picture tokenizer {image_tokenizer.config.n_embed}: "
+                f"the language model has words for {self.words.codes} codes, the image tokenizer {image_tokenizer.config.n_embed}: "
                 "expected a model of this tokenizer"
             )
+
+    def save_pretrained(self, save_directory: str | Path, **arguments) -> None:
+        """See `TokenPipeline.save_pretrained`; diffusers knows no such image tokenizer, so that it saves itself."""
+        logger = logging.getLogger("diffusers.pipelines.pipeline_utils")
+        level = logger.level
+        logger.setLevel(logging.ERROR)  # or it warns that it cannot save what is saved here
+        try:
+            super().save_pretrained(save_directory, **arguments)
+            self.image_tokenizer.save_pretrained(Path(save_directory) / "image_tokenizer")
+        finally:
+            logger.setLevel(level)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **arguments: Any) -> TokenPipeline:
+        """See `TokenPipeline.from_pretrained`."""
+        images = Path(pretrained_model_name_or_path) / "image_tokenizer"
+        if "image_tokenizer" not in arguments and images.is_dir():
+            arguments["image_tokenizer"] = read_saved_seed(images)
+        return super().from_pretrained(pretrained_model_name_or_path, **arguments)
 
     @property
     def format(self) -> Format:
@@ -156,7 +182,16 @@ class SeedLlamaPipeline(TokenPipeline):
         Args:
             question: about the image; without one it is captioned.
             settings: of `chat`.
+
+        Raises:
+            ValueError: a question to a model that was not trained to answer any.
         """
+        check_length(question, "the question")
+        if question.strip() and not self.format.answers:
+            name = self.card.id if self.card else "this model"
+            raise ValueError(
+                f"{name} only writes captions: leave the question out, or choose a model that answers, {' or '.join(answering())}"
+            )
         return "".join(part for part in self.chat([[image, question]], **settings) if isinstance(part, str)).strip()
 
     def chat(
@@ -239,6 +274,12 @@ class SeedLlamaPipeline(TokenPipeline):
             if buffer and OPEN not in buffer:
                 yield buffer
                 buffer = ""
+
+
+def answering() -> list[str]:
+    """Ids of the models that answer questions about images."""
+    forms = {card.id: card.arguments.get("form") for card in list_models("generator")}
+    return [id for id, form in forms.items() if form in FORMATS and FORMATS[form].answers]
 
 
 def read_emoji(folder: Path) -> SeedLlamaPipeline:

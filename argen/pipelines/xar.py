@@ -13,7 +13,8 @@ from argen.files import WEIGHTS
 from argen.models.clip import TextImageEncoder
 from argen.models.files import emoji_text, load_network
 from argen.models.xar import SIZES, XAR, XARSession
-from argen.pipelines.base import Defaults, TokenPipeline, check_prompts, distinct
+from argen.pipelines.arguments import check_prompts, check_sampling
+from argen.pipelines.base import Defaults, TokenPipeline, distinct
 from argen.pipelines.canvas import LatentGrid
 from argen.registry import samplers, samplers_of
 from argen.request import Control, Request, parse_sampler
@@ -145,6 +146,7 @@ class XARPipeline(TokenPipeline):
         Raises:
             ValueError: a temperature, top-k or top-p that would change something.
         """
+        check_sampling(guidance_scale, temperature, top_k, top_p, by_cell=False)
         _check_undrawn(temperature, top_k, top_p)
         if controls:
             self.prepare(controls[0])

@@ -31,15 +31,19 @@ from argen.metadata import encoded, infotext
 from argen.registry import samplers
 from argen.request import Request as GenerationRequest
 from argen.request import rows_of
+from argen.server.errors import check_method
 from argen.server.guard import Owner, StudioDep
 from argen.server.jobs import check_finished, embedded_request
 from argen.server.openai import Body
 from argen.server.scaling import UPSCALER
 from argen.server.waiting import prepare, result
+from argen.words import number_of
+from samplers.settings import settings_of
 from tokenizers_img.pixels import to_mask
 
 router = APIRouter(prefix="/sdapi/v1", tags=["A1111"])
 UNCHOSEN_GUIDANCE = 7.0
+A1111_SAMPLERS = ("euler", "heun")  # that argen has for continuous latents; clients send these names for every model
 EMPTY = (  # lists that are empty in argen
     "schedulers",
     "latent-upscale-modes",
@@ -154,11 +158,14 @@ def txt2img_request(studio: Studio, model: str, body: Text) -> GenerationRequest
 
 
 def sampler_of(body: Text, names: Sequence[str]) -> str | None:
-    """Return the sampler that the body names, in any case, with blanks or hyphens, and with settings behind it, e.g. "lantern:k=5";
-    None if it is not in `names`."""
-    name, colon, settings = (body.sampler_name or body.sampler_index or "").partition(":")
+    """Return the sampler that the body names, in any case, with blanks or hyphens, and with settings behind it, e.g. "lantern:k=5".
+    None, for the default one, where it is a sampler of A1111's and not in `names`, those that fit the model; one of argen's that does not fit
+    is refused later, as everywhere."""
+    typed = body.sampler_name or body.sampler_index or ""
+    name, colon, settings = typed.partition(":")
     name = re.sub(r"[\s_-]+", "_", name.strip().lower())
-    return name + colon + settings if name in names else None
+    named = bool(colon) or name in names or name in samplers and name not in A1111_SAMPLERS
+    return name + colon + settings if named else None
 
 
 def comments(body: Text, job_request: GenerationRequest) -> list[str]:
@@ -174,8 +181,8 @@ def comments(body: Text, job_request: GenerationRequest) -> list[str]:
     lines = [f"{name} is not used: argen's models do not read it" for name, value in unread.items() if value]
     if images > 1:
         lines.append(f"{images} init_images were sent: the first one was used")
-    if sampler and sampler_of(body, list(samplers)) is None:
-        lines.append(f"there is no sampler {sampler[:60]!r}: {job_request.sampler} was used")
+    if sampler and sampler_of(body, [job_request.sampler]) is None:
+        lines.append(f"there is no sampler {sampler[:60]!r} for this model: {job_request.sampler_text} was used")
     return lines
 
 
@@ -199,7 +206,9 @@ def response_json(studio: Studio, body: Text, job_request: GenerationRequest, pr
         images = list(progress.preview or [])[: job_request.num_images]
         requests = [job_request.for_image(index) for index in range(len(images))]
         embedded = [None] * len(images)  # these would reproduce finished images
-        notes.append(f"interrupted at {progress.share:.0%}: {len(images)} of {job_request.num_images} images")
+        notes.append(
+            f"interrupted at {progress.share:.0%}: {len(images)} of {number_of(job_request.num_images, 'image')}"
+        )
     texts = [infotext(request, size) for request in requests]
     info = {
         "prompt": job_request.prompt,
@@ -210,7 +219,7 @@ def response_json(studio: Studio, body: Text, job_request: GenerationRequest, pr
         "all_seeds": [request.seed for request in requests],
         "width": size[0],
         "height": size[1],
-        "sampler_name": job_request.sampler,
+        "sampler_name": job_request.sampler_text,
         "cfg_scale": requests[0].guidance_scale if requests else job_request.guidance_scale,
         "steps": requests[0].steps if requests else job_request.steps,
         "batch_size": body.batch_size,
@@ -296,7 +305,13 @@ def nothing_to_do():
 
 @router.get("/samplers")
 def list_samplers():
-    return [{"name": name, "aliases": [], "options": {}} for name in samplers]
+    return [{"name": name, "aliases": [], "options": sampler_options(name)} for name in samplers]
+
+
+def sampler_options(name: str) -> dict[str, str]:
+    """The settings of a sampler with their defaults, as they are typed behind its name."""
+    declared = settings_of(samplers[name]).values()
+    return {setting.name: str(setting.default).lower() for setting in declared if setting.kind}
 
 
 @router.get("/upscalers")
@@ -346,7 +361,8 @@ for name in EMPTY:
 
 
 @router.api_route("/{path:path}", methods=["GET", "POST", "PUT", "DELETE", "PATCH"], include_in_schema=False)
-def unknown(path: str):
+def unknown(request: Request, path: str):
+    check_method(request, router)
     raise HTTPException(404, f"argen has no /sdapi/v1/{path[:100]}")
 
 

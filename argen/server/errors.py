@@ -5,10 +5,12 @@ import re
 import sqlite3
 from collections.abc import Mapping
 
-from fastapi import FastAPI, Request
+from fastapi import APIRouter, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
+from starlette.routing import Match
 from starlette.types import Receive, Scope, Send
 
 from argen.images import TooLarge
@@ -48,6 +50,20 @@ def error_body(message: str, param: str | None = None, code: str | None = None, 
     message = message.encode("utf-8", "replace").decode()
     kind = "invalid_request_error" if status < 500 else "server_error"
     return {"error": {"message": message, "type": kind, "param": param, "code": code}, "detail": message}
+
+
+def check_method(request: Request, router: APIRouter) -> None:
+    """Raises:
+    HTTPException: a route of the router has this path for other methods, 405 that names them.
+    """
+    methods: set[str] = set()
+    for route in router.routes:
+        if isinstance(route, APIRoute) and route.include_in_schema and route.matches(request.scope)[0] is Match.PARTIAL:
+            methods |= route.methods
+    if methods:
+        allowed = ", ".join(sorted(methods))
+        message = f"{request.url.path[:100]} does not take {request.method}: send {allowed}"
+        raise HTTPException(405, message, {"Allow": allowed})
 
 
 async def refuse(

@@ -5,14 +5,16 @@ import re
 from dataclasses import fields
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Body, HTTPException
+from fastapi import APIRouter, Body, HTTPException, Request
 from fastapi.responses import JSONResponse, Response
 
 from argen.bounds import MAX_SCALED, check_size
 from argen.jobs.queue import Forbidden, Progress, Studio
 from argen.jobs.store import DONE, WAITING, SavedImage
 from argen.metadata import encoded
+from argen.registry import nearest
 from argen.request import Request as GenerationRequest
+from argen.server.errors import check_method
 from argen.server.guard import Owner, StudioDep, Viewer
 from samplers.errors import InvalidValue
 
@@ -28,7 +30,9 @@ def parse_request(values: dict[str, Any]) -> GenerationRequest:
     """
     unknown = [name for name in values if name not in NAMES]
     if unknown:
-        raise ValueError(f"unknown field {unknown[0]!r}: expected some of {', '.join(NAMES)}")
+        raise ValueError(
+            f"unknown field {unknown[0]!r}: expected some of {', '.join(NAMES)}{nearest(unknown[0], NAMES)}"
+        )
     try:
         job_request = GenerationRequest.from_dict(values)
     except (TypeError, AttributeError, KeyError) as error:
@@ -138,5 +142,6 @@ def image(studio: StudioDep, owner: Viewer, id: str, form: str, size: str | None
 
 
 @router.api_route("/api/{path:path}", methods=["GET", "POST", "PUT", "DELETE", "PATCH"], include_in_schema=False)
-def unknown(path: str):
+def unknown(request: Request, path: str):
+    check_method(request, router)
     raise HTTPException(404, f"there is no /api/{path[:100]}: see /openapi.json")

@@ -1,6 +1,6 @@
 """OpenAI's images API (``/v1/images/generations``, ``/v1/images/edits``, ``/v1/models``), on the queue.
 
-Fields without a meaning here (quality, style, background ...) are accepted and ignored; ``size`` scales the image and does not change
+OpenAI's fields without a meaning here (`UNUSED_FIELDS`) are accepted and ignored, unknown ones refused; ``size`` scales the image and does not change
 its content. ``seed`` and the sampling settings of `argen.request.Request` are extensions. A response without ``response_format`` has
 both the image and its URL.
 """
@@ -28,11 +28,14 @@ from argen.jobs.following import final_progress
 from argen.jobs.queue import Progress, Studio
 from argen.jobs.store import DONE
 from argen.metadata import encoded
+from argen.registry import nearest
 from argen.request import Request as GenerationRequest
 from argen.request import rows_of
+from argen.server.errors import check_method
 from argen.server.guard import Links, Owner, StudioDep
 from argen.server.jobs import check_finished, embedded_request, parse_request, pixels_of
 from argen.server.waiting import prepare, queued
+from argen.words import cut
 from samplers.errors import InvalidValue
 from tokenizers_img.pixels import to_mask, upright
 
@@ -47,6 +50,7 @@ OPENAI_FIELDS = (
     "control",
     "tokens",
 )  # settings that have a field of OpenAI's, or none
+UNUSED_FIELDS = ("quality", "style", "background", "moderation", "user", "input_fidelity")  # of OpenAI's
 EXTENSIONS = {  # without their bounds, which the request checks
     name: (field.annotation, field.get_default(call_default_factory=True))
     for name, field in GenerationRequest.__pydantic_fields__.items()
@@ -71,7 +75,7 @@ Extensions = create_model("Extensions", __base__=Body, **EXTENSIONS)  # argen's 
 class Generation(Extensions):
     """The body of ``/v1/images/generations``: strict types in JSON; in a form, numbers are parsed from text."""
 
-    model_config = ConfigDict(strict=True)
+    model_config = ConfigDict(strict=True, extra="allow")  # `to_request` refuses what nobody knows
 
     prompt: str
     model: str = GenerationRequest.model
@@ -90,7 +94,15 @@ class Generation(Extensions):
         return pixels_of(self.size)
 
     def to_request(self) -> GenerationRequest:
-        """Convert to a generation request. Raises as `argen.server.jobs.parse_request` does."""
+        """Convert to a generation request. Raises as `argen.server.jobs.parse_request` does, and of an unknown field."""
+        known = [*type(self).model_fields, *UNUSED_FIELDS]
+        for name in self.model_extra or {}:
+            if name not in UNUSED_FIELDS:
+                raise InvalidValue(
+                    f"unknown parameter {cut(name)!r}: see docs/serving.md for those there are{nearest(name, known)}",
+                    name,
+                    "unknown_parameter",
+                )
         settings = {name: getattr(self, name) for name in EXTENSIONS if getattr(self, name) is not None}
         return parse_request(
             {"prompt": self.prompt, "model": self.model, "num_images": self.n, "seed": self.seed, **settings}
@@ -157,6 +169,7 @@ def model(studio: StudioDep, name: str):
 
 @router.api_route("/v1/{path:path}", methods=["GET", "POST", "PUT", "DELETE", "PATCH"], include_in_schema=False)
 def unknown(request: Request, path: str):
+    check_method(request, router)
     raise HTTPException(
         404,
         f"unknown request URL: {request.method} /v1/{path[:100]}. There are /v1/images/generations, "

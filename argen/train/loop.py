@@ -112,6 +112,7 @@ class Recipe:
         schedules: by setting, "cpu" and "gpu".
         takes: "scenes", "clip", "tokenizer", "vae" or "generator" (folders), "total" (steps of the schedule), "x" (see
             `argen.train.xar.XARTask`).
+        needs_data: whether it learns from a folder of images; if not, `task` is not called with one.
         start: the model that "generator" is.
         tokenizer: the model that "tokenizer" is.
     """
@@ -119,6 +120,7 @@ class Recipe:
     task: Callable[..., Task]
     schedules: dict[str, Schedule]
     takes: tuple[str, ...] = ()
+    needs_data: bool = True
     start: str | None = None
     tokenizer: str = "emoji-vitvqgan"
 

@@ -28,7 +28,7 @@ def trained(recipe: Recipe, part: str, folder: Path | None, shipped: Path) -> Pa
 def run(
     recipe: str,
     setting: str,
-    data: Path,
+    data: Path | None,
     scenes: Path | None,
     out: Path,
     shipped: Path,
@@ -55,11 +55,19 @@ def run(
     if x is not None and "x" not in known.takes:
         raise ValueError(f"x is {x}, but the recipe {recipe} writes no X: leave it out")
     schedule = known.schedules[setting]
+    if known.needs_data and data is None:
+        raise ValueError(f"the recipe {recipe} learns from images: give --data a folder made by `argen data emoji`")
+    if not known.needs_data and data is not None:
+        raise ValueError(f"the recipe {recipe} learns from no images: leave --data out")
+    for flag, folder in (("data", data), ("scenes", scenes)):
+        if folder is not None and not folder.is_dir():
+            raise ValueError(f"--{flag} {folder} is not a folder: expected one made by `argen data`")
     if "scenes" in known.takes and scenes is None:
         raise ValueError(f"the recipe {recipe} needs scenes too: give --scenes a folder made by `argen data scenes`")
     kwargs = {"scenes": scenes, "total": schedule.steps, "x": x}
     kwargs |= {part: trained(known, part, folder, shipped) for part, folder in parts.items() if part in known.takes}
-    task = known.task(data, *(kwargs[name] for name in known.takes))
+    folders = (data,) if known.needs_data else ()
+    task = known.task(*folders, *(kwargs[name] for name in known.takes))
     if compile:
         for network in task.networks.values():
             network.compile()

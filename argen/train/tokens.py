@@ -110,7 +110,7 @@ class CaptionsTask(Task):
             return table
         rows = [row for row, concept in enumerate(table["concept"]) if thing_of(concept, self.only)]
         if not rows:
-            raise ValueError(f"{data} shows none of {', '.join(self.only)} in its {split} split: give all the pictures")
+            raise ValueError(f"{data} shows none of {', '.join(self.only)} in its {split} split: give all the images")
         return table.select(rows)
 
     def tokens(self, images: Tensor) -> Tensor:

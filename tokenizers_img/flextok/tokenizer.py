@@ -70,7 +70,7 @@ class FlexTokenizer(nn.Module):
             ValueError: a side is no multiple of the stride.
         """
         if pixels.shape[2] % self.stride or pixels.shape[3] % self.stride:
-            raise ValueError(f"pictures are {list(pixels.shape[2:])}: expected multiples of {self.stride}")
+            raise ValueError(f"images are {list(pixels.shape[2:])}: expected multiples of {self.stride}")
         posterior = self.vae.encode(2 * pixels.to(self.vae.dtype) - 1).latent_dist
         latents = posterior.mode() if generator is None else posterior.sample(generator)
         return latents.float() * self.vae.config.scaling_factor

@@ -136,7 +136,7 @@ def eva_file() -> Path:
         ConnectionError: it is not here and cannot be fetched.
     """
     path = Path(torch.hub.get_dir()) / "checkpoints" / EVA.rpartition("/")[2]
-    refusal = f"the picture encoder of SEED is not on this machine and could not be fetched: get {EVA} and put it into {path.parent}"
+    refusal = f"the image encoder of SEED is not on this machine and could not be fetched: get {EVA} and put it into {path.parent}"
     return download(EVA, path, refusal)
 
 

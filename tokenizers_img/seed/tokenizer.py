@@ -3,8 +3,10 @@
 Letters in shape comments: see `tokenizers_img.seed.network`.
 """
 
+import json
 import os
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -21,6 +23,7 @@ from tokenizers_img.conv_encoder import TwoEncoders
 from tokenizers_img.pixels import CLIP_MEAN, CLIP_STD, from_pil, on_white, upright
 from tokenizers_img.seed.network import Seed
 
+SETTINGS, SETTINGS_FILE = ("steps", "guidance_scale", "seed", "mean", "std", "squashed"), "tokenizer.json"
 SMALLEST = 8  # pixels a side: in fewer there is nothing to recognise
 
 
@@ -90,6 +93,31 @@ class SeedTokenizer(nn.Module):
         tokens = {"tokens": network.config.tokens} if network.config.nested else {}
         self.config = FrozenDict(image_size=vision.config.image_size, n_embed=network.config.n_embed, **tokens)
 
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Save the networks, each in its own layout, and the settings; a decoder that was not needed yet is that of the release, and stays out."""
+        folder = Path(folder)
+        self.network.save_pretrained(folder)
+        self.vision.save_pretrained(folder / "vision")
+        if isinstance(self.decoder, UnCLIP):
+            self.decoder.save_pretrained(folder / "decoder")
+        settings = {name: getattr(self, name) for name in SETTINGS}
+        (folder / SETTINGS_FILE).write_text(json.dumps(settings, indent=1), encoding="utf-8")
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, release: Callable[[], UnCLIP] | None = None) -> "SeedTokenizer":
+        """Read what `save_pretrained` wrote.
+
+        Args:
+            release: gives the decoder where the folder has none.
+        """
+        folder = Path(folder)
+        settings = json.loads((folder / SETTINGS_FILE).read_text(encoding="utf-8"))
+        parts = TwoEncoders if (folder / "vision" / "conv").is_dir() else Blip2VisionModel
+        network, vision, decoder = Seed.from_pretrained(folder), parts.from_pretrained(folder / "vision"), release
+        if (folder / "decoder").is_dir():
+            decoder = UnCLIP.from_pretrained(folder / "decoder", feature_extractor=None, image_encoder=None)
+        return cls(network, vision, decoder, **settings).eval()
+
     @property
     def device(self) -> torch.device:
         return self.network.device
@@ -106,7 +134,7 @@ class SeedTokenizer(nn.Module):
         """
         if min(image.size) < SMALLEST:
             raise ValueError(
-                f"the picture is {image.width} x {image.height}: SEED expects at least {SMALLEST} pixels a side"
+                f"the image is {image.width} x {image.height}: SEED expects at least {SMALLEST} pixels a side"
             )
         size = self.config.image_size
         if not self.squashed:

@@ -32,6 +32,7 @@ def run(args: argparse.Namespace) -> None:
     from argen.diffusion.tools import counters, counting, counting_rate
     from argen.eval import run as runs
     from argen.eval import tools
+    from tokenizers_img.pixels import to_pil
 
     check_noises(args.noises)
     truths, seconds = tools.of_kind("count", args.num), {}
@@ -51,11 +52,10 @@ def run(args: argparse.Namespace) -> None:
     def draw_optimised(index: int):
         (number, things), token = tools.counted(truths[index]), new_token(index)
         noises = torch.cat([noise(index), *(noise(index, offset) for offset in range(2, args.noises + 1))])
-        for step in token.optimise(things, number, noises, steps=args.iterations, learning_rate=rate):
-            if step.best and set(step.detected) == {number}:
-                break
+        steps = token.search(things, number, noises, steps=args.iterations, learning_rate=rate)
+        best = [step for step in steps if step.best][-1]
         token.save(args.out / f"tokens/{index:06d}.safetensors", f"<{number}-things>", count=number, things=things)
-        return token.draw(things, number, noise(index))
+        return to_pil(best.image[0])
 
     def draw_with(index: int, use_token: bool, other_things: bool, other_noise: bool):
         (number, things), token = tools.counted(truths[index]), new_token(index)
@@ -71,6 +71,9 @@ def run(args: argparse.Namespace) -> None:
     before = images("before", lambda index: draw_with(index, False, False, False))
     after = images("after", draw_optimised)
     scores = tools.before_and_after(judge, truths, before=before, after=after)
+    for name, images_of in {"before": before, "after": after}.items():
+        share = tools.share_counted(counter_settings["counter"], images_of, truths)
+        scores[f"count: the pipeline's own counter, {name}"] = {"value": share, "n": len(truths)}
     for variant, changes in {"other things": (True, False), "other noise": (False, True), "both": (True, True)}.items():
         compared = {
             name: images(

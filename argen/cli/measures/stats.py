@@ -24,8 +24,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     from argen.eval import run as runs
     from argen.eval.images import open_images
+    from argen.words import number_of
 
     n = runs.save_statistics(
         args.out, open_images(args.data), extractor_of(args), args.crop, runs.cache_folder(), args.batch_size
     )
-    print(json.dumps({"file": str(args.out), "n": n}) if args.json else f"{args.out}: {n:,} images")
+    print(json.dumps({"file": str(args.out), "n": n}) if args.json else f"{args.out}: {number_of(n, 'image')}")

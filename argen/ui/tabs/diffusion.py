@@ -17,7 +17,7 @@ from argen.diffusion.rece import PRESETS
 from argen.diffusion.tome import PRESETS as STRENGTHS
 from argen.diffusion.tools import binding, concepts_of, counters, counting, counting_rate, erasing
 from argen.ui.context import AppContext, enlarge, user_errors
-from argen.words import check_length, check_prompt, parse_count, split_names
+from argen.words import check_length, check_prompt, number_of, parse_count, split_names
 from tokenizers_img.pixels import to_pil
 
 
@@ -125,7 +125,7 @@ def erase(
             yield None, None, f"before: {before:.0%}"
     try:
         for stage in stages:
-            changes.append(f"{stage.stage}: {stage.change:.1%} of the text matrices changed")
+            changes.append(f"{stage.stage}: text matrices changed by {stage.change:.2f} of their norm")
             yield before, None, "; ".join(changes)
         for update in draw_steps(pipe, prompt.strip(), arguments):
             running = isinstance(update, float)
@@ -144,13 +144,15 @@ def count(pipe: DiffusionPipeline, model: str, prompt: str, iterations: int, rat
     check_prompt(prompt)
     number, things = parse_count(prompt)
     token = CountToken(pipe, **counters(model, pipe.device), **counting(model, number))
-    before, best = None, None
-    for step in token.optimise(
-        things, number, unit_noise(pipe, torch.Generator().manual_seed(seed)), steps=iterations, learning_rate=rate
-    ):
-        image = enlarge(to_pil(step.image[0]))
-        before, best = before or image, image if step.best else best
-        yield before, best, f"step {step.index + 1}: counted {step.count:.1f}, loss {step.loss:.2f}"
+    latents, before, shown = unit_noise(pipe, torch.Generator().manual_seed(seed)), None, None
+    for step in token.search(things, number, latents, steps=iterations, learning_rate=rate):
+        if step.best:
+            shown, after = step, enlarge(to_pil(step.image[0]))
+            before = before or after
+        state = f"after {step.index} of {number_of(iterations, 'step')}; shown: counted {shown.count:.1f} after {number_of(shown.index, 'step')}"
+        if step.is_right(number):
+            state += ", right"
+        yield before, after, state
 
 
 TITLE = "Diffusion"
@@ -177,7 +179,7 @@ def layout(context: AppContext, tab: gr.Tab) -> None:
                 pipelines(model.strip()),
                 model.strip(),
                 concepts,
-                preset,
+                preset or None,
                 retained or "",
                 prompt,
                 call_arguments(*sampling),
@@ -189,8 +191,9 @@ def layout(context: AppContext, tab: gr.Tab) -> None:
             yield from count(pipe, model.strip(), prompt, int(iterations), rate, int(seed))
 
     gr.Markdown(
-        "What a Stable Diffusion (XL) pipeline binds, forbids and counts. The pipeline stays as it is; the command line writes "
-        "pipelines and tokens."
+        "Three tools for Stable Diffusion (XL) pipelines: *Bind* keeps colours with their objects, *Erase* makes a concept undrawable, *Count* "
+        "draws an exact number of objects. Each shows the image before and after, and the pipeline stays as it was; to keep the result, use "
+        "`argen bind`, `argen erase` or `argen count`."
     )
     model = gr.Textbox(
         "argen/emoji-sd", label="Pipeline", info="or a folder, or OWNER/NAME on the hub", elem_id="pipeline"
@@ -209,7 +212,7 @@ def layout(context: AppContext, tab: gr.Tab) -> None:
     with gr.Tab("Erase"):
         concepts = gr.Textbox("pizza", label="Concepts, separated by commas", elem_id="erase-concepts")
         retained = gr.Textbox(label="Retained concepts, separated by commas")
-        preset = gr.Dropdown([("the model's own", None), *PRESETS], value=None, label="Kind")
+        preset = gr.Dropdown([("the model's own", ""), *PRESETS], value="", label="Preset", elem_id="erase-preset")
         erase_prompt = gr.Textbox("a pizza", label="Prompt", elem_id="erase-prompt")
         buttons(on_erase, [model, concepts, preset, retained, erase_prompt, steps, guidance, seed], "erase")
     with gr.Tab("Count"):

@@ -1,0 +1,42 @@
+"""Every shipped generator comes back from a folder that it was saved in."""
+
+import inspect
+from importlib import import_module
+from pkgutil import iter_modules
+
+import pytest
+import torch
+
+import argen
+import argen.pipelines
+from argen.hub.cards import list_models
+from argen.pipelines.base import TokenPipeline
+from argen.registry import pipelines
+
+
+def test_every_pipeline_can_be_loaded_by_its_name():
+    modules = [import_module(f"argen.pipelines.{module.name}") for module in iter_modules(argen.pipelines.__path__)]
+    classes = {value for module in modules for value in vars(module).values() if inspect.isclass(value)}
+    names = {cls.__name__ for cls in classes if issubclass(cls, TokenPipeline)}
+    assert names - {"TokenPipeline"} <= set(pipelines)
+
+
+@pytest.mark.parametrize("model", [card.id for card in list_models("generator") if card.ships])
+def test_a_saved_generator_draws_the_same(model, tmp_path, capfd, caplog):
+    pipe = argen.load(model)
+    pipe.save_pretrained(tmp_path / "saved")
+    assert "cannot be saved" not in capfd.readouterr().err + caplog.text
+    again = argen.load(tmp_path / "saved")
+    assert type(again) is type(pipe)
+    control = {"control_image": torch_image()} if "control" in pipe.card.takes else {}
+    images = [
+        one("a red apple", generator=torch.Generator().manual_seed(3), **control).images[0].tobytes()
+        for one in (pipe, again)
+    ]
+    assert images[0] == images[1]
+
+
+def torch_image():
+    from tokenizers_img.pixels import to_pil
+
+    return to_pil(torch.rand(3, 128, 128, generator=torch.Generator().manual_seed(0)))
