@@ -34,7 +34,8 @@ from argen.pipelines.ranking import Ranking
 from argen.pipelines.running import Running
 from argen.registry import draws_of, samplers, samplers_of
 from argen.request import Control, parse_sampler
-from argen.words import number_of
+from argen.words import cut, number_of
+from samplers.errors import InvalidValue
 from samplers.logits import Gumbel, Sampling, keys_of
 from samplers.settings import make
 from samplers.steps import GuidanceScale, Sampler, Session, Step
@@ -229,6 +230,11 @@ class TokenPipeline(Editing, Ranking, Running):
         return self.card.id if self.card and self.card.id else "this model"
 
     @property
+    def codes(self) -> int | None:
+        """K, the ids of its tokens; None where the image tokenizer does not say it."""
+        return getattr(self.image_tokenizer.config, "n_embed", None)
+
+    @property
     def image_size(self) -> int:
         """Side of the model's own images, in pixels."""
         return self.image_tokenizer.config.image_size
@@ -335,8 +341,7 @@ class TokenPipeline(Editing, Ranking, Running):
         shape = shape or self.shape_of(controls[0] if controls else None)
         length = math.prod(shape)
         grid = torch.full((len(prompts), length), -1) if tokens is None else tokens
-        if grid.shape != (len(prompts), length):
-            raise ValueError(f"tokens are {list(grid.shape)}: expected {[len(prompts), length]}")
+        grid = self.canvas.check(grid, (len(prompts), length), self.codes)
         noise = Gumbel(keys_of(generators, length))
         return self._write(prompts, controls, shape, grid.to(self.device), sampling, scale, sampler, noise, every)
 
@@ -487,19 +492,37 @@ class TokenPipeline(Editing, Ranking, Running):
             while (step := next(steps, None)) is not None:
                 last = step
                 bar.update(step.decided - bar.n)
-                returned = callback and callback(self, index, step.decided, {"tokens": step.tokens})
-                changed = (returned or {}).get("tokens", step.tokens)
+                changed = step.tokens
+                if callback is not None:  # which may change the tokens in place
+                    returned = callback(self, index, step.decided, {"tokens": step.tokens.clone()})
+                    changed = self._returned_tokens(returned, step.tokens)
                 index += 1
                 if self._interrupt:
                     last = replace(step, tokens=changed)
                     break
-                if changed is not step.tokens and not torch.equal(changed, step.tokens):
+                if not self.canvas.equal(changed, step.tokens):
                     steps.close()
                     forward_passes, last = forward_passes + step.forward_passes, replace(step, tokens=changed)
                     for generator, state in zip(generators, states, strict=True):
                         generator.set_state(state)
                     steps = self.stream(prompts, generators, tokens=self.canvas.resume_state(last), **settings)
         return replace(last, forward_passes=forward_passes + last.forward_passes)
+
+    def _returned_tokens(self, returned: Any, tokens: Tensor) -> Tensor:
+        """The tokens in the dict that a callback returned, or those that there were.
+
+        Raises:
+            ValueError: it returned something else.
+        """
+        if returned is None:
+            return tokens
+        if not isinstance(returned, dict):
+            raise InvalidValue(
+                f"callback_on_step_end returned {cut(repr(returned))}: expected None, or a dict with tokens",
+                "callback_on_step_end",
+            )
+        changed = self.canvas.check(returned.get("tokens", tokens), tuple(tokens.shape), self.codes)
+        return changed.to(tokens.device)
 
     def class_of(self, prompt: str) -> int:
         """Return the class that a prompt names, for a model that reads no text.
