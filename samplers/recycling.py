@@ -70,6 +70,7 @@ class TokenRecycling:
     width: int = Field(default=8, ge=1, le=1024, description="how many probable followers of each token are remembered")
     tree: Shape | TreeName = Field(default="static", description=TREE, json_schema_extra=TREE_CHOICES)
     name = "recycling"
+    resumes = "in distribution"
     lossless = True
 
     def __call__(
