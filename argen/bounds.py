@@ -44,6 +44,7 @@ BOUNDS = {
     "num_candidates": Bound(1, MAX_CANDIDATES),
     "num_tokens": Bound(1, MAX_CELLS),
     "temperature": Bound(0, 100, False, "0: always the most probable token"),
+    "top_k": Bound(0, 2**20, note="0: all"),
     "top_p": Bound(0, 1, False, "1: all"),
     "guidance_scale": Bound(0, 100, False, "1: no guidance"),
     "steps": Bound(1, 1000),

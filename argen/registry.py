@@ -1,54 +1,143 @@
 """Everything that has a name in argen: samplers, pipelines, training recipes, commands, page tabs, cards of checkpoints.
 
 A component is known by its name and imported on first use, so that listing what there is loads no library. An installed package adds
-its own by entry points of the groups ``argen.samplers``, ``argen.pipelines`` ...; a running program by `register`.
+its own by entry points of the groups ``argen.samplers``, ``argen.pipelines`` ...; a running program by `register`. Lists leave out what
+a package brings and nobody can use, with a warning.
 """
 
+import argparse
 import difflib
-from collections.abc import Iterable, Iterator, Mapping
+import logging
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cached_property
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
+from types import ModuleType
 from typing import Any
 
+logger = logging.getLogger(__name__)
 MAX_SHOWN = 60  # characters of an unknown name in an error
+NAMES = r"[\w-]+"  # of components, as they are typed before settings and axes
+CARD_NAMES = r"[\w.+-]+(/[\w.+-]+)*"  # ids: "owner/name"
+
+
+class Installed:
+    """A component that an installed package brings.
+
+    Args:
+        check: raises where something that was imported is no component of this kind.
+    """
+
+    def __init__(self, kind: str, point: EntryPoint, check: Callable[[Any], None]):
+        self.kind, self.point, self.check = kind, point, check
+
+    @property
+    def package(self) -> str:
+        return package_of(self.point)
+
+    @cached_property
+    def imported(self) -> tuple[Any, Exception | None]:
+        """The component, or what is wrong with it; a module may raise anything."""
+        try:
+            component = self.point.load()
+            self.check(component)
+        except (Exception, SystemExit) as error:
+            return None, ValueError(
+                f"the {self.kind} {self.point.name} of the package {self.package} cannot be used ({reason(error)}): "
+                "update or uninstall it"
+            )
+        return component, None
+
+    @cached_property
+    def usable(self) -> bool:
+        """Whether it can be imported; warns if not, once."""
+        error = self.imported[1]
+        if error:
+            logger.warning("%s", error)
+        return error is None
+
+    def get(self) -> Any:
+        """The component.
+
+        Raises:
+            ValueError: it cannot be used; says which package brings it.
+        """
+        component, error = self.imported
+        if error:
+            raise error
+        return component
 
 
 class Registry(Mapping[str, Any]):
-    """Components of one kind by their names, built-in ones first.
+    """Components of one kind by their names, built-in ones first; those of installed packages are listed if they can be imported.
 
     Args:
         kind: what one of them is called, e.g. "sampler"; its entry points are in the group "argen.samplers".
         built_in: name -> "module:attribute", or "module".
+        check: raises where something is no component of this kind.
+        names: pattern of what it may be called.
     """
 
-    def __init__(self, kind: str, built_in: Mapping[str, str]):
-        self.kind, self.built_in = kind, dict(built_in)
+    def __init__(
+        self,
+        kind: str,
+        built_in: Mapping[str, str],
+        check: Callable[[Any], None] = lambda component: None,
+        names: str = NAMES,
+    ):
+        self.kind, self.built_in, self.check, self.names = kind, dict(built_in), check, names
         self.added: dict[str, Any] = {}
 
     @cached_property
-    def installed(self) -> dict[str, EntryPoint]:
-        """The entry points of installed packages."""
-        return {point.name: point for point in entry_points(group=f"argen.{self.kind}s")}
+    def installed(self) -> dict[str, Installed]:
+        """What installed packages bring; a name that argen has, or another package, and one that cannot be typed are left out."""
+        points: dict[str, EntryPoint] = {}
+        for point in sorted(
+            entry_points(group=f"argen.{self.kind}s"), key=lambda point: (point.name, package_of(point))
+        ):
+            if point.name in self.built_in:
+                fault = "argen has one of this name"
+            elif not re.fullmatch(self.names, point.name):
+                fault = "a name is made of letters, digits, - and _"
+            elif (other := points.get(point.name)) is not None and other.value != point.value:
+                fault = f"the package {package_of(other)} has one of this name"
+            else:
+                points[point.name] = point
+                continue
+            shown = ascii(point.name)[:MAX_SHOWN]
+            logger.warning("the %s %s of the package %s is left out: %s", self.kind, shown, package_of(point), fault)
+        return {name: Installed(self.kind, point, self.check) for name, point in points.items()}
 
     def add(self, name: str, component: Any) -> None:
         """Register a component, or "module:attribute" of one, for as long as the program runs.
 
         Raises:
-            ValueError: the name is empty or taken.
+            ValueError: a name that is taken or cannot be typed; what cannot be imported, or is no such component.
         """
         if not isinstance(name, str) or not name or name in self:
             raise ValueError(f"the name {str(name)[:MAX_SHOWN]!r} of a {self.kind} is taken or empty: choose another")
+        if not re.fullmatch(self.names, name):
+            raise ValueError(
+                f"the name {name[:MAX_SHOWN]!r} of a {self.kind} cannot be typed: use letters, digits, - and _"
+            )
+        try:
+            component = resolve(component) if isinstance(component, str) else component
+            self.check(component)
+        except Exception as error:
+            raise ValueError(f"the {self.kind} {name} cannot be used ({reason(error)})") from error
         self.added[name] = component
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self.built_in | self.installed | self.added)
+        yield from self.built_in
+        yield from (name for name, component in self.installed.items() if component.usable)
+        yield from (name for name in self.added if name not in self.installed)
 
     def __len__(self) -> int:
         return len(list(iter(self)))
 
     def __contains__(self, name: object) -> bool:
-        return isinstance(name, str) and any(name in names for names in (self.built_in, self.installed, self.added))
+        return isinstance(name, str) and (name in self.built_in or name in self.added or name in self.installed)
 
     def __getitem__(self, name: str) -> Any:
         """The component.
@@ -57,24 +146,85 @@ class Registry(Mapping[str, Any]):
             ValueError: there is none of this name; says which are near. An installed package cannot be imported; says which.
         """
         if name in self.added:
-            component = self.added[name]
-            return resolve(component) if isinstance(component, str) else component
+            return self.added[name]
         if name in self.built_in:
             return resolve(self.built_in[name])
         if name in self.installed:
-            return self._load(self.installed[name])
+            return self.installed[name].get()
         raise ValueError(
             f"unknown {self.kind} {str(name)[:MAX_SHOWN]!r}: expected one of {', '.join(self)}{nearest(name, self)}"
         )
 
-    def _load(self, point: EntryPoint) -> Any:
-        try:
-            return point.load()
-        except (ImportError, AttributeError) as error:
-            package = point.dist.name if point.dist else point.module
-            raise ValueError(
-                f"the {self.kind} {point.name} of the package {package} cannot be used ({error}): update or uninstall it"
-            ) from error
+
+def package_of(point: EntryPoint) -> str:
+    """The package that brings an entry point."""
+    return str(point.dist.name) if point.dist else point.value
+
+
+def reason(error: BaseException) -> str:
+    """What went wrong, in one line with the kind of error, where somebody else's code raised it."""
+    text = " ".join(str(error).split())[:200]
+    return text if isinstance(error, ValueError | ImportError | AttributeError) else f"{type(error).__name__}: {text}"
+
+
+def check_sampler(component: Any) -> None:
+    """Raises:
+    ValueError: no class of a sampler, or one whose defaults are none of its settings.
+    """
+    from samplers.settings import make, settings_of
+
+    if not isinstance(component, type) or not any("__call__" in vars(base) for base in component.__mro__):
+        raise ValueError("it is no class with a __call__, as samplers are")
+    defaults = {setting.name: setting.default for setting in settings_of(component).values() if setting.kind}
+    sampler = make(component, defaults)
+    for name in ("name", "lossless"):
+        if not hasattr(sampler, name):
+            raise ValueError(f"it has no {name}, as samplers have")
+
+
+def check_pipeline(component: Any) -> None:
+    """Raises:
+    ValueError: no class of a pipeline.
+    """
+    if not isinstance(component, type) or not hasattr(component, "from_pretrained"):
+        raise ValueError("it is no class with a from_pretrained, as pipelines are")
+
+
+def check_command(component: Any) -> None:
+    """Raises:
+    ValueError: no module of a command, or of a measure; what its `add_arguments` raises.
+    """
+    functions = ("add_arguments", "run")
+    if not isinstance(getattr(component, "HELP", None), str) or not all(
+        callable(getattr(component, name, None)) for name in functions
+    ):
+        raise ValueError("it lacks HELP, add_arguments or run, which commands have")
+    component.add_arguments(argparse.ArgumentParser())
+
+
+def check_tab(component: Any) -> None:
+    """Raises:
+    ValueError: no module of a tab.
+    """
+    if not isinstance(getattr(component, "TITLE", None), str) or not callable(getattr(component, "layout", None)):
+        raise ValueError("it lacks TITLE or layout, which tabs have")
+
+
+def check_recipe(component: Any) -> None:
+    """Raises:
+    ValueError: no recipe.
+    """
+    if not isinstance(component, resolve("argen.train.loop:Recipe")):
+        raise ValueError(f"it is {type(component).__name__}, expected an argen.train.loop.Recipe")
+
+
+def check_cards(component: Any) -> None:
+    """Raises:
+    ValueError: neither a card nor a package with TOML files.
+    """
+    is_package = isinstance(component, ModuleType) and hasattr(component, "__path__")
+    if not is_package and not isinstance(component, resolve("argen.hub.cards:Card")):
+        raise ValueError("it is neither a package with cards in TOML files nor an argen.hub.cards.Card")
 
 
 def nearest(name: str, names: Iterable[str]) -> str:
@@ -97,9 +247,9 @@ def register(kind: str, name: str, component: Any) -> None:
     do.
 
     Raises:
-        ValueError: no such kind; a name that is taken.
+        ValueError: no such kind; a name that is taken or cannot be typed; what is no component of this kind.
     """
-    if kind not in REGISTRIES:
+    if not isinstance(kind, str) or kind not in REGISTRIES:
         raise ValueError(f"unknown kind {str(kind)[:MAX_SHOWN]!r}: expected one of {', '.join(REGISTRIES)}")
     REGISTRIES[kind].add(name, component)
 
@@ -120,6 +270,7 @@ samplers = Registry(
         "euler": "samplers.next_x:Euler",
         "heun": "samplers.next_x:Heun",
     },
+    check_sampler,
 )
 pipelines = Registry(
     "pipeline",
@@ -132,6 +283,7 @@ pipelines = Registry(
         "FlexARPipeline": "argen.pipelines.flexar:FlexARPipeline",
         "SeedLlamaPipeline": "argen.pipelines.seed_llama:SeedLlamaPipeline",
     },
+    check_pipeline,
 )
 commands = Registry(
     "command",
@@ -158,6 +310,7 @@ commands = Registry(
             "ui",
         )
     },
+    check_command,
 )
 measures = Registry(
     "measure",
@@ -177,6 +330,7 @@ measures = Registry(
             "stats",
         )
     },
+    check_command,
 )
 tabs = Registry(
     "tab",
@@ -194,6 +348,7 @@ tabs = Registry(
             "models",
         )
     },
+    check_tab,
 )
 recipes = Registry(
     "recipe",
@@ -224,8 +379,11 @@ recipes = Registry(
         "emoji-seed-lm-second": "argen.train.seed_lm:SECOND_RECIPE",
         "emoji-judge": "argen.train.judge:RECIPE",
     },
+    check_recipe,
 )
-cards = Registry("card", {})  # of installed packages and of running programs; those of argen lie in argen/cards
+cards = Registry(
+    "card", {}, check_cards, CARD_NAMES
+)  # of installed packages and of running programs; those of argen lie in argen/cards
 REGISTRIES = {registry.kind: registry for registry in (samplers, pipelines, commands, measures, tabs, recipes, cards)}
 
 

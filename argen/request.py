@@ -17,7 +17,7 @@ from argen.registry import draws_of, nearest, samplers, samplers_of
 from argen.words import check_prompt, cut, visible
 from samplers.errors import InvalidValue
 from samplers.next_x import Steps
-from samplers.settings import Field, Setting, make, settings, settings_of
+from samplers.settings import Field, Setting, make, settings, typed_of
 from tokenizers_img.pixels import normalized
 
 CANDIDATES_A_BEAM = 4
@@ -217,6 +217,7 @@ class Request:
 
     def with_setting(self, name: str, value: Any) -> "Request":
         """The same with another value of a setting, see `setting_of`; one of a sampler chooses that sampler."""
+        name = name_of(name)
         sampler, _, argument = name.partition(".")
         if not argument:
             return replace(self, **{name: value} | ({"sampler_args": {}} if name == "sampler" else {}))
@@ -277,15 +278,20 @@ def setting_of(name: str) -> Setting:
     """A setting of a request by its name, or one of a sampler, e.g. "lantern.k".
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is none, or no such sampler.
     """
-    sampler, _, argument = f"lantern.{OLD_LANTERN[name]}".partition(".") if name in OLD_LANTERN else name.partition(".")
-    available = settings_of(samplers[sampler] if argument and sampler in samplers else Request)
+    sampler, _, argument = name_of(name).partition(".")
+    available = typed_of(samplers[sampler] if argument else Request)
     name = argument or name
-    if name not in available or available[name].kind is None and not available[name].pair:
-        names = [name for name, setting in available.items() if setting.kind or setting.pair]
-        raise ValueError(f"unknown setting {name[:60]!r}: expected one of {', '.join(names)}{nearest(name, names)}")
+    if name not in available:
+        names = f"expected one of {', '.join(available)}" if available else f"{sampler} has none"
+        raise ValueError(f"unknown setting {name[:60]!r}: {names}{nearest(name, available)}")
     return available[name]
+
+
+def name_of(setting: str) -> str:
+    """The name of a setting of today, also of one that release 0.1 had: "lantern.k" of "lantern_k"."""
+    return f"lantern.{OLD_LANTERN[setting]}" if setting in OLD_LANTERN else setting
 
 
 def parse_sampler(text: str) -> tuple[str, dict[str, Any]]:
@@ -295,7 +301,7 @@ def parse_sampler(text: str) -> tuple[str, dict[str, Any]]:
         ValueError: no such sampler or setting, or a value that is none of it.
     """
     name, _, typed = text.partition(":")
-    available, arguments = settings_of(samplers[name.strip()]), {}
+    available, arguments = typed_of(samplers[name.strip()]), {}
     for part in filter(None, (part.strip() for part in re.split(r",(?![^=]*\))", typed))):
         setting, equals, value = (piece.strip() for piece in part.partition("="))
         if not equals or setting not in available:
@@ -303,6 +309,8 @@ def parse_sampler(text: str) -> tuple[str, dict[str, Any]]:
                 f"the sampler {name} has no setting {part[:60]!r}: expected SETTING=VALUE of "
                 f"{', '.join(available) or 'none: it has no settings'}"
             )
+        if setting in arguments:
+            raise InvalidValue(f"{setting} is given twice in {cut(text)!r}: expected each setting once", "sampler")
         arguments[setting] = available[setting].parse(value)
     return name.strip(), arguments
 

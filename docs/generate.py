@@ -35,10 +35,10 @@ def sampler_rows() -> str:
     for name in samplers.built_in:
         sampler = samplers[name]()
         lossless = "yes" if sampler.lossless else "relaxed"
-        rows.append(
-            (f"`{name}`", about(name), getattr(sampler, "draws", "tokens"), lossless, getattr(sampler, "needs", ""))
-        )
-    return table(("sampler", "what it does", "draws", "lossless", "needs"), rows)
+        resumes = getattr(sampler, "resumes", "exactly")
+        draws, needs = getattr(sampler, "draws", "tokens"), getattr(sampler, "needs", "")
+        rows.append((f"`{name}`", about(name), draws, lossless, resumes, needs))
+    return table(("sampler", "what it does", "draws", "lossless", "resumes", "needs"), rows)
 
 
 def setting_row(setting: Setting) -> tuple[str, ...]:

@@ -18,7 +18,7 @@ from samplers.rules import NONE, OneByOne, Raised
 from samplers.settings import Field, settings
 from samplers.speculative import DraftedSession, Speculative, drafter_of
 from samplers.steps import GuidanceScale, Step
-from samplers.trees import DEPTH, NODES, TREE, TREE_CHOICES, WIDTH, Shape, TreeName, tree_of
+from samplers.trees import DEPTH, NODES, TREE_CHOICES, TREE_OR_SIZES, WIDTH, Shape, TreeName, tree_of
 
 SLICE = 1024  # rows of the codebook that are compared at a time
 
@@ -121,11 +121,12 @@ class Lantern:
         default=False,
         description="a rejected token takes all of its k neighbours with it, as in the authors' code; else only those that lent",
     )
-    tree: Shape | TreeName = Field(default="static", description=TREE, json_schema_extra=TREE_CHOICES)
+    tree: Shape | TreeName | None = Field(default=None, description=TREE_OR_SIZES, json_schema_extra=TREE_CHOICES)
     nodes: int | None = Field(default=None, ge=1, le=256, description=NODES)
     depth: int | None = Field(default=None, ge=1, le=32, description=DEPTH)
     width: int | None = Field(default=None, ge=1, le=64, description=WIDTH)
     name = "lantern"
+    resumes = "in distribution"
     lossless = False
     needs = "drafter"
 
@@ -134,8 +135,6 @@ class Lantern:
             raise ValueError("delta and lambda are both given: expected one bound")
         if self.delta is None and self.lambda_ is None:
             object.__setattr__(self, "delta", 0.2)
-        if self.tree == "static" and (self.nodes or self.depth or self.width):
-            object.__setattr__(self, "tree", "dynamic")  # which has these sizes
         tree_of(self.tree, nodes=self.nodes, depth=self.depth, width=self.width)  # says what does not fit
 
     def __call__(

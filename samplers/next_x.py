@@ -93,11 +93,13 @@ class NextX:
         for entity, length in enumerate(lengths):
             entity_cells = sequence[:, finished : finished + length]  # a view
             known, times = entity_cells.isfinite(), self.times(entity, len(lengths))
+            start, draws = noise(
+                entity, len(times) - 2 if self.noisy else 0
+            )  # also of one that is finished: a generator runs on
             if not known.all():
                 scale = guidance_scale
                 if len(lengths) > 1:
                     scale = 1 + (guidance_scale - 1) * entity / (len(lengths) - 1)
-                start, draws = noise(entity, len(times) - 2 if self.noisy else 0)
                 velocity = _Guided(session, entity, scale, entity_cells.clone(), known, start)
                 states = self.states(velocity, start.double() if self.precise else start, times, draws)
                 for index, state in enumerate(states, 1):

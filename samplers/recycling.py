@@ -19,15 +19,16 @@ from samplers.trees import TREE, TREE_CHOICES, Shape, TreeName
 
 @dataclass
 class Table:
-    """A `samplers.speculative.Drafter`: of each token, the `width` most probable tokens after it, as the target last saw it.
+    """A `samplers.speculative.Drafter`: of each token of an image, the `width` most probable tokens after it, as the target last saw it
+    in this image.
 
     A guess of a hidden state is here the token itself.
     """
 
     width: int
-    rows: dict[int, tuple[Tensor, Tensor]] = field(
+    rows: dict[tuple[int, int], tuple[Tensor, Tensor]] = field(
         default_factory=dict
-    )  # token -> those after it, their log-probabilities
+    )  # image, token -> those after it, their log-probabilities
     codes: int = 0  # K, once a forward pass was seen
 
     def begin(self, session: Session) -> "Table":
@@ -45,19 +46,20 @@ class Table:
     def logits(self, hidden: Tensor) -> tuple[Tensor, None]:
         """See `samplers.trees.Drafting.logits`; a token that was not seen yet is followed by itself, or by any other."""
         out = torch.full((*hidden.shape[:2], self.codes), -20.0)
-        for place, token in enumerate(hidden.flatten().tolist()):
-            likely, log_probs = self.rows.get(token, (torch.tensor([token]), torch.zeros(1)))
-            out.view(-1, self.codes)[place, likely] = log_probs
+        for image, row in enumerate(hidden[:, :, 0].tolist()):
+            for place, token in enumerate(row):
+                likely, log_probs = self.rows.get((image, token), (torch.tensor([token]), torch.zeros(1)))
+                out[image, place, likely] = log_probs
         return out, None
 
     def observe(self, tokens: Tensor, logits: Tensor, target_probs: Tensor) -> None:
         """See `samplers.trees.Drafting.observe`."""
         self.codes = logits.shape[-1]
         values, indices = logits.cpu().log_softmax(dim=-1).topk(min(self.width, logits.shape[-1]), dim=-1)
-        for token, likely, log_probs in zip(
-            tokens.flatten().tolist(), indices.flatten(0, 1), values.flatten(0, 1), strict=True
-        ):
-            self.rows[token] = (likely, log_probs)
+        for image, row in enumerate(tokens.tolist()):
+            for place, token in enumerate(row):
+                if token >= 0:  # neither the start nor a node of a larger tree of the batch
+                    self.rows[image, token] = indices[image, place], values[image, place]
 
 
 @settings
@@ -68,6 +70,7 @@ class TokenRecycling:
     width: int = Field(default=8, ge=1, le=1024, description="how many probable followers of each token are remembered")
     tree: Shape | TreeName = Field(default="static", description=TREE, json_schema_extra=TREE_CHOICES)
     name = "recycling"
+    resumes = "in distribution"
     lossless = True
 
     def __call__(

@@ -52,7 +52,7 @@ def _in_words(cls: type, error: ValidationError) -> ValueError:
     if first["type"] == "value_error" and not first["loc"]:  # of a check of several settings
         return first["ctx"]["error"]
     if name not in available:
-        names = ", ".join(available) or "none, there are no settings"
+        names = ", ".join(typed_of(cls)) or "none, there are no settings"
         return InvalidValue(f"unknown setting {name[:SHOWN]!r}: expected some of {names}", name)
     if first["type"] == "missing":
         message = f"{name} is missing: expected {available[name].expected}"
@@ -148,7 +148,7 @@ class Setting:
         elif self.kind is int:
             text = re.sub(r"^([+-]?\d+)\.0*$", r"\1", text)
         try:
-            if len(text) > MOST_DIGITS:
+            if len(text) > MOST_DIGITS or "_" in text:  # which Python takes inside numbers
                 raise ValueError
             return TypeAdapter(self.kind).validate_python(text)
         except ValueError:
@@ -171,6 +171,11 @@ def settings_of(cls: type) -> dict[str, Setting]:
     declared: dict[str, FieldInfo] = getattr(cls, "__pydantic_fields__", {})
     all_settings = [_setting(name, field) for name, field in declared.items()]
     return {setting.name: setting for setting in all_settings}
+
+
+def typed_of(cls: type) -> dict[str, Setting]:
+    """Those of `settings_of` that can be typed; others only Python can set."""
+    return {name: setting for name, setting in settings_of(cls).items() if setting.kind or setting.pair}
 
 
 def _setting(name: str, field: FieldInfo) -> Setting:
@@ -227,7 +232,7 @@ def make(cls: type, arguments: Mapping[str, Any]) -> Any:
     """
     available = settings_of(cls)
     if unknown := [name for name in arguments if name not in available]:
-        names = ", ".join(available) or "none: it has no settings"
+        names = ", ".join(typed_of(cls)) or "none: it has no settings"
         owner = getattr(cls, "name", cls.__name__)
         raise ValueError(f"unknown setting {str(unknown[0])[:SHOWN]!r} of {owner}: expected {names}")
     return cls(**{available[name].field: value for name, value in arguments.items()})

@@ -95,6 +95,7 @@ class SpeculativeJacobi:
         description="tokens that are drafted ahead: more save more passes, and make each pass slower",
     )
     name = "sjd"
+    resumes = "in distribution"
     lossless = True
 
     @property

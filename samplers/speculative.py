@@ -14,21 +14,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from samplers.errors import InvalidValue
 from samplers.logits import Noise, Sampling
-from samplers.rules import RULE_CHOICES, Candidates, OneByOne, Rule, RuleName, rule_of
+from samplers.rules import RULE_CHOICES, Candidates, KSeq, OneByOne, Rule, RuleName, rule_of
 from samplers.settings import Field, settings
 from samplers.steps import START, GuidanceScale, Origin, Session, Step, guided
 from samplers.trees import (
     DEPTH,
     NODES,
-    TREE,
     TREE_CHOICES,
+    TREE_OR_SIZES,
     WIDTH,
     Distribution,
     Draft,
     Drafted,
+    DrawnTree,
+    DynamicTree,
     Reading,
     Shape,
+    StaticTree,
     Tree,
     TreeName,
     tree_of,
@@ -212,7 +216,7 @@ class Speculative:
     generator brings; for `reject_in` see `verify`.
     """
 
-    tree: Shape | TreeName = Field(default="static", description=TREE, json_schema_extra=TREE_CHOICES)
+    tree: Shape | TreeName | None = Field(default=None, description=TREE_OR_SIZES, json_schema_extra=TREE_CHOICES)
     rule: Rule | RuleName = Field(
         default="lossless",
         description="which drafts are accepted: lossless and k-seq keep the model's distribution, grouped accepts more at some loss",
@@ -227,14 +231,24 @@ class Speculative:
     width: int | None = Field(default=None, ge=1, le=64, description=WIDTH)
     drafter: Drafter | None = Field(default=None, description="an object of Python")
     name = "speculative"
+    resumes = "in distribution"
     needs = "drafter"
 
     def __post_init__(self):
-        if self.rule == "k-seq" and self.tree == "static":
-            object.__setattr__(self, "tree", "independent")  # which the rule is for
-        if self.tree == "static" and (self.nodes or self.depth or self.width):
-            object.__setattr__(self, "tree", "dynamic")  # which has these sizes
-        tree_of(self.tree, nodes=self.nodes, depth=self.depth, width=self.width)  # says what does not fit
+        shape = self.shape  # says which size does not fit
+        if isinstance(rule_of(self.rule), KSeq) and type(shape) in (StaticTree, DynamicTree, DrawnTree):
+            raise InvalidValue(
+                "rule is k-seq, for candidates that are drawn independently: leave tree, nodes, depth and width out, or "
+                "choose tree=independent",
+                "rule",
+            )
+
+    @property
+    def shape(self) -> Shape:
+        """The tree with its sizes; None is that of the rule."""
+        sizes = {"nodes": self.nodes, "depth": self.depth, "width": self.width}
+        is_default = self.tree is None and not any(sizes.values())
+        return tree_of("independent" if is_default and isinstance(rule_of(self.rule), KSeq) else self.tree, **sizes)
 
     @property
     def lossless(self) -> bool:
@@ -250,7 +264,7 @@ class Speculative:
         """
         drafter = self.drafter or drafter_of(session, self.name)
         device, batch = tokens.device, len(tokens)
-        shape = tree_of(self.tree, nodes=self.nodes, depth=self.depth, width=self.width)
+        shape = self.shape
         distribution, numbers = Distribution(sampling, guidance_scale), [noise.numbers(index) for index in range(batch)]
 
         def draw(probs: Iterable[Tensor]) -> Tensor:
@@ -270,10 +284,12 @@ class Speculative:
         hidden = drafting.read(root_tokens[:, None].to(device), frontier.cells, torch.zeros(batch, 1).long(), ones)
         while not frontier.complete:
             drafts = shape.grow(drafting, hidden, frontier.roots, root_tokens, distribution, numbers)
-            nodes = torch.tensor([draft.tokens for draft in drafts])
-            positions = frontier.cells + torch.stack([draft.tree.depths for draft in drafts])
-            masks = torch.stack([draft.tree.mask for draft in drafts])
-            logits = guided(*session.forward(nodes.to(device), positions, masks), guidance_scale, positions + 1)
+            most = max(len(draft.tokens) for draft in drafts)
+            nodes = torch.tensor([draft.tokens + [-1] * (most - len(draft.tokens)) for draft in drafts])
+            trees = [draft.tree.padded(most) for draft in drafts]
+            positions = frontier.cells + torch.stack([tree.depths for tree in trees])
+            masks, fed = torch.stack([tree.mask for tree in trees]), nodes.clamp(min=0).to(device)
+            logits = guided(*session.forward(fed, positions, masks), guidance_scale, positions + 1)
             target_probs = frontier.known(distribution.of_guided(logits), positions + 1)
             forward_passes += 1
             drafting.observe(nodes, logits, target_probs)

@@ -95,6 +95,8 @@ class Sampler(Protocol):
     Attributes:
         lossless: whether tokens follow the network's own distribution.
         draws: "latents" where it is a sampler of flows; without it "tokens".
+        resumes: "in distribution" where it draws with running random numbers, so that an image that was stopped goes on as another, equally
+            probable one; without it "exactly".
         needs: what else a generator must bring, "drafter"; without it nothing.
     """
 

@@ -37,6 +37,10 @@ class Tree:
         numbers = {(): 0} | {path: index for index, path in enumerate(ordered, 1)}
         return cls((-1, *(numbers[path[:-1]] for path in ordered)))
 
+    def padded(self, nodes: int) -> "Tree":
+        """The same with further children of the root, up to so many nodes: as large as another tree of the batch."""
+        return Tree((*self.parents, *[0] * (nodes - len(self.parents))))
+
     @cached_property
     def children(self) -> tuple[tuple[int, ...], ...]:
         """Children of each node, in the order in which they are tried."""
@@ -123,7 +127,7 @@ class Reading(Protocol):
         """
 
     def observe(self, tokens: Tensor, logits: Tensor, draft_probs: Tensor) -> None:
-        """Learn from a pass of the target over tokens [B, M]: guided logits and probabilities [B, M, K] of what follows."""
+        """Learn from a pass of the target over tokens [B, M] (-1 where another image's tree is larger): guided logits and probabilities [B, M, K] of what follows."""
 
 
 class Drafting(Reading, Protocol):
@@ -282,6 +286,16 @@ class DynamicTree:
     depth: int = 4
     width: int = 10
 
+    @property
+    def beam(self) -> int:
+        """Nodes that are grown on each level: of `nodes` that are kept, no level has more."""
+        return min(self.width, self.nodes)
+
+    @property
+    def levels(self) -> int:
+        """Levels after the first; a path is not longer than `nodes`."""
+        return min(self.depth, self.nodes - 1)
+
     def grow(
         self,
         drafting: Drafting,
@@ -292,7 +306,7 @@ class DynamicTree:
         numbers: list[Iterator[float]],
     ) -> list[Draft]:
         """See `Shape.grow`; nothing is drawn."""
-        batch, width = len(roots), self.width
+        batch, width = len(roots), self.beam
         start = distribution(*drafting.logits(hidden), roots[:, None] + 1).log()[:, 0]
         scores, top_tokens = start.topk(width)  # of the beam [B, width]
         pool_scores, pool_tokens = [scores], [top_tokens]
@@ -301,7 +315,7 @@ class DynamicTree:
         hidden = hidden.expand(-1, width, -1)
         visible = torch.eye(width, dtype=torch.bool).expand(batch, -1, -1)
         ids, rows = top_tokens, torch.arange(batch)[:, None]
-        for level in range(self.depth):
+        for level in range(self.levels):
             positions = (roots[:, None] + 1 + level).expand(batch, width)
             out = drafting.guess(ids.to(hidden.device), positions, hidden, visible, roots + 1)
             draft_probs = distribution(*drafting.logits(out), positions + 1).log()
@@ -387,8 +401,7 @@ class DrawnTree:
             where = (roots[:, None] + depth + 1).expand(batch, width)
             hidden = drafting.guess(torch.tensor(fed, device=tokens.device), where, led, visible, roots + 1)
             level = children
-        most = max(len(tree.tokens) for tree in grown)
-        return [tree.draft(most, distribution.greedy) for tree in grown]
+        return [tree.draft(distribution.greedy) for tree in grown]
 
 
 class _Growing:
@@ -417,12 +430,9 @@ class _Growing:
             residual[token] = 0
         return children
 
-    def draft(self, most: int, greedy: bool) -> Draft:
-        """With as many nodes as the largest tree of the batch: those added have no chance."""
-        lacking = most - len(self.tokens)
-        tree = Tree((*self.parents, *[0] * lacking))
-        drafted = None if greedy else Drafted(self.draft_probs, [*self.proposal_probs, *[0.0] * lacking])
-        return Draft(tree, self.tokens + [-1] * lacking, drafted)
+    def draft(self, greedy: bool) -> Draft:
+        drafted = None if greedy else Drafted(self.draft_probs, self.proposal_probs)
+        return Draft(Tree(tuple(self.parents)), self.tokens, drafted)
 
 
 # Twelve nodes below the root: on two cores a forward pass over them costs less than two over a single token.
@@ -437,28 +447,39 @@ TREES: dict[str, Shape] = {
 }
 TREE_CHOICES: JsonDict = {"choices": list(TREES)}
 TREE = "how drafts branch: static (fixed), dynamic (most probable first), drawn (at random), independent (at random, for k-seq)"
+TREE = "how drafts branch: static (fixed), dynamic (most probable first), drawn (at random), independent (at random, for k-seq)"
+TREE_OR_SIZES = f"{TREE}; left out, static, or dynamic where nodes, depth or width is given"
 NODES, DEPTH, WIDTH = (  # help of the settings that are a tree's sizes
-    "how many tokens a dynamic or drawn tree drafts at once; given with a static tree, that becomes a dynamic one",
-    "how many tokens ahead a dynamic or drawn tree looks; given with a static tree, that becomes a dynamic one",
-    "how many branches a dynamic tree follows at each token; given with a static tree, that becomes a dynamic one",
+    "how many tokens a dynamic or drawn tree drafts at once",
+    "how many tokens ahead a dynamic or drawn tree looks",
+    "how many branches a dynamic tree follows at each token",
 )
+MAX_GROWN = 512  # nodes that are grown in turn, in all levels of a tree
 TreeName = Literal["static", "dynamic", "drawn", "independent"]
 
 
-def tree_of(tree: Shape | str, **sizes: int | None) -> Shape:
+def tree_of(tree: Shape | str | None, **sizes: int | None) -> Shape:
     """A shape, or the one of a name, with the sizes that are given: `nodes`, `depth` and `width` of a `DynamicTree`, `nodes` and `depth`
-    of a `DrawnTree`.
+    of a `DrawnTree`. None is the static tree, or the dynamic one where a size is given.
 
     Raises:
-        InvalidValue: a size that this shape does not have.
+        InvalidValue: a size that this shape does not have; a tree that takes too long to grow.
     """
-    shape: Any = TREES[tree] if isinstance(tree, str) else tree  # those of `TREES` are dataclasses
     changed = {name: size for name, size in sizes.items() if size is not None}
+    tree = ("dynamic" if changed else "static") if tree is None else tree
+    shape: Any = TREES[tree] if isinstance(tree, str) else tree  # those of `TREES` are dataclasses
     for name, size in changed.items():
         if not hasattr(shape, name):
             fitting = [known for known, other in TREES.items() if hasattr(other, name)]
+            called = f"the tree {tree}" if isinstance(tree, str) else "this tree"
             raise InvalidValue(
-                f"{name} is {size}, which this tree does not have: choose the tree {' or '.join(fitting)}, or leave it out",
+                f"{name} is {size}, which {called} does not have: choose the tree {' or '.join(fitting)}, or leave it out",
                 name,
             )
-    return replace(shape, **changed) if changed else shape
+    shape = replace(shape, **changed) if changed else shape
+    if isinstance(shape, DynamicTree) and shape.levels * shape.beam > MAX_GROWN:
+        raise InvalidValue(
+            f"depth is {shape.levels} and width {shape.beam}: expected at most {MAX_GROWN} nodes to grow, their product",
+            "depth",
+        )
+    return shape

@@ -7,15 +7,17 @@ from typing import get_args
 
 import pytest
 import torch
+import torch.nn.functional as F
 from diffusers.models import attention_dispatch, attention_processor
 from diffusers.models.attention_dispatch import _AttentionBackendRegistry
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import argen
 from argen.cli.main import main
 from argen.hub.loading import choose_attention, load_diffusion, loader
 from argen.hub.options import Attention
 from argen.models.xar import XAR, XARSession
-from tokenizers_img.attention import BACKENDS, DispatchedAttention, check_attention, set_attention
+from tokenizers_img.attention import BACKENDS, KERNELS, DispatchedAttention, check_attention, set_attention
 
 GENERATORS = ("parti", "llamagen", "flextok-ar", "xar", "control")
 
@@ -101,6 +103,29 @@ def test_each_model_has_its_own_even_in_threads(xformers):
     assert all(tokens.equal(expected) for tokens in drawn)
     assert len(xformers) == 3 * counted["alone"]  # alone, and twice of the four
     assert _AttentionBackendRegistry.get_active_backend()[0] == "native"
+
+
+@pytest.mark.parametrize(
+    ("name", "kernel"), [("sdpa-math", SDPBackend.MATH), ("sdpa-flash", SDPBackend.FLASH_ATTENTION)]
+)
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_kernel_is_called_and_not_chosen_for_the_process(name, kernel, masked, monkeypatch):
+    layer, generator = DispatchedAttention(), torch.Generator().manual_seed(0)
+    layer.attention = name
+    query, key, value = (torch.randn(2, n, 3, 16, generator=generator) for n in (5, 7, 7))
+    mask = torch.rand(2, 1, 5, 7, generator=generator) > 0.3 if masked and name == "sdpa-math" else None
+    heads_first = [part.transpose(1, 2) for part in (query, key, value)]
+    with sdpa_kernel(kernel):
+        expected = F.scaled_dot_product_attention(*heads_first, attn_mask=mask).transpose(1, 2).flatten(2)
+    monkeypatch.setattr(torch.nn.attention, "sdpa_kernel", lambda *_: pytest.fail("chosen for the process"))
+    torch.testing.assert_close(layer.attend(query, key, value, mask), expected, atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_kernels_are_called_as_pytorch_declares_them(name):
+    query, key = (torch.empty(2, 4, n, 20, device="meta", dtype=torch.float16) for n in (5, 7))
+    mask = None if name == "sdpa-flash" else query.new_empty(2, 4, 5, 7)
+    assert KERNELS[name](query, key, key, mask, 0.0, None).shape == query.shape
 
 
 def test_what_diffusers_sets_for_the_process_changes_nothing(xformers):

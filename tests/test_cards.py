@@ -7,11 +7,22 @@ import pytest
 import torch
 
 import argen
+from argen.command import check_model
 from argen.files import WEIGHTS
 from argen.hub.cards import CARD_FILE, FOLDER, Card, all_cards, find_card, read_card, write_card
 from argen.hub.loading import load
 from argen.registry import Registry, cards, register, resolve
 from argen.train.recipes import write_card_of
+
+SAVED = 'id = "a"\nkind = "generator"\nabout = "x"\ntarget = "argen.hub.loading:load"\n'
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """The folder of a saved pipeline."""
+    folder = tmp_path_factory.mktemp("saved") / "parti"
+    argen.load("argen/emoji-parti").save_pretrained(folder)
+    return folder
 
 
 def test_every_card_names_a_reader_and_says_what_it_is():
@@ -60,6 +71,66 @@ def test_a_saved_pipeline_keeps_its_defaults(tmp_path):
     assert again.defaults == pipe.defaults
     assert again.defaults.temperature == 0.9  # which its class has not
     assert again.card.takes == ("text", "class")
+
+
+@pytest.mark.parametrize("module", ["tokenizers_img.flextok.network", "tokenizers_img.flextok"])
+def test_a_folder_of_an_earlier_release_is_read(tmp_path, module):
+    pipe = argen.load("argen/emoji-flextok-ar")
+    pipe.save_pretrained(tmp_path / "old")
+    index = tmp_path / "old/model_index.json"
+    text = index.read_text()
+    assert '"tokenizers_img.flextok.network"' in text
+    index.write_text(text.replace("tokenizers_img.flextok.network", module))
+    again = argen.load(tmp_path / "old")
+    assert again.defaults == pipe.defaults
+    drawn = [one("a cat", generator=torch.Generator().manual_seed(1)).tokens for one in (pipe, again)]
+    assert torch.equal(*drawn)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("model_index.json", "null", "names no class of a pipeline"),
+        ("model_index.json", '{"_class_name": "Foo"}', "names a Foo, expected one of PartiPipeline"),
+        ("model_index.json", '{"_class_name": "PartiPipeline", "clip": ["os", "system"]}', "is of the library os"),
+        ("model_index.json", '{"_class_name": "PartiPipeline", "clip": 5}', "its part clip is '5'"),
+        (
+            CARD_FILE,
+            'id = "a"\nkind = "tokenizer"\nabout = "x"\ntarget = "argen.hub.loading:load"',
+            "that of a generator",
+        ),
+        (CARD_FILE, SAVED + "[defaults]\nfoo = 1", "defaults has 'foo': expected some of guidance_scale"),
+        (CARD_FILE, SAVED + "defaults = 3", "defaults is 3: expected a table"),
+        (CARD_FILE, SAVED + "[defaults]\ntemperature = nan", "temperature is nan"),
+        (CARD_FILE, SAVED + "[defaults]\ntop_p = 7", "top_p is 7"),
+        (CARD_FILE, "a = " + "[" * 3000 + "]" * 3000, "is no card"),
+        (CARD_FILE, "", "it lacks id, kind, about, target"),
+        (CARD_FILE, "#" * 1_000_001, "more than 1,000,000 bytes"),
+        (CARD_FILE, None, "is no card"),
+    ],
+)
+def test_a_broken_folder_is_one_line(tmp_path, saved, name, text, message):
+    folder = tmp_path / "model"
+    shutil.copytree(saved, folder)
+    (folder / name).unlink()
+    if text is None:
+        (folder / name).mkdir()
+    else:
+        (folder / name).write_text(text)
+    with pytest.raises(ValueError, match=message) as error:
+        argen.load(folder)
+    assert "\n" not in str(error.value)
+
+
+def test_a_card_that_links_to_itself_is_one_line(tmp_path, saved):
+    (tmp_path / CARD_FILE).symlink_to(CARD_FILE)
+    with pytest.raises(ValueError, match="is no card"):
+        argen.load(tmp_path)
+
+
+def test_a_saved_pipeline_is_no_tokenizer(saved):
+    with pytest.raises(ValueError, match="is a generator, expected a tokenizer"):
+        check_model(str(saved), "tokenizer")
 
 
 def test_a_program_registers_a_card(monkeypatch):

@@ -244,7 +244,8 @@ def broken(tmp_path, monkeypatch):
 
 def test_a_built_in_name_cannot_be_taken(broken):
     registry = Registry("thing", {"tensor": "torch:Tensor"})
-    assert list(registry) == ["tensor", "lost"]
+    assert list(registry) == ["tensor"]  # the other is known, and cannot be imported
+    assert "lost" in registry
     assert registry["tensor"] is torch.Tensor
 
 

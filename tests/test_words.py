@@ -295,7 +295,7 @@ def test_tables_of_tabs_and_of_json_with_words_for_numbers(tmp_path):
     from argen.jobs.tables import read_table
 
     (tmp_path / "t.tsv").write_text("prompt\tseed\na taxi, flat style\t4\n")
-    (tmp_path / "t.jsonl").write_text('{"prompt": "a taxi, flat style", "seed": "4", "top_k": NaN}\n')
+    (tmp_path / "t.jsonl").write_text('{"prompt": "a taxi, flat style", "seed": "4", "top_k": null}\n')
     for name in ("t.tsv", "t.jsonl"):
         (request,) = read_table(tmp_path / name)
         assert (request.prompt, request.seed, request.top_k) == ("a taxi, flat style", 4, None)

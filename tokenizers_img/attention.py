@@ -1,7 +1,8 @@
 """Attention backends: what computes soft-max(QK^T)V, chosen for each network.
 
 diffusers' dispatcher has the backends. Its own choice (`ModelMixin.set_attention_backend`, `attention_backend`, DIFFUSERS_ATTN_BACKEND) is
-one for the whole process; here each layer keeps its own, so that models on different backends may run side by side.
+one for the whole process, and so is PyTorch's choice of a kernel (`torch.nn.attention.sdpa_kernel`); here each layer keeps its own and
+calls its kernel directly, so that models on different backends may run side by side, in several threads.
 
 Letters in shape comments: R rows, n queries, m keys, H heads, D/H numbers of a head.
 """
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 
 from samplers.errors import InvalidValue
 
-ALIGNED = 8  # keys: xformers reads a mask whose rows begin at multiples of so many
+ALIGNED = 16  # keys: kernels read a mask whose rows begin at multiples of so many
 
 
 @dataclass(frozen=True)
@@ -87,13 +88,54 @@ class DispatchedAttention(nn.Module):
                 f"attention {self.attention} computes in bfloat16 or float16, and the model is in {query.dtype}: "
                 "move it, as pipe.to(torch.bfloat16), or choose native"
             )
-        if self.attention == "xformers" and mask is not None:
+        if self.attention in ("xformers", *KERNELS) and mask is not None:
             mask = _additive(mask, query, key.shape[1])
+        if self.attention in KERNELS:
+            queries, keys, values = (part.transpose(1, 2) for part in (query, key, value))
+            return KERNELS[self.attention](queries, keys, values, mask, dropout_p, scale).transpose(1, 2).flatten(2)
         return dispatch_attention_fn(query, key, value, mask, dropout_p, scale=scale, backend=backend.name).flatten(2)
 
 
+def _math(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout_p: float, scale: float | None
+) -> Tensor:
+    """Queries [R, H, n, D/H], keys and values [R, H, m, D/H], mask [R, H, n, m] -> [R, H, n, D/H], as all of `KERNELS`."""
+    attend = torch.ops.aten._scaled_dot_product_attention_math
+    return attend(query, key, value, mask, dropout_p, False, None, scale=scale)[0]
+
+
+def _flash(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout_p: float, scale: float | None
+) -> Tensor:
+    if query.device.type == "cpu":
+        attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        return attend(query, key, value, dropout_p, False, scale=scale)[0]
+    size = query.shape[-1]
+    query, key, value = (F.pad(part, (0, -size % 8)) for part in (query, key, value))
+    attend = torch.ops.aten._scaled_dot_product_flash_attention
+    return attend(query, key, value, dropout_p, False, False, scale=scale or size**-0.5)[0][..., :size]
+
+
+def _efficient(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout_p: float, scale: float | None
+) -> Tensor:
+    attend, trains = torch.ops.aten._scaled_dot_product_efficient_attention, torch.is_grad_enabled()
+    return attend(query, key, value, mask, trains, dropout_p, False, scale=scale)[0]
+
+
+def _cudnn(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout_p: float, scale: float | None
+) -> Tensor:
+    attend, trains = torch.ops.aten._scaled_dot_product_cudnn_attention, torch.is_grad_enabled()
+    query, key, value = (part.contiguous() for part in (query, key, value))
+    return attend(query, key, value, mask, trains, dropout_p, False, False, scale=scale)[0]
+
+
+KERNELS = {"sdpa-math": _math, "sdpa-flash": _flash, "sdpa-efficient": _efficient, "sdpa-cudnn": _cudnn}
+
+
 def _additive(mask: Tensor, query: Tensor, keys: int) -> Tensor:
-    """A mask of `DispatchedAttention.attend` as xformers takes it, [R, H, n, m]: what is added to the logits, its rows aligned."""
+    """A mask of `DispatchedAttention.attend` as kernels take it, [R, H, n, m]: what is added to the logits, its rows aligned."""
     rows, queries, heads, _ = query.shape
     added = query.new_zeros(rows, heads, queries, keys)
     added = added.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else added + mask.to(query.dtype)
@@ -134,7 +176,7 @@ def _check_device(name: str, kind: str) -> None:
 def set_attention(networks: Iterable[nn.Module], name: str) -> None:
     """Choose the backend of all attention layers of some networks: those of argen and of diffusers; transformers' networks, as text
     encoders, keep their own. The classic layers of diffusers (of a VAE or a U-Net) know "native" and "xformers" only, and stay native
-    with the others.
+    with the others; the newer ones stay native with those of `KERNELS`, which diffusers would choose for the whole process.
 
     Raises:
         ValueError: see `check_attention`; a network attends under a mask, which the backend does not take, or none of them has a layer
@@ -152,7 +194,11 @@ def set_attention(networks: Iterable[nn.Module], name: str) -> None:
             "attention",
         )
     processed = [layer for layer in layers if isinstance(layer, Attention | AttentionModuleMixin)]
-    modern = [layer.processor for layer in processed if hasattr(layer.processor, "_attention_backend")]
+    modern = (
+        []
+        if name in KERNELS
+        else [layer.processor for layer in processed if hasattr(layer.processor, "_attention_backend")]
+    )
     classic = [layer for layer in processed if isinstance(layer.processor, AttnProcessor2_0 | XFormersAttnProcessor)]
     if not (own or modern or (classic and name in ("native", "xformers"))) and name != "native":
         raise InvalidValue(

@@ -12,11 +12,9 @@ HELP = "FID and the other numbers that papers report"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     commands = parser.add_subparsers(dest="metric", required=True, metavar="WHAT")
-    for name in measures:
-        measure = measures[name]
-        add = commands.add_parser(
-            name, help=measure.HELP, description=getattr(measure, "DESCRIPTION", None), formatter_class=HelpFormatter
-        )
+    for name, measure in measures.items():
+        text, description = measure.HELP.replace("%", "%%"), getattr(measure, "DESCRIPTION", None)
+        add = commands.add_parser(name, help=text, description=description, formatter_class=HelpFormatter)
         measure.add_arguments(add)
 
 

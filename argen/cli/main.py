@@ -16,16 +16,12 @@ def parser(argv: list[str]) -> Parser:
     top = Parser(prog="argen", description="Autoregressive image generation: images from words, offline.")
     top.add_argument("--version", action="version", version=f"argen {__version__}")
     subparsers = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    chosen = argv[0] if argv and argv[0] in commands else None
-    for name in commands:
-        if chosen in (None, name):
-            module = commands[name]
-            description = getattr(module, "DESCRIPTION", None)
-            add = subparsers.add_parser(name, help=module.HELP, description=description, formatter_class=HelpFormatter)
-            if chosen:
-                module.add_arguments(add)
-        else:
-            subparsers.add_parser(name)
+    for name in [argv[0]] if argv and argv[0] in commands else commands:
+        module = commands[name]
+        description, text = getattr(module, "DESCRIPTION", None), module.HELP.replace("%", "%%")
+        add = subparsers.add_parser(name, help=text, description=description, formatter_class=HelpFormatter)
+        if argv and name == argv[0]:
+            module.add_arguments(add)
     return top
 
 

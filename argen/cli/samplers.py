@@ -28,10 +28,15 @@ def run(args: argparse.Namespace) -> None:
 
 
 def traits(row: dict) -> list[str]:
-    """What a sampler keeps, writes and needs, in words."""
+    """What a sampler keeps and writes, how it resumes and what it needs, in words."""
     kept = "lossless" if row["lossless"] else "relaxed"
     written = "for models of tokens" if row["draws"] == "tokens" else "for models of continuous latents"
-    return [kept, written, *([f"needs a model with a {row['needs']}"] if row["needs"] else [])]
+    return [
+        kept,
+        written,
+        f"resumes {row['resumes']}",
+        *([f"needs a model with a {row['needs']}"] if row["needs"] else []),
+    ]
 
 
 def described(name: str) -> dict:
@@ -44,4 +49,5 @@ def described(name: str) -> dict:
     }
     about = " ".join((cls.__doc__ or "").strip().split("\n\n")[0].split())
     traits = {"draws": getattr(cls, "draws", "tokens"), "lossless": cls().lossless, "needs": getattr(cls, "needs", "")}
+    traits["resumes"] = getattr(cls, "resumes", "exactly")
     return {"name": name, "about": about, **traits, "settings": settings}

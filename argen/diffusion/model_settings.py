@@ -1,6 +1,7 @@
 """What the tools are asked with on a pipeline: what its card says (``[tools.*]``), else what the authors of each method used."""
 
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from argen.diffusion.counters import (
     components,
 )
 from argen.files import WEIGHTS
-from argen.hub.cards import CARD_FILE, Card, all_cards, read_card
+from argen.hub.cards import CARD_FILE, Card, all_cards, read_folder_card
 from argen.hub.loading import load
 from argen.registry import resolve
 from argen.words import caption_names, mentions, split_names
@@ -32,7 +33,11 @@ def card_of(model: str | Path) -> Card:
     if str(model) in all_cards():
         return all_cards()[str(model)]
     path = Path(model) / CARD_FILE
-    return read_card(path) if path.is_file() else Card(str(model), "diffusion", "a pipeline of diffusers", "")
+    return (
+        read_folder_card(path)
+        if os.path.lexists(path)
+        else Card(str(model), "diffusion", "a pipeline of diffusers", "")
+    )
 
 
 def drawing(model: str, steps: int | None = None, guidance_scale: float | None = None) -> dict:

@@ -1,26 +1,34 @@
 """Cards: what argen knows of each checkpoint, one TOML file for each.
 
 Those of argen lie in ``argen/cards``; an installed package adds its own by an entry point of the group ``argen.cards`` that names a package
-with TOML files. A folder that argen saved has a card called ``argen.toml`` in it.
+with TOML files. A folder that argen saved has a card called ``argen.toml`` in it; since such a folder may come from anywhere, its card names
+only what one of argen or of an installed package names, too.
 """
 
 import json
+import logging
 import os
+import re
 import tomllib
-from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from collections.abc import Iterable, Mapping
+from dataclasses import MISSING, Field, dataclass, field, fields
 from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from argen.files import WEIGHTS, replacing
-from argen.registry import MAX_SHOWN, cards, nearest, pipelines
+from argen.registry import CARD_NAMES, MAX_SHOWN, cards, nearest, pipelines
 from argen.words import cut, visible
 
+logger = logging.getLogger(__name__)
 FOLDER = Path(__file__).parents[1] / "cards"
 CARD_FILE = "argen.toml"
 KINDS = ("generator", "tokenizer", "encoder", "drafter", "diffusion", "counter", "judge")
+SAVED = "argen.hub.loading:load"  # target of a saved pipeline, whose model_index.json says what it is
+DIFFUSION = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
+DEFAULTS = ("guidance_scale", "temperature", "top_k", "top_p", "steps")
+MAX_BYTES = 1_000_000  # of a card
 
 
 @dataclass(frozen=True)
@@ -72,8 +80,20 @@ class Card:
     tools: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def __post_init__(self):
+        for item in fields(self):
+            _check_type(item, getattr(self, item.name))
         if self.kind not in KINDS:
-            raise ValueError(f"kind is {str(self.kind)[:MAX_SHOWN]!r}: expected one of {', '.join(KINDS)}")
+            raise ValueError(f"kind is {self.kind[:MAX_SHOWN]!r}: expected one of {', '.join(KINDS)}")
+        if unknown := [name for name in self.defaults if name not in DEFAULTS]:
+            raise ValueError(f"defaults has {cut(unknown[0])!r}: expected some of {', '.join(DEFAULTS)}")
+        if wrong := [tool for tool, settings in self.tools.items() if not isinstance(settings, Mapping)]:
+            raise ValueError(f"tools.{cut(wrong[0])} is no table")
+
+    @property
+    def references(self) -> set[str]:
+        """What loading and the tools import: "module:attribute" of readers, networks and vocabularies."""
+        named = self.target, self.arguments.get("network"), self.tool("erase").get("vocabulary")
+        return {str(name) for name in named if name is not None}
 
     @property
     def ships(self) -> bool:
@@ -90,20 +110,70 @@ class Card:
         return dict(self.tools.get(name, {}))
 
 
+def _check_type(item: Field, value: Any) -> None:
+    """Raises:
+    ValueError: a value is not of its field's type, which that of the default says.
+    """
+    default = item.default if item.default is not MISSING else "" if item.default_factory is MISSING else {}
+    if isinstance(default, bool):
+        fits, expected = isinstance(value, bool), "true or false"
+    elif isinstance(default, int | float):
+        kinds = int if isinstance(default, int) else int | float
+        fits, expected = isinstance(value, kinds) and not isinstance(value, bool), "a number"
+    elif isinstance(default, tuple):
+        fits, expected = isinstance(value, tuple) and all(isinstance(part, str) for part in value), "a list of texts"
+    elif isinstance(default, dict):
+        fits, expected = isinstance(value, Mapping), "a table"
+    else:
+        fits = isinstance(value, str) and value.isprintable() or value is default is None
+        expected = "text in one line"
+    if not fits:
+        raise ValueError(f"{item.name} is {cut(repr(value))}: expected {expected}")
+
+
 def read_card(path: Path) -> Card:
     """A card out of a TOML file.
 
     Raises:
         ValueError: it is none; says the file and what is wrong.
     """
+    names = [item.name for item in fields(Card)]
     try:
+        if path.exists() and (not path.is_file() or path.stat().st_size > MAX_BYTES):
+            raise ValueError(f"it is no file, or one of more than {MAX_BYTES:,} bytes")
         content = tomllib.loads(path.read_text(encoding="utf-8"))
+        if unknown := [name for name in content if name not in names]:
+            raise ValueError(f"it has {cut(unknown[0])!r}")
+        required = [item.name for item in fields(Card) if item.default is item.default_factory is MISSING]
+        if missing := [name for name in required if name not in content]:
+            raise ValueError(f"it lacks {', '.join(missing)}")
         lists = {name: tuple(value) for name, value in content.items() if isinstance(value, list)}
-        folder = {"folder": str((path.parent / content["folder"]).resolve())} if "folder" in content else {}
-        return Card(**content | lists | folder)
-    except (TypeError, ValueError, OSError) as error:
-        names = ", ".join(item.name for item in fields(Card))
-        raise ValueError(f"{path} is no card ({error}): expected TOML with some of {names}") from error
+        folder = content.get("folder")
+        resolved = {"folder": str((path.parent / folder).resolve())} if isinstance(folder, str) else {}
+        return Card(**content | lists | resolved)
+    except (ValueError, OSError, RecursionError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(f"{path} is no card ({reason}): expected TOML with some of {', '.join(names)}") from error
+
+
+def read_folder_card(path: Path) -> Card:
+    """`read_card` of a folder that may come from anywhere: what it names to import must be known.
+
+    Raises:
+        ValueError: it is none; it names what no card of argen or of an installed package names, or lies in a folder of itself.
+    """
+    card = read_card(path)
+    trusted = {SAVED}.union(*(known.references for known in all_cards().values()))
+    if unknown := sorted(card.references - trusted):
+        raise ValueError(
+            f"{path} names {cut(unknown[0])!r}, which no card of argen or of an installed package names: nothing of it was "
+            "run, save or train the model again"
+        )
+    if card.target == SAVED and not (path.parent / "model_index.json").is_file():
+        raise ValueError(
+            f"{path} is that of a saved pipeline, but there is no model_index.json beside it: save it again"
+        )
+    return card
 
 
 def write_card(card: Card, folder: Path) -> None:
@@ -130,8 +200,7 @@ def is_own(id: str) -> bool:
 def all_cards() -> dict[str, Card]:
     """Every card by its id: argen's own, those of installed packages, those that the program registered."""
     by_id = dict(_own_cards())
-    for name in cards:
-        component = cards[name]
+    for component in cards.values():
         for card in _package_cards(component) if isinstance(component, ModuleType) else [component]:
             by_id.setdefault(card.id, card)
     return by_id
@@ -139,29 +208,63 @@ def all_cards() -> dict[str, Card]:
 
 @cache
 def _own_cards() -> dict[str, Card]:
-    return _in_folder(FOLDER)
+    return _in_order(read_card(path) for path in FOLDER.glob("*.toml"))
 
 
 @cache
 def _package_cards(package: ModuleType) -> list[Card]:
-    return [card for folder in package.__path__ for card in _in_folder(Path(folder)).values()]
+    """The cards of a package; those that cannot be read, or take the id of argen's, are left out with a warning."""
+    package_cards = []
+    for path in (path for folder in package.__path__ for path in Path(folder).glob("*.toml")):
+        try:
+            card = read_card(path)
+            if not re.fullmatch(CARD_NAMES, card.id) or card.id in _own_cards():
+                raise ValueError(f"the id {cut(card.id)!r} of {path} is argen's, or not of the form OWNER/NAME")
+            package_cards.append(card)
+        except ValueError as error:
+            logger.warning("a card of the package %s is left out: %s", package.__name__, error)
+    return list(_in_order(package_cards).values())
 
 
-def _in_folder(folder: Path) -> dict[str, Card]:
-    folder_cards = [read_card(path) for path in folder.glob("*.toml")]
-    return {card.id: card for card in sorted(folder_cards, key=lambda card: (card.order, card.kind, card.id.lower()))}
+def _in_order(unordered: Iterable[Card]) -> dict[str, Card]:
+    return {card.id: card for card in sorted(unordered, key=lambda card: (card.order, card.kind, card.id.lower()))}
 
 
 def find_card(id: str) -> Card:
     """The card of an id, or of the card's own folder.
 
     Raises:
-        ValueError: there is none; says which ids are near.
+        ValueError: there is none; says which ids are near; see `read_folder_card`.
     """
     if id in all_cards():
         return all_cards()[id]
     check_known(id)
-    return read_card(Path(id) / CARD_FILE)
+    return read_folder_card(Path(id) / CARD_FILE)
+
+
+def kind_of(model: str | Path) -> str | None:
+    """The kind of a model, see `Card`, by its id or by the files in its folder; None where only loading tells it.
+
+    Raises:
+        ValueError: a card that is none, or one of another kind than the pipeline beside it.
+    """
+    if str(model) in all_cards():
+        return all_cards()[str(model)].kind
+    folder, saved = Path(model), None
+    if (folder / "model_index.json").is_file():
+        try:
+            name = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))["_class_name"]
+            saved = "generator" if name in pipelines else "diffusion" if name in DIFFUSION else None
+        except (ValueError, TypeError, LookupError, RecursionError):  # which loading explains
+            saved = None
+    if not os.path.lexists(folder / CARD_FILE):
+        return saved
+    card = read_folder_card(folder / CARD_FILE)
+    if saved not in (None, card.kind):
+        raise ValueError(
+            f"{folder / CARD_FILE} says {card.kind}, but model_index.json is that of a {saved}: save it again"
+        )
+    return card.kind
 
 
 def check_known(model: str | Path) -> None:
@@ -174,20 +277,6 @@ def check_known(model: str | Path) -> None:
             f"unknown model {cut(model)!r}: expected an id that `argen models` lists, the folder of a saved pipeline or a "
             f"checkpoint file{nearest(str(model), available)}"
         )
-
-
-def kind_of(model: str | Path) -> str | None:
-    """The kind of an id or of a saved folder, see `Card`; None of a checkpoint file, or where the folder does not say it."""
-    if str(model) in all_cards():
-        return all_cards()[str(model)].kind
-    folder = Path(model)
-    if (folder / CARD_FILE).is_file():
-        return read_card(folder / CARD_FILE).kind
-    try:
-        name = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))["_class_name"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    return "generator" if name in pipelines else "diffusion"
 
 
 def check_kind(model: str | Path, kind: str) -> None:

@@ -1,8 +1,11 @@
 """From a model's id, a saved folder or a checkpoint file to a pipeline or a network in memory."""
 
+import importlib
 import importlib.util
+import inspect
 import json
 import logging
+import os
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -15,13 +18,9 @@ from safetensors import SafetensorError
 
 from argen.device import DTYPES, LOADING, auto_dtype, pick, silent
 from argen.garbage import uncollected
-from argen.hub.cards import CARD_FILE, Card, all_cards, check_known, find_card
-<<<<<<< HEAD
-from argen.hub.options import Attention, Dtype, LoadOptions, Quantize
+from argen.hub.cards import CARD_FILE, DIFFUSION, Card, all_cards, check_known, find_card, kind_of
+from argen.hub.options import Attention, Dtype, LoadOptions, Quantize, check_arguments
 from argen.hub.quantized import NAMES, quantize_model, quantized, read_quantized
-=======
-from argen.hub.options import Attention, Dtype, LoadOptions, check_arguments
->>>>>>> mend
 from argen.registry import pipelines, resolve
 from samplers.errors import InvalidValue
 from tokenizers_img.attention import DispatchedAttention, check_attention, set_attention
@@ -37,7 +36,6 @@ IN_BFLOAT16 = ("T5EncoderModel", "LlamaForCausalLM")  # where published: as trai
 CAST = ("", "transformer", "encoder", "text_encoder", "drafter")  # networks of a pipeline whose precision is chosen
 CHECKPOINTS = "argen.pipelines.llamagen:read_checkpoint"  # of files that no card names
 MOVED = {"argen.models.draft": "argen.models.drafter"}  # modules that saved pipelines of earlier versions name
-DIFFUSION = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
 DIFFUSION_FILES = ("*.json", "*/*.json", "*/*.txt", "*/model.safetensors", "*/diffusion_pytorch_model.safetensors")
 # diffusers warns whenever a network is cast, even of one in which nothing must stay float32
 logging.getLogger("diffusers.models.modeling_utils").addFilter(
@@ -80,13 +78,9 @@ def load(
             model.
         FileNotFoundError, ConnectionError: published weights that are not here and cannot be fetched.
     """
-<<<<<<< HEAD
-    options = LoadOptions(dtype=dtype, attention=attention, quantize=quantize, compile=compile)
-=======
     check_arguments(others)
-    options = LoadOptions(dtype=dtype, attention=attention, compile=compile)
+    options = LoadOptions(dtype=dtype, attention=attention, quantize=quantize, compile=compile)
     device = None if device is None else pick(device)
->>>>>>> mend
     check_known(model)
     if attention is not None:
         check_attention(attention)
@@ -171,10 +165,11 @@ def _load(model: str | Path, tokenizer: str | Path | None, image_size: int | Non
     card, path = all_cards().get(str(model)), Path(model)
     if card is not None:
         return _read_card(hub_folder(card.repo, card.files) if card.repo else card.path, card)
+    has_card = os.path.lexists(path / CARD_FILE)
     if (path / "model_index.json").is_file():
-        card = find_card(str(path)) if (path / CARD_FILE).is_file() else None
-        return _read(path, card, lambda: _pipeline(path, (*pipelines, *DIFFUSION)))
-    if (path / CARD_FILE).is_file():  # as `argen train` writes it
+        kind_of(path)  # refuses a card of another kind
+        return _read(path, find_card(str(path)) if has_card else None, lambda: _pipeline(path))
+    if has_card:  # as `argen train` writes it
         return _read_card(path, find_card(str(path)))
     if path.is_file() and (card := _released(path)):
         return _read_card(path.parent, card)
@@ -189,8 +184,21 @@ def _released(path: Path) -> Card | None:
 
 
 def _read_card(folder: Path, card: Card) -> Any:
-    """What the card's target reads out of a folder, see `_read`."""
-    return _read(folder, card, lambda: resolve(card.target)(folder, **card.arguments))
+    """What the card's target reads out of a folder, see `_read`.
+
+    Raises:
+        ValueError: the target cannot be imported, or takes other arguments.
+    """
+    try:
+        reader = resolve(card.target)
+        inspect.signature(reader).bind(folder, **card.arguments)
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
+        if isinstance(error, ImportError) and error.name and not card.target.startswith(error.name):
+            raise  # a library that its reader needs
+        raise ValueError(
+            f"the card {card.id} cannot be loaded by {card.target!r} with its arguments ({error})"
+        ) from error
+    return _read(folder, card, lambda: reader(folder, **card.arguments))
 
 
 def _read(folder: Path, card: Card | None, read: Callable[[], Any]) -> Any:
@@ -198,6 +206,11 @@ def _read(folder: Path, card: Card | None, read: Callable[[], Any]) -> Any:
     try:
         with _alone():
             loaded = _in_float32(read())
+        if card is not None and card.kind == "generator":
+            if not hasattr(loaded, "samplers"):
+                raise ValueError(f"{card.target} gives a {type(loaded).__name__}, expected a pipeline")
+            loaded.card = card
+            _ = loaded.defaults  # checked
     except UNUSABLE as error:
         if isinstance(error, FileNotFoundError):
             raise
@@ -207,8 +220,6 @@ def _read(folder: Path, card: Card | None, read: Callable[[], Any]) -> Any:
         raise ValueError(
             f"the weights in {folder} cannot be used ({reason}): install argen or fetch them again"
         ) from error
-    if card is not None and card.kind == "generator":
-        loaded.card = card
     return loaded
 
 
@@ -282,28 +293,28 @@ def load_diffusion(
         folder = hub_folder(str(model), DIFFUSION_FILES)
     try:
         with _alone():
-            pipe = _in_float32(_pipeline(folder, DIFFUSION))
+            pipe = _in_float32(_pipeline(folder, generators=False))
     except UNUSABLE as error:
         raise ValueError(f"the pipeline in {folder} cannot be used ({' '.join(str(error).split())[:300]})") from error
     return _prepared(pipe, device, options)
 
 
-def _pipeline(folder: Path, names: tuple[str, ...]) -> "DiffusionPipeline":
-    """A pipeline of one of the classes called `names`, as ``save_pretrained`` wrote it."""
+def _pipeline(folder: Path, generators: bool = True) -> "DiffusionPipeline":
+    """A generator or a Stable Diffusion, or only the latter, as ``save_pretrained`` wrote it."""
     index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
     name = index.get("_class_name") if isinstance(index, dict) else None
-    if not isinstance(name, str) or name not in names:
-        raise ValueError(f"it holds a {str(name)[:60]}, expected one of {', '.join(names)}")
+    if not isinstance(name, str):
+        raise ValueError("its model_index.json names no class of a pipeline")
+    if name not in DIFFUSION and not (generators and name in pipelines):
+        known = ", ".join((*pipelines, *DIFFUSION) if generators else DIFFUSION)
+        raise ValueError(f"its model_index.json names a {name[:60]}, expected one of {known}")
     cls = pipelines[name] if name in pipelines else resolve(f"diffusers:{name}")
-    unchecked = {"safety_checker": None, "requires_safety_checker": False} if name == "StableDiffusionPipeline" else {}
+    _check_parts({part: index.get(part) for part in cls._get_signature_keys(cls)[0]})
+    options = {"safety_checker": None, "requires_safety_checker": False} if name == "StableDiffusionPipeline" else {}
     try:
-<<<<<<< HEAD
-        network = read_quantized(folder)
-        return cls.from_pretrained(folder, **unchecked, **{} if network is None else {"transformer": network})
-=======
         _know_moved_modules(index)
-        return cls.from_pretrained(folder, **unchecked)
->>>>>>> mend
+        network = read_quantized(folder)
+        return cls.from_pretrained(folder, **options, **{} if network is None else {"transformer": network})
     except ImportError as error:  # a part of a library that is not here, or does not exist
         raise ValueError(f"it names a part that cannot be imported: {error}") from error
 
@@ -313,6 +324,24 @@ def _know_moved_modules(index: dict) -> None:
     named = {value[0] for value in index.values() if isinstance(value, list) and value}
     for old in named & MOVED.keys():
         sys.modules[old] = importlib.import_module(MOVED[old])
+
+
+def _check_parts(parts: dict[str, Any]) -> None:
+    """Raises:
+    ValueError: a part is of a library that is neither diffusers, transformers, argen nor a package that brings pipelines.
+    """
+    libraries = {"diffusers", "transformers", "argen", "tokenizers_img"}
+    libraries |= {point.point.module.partition(".")[0] for point in pipelines.installed.values()}
+    libraries |= {cls.__module__.partition(".")[0] for cls in pipelines.added.values()}
+    for part, value in parts.items():
+        if value is not None and (not isinstance(value, list) or len(value) != 2):
+            raise ValueError(f"its part {part[:60]} is {str(value)[:60]!r}: expected a library and a class")
+        if value is not None and value[0] is not None:
+            library = str(value[0])[:60]
+            if library.partition(".")[0] not in libraries:
+                raise ValueError(
+                    f"its part {part[:60]} is of the library {library}, expected one of {', '.join(sorted(libraries))}"
+                )
 
 
 def networks_of(model: Any) -> list[torch.nn.Module]:

@@ -47,6 +47,6 @@ def check_arguments(others: Mapping[str, Any]) -> None:
     ValueError: an argument that `argen.hub.loading.load` does not have; names what stands for it.
     """
     for name in others:
-        known = "tokenizer, image_size, device, dtype, attention, compile"
+        known = "tokenizer, image_size, device, dtype, attention, quantize, compile"
         instead = INSTEAD.get(name, f"it has {known}{nearest(name, known.split(', '))}")
         raise InvalidValue(f"{name} is not an argument of argen.load: {instead}", name)

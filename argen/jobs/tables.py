@@ -16,7 +16,7 @@ from argen.command import check_model
 from argen.metadata import read_request, save_images
 from argen.pipelines.base import TokenPipeline
 from argen.registry import samplers
-from argen.request import Request, parse_sampler, setting_of
+from argen.request import Request, name_of, parse_sampler, setting_of
 from argen.words import cut, read_lines, read_text
 from samplers.settings import MOST_DIGITS, settings_of
 from tokenizers_img.pixels import opaque
@@ -55,7 +55,7 @@ class Axis:
             ValueError: an unknown setting, no values, or an invalid one.
         """
         name, _, values = text.partition("=")
-        name = name.strip()
+        name = name_of(name.strip())
         parts = [part.strip() for part in values.split(SEPARATORS.get(name, ","))]
         if not values.strip() or not all(parts):
             raise ValueError(
@@ -118,18 +118,13 @@ def read_table(path: Path, **defaults) -> list[Request]:
 def _json_rows(data: bytes, name: str) -> Iterator[tuple[int, Callable[[], object]]]:
     """Yield (line number, function that parses it) of every line that is not empty."""
     for number, line in read_lines(data, name):
-        yield number, partial(json.loads, line, parse_int=_integer, parse_constant=_constant)
+        yield number, partial(json.loads, line, parse_int=_integer)
 
 
 def _integer(digits: str) -> int:
     if len(digits) > MOST_DIGITS:
         raise ValueError(f"a number has {len(digits):,} digits: expected at most {MOST_DIGITS}")
     return int(digits)
-
-
-def _constant(name: str) -> float | None:
-    """Parse NaN, pandas' missing value, as None."""
-    return None if name == "NaN" else float(name)
 
 
 def _csv_rows(text: str, file: str) -> Iterator[tuple[int, Callable[[], dict]]]:
@@ -255,6 +250,11 @@ def expand_axes(base: Request, axes: Sequence[Axis]) -> list[Request]:
     names = [axis.name for axis in axes]
     if not axes or len(set(names)) < len(names):
         raise ValueError(f"the axes are {', '.join(names) or 'none'}: expected one to three different settings")
+    of_samplers = {name.partition(".")[0]: name for name in names if "." in name or name == "sampler"}
+    if len(of_samplers) > 1:
+        raise ValueError(
+            f"axes of two samplers: {' and '.join(of_samplers.values())}, but an image is drawn by one: expected settings of one of them"
+        )
     if "num_images" in names:
         raise ValueError("num_images cannot be an axis: every combination has one image")
     combinations = list(product(*(axis.values for axis in reversed(axes))))

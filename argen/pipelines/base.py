@@ -7,7 +7,7 @@ import json
 import math
 from abc import abstractmethod
 from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, Literal, Self, TypeVar, overload
@@ -21,6 +21,7 @@ from PIL import Image
 from torch import Tensor
 
 from argen import __version__
+from argen.bounds import check
 from argen.data.imagenet import class_id
 from argen.device import check_offload, pick
 from argen.hub.cards import Card, all_cards, write_card
@@ -33,11 +34,16 @@ from argen.pipelines.ranking import Ranking
 from argen.pipelines.running import Running
 from argen.registry import draws_of, samplers, samplers_of
 from argen.request import Control, parse_sampler
-from argen.words import number_of
+from argen.words import cut, number_of
+from samplers.errors import InvalidValue
 from samplers.logits import Gumbel, Sampling, keys_of
 from samplers.settings import make
 from samplers.steps import GuidanceScale, Sampler, Session, Step
 
+MOVED = {  # modules of the parts of saved pipelines, as release 0.1 named them
+    "tokenizers_img.flextok": "tokenizers_img.flextok.network",
+    "tokenizers_img.seed": "tokenizers_img.seed.network",
+}
 Prompts = str | list[str]
 Images = TypeVar("Images")  # list[Image.Image], np.ndarray or Tensor
 UNDECIDED = 230 / 255  # brightness of undecided cells
@@ -52,6 +58,10 @@ class Defaults:
     top_k: int = 0
     top_p: float = 1.0
     steps: int | None = None  # of a flow
+
+    def __post_init__(self):
+        for item in fields(self):
+            check(item.name, getattr(self, item.name))
 
 
 @dataclass
@@ -132,12 +142,29 @@ class TokenPipeline(Editing, Ranking, Running):
         """Default sampling settings: the card's, else `official`."""
         return replace(self.official, **self.card.defaults) if self.card else self.official
 
+    @classmethod
+    def load_config(cls, *arguments, **settings) -> Any:
+        """Read the index of a saved folder, as diffusers does; one of an earlier release names modules that have moved."""
+        read = super().load_config(*arguments, **settings)
+        index = read[0] if isinstance(read, tuple) else read
+        for part, value in index.items():
+            if isinstance(value, list) and value and isinstance(value[0], str) and value[0] in MOVED:
+                index[part] = [MOVED[value[0]], *value[1:]]
+        return read
+
     def save_pretrained(self, save_directory: str | Path, **arguments) -> None:
         """Save as diffusers does, with a card that has this model's defaults."""
         super().save_pretrained(save_directory, **arguments)
         folder = Path(save_directory)
         card = self.card or Card("", "generator", f"a saved {type(self).__name__}", "")
-        card = replace(card, id=folder.name, target="argen.hub.loading:load", repo=None, files=(), order=1000)
+        card = replace(
+            card,
+            id="".join(filter(str.isprintable, folder.name)),
+            target="argen.hub.loading:load",
+            repo=None,
+            files=(),
+            order=1000,
+        )
         write_card(replace(card, arguments={}), folder)
 
     @classmethod
@@ -201,6 +228,11 @@ class TokenPipeline(Editing, Ranking, Running):
     def name(self) -> str:
         """The model's id, for messages."""
         return self.card.id if self.card and self.card.id else "this model"
+
+    @property
+    def codes(self) -> int | None:
+        """K, the ids of its tokens; None where the image tokenizer does not say it."""
+        return getattr(self.image_tokenizer.config, "n_embed", None)
 
     @property
     def image_size(self) -> int:
@@ -309,8 +341,7 @@ class TokenPipeline(Editing, Ranking, Running):
         shape = shape or self.shape_of(controls[0] if controls else None)
         length = math.prod(shape)
         grid = torch.full((len(prompts), length), -1) if tokens is None else tokens
-        if grid.shape != (len(prompts), length):
-            raise ValueError(f"tokens are {list(grid.shape)}: expected {[len(prompts), length]}")
+        grid = self.canvas.check(grid, (len(prompts), length), self.codes)
         noise = Gumbel(keys_of(generators, length))
         return self._write(prompts, controls, shape, grid.to(self.device), sampling, scale, sampler, noise, every)
 
@@ -461,19 +492,37 @@ class TokenPipeline(Editing, Ranking, Running):
             while (step := next(steps, None)) is not None:
                 last = step
                 bar.update(step.decided - bar.n)
-                returned = callback and callback(self, index, step.decided, {"tokens": step.tokens})
-                changed = (returned or {}).get("tokens", step.tokens)
+                changed = step.tokens
+                if callback is not None:  # which may change the tokens in place
+                    returned = callback(self, index, step.decided, {"tokens": step.tokens.clone()})
+                    changed = self._returned_tokens(returned, step.tokens)
                 index += 1
                 if self._interrupt:
                     last = replace(step, tokens=changed)
                     break
-                if changed is not step.tokens and not torch.equal(changed, step.tokens):
+                if not self.canvas.equal(changed, step.tokens):
                     steps.close()
                     forward_passes, last = forward_passes + step.forward_passes, replace(step, tokens=changed)
                     for generator, state in zip(generators, states, strict=True):
                         generator.set_state(state)
                     steps = self.stream(prompts, generators, tokens=self.canvas.resume_state(last), **settings)
         return replace(last, forward_passes=forward_passes + last.forward_passes)
+
+    def _returned_tokens(self, returned: Any, tokens: Tensor) -> Tensor:
+        """The tokens in the dict that a callback returned, or those that there were.
+
+        Raises:
+            ValueError: it returned something else.
+        """
+        if returned is None:
+            return tokens
+        if not isinstance(returned, dict):
+            raise InvalidValue(
+                f"callback_on_step_end returned {cut(repr(returned))}: expected None, or a dict with tokens",
+                "callback_on_step_end",
+            )
+        changed = self.canvas.check(returned.get("tokens", tokens), tuple(tokens.shape), self.codes)
+        return changed.to(tokens.device)
 
     def class_of(self, prompt: str) -> int:
         """Return the class that a prompt names, for a model that reads no text.

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from argen.request import Grid
+from samplers.errors import InvalidValue
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,36 @@ class TokenGrid:
         """Replace undecided cells by `blank` ([h, w]), so that the tokens can be decoded."""
         return torch.where(self.decided(tokens), tokens, blank.to(tokens.device))
 
-    def parse(self, rows: Grid, shape: tuple[int, int], codes: int) -> Tensor:
+    def check(self, tokens: Any, shape: tuple[int, ...], codes: int | None) -> Tensor:
+        """The tokens that a caller gives to go on from, as `stream` takes them.
+
+        Args:
+            shape: expected, [B, N].
+            codes: the ids are below it; None where that is not known.
+
+        Raises:
+            ValueError: no tensor of whole numbers of this shape, or an id that does not exist.
+        """
+        kind = str(tokens.dtype).removeprefix("torch.") if isinstance(tokens, Tensor) else type(tokens).__name__
+        if kind not in ("int64", "int32", "int16"):
+            raise InvalidValue(
+                f"tokens are of the type {kind}: expected a tensor of int64, -1 in the cells to fill", "tokens"
+            )
+        if tuple(tokens.shape) != shape:
+            raise InvalidValue(f"tokens are {list(tokens.shape)}: expected {list(shape)}", "tokens")
+        wrong = tokens[(tokens < -1) | (tokens >= (2**63 - 1 if codes is None else codes))]
+        if len(wrong):
+            below = "" if codes is None else f" below {codes}"
+            raise InvalidValue(
+                f"token {int(wrong[0])} does not exist: expected ids{below}, -1 in the cells to fill", "tokens"
+            )
+        return tokens.long()
+
+    def equal(self, tokens: Tensor, others: Tensor) -> bool:
+        """Whether two grids hold the same; cells that are undecided in both are the same."""
+        return bool(((tokens == others) | (tokens != tokens) & (others != others)).all())
+
+    def parse(self, rows: Grid, shape: tuple[int, int], codes: int | None) -> Tensor:
         """Convert the grid of a request to tokens [1, N], as `stream` takes them.
 
         Raises:
@@ -61,9 +91,7 @@ class TokenGrid:
             raise ValueError(
                 f"tokens are {grid.shape[0]} x {grid.shape[1]}: expected {shape[0]} x {shape[1]}, as this model writes them"
             )
-        if grid.max() >= codes:
-            raise ValueError(f"token {int(grid.max())} does not exist: expected ids below {codes}")
-        return grid.flatten()[None]
+        return self.check(grid.flatten()[None], (1, grid.numel()), codes)
 
 
 @dataclass(frozen=True)
@@ -110,6 +138,19 @@ class LatentGrid(TokenGrid):
     def resume_state(self, step: Any) -> Tensor:
         """See `TokenGrid.resume_state`: latents that are still noisy start again."""
         return torch.where(step.finished[:, None], step.tokens, math.nan)
+
+    def check(self, tokens: Any, shape: tuple[int, ...], codes: int | None) -> Tensor:
+        """See `TokenGrid.check`: latents [B, C, h, w], NaN in the cells to fill."""
+        if not isinstance(tokens, Tensor) or not tokens.is_floating_point():
+            kind = tokens.dtype if isinstance(tokens, Tensor) else type(tokens).__name__
+            raise InvalidValue(f"latents are of the type {kind}: expected a tensor of float32", "tokens")
+        if tuple(tokens.shape) != shape:
+            raise InvalidValue(f"latents are {list(tokens.shape)}: expected {list(shape)}", "tokens")
+        if tokens.isinf().any():
+            raise InvalidValue(
+                "latents hold infinite numbers: expected finite ones, NaN in the cells to fill", "tokens"
+            )
+        return tokens.float()
 
     def decided(self, tokens: Tensor) -> Tensor:
         """See `TokenGrid.decided`."""

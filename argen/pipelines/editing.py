@@ -99,7 +99,7 @@ class Editing(DiffusionPipeline):
         if grid is None:
             return None
         shape, tokens = self.shape_of(), torch.tensor(grid)[None]
-        codes = getattr(self.image_tokenizer.config, "n_embed", 0) if self.canvas.discrete else 0
+        codes = self.codes or 0
         if tuple(tokens.shape[1:]) != tuple(shape) or not 0 <= tokens.min() <= tokens.max() < codes:
             return None
         (decoded,) = self.images(tokens.to(self.device))

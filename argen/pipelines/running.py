@@ -93,4 +93,4 @@ class Running(DiffusionPipeline):
             raise ValueError(
                 "this model writes numbers, not tokens: leave tokens out, or give latents to its call in Python"
             )
-        return self.canvas.parse(request.tokens, shape, self.image_tokenizer.config.n_embed)
+        return self.canvas.parse(request.tokens, shape, self.codes)

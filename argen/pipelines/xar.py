@@ -156,8 +156,7 @@ class XARPipeline(TokenPipeline):
         check_prompts(prompts, generators)
         empty = self.canvas.empty(len(prompts), self.shape_of())
         latents = empty if tokens is None else tokens
-        if latents.shape != empty.shape:
-            raise ValueError(f"latents are {list(latents.shape)}: expected {list(empty.shape)}")
+        latents = self.canvas.check(latents, tuple(empty.shape), None)
         scale = self.defaults.guidance_scale if guidance_scale is None else guidance_scale
         return self._write_latents(prompts, generators, latents.to(self.device), scale, sampler, every)
 
@@ -200,6 +199,10 @@ class XARPipeline(TokenPipeline):
     def _cells(self, positions: int) -> int:
         """Convert a number of positions of the sequence to cells of the image."""
         return positions * self.length // sum(self.transformer.entities.lengths)
+
+    @property
+    def codes(self) -> None:
+        """See `TokenPipeline.codes`: latents have none."""
 
     @property
     def image_size(self) -> int:

@@ -1,15 +1,18 @@
 """The web page and its tabs."""
 
+import logging
 import os
 from collections.abc import Iterator
+from typing import Any
 
 import gradio as gr
 from gradio.utils import get_upload_folder, is_in_or_equal
 
-from argen.registry import tabs
+from argen.registry import reason, tabs
 from argen.ui import endpoints
 from argen.ui.context import AppContext, user_errors
 
+logger = logging.getLogger(__name__)
 CLEAN_EVERY, KEEP_FOR = 3600, 86400  # seconds: uploaded and served files
 
 
@@ -51,14 +54,25 @@ def check_uploaded(file: dict) -> None:
         raise gr.Error("that file was not uploaded: send it to /gradio_api/upload first", title="Invalid request")
 
 
+def lay_out(name: str, module: Any, context: AppContext, tab: gr.Tab) -> None:
+    """Fill a tab; one of a package whose layout raises is hidden, with a warning."""
+    try:
+        module.layout(context, tab)
+    except Exception as error:
+        if name in tabs.built_in:
+            raise
+        tab.visible = False
+        logger.warning("the tab %s (%s) is left out (%s): update or uninstall it", name, module.__name__, reason(error))
+
+
 def build(context: AppContext) -> gr.Blocks:
     """Build the page with every tab of the registry; models are loaded when they are first used."""
     os.environ["GRADIO_TEMP_DIR"] = str(context.studio.store.exports.resolve())  # uploads, and copies of served files
     with Page(title="argen", analytics_enabled=False, delete_cache=(CLEAN_EVERY, KEEP_FOR)) as page:
         gr.Markdown("# argen\nImages written token by token, from words.")
-        for module in tabs.values():
+        for name, module in tabs.items():
             with gr.Tab(module.TITLE) as tab:
-                module.layout(context, tab)
+                lay_out(name, module, context, tab)
         endpoints.Endpoints(context)
     for event in page.fns.values():
         if event.api_name not in endpoints.NAMES:
