@@ -7,7 +7,6 @@ import json
 import logging
 import os
 import re
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -35,7 +34,6 @@ UNUSABLE = (*NOT_READ, TypeError, AttributeError, LookupError)  # by settings be
 IN_BFLOAT16 = ("T5EncoderModel", "LlamaForCausalLM")  # where published: as trained; in float16 T5 overflows
 CAST = ("", "transformer", "encoder", "text_encoder", "drafter")  # networks of a pipeline whose precision is chosen
 CHECKPOINTS = "argen.pipelines.llamagen:read_checkpoint"  # of files that no card names
-MOVED = {"argen.models.draft": "argen.models.drafter"}  # modules that saved pipelines of earlier versions name
 DIFFUSION_FILES = ("*.json", "*/*.json", "*/*.txt", "*/model.safetensors", "*/diffusion_pytorch_model.safetensors")
 # diffusers warns whenever a network is cast, even of one in which nothing must stay float32
 logging.getLogger("diffusers.models.modeling_utils").addFilter(
@@ -312,18 +310,10 @@ def _pipeline(folder: Path, generators: bool = True) -> "DiffusionPipeline":
     _check_parts({part: index.get(part) for part in cls._get_signature_keys(cls)[0]})
     options = {"safety_checker": None, "requires_safety_checker": False} if name == "StableDiffusionPipeline" else {}
     try:
-        _know_moved_modules(index)
         network = read_quantized(folder)
         return cls.from_pretrained(folder, **options, **{} if network is None else {"transformer": network})
     except ImportError as error:  # a part of a library that is not here, or does not exist
         raise ValueError(f"it names a part that cannot be imported: {error}") from error
-
-
-def _know_moved_modules(index: dict) -> None:
-    """Let diffusers find the classes of a saved pipeline whose modules had another name when it was saved."""
-    named = {value[0] for value in index.values() if isinstance(value, list) and value}
-    for old in named & MOVED.keys():
-        sys.modules[old] = importlib.import_module(MOVED[old])
 
 
 def _check_parts(parts: dict[str, Any]) -> None:
