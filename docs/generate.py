@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from argen.hub.cards import FOLDER, Card, read_card
-from argen.registry import commands, recipes, samplers
+from argen.registry import about_of, commands, recipes, samplers
 from argen.request import Request
 from samplers.settings import Setting, settings_of
 from tokenizers_img.attention import BACKENDS
@@ -25,18 +25,13 @@ def table(heads: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     return "".join(f"| {' | '.join(line)} |\n" for line in cells)
 
 
-def about(name: str) -> str:
-    """Return the first paragraph of a sampler's docstring."""
-    return " ".join(samplers[name].__doc__.strip().split("\n\n")[0].split())
-
-
 def sampler_rows() -> str:
     rows = []
     for name in samplers.built_in:
         sampler = samplers[name]()
         lossless = "yes" if sampler.lossless else "relaxed"
         rows.append(
-            (f"`{name}`", about(name), getattr(sampler, "draws", "tokens"), lossless, getattr(sampler, "needs", ""))
+            (f"`{name}`", about_of(name), getattr(sampler, "draws", "tokens"), lossless, getattr(sampler, "needs", ""))
         )
     return table(("sampler", "what it does", "draws", "lossless", "needs"), rows)
 
