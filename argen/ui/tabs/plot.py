@@ -139,4 +139,5 @@ class Plot:
                 raise ValueError("there is no table: drop a CSV or JSON lines file")
             requests = read_table(Path(path), model=model)
             self.studio.submit_all(requests, self.context.owner(request))
-        return f"{number_of(len(requests), 'request')} put into the queue; the images will be in the gallery."
+        verb = "is" if len(requests) == 1 else "are"
+        return f"{number_of(len(requests), 'request')} {verb} in the queue; the images will be in the gallery."
