@@ -33,7 +33,8 @@ CONTROLS = (
     "canny, hed, lineart, lineart-inverted, depth, depth-midas, segments, seg or map"  # argen.models.annotators.KINDS
 )
 PIPELINE = "folder of a Stable Diffusion (XL) pipeline, or OWNER/NAME on the hub (default: argen/emoji-sd)"
-BINDING = "attribute, object, merge or gentle (default: attribute; of argen/emoji-sd gentle)"
+BINDING = "how tokens are merged: attribute (as published, for colours), object (as published, for things that belong to objects), merge (without the "
+BINDING += "refinement), gentle (the noun's own length, all else stays) (default: attribute; of argen/emoji-sd gentle)"
 COUNT_RATE = "(default: the authors' 0.01; of argen/emoji-sd 0.003)"
 CLIP = "openai/clip-vit-base-patch32"
 OPTIONS = "dtype", "attention", "quantize", "compile"  # of `argen.hub.options.LoadOptions`

@@ -392,6 +392,11 @@ def draws_of(sampler: str) -> str:
     return getattr(samplers[sampler], "draws", "tokens")
 
 
+def about_of(sampler: str) -> str:
+    """What a sampler does: the first paragraph of its docstring."""
+    return " ".join((samplers[sampler].__doc__ or "").strip().split("\n\n")[0].split())
+
+
 def samplers_of(draws: str) -> list[str]:
     """Names of the samplers that decide "tokens", or of those that decide "latents"."""
     return [name for name in samplers if draws_of(name) == draws]

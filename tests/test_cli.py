@@ -134,7 +134,9 @@ def test_bad_input_is_one_line(capsys, apple, tmp_path):
     assert "no image at" in refused(capsys, "reconstruct", str(tmp_path / "no.png"))
     assert "no image at" in refused(capsys, "generate", "--from", str(tmp_path / "no.png"), "-o", out)
     assert "unknown recipe" in refused(capsys, "train", "emoji-x", "--data", "a", "--out", str(tmp_path / "t"))
-    assert "no split" in refused(capsys, "train", "emoji-vitvqgan", "--data", "no", "--out", str(tmp_path / "t"))
+    assert "no is not a folder: expected one made by" in refused(
+        capsys, "train", "emoji-vitvqgan", "--data", "no", "--out", str(tmp_path / "t")
+    )
     sample, steps = str(Path(emoji.__file__).parent / "sample"), ("--steps", "0")
     assert "steps is 0" in refused(capsys, "train", "emoji-vitvqgan", "--data", sample, "--out", out, *steps)
     assert "needs scenes" in refused(capsys, "train", "emoji-parti", "--data", sample, "--out", out)

@@ -219,7 +219,7 @@ def test_control_images_that_do_not_fit_are_refused_in_one_line(golden):
     refused("1 x 1: expected at least 16 x 16", code(1, 1))
     refused("unknown control type 'pose'", code(64, 64), control_type="pose")
     refused("control_strength is -1", code(64, 64), control_strength=-1)
-    refused(f"makes pictures of {side} x {side} only", code(64, 32), size=(32, 16))
+    refused(f"makes images of {side} x {side} only", code(64, 32), size=(32, 16))
     pipe = piped(golden("controlar/c2i_canny"))
     refused("crop it or ask for the size", code(300, 100), size=(side, side))
     refused("expected multiples of 16", code(64, 64), size=(40, 40))
