@@ -221,3 +221,25 @@ def test_nan_is_a_number_that_is_refused_and_a_cell_that_is_empty(tmp_path):
         read_table(tmp_path / "t.jsonl")
     (tmp_path / "t.csv").write_text("prompt,temperature\na taxi,nan\n")
     assert read_table(tmp_path / "t.csv")[0].temperature is None
+
+
+def test_a_sampler_without_its_drafter_is_refused_before_anything_is_written(tmp_path, capsys):
+    table, out = tmp_path / "t.csv", tmp_path / "out"
+    table.write_text("prompt,model,sampler\na cat,argen/emoji-parti,speculative\n")
+    assert main(["batch", str(table), "-o", str(out)]) == 2
+    assert "row 1: the sampler speculative needs a generator with a drafter" in capsys.readouterr().err
+    assert not out.exists()
+
+
+def test_another_backend_that_is_advised_can_be_used(capsys, tmp_path):
+    command = ["generate", "a cat", "--device", "cpu", "-o", str(tmp_path / "a.png")]
+    assert main([*command, "--attention", "sdpa-flash"]) == 2
+    advised = capsys.readouterr().err.rpartition("choose one of ")[2].strip().split(", ")
+    assert "native" in advised
+    for name in advised if not torch.cuda.is_available() else ():
+        assert main([*command, "--attention", name]) == 0
+
+
+def test_a_generator_is_no_diffusion_pipeline(capsys, tmp_path):
+    assert main(["bind", "a red apple", "--model", "argen/emoji-parti", "-o", str(tmp_path / "a.png")]) == 2
+    assert "argen/emoji-parti is a generator, expected a diffusion pipeline" in capsys.readouterr().err

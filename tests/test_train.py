@@ -332,3 +332,62 @@ def test_a_registered_recipe_is_trained(composed, tmp_path, capsys, monkeypatch)
     assert (tmp_path / "out/final/config.json").is_file()
     assert main(["train", "emoji-part", *command[2:]]) == 2
     assert "did you mean emoji-parti" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("recipe", "part", "message"),
+    [
+        (
+            "emoji-drafter",
+            ("generator", "emoji-parti"),
+            "class Parti: expected a trained emoji-llamagen, of the class LlamaGen",
+        ),
+        (
+            "emoji-xar",
+            ("vae", "emoji-flextok"),
+            "class FlexTok: expected a trained emoji-vae, of the class AutoencoderKL",
+        ),
+        ("emoji-parti", ("tokenizer", "emoji-flextok"), "class FlexTok: expected a trained emoji-vitvqgan"),
+        ("emoji-parti", ("tokenizer", "emoji-clip"), "class CLIPModel: expected a trained emoji-vitvqgan"),
+    ],
+)
+def test_a_part_of_another_kind_is_refused(recipe, part, message, composed, tmp_path, capsys):
+    name, model = part
+    command = ["train", recipe, "--data", str(SAMPLE), "--scenes", str(composed), "--out", str(tmp_path / "out")]
+    assert main([*command, f"--{name}", str(WEIGHTS / model)]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"data": "scenes"},
+            "--data {scenes} holds no images of this kind: expected a folder made by `argen data emoji`",
+        ),
+        (
+            {"scenes": "data"},
+            "--scenes {data} holds no images of this kind: expected a folder made by `argen data scenes`",
+        ),
+        ({"data": "nothing"}, "--data {nothing} holds no images of this kind"),
+        ({"data": "broken"}, "cannot be read"),
+        ({"seed": "-1"}, "seed is -1: expected 0 to 2,147,483,647"),
+        ({}, "the images are too few for a batch of 128"),
+    ],
+)
+def test_sets_and_numbers_that_do_not_fit_are_refused(options, message, composed, tmp_path, capsys):
+    (tmp_path / "nothing").mkdir()
+    (tmp_path / "broken/data").mkdir(parents=True)
+    (tmp_path / "broken/data/train-00000-of-00001.parquet").write_bytes(b"PAR1")
+    folders = {"data": SAMPLE, "scenes": composed, "nothing": tmp_path / "nothing", "broken": tmp_path / "broken"}
+    chosen = {"data": "data", "scenes": "scenes"} | options
+    texts = {name: str(folders.get(value, value)) for name, value in chosen.items()}
+    command = ["train", "emoji-judge", "--out", str(tmp_path / "out")]
+    assert main([*command, *(word for name, value in texts.items() for word in (f"--{name}", value))]) == 2
+    error = capsys.readouterr().err
+    assert message.format(**folders) in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "out").exists()

@@ -162,6 +162,15 @@ def check_attention(name: str, device: torch.device | str | None = None) -> None
         raise InvalidValue(f"{reason}: {BACKENDS[name].install}, or choose native", "attention") from error
 
 
+def _usable(name: str) -> bool:
+    """Whether a backend can be used on this machine."""
+    try:
+        check_attention(name)
+    except ValueError:
+        return False
+    return True
+
+
 def _check_device(name: str, kind: str) -> None:
     backend = BACKENDS[name]
     if backend.devices and kind not in backend.devices:
@@ -187,7 +196,7 @@ def set_attention(networks: Iterable[nn.Module], name: str) -> None:
     own = [layer for layer in layers if isinstance(layer, DispatchedAttention)]
     masked = next((layer for layer in own if layer.masked), None)
     if masked is not None and not backend.masks:
-        fitting = [other for other, needs in BACKENDS.items() if needs.masks]
+        fitting = [other for other, needs in BACKENDS.items() if needs.masks and _usable(other)]
         raise InvalidValue(
             f"attention {name} takes no mask, and this model attends under one ({type(masked).__module__}): choose one of "
             f"{', '.join(fitting)}",

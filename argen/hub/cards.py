@@ -290,6 +290,7 @@ def check_kind(model: str | Path, kind: str) -> None:
             f"in Python by argen.load({str(model)!r})(PROMPT)"
         )
     if found not in (None, kind):
+        kind = "diffusion pipeline" if kind == "diffusion" else kind
         article = "an" if str(found)[0] in "aeiou" else "a"
         raise ValueError(f"{model} is {article} {found}, expected a {kind}: `argen models` lists them")
 

@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 
 from argen.device import DTYPES, LOADING, auto_dtype, pick, silent
 from argen.garbage import uncollected
-from argen.hub.cards import CARD_FILE, DIFFUSION, Card, all_cards, check_known, find_card, kind_of
+from argen.hub.cards import CARD_FILE, DIFFUSION, Card, all_cards, check_kind, check_known, find_card, kind_of
 from argen.hub.options import Attention, Dtype, LoadOptions, Quantize, check_arguments
 from argen.hub.quantized import NAMES, quantize_model, quantized, read_quantized
 from argen.registry import pipelines, resolve
@@ -171,8 +171,13 @@ def _load(model: str | Path, tokenizer: str | Path | None, image_size: int | Non
         return _read_card(path, find_card(str(path)))
     if path.is_file() and (card := _released(path)):
         return _read_card(path.parent, card)
-    with _alone():
-        return _in_float32(resolve(CHECKPOINTS)(path, tokenizer, image_size))
+    try:
+        with _alone():
+            return _in_float32(resolve(CHECKPOINTS)(path, tokenizer, image_size))
+    except OSError as error:
+        if error.errno is None or isinstance(error, FileNotFoundError):
+            raise
+        raise ValueError(f"{path} cannot be read ({error.strerror}): expected a checkpoint") from error
 
 
 def _released(path: Path) -> Card | None:
@@ -277,7 +282,8 @@ def load_diffusion(
         ConnectionError: it is not here and cannot be fetched.
     """
     card = all_cards().get(str(model))
-    if card is not None and card.kind == "diffusion":
+    if card is not None:
+        check_kind(model, "diffusion")
         return load(model, device=device, dtype=dtype, attention=attention)
     options = LoadOptions(dtype=dtype, attention=attention)
     if attention is not None:

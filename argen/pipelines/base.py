@@ -195,6 +195,12 @@ class TokenPipeline(Editing, Ranking, Running, Saving):
                 f"this model writes tokens, and the sampler {name} and its steps are for continuous latents: choose "
                 f"one of {', '.join(self.samplers)}, without steps"
             )
+        needed = getattr(samplers[name], "needs", "")
+        if needed and getattr(self, needed, None) is None and settings.get(needed) is None:
+            raise ValueError(
+                f"the sampler {name} needs a generator with a {needed}, like argen/emoji-llamagen: for others choose jacobi, "
+                "which needs none"
+            )
         return make(samplers[name], settings)
 
     def text_tokens(self, prompt: str) -> tuple[int, int] | None:

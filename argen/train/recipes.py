@@ -1,19 +1,23 @@
 """Running the recipes of the registry: what each of them takes, from where, and the card of what it writes."""
 
+import json
 import re
 from dataclasses import replace
 from pathlib import Path
 
+import torch
+
+from argen.bounds import check
 from argen.hub.cards import all_cards, write_card
 from argen.registry import recipes
-from argen.train.loop import Recipe, train
+from argen.train.loop import Recipe, Task, train
 
 
 def trained(recipe: Recipe, part: str, folder: Path | None, shipped: Path) -> Path:
     """The folder of a trained part ("clip", "tokenizer", "vae" or "generator"); None is that in `shipped`.
 
     Raises:
-        ValueError: it holds none.
+        ValueError: it holds none, or another network than the one that ships.
     """
     models = {"clip": "emoji-clip", "vae": "emoji-vae", "tokenizer": recipe.tokenizer, "generator": recipe.start}
     model = models[part]
@@ -22,7 +26,52 @@ def trained(recipe: Recipe, part: str, folder: Path | None, shipped: Path) -> Pa
         raise ValueError(
             f"no trained {model} in {folder}: give --{part} the folder `final` that `argen train {model}` has written"
         )
+    classes = [_class_of(each) for each in (folder, shipped / model)]
+    if None not in classes and classes[0] != classes[1]:
+        raise ValueError(
+            f"--{part} {folder} holds a network of the class {classes[0]}: expected a trained {model}, of the class {classes[1]}"
+        )
     return folder
+
+
+def _class_of(folder: Path) -> str | None:
+    """The class of the network in a folder, as its configuration names it."""
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        return config.get("_class_name") or config["architectures"][0]
+    except (OSError, ValueError, LookupError, AttributeError, TypeError):
+        return None
+
+
+def check_set(flag: str, folder: Path) -> None:
+    """Raises:
+    ValueError: a folder that `argen data` did not make, or one of the other kind.
+    """
+    from pyarrow import ArrowException
+    from pyarrow.parquet import read_schema
+
+    command, column = {"data": ("argen data emoji", "concept"), "scenes": ("argen data scenes", "objects")}[flag]
+    file = next(iter(sorted(folder.glob("data/train-*.parquet"))), None)
+    try:
+        columns = [] if file is None else read_schema(file).names
+    except (ArrowException, OSError) as error:
+        raise ValueError(
+            f"{file} cannot be read ({' '.join(str(error).split())[:200]}): make it again by `{command}`"
+        ) from error
+    if column not in columns:
+        raise ValueError(f"--{flag} {folder} holds no images of this kind: expected a folder made by `{command}`")
+
+
+def check_batch(task: Task, size: int) -> None:
+    """Raises:
+    ValueError: the sets are too small to draw a batch from.
+    """
+    try:
+        task.batch(size, torch.Generator().manual_seed(0))
+    except (RuntimeError, IndexError, ValueError) as error:
+        raise ValueError(
+            f"the images are too few for a batch of {size} ({error}): make more with `argen data`"
+        ) from error
 
 
 def run(
@@ -50,6 +99,7 @@ def run(
         parts: clip, tokenizer, vae, generator, see `trained`.
     """
     known = recipes[recipe]
+    check("run_seed", seed, "seed")
     if steps is not None and steps < 1:
         raise ValueError(f"steps is {steps}: expected at least 1")
     if x is not None and "x" not in known.takes:
@@ -62,12 +112,15 @@ def run(
     for flag, folder in (("data", data), ("scenes", scenes)):
         if folder is not None and not folder.is_dir():
             raise ValueError(f"--{flag} {folder} is not a folder: expected one made by `argen data`")
+        if folder is not None:
+            check_set(flag, folder)
     if "scenes" in known.takes and scenes is None:
         raise ValueError(f"the recipe {recipe} needs scenes too: give --scenes a folder made by `argen data scenes`")
     kwargs = {"scenes": scenes, "total": schedule.steps, "x": x}
     kwargs |= {part: trained(known, part, folder, shipped) for part, folder in parts.items() if part in known.takes}
     folders = (data,) if known.needs_data else ()
     task = known.task(*folders, *(kwargs[name] for name in known.takes))
+    check_batch(task, schedule.batch_size)
     if compile:
         for network in task.networks.values():
             network.compile()
