@@ -33,7 +33,8 @@ CONTROLS = (
     "canny, hed, lineart, lineart-inverted, depth, depth-midas, segments, seg or map"  # argen.models.annotators.KINDS
 )
 PIPELINE = "folder of a Stable Diffusion (XL) pipeline, or OWNER/NAME on the hub (default: argen/emoji-sd)"
-BINDING = "attribute, object, merge or gentle (default: attribute; of argen/emoji-sd gentle)"
+BINDING = "how tokens are merged: attribute (as published, for colours), object (as published, for things that belong to objects), merge (without the "
+BINDING += "refinement), gentle (the noun's own length, all else stays) (default: attribute; of argen/emoji-sd gentle)"
 COUNT_RATE = "(default: the authors' 0.01; of argen/emoji-sd 0.003)"
 CLIP = "openai/clip-vit-base-patch32"
 OPTIONS = "dtype", "attention", "quantize", "compile"  # of `argen.hub.options.LoadOptions`
@@ -288,16 +289,13 @@ def device_for(device: str | None, options: Mapping[str, Any]) -> "torch.device"
     return where
 
 
-def reader_is_there() -> bool:
-    """Whether what was printed could be written; if not, because a program like `head` has read enough, the rest goes nowhere."""
-    there = True
+def flush_output() -> None:
+    """Write what was printed; where a program like `head`, which has read enough, does not take it, it goes nowhere."""
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
         except BrokenPipeError:
-            there = False
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-    return there
 
 
 def guarded(name: str, function: Callable[[argparse.Namespace], None], args: argparse.Namespace) -> int:
@@ -316,9 +314,9 @@ def guarded(name: str, function: Callable[[argparse.Namespace], None], args: arg
                 if isinstance(text, Path) and "\0" in str(text):
                     raise ValueError(f"{option} is {cut(repr(str(text)))}, with a zero byte: no file has such a name")
         function(args)
+    except BrokenPipeError:  # whoever reads what is printed has read enough
+        return 141  # as programs end that SIGPIPE kills
     except (ValueError, OSError) as error:
-        if isinstance(error, BrokenPipeError) and not reader_is_there():
-            return 141  # as programs end whom SIGPIPE kills
         print(f"{name}: error: {printable(str(error))}", file=sys.stderr)
         return 2
     except ModuleNotFoundError as error:

@@ -363,7 +363,7 @@ recipes = Registry(
         "emoji-llamagen": "argen.train.llamagen:RECIPE",
         "emoji-llamagen-second": "argen.train.llamagen:SECOND_RECIPE",
         "emoji-control": "argen.train.controlar:RECIPE",
-        "emoji-drafter": "argen.train.draft:RECIPE",
+        "emoji-drafter": "argen.train.drafter:RECIPE",
         "emoji-xar": "argen.train.xar:RECIPE",
         "emoji-flextok": "argen.train.flextok:RECIPE",
         "emoji-flextok-ar": "argen.train.flexar:RECIPE",
@@ -390,6 +390,11 @@ REGISTRIES = {registry.kind: registry for registry in (samplers, pipelines, comm
 def draws_of(sampler: str) -> str:
     """What a sampler decides: "tokens" or "latents"."""
     return getattr(samplers[sampler], "draws", "tokens")
+
+
+def about_of(sampler: str) -> str:
+    """What a sampler does: the first paragraph of its docstring."""
+    return " ".join((samplers[sampler].__doc__ or "").strip().split("\n\n")[0].split())
 
 
 def samplers_of(draws: str) -> list[str]:

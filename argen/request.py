@@ -142,7 +142,8 @@ class Request:
         description="of an image, for a model whose images may have any number",
     )
     num_candidates: Annotated[int | None, _within("num_candidates")] = Field(
-        default=None, description="draw so many images and keep those that fit the prompt best"
+        default=None,
+        description="draw so many images, numbered by seed + i from 0, and keep the num_images that fit the prompt best",
     )
     num_beams: int | None = Field(
         default=None,

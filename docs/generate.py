@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from argen.hub.cards import FOLDER, Card, read_card
-from argen.registry import commands, recipes, samplers
+from argen.registry import about_of, commands, recipes, samplers
 from argen.request import Request
 from samplers.settings import Setting, settings_of
 from tokenizers_img.attention import BACKENDS
@@ -25,11 +25,6 @@ def table(heads: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     return "".join(f"| {' | '.join(line)} |\n" for line in cells)
 
 
-def about(name: str) -> str:
-    """Return the first paragraph of a sampler's docstring."""
-    return " ".join(samplers[name].__doc__.strip().split("\n\n")[0].split())
-
-
 def sampler_rows() -> str:
     rows = []
     for name in samplers.built_in:
@@ -37,7 +32,7 @@ def sampler_rows() -> str:
         lossless = "yes" if sampler.lossless else "relaxed"
         resumes = getattr(sampler, "resumes", "exactly")
         draws, needs = getattr(sampler, "draws", "tokens"), getattr(sampler, "needs", "")
-        rows.append((f"`{name}`", about(name), draws, lossless, resumes, needs))
+        rows.append((f"`{name}`", about_of(name), draws, lossless, resumes, needs))
     return table(("sampler", "what it does", "draws", "lossless", "resumes", "needs"), rows)
 
 

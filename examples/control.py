@@ -22,4 +22,5 @@ for column, strength in enumerate((0.0, 0.5, 1.0), start=1):
         generator=torch.Generator().manual_seed(3),
     )
     sheet.paste(output.images[0], (128 * column, 0))
-sheet.save("control.png")  # the source; then without, with half and with the whole control
+sheet.save("control.png")
+print("control.png: the source; then without, with half and with the whole control")

@@ -34,3 +34,4 @@ sheet = Image.new("RGB", (6 * 128, 128))
 for column, image in enumerate([taxi.images[0], half.images[0], right.images[0], *others.images]):
     sheet.paste(image, (128 * column, 0))
 sheet.save("edits.png")
+print("edits.png: the taxi; below another prompt; the right half redrawn; three images with the same beginning")

@@ -1,14 +1,17 @@
 """A custom sampler: greedy where the network is confident, elsewhere tokens are sampled."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 import argen
 from argen.metadata import save_images
 from argen.request import Request
+from samplers.logits import Noise, Sampling
 from samplers.settings import Field, settings
-from samplers.steps import START, Step, next_logits, pick
+from samplers.steps import START, GuidanceScale, Session, Step, next_logits, pick
 
 
 @settings
@@ -21,7 +24,9 @@ class Careful:
     name = "careful"
     lossless = False
 
-    def __call__(self, session, tokens, sampling, guidance_scale, noise):
+    def __call__(
+        self, session: Session, tokens: Tensor, sampling: Sampling, guidance_scale: GuidanceScale, noise: Noise
+    ) -> Iterator[Step]:
         tokens, waiting = tokens.clone(), [START]
         for cell in range(session.length):
             logits = next_logits(session, tokens, waiting, guidance_scale, cell)
@@ -37,3 +42,4 @@ argen.register("sampler", "careful", Careful)  # from here on the page, the APIs
 pipe = argen.load("argen/emoji-llamagen")
 *_, job = pipe.run(Request("a pizza", sampler="careful:sure=0.5", seed=1))
 save_images(list(zip(job.images, job.requests, strict=True)), [Path("careful.png")])
+print("careful.png")

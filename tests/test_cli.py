@@ -89,7 +89,7 @@ def test_tokens_in_a_file_give_the_image_back(capsys, apple, tmp_path):
     wrong = {"few": report["tokens"][:9], "outside": [*report["tokens"][:63], 4096], "none": []}
     for name, ids in wrong.items():
         save_tokens(tmp_path / f"{name}.npz", "argen/emoji-vitvqgan", np.array(ids, dtype=np.int64))
-    assert "got 9 tokens for a picture: expected 64" in refused(capsys, "detokenize", str(tmp_path / "few.npz"))
+    assert "got 9 tokens for an image: expected 64" in refused(capsys, "detokenize", str(tmp_path / "few.npz"))
     assert "token 4096 does not exist" in refused(capsys, "detokenize", str(tmp_path / "outside.npz"))
     assert "got 0 tokens" in refused(capsys, "detokenize", str(tmp_path / "none.npz"))
     (tmp_path / "text.npz").write_text("no")
@@ -131,10 +131,12 @@ def test_bad_input_is_one_line(capsys, apple, tmp_path):
     assert "--out" in refused(capsys, "generate", "a")
     assert "a folder that exists" in refused(capsys, "generate", "a", "-o", str(tmp_path / "no" / "x.png"))
     assert "ends in .png" in refused(capsys, "generate", "a", "-o", str(tmp_path / "x.gif"))
-    assert "no picture at" in refused(capsys, "reconstruct", str(tmp_path / "no.png"))
-    assert "no picture at" in refused(capsys, "generate", "--from", str(tmp_path / "no.png"), "-o", out)
+    assert "no image at" in refused(capsys, "reconstruct", str(tmp_path / "no.png"))
+    assert "no image at" in refused(capsys, "generate", "--from", str(tmp_path / "no.png"), "-o", out)
     assert "unknown recipe" in refused(capsys, "train", "emoji-x", "--data", "a", "--out", str(tmp_path / "t"))
-    assert "no split" in refused(capsys, "train", "emoji-vitvqgan", "--data", "no", "--out", str(tmp_path / "t"))
+    assert "no is not a folder: expected one made by" in refused(
+        capsys, "train", "emoji-vitvqgan", "--data", "no", "--out", str(tmp_path / "t")
+    )
     sample, steps = str(Path(emoji.__file__).parent / "sample"), ("--steps", "0")
     assert "steps is 0" in refused(capsys, "train", "emoji-vitvqgan", "--data", sample, "--out", out, *steps)
     assert "needs scenes" in refused(capsys, "train", "emoji-parti", "--data", sample, "--out", out)
@@ -156,8 +158,8 @@ def test_images_that_are_none_of_ours(capsys, tmp_path):
     out = str(tmp_path / "x.png")
     assert "holds no settings of argen" in refused(capsys, "generate", "--from", str(plain), "-o", out)
     for path in (text, cut):
-        assert "could not be read as a picture" in refused(capsys, "generate", "--from", str(path), "-o", out)
-        assert "could not be read as a picture" in refused(capsys, "reconstruct", str(path))
+        assert "could not be read as an image" in refused(capsys, "generate", "--from", str(path), "-o", out)
+        assert "could not be read as an image" in refused(capsys, "reconstruct", str(path))
 
 
 @pytest.mark.parametrize("part", ["transformer", "image_tokenizer", "clip"])

@@ -1,4 +1,4 @@
-"""How closely control pictures are followed: the measures on pictures of known overlap, and the command."""
+"""How closely control images are followed: the measures on pictures of known overlap, and the command."""
 
 import numpy as np
 import pytest

@@ -215,21 +215,21 @@ def test_control_images_that_do_not_fit_are_refused_in_one_line(golden):
         with pytest.raises(ValueError, match=match):
             pipe("class:1", control_image=image, **more)
 
-    refused(f"300 x 100, of another shape than the picture asked for, {side} x {side}: crop it$", code(300, 100))
+    refused(f"300 x 100, of another shape than the image asked for, {side} x {side}: crop it$", code(300, 100))
     refused("1 x 1: expected at least 16 x 16", code(1, 1))
     refused("unknown control type 'pose'", code(64, 64), control_type="pose")
     refused("control_strength is -1", code(64, 64), control_strength=-1)
-    refused(f"makes pictures of {side} x {side} only", code(64, 32), size=(32, 16))
+    refused(f"makes images of {side} x {side} only", code(64, 32), size=(32, 16))
     pipe = piped(golden("controlar/c2i_canny"))
     refused("crop it or ask for the size", code(300, 100), size=(side, side))
     refused("expected multiples of 16", code(64, 64), size=(40, 40))
     refused("too long and thin", code(3000, 16))
-    with pytest.raises(ValueError, match="got 2 control pictures for 1 prompts"):
+    with pytest.raises(ValueError, match="got 2 control images for 1 prompts"):
         pipe("class:1", control_image=[code(64, 64)] * 2)
 
 
 def test_a_model_without_control_says_so(pipe):
-    with pytest.raises(ValueError, match="takes no control picture"):
+    with pytest.raises(ValueError, match="takes no control image"):
         pipe("a red apple", control_image=code(128, 128))
 
 

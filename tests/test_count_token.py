@@ -13,7 +13,7 @@ import argen
 from argen.cli.main import main
 from argen.diffusion.base import unit_noise
 from argen.diffusion.count_token import CountToken, centre_crop
-from argen.diffusion.tools import counters, counting
+from argen.diffusion.model_settings import counters, counting
 from argen.hub.loading import load_diffusion
 from argen.images import open_image
 from argen.models.clip_count import FROZEN, SCALE, CLIPCount

@@ -106,7 +106,7 @@ def test_the_network_tells_how_sure_it_is(pipe, generated):
 def test_bad_masks_are_refused(pipe, generated):
     image = generated.images[0]
     for mask, message in (
-        (Image.new("L", (64, 64), 255), "the mask is 64 x 64 and the picture 128 x 128"),
+        (Image.new("L", (64, 64), 255), "the mask is 64 x 64 and the image 128 x 128"),
         (Image.new("L", (128, 128), 0), "nothing to inpaint"),
         (None, "nothing to inpaint"),
     ):
@@ -130,7 +130,7 @@ def test_latents_are_edited_too_and_ordered_tokens_are_not():
     )
     torch.testing.assert_close(out.tokens[..., 4:], before[..., 4:])
     assert not torch.allclose(out.tokens[..., :4], before[..., :4], atol=0.1)
-    with pytest.raises(ValueError, match="no place in the picture"):
+    with pytest.raises(ValueError, match="no place in the image"):
         load("argen/emoji-flextok-ar").edit("a heart", image, half(128, (0, 0, 63, 63)))
     with pytest.raises(ValueError, match="writes numbers, not tokens"):
         next(xar.run(Request("a heart", model="argen/emoji-xar", tokens=((1, -1),))))
@@ -210,5 +210,5 @@ def test_an_image_is_turned_before_its_mask_is_laid_on(pipe):
     white = Image.new("RGBA", (128, 96), (255, 255, 255, 0))  # white, and seen only where it is opaque
     white.paste((255, 255, 255, 255), (64, 0, 128, 96))
     assert torch.equal(masked_cells(seen, white, (8, 8)), cells)
-    with pytest.raises(ValueError, match="the mask is 96 x 128 and the picture 128 x 96"):
+    with pytest.raises(ValueError, match="the mask is 96 x 128 and the image 128 x 96"):
         masked_cells(seen, mask.transpose(Image.Transpose.ROTATE_90), (8, 8))

@@ -63,7 +63,7 @@ def test_a_token_says_nothing_of_those_after_it(tokenizer):
     codes = network.quantize.embedding(ids)
     codes[:, 5:] = 0
     torch.testing.assert_close(network.decode(ids[:, :5]), network.embed(codes))
-    with pytest.raises(ValueError, match="got 17 tokens for a picture: expected 1 to 16"):
+    with pytest.raises(ValueError, match="got 17 tokens for an image: expected 1 to 16"):
         network.decode(torch.zeros(1, 17, dtype=torch.long))
 
 
@@ -77,7 +77,7 @@ def test_images_are_seen_as_the_encoders_see_them(tokenizer, clip):
     assert by_conv.shape == (1, 16, 192)
     torch.testing.assert_close(tokenizer.features(pixels), torch.cat([by_clip, by_conv], dim=1))
     assert tokenizer.encode(pixels).shape == (1, 16)
-    with pytest.raises(ValueError, match="the picture is 4 x 90: SEED expects at least 8 pixels a side"):
+    with pytest.raises(ValueError, match="the image is 4 x 90: SEED expects at least 8 pixels a side"):
         tokenizer.prepare(Image.new("RGB", (4, 90)))
 
 

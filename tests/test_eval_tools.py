@@ -9,7 +9,7 @@ from diffusers import UNet2DConditionModel
 from argen.cli.main import main
 from argen.cli.main import main as argen
 from argen.diffusion.count_token import read_token
-from argen.diffusion.tools import erasing
+from argen.diffusion.model_settings import erasing
 from argen.eval import tools
 from argen.files import WEIGHTS
 from argen.hub.loading import load_diffusion
@@ -140,8 +140,11 @@ def test_the_page_shows_how_a_token_gets_better(untrained):
     pipe = load_diffusion("argen/emoji-sd")
     pipe.set_progress_bar_config(disable=True)
     updates = list(page.count(pipe, "argen/emoji-sd", "five apples", 2, 0.01, 0))
-    assert [state.partition(":")[0] for *_, state in updates] == ["step 1", "step 2"]
-    assert updates[0][0].size == updates[1][0].size == (256, 256)
+    stages = [state.partition(";")[0] for *_, state in updates]
+    assert stages == ["after 0 of 2 steps", "after 1 of 2 steps"][: len(stages)]
+    shown = [(before.tobytes() == after.tobytes(), state) for before, after, state in updates]
+    assert all("counted" in state and same == ("after 0 steps" in state.partition("shown")[2]) for same, state in shown)
+    assert updates[0][0].size == updates[-1][0].size == (256, 256)
 
 
 def test_the_prompts_say_what_they_should():

@@ -239,13 +239,13 @@ def test_missing_weights_are_said_and_not_replaced(tmp_path, monkeypatch, capsys
 BAD = {
     "a broken picture": (
         lambda d: (d / "set" / "7.png").write_bytes(b"\x89PNG"),
-        "set/7.png could not be read as a picture",
+        "set/7.png could not be read as an image",
     ),
     "one picture": (
         lambda d: [f.unlink() for f in (d / "set").glob("[1-9].png")],
-        "has 1 picture: expected at least 2",
+        "has 1 image: expected at least 2",
     ),
-    "no picture": (lambda d: [f.unlink() for f in (d / "set").glob("*.png")], "no pictures in"),
+    "no picture": (lambda d: [f.unlink() for f in (d / "set").glob("*.png")], "no images in"),
 }
 
 

@@ -187,7 +187,7 @@ def test_the_token_number_is_refused_where_it_is_fixed():
 
 def test_a_generator_of_another_tokenizer_is_refused(pipe):
     other = FlexTok((8, 5), 12, 32, 1, 16, 32, 1, 16)
-    with pytest.raises(ValueError, match="writes 12 tokens of 200, the picture tokenizer knows 12 of 40"):
+    with pytest.raises(ValueError, match="writes 12 tokens of 200, the image tokenizer knows 12 of 40"):
         FlexARPipeline(pipe.transformer, other, pipe.vae)
 
 
@@ -238,7 +238,7 @@ def test_a_search_says_what_is_wrong(pipe):
         Request("class:1", num_beams=3, num_candidates=4)
     with pytest.raises(ValueError, match="no picture encoder to rank"):
         list(pipe.run(Request("class:1", num_beams=2)))
-    with pytest.raises(ValueError, match="only pictures of ordered tokens can be searched for"):
+    with pytest.raises(ValueError, match="only images of ordered tokens can be searched for"):
         next(argen.load("argen/emoji-parti").run(Request("a red apple", num_beams=2)))
 
 

@@ -234,9 +234,9 @@ def test_what_a_configuration_does_not_say_as_we_know_it_is_named(released):
 def test_what_cannot_be_decoded_is_refused(golden):
     tokenizer = tiny(golden("flextok/pixels"))
     for count in (0, 25):
-        with pytest.raises(ValueError, match=f"got {count} tokens for a picture: expected 1 to 24"):
+        with pytest.raises(ValueError, match=f"got {count} tokens for an image: expected 1 to 24"):
             tokenizer.decode(torch.zeros(1, count, dtype=torch.int64), 1)
     with pytest.raises(ValueError, match="token 64000 does not exist: expected 0 to 63999"):
         tokenizer.decode(torch.tensor([[5, 64000]]), 1)
-    with pytest.raises(ValueError, match=r"pictures are \[60, 64\]: expected multiples of 16"):
+    with pytest.raises(ValueError, match=r"images are \[60, 64\]: expected multiples of 16"):
         tokenizer.encode(torch.zeros(1, 3, 60, 64))

@@ -134,9 +134,9 @@ def test_an_animation_is_its_first_frame(tmp_path):
 )
 def test_broken_files_are_named(tmp_path, data):
     (tmp_path / "a.png").write_bytes(data)
-    with pytest.raises(ValueError, match="a.png (could not be read as a picture|has too many pixels)"):
+    with pytest.raises(ValueError, match="a.png (could not be read as an image|has too many pixels)"):
         open_image(tmp_path / "a.png")
-    with pytest.raises(FileNotFoundError, match="no picture at"):
+    with pytest.raises(FileNotFoundError, match="no image at"):
         open_image(tmp_path / "none.png")
     with pytest.raises(ValueError, match="could not be read|too many"):
         read_image(data, "the mask")

@@ -9,7 +9,7 @@ ROOT = Path(__file__).parent.parent
 LAYERS = [
     ["samplers"],
     ["tokenizers_img"],
-    ["argen.words", "argen.files", "argen.registry", "argen"],
+    ["argen.words", "argen.files", "argen.registry", "argen.garbage", "argen"],
     ["argen.bounds", "argen.images", "argen.device"],
     ["argen.request"],
     ["argen.metadata"],

@@ -92,7 +92,7 @@ def test_clients_of_the_page_get_images_read_and_one_line(client, tmp_path):
     client.predict(handed(wordy(tmp_path / "wordy.png")), "argen/emoji-vitvqgan", api_name="/reconstruct")
     page = tmp_path / "page.png"
     page.write_text("<html></html>")
-    with pytest.raises(Exception, match="the image could not be read as a picture"):
+    with pytest.raises(Exception, match="the image could not be read as an image"):
         client.predict(handed(page), "argen/emoji-vitvqgan", api_name="/reconstruct")
     with pytest.raises(Exception, match="num_images is 'x': expected a whole number"):
         client.predict("a pizza", num_images="x", api_name="/generate")

@@ -134,7 +134,7 @@ def test_the_command_judges_a_generator(tmp_path, capsys):
     entry = report["scores"]["single: identity"]
     assert entry["n"] == 4
     assert entry["judge_on_real"] == load("argen/emoji-judge").config.accuracy["single: identity"]
-    assert "on real held-out pictures" in capsys.readouterr().out
+    assert "on real held-out images" in capsys.readouterr().out
     assert (tmp_path / "out" / "grid.png").exists()
 
 

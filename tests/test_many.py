@@ -88,7 +88,7 @@ def test_a_bad_table_is_refused(tmp_path, name, text, message):
         ({"model": "argen/none"}, "unknown model 'argen/none'"),
         ({"model": "argen/emoji-clip"}, "argen/emoji-clip is an encoder"),
         ({"num_tokens": 3}, "this model's images have"),
-        ({"num_beams": 2}, "only pictures of ordered tokens"),
+        ({"num_beams": 2}, "only images of ordered tokens"),
         ({"sampler": "euler"}, "this model writes tokens"),
         ({"prompt": "class:zebra", "model": "argen/emoji-llamagen"}, "no class is named 'zebra'"),
     ],

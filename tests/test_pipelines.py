@@ -133,7 +133,7 @@ def test_dalle_mini_draws_saves_and_loads(dalle, tmp_path):
 
 
 def test_dalle_mini_says_that_it_cannot_rank(dalle):
-    with pytest.raises(ValueError, match="has no picture encoder to rank candidates with"):
+    with pytest.raises(ValueError, match="has no image encoder to rank candidates with"):
         dalle("a red apple", num_candidates=3)
 
 

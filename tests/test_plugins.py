@@ -6,6 +6,8 @@ import shutil
 import subprocess
 import sys
 import tomllib
+from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 
 import gradio as gr
@@ -112,6 +114,57 @@ def test_the_command_line_runs_it(site, capsys, tmp_path, monkeypatch):
     assert capsys.readouterr().out.startswith("#ff")
     assert main(["grid", "a wall", "--model", "mosaic/bigram", "--x", "annealed.end=0.4,0.8", "-o", "grid.png"]) == 0
     assert Path("grid.png").is_file()
+
+
+def test_its_recipe_trains(site, tmp_path, capsys):
+    sample = str(Path(argen.__file__).parent / "data/sample")
+    out = str(tmp_path / "run1")
+    assert main(["train", "mosaic", "--out", out]) == 2
+    assert "the recipe mosaic learns from images: give --data" in capsys.readouterr().err
+    assert main(["train", "mosaic", "--data", str(tmp_path / "none"), "--out", out]) == 2
+    assert "none is not a folder: expected one made by `argen data`" in capsys.readouterr().err
+    assert not Path(out).exists()
+    assert main(["train", "mosaic", "--data", sample, "--out", out, "--steps", "30"]) == 0
+    wall = str(tmp_path / "wall.png")
+    assert main(["train", "mosaic", "--data", sample, "--out", out]) == 0
+    last = json.loads(Path(out, "log.jsonl").read_text().splitlines()[-1])
+    assert (last["step"], last["held-out loss"] < 3) == (400, True)  # of 64 equally probable colours it is 4.2 nats
+    assert main(["generate", "a red wall", "--model", f"{out}/final", "-o", wall]) == 0
+    capsys.readouterr()
+    (tmp_path / "walls").mkdir()
+    Path(wall).rename(tmp_path / "walls/wall.png")
+    assert main(["eval", "colours", str(tmp_path / "walls")]) == 0
+    assert "of 64 colours in 1 images" in capsys.readouterr().out
+
+
+def test_a_recipe_without_images_takes_none(site, tmp_path, capsys, monkeypatch):
+    training = import_module("argen_mosaic.training")
+
+    class Alone(training.BigramTask):
+        def read(self, data, split):
+            return torch.zeros(4, 64, dtype=torch.int64)
+
+        def __init__(self):
+            super().__init__(None)
+
+    recipe = replace(training.RECIPE, task=Alone, needs_data=False)
+    monkeypatch.setitem(REGISTRIES["recipe"].added, "alone", recipe)
+    out = ["--out", str(tmp_path / "run1"), "--steps", "2"]
+    assert main(["train", "alone", *out, "--data", str(tmp_path)]) == 2
+    assert "learns from no images: leave --data out" in capsys.readouterr().err
+    assert main(["train", "alone", *out]) == 0
+
+
+def test_models_of_packages_have_a_heading_of_their_own(site, capsys):
+    assert main(["models"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    heading = lines.index("In installed packages:")
+    row = next(line for line in lines if line.startswith("  mosaic/tokenizer "))
+    assert heading < lines.index(row) < lines.index("Published, fetched from the hub when first used:")
+    assert "0.0" not in row
+    rows = [line for line in lines if not line.endswith(":")]
+    kinds = {line.index(line.split()[1], len(line.split()[0]) + 2) for line in rows}
+    assert len(kinds) == 1  # one column
 
 
 def test_a_wrong_setting_of_it_is_one_line(site, capsys):

@@ -62,7 +62,7 @@ def refused(capsys, *command: str) -> str:
         (["erase", "unicorn"], "argen/emoji-sd does not draw 'unicorn'"),
         (["count", "--noises", "65"], "noises is 65"),
         (["nudity", "--threshold", "nan"], "threshold is nan"),
-        (["control", "--data", "PNG"], "0.png is no set of pictures: expected a folder, or a .zip, .npz or .parquet"),
+        (["control", "--data", "PNG"], "0.png is no set of images: expected a folder, or a .zip, .npz or .parquet"),
         (["control", "--data", "BROKEN"], "cannot be read as a .parquet table"),
     ],
 )

@@ -36,6 +36,15 @@ def test_a_saved_generator_draws_the_same(model, tmp_path, capfd, caplog):
     assert images[0] == images[1]
 
 
+def test_a_folder_of_an_earlier_release_is_read(tmp_path):
+    pipe = argen.load("argen/emoji-llamagen")
+    pipe.save_pretrained(tmp_path)
+    index = tmp_path / "model_index.json"
+    index.write_text(index.read_text().replace("argen.models.drafter", "argen.models.draft"))
+    again = argen.load(tmp_path)
+    assert torch.equal(next(again.drafter.parameters()), next(pipe.drafter.parameters()))
+
+
 def torch_image():
     from tokenizers_img.pixels import to_pil
 

@@ -124,7 +124,7 @@ def test_released_files_are_loaded(golden, tmp_path, monkeypatch):
 
 def test_bad_tokens_are_refused(golden):
     network, _ = small(golden("seed/seed2_mlp"))
-    with pytest.raises(ValueError, match="got 31 tokens for a picture: expected 32"):
+    with pytest.raises(ValueError, match="got 31 tokens for an image: expected 32"):
         network.decode(torch.zeros(1, 31, dtype=torch.long))
     with pytest.raises(ValueError, match="token 128 does not exist: expected 0 to 127"):
         network.decode(torch.full((1, 32), 128))

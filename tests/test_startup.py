@@ -10,7 +10,7 @@ import weakref
 import pytest
 
 from argen.cli.main import main
-from argen.collector import uncollected
+from argen.garbage import uncollected
 
 LIBRARIES = {"torch", "diffusers", "transformers", "numpy", "PIL", "scipy", "pandas", "gradio", "datasets"}
 CHILD = """

@@ -6,7 +6,7 @@ import pytest
 
 from argen import words
 from argen.cli.main import main
-from argen.diffusion import tools
+from argen.diffusion import model_settings
 from argen.hub.loading import load
 from argen.words import check_prompt
 
@@ -211,8 +211,8 @@ def test_what_is_no_number_is_refused(text, wanted):
     "text", ["Pizza", "pizzas", "pizza.", "the pizza", " A PIZZA! ", "\u201cPizza\u201d", "some pizzas", "pizza\u200b"]
 )
 def test_concepts_are_named_as_captions_name_them(text):
-    assert tools.concepts_of("argen/emoji-sd", [text]) == ["pizza"]
-    kwargs = tools.erasing("argen/emoji-sd", [text])
+    assert model_settings.concepts_of("argen/emoji-sd", [text]) == ["pizza"]
+    kwargs = model_settings.erasing("argen/emoji-sd", [text])
     assert kwargs["concepts"] == ["pizza", "a pizza"]
     assert not [kept for kept in kwargs["retained"] if "pizza" in kept]
 
@@ -237,11 +237,11 @@ def test_concepts_are_named_as_captions_name_them(text):
     ],
 )
 def test_lists_of_concepts(texts, wanted):
-    assert tools.concepts_of("argen/emoji-sd", texts) == wanted
+    assert model_settings.concepts_of("argen/emoji-sd", texts) == wanted
 
 
 def test_published_pipelines_get_concepts_as_they_are_written():
-    assert tools.concepts_of("somewhere", ["Van Gogh, the Night Watch", "Van Gogh"]) == [
+    assert model_settings.concepts_of("somewhere", ["Van Gogh, the Night Watch", "Van Gogh"]) == [
         "Van Gogh",
         "the Night Watch",
     ]
@@ -249,7 +249,7 @@ def test_published_pipelines_get_concepts_as_they_are_written():
 
 def test_other_names_are_kept():
     """A plural takes its singular with it, but "sunflowers" are no "sun"."""
-    kept = tools.erasing("argen/emoji-sd", ["red cats", "sunflowers"])["retained"]
+    kept = model_settings.erasing("argen/emoji-sd", ["red cats", "sunflowers"])["retained"]
     assert "cat" not in kept
     assert {"sun", "dog"} <= set(kept)
     assert not words.same_concept("cat", "car")

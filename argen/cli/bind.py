@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     import torch
 
-    from argen.diffusion import SemanticBinding, tools
+    from argen.diffusion import SemanticBinding, model_settings
     from argen.diffusion.prompts import parse
     from argen.diffusion.tome import check_settings
     from argen.metadata import save_made
@@ -47,9 +47,9 @@ def run(args: argparse.Namespace) -> None:
             raise ValueError(f"--bind {' '.join(args.bind)}: expected OBJECT=WORDS, e.g. robot=blue")
         bindings = {noun: words for noun, _, words in (part.partition("=") for part in args.bind)}
     binding = parse(args.prompt, bindings)
-    settings = check_settings(args.settings or tools.binding(args.model))
+    settings = check_settings(args.settings or model_settings.binding(args.model))
     bound = SemanticBinding(load_diffusion_model(args.model, args.device, load_options(args)))
-    sampling = tools.drawing(args.model, args.steps, args.guidance_scale)
+    sampling = model_settings.drawing(args.model, args.steps, args.guidance_scale)
     generator = torch.Generator().manual_seed
     images = [bound(binding, settings=settings, generator=generator(args.seed), **sampling).images[0]]
     if args.plain:

@@ -26,7 +26,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add.add_argument(
         "--num", type=int, default=12000, help="training scenes; the other splits have a tenth of that each"
     )
-    add.add_argument("--common", action="store_true", help="of 65 common things alone, as argen/emoji-sd draws")
+    add.add_argument(
+        "--common",
+        action="store_true",
+        help="of the 65 common things alone that argen/emoji-sd draws, see docs/evaluation.md",
+    )
     add.add_argument("--seed", type=int, default=0, help="of the compositions")
     add = sets.add_parser(
         "sample", help="a small set out of a large one, as it ships for the tests", formatter_class=HelpFormatter

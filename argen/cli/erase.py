@@ -41,8 +41,8 @@ def run(args: argparse.Namespace) -> None:
     import torch
 
     from argen.diffusion import ConceptErasure
+    from argen.diffusion.model_settings import card_of, concepts_of, drawing, erasing
     from argen.diffusion.rece import check_erasure
-    from argen.diffusion.tools import card_of, concepts_of, drawing, erasing
     from argen.eval import features, tools
 
     writable_folder(args.out)

@@ -6,8 +6,8 @@ import gc
 import sys
 
 from argen import __version__
-from argen.collector import uncollected
-from argen.command import HelpFormatter, Parser, check_numbers, guarded, printable, reader_is_there
+from argen.command import HelpFormatter, Parser, check_numbers, flush_output, guarded, printable
+from argen.garbage import uncollected
 from argen.registry import commands
 
 
@@ -30,7 +30,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return run(argv)
     finally:
-        reader_is_there()  # or Python says at its end that it is not
+        flush_output()  # or Python says at its end that it is not
 
 
 def run(argv: list[str] | None) -> int:

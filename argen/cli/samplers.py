@@ -3,7 +3,7 @@
 import argparse
 import json
 
-from argen.registry import samplers
+from argen.registry import about_of, samplers
 from samplers.settings import settings_of
 
 HELP = "list the samplers with their settings, as --sampler NAME:SETTING=VALUE,... takes them"
@@ -47,7 +47,6 @@ def described(name: str) -> dict:
         for setting in settings_of(cls).values()
         if setting.kind
     }
-    about = " ".join((cls.__doc__ or "").strip().split("\n\n")[0].split())
     traits = {"draws": getattr(cls, "draws", "tokens"), "lossless": cls().lossless, "needs": getattr(cls, "needs", "")}
     traits["resumes"] = getattr(cls, "resumes", "exactly")
-    return {"name": name, "about": about, **traits, "settings": settings}
+    return {"name": name, "about": about_of(name), **traits, "settings": settings}

@@ -11,7 +11,7 @@ from torch import Tensor
 from argen.data.emoji import STYLES, with_article
 from argen.data.scenes import thing_of
 from argen.diffusion.count_token import ImageCounter
-from argen.diffusion.tools import vocabulary_of
+from argen.diffusion.model_settings import vocabulary_of
 from argen.eval.features import PublishedCLIP
 from argen.eval.images import ImageSet
 from argen.eval.judge import COMMON_PROMPTS, Truth, evaluate, read_prompts, verdict

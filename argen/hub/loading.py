@@ -1,5 +1,6 @@
 """From a model's id, a saved folder or a checkpoint file to a pipeline or a network in memory."""
 
+import importlib
 import importlib.util
 import inspect
 import json
@@ -14,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import SafetensorError
 
-from argen.collector import uncollected
 from argen.device import DTYPES, LOADING, auto_dtype, pick, silent
+from argen.garbage import uncollected
 from argen.hub.cards import CARD_FILE, DIFFUSION, Card, all_cards, check_kind, check_known, find_card, kind_of
 from argen.hub.options import Attention, Dtype, LoadOptions, Quantize, check_arguments
 from argen.hub.quantized import NAMES, quantize_model, quantized, read_quantized

@@ -9,7 +9,7 @@ import huggingface_hub
 from huggingface_hub.errors import CacheNotFound
 
 from argen.files import WEIGHTS
-from argen.hub.cards import all_cards, find_card
+from argen.hub.cards import all_cards, find_card, is_own
 
 SUMS = WEIGHTS / "SHA256SUMS"  # of what ships, as `sha256sum` writes them
 
@@ -32,8 +32,14 @@ class Holding:
         return all_cards()[self.id].repo is None
 
     @property
+    def downloaded(self) -> bool:
+        return not self.ships and self.folder is not None
+
+    @property
     def state(self) -> str:
-        return "ships with argen" if self.ships else "downloaded" if self.folder else "not here"
+        if self.ships:
+            return "ships with argen" if is_own(self.id) else "installed package"
+        return "downloaded" if self.downloaded else "not here"
 
 
 def local_cache() -> list[Holding]:

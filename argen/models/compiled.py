@@ -14,10 +14,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from argen.models.layers import Linear
+from argen.models.quantized import QuantizedLinear
 from argen.models.session import KeyValueCache
 from tokenizers_img.attention import DispatchedAttention
 
@@ -162,6 +165,7 @@ class CompiledStep:
         attention = next(part for part in network.modules() if isinstance(part, DispatchedAttention))
         self.heads, self.width = attention.heads, network.config.dim // attention.heads
         self.graphs: dict[Any, Any] = {}  # form of the further arguments -> the compiled graph
+        self.owners: list[Any] = []  # of memory that graphs read
         self.lock = threading.Lock()
 
     def cache(self, layers: int, capacity: int, before: int = 1) -> SlotCache:
@@ -193,7 +197,8 @@ class CompiledStep:
                 "ignore", torch.jit.TracerWarning
             )  # what Python decides here depends on the network alone
             example = tuple(tensor.contiguous() for tensor in inputs)
-            model = openvino.convert_model(_Pass(self.network, self.decode, leaves, structure), example_input=example)
+            traced = _Pass(self.network, self.decode, leaves, structure)
+            model, owner = converted(traced, example)
         layers = len(inputs) - 4 - sum(leaf is not None for leaf in leaves)
         shapes = {}
         for index, (port, tensor) in enumerate(zip(model.inputs, inputs, strict=True)):
@@ -210,7 +215,9 @@ class CompiledStep:
             "INFERENCE_NUM_THREADS": str(torch.get_num_threads()),
             "DYNAMIC_QUANTIZATION_GROUP_SIZE": GROUP,
         }
-        return openvino.Core().compile_model(model, "CPU", settings)
+        graph = openvino.Core().compile_model(model, "CPU", settings)
+        self.owners.append(owner)
+        return graph
 
 
 def run(request: Any, inputs: list[Tensor]) -> list[Tensor]:
@@ -224,9 +231,69 @@ def run(request: Any, inputs: list[Tensor]) -> list[Tensor]:
     return [torch.from_numpy(tensor.data.copy()) for tensor in request.output_tensors]
 
 
+def converted(traced: nn.Module, example: tuple[Tensor, ...]) -> tuple[Any, Any]:
+    """The graph of a module, and the owner of the memory that its constants share. The steps of `openvino.convert_model`, without those that copy what it has constants of."""
+    from openvino.frontend import FrontEndManager
+    from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder
+
+    modules, conversion = extensions()
+    frontend = FrontEndManager().load_by_framework("pytorch")
+    frontend.add_extension(conversion)
+    kinds = {extension.module: extension for extension in modules}
+    decoder = TorchScriptPythonDecoder(
+        traced, example_input=example, module_extensions=kinds, skip_freeze=True, trace_kwargs={"check_trace": False}
+    )
+    return frontend.convert(frontend.load(decoder)), decoder
+
+
+def extensions() -> tuple[list[Any], Any]:
+    """How linear layers come into the graph: as products with constants that keep their 8 or 4 bits, which tracing neither computes nor
+    unpacks."""
+    from openvino import opset13 as ops
+    from openvino.frontend.pytorch import ConversionExtension, ModuleExtension
+
+    def empty(layer: Any, x: Tensor, *_: Tensor) -> Tensor:
+        return x.new_zeros(
+            *x.shape[:-1], layer.scales.shape[0] if isinstance(layer, QuantizedLinear) else layer.out_features
+        )
+
+    def product(layer: Any, operation: Any, x: Tensor) -> Tensor:
+        weights = (layer.qweight, layer.scales) if isinstance(layer, QuantizedLinear) else (layer.weight,)
+        y = operation(x, *weights)
+        return y if layer.bias is None else y + layer.bias
+
+    def convert(context: Any) -> list[Any]:
+        x, weight = context.get_input(0), context.get_input(1)
+        if context.get_input_size() > 2:
+            weight = unpack(weight.get_node(), context.get_input(2).get_node())
+        return [ops.matmul(x, weight, transpose_a=False, transpose_b=True).output(0)]
+
+    def unpack(stored: Any, scales: Any) -> Any:
+        """Constants int8 [O, I] or uint8 [O, I/2] and [O, G] -> [O, I]."""
+        data, (rows, groups) = stored.data, scales.data.shape
+        if data.dtype == np.int8:
+            columns, integers = data.shape[1], ops.constant(data.reshape(rows, groups, -1))
+            values = ops.convert(integers, "f32")
+        else:
+            columns = 2 * data.shape[1]
+            shape = [rows, groups, columns // groups]
+            integers = ops.constant(openvino.Tensor(data.reshape(-1), openvino.Shape(shape), openvino.Type.u4))
+            eight = ops.convert(ops.constant(np.full((1, 1, 1), 8, np.uint8)), "f32")
+            values = ops.subtract(ops.convert(integers, "f32"), eight)
+        weight = ops.multiply(values, ops.constant(scales.data.reshape(rows, groups, 1)))
+        return ops.reshape(weight, ops.constant(np.array([rows, columns])), special_zero=False)
+
+    import openvino
+
+    kinds = (nn.Linear, Linear, QuantizedLinear)
+    modules = [ModuleExtension(kind, "argen.linear", evaluate=empty, convert=product) for kind in kinds]
+    return modules, ConversionExtension("argen.linear", convert)
+
+
 @contextmanager
 def traceable(network: nn.Module) -> Iterator[None]:
-    """Attention as plain products meanwhile, which the graph may split."""
+    """Attention as plain products meanwhile, which the graph may split; afterwards all layers are as they were, also those that OpenVINO
+    replaced."""
     layers = [part for part in network.modules() if isinstance(part, DispatchedAttention)]
     for layer in layers:
         layer.attend = types.MethodType(_attend, layer)
@@ -235,3 +302,6 @@ def traceable(network: nn.Module) -> Iterator[None]:
     finally:
         for layer in layers:
             del layer.attend
+        for part in network.modules():
+            for name in [name for name in vars(part) if name == "forward" or name.startswith("_openvino")]:
+                delattr(part, name)

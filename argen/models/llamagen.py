@@ -21,6 +21,7 @@ from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
 from argen.models.layers import Linear, RMSNorm, causal_mask, grid_places, rotary_table, rotate, split_heads
+from argen.models.quantized import weight_of
 from argen.models.session import KeyValueCache, decoding
 from tokenizers_img.attention import DispatchedAttention
 from tokenizers_img.checkpoint import load_strict, read_state_dict
@@ -76,7 +77,7 @@ class Attention(DispatchedAttention):
             others = causal_mask(x.shape[1], x.shape[1], x.device) & mask[:, None, None]
             visible = others | torch.eye(x.shape[1], dtype=torch.bool, device=x.device)
             return self.wo(self.attend(query, key, value, visible)), (key, value)
-        value, weights = F.linear(x, self.wqkv.weight[2 * x.shape[-1] :].to(x.dtype)), mask[..., None].to(x.dtype)
+        value, weights = F.linear(x, weight_of(self.wqkv)[2 * x.shape[-1] :].to(x.dtype)), mask[..., None].to(x.dtype)
         means, padding = (running_mean(value, part) for part in (weights, 1 - weights))
         mean = split_heads(means[:, -1:], self.heads)
         return self.wo(torch.where(mask[..., None], means, padding)), (torch.zeros_like(mean), mean)
@@ -348,7 +349,7 @@ class LlamaGenSession:
         embedded, mask: as `LlamaGen.condition` takes them. Under guidance R = 2B: all conditions, then "none" as often.
         control: [J, R, N, D] of every cell of the picture, which then has N cells; without it as many as the grid.
         columns: cells of a row; as many as the grid has, by default.
-        drafter: `argen.models.draft.Drafter` of this model, for the samplers that draft.
+        drafter: `argen.models.drafter.Drafter` of this model, for the samplers that draft.
         codebook: [K, C], of the picture tokenizer, for those that relax.
 
     Attributes:

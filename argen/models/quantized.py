@@ -87,8 +87,7 @@ class QuantizedLinear(nn.Module):
         self.scales = scales.to(self.qweight.device)
         return self
 
-    @property
-    def weight(self) -> Tensor:
+    def dequantized(self) -> Tensor:
         """The weights [O, I] that the integers stand for, in the precision of the scales."""
         groups = self.scales.shape[1]
         integers = self.qweight if self.bits == 8 else unpacked(self.qweight)
@@ -98,7 +97,12 @@ class QuantizedLinear(nn.Module):
         return ((values if self.bits == 8 else values - 8) * self.scales[..., None]).flatten(1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight.to(x.dtype), self.bias)
+        return F.linear(x, self.dequantized().to(x.dtype), self.bias)
+
+
+def weight_of(layer: nn.Module) -> Tensor:
+    """The weights [O, I] of a linear layer, quantized or not."""
+    return layer.dequantized() if isinstance(layer, QuantizedLinear) else layer.weight
 
 
 def layers_of(network: nn.Module) -> dict[str, nn.Linear]:

@@ -9,8 +9,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, fields, replace
 from inspect import signature
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, Literal, Self, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar, overload
 
 import numpy as np
 import torch
@@ -23,15 +22,15 @@ from torch import Tensor
 from argen import __version__
 from argen.bounds import check
 from argen.data.imagenet import class_id
-from argen.device import check_offload, pick
-from argen.hub.cards import Card, all_cards, write_card
-from argen.hub.loading import choose_attention
+from argen.hub.cards import Card
 from argen.metadata import MADE_BY, TOKENS, fingerprint
 from argen.pipelines.arguments import check_call, check_prompts, check_sampling, check_unknown
 from argen.pipelines.canvas import TokenGrid
 from argen.pipelines.editing import Editing
+from argen.pipelines.prompts import group_caption, image_generators
 from argen.pipelines.ranking import Ranking
 from argen.pipelines.running import Running
+from argen.pipelines.saving import Saving
 from argen.registry import draws_of, samplers, samplers_of
 from argen.request import Control, parse_sampler
 from argen.words import cut, number_of
@@ -40,10 +39,6 @@ from samplers.logits import Gumbel, Sampling, keys_of
 from samplers.settings import make
 from samplers.steps import GuidanceScale, Sampler, Session, Step
 
-MOVED = {  # modules of the parts of saved pipelines, as release 0.1 named them
-    "tokenizers_img.flextok": "tokenizers_img.flextok.network",
-    "tokenizers_img.seed": "tokenizers_img.seed.network",
-}
 Prompts = str | list[str]
 Images = TypeVar("Images")  # list[Image.Image], np.ndarray or Tensor
 UNDECIDED = 230 / 255  # brightness of undecided cells
@@ -81,7 +76,7 @@ class TokenPipelineOutput(BaseOutput, Generic[Images]):
     origins: Tensor | None = None
 
 
-class TokenPipeline(Editing, Ranking, Running):
+class TokenPipeline(Editing, Ranking, Running, Saving):
     """Base of the pipelines: a subclass defines how prompts are encoded and how tokens are decoded to pixels.
 
     Attributes:
@@ -141,88 +136,6 @@ class TokenPipeline(Editing, Ranking, Running):
     def defaults(self) -> Defaults:
         """Default sampling settings: the card's, else `official`."""
         return replace(self.official, **self.card.defaults) if self.card else self.official
-
-    @classmethod
-    def load_config(cls, *arguments, **settings) -> Any:
-        """Read the index of a saved folder, as diffusers does; one of an earlier release names modules that have moved."""
-        read = super().load_config(*arguments, **settings)
-        index = read[0] if isinstance(read, tuple) else read
-        for part, value in index.items():
-            if isinstance(value, list) and value and isinstance(value[0], str) and value[0] in MOVED:
-                index[part] = [MOVED[value[0]], *value[1:]]
-        return read
-
-    def save_pretrained(self, save_directory: str | Path, **arguments) -> None:
-        """Save as diffusers does, with a card that has this model's defaults."""
-        super().save_pretrained(save_directory, **arguments)
-        folder = Path(save_directory)
-        card = self.card or Card("", "generator", f"a saved {type(self).__name__}", "")
-        card = replace(
-            card,
-            id="".join(filter(str.isprintable, folder.name)),
-            target="argen.hub.loading:load",
-            repo=None,
-            files=(),
-            order=1000,
-        )
-        write_card(replace(card, arguments={}), folder)
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **arguments: Any) -> "TokenPipeline":
-        """Read a saved pipeline as diffusers does; `argen.load` reads it, too, and everything else that argen has.
-
-        Raises:
-            ValueError: an id of a card, whose files are not those of a saved pipeline.
-        """
-        name = str(pretrained_model_name_or_path)
-        if name in all_cards():
-            raise ValueError(f"{name} is no pipeline that diffusers saved: use argen.load({name!r})")
-        return super().from_pretrained(pretrained_model_name_or_path, **arguments)
-
-    def to(self, *args: Any, **kwargs: Any) -> Self:
-        """Move to a device, a precision, or both, as in diffusers.
-
-        Raises:
-            ValueError: there is no such device here.
-        """
-        for where in (*args, kwargs.get("device"), kwargs.get("torch_device")):
-            if isinstance(where, str | torch.device):
-                pick(where)
-        return super().to(*args, **kwargs)
-
-    def enable_model_cpu_offload(self, gpu_id: int | None = None, device: torch.device | str | None = None) -> None:
-        """Keep networks on the CPU while they do nothing, as in diffusers.
-
-        Raises:
-            ValueError: there is no GPU.
-        """
-        check_offload("enable_model_cpu_offload", device)
-        super().enable_model_cpu_offload(gpu_id, device)
-
-    def enable_sequential_cpu_offload(
-        self, gpu_id: int | None = None, device: torch.device | str | None = None
-    ) -> None:
-        """Keep layers on the CPU while they do nothing, as in diffusers.
-
-        Raises:
-            ValueError: there is no GPU.
-        """
-        check_offload("enable_sequential_cpu_offload", device)
-        super().enable_sequential_cpu_offload(gpu_id, device)
-
-    def enable_xformers_memory_efficient_attention(self, attention_op: None = None) -> None:
-        """Let xformers compute the attention of all networks of this pipeline, as ``argen.load(..., attention="xformers")`` does.
-
-        Raises:
-            ValueError: it is not installed, there is no CUDA device, or `attention_op` is given, which xformers chooses here.
-        """
-        if attention_op is not None:
-            raise ValueError("attention_op is not taken: leave it out, xformers chooses the operator")
-        choose_attention(self, "xformers")
-
-    def disable_xformers_memory_efficient_attention(self) -> None:
-        """Go back to PyTorch's own attention."""
-        choose_attention(self, "native")
 
     @property
     def name(self) -> str:
@@ -577,36 +490,3 @@ class TokenPipeline(Editing, Ranking, Running):
 
 
 _ARGUMENTS = [name for name in signature(TokenPipeline.__call__).parameters if name not in ("self", "others")]
-
-
-def distinct(prompts: list[str], guided: bool) -> tuple[list[str], list[int]]:
-    """Return the distinct texts to encode, the empty one among them, and the index of the text of each row: of the prompts, then
-    (`guided`) the empty text as often."""
-    texts = list(dict.fromkeys([*prompts, ""]))
-    rows = [texts.index(prompt) for prompt in prompts]
-    return texts, rows + ([texts.index("")] * len(prompts) if guided else [])
-
-
-def image_generators(generator: torch.Generator | None, count: int) -> list[torch.Generator]:
-    """Return a generator for each image: `generator` itself for the first one, and new ones with seeds from it for the others; the
-    first n do not depend on how many follow."""
-    if generator is None:
-        generator = torch.Generator()
-        generator.seed()
-    if count == 1:
-        return [generator]
-    first = torch.Generator(generator.device)
-    first.set_state(generator.get_state())
-    seeds = [int(torch.randint(2**62, (1,), generator=generator, device=generator.device)) for _ in range(count - 1)]
-    return [first, *(torch.Generator().manual_seed(seed) for seed in seeds)]
-
-
-def group_caption(prompt: str, groups: list[str] | None) -> str:
-    """Convert "class:food-drink" to the caption of the group; any other prompt is returned unchanged.
-
-    Raises:
-        ValueError: there is no such group.
-    """
-    if groups is None or not prompt.strip().lower().startswith("class:"):
-        return prompt
-    return f"class {groups[class_id(prompt, groups)].replace('-', ' ')}"

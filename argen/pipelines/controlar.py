@@ -12,7 +12,7 @@ from transformers import CLIPModel, PreTrainedTokenizerFast, T5EncoderModel
 from argen.files import WEIGHTS
 from argen.models.annotators import annotate, as_control, check_kind, resized
 from argen.models.controlar import CELL, ControlAR
-from argen.models.draft import Drafter
+from argen.models.drafter import Drafter
 from argen.models.files import emoji_text, load_network, read_t5
 from argen.pipelines.base import Defaults
 from argen.pipelines.llamagen import LlamaGenPipeline

@@ -7,7 +7,8 @@ from transformers import PreTrainedTokenizerFast
 
 from argen.models.dalle_mini import PAD, DalleMiniDecoder, DalleMiniEncoder, text_tokenizer, tokenize
 from argen.models.session import DecoderSession
-from argen.pipelines.base import Defaults, TokenPipeline, distinct
+from argen.pipelines.base import Defaults, TokenPipeline
+from argen.pipelines.prompts import distinct
 from argen.request import Control
 from tokenizers_img.vqgan import VQGANDetokenizer
 

@@ -15,8 +15,9 @@ from argen.models.clip import TextImageEncoder
 from argen.models.files import emoji_text, load_network, read_t5
 from argen.models.flexar import FlexAR, FlexARSession
 from argen.models.tokenizers import read_emoji_flextok
-from argen.pipelines.base import Defaults, TokenPipeline, distinct, image_generators
+from argen.pipelines.base import Defaults, TokenPipeline
 from argen.pipelines.canvas import TokenSequence
+from argen.pipelines.prompts import distinct, image_generators
 from argen.pipelines.running import SAMPLING
 from argen.request import Control, Job, Request, check_beams
 from tokenizers_img.flextok.network import FlexTok

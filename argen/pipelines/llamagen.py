@@ -9,7 +9,7 @@ from transformers import CLIPModel, PreTrainedTokenizerFast, T5EncoderModel
 
 from argen.data.imagenet import class_id
 from argen.files import WEIGHTS
-from argen.models.draft import Drafter
+from argen.models.drafter import Drafter
 from argen.models.files import emoji_text, load_network, read_t5
 from argen.models.llamagen import LlamaGen, LlamaGenSession
 from argen.models.llamagen_files import read_generator

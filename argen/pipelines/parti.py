@@ -12,7 +12,8 @@ from argen.models.clip import TextImageEncoder
 from argen.models.files import load_network, read_encoder
 from argen.models.parti import Parti
 from argen.models.session import DecoderSession
-from argen.pipelines.base import Defaults, TokenPipeline, distinct
+from argen.pipelines.base import Defaults, TokenPipeline
+from argen.pipelines.prompts import distinct
 from argen.request import Control
 from tokenizers_img.vit_vqgan import ViTVQGAN
 

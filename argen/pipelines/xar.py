@@ -14,8 +14,9 @@ from argen.models.clip import TextImageEncoder
 from argen.models.files import emoji_text, load_network
 from argen.models.xar import SIZES, XAR, XARSession
 from argen.pipelines.arguments import check_prompts, check_sampling
-from argen.pipelines.base import Defaults, TokenPipeline, distinct
+from argen.pipelines.base import Defaults, TokenPipeline
 from argen.pipelines.canvas import LatentGrid
+from argen.pipelines.prompts import distinct
 from argen.registry import samplers, samplers_of
 from argen.request import Control, Request, parse_sampler
 from samplers.next_x import NextX

@@ -36,7 +36,7 @@ from argen.server.guard import Owner, StudioDep
 from argen.server.jobs import check_finished, embedded_request
 from argen.server.openai import Body
 from argen.server.scaling import UPSCALER
-from argen.server.waiting import prepare, result
+from argen.server.submission import prepare, result
 from argen.words import number_of
 from samplers.settings import settings_of
 from tokenizers_img.pixels import to_mask

@@ -15,7 +15,7 @@ from starlette.types import Receive, Scope, Send
 
 from argen.images import TooLarge
 from argen.jobs.access import UnknownModel
-from argen.jobs.following import ClientDisconnected, ServerStopping
+from argen.jobs.job_progress import ClientDisconnected, ServerStopping
 from argen.jobs.messages import DISK_FULL, error_message
 from argen.jobs.queue import Forbidden, QueueFull
 

@@ -24,7 +24,7 @@ from starlette.exceptions import HTTPException
 
 from argen.hub.cards import ids
 from argen.images import TooLarge, read_image
-from argen.jobs.following import final_progress
+from argen.jobs.job_progress import final_progress
 from argen.jobs.queue import Progress, Studio
 from argen.jobs.store import DONE
 from argen.metadata import encoded
@@ -34,7 +34,7 @@ from argen.request import rows_of
 from argen.server.errors import check_method
 from argen.server.guard import Links, Owner, StudioDep
 from argen.server.jobs import check_finished, embedded_request, parse_request, pixels_of
-from argen.server.waiting import prepare, queued
+from argen.server.submission import prepare, queued
 from argen.words import cut
 from samplers.errors import InvalidValue
 from tokenizers_img.pixels import to_mask, upright

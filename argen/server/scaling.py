@@ -9,10 +9,10 @@ from pydantic import Field
 
 from argen.bounds import MAX_SIDE, check_pixels, check_size
 from argen.images import from_base64
-from argen.jobs.following import ClientDisconnected
+from argen.jobs.job_progress import ClientDisconnected
 from argen.metadata import encoded
 from argen.server.openai import Body
-from argen.server.waiting import prepare
+from argen.server.submission import prepare
 
 router = APIRouter(prefix="/sdapi/v1", tags=["A1111"])
 UPSCALER = "Lanczos"

@@ -16,7 +16,8 @@ from transformers import AutoTokenizer, CLIPModel
 from argen.data.emoji import GROUPS, caption
 from argen.data.scenes import thing_of
 from argen.data.tables import pixels, read_split
-from argen.pipelines.base import TokenPipeline, group_caption
+from argen.pipelines.base import TokenPipeline
+from argen.pipelines.prompts import group_caption
 from argen.train.loop import Task
 from tokenizers_img.kl_vae import KLVAE
 from tokenizers_img.pixels import from_uint8

@@ -13,6 +13,10 @@ from argen.ui import endpoints
 from argen.ui.context import AppContext, user_errors
 
 logger = logging.getLogger(__name__)
+# Gradio lays the captions of a gallery over the lower corner of its images
+STYLE = ".thumbnail-item .caption-label { position: static; display: block; max-width: 100%; border: none; text-align: center; }"
+STYLE += " .thumbnail-item:has(.caption-label) { display: flex; flex-direction: column; }"
+STYLE += " .thumbnail-item:has(.caption-label) img { flex: 1; min-height: 0; }"
 CLEAN_EVERY, KEEP_FOR = 3600, 86400  # seconds: uploaded and served files
 
 
@@ -74,6 +78,7 @@ def build(context: AppContext) -> gr.Blocks:
             with gr.Tab(module.TITLE) as tab:
                 lay_out(name, module, context, tab)
         endpoints.Endpoints(context)
+        gr.HTML(f"<style>{STYLE}</style>", padding=False)
     for event in page.fns.values():
         if event.api_name not in endpoints.NAMES:
             event.api_visibility = "private"

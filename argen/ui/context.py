@@ -18,6 +18,7 @@ from argen.jobs.messages import error_message
 from argen.jobs.queue import LOCAL, Forbidden, Progress, Studio
 from argen.jobs.store import CANCELLED, DONE, FAILED, RUNNING, WAITING
 from argen.request import Grid, Request
+from argen.ui.widgets import image_gallery
 from samplers.steps import Origin
 from tokenizers_img.pixels import opaque, upright
 
@@ -87,9 +88,7 @@ class View:
         self.context, self.studio = context, context.studio
         self.job, self.seen_version = gr.State(None), gr.State(-1)
         with gr.Column(scale=3):
-            self.gallery = gr.Gallery(
-                label="Images", columns=2, object_fit="contain", format="png", elem_id=f"pictures{suffix}"
-            )
+            self.gallery = image_gallery("Images", columns=2, format="png", elem_id=f"pictures{suffix}")
             self.state = gr.Markdown(elem_id=f"state{suffix}")
             with gr.Row():
                 stop_button = gr.Button("Stop", elem_id=f"stop{suffix}")
@@ -98,10 +97,9 @@ class View:
             with gr.Accordion("Settings of each image, also inside its file", open=False):
                 self.settings = gr.JSON(show_label=False, elem_id=f"settings{suffix}")
             with gr.Accordion("Origin of the tokens", open=False):
-                self.cells = gr.Gallery(
-                    label="green: draft accepted; orange: draft accepted with its neighbours' probability; untinted: sampled",
+                self.cells = image_gallery(
+                    "green: draft accepted; orange: draft accepted with its neighbours' probability; untinted: sampled",
                     columns=4,
-                    object_fit="contain",
                     elem_id=f"cells{suffix}",
                 )
         self.timer = gr.Timer(TICK, active=False)

@@ -10,7 +10,7 @@ from PIL import Image
 
 from argen.eval.reconstruction import decoded, encoded
 from argen.hub.cards import all_cards, generators, ids
-from argen.jobs.following import final_progress, follow
+from argen.jobs.job_progress import final_progress, follow
 from argen.jobs.store import DONE
 from argen.models.annotators import KINDS
 from argen.registry import samplers

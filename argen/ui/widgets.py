@@ -26,6 +26,12 @@ def widget(setting: Setting, value: Any = None, label: str | None = None, **prop
     return gr.Number(value, minimum=setting.low, maximum=setting.high, **precision, **properties)
 
 
+def image_gallery(label: str, **properties) -> gr.Gallery:
+    """Create a gallery below its label, which Gradio would lay over the images."""
+    gr.Markdown(label)
+    return gr.Gallery(label=label, show_label=False, object_fit="contain", **properties)
+
+
 class SamplerSettings:
     """Widgets of the settings of several samplers, laid out inside the current `gr.Blocks`.
 

@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     from argen.diffusion import SemanticBinding
-    from argen.diffusion.tools import binding, drawing
+    from argen.diffusion.model_settings import binding, drawing
     from argen.eval import run as runs
     from argen.eval import tools
 

@@ -29,7 +29,7 @@ def run(args: argparse.Namespace) -> None:
     from argen.diffusion import CountToken
     from argen.diffusion.base import unit_noise
     from argen.diffusion.count_token import check_noises, read_token
-    from argen.diffusion.tools import counters, counting, counting_rate
+    from argen.diffusion.model_settings import counters, counting, counting_rate
     from argen.eval import run as runs
     from argen.eval import tools
     from tokenizers_img.pixels import to_pil

@@ -16,7 +16,11 @@ DESCRIPTION = "Draw 500 fixed prompts whose truth is known and judge what the im
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", default="argen/emoji-parti", metavar="ID", help="(default: argen/emoji-parti)")
     parser.add_argument("--num", type=int, default=500, metavar="N", help="the first N images (default: 500)")
-    parser.add_argument("--common", action="store_true", help="prompts of 62 common things, of 666 otherwise")
+    parser.add_argument(
+        "--common",
+        action="store_true",
+        help="prompts of 62 common things alone: of argen/emoji-sd's 65 those that the judge knows, of its 666; without it of all",
+    )
     parser.add_argument("--tokens", type=int, metavar="K", help="of each image, of a model whose tokens are ordered")
     parser.add_argument("--seed", type=int, default=0, help="image i is drawn from (seed, i) alone (default: 0)")
     parser.add_argument("--guidance-scale", type=float, metavar="G", help="(default: the model's)")

@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     from argen.diffusion import ConceptErasure
-    from argen.diffusion.tools import concepts_of, drawing, erasing
+    from argen.diffusion.model_settings import concepts_of, drawing, erasing
     from argen.eval import run as runs
     from argen.eval import tools
 

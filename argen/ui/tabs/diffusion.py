@@ -12,10 +12,10 @@ from PIL import Image
 
 from argen.diffusion import ConceptErasure, CountToken, SemanticBinding
 from argen.diffusion.base import unit_noise
+from argen.diffusion.model_settings import binding, concepts_of, counters, counting, counting_rate, erasing
 from argen.diffusion.prompts import parse, words_of
 from argen.diffusion.rece import PRESETS
 from argen.diffusion.tome import PRESETS as STRENGTHS
-from argen.diffusion.tools import binding, concepts_of, counters, counting, counting_rate, erasing
 from argen.ui.context import AppContext, enlarge, user_errors
 from argen.words import check_length, check_prompt, number_of, parse_count, split_names
 from tokenizers_img.pixels import to_pil
@@ -138,7 +138,7 @@ def count(pipe: DiffusionPipeline, model: str, prompt: str, iterations: int, rat
     """Yield (before, best so far, state) while a count token is optimised.
 
     Args:
-        model: what the pipeline was loaded as, see `argen.diffusion.tools.counters`.
+        model: what the pipeline was loaded as, see `argen.diffusion.model_settings.counters`.
         prompt: e.g. "five apples".
     """
     check_prompt(prompt)

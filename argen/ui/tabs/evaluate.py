@@ -17,6 +17,7 @@ from argen.hub.loading import load
 from argen.jobs.queue import Studio
 from argen.metadata import save_images
 from argen.ui.context import AppContext, user_errors
+from argen.words import number_of
 from tokenizers_img.pixels import opaque
 
 FID, JUDGE = "FID-emoji, against the 12,853 training images", "the judge, on its 500 prompts"
@@ -48,7 +49,7 @@ def layout(context: AppContext, tab: gr.Tab) -> None:
         with gr.Column(scale=3):
             state = gr.Markdown(elem_id="eval-state")
             table = gr.Dataframe(
-                headers=["what", "value", "images", "of real images"],
+                headers=["score", "value", "images measured", "the same of real images"],
                 interactive=False,
                 show_label=False,
                 elem_id="eval",
@@ -83,7 +84,7 @@ def measure_model(studio: Studio, what: str, model: str, num: int, seed: int) ->
         with studio.device:
             images += pipe([prompts[indices[index]] for index in rows], generator=generator).images
         left = (time.time() - started) / len(images) * (num - len(images))
-        yield f"{len(images)} of {num} images, {left:.0f} s left", gr.skip(), gr.skip()
+        yield f"{len(images)} of {number_of(num, 'image')}, {left:.0f} s left", gr.skip(), gr.skip()
     grid = run.grid([np.asarray(image) for image in images[:64]])
     yield "computing the scores", gr.skip(), grid
     if what == JUDGE:
@@ -100,4 +101,4 @@ def measure_model(studio: Studio, what: str, model: str, num: int, seed: int) ->
             scores = run.compare(samples, reference, extractor, ["fid"], root, root / "cache")
     rows = [[name, round(score["value"], 3), score["n"], score.get("judge_on_real")] for name, score in scores.items()]
     notes = "; ".join(score["warning"] for score in scores.values() if "warning" in score)
-    yield f"{num} images in {time.time() - started:.0f} s{f'; {notes}' if notes else ''}", rows, grid
+    yield f"{number_of(num, 'image')} in {time.time() - started:.0f} s{f'; {notes}' if notes else ''}", rows, grid

@@ -7,6 +7,7 @@ import torch
 from argen.hub.cards import ids
 from argen.jobs.store import SavedImage
 from argen.ui.context import AppContext, display_settings, enlarge, origin_overlay, overlay, user_errors
+from argen.ui.widgets import image_gallery
 
 PAGE_SIZE = 48
 MAX_ZIPPED = 1000
@@ -33,10 +34,9 @@ class Gallery:
             page = gr.Number(1, precision=0, minimum=1, label="Page", elem_id="gallery-page")
         with gr.Row():
             with gr.Column(scale=3):
-                thumbnails = gr.Gallery(
-                    label="Click on one; the last two are compared",
+                thumbnails = image_gallery(
+                    "Click on one; the last two are compared",
                     columns=6,
-                    object_fit="contain",
                     allow_preview=False,
                     elem_id="found",
                 )
@@ -57,10 +57,9 @@ class Gallery:
                     divider = gr.Slider(0, 100, value=50, step=5, label="Divider (percent)", elem_id="meet")
                 with gr.Accordion("Token confidence", open=False):
                     show_confidence = gr.Button("Show confidence", elem_id="think")
-                    confidence = gr.Gallery(
-                        label="entropy (dark: unsure), probability (dark: unlikely), guesses accepted (green) and relaxed (orange)",
+                    confidence = image_gallery(
+                        "entropy (dark: unsure), probability (dark: unlikely), guesses accepted (green) and relaxed (orange)",
                         columns=3,
-                        object_fit="contain",
                         elem_id="sure",
                     )
         inputs, outputs = [search, model, favourites_only, page], [thumbnails, status, self.page_ids]
@@ -88,8 +87,8 @@ class Gallery:
         matches = self.matching_images(search, model, favourites_only, request, limit=PAGE_SIZE, offset=offset)
         ids = [saved.id for saved in matches]
         thumbnails = [(self.studio.store.thumbnail(saved.id), saved.request.prompt) for saved in matches]
-        range_text = f"{offset + 1} to {offset + len(ids)}" if ids else "nothing"
-        return thumbnails, f"{range_text}, the latest first", ids
+        status = f"{offset + 1} to {offset + len(ids)}, the latest first" if ids else "No images found."
+        return thumbnails, status, ids
 
     def matching_images(
         self, search: str, model: str, favourites_only: bool, request: gr.Request, **page: int

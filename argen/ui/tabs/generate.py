@@ -7,7 +7,7 @@ from argen.data.imagenet import class_names
 from argen.hub.cards import generators
 from argen.metadata import read_request
 from argen.pipelines.base import TokenPipeline
-from argen.registry import samplers
+from argen.registry import about_of, samplers
 from argen.request import Request
 from argen.ui.context import AppContext, View, display_settings, queue_table, user_errors
 from argen.ui.widgets import SamplerSettings
@@ -95,6 +95,7 @@ class Generate:
         group.input(lambda name: f"class:{name}", group, prompt)
         sampler = settings[SETTINGS.index("sampler")]
         sampler.input(self.sampling.updates, sampler, self.sampling.widgets, show_progress="hidden")
+        sampler.change(lambda name: gr.update(info=about_of(name)), sampler, sampler, show_progress="hidden")
         gr.on([prompt.change, model.input], self.prompt_length, [model, prompt], prompt_length, show_progress="hidden")
         gr.on([generate.click, prompt.submit], self.run, fields[:-1], self.view.job_outputs)
         image_file.upload(self.read_file, image_file, [restored, restored_settings])
@@ -110,7 +111,7 @@ class Generate:
             properties = {key: value for key, value in updates[name].items() if key != "__type__"}
             if name == "sampler":
                 fields.append(
-                    gr.Dropdown(label="Sampler", elem_id="sampler", info="`argen samplers` explains each", **properties)
+                    gr.Dropdown(label="Sampler", elem_id="sampler", info=about_of(Request.sampler), **properties)
                 )
                 self.sampling = SamplerSettings(list(samplers))
             else:

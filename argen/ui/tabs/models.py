@@ -6,7 +6,8 @@ from argen.hub import local_cache
 from argen.hub.cards import all_cards
 from argen.ui.context import AppContext, user_errors
 
-HEAD = ["id", "kind", "where", "MB here", "million parameters", "licence", "what"]
+HEAD = ["id", "kind", "where", "MB here", "M params", "licence", "what"]
+WIDTHS = ["25%", "9%", "13%", "8%", "9%", "11%", "25%"]
 
 
 TITLE = "Models"
@@ -17,13 +18,14 @@ def layout(context: AppContext, tab: gr.Tab) -> None:
         rows = []
         for entry in local_cache.local_cache():
             model, size = all_cards()[entry.id], round(entry.bytes / 1e6, 1) if entry.folder else ""
-            rows.append([entry.id, model.kind, entry.state, size, model.parameters, model.licence, model.about])
+            rows.append([entry.id, model.kind, entry.state, size, model.parameters or "", model.licence, model.about])
         return rows
 
     def select(rows: list[list], event: gr.SelectData) -> tuple:
         id = rows[event.index[0]][0]
-        folder = next(entry.folder for entry in local_cache.local_cache() if entry.id == id)
-        return id, f"Chosen: `{id}`" + (f", in {folder}" if folder and context.admin is None else "")
+        entry = next(entry for entry in local_cache.local_cache() if entry.id == id)
+        place = f", in {entry.folder}" if entry.folder and context.admin is None else ""
+        return id, f"Chosen: `{id}`{place}", gr.update(interactive=entry.downloaded)
 
     def verify(id: str | None) -> str:
         with user_errors():
@@ -35,7 +37,7 @@ def layout(context: AppContext, tab: gr.Tab) -> None:
         with user_errors():
             context.check_admin(request)
             deleted = local_cache.delete(_selected(id))
-        return f"Deleted from the disk: {', '.join(deleted)}.", model_rows()
+        return f"Deleted from the disk: {', '.join(deleted)}.", model_rows(), gr.update(interactive=False)
 
     def set_offline(offline: bool, request: gr.Request) -> None:
         with user_errors():
@@ -43,17 +45,25 @@ def layout(context: AppContext, tab: gr.Tab) -> None:
             local_cache.set_offline(offline)
 
     selected_id = gr.State(None)
-    table = gr.Dataframe(headers=HEAD, type="array", interactive=False, show_label=False, wrap=True, elem_id="models")
+    table = gr.Dataframe(
+        headers=HEAD,
+        type="array",
+        interactive=False,
+        show_label=False,
+        wrap=True,
+        column_widths=WIDTHS,
+        elem_id="models",
+    )
     selection = gr.Markdown("Chosen: none", elem_id="models-chosen")
     with gr.Row():
         verify_button = gr.Button("Verify files", elem_id="models-verify")
-        delete_button = gr.Button("Delete download", variant="stop", elem_id="models-delete")
+        delete_button = gr.Button("Delete download", variant="stop", interactive=False, elem_id="models-delete")
         refresh = gr.Button("Refresh", elem_id="models-look")
         offline = gr.Checkbox(local_cache.is_offline(), label="Offline: fetch nothing", elem_id="models-offline")
     status = gr.Markdown(elem_id="models-state")
-    table.select(select, table, [selected_id, selection])
+    table.select(select, table, [selected_id, selection, delete_button])
     verify_button.click(verify, selected_id, status)
-    delete_button.click(delete, selected_id, [status, table])
+    delete_button.click(delete, selected_id, [status, table, delete_button])
     refresh.click(model_rows, None, table)
     offline.input(set_offline, offline, None)
     tab.select(model_rows, None, table)

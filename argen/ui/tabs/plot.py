@@ -9,6 +9,7 @@ from argen.jobs.store import DONE, OVER
 from argen.jobs.tables import Axis, axis_names, expand_axes, grid_image, read_table, settings_csv
 from argen.request import Request
 from argen.ui.context import TICK, AppContext, user_errors
+from argen.words import number_of
 
 NONE = "none"
 
@@ -50,7 +51,7 @@ class Plot:
                             gr.Textbox(
                                 {"x": "1, 2, 3", "y": "0, 1"}.get(letter, ""),
                                 label=f"Values of {letter.upper()}",
-                                info="between commas; prompts between |",
+                                info="with commas between; prompts and samplers with |",
                                 elem_id=f"values-{letter}",
                             )
                         )
@@ -112,7 +113,7 @@ class Plot:
         states = [self.studio.store.job(id)["state"] for id in ids]  # cheap, since this runs on every tick
         done = states.count(DONE)
         if not OVER.issuperset(states):
-            return gr.skip(), f"{done} of {len(ids)} images", gr.skip(), gr.skip()
+            return gr.skip(), f"{done} of {number_of(len(ids), 'image')}", gr.skip(), gr.skip()
         jobs = [self.studio.progress(id) for id in ids]
         if missing := [job for job in jobs if not job.images]:
             reason = missing[0].error or (missing[0].state if missing[0].state != DONE else "deleted")
@@ -126,7 +127,7 @@ class Plot:
         grid = grid_image([self.studio.store.read_image(image.id) for image in saved], axes)
         return (
             grid,
-            f"{done} images, also in the gallery",
+            f"{number_of(done, 'image')}, also in the gallery",
             gr.update(value=str(csv), visible=True),
             gr.Timer(active=False),
         )
@@ -138,4 +139,5 @@ class Plot:
                 raise ValueError("there is no table: drop a CSV or JSON lines file")
             requests = read_table(Path(path), model=model)
             self.studio.submit_all(requests, self.context.owner(request))
-        return f"{len(requests)} requests are in the queue; their images will be in the gallery."
+        verb = "is" if len(requests) == 1 else "are"
+        return f"{number_of(len(requests), 'request')} {verb} in the queue; the images will be in the gallery."

@@ -11,6 +11,7 @@ from argen.eval.reconstruction import decoded, encoded
 from argen.hub.cards import all_cards, ids
 from argen.ui.context import PREVIEW_SIDE, AppContext, enlarge, user_errors
 from argen.ui.inputs import image_input
+from argen.ui.widgets import image_gallery
 from tokenizers_img.base import ImageTokenizer
 from tokenizers_img.pixels import from_pil, to_pil
 
@@ -43,7 +44,7 @@ class Tokenizers:
                 selected = gr.Dropdown(names, value=shipped, multiselect=True, label="Tokenizers")
                 reconstruct = gr.Button("Reconstruct", variant="primary", elem_id="lab-go")
             with gr.Column(scale=3):
-                gallery = gr.Gallery(label="Reconstructions", columns=3, object_fit="contain", elem_id="lab-pictures")
+                gallery = image_gallery("Reconstructions", columns=3, elem_id="lab-pictures")
                 scores = gr.Dataframe(
                     headers=["tokenizer", "PSNR (dB)", "SSIM", "size", "bits"], label="Measured", elem_id="lab-scores"
                 )

@@ -91,3 +91,8 @@ def read_bigram(folder: Path) -> MosaicPipeline:
     table = torch.cat([-network.config.sharpness * apart, torch.zeros(1, len(apart))])
     network.load_state_dict({"table.weight": table})
     return MosaicPipeline(network.eval(), tokenizer)
+
+
+def read_trained(folder: Path) -> MosaicPipeline:
+    """The generator in a folder that the recipe "mosaic" has written."""
+    return MosaicPipeline(Bigram.from_pretrained(folder), Mosaic())

@@ -8,7 +8,7 @@ import anyio
 from anyio.to_thread import run_sync
 from fastapi import Request
 
-from argen.jobs.following import final_progress, follow
+from argen.jobs.job_progress import final_progress, follow
 from argen.jobs.queue import Progress, QueueFull, Studio
 from argen.request import Request as GenerationRequest
 
@@ -36,7 +36,7 @@ async def queued(
 
     Raises:
         QueueFull: too many clients wait.
-        ServerStopping, ClientDisconnected: see `argen.jobs.following`.
+        ServerStopping, ClientDisconnected: see `argen.jobs.job_progress`.
     """
     state = request.app.state
     if state.waiting >= MAX_WAITING:

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from conftest import published_keys, shapes
 from safetensors.torch import load_file
 
-from argen.models.draft import Drafter, DraftSession
+from argen.models.drafter import Drafter, DraftSession
 from argen.models.llamagen import SIZES, LlamaGen, LlamaGenSession, converted
 from argen.pipelines.llamagen import left_padded
 from samplers.lantern import Lantern, table_of

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from argen.models.draft import Drafter
+from argen.models.drafter import Drafter
 from argen.models.layers import causal_mask
 from argen.models.llamagen import LlamaGen
 from argen.pipelines.llamagen import LlamaGenPipeline

@@ -1,0 +1,106 @@
+"""Saving, loading and moving a pipeline, as in diffusers."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from diffusers import DiffusionPipeline
+
+from argen.device import check_offload, pick
+from argen.hub.cards import Card, all_cards, write_card
+from argen.hub.loading import choose_attention
+
+MOVED = {  # modules of the parts of saved pipelines, as earlier releases named them
+    "tokenizers_img.flextok": "tokenizers_img.flextok.network",
+    "tokenizers_img.seed": "tokenizers_img.seed.network",
+    "argen.models.draft": "argen.models.drafter",
+}
+
+
+class Saving(DiffusionPipeline):
+    """Mixin of `TokenPipeline`: its files, its device and its attention backend."""
+
+    card: Card | None = None
+
+    @classmethod
+    def load_config(cls, *arguments, **settings) -> Any:
+        """Read the index of a saved folder, as diffusers does; one of an earlier release names modules that have moved."""
+        read = super().load_config(*arguments, **settings)
+        index = read[0] if isinstance(read, tuple) else read
+        for part, value in index.items():
+            if isinstance(value, list) and value and isinstance(value[0], str) and value[0] in MOVED:
+                index[part] = [MOVED[value[0]], *value[1:]]
+        return read
+
+    def save_pretrained(self, save_directory: str | Path, **arguments) -> None:
+        """Save as diffusers does, with a card that has this model's defaults."""
+        super().save_pretrained(save_directory, **arguments)
+        folder = Path(save_directory)
+        card = self.card or Card("", "generator", f"a saved {type(self).__name__}", "")
+        card = replace(
+            card,
+            id="".join(filter(str.isprintable, folder.name)),
+            target="argen.hub.loading:load",
+            repo=None,
+            files=(),
+            order=1000,
+        )
+        write_card(replace(card, arguments={}), folder)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **arguments: Any) -> Self:
+        """Read a saved pipeline as diffusers does; `argen.load` reads it, too, and everything else that argen has.
+
+        Raises:
+            ValueError: an id of a card, whose files are not those of a saved pipeline.
+        """
+        name = str(pretrained_model_name_or_path)
+        if name in all_cards():
+            raise ValueError(f"{name} is no pipeline that diffusers saved: use argen.load({name!r})")
+        return super().from_pretrained(pretrained_model_name_or_path, **arguments)
+
+    def to(self, *args: Any, **kwargs: Any) -> Self:
+        """Move to a device, a precision, or both, as in diffusers.
+
+        Raises:
+            ValueError: there is no such device here.
+        """
+        for where in (*args, kwargs.get("device"), kwargs.get("torch_device")):
+            if isinstance(where, str | torch.device):
+                pick(where)
+        return super().to(*args, **kwargs)
+
+    def enable_model_cpu_offload(self, gpu_id: int | None = None, device: torch.device | str | None = None) -> None:
+        """Keep networks on the CPU while they do nothing, as in diffusers.
+
+        Raises:
+            ValueError: there is no GPU.
+        """
+        check_offload("enable_model_cpu_offload", device)
+        super().enable_model_cpu_offload(gpu_id, device)
+
+    def enable_sequential_cpu_offload(
+        self, gpu_id: int | None = None, device: torch.device | str | None = None
+    ) -> None:
+        """Keep layers on the CPU while they do nothing, as in diffusers.
+
+        Raises:
+            ValueError: there is no GPU.
+        """
+        check_offload("enable_sequential_cpu_offload", device)
+        super().enable_sequential_cpu_offload(gpu_id, device)
+
+    def enable_xformers_memory_efficient_attention(self, attention_op: None = None) -> None:
+        """Let xformers compute the attention of all networks of this pipeline, as ``argen.load(..., attention="xformers")`` does.
+
+        Raises:
+            ValueError: it is not installed, there is no CUDA device, or `attention_op` is given, which xformers chooses here.
+        """
+        if attention_op is not None:
+            raise ValueError("attention_op is not taken: leave it out, xformers chooses the operator")
+        choose_attention(self, "xformers")
+
+    def disable_xformers_memory_efficient_attention(self) -> None:
+        """Go back to PyTorch's own attention."""
+        choose_attention(self, "native")

@@ -1,0 +1,68 @@
+"""What commands print: help, lists, and what a closed pipe does."""
+
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+
+from argen.cli.main import main
+from argen.registry import commands, measures
+from argen.words import number_of
+
+
+def help_of(capsys, *names) -> str:
+    with pytest.raises(SystemExit):
+        main([*names, "--help"])
+    return " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize(
+    "names", [(name,) for name in commands.built_in] + [("eval", name) for name in measures.built_in]
+)
+def test_help_says_a_default_once(capsys, names):
+    text = help_of(capsys, *names)
+    assert not re.search(r"\(default: (None|False|\[\])\)", text)
+    assert not re.search(r"\(default[^()]*\) \(default", text)
+
+
+def test_help_of_numbers(capsys):
+    assert "of the page and the APIs; 0 for any that is free (default: 7860)" in help_of(capsys, "ui")
+    assert "of the weights and of the batches (default: 0)" in help_of(capsys, "train")
+
+
+@pytest.mark.parametrize("arguments", [("samplers", "--json"), ("models",), ("--help",), ("eval", "--help")])
+def test_a_reader_may_leave(arguments):
+    """As `head` does: nothing is said."""
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-m", "argen", *arguments]
+    done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True, timeout=120)
+    os.close(write)
+    assert done.stderr == ""
+
+
+def test_a_sampler_says_what_it_keeps_writes_and_needs(capsys):
+    assert main(["samplers"]) == 0
+    text = capsys.readouterr().out
+    assert "relaxed; for models of tokens; needs a model with a drafter" in text
+    assert "lossless; for models of continuous latents" in text
+    assert "`Sequential`" not in text
+    assert "(default: None)" not in text
+
+
+def test_several_samplers_of_an_axis(capsys, tmp_path):
+    out = str(tmp_path / "grid.png")
+    assert main(["grid", "a pizza", "--x", "sampler=jacobi,zipar:window=2", "-o", out]) == 2
+    assert "several samplers have | between, e.g. sampler=jacobi|zipar:window=2" in capsys.readouterr().err
+    assert "prompts and samplers with | between" in help_of(capsys, "grid")
+
+
+def test_one_image_is_not_images():
+    assert [number_of(count, "image") for count in (0, 1, 2, 1200)] == [
+        "0 images",
+        "1 image",
+        "2 images",
+        "1,200 images",
+    ]
