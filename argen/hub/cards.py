@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 FOLDER = Path(__file__).parents[1] / "cards"
 CARD_FILE = "argen.toml"
 KINDS = ("generator", "tokenizer", "encoder", "drafter", "diffusion", "counter", "judge")
-SAVED = "argen.hub.loading:load"  # target of a saved pipeline, whose model_index.json says what it is
+SAVED = ("argen.hub.loading:load", "")  # targets of saved pipelines, whose model_index.json says what they are
 DIFFUSION = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
 DEFAULTS = ("guidance_scale", "temperature", "top_k", "top_p", "steps")
 MAX_BYTES = 1_000_000  # of a card
@@ -163,13 +163,13 @@ def read_folder_card(path: Path) -> Card:
         ValueError: it is none; it names what no card of argen or of an installed package names, or lies in a folder of itself.
     """
     card = read_card(path)
-    trusted = {SAVED}.union(*(known.references for known in all_cards().values()))
+    trusted = set(SAVED).union(*(known.references for known in all_cards().values()))
     if unknown := sorted(card.references - trusted):
         raise ValueError(
             f"{path} names {cut(unknown[0])!r}, which no card of argen or of an installed package names: nothing of it was "
             "run, save or train the model again"
         )
-    if card.target == SAVED and not (path.parent / "model_index.json").is_file():
+    if card.target in SAVED and not (path.parent / "model_index.json").is_file():
         raise ValueError(
             f"{path} is that of a saved pipeline, but there is no model_index.json beside it: save it again"
         )
