@@ -112,12 +112,13 @@ def run(
     for flag, folder in (("data", data), ("scenes", scenes)):
         if folder is not None and not folder.is_dir():
             raise ValueError(f"--{flag} {folder} is not a folder: expected one made by `argen data`")
-        if folder is not None:
-            check_set(flag, folder)
     if "scenes" in known.takes and scenes is None:
         raise ValueError(f"the recipe {recipe} needs scenes too: give --scenes a folder made by `argen data scenes`")
     kwargs = {"scenes": scenes, "total": schedule.steps, "x": x}
     kwargs |= {part: trained(known, part, folder, shipped) for part, folder in parts.items() if part in known.takes}
+    for flag, folder in (("data", data), ("scenes", scenes)):
+        if folder is not None:
+            check_set(flag, folder)
     folders = (data,) if known.needs_data else ()
     task = known.task(*folders, *(kwargs[name] for name in known.takes))
     check_batch(task, schedule.batch_size)
