@@ -218,6 +218,14 @@ def check_recipe(component: Any) -> None:
         raise ValueError(f"it is {type(component).__name__}, expected an argen.train.loop.Recipe")
 
 
+def check_reader(component: Any) -> None:
+    """Raises:
+    ValueError: no function.
+    """
+    if not callable(component):
+        raise ValueError("it is no function that reads a folder")
+
+
 def check_cards(component: Any) -> None:
     """Raises:
     ValueError: neither a card nor a package with TOML files.
@@ -384,7 +392,12 @@ recipes = Registry(
 cards = Registry(
     "card", {}, check_cards, CARD_NAMES
 )  # of installed packages and of running programs; those of argen lie in argen/cards
-REGISTRIES = {registry.kind: registry for registry in (samplers, pipelines, commands, measures, tabs, recipes, cards)}
+readers = Registry(
+    "reader", {}, check_reader
+)  # what the cards of trained folders may name beside the targets of `cards`
+REGISTRIES = {
+    registry.kind: registry for registry in (samplers, pipelines, commands, measures, tabs, recipes, cards, readers)
+}
 
 
 def draws_of(sampler: str) -> str:

@@ -18,7 +18,7 @@ from types import ModuleType
 from typing import Any
 
 from argen.files import WEIGHTS, replacing
-from argen.registry import CARD_NAMES, MAX_SHOWN, cards, nearest, pipelines
+from argen.registry import CARD_NAMES, MAX_SHOWN, cards, nearest, pipelines, readers
 from argen.words import cut, visible
 
 logger = logging.getLogger(__name__)
@@ -164,6 +164,8 @@ def read_folder_card(path: Path) -> Card:
     """
     card = read_card(path)
     trusted = set(SAVED).union(*(known.references for known in all_cards().values()))
+    trusted |= {reader.point.value for reader in readers.installed.values()}
+    trusted |= {f"{reader.__module__}:{reader.__qualname__}" for reader in readers.added.values()}
     if unknown := sorted(card.references - trusted):
         raise ValueError(
             f"{path} names {cut(unknown[0])!r}, which no card of argen or of an installed package names: nothing of it was "

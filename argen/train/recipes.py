@@ -43,10 +43,12 @@ def _class_of(folder: Path) -> str | None:
         return None
 
 
-def check_set(flag: str, folder: Path) -> None:
+def check_set(flag: str, folder: Path | None) -> None:
     """Raises:
     ValueError: a folder that `argen data` did not make, or one of the other kind.
     """
+    if folder is None:
+        return
     from pyarrow import ArrowException
     from pyarrow.parquet import read_schema
 
@@ -112,12 +114,12 @@ def run(
     for flag, folder in (("data", data), ("scenes", scenes)):
         if folder is not None and not folder.is_dir():
             raise ValueError(f"--{flag} {folder} is not a folder: expected one made by `argen data`")
-        if folder is not None:
-            check_set(flag, folder)
     if "scenes" in known.takes and scenes is None:
         raise ValueError(f"the recipe {recipe} needs scenes too: give --scenes a folder made by `argen data scenes`")
     kwargs = {"scenes": scenes, "total": schedule.steps, "x": x}
     kwargs |= {part: trained(known, part, folder, shipped) for part, folder in parts.items() if part in known.takes}
+    check_set("data", data)
+    check_set("scenes", scenes)
     folders = (data,) if known.needs_data else ()
     task = known.task(*folders, *(kwargs[name] for name in known.takes))
     check_batch(task, schedule.batch_size)
