@@ -105,8 +105,10 @@ class Registry(Mapping[str, Any]):
             else:
                 points[point.name] = point
                 continue
-            shown = ascii(point.name)[:MAX_SHOWN]
-            logger.warning("the %s %s of the package %s is left out: %s", self.kind, shown, package_of(point), fault)
+            printable_name = ascii(point.name)[:MAX_SHOWN]
+            logger.warning(
+                "the %s %s of the package %s is left out: %s", self.kind, printable_name, package_of(point), fault
+            )
         return {name: Installed(self.kind, point, self.check) for name, point in points.items()}
 
     def add(self, name: str, component: Any) -> None:

@@ -106,8 +106,8 @@ def trained_rows() -> str:
             size = (
                 f"{sum(map(parameters, files)) / 1e6:.1f}M, {sum(file.stat().st_size for file in files) / 1e6:.1f} MB"
             )
-            made = (training[name] for name in ("recipe", "length", "device", "scores"))
-            rows.append((f"`{card.id}`", training["network"], size, *made))
+            how = (training[name] for name in ("recipe", "length", "device", "scores"))
+            rows.append((f"`{card.id}`", training["network"], size, *how))
     return table(("id", "what", "parameters, files", "recipe", "steps x batch", "device", "held-out scores"), rows)
 
 

@@ -193,8 +193,8 @@ def set_attention(networks: Iterable[nn.Module], name: str) -> None:
     """
     check_attention(name)
     backend, layers = BACKENDS[name], [layer for network in networks for layer in network.modules()]
-    own = [layer for layer in layers if isinstance(layer, DispatchedAttention)]
-    masked = next((layer for layer in own if layer.masked), None)
+    dispatched = [layer for layer in layers if isinstance(layer, DispatchedAttention)]
+    masked = next((layer for layer in dispatched if layer.masked), None)
     if masked is not None and not backend.masks:
         fitting = [other for other, needs in BACKENDS.items() if needs.masks and _usable(other)]
         raise InvalidValue(
@@ -209,13 +209,13 @@ def set_attention(networks: Iterable[nn.Module], name: str) -> None:
         else [layer.processor for layer in processed if hasattr(layer.processor, "_attention_backend")]
     )
     classic = [layer for layer in processed if isinstance(layer.processor, AttnProcessor2_0 | XFormersAttnProcessor)]
-    if not (own or modern or (classic and name in ("native", "xformers"))) and name != "native":
+    if not (dispatched or modern or (classic and name in ("native", "xformers"))) and name != "native":
         raise InvalidValue(
             f"this model has no attention that {name} could compute (its networks are those of transformers, or of diffusers, "
             "which know native and xformers only): leave attention out",
             "attention",
         )
-    for layer in own:
+    for layer in dispatched:
         layer.attention = name
     for processor in modern:
         processor._attention_backend = backend.name

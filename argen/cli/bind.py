@@ -54,9 +54,9 @@ def run(args: argparse.Namespace) -> None:
     images = [bound(binding, settings=settings, generator=generator(args.seed), **sampling).images[0]]
     if args.plain:
         images += bound.pipe(args.prompt, generator=generator(args.seed), **sampling).images
-    made = {"prompt": args.prompt, "model": args.model, "seed": args.seed, **sampling, "bind": args.bind}
-    save_made(images[:1], files[:1], "bind", made | {"settings": settings}, bound.pipe)
-    save_made(images[1:], files[1:], "bind", made | {"plain": True}, bound.pipe)
+    settings_used = {"prompt": args.prompt, "model": args.model, "seed": args.seed, **sampling, "bind": args.bind}
+    save_made(images[:1], files[:1], "bind", settings_used | {"settings": settings}, bound.pipe)
+    save_made(images[1:], files[1:], "bind", settings_used | {"plain": True}, bound.pipe)
     if args.json:
         print(
             json.dumps({"file": str(args.out), "binding": asdict(binding), "steps": [asdict(s) for s in bound.history]})

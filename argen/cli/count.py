@@ -97,10 +97,16 @@ def run(args: argparse.Namespace) -> None:
         images = [to_pil(step.image[0]) for step in ((best, first) if args.plain else (best,))]
     if args.token:
         token.save(args.token, f"<{number}-things>", count=number, things=things, model=args.model, seed=args.seed)
-    made = {"prompt": args.prompt, "model": args.model, "seed": args.seed, "noises": args.noises, "use": args.use}
-    made |= {"iterations": args.iterations, "learning_rate": rate, **token.settings}
-    save_made(images[:1], files[:1], "count", made | {"count": best and best.counts[0]}, pipe)
-    save_made(images[1:], files[1:], "count", made | {"count": first and first.counts[0], "plain": True}, pipe)
+    settings_used = {
+        "prompt": args.prompt,
+        "model": args.model,
+        "seed": args.seed,
+        "noises": args.noises,
+        "use": args.use,
+    }
+    settings_used |= {"iterations": args.iterations, "learning_rate": rate, **token.settings}
+    save_made(images[:1], files[:1], "count", settings_used | {"count": best and best.counts[0]}, pipe)
+    save_made(images[1:], files[1:], "count", settings_used | {"count": first and first.counts[0], "plain": True}, pipe)
     if args.json:
         counts = {"count": best and best.counts[0], "before": first and first.counts[0]}
         print(json.dumps({"file": str(args.out), "prompt": token.prompt(things, number)} | counts))

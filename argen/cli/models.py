@@ -58,11 +58,11 @@ def groups(rows: list[dict]) -> dict[str, list[dict]]:
     """The rows by where they come from, without the places that nothing comes from."""
     titles = "Ships with argen", "In installed packages", "Published, fetched from the hub when first used"
     sources = [2 if not row["ships"] else 0 if is_own(row["id"]) else 1 for row in rows]
-    found = {
+    groups = {
         title: [row for row, source in zip(rows, sources, strict=True) if source == number]
         for number, title in enumerate(titles)
     }
-    return {title: group for title, group in found.items() if group}
+    return {title: group for title, group in groups.items() if group}
 
 
 def size_text(row: dict) -> str:

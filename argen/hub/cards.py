@@ -285,16 +285,16 @@ def check_kind(model: str | Path, kind: str) -> None:
     """Raises:
     ValueError: the model is of another kind; says what it is for.
     """
-    found = kind_of(model)
-    if found == "diffusion" and kind == "generator":
+    actual = kind_of(model)
+    if actual == "diffusion" and kind == "generator":
         raise ValueError(
             f"{model} is a diffusion pipeline, expected a generator: draw with it by `argen bind PROMPT --model {model}` or `argen count`, "
             f"in Python by argen.load({str(model)!r})(PROMPT)"
         )
-    if found not in (None, kind):
+    if actual not in (None, kind):
         kind = "diffusion pipeline" if kind == "diffusion" else kind
-        article = "an" if str(found)[0] in "aeiou" else "a"
-        raise ValueError(f"{model} is {article} {found}, expected a {kind}: `argen models` lists them")
+        article = "an" if str(actual)[0] in "aeiou" else "a"
+        raise ValueError(f"{model} is {article} {actual}, expected a {kind}: `argen models` lists them")
 
 
 def list_models(kind: str | None = None) -> list[Card]:

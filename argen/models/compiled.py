@@ -86,14 +86,14 @@ class SlotCache(KeyValueCache):
         width = self.slots.shape[3] - skipped
         if self.scattered is None and isinstance(self.first, int):
             first = self.first - skipped
-            cached, own = visible[..., :first], visible[..., first : first + n]
+            cached, new_visible = visible[..., :first], visible[..., first : first + n]
         else:
             places = self.scattered[None] if self.scattered is not None else self._slots(torch.arange(n))[1]
             places = (places - skipped)[:, None, None].expand(-1, 1, n, -1)
             visible = visible.expand(max(len(visible), len(places)), -1, -1, -1)
             places = places.expand(len(visible), -1, -1, -1)
-            own, cached = visible.gather(3, places), visible.scatter(3, places, False)
-        return nn.functional.pad(cached, (0, width - cached.shape[-1])).contiguous(), own.contiguous()
+            new_visible, cached = visible.gather(3, places), visible.scatter(3, places, False)
+        return nn.functional.pad(cached, (0, width - cached.shape[-1])).contiguous(), new_visible.contiguous()
 
 
 class _Parts:
@@ -140,13 +140,13 @@ class _Pass(nn.Module):
     def __init__(self, network: nn.Module, decode: Callable[..., Any], leaves: list[Any], structure: Any):
         super().__init__()
         self.network, self.decode, self.structure = network, decode, structure
-        self.given = [leaf is not None for leaf in leaves]
+        self.present = [leaf is not None for leaf in leaves]
 
-    def forward(self, tokens: Tensor, positions: Tensor, cached: Tensor, own: Tensor, *tensors: Tensor):
+    def forward(self, tokens: Tensor, positions: Tensor, cached: Tensor, new_visible: Tensor, *tensors: Tensor):
         further = iter(tensors)
-        leaves = [next(further) if given else None for given in self.given]
+        leaves = [next(further) if present else None for present in self.present]
         cache = _TracedCache(list(further))
-        visible = torch.cat([cached, own], dim=-1)
+        visible = torch.cat([cached, new_visible], dim=-1)
         output = self.decode(tokens, positions, visible, *pytree.tree_unflatten(leaves, self.structure), cache=cache)
         return *(output if isinstance(output, tuple) else (output,)), torch.stack(cache.new)
 

@@ -376,7 +376,7 @@ class XARSession:
     """An `XAR` bound to the conditions of B images, and what it has seen of them.
 
     Args:
-        asked: class ids [B]; or captions, with (`guided`) as many empty ones after them.
+        condition: class ids [B]; or captions, with (`guided`) as many empty ones after them.
         times: those at which the network will be asked, in [0, 1]; what depends on them alone is computed here, once for all
             entities.
         guided: with an unguided half.

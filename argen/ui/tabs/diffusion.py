@@ -144,12 +144,12 @@ def count(pipe: DiffusionPipeline, model: str, prompt: str, iterations: int, rat
     check_prompt(prompt)
     number, things = parse_count(prompt)
     token = CountToken(pipe, **counters(model, pipe.device), **counting(model, number))
-    latents, before, shown = unit_noise(pipe, torch.Generator().manual_seed(seed)), None, None
+    latents, before, best = unit_noise(pipe, torch.Generator().manual_seed(seed)), None, None
     for step in token.search(things, number, latents, steps=iterations, learning_rate=rate):
         if step.best:
-            shown, after = step, enlarge(to_pil(step.image[0]))
+            best, after = step, enlarge(to_pil(step.image[0]))
             before = before or after
-        state = f"after {step.index} of {number_of(iterations, 'step')}; shown: counted {shown.count:.1f} after {number_of(shown.index, 'step')}"
+        state = f"after {step.index} of {number_of(iterations, 'step')}; shown: counted {best.count:.1f} after {number_of(best.index, 'step')}"
         if step.is_right(number):
             state += ", right"
         yield before, after, state
