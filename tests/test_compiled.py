@@ -104,6 +104,7 @@ def test_without_it_nothing_is_imported():
 )
 def test_what_cannot_be_compiled_is_refused(monkeypatch, model, arguments, message):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr("argen.hub.loading.pick", torch.device)  # as where there is such a device
     with pytest.raises(ValueError, match=message):
         argen.load(model, compile=True, **arguments)
 

@@ -224,7 +224,7 @@ def test_control_images_that_do_not_fit_are_refused_in_one_line(golden):
     refused("crop it or ask for the size", code(300, 100), size=(side, side))
     refused("expected multiples of 16", code(64, 64), size=(40, 40))
     refused("too long and thin", code(3000, 16))
-    with pytest.raises(ValueError, match="got 2 control images for 1 prompts"):
+    with pytest.raises(ValueError, match="got 2 control images for 1 prompt: expected one for each"):
         pipe("class:1", control_image=[code(64, 64)] * 2)
 
 

@@ -236,7 +236,7 @@ def test_a_search_keeps_what_fits_best(pipe, monkeypatch):
 def test_a_search_says_what_is_wrong(pipe):
     with pytest.raises(ValueError, match="num_beams is 3 and num_candidates 4: expected a multiple"):
         Request("class:1", num_beams=3, num_candidates=4)
-    with pytest.raises(ValueError, match="no picture encoder to rank"):
+    with pytest.raises(ValueError, match="no image encoder to rank"):
         list(pipe.run(Request("class:1", num_beams=2)))
     with pytest.raises(ValueError, match="only images of ordered tokens can be searched for"):
         next(argen.load("argen/emoji-parti").run(Request("a red apple", num_beams=2)))

@@ -46,7 +46,7 @@ def test_a_reader_may_leave(arguments):
 def test_a_sampler_says_what_it_keeps_writes_and_needs(capsys):
     assert main(["samplers"]) == 0
     text = capsys.readouterr().out
-    assert "relaxed; for models of tokens; needs a model with a drafter" in text
+    assert "relaxed; for models of tokens; resumes in distribution; needs a model with a drafter" in text
     assert "lossless; for models of continuous latents" in text
     assert "`Sequential`" not in text
     assert "(default: None)" not in text

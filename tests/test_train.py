@@ -17,7 +17,7 @@ from argen.registry import recipes
 from argen.train import (
     controlar,
     counter,
-    draft,
+    drafter,
     flexar,
     flextok,
     kl_vae,
@@ -115,7 +115,7 @@ def task(request, composed, small_llamagen, small_vae, small_flextok, small_seed
         "emoji-llamagen": lambda: llamagen.LlamaGenTask(SAMPLE, composed, tokenizer, clip),
         "emoji-llamagen-second": lambda: llamagen.LlamaGenTask(SAMPLE, composed, tokenizer, clip, small_llamagen),
         "emoji-control": lambda: controlar.ControlTask(SAMPLE, composed, tokenizer, clip, small_llamagen),
-        "emoji-drafter": lambda: draft.DraftTask(SAMPLE, composed, tokenizer, clip, small_llamagen),
+        "emoji-drafter": lambda: drafter.DraftTask(SAMPLE, composed, tokenizer, clip, small_llamagen),
         "emoji-xar": lambda: xar.XARTask(SAMPLE, composed, small_vae, clip),
         "emoji-flextok": lambda: flextok.FlexTokTask(SAMPLE, composed, small_vae, clip),
         "emoji-flextok-ar": lambda: flexar.FlexARTask(SAMPLE, composed, small_vae, small_flextok, clip),
