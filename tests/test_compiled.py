@@ -117,6 +117,14 @@ def test_the_shell_says_how_to_install_it(monkeypatch, capsys, tmp_path):
     assert not file.exists()
 
 
+def test_a_server_that_cannot_compile_says_so_at_its_start(monkeypatch):
+    with pytest.raises(ValueError, match="compile is for a CPU, and the device is cuda"):
+        loader("cuda", compile=True)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="compile needs OpenVINO"):
+        loader("cpu", compile=True)
+
+
 @needs_openvino
 def test_a_server_compiles_what_it_can():
     load = loader("cpu", compile=True)

@@ -106,6 +106,11 @@ def test_on_a_cpu_it_is_compiled_and_an_image_does_not_depend_on_its_batch(name)
     assert (draw(pipe, [0, 1, 2]) == together).float().mean() > 0.5  # activations are rounded, too
 
 
+@pytest.mark.skipif(importlib.util.find_spec("openvino") is None, reason="OpenVINO is not installed")
+def test_a_server_compiles_what_it_quantizes():
+    assert loading.loader("cpu", quantize="int8")("argen/emoji-parti").transformer.compiled is not None
+
+
 def test_a_server_quantizes_what_it_can(uncompiled):
     load = loading.loader("cpu", quantize="int8")
     assert loading.quantized(load("argen/emoji-parti"))

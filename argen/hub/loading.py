@@ -19,7 +19,7 @@ from argen.device import DTYPES, LOADING, auto_dtype, pick, silent
 from argen.garbage import uncollected
 from argen.hub.cards import CARD_FILE, DIFFUSION, Card, all_cards, check_kind, check_known, find_card, kind_of
 from argen.hub.options import Attention, Dtype, LoadOptions, Quantize, check_arguments
-from argen.hub.quantized import NAMES, quantize_model, quantized, read_quantized
+from argen.hub.quantized import NAMES, decoding_network, quantize_model, quantized, read_quantized
 from argen.registry import pipelines, resolve
 from samplers.errors import InvalidValue
 from tokenizers_img.attention import DispatchedAttention, check_attention, set_attention
@@ -98,13 +98,16 @@ def _prepared(model: Any, device: torch.device | str | None, options: LoadOption
     cast(model, options.dtype, where)
     if options.attention is not None:
         choose_attention(model, options.attention)
-    if options.quantize is not None:
-        quantize_model(model, NAMES[options.quantize])
-    model = model if device is None else model.to(where)
-    faster = where.type == "cpu" and quantized(model) and importlib.util.find_spec("openvino") is not None
-    if options.compile or faster:
+    _quicken(model, where, options.quantize, options.compile)
+    return model if device is None else model.to(where)
+
+
+def _quicken(model: Any, device: torch.device, quantize: Quantize | None, compile: bool) -> None:
+    """Quantize and compile the network that decodes; one whose weights are quantized is compiled wherever it can be."""
+    if quantize is not None:
+        quantize_model(model, NAMES[quantize])
+    if compile or (device.type == "cpu" and quantized(model) and importlib.util.find_spec("openvino")):
         compile_decoding(model)
-    return model
 
 
 def check_compile(device: torch.device | str | None, dtype: Dtype) -> None:
@@ -127,14 +130,9 @@ def compile_decoding(model: Any) -> None:
     Raises:
         ValueError: this model does not decode token by token with a cache of argen's.
     """
-    network: Any = getattr(model, "transformer", model)
-    if not hasattr(network, "compiled"):
-        name = type(network).__name__
-        raise InvalidValue(
-            f"compile is for networks that decode token by token, not for a {name}: leave it out", "compile"
-        )
     from argen.models.compiled import CompiledStep
 
+    network = decoding_network(model, "compile")
     network.float()
     network.compiled = CompiledStep(network, getattr(network, "step", network.decode))
 
@@ -230,17 +228,21 @@ def loader(
     device: torch.device | str | None = None, quantize: Quantize | None = None, compile: bool = False, **options
 ) -> Callable[[str], Any]:
     """`load` with options for generators, image tokenizers and saved folders; other models have none. What decodes token by token is
-    quantized and compiled."""
+    quantized and compiled.
+
+    Raises:
+        ValueError: nothing can be compiled here.
+    """
+    where = torch.device("cpu" if device is None else device)
+    if compile:
+        check_compile(where, options.get("dtype", "auto"))
 
     def loading(model: str) -> Any:
         card = all_cards().get(model)
         optional = card is None or card.kind in ("generator", "tokenizer")
         loaded = load(model, device=device, **options if optional else {})
-        if hasattr(getattr(loaded, "transformer", None), "compiled"):
-            if quantize is not None and not quantized(loaded):
-                quantize_model(loaded, NAMES[quantize])
-            if compile:
-                compile_decoding(loaded)
+        if hasattr(getattr(loaded, "transformer", None), "compiled") and not quantized(loaded):
+            _quicken(loaded, where, quantize, compile)
         return loaded
 
     return loading

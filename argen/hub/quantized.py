@@ -18,17 +18,28 @@ NAMES = {"int8": Quantization(8), "int4": Quantization(4, 32)}
 PART, FILE, KEY = "transformer", "diffusion_pytorch_model.safetensors", "quantization"
 
 
+def decoding_network(model: Any, option: str) -> Any:
+    """The network of a generator that decodes token by token with a cache of argen's.
+
+    Raises:
+        InvalidValue: the model has none; `option` is what asks for it.
+    """
+    network = getattr(model, PART, model)
+    if not hasattr(network, "compiled"):
+        name = type(network).__name__
+        raise InvalidValue(
+            f"{option} is for networks that decode token by token, not for a {name}: leave it out", option
+        )
+    return network
+
+
 def quantize_model(model: Any, how: Quantization) -> None:
     """Round the weights of a generator's network, in place.
 
     Raises:
         InvalidValue: it is quantized already, or writes no tokens with a network of argen's.
     """
-    network: Any = getattr(model, PART, model)
-    if not hasattr(network, "compiled"):
-        name = type(network).__name__
-        raise InvalidValue(f"quantize is for networks that decode token by token, not for a {name}: leave it out", KEY)
-    quantize(network, how)
+    quantize(decoding_network(model, "quantize"), how)
 
 
 def save_quantized(pipe: Any, how: Quantization, folder: Path) -> None:

@@ -151,7 +151,7 @@ def check_sampling(guidance_scale: Any, temperature: Any, top_k: Any, top_p: Any
         by_cell: whether the guidance may be a function of the cell.
 
     Raises:
-        ValueError: one that is no number, or out of bounds.
+        ValueError: one that is not a number, or out of bounds.
     """
     if not (by_cell and callable(guidance_scale)):
         check("guidance_scale", _plain(guidance_scale))
