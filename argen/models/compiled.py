@@ -19,9 +19,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from argen.models.kv_cache import KeyValueCache
 from argen.models.layers import Linear
 from argen.models.quantized import QuantizedLinear
-from argen.models.session import KeyValueCache
 from tokenizers_img.attention import DispatchedAttention
 
 FIRST_SLOTS = 64  # of a cache, beside those of the condition; it grows by doubling

@@ -16,8 +16,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 
+from argen.models.kv_cache import KeyValueCache
 from argen.models.layers import Linear, split_heads
-from argen.models.session import KeysValues, KeyValueCache
+from argen.models.session import KeysValues
 from tokenizers_img.attention import DispatchedAttention
 from tokenizers_img.checkpoint import load_strict, read_state_dict
 

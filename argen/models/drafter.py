@@ -17,9 +17,9 @@ from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
+from argen.models.kv_cache import KeyValueCache
 from argen.models.layers import Linear, causal_mask, grid_places, rotary_table, rotate, split_heads
 from argen.models.llamagen import LlamaGenSession
-from argen.models.session import KeyValueCache
 from samplers.trees import of_images
 from tokenizers_img.attention import DispatchedAttention
 from tokenizers_img.checkpoint import load_strict, read_state_dict

@@ -16,8 +16,9 @@ from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
+from argen.models.kv_cache import KeyValueCache
 from argen.models.layers import Linear, RMSNorm, causal_mask, split_heads
-from argen.models.session import DecoderSession, KeysValues, KeyValueCache
+from argen.models.session import DecoderSession, KeysValues
 from tokenizers_img.attention import DispatchedAttention
 from tokenizers_img.checkpoint import load_strict, read_state_dict
 

@@ -20,9 +20,10 @@ from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
+from argen.models.kv_cache import KeyValueCache
 from argen.models.layers import Linear, RMSNorm, causal_mask, grid_places, rotary_table, rotate, split_heads
 from argen.models.quantized import weight_of
-from argen.models.session import KeyValueCache, decoding
+from argen.models.session import decoding
 from tokenizers_img.attention import DispatchedAttention
 from tokenizers_img.checkpoint import load_strict, read_state_dict
 

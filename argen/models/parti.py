@@ -14,8 +14,9 @@ from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
+from argen.models.kv_cache import KeyValueCache
 from argen.models.layers import Linear, causal_mask, linear, split_heads
-from argen.models.session import KeysValues, KeyValueCache
+from argen.models.session import KeysValues
 from tokenizers_img.attention import DispatchedAttention
 
 
