@@ -13,13 +13,13 @@ HELP = "build datasets"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     sets = parser.add_subparsers(dest="set", required=True, metavar="SET")
     add = sets.add_parser(
-        "emoji", help="single images with names, about 14,000 in 4 styles", formatter_class=HelpFormatter
+        "emoji", help="single images with names, about 10,000 in 6 styles", formatter_class=HelpFormatter
     )
     add.add_argument("--out", type=Path, required=True, metavar="DIR")
     add.add_argument(
         "--icons", type=Path, metavar="DIR", help="folder for the icon packages; missing ones are fetched with npm"
     )
-    add.add_argument("--size", type=int, default=128, help="side of the images in pixels")
+    add.add_argument("--size", type=int, default=256, help="side of the images in pixels")
     add = sets.add_parser("scenes", help="composed images with exact truth", formatter_class=HelpFormatter)
     add.add_argument("--emoji", type=Path, required=True, metavar="DIR", help="made by `argen data emoji`")
     add.add_argument("--out", type=Path, required=True, metavar="DIR")

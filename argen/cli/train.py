@@ -33,6 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="trained emoji-vitvqgan or emoji-flextok (default: the shipped one)",
     )
     parser.add_argument("--vae", type=Path, metavar="DIR", help="trained emoji-vae (default: the shipped one)")
+    parser.add_argument("--judge", type=Path, metavar="DIR", help="trained emoji-judge (default: the shipped one)")
     parser.add_argument(
         "--generator",
         type=Path,
@@ -58,7 +59,7 @@ def run(args: argparse.Namespace) -> None:
     from argen.files import WEIGHTS
     from argen.train import recipes as training
 
-    parts = {"clip": args.clip, "tokenizer": args.tokenizer, "vae": args.vae, "generator": args.generator}
+    parts = {name: getattr(args, name) for name in ("clip", "tokenizer", "vae", "judge", "generator")}
     options = {"data": args.data, "scenes": args.scenes, "out": args.out, "seed": args.seed, "steps": args.steps}
     options |= {"compile": args.compile, "x": args.x, "shipped": WEIGHTS}
     scores = training.run(args.recipe, args.setting, **parts, **options)

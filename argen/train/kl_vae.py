@@ -105,4 +105,4 @@ class KLDecoderTask(DecoderTask):
 
 
 RECIPE = Recipe(KLVAETask, SCHEDULES, takes=("total",))
-DECODER_RECIPE = Recipe(KLDecoderTask, DECODER_SCHEDULES, takes=("vae", "clip", "total"))
+DECODER_RECIPE = Recipe(KLDecoderTask, DECODER_SCHEDULES, takes=("vae", "judge", "total"))
