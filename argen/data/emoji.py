@@ -21,11 +21,14 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import cache
 from io import BytesIO
 from pathlib import Path
 
 from PIL import Image
 from tqdm import tqdm
+
+from argen.data.concepts import read_aliases, slug
 
 
 @dataclass(frozen=True)
@@ -90,17 +93,19 @@ class Icon:
     source: str  # package@version:icon
 
 
-def slug(text: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "-", text.lower().replace("’", "").replace("ñ", "n")).strip("-")
-
-
 def split_of(style: str, concept: str, styles_of_concept: int) -> str:
-    """The fixed split of a picture: a hash of its concept, then of its style and concept."""
-    if _percent(concept) < TEST_PERCENT:
+    """The fixed split of a picture: a hash of its concept, then of its style and concept. What has everyday names is not held out."""
+    if _percent(concept) < TEST_PERCENT and concept not in everyday():
         return "test"
     if styles_of_concept > 1 and _percent(f"{style}/{concept}") < VALIDATION_PERCENT:
         return "validation"
     return "train"
+
+
+@cache
+def everyday() -> frozenset[str]:
+    """The concepts that people ask for by everyday names, see `argen.data.concepts.read_aliases`."""
+    return frozenset(concept for concepts in read_aliases().values() for concept in concepts)
 
 
 def _percent(key: str) -> int:
