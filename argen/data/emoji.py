@@ -29,6 +29,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from argen.data.concepts import read_aliases, slug
+from argen.words import is_plural
 
 
 @dataclass(frozen=True)
@@ -114,7 +115,7 @@ def _percent(key: str) -> int:
 
 def with_article(name: str) -> str:
     """ "apple" -> "an apple"; names in the plural and names that open with a number stay bare."""
-    if (name.endswith("s") and not name.endswith("ss")) or name[0].isdigit() or name.startswith("flag "):
+    if is_plural(name) or name[0].isdigit() or name.startswith("flag "):
         return name
     return f"{'an' if name[0] in 'aeiou' else 'a'} {name}"
 
