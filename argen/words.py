@@ -311,7 +311,10 @@ def singular(name: str) -> str:
 
 def is_plural(name: str) -> bool:
     """Whether the last word of a bare name is in the plural: "glasses" and "red apples", and neither "bus" nor "tennis"."""
-    return name.split()[-1] in ALWAYS_PLURAL - {"christmas", "texas", "atlas", "lens", "gas", "canvas"} or singular(name) != name
+    return (
+        name.split()[-1] in ALWAYS_PLURAL - {"christmas", "texas", "atlas", "lens", "gas", "canvas"}
+        or singular(name) != name
+    )
 
 
 def _keys(text: str) -> set[str]:

@@ -20,7 +20,12 @@ PRESETS = ("cldr", "emojibase", "github", "iamcal", "joypixels")  # of shortcode
 FACES = ("people-body", "smileys-emotion")
 TABLES = files("argen.data") / "names"
 CONCEPTS, TRANSLATIONS, ALIASES = "concepts.json.gz", "translations.json.gz", "aliases.toml"
-LABEL, CODE, HEAD, PART = 4.0, 3.0, 1.5, 0.4  # scores of a name that is a label, a shortcode, a label's last word or one of its others
+LABEL, CODE, HEAD, PART = (
+    4.0,
+    3.0,
+    1.5,
+    0.4,
+)  # scores of a name that is a label, a shortcode, a label's last word or one of its others
 CERTAIN = 0.8  # score above which a word means a concept
 ALIKE = 0.25  # share of the concepts that tags of two languages have in common, of all that either has
 FACE_PENALTY, FLAG_PENALTY, WORD_PENALTY = 0.6, 1.0, 0.1
@@ -134,7 +139,9 @@ def meanings(rows: list[list[str]], known: Concepts) -> dict[str, int]:
             meaning.setdefault(text, *concepts)
             continue
         shared = Counter(tag for index in concepts for tag in known.all[index].tags)
-        alike, tag = max(((count / len(concepts | english_owners[tag]), tag) for tag, count in shared.items()), default=(0.0, ""))
+        alike, tag = max(
+            ((count / len(concepts | english_owners[tag]), tag) for tag, count in shared.items()), default=(0.0, "")
+        )
         ranked = known.ranked(tag)
         if alike >= ALIKE and ranked and ranked[0][0] > CERTAIN and (tag in known.aliases or text not in labels):
             meaning[text] = numbers[ranked[0][1].name]
@@ -154,7 +161,11 @@ def build(package: Path, out: Path) -> int:
     """Write both tables out of the unpacked `emojibase-data`; returns the number of concepts."""
     groups = {g["order"]: g["key"] for g in json.loads((package / "en/messages.json").read_text())["groups"]}
     presets = [json.loads((package / f"en/shortcodes/{preset}.json").read_text()) for preset in PRESETS]
-    records = [r for r in json.loads((package / "en/data.json").read_text()) if groups.get(r.get("group"), "component") != "component"]
+    records = [
+        r
+        for r in json.loads((package / "en/data.json").read_text())
+        if groups.get(r.get("group"), "component") != "component"
+    ]
     records.sort(key=lambda record: record["order"])
     rows = []
     for record in records:
@@ -164,7 +175,11 @@ def build(package: Path, out: Path) -> int:
         tags = dict.fromkeys(bare_name(tag) for tag in record.get("tags", []))
         codes = dict.fromkeys(bare_name(code.replace("_", " ").replace("-", " ")) for code in codes)
         row = {"name": name, "label": record["label"], "emoji": record["emoji"], "hexcode": record["hexcode"]}
-        row |= {"group": groups[record["group"]], "codes": [c for c in codes if c != name], "tags": [t for t in tags if t]}
+        row |= {
+            "group": groups[record["group"]],
+            "codes": [c for c in codes if c != name],
+            "tags": [t for t in tags if t],
+        }
         rows.append(row)
     known = Concepts([Concept(**row) for row in rows], read_aliases())
     translated = {}

@@ -218,7 +218,9 @@ def icons(cache: Path) -> Iterator[tuple[Icon, str]]:
             if body.get("hidden") or not base or (tone and _percent(f"{style}/{icon}") >= TONES_PERCENT):
                 continue
             base = joined.get(base.replace("-", ""), base)
-            record = known_names.get(base, {"group": category.get(icon, "other"), "subgroup": "", "tags": [], "hexcode": ""})
+            record = known_names.get(
+                base, {"group": category.get(icon, "other"), "subgroup": "", "tags": [], "hexcode": ""}
+            )
             concept = base.replace("-", " ")
             name = f"{concept} {tone} skin tone" if tone else concept
             width, height = (body.get(side, data[side]) for side in ("width", "height"))

@@ -28,7 +28,9 @@ OPENING = re.compile(
     re.IGNORECASE,
 )
 MEASURE = r"(?:slice|piece|cup|mug|glass|bowl|bottle|plate|pot|bunch|pair|pile|bag|box|loaf|scoop|can|jar|portion|bar|head|ear|stick)s?"
-PREPOSITION = re.compile(r"\s+(?:in|on|with|without|at|from|by|for|near|behind|inside|into|wearing|holding|that|which|who|is|are|of)\s+")
+PREPOSITION = re.compile(
+    r"\s+(?:in|on|with|without|at|from|by|for|near|behind|inside|into|wearing|holding|that|which|who|is|are|of)\s+"
+)
 COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "black", "white", "brown", "grey")
 SPELLINGS = {"gray": "grey", "violet": "purple", "lilac": "purple"}
 NEAR, NEAREST = 0.84, 3  # likeness of a misspelt name that is corrected; names that are offered
@@ -72,7 +74,10 @@ def read(prompt: str) -> Reading:
     phrases = with_names_of_emoji(text).strip()
     parts = read_parts(OPENING.sub("", phrases), SEPARATOR, read_english)
     if unread(parts):
-        others = (read_parts(phrases, language.separator, partial(read_foreign, language=language)) for language in languages())
+        others = (
+            read_parts(phrases, language.separator, partial(read_foreign, language=language))
+            for language in languages()
+        )
         parts = min([parts, *others], key=unread)
     if not any(part.concept for part in parts):
         parts = [corrected_part(part) for part in parts]
@@ -145,11 +150,17 @@ def read_parts(text: str, separator: re.Pattern, read_part: Callable[[str], Part
     """Read a text part by part; several of them are one where they are a name together, as "bow and arrow"."""
     pieces = separator.split(text)  # part, mark, word, part, ...
     typed = pieces[0::3]
-    joints = [f" {JOINTS.get(word.lower(), 'and')} " if word else f"{mark} " for mark, word in zip(pieces[1::3], pieces[2::3], strict=True)]
+    joints = [
+        f" {JOINTS.get(word.lower(), 'and')} " if word else f"{mark} "
+        for mark, word in zip(pieces[1::3], pieces[2::3], strict=True)
+    ]
     parts: list[Part] = []
     index = 0
     while index < len(typed):
-        joined = {end: typed[index] + "".join(map("".join, zip(joints[index:end], typed[index + 1 : end + 1], strict=True))) for end in range(index, len(typed))}
+        joined = {
+            end: typed[index] + "".join(map("".join, zip(joints[index:end], typed[index + 1 : end + 1], strict=True)))
+            for end in range(index, len(typed))
+        }
         end = next((end for end in sorted(joined, reverse=True) if is_name(bare_name(joined[end]))), index)
         if joined[end].strip():
             before = joints[index - 1] if parts else ""
@@ -252,7 +263,14 @@ def read_foreign(typed: str, language: Language) -> Part:
         return read_unspaced(typed, language, names)
     number, colours, rest = 1, [], []
     for word in whole.replace("'", " ").split():
-        colour = next((colour for stem, colour in language.colours.items() if word.startswith(stem) and len(word) <= len(stem) + 3), None)
+        colour = next(
+            (
+                colour
+                for stem, colour in language.colours.items()
+                if word.startswith(stem) and len(word) <= len(stem) + 3
+            ),
+            None,
+        )
         if word in language.articles and not rest:
             continue
         if word in language.numbers and not rest:

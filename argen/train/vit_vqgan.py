@@ -244,7 +244,14 @@ class DecoderTask(Reconstruction):
         trained = ViTVQGAN.from_pretrained(tokenizer, torch_dtype=torch.float32).state_dict()
         model = network()
         fresh = model.state_dict()  # a tokenizer with another head gives what fits
-        model.load_state_dict({key: trained[key] if trained.get(key, fresh[key]).shape == fresh[key].shape and key in trained else fresh[key] for key in fresh})
+        model.load_state_dict(
+            {
+                key: trained[key]
+                if trained.get(key, fresh[key]).shape == fresh[key].shape and key in trained
+                else fresh[key]
+                for key in fresh
+            }
+        )
         return model, [model.encoder, model.pre_quant, model.quantizer]
 
     def batch(self, size: int, generator: torch.Generator) -> dict[str, Tensor]:
