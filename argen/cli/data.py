@@ -31,6 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="of the 65 common things alone that argen/emoji-sd draws, see docs/evaluation.md",
     )
+    add.add_argument("--kind", choices=("count", "colour", "pair", "relation"), help="of this kind alone (default: of all)")
     add.add_argument("--seed", type=int, default=0, help="of the compositions")
     add = sets.add_parser(
         "sample", help="a small set out of a large one, as it ships for the tests", formatter_class=HelpFormatter
@@ -46,7 +47,7 @@ def run(args: argparse.Namespace) -> None:
     if args.set == "emoji":
         counts = emoji.build(args.out, args.icons, args.size)
     elif args.set == "scenes":
-        counts = scenes.build(args.emoji, args.out, args.num, args.seed, args.common)
+        counts = scenes.build(args.emoji, args.out, args.num, args.seed, args.common, args.kind)
     else:
         counts = emoji.sample(args.emoji, args.out, args.num)
     print(f"{args.out}: " + ", ".join(f"{count:,} {split}" for split, count in counts.items()))

@@ -18,17 +18,18 @@ import subprocess
 import tarfile
 import tempfile
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import cache
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 from tqdm import tqdm
 
-from argen.data.concepts import read_aliases, slug
+from argen.data.concepts import names_of, read_aliases, slug
 from argen.words import is_plural
 
 
@@ -120,14 +121,20 @@ def with_article(name: str) -> str:
     return f"{'an' if name[0] in 'aeiou' else 'a'} {name}"
 
 
-def caption(name: str, style: str, keywords: list[str], rng: random.Random) -> str:
-    """A caption drawn at random: article, style and keywords come and go, a keyword may stand for the name."""
-    subject = rng.choice(keywords) if keywords and rng.random() < 0.1 else name
+def caption(row: Mapping[str, Any], rng: random.Random) -> str:
+    """A caption of a single picture drawn at random: its name or an everyday one, as often; article, style and keywords come and go.
+
+    Args:
+        row: of a table that `build` wrote.
+    """
+    everyday_names = [] if row["skin_tone"] else names_of(row["concept"])
+    subject = rng.choice(everyday_names) if everyday_names and rng.random() < 0.5 else row["name"]
     text = with_article(subject) if rng.random() < 0.7 else subject
-    if keywords and rng.random() < 0.15:
+    keywords = row["keywords"]
+    if keywords and rng.random() < 0.1:
         text += ", " + ", ".join(rng.sample(keywords, k=min(len(keywords), rng.randint(1, 2))))
-    if rng.random() < 0.75:
-        text += f", {STYLES[style].prompt}"
+    if rng.random() < 0.6:
+        text += f", {STYLES[row['style']].prompt}"
     return text
 
 

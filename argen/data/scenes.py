@@ -8,7 +8,7 @@ single-picture set, so held-out concepts stay held out.
 import json
 import random
 from collections import defaultdict
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
 from io import BytesIO
 from itertools import cycle
@@ -123,10 +123,11 @@ class Composer:
 
     Args:
         only: draw these things alone, see `thing_of`; None for all that are simple.
+        kinds: share of each kind.
     """
 
-    def __init__(self, table, size: int, only: Collection[str] | None = None):
-        self.size = size
+    def __init__(self, table, size: int, only: Collection[str] | None = None, kinds: Mapping[str, float] = KINDS):
+        self.size, self.kinds = size, kinds
         self.icons: dict[str, list[tuple[str, np.ndarray]]] = defaultdict(list)  # style -> (name, picture)
         self.colourful: dict[str, list[tuple[str, np.ndarray]]] = defaultdict(list)
         for row in table:
@@ -148,7 +149,7 @@ class Composer:
             )
 
     def scene(self, rng: random.Random) -> tuple[Scene, Image.Image]:
-        kind = rng.choices(list(KINDS), KINDS.values())[0]
+        kind = rng.choices(list(self.kinds), self.kinds.values())[0]
         style = rng.choice(self.styles)
         few = len(self.colourful[style]) < 2  # then no scene of this style names a colour
         kind = {"colour": "count", "pair": "relation"}.get(kind, kind) if few else kind
@@ -200,13 +201,16 @@ class Composer:
         return joint.join(with_article(name) for name in names)
 
 
-def build(emoji: Path, out: Path, num: int = 12000, seed: int = 0, common: bool = False) -> dict[str, int]:
+def build(
+    emoji: Path, out: Path, num: int = 12000, seed: int = 0, common: bool = False, kind: str | None = None
+) -> dict[str, int]:
     """Compose `num` training scenes (and a tenth of that for each other split) into `out`.
 
     Args:
         emoji: folder made by ``argen data emoji``.
         seed: the same seed gives the same scenes.
         common: of the things in `COMMON` alone; without a test split, as none of them is held out in every style.
+        kind: of this kind alone; None for all.
     """
     check_new(out)
     if num < 10:
@@ -214,7 +218,7 @@ def build(emoji: Path, out: Path, num: int = 12000, seed: int = 0, common: bool 
     rows: dict[str, list[dict]] = {}
     for split in SPLITS[:2] if common else SPLITS:
         table = read_split(emoji, split)
-        composer = Composer(table, table[0]["image"].width, COMMON if common else None)
+        composer = Composer(table, table[0]["image"].width, COMMON if common else None, {kind: 1.0} if kind else KINDS)
         rng = random.Random(f"{seed}/{split}")
         rows[split] = []
         for _ in tqdm(range(num if split == "train" else num // 10), desc=f"compose {split}"):

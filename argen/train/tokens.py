@@ -76,11 +76,13 @@ class CaptionsTask(Task):
         scenes_share: of the pictures are scenes.
         group_share: of the single pictures are shown with the name of their group instead of a caption.
         groups: by name.
+        image_size: side of the pictures that `tokens` takes.
         only: the single pictures are of these things alone, see `argen.data.scenes.thing_of`; None for all.
     """
 
     null_caption: str | None = ""
     scenes_share, group_share = 0.12, 0.0
+    image_size = 128
     groups = tuple(GROUPS)
     only: tuple[str, ...] | None = None
 
@@ -89,13 +91,13 @@ class CaptionsTask(Task):
         self.clip = CLIPModel.from_pretrained(clip, dtype=torch.float32).eval().requires_grad_(False)
 
         table = self.read(data, "train")
-        self.rows, self.images = table.remove_columns("image").to_list(), torch.from_numpy(pixels(table))
+        self.rows, self.images = table.remove_columns("image").to_list(), torch.from_numpy(pixels(table, self.image_size))
         table = read_split(scenes, "train")
         self.captions = list(table["caption"])
-        self.scene_images = torch.from_numpy(pixels(table))
+        self.scene_images = torch.from_numpy(pixels(table, self.image_size))
         self.image_tokens, self.scene_tokens = self.tokens(self.images), self.tokens(self.scene_images)
         table = self.read(data, "validation")
-        self.held_out_captions, self.held_out_images = list(table["caption"]), torch.from_numpy(pixels(table))
+        self.held_out_captions, self.held_out_images = list(table["caption"]), torch.from_numpy(pixels(table, self.image_size))
         self.held_out_tokens = self.tokens(self.held_out_images)
 
         self.weights = shares([(row["concept"], row["style"]) for row in self.rows])
@@ -122,7 +124,7 @@ class CaptionsTask(Task):
         """A caption of a single picture, drawn at random."""
         if self.group_share and rng.random() < self.group_share:
             return group_caption(f"class:{row['group']}", self.groups)
-        return caption(row["name"], row["style"], row["keywords"], rng)
+        return caption(row, rng)
 
     def text(self, captions: list[str]) -> dict[str, Tensor]:
         text = self.text_tokenizer(captions, padding=True, truncation=True, return_tensors="pt")
@@ -231,6 +233,7 @@ class TokensTask(CaptionsTask):
 
     def __init__(self, data: Path, scenes: Path, tokenizer: Path, clip: Path):
         self.vq = ViTVQGAN.from_pretrained(tokenizer).float().eval().requires_grad_(False)
+        self.image_size = self.vq.config.image_size
         super().__init__(data, scenes, clip)
 
     @torch.no_grad()
