@@ -100,11 +100,6 @@ class QuantizedLinear(nn.Module):
         return F.linear(x, self.dequantized().to(x.dtype), self.bias)
 
 
-def weight_of(layer: nn.Module) -> Tensor:
-    """The weights [O, I] of a linear layer, quantized or not."""
-    return layer.dequantized() if isinstance(layer, QuantizedLinear) else layer.weight
-
-
 def layers_of(network: nn.Module) -> dict[str, nn.Linear]:
     """The linear layers that are quantized: those of the repeated layers, and those that give logits."""
     return {
