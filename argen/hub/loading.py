@@ -19,7 +19,7 @@ from argen.device import DTYPES, LOADING, auto_dtype, pick, silent
 from argen.garbage import uncollected
 from argen.hub.cards import CARD_FILE, DIFFUSION, Card, all_cards, check_kind, check_known, find_card, kind_of
 from argen.hub.options import Attention, Dtype, LoadOptions, Quantize, check_arguments
-from argen.hub.quantized import NAMES, decoding_network, quantize_model, quantized, read_quantized
+from argen.hub.quantized import NAMES, decoding_network, quantize_model, quantized, quantizes, read_quantized
 from argen.registry import pipelines, resolve
 from samplers.errors import InvalidValue
 from tokenizers_img.attention import DispatchedAttention, check_attention, set_attention
@@ -106,7 +106,8 @@ def _quicken(model: Any, device: torch.device, quantize: Quantize | None, compil
     """Quantize and compile the network that decodes; one whose weights are quantized is compiled wherever it can be."""
     if quantize is not None:
         quantize_model(model, NAMES[quantize])
-    if compile or (device.type == "cpu" and quantized(model) and importlib.util.find_spec("openvino")):
+    compiles = device.type == "cpu" and hasattr(getattr(model, "transformer", None), "compiled")
+    if compile or (compiles and quantized(model) and importlib.util.find_spec("openvino")):
         compile_decoding(model)
 
 
@@ -241,8 +242,8 @@ def loader(
         card = all_cards().get(model)
         optional = card is None or card.kind in ("generator", "tokenizer")
         loaded = load(model, device=device, **options if optional else {})
-        if hasattr(getattr(loaded, "transformer", None), "compiled") and not quantized(loaded):
-            _quicken(loaded, where, quantize, compile)
+        if quantizes(loaded):
+            _quicken(loaded, where, quantize, compile and hasattr(loaded.transformer, "compiled"))
         return loaded
 
     return loading
