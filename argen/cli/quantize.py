@@ -28,7 +28,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="rtn (to nearest), gptq (calibrated), or rsq (also rotated where possible, and tokens weighted by attention) (default: rtn)",
     )
-    parser.add_argument("--act-order", action="store_true", help="round columns with large inputs first, with --group 0")
+    parser.add_argument(
+        "--act-order", action="store_true", help="round columns with large inputs first, with --group 0"
+    )
     parser.add_argument("--samples", type=int, metavar="N", help="images to calibrate with (default: 64)")
     parser.add_argument(
         "--prompts",

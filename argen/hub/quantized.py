@@ -31,7 +31,8 @@ def decoding_network(model: Any, option: str) -> Any:
     network = getattr(model, PART, model)
     if not hasattr(network, "compiled"):
         raise InvalidValue(
-            f"{option} is for networks that decode token by token, not for a {type(network).__name__}: leave it out", option
+            f"{option} is for networks that decode token by token, not for a {type(network).__name__}: leave it out",
+            option,
         )
     return network
 

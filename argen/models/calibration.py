@@ -40,6 +40,11 @@ class Batch:
     start: Callable[[], Session]
     tokens: Tensor
 
+    def read(self, session: Session) -> tuple[Tensor, Tensor | None]:
+        """Logits of all tokens, in one pass of a session that has just begun: with the condition and, under guidance, without."""
+        positions = torch.arange(-1, self.tokens.shape[1] - 1)
+        return session.forward(F.pad(self.tokens[:, :-1], (1, 0), value=-1), positions)
+
 
 class _Stop(Exception):
     """Nothing behind is needed."""
@@ -81,7 +86,8 @@ class _Calibration:
 
     def run(self) -> dict[str, Rounded]:
         with self._alone(), _eager(self.network):
-            for self.current in range(-1, len(self.blocks)):
+            for current in range(-1, len(self.blocks)):
+                self.current = current
                 groups = self._groups()
                 self.weights = self._importance() if self.how.method == "rsq" and self.current >= 0 else {}
                 for names in groups:
@@ -97,9 +103,7 @@ class _Calibration:
     @contextmanager
     def _alone(self) -> Iterator[None]:
         """Blocks run as `_block` says, meanwhile."""
-        wrapped = [
-            (block, method) for block in self.blocks for method in METHODS if hasattr(type(block), method)
-        ]
+        wrapped = [(block, method) for block in self.blocks for method in METHODS if hasattr(type(block), method)]
         for block, method in wrapped:
             setattr(block, method, self._block(self.blocks.index(block), method, getattr(block, method)))
         try:
@@ -126,20 +130,18 @@ class _Calibration:
 
     def _passes(self, count: int | None = None, after: Callable[[Session | None], None] | None = None) -> None:
         """Run the batches, or the first of them; `after` each session has begun, it is called with it, or None if none could."""
-        for self.batch, batch in enumerate(self.batches[:count]):
-            self.valid, session = None, None
+        for number, batch in enumerate(self.batches[:count]):
+            self.batch, self.valid, session = number, None, None
             with suppress(_Stop):
                 session = batch.start()
             if after is not None:
                 after(session)
             if session is None:
                 continue
-            tokens = batch.tokens
             if isinstance(mask := getattr(session, "mask", None), Tensor):
-                self.valid = F.pad(mask.bool(), (0, tokens.shape[1]), value=True)
+                self.valid = F.pad(mask.bool(), (0, batch.tokens.shape[1]), value=True)
             with suppress(_Stop):
-                positions = torch.arange(-1, tokens.shape[1] - 1)
-                session.forward(F.pad(tokens[:, :-1], (1, 0), value=-1), positions)
+                batch.read(session)
 
     def _groups(self) -> list[list[str]]:
         """Layers that run here and are not rounded yet: those that read the same tensor together, in the order in which they run."""

@@ -49,7 +49,9 @@ class Quantization:
         if self.method not in METHODS:
             raise InvalidValue(f"method is {cut(self.method)}: expected rtn, gptq or rsq", "method")
         if self.act_order and (self.group or not self.calibrated):
-            raise InvalidValue("act_order is for gptq and rsq with whole rows: leave it out, or choose group 0", "act_order")
+            raise InvalidValue(
+                "act_order is for gptq and rsq with whole rows: leave it out, or choose group 0", "act_order"
+            )
 
     @property
     def calibrated(self) -> bool:
@@ -155,7 +157,9 @@ def quantize(
         known = (calibrated or {}).get(name)
         integers, scales = known or rounded(layer.weight, bits, group)
         _replace(network, name, QuantizedLinear(integers, scales, layer.bias, bits))
-    if getattr(getattr(network, "config", None), "tie_word_embeddings", False):  # of transformers; the embeddings stay as they are
+    if getattr(
+        getattr(network, "config", None), "tie_word_embeddings", False
+    ):  # of transformers; the embeddings stay as they are
         network.config.tie_word_embeddings = False
 
 
