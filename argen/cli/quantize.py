@@ -83,5 +83,6 @@ def run(args: argparse.Namespace) -> None:
 
 
 def size(network) -> int:
-    """Bytes of the tensors of a network."""
-    return sum(tensor.numel() * tensor.element_size() for tensor in network.state_dict().values())
+    """Bytes of the tensors of a network, each counted once."""
+    tensors = {tensor.data_ptr(): tensor for tensor in network.state_dict().values()}.values()
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)

@@ -1,14 +1,16 @@
 """Quantized generators by calibration: a generator draws images, and its network is rounded so that it would write them again."""
 
+import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from argen.eval.judge import read_prompts
+from argen import data
 from argen.hub.quantized import OF_ROTATION, PART, digest, quantize_model, writing_network
 from argen.models.calibration import Batch, calibrate
 from argen.models.controlar import ControlAR
@@ -18,6 +20,7 @@ from argen.models.rotation import random_rotation, rotate, stream_of, width_of
 from argen.request import Control
 
 BATCH = 8  # images
+PROMPTS = Path(data.__file__).with_name("judge_prompts.jsonl")  # of `argen eval emoji`
 
 
 @dataclass
@@ -53,7 +56,10 @@ class Result:
 def default_prompts(pipe: Any, count: int) -> list[str]:
     """Of a model of classes so many of them, of all others so many of the judge's, both from end to end."""
     classes = getattr(getattr(pipe, PART).config, "classes", None)
-    prompts = [truth.prompt for truth in read_prompts()] if classes is None else [f"class:{i}" for i in range(classes)]
+    if classes is not None:
+        prompts = [f"class:{number}" for number in range(classes)]
+    else:
+        prompts = [json.loads(line)["prompt"] for line in PROMPTS.read_text(encoding="utf-8").splitlines()]
     return [prompts[index * len(prompts) // count % len(prompts)] for index in range(count)]
 
 

@@ -65,7 +65,7 @@ def load(
             see `argen.device.auto_dtype`. Logits and noise are always in float32, and so are image tokenizers unless one is loaded by itself.
         attention: backend of the attention layers, a name in `tokenizers_img.attention.BACKENDS`, e.g. "xformers"; None for
             "native", PyTorch's own.
-        quantize: "int8" or "int4": round the weights of a generator's network, which then take a quarter or an eighth of the memory. On a CPU
+        quantize: "int8" or "int4": round the weights of a generator's network to nearest, which then take a quarter or an eighth of the memory. On a CPU
             with OpenVINO they are compiled, too; elsewhere they are unpacked in each pass, which is slow.
         compile: whether a generator's decoding pass becomes a graph of OpenVINO, on a CPU and in float32; compiling takes some seconds at the
             first image. Its tokens are those of the pass that is not compiled, but for rounding.

@@ -139,8 +139,10 @@ def gptq(
         act_order: columns with the largest inputs first.
     """
     weight, matrix = weight.detach().float().clone(), matrix.float().clone()
-    columns = weight.shape[1]
-    scale, zero = levels.find(weight)
+    columns, scales, zeros = weight.shape[1], [], []
+    if not group:
+        scale, zero = levels.find(weight)
+        scales, zeros = [scale], [zero]
     dead = matrix.diagonal() == 0
     matrix[dead, dead] = 1
     weight[:, dead] = 0
@@ -149,9 +151,7 @@ def gptq(
         order = matrix.diagonal().argsort(descending=True)
         weight, matrix = weight[:, order], matrix[order][:, order]
     factor = inverse_factor(matrix, damp)
-    integers, scales, zeros = torch.empty_like(weight), [scale], [zero]
-    if group:
-        scales, zeros = [], []
+    integers = torch.empty_like(weight)
     for start in range(0, columns, BLOCK):
         end = min(start + BLOCK, columns)
         block, local = weight[:, start:end].clone(), factor[start:end, start:end]
