@@ -67,8 +67,9 @@ def load(
             "native", PyTorch's own.
         quantize: "int8" or "int4": round the weights of a generator's network to nearest, which then take a quarter or an eighth of the memory. On a CPU
             with OpenVINO they are compiled, too; elsewhere they are unpacked in each pass, which is slow.
-        compile: whether a generator's decoding pass becomes a graph of OpenVINO, on a CPU and in float32; compiling takes some seconds at the
-            first image. Its tokens are those of the pass that is not compiled, but for rounding.
+        compile: whether a generator's decoding pass becomes a graph: of OpenVINO on a CPU, in float32, which takes some seconds at the first
+            image; CUDA graphs of ``torch.compile`` on a GPU, one for each number of tokens in a pass. Its tokens are those of the pass that is
+            not compiled, but for rounding.
         others: not allowed; arguments of diffusers' ``from_pretrained`` raise an error that names the alternative.
 
     Raises:
@@ -108,34 +109,45 @@ def _quicken(model: Any, device: torch.device, quantize: Quantize | None, compil
         quantize_model(model, NAMES[quantize])
     compiles = device.type == "cpu" and hasattr(getattr(model, "transformer", None), "compiled")
     if compile or (compiles and quantized(model) and importlib.util.find_spec("openvino")):
-        compile_decoding(model)
+        compile_decoding(model, device)
 
 
 def check_compile(device: torch.device | str | None, dtype: Dtype) -> None:
-    """Check that OpenVINO can compile here, before any weights are read.
+    """Check that something can compile here, before any weights are read: OpenVINO on a CPU, ``torch.compile`` on a CUDA GPU.
 
     Raises:
-        ValueError: it is not installed; another device than a CPU; half precision.
+        ValueError: it is not installed; another device; on a CPU, half precision.
     """
-    if torch.device(device or "cpu").type != "cpu":
-        raise InvalidValue(f"compile is for a CPU, and the device is {device}: leave it out", "compile")
+    kind = torch.device(device or "cpu").type
+    if kind == "cuda":
+        if importlib.util.find_spec("triton") is None:
+            raise InvalidValue("compile needs Triton on a GPU: pip install triton, or leave it out", "compile")
+        return
+    if kind != "cpu":
+        raise InvalidValue(f"compile is for a CPU or a CUDA GPU, and the device is {device}: leave it out", "compile")
     if dtype in ("bf16", "fp16"):
         raise InvalidValue(f"compile takes the dtype fp32, and it is {dtype}: leave one of them out", "compile")
     if importlib.util.find_spec("openvino") is None:
         raise InvalidValue("compile needs OpenVINO: pip install 'argen[openvino]', or leave it out", "compile")
 
 
-def compile_decoding(model: Any) -> None:
-    """Let the network of a generator decode through a graph, see `argen.models.compiled`.
+def compile_decoding(model: Any, device: torch.device | str = "cpu") -> None:
+    """Let the network of a generator decode through graphs: of `argen.models.compiled` on a CPU, of `argen.models.graphed` on a GPU.
 
     Raises:
         ValueError: this model does not decode token by token with a cache of argen's.
     """
-    from argen.models.compiled import CompiledStep
-
     network = decoding_network(model, "compile")
-    network.float()
-    network.compiled = CompiledStep(network, getattr(network, "step", network.decode))
+    decode = getattr(network, "step", network.decode)
+    if torch.device(device).type == "cpu":
+        from argen.models.compiled import CompiledStep
+
+        network.float()
+        network.compiled = CompiledStep(network, decode)
+    else:
+        from argen.models.graphed import GraphedStep
+
+        network.compiled = GraphedStep(network, decode)
 
 
 def cast(model: Any, dtype: Dtype, device: torch.device) -> None:

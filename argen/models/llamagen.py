@@ -390,7 +390,7 @@ class LlamaGenSession:
             tokens, positions, mask = tokens[:, 1:], positions[..., 1:], None if mask is None else mask[..., 1:, 1:]
         if tokens.shape[1]:
             visible = self.cache.visible(positions, mask, seen, self.guided, tokens.device)[..., self.cache.before :]
-            positions = positions.to(tokens.device)
+            positions = positions.to(tokens.device, non_blocking=True)
             if self.guided:
                 tokens = torch.cat([tokens, tokens])
                 positions = torch.cat([positions, positions]) if positions.ndim == 2 else positions
