@@ -89,7 +89,7 @@ class Gumbel:
     def draw(self, logits: Tensor, cells: Tensor) -> Tensor:
         """See `Noise.draw`."""
         rows = torch.arange(len(self.keys))[:, None]
-        keys = self.keys[rows, cells.expand(len(self.keys), -1)].to(logits.device)
+        keys = self.keys[rows, cells.expand(len(self.keys), -1)].to(logits.device, non_blocking=True)
         return (logits + gumbel(keys, logits.shape[-1])).argmax(dim=-1)
 
     def numbers(self, row: int) -> Iterator[float]:

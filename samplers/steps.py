@@ -74,16 +74,18 @@ class Step:
         tokens: [B, N] int64, -1 where nothing is decided yet; a copy that the caller may keep.
         forward_passes: of the network, so far.
         origins: [B, N] int8 on the CPU, see `Origin`; None where every token was drawn.
+        known: cells decided in every image, where the sampler knows it without a look at the tokens, for which the CPU would wait for the GPU.
     """
 
     tokens: Tensor
     forward_passes: int
     origins: Tensor | None = None
+    known: int | None = None
 
     @property
     def decided(self) -> int:
         """Cells decided in every image."""
-        return int((self.tokens >= 0).all(dim=0).sum())
+        return int((self.tokens >= 0).all(dim=0).sum()) if self.known is None else self.known
 
 
 GuidanceScale = float | Callable[[int], float]  # one number, or a number for each cell
@@ -129,17 +131,18 @@ class Sequential:
             noise: what decides each cell.
         """
         tokens = tokens.clone()
+        fixed = (tokens >= 0).all(dim=0).tolist()  # the only look at the tokens: the loop does not wait for the device
         waiting = [START]  # cells whose tokens the network has not read yet
-        forward_passes = 0
+        forward_passes, decided = 0, sum(fixed)
         for cell in range(session.length):
-            if (tokens[:, cell] >= 0).all():
+            if fixed[cell]:
                 waiting.append(cell)
                 continue
             logits = next_logits(session, tokens, waiting, guidance_scale, cell)
             sampled = pick(logits, sampling, noise, torch.tensor([cell]))[:, 0]
             tokens[:, cell] = torch.where(tokens[:, cell] < 0, sampled.to(tokens.device), tokens[:, cell])
-            waiting, forward_passes = [cell], forward_passes + 1
-            yield Step(tokens.clone(), forward_passes)
+            waiting, forward_passes, decided = [cell], forward_passes + 1, decided + 1
+            yield Step(tokens.clone(), forward_passes, known=decided)
 
 
 def next_logits(

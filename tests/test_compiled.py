@@ -99,7 +99,7 @@ def test_without_it_nothing_is_imported():
         ("argen/emoji-xar", {}, "compile is for networks that decode token by token, not for a XAR: leave it out"),
         ("argen/emoji-vitvqgan", {}, "not for a ViTVQGAN: leave it out"),
         ("argen/emoji-parti", {"dtype": "bf16"}, "compile takes the dtype fp32, and it is bf16: leave one of them out"),
-        ("argen/emoji-parti", {"device": "cuda"}, "compile is for a CPU, and the device is cuda: leave it out"),
+        ("argen/emoji-parti", {"device": "mps"}, "compile is for a CPU or a CUDA GPU, and the device is mps: leave it out"),
     ],
 )
 def test_what_cannot_be_compiled_is_refused(monkeypatch, model, arguments, message):
@@ -118,8 +118,8 @@ def test_the_shell_says_how_to_install_it(monkeypatch, capsys, tmp_path):
 
 
 def test_a_server_that_cannot_compile_says_so_at_its_start(monkeypatch):
-    with pytest.raises(ValueError, match="compile is for a CPU, and the device is cuda"):
-        loader("cuda", compile=True)
+    with pytest.raises(ValueError, match="compile is for a CPU or a CUDA GPU, and the device is mps"):
+        loader("mps", compile=True)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match="compile needs OpenVINO"):
         loader("cpu", compile=True)

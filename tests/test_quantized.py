@@ -87,6 +87,7 @@ def test_a_quantized_folder_is_written_and_loaded(tmp_path, capsys, bits, uncomp
         how = json.loads(file.metadata()["quantization"])
         assert "layers.0.attention.wqkv.qweight" in file.keys()  # noqa: SIM118 - no mapping
         assert "layers.0.attention.wqkv.weight" not in file.keys()  # noqa: SIM118
+    assert len(how.pop("base_sha256")) == 64
     assert how == {"bits": bits, "group": {8: 0, 4: 32}[bits], "method": "rtn", "symmetric": True}
     assert torch.equal(draw(argen.load(folder), [3]), draw(argen.load(name, quantize=f"int{bits}"), [3]))
     assert argen.load(folder).defaults == argen.load(name).defaults

@@ -19,7 +19,7 @@ from argen.device import DTYPES, LOADING, auto_dtype, pick, silent
 from argen.garbage import uncollected
 from argen.hub.cards import CARD_FILE, DIFFUSION, Card, all_cards, check_kind, check_known, find_card, kind_of
 from argen.hub.options import Attention, Dtype, LoadOptions, Quantize, check_arguments
-from argen.hub.quantized import NAMES, decoding_network, quantize_model, quantized, read_quantized
+from argen.hub.quantized import NAMES, decoding_network, quantize_model, quantized, quantizes, read_quantized
 from argen.registry import pipelines, resolve
 from samplers.errors import InvalidValue
 from tokenizers_img.attention import DispatchedAttention, check_attention, set_attention
@@ -65,10 +65,11 @@ def load(
             see `argen.device.auto_dtype`. Logits and noise are always in float32, and so are image tokenizers unless one is loaded by itself.
         attention: backend of the attention layers, a name in `tokenizers_img.attention.BACKENDS`, e.g. "xformers"; None for
             "native", PyTorch's own.
-        quantize: "int8" or "int4": round the weights of a generator's network, which then take a quarter or an eighth of the memory. On a CPU
+        quantize: "int8" or "int4": round the weights of a generator's network to nearest, which then take a quarter or an eighth of the memory. On a CPU
             with OpenVINO they are compiled, too; elsewhere they are unpacked in each pass, which is slow.
-        compile: whether a generator's decoding pass becomes a graph of OpenVINO, on a CPU and in float32; compiling takes some seconds at the
-            first image. Its tokens are those of the pass that is not compiled, but for rounding.
+        compile: whether a generator's decoding pass becomes a graph: of OpenVINO on a CPU, in float32, which takes some seconds at the first
+            image; CUDA graphs of ``torch.compile`` on a GPU, one for each number of tokens in a pass. Its tokens are those of the pass that is
+            not compiled, but for rounding.
         others: not allowed; arguments of diffusers' ``from_pretrained`` raise an error that names the alternative.
 
     Raises:
@@ -106,35 +107,47 @@ def _quicken(model: Any, device: torch.device, quantize: Quantize | None, compil
     """Quantize and compile the network that decodes; one whose weights are quantized is compiled wherever it can be."""
     if quantize is not None:
         quantize_model(model, NAMES[quantize])
-    if compile or (device.type == "cpu" and quantized(model) and importlib.util.find_spec("openvino")):
-        compile_decoding(model)
+    compiles = device.type == "cpu" and hasattr(getattr(model, "transformer", None), "compiled")
+    if compile or (compiles and quantized(model) and importlib.util.find_spec("openvino")):
+        compile_decoding(model, device)
 
 
 def check_compile(device: torch.device | str | None, dtype: Dtype) -> None:
-    """Check that OpenVINO can compile here, before any weights are read.
+    """Check that something can compile here, before any weights are read: OpenVINO on a CPU, ``torch.compile`` on a CUDA GPU.
 
     Raises:
-        ValueError: it is not installed; another device than a CPU; half precision.
+        ValueError: it is not installed; another device; on a CPU, half precision.
     """
-    if torch.device(device or "cpu").type != "cpu":
-        raise InvalidValue(f"compile is for a CPU, and the device is {device}: leave it out", "compile")
+    kind = torch.device(device or "cpu").type
+    if kind == "cuda":
+        if importlib.util.find_spec("triton") is None:
+            raise InvalidValue("compile needs Triton on a GPU: pip install triton, or leave it out", "compile")
+        return
+    if kind != "cpu":
+        raise InvalidValue(f"compile is for a CPU or a CUDA GPU, and the device is {device}: leave it out", "compile")
     if dtype in ("bf16", "fp16"):
         raise InvalidValue(f"compile takes the dtype fp32, and it is {dtype}: leave one of them out", "compile")
     if importlib.util.find_spec("openvino") is None:
         raise InvalidValue("compile needs OpenVINO: pip install 'argen[openvino]', or leave it out", "compile")
 
 
-def compile_decoding(model: Any) -> None:
-    """Let the network of a generator decode through a graph, see `argen.models.compiled`.
+def compile_decoding(model: Any, device: torch.device | str = "cpu") -> None:
+    """Let the network of a generator decode through graphs: of `argen.models.compiled` on a CPU, of `argen.models.graphed` on a GPU.
 
     Raises:
         ValueError: this model does not decode token by token with a cache of argen's.
     """
-    from argen.models.compiled import CompiledStep
-
     network = decoding_network(model, "compile")
-    network.float()
-    network.compiled = CompiledStep(network, getattr(network, "step", network.decode))
+    decode = getattr(network, "step", network.decode)
+    if torch.device(device).type == "cpu":
+        from argen.models.compiled import CompiledStep
+
+        network.float()
+        network.compiled = CompiledStep(network, decode)
+    else:
+        from argen.models.graphed import GraphedStep
+
+        network.compiled = GraphedStep(network, decode)
 
 
 def cast(model: Any, dtype: Dtype, device: torch.device) -> None:
@@ -241,8 +254,8 @@ def loader(
         card = all_cards().get(model)
         optional = card is None or card.kind in ("generator", "tokenizer")
         loaded = load(model, device=device, **options if optional else {})
-        if hasattr(getattr(loaded, "transformer", None), "compiled") and not quantized(loaded):
-            _quicken(loaded, where, quantize, compile)
+        if quantizes(loaded):
+            _quicken(loaded, where, quantize, compile and hasattr(loaded.transformer, "compiled"))
         return loaded
 
     return loading

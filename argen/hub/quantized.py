@@ -1,7 +1,9 @@
 """Quantized generators: rounding the network that writes the tokens, and folders that keep it so."""
 
+import hashlib
 import json
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,8 @@ from samplers.errors import InvalidValue
 
 NAMES = {"int8": Quantization(8), "int4": Quantization(4, 32)}
 PART, FILE, KEY = "transformer", "diffusion_pytorch_model.safetensors", "quantization"
+LANGUAGE_FILE = "model.safetensors"  # what transformers calls it
+OF_ROTATION = "rotation."  # tensors that say how a network was rotated, which it does not need any more
 
 
 def decoding_network(model: Any, option: str) -> Any:
@@ -26,47 +30,90 @@ def decoding_network(model: Any, option: str) -> Any:
     """
     network = getattr(model, PART, model)
     if not hasattr(network, "compiled"):
-        name = type(network).__name__
         raise InvalidValue(
-            f"{option} is for networks that decode token by token, not for a {name}: leave it out", option
+            f"{option} is for networks that decode token by token, not for a {type(network).__name__}: leave it out",
+            option,
         )
     return network
 
 
+def writing_network(model: Any) -> Any:
+    """The network of a generator that writes tokens one after the other, whose weights can be quantized: argen's, or a language model.
+
+    Raises:
+        InvalidValue: the model has none.
+    """
+    network = getattr(model, PART, model)
+    return network if is_language_model(network) else decoding_network(model, "quantize")
+
+
+def quantizes(model: Any) -> bool:
+    """Whether a model has a network for `quantize_model`, not quantized yet."""
+    network = getattr(model, PART, model)
+    return (hasattr(network, "compiled") or is_language_model(network)) and not quantized(model)
+
+
+def is_language_model(network: Any) -> bool:
+    """Whether a network is a Llama of transformers."""
+    return type(network).__name__ == "LlamaForCausalLM"
+
+
 def quantize_model(model: Any, how: Quantization) -> None:
-    """Round the weights of a generator's network, in place.
+    """Round the weights of a generator's network to nearest, in place.
 
     Raises:
         InvalidValue: it is quantized already, or writes no tokens with a network of argen's.
     """
-    quantize(decoding_network(model, "quantize"), how)
+    quantize(writing_network(model), how)
 
 
-def save_quantized(pipe: Any, how: Quantization, folder: Path) -> None:
-    """Write a quantized pipeline, as ``save_pretrained`` does, with how it was quantized in the file of its network."""
+def digest(network: torch.nn.Module) -> str:
+    """SHA-256 of the names and numbers of a network."""
+    total = hashlib.sha256()
+    for name, tensor in sorted(network.state_dict().items()):
+        total.update(f"{name} {tensor.dtype} {list(tensor.shape)} ".encode())
+        total.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return total.hexdigest()
+
+
+def save_quantized(
+    pipe: Any, metadata: dict[str, Any], folder: Path, tensors: Mapping[str, torch.Tensor] | None = None
+) -> None:
+    """Write a quantized pipeline, as ``save_pretrained`` does.
+
+    Args:
+        metadata: how it was quantized, for the file of its network.
+        tensors: that belong to it, kept in the file alone.
+    """
     with tempfile.TemporaryDirectory(dir=folder.absolute().parent, prefix=".quantize-") as work, silent():
         new = Path(work) / folder.name  # so that nothing half-written stays behind
         pipe.save_pretrained(new)
-        state = {name: tensor.contiguous() for name, tensor in getattr(pipe, PART).state_dict().items()}
+        network = getattr(pipe, PART)
+        state = {name: tensor.contiguous() for name, tensor in network.state_dict().items()}
         for old in (new / PART).glob("*.safetensors*"):
             old.unlink()
-        save_file(state, new / PART / FILE, {"format": "pt", KEY: json.dumps(how.to_dict())})
+        file = new / PART / (LANGUAGE_FILE if is_language_model(network) else FILE)
+        save_file(state | dict(tensors or {}), file, {"format": "pt", KEY: json.dumps(metadata)})
         new.rename(folder)
 
 
 def read_quantized(folder: Path) -> torch.nn.Module | None:
     """The quantized network of a saved pipeline; None where it has none."""
-    file = folder / PART / FILE
-    if not file.is_file():
+    file = next((path for name in (FILE, LANGUAGE_FILE) if (path := folder / PART / name).is_file()), None)
+    if file is None:
         return None
     with safe_open(file, "pt") as stored:
         if KEY not in (stored.metadata() or {}):
             return None
-        state = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 - no mapping
+        names = [name for name in stored.keys() if not name.startswith(OF_ROTATION)]  # noqa: SIM118 - no mapping
+        state = {name: stored.get_tensor(name) for name in names}
     module, name = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))[PART]
     network_class = resolve(f"{module}:{name}")
     with LOADING:
-        network = network_class.from_config(network_class.load_config(folder / PART))
+        if hasattr(network_class, "load_config"):
+            network = network_class.from_config(network_class.load_config(folder / PART))
+        else:
+            network = network_class(network_class.config_class.from_pretrained(folder / PART))
     prepare(network, state)
     network.load_state_dict(state)
     return network.eval()

@@ -94,6 +94,34 @@ class MLP(nn.Module):
         return self.fc2(F.gelu(self.fc1(x)))
 
 
+class Block(nn.ModuleDict):
+    """A layer; `dropout` on what its parts add."""
+
+    def __init__(self, parts: dict[str, nn.Module], dropout: float):
+        super().__init__(parts)
+        self.dropout = dropout
+
+    def forward(
+        self,
+        x: Tensor,
+        mask: Tensor,
+        text: tuple[Tensor, Tensor] | None,
+        visible: Tensor,
+        cache: KeyValueCache | None,
+        layer: int,
+    ) -> Tensor:
+        """x [R, n, D]; `text`: keys and values of cross-attention, and `visible` which of them are seen."""
+        attention, last = self["self_attn"] if "self_attn" in self else self["attn"], self["norm_2"]
+        x = x + self._drop(attention(self["norm_1"](x), mask, cache, layer))
+        if text is not None:
+            x = x + self._drop(self["cross_attn"](self["norm_2"](x), *text, visible))
+            last = self["norm_3"]
+        return x + self._drop(self["mlp"](last(x)))
+
+    def _drop(self, x: Tensor) -> Tensor:
+        return F.dropout(x, self.dropout, self.training)
+
+
 class Preprocessor(nn.Module):
     def __init__(self, n_embed: int, length: int, dim: int, classes: int | None):
         super().__init__()
@@ -170,21 +198,20 @@ class FlexAR(ModelMixin, ConfigMixin):
     ):
         super().__init__()
         self.length, self.depth = length, depth
-        self.drop = nn.Dropout(dropout)
 
         def normed() -> nn.Module:
             return norm_of(norm, dim, eps)
 
-        def block() -> nn.ModuleDict:
+        def block() -> Block:
             self_qk_norm = None if qk_norm is None else (qk_norm_kind, qk_norm)
             attention = SelfAttention(dim, heads, qkv_bias, bias, self_qk_norm)
             mlp = MLP(dim, hidden, bias, gated)
             if text_dim is None:
-                return nn.ModuleDict({"norm_1": normed(), "attn": attention, "norm_2": normed(), "mlp": mlp})
+                return Block({"norm_1": normed(), "attn": attention, "norm_2": normed(), "mlp": mlp}, dropout)
             of_cross = None if cross_qk_norm is None else (cross_qk_norm_kind, cross_qk_norm)
             cross = CrossAttention(dim, heads, qkv_bias, bias, of_cross)
             parts = {"norm_1": normed(), "self_attn": attention, "norm_2": normed(), "cross_attn": cross}
-            return nn.ModuleDict(parts | {"norm_3": normed(), "mlp": mlp})
+            return Block(parts | {"norm_3": normed(), "mlp": mlp}, dropout)
 
         trunk = {"blocks": nn.ModuleList(block() for _ in range(depth))}
         if final_norm:
@@ -245,13 +272,7 @@ class FlexAR(ModelMixin, ConfigMixin):
         """Embedded tokens [R, n, D] -> what the head reads [R, n, D]."""
         trunk, visible = self.models["ar_image_model"]["trunk"], text_mask[:, None, None]
         for index, block in enumerate(trunk["blocks"]):
-            attention = block["self_attn"] if "self_attn" in block else block["attn"]
-            x = x + self.drop(attention(block["norm_1"](x), mask, cache, index))
-            last = block["norm_2"]
-            if "cross_attn" in block:
-                x = x + self.drop(block["cross_attn"](block["norm_2"](x), *condition[index], visible))
-                last = block["norm_3"]
-            x = x + self.drop(block["mlp"](last(x)))
+            x = block(x, mask, None if isinstance(condition, Tensor) else condition[index], visible, cache, index)
         return trunk["post_trunk_norm"](x) if "post_trunk_norm" in trunk else x
 
     def decode(

@@ -54,7 +54,7 @@ class KeyValueCache:
             place = columns - base[..., None]  # among the tree's nodes
             inside = tree.gather(-1, place.clamp(0, nodes - 1)[..., None, :].expand(*tree.shape[:-1], self.end))
             visible = torch.where(((place >= 0) & (place < nodes))[..., None, :], inside, (place < 0)[..., None, :])
-        visible = visible.reshape(-1, 1, n, self.end).to(device)
+        visible = visible.reshape(-1, 1, n, self.end).to(device, non_blocking=True)
         if positions.ndim == 1:
             self.first = int(first)
             return visible

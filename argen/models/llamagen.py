@@ -22,7 +22,6 @@ from torch import Tensor, nn
 
 from argen.models.kv_cache import KeyValueCache
 from argen.models.layers import Linear, RMSNorm, causal_mask, grid_places, rotary_table, rotate, split_heads
-from argen.models.quantized import weight_of
 from argen.models.session import decoding
 from tokenizers_img.attention import DispatchedAttention
 from tokenizers_img.checkpoint import load_strict, read_state_dict
@@ -78,7 +77,7 @@ class Attention(DispatchedAttention):
             others = causal_mask(x.shape[1], x.shape[1], x.device) & mask[:, None, None]
             visible = others | torch.eye(x.shape[1], dtype=torch.bool, device=x.device)
             return self.wo(self.attend(query, key, value, visible)), (key, value)
-        value, weights = F.linear(x, weight_of(self.wqkv)[2 * x.shape[-1] :].to(x.dtype)), mask[..., None].to(x.dtype)
+        value, weights = self.wqkv(x)[..., 2 * x.shape[-1] :], mask[..., None].to(x.dtype)
         means, padding = (running_mean(value, part) for part in (weights, 1 - weights))
         mean = split_heads(means[:, -1:], self.heads)
         return self.wo(torch.where(mask[..., None], means, padding)), (torch.zeros_like(mean), mean)
@@ -391,7 +390,7 @@ class LlamaGenSession:
             tokens, positions, mask = tokens[:, 1:], positions[..., 1:], None if mask is None else mask[..., 1:, 1:]
         if tokens.shape[1]:
             visible = self.cache.visible(positions, mask, seen, self.guided, tokens.device)[..., self.cache.before :]
-            positions = positions.to(tokens.device)
+            positions = positions.to(tokens.device, non_blocking=True)
             if self.guided:
                 tokens = torch.cat([tokens, tokens])
                 positions = torch.cat([positions, positions]) if positions.ndim == 2 else positions

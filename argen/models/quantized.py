@@ -1,4 +1,4 @@
-"""Linear layers with weights of 8 or 4 bits, rounded to nearest: smaller, and on a CPU faster through `argen.models.compiled`.
+"""Linear layers with weights of 8 or 4 bits: smaller, and on a CPU faster through `argen.models.compiled`.
 
 A weight [O, I] becomes integers and a scale for each row, or for each group of `group` columns of a row; activations stay as they are. A
 saved network has `NAME.qweight` and `NAME.scales` in place of `NAME.weight`, and says `quantization` in its file's metadata.
@@ -7,15 +7,19 @@ Letters in shape comments: O outputs, I inputs, G groups of a row.
 """
 
 import re
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from argen.words import cut
 from samplers.errors import InvalidValue
 
 BITS = (8, 4)
+METHODS = ("rtn", "gptq", "rsq")
 HEADS = ("output", "lm_head", "linear")  # last names of layers that give logits: they keep 8 bits
 SMALLEST = 1e-5  # largest weight of a group, at least
 
@@ -27,20 +31,36 @@ class Quantization:
     Attributes:
         bits: 8 or 4.
         group: columns that share a scale; 0 for a whole row.
+        method: "rtn", to nearest; "gptq" or "rsq", so that outputs on images of the model change least, see `argen.models.calibration`; the
+            latter with tokens weighted by attention, and rotated where that is possible.
+        act_order: of gptq and rsq, whether columns with large inputs are rounded first; with whole rows alone.
     """
 
     bits: int = 8
     group: int = 0
+    method: str = "rtn"
+    act_order: bool = False
 
     def __post_init__(self):
         if self.bits not in BITS:
             raise InvalidValue(f"bits is {self.bits}: expected 8 or 4", "bits")
         if self.group < 0 or self.group % 2:
             raise InvalidValue(f"group is {self.group}: expected an even number, or 0 for whole rows", "group")
+        if self.method not in METHODS:
+            raise InvalidValue(f"method is {cut(self.method)}: expected rtn, gptq or rsq", "method")
+        if self.act_order and (self.group or not self.calibrated):
+            raise InvalidValue(
+                "act_order is for gptq and rsq with whole rows: leave it out, or choose group 0", "act_order"
+            )
 
-    def to_dict(self) -> dict[str, int | str]:
+    @property
+    def calibrated(self) -> bool:
+        """Whether the method looks at inputs."""
+        return self.method != "rtn"
+
+    def to_dict(self) -> dict[str, Any]:
         """For the metadata of a file."""
-        return {**asdict(self), "method": "rtn", "symmetric": True}
+        return {"bits": self.bits, "group": self.group, "method": self.method, "symmetric": True}
 
 
 def rounded(weight: Tensor, bits: int, group: int) -> tuple[Tensor, Tensor]:
@@ -100,11 +120,6 @@ class QuantizedLinear(nn.Module):
         return F.linear(x, self.dequantized().to(x.dtype), self.bias)
 
 
-def weight_of(layer: nn.Module) -> Tensor:
-    """The weights [O, I] of a linear layer, quantized or not."""
-    return layer.dequantized() if isinstance(layer, QuantizedLinear) else layer.weight
-
-
 def layers_of(network: nn.Module) -> dict[str, nn.Linear]:
     """The linear layers that are quantized: those of the repeated layers, and those that give logits."""
     return {
@@ -114,21 +129,38 @@ def layers_of(network: nn.Module) -> dict[str, nn.Linear]:
     }
 
 
-def quantize(network: nn.Module, how: Quantization) -> None:
-    """Round the weights of a network's linear layers, in place; heads keep 8 bits.
+def check_quantizable(network: nn.Module) -> None:
+    """Raises:
+    InvalidValue: it is quantized already, or has no layers to quantize.
+    """
+    if is_quantized(network):
+        raise InvalidValue("the model is quantized already: quantize the one that it was made of", "quantize")
+    if not layers_of(network):
+        raise InvalidValue(f"a {type(network).__name__} has no layers to quantize: leave quantize out", "quantize")
+
+
+def quantize(
+    network: nn.Module, how: Quantization, calibrated: Mapping[str, tuple[Tensor, Tensor]] | None = None
+) -> None:
+    """Replace a network's linear layers by those with rounded weights, in place; heads keep 8 bits.
+
+    Args:
+        calibrated: integers and scales of layers, by their names; the others are rounded to nearest.
 
     Raises:
         InvalidValue: it is quantized already, or has no such layers.
     """
-    if is_quantized(network):
-        raise InvalidValue("the model is quantized already: quantize the one that it was made of", "quantize")
-    layers = layers_of(network)
-    if not layers:
-        raise InvalidValue(f"a {type(network).__name__} has no layers to quantize: leave quantize out", "quantize")
-    for name, layer in layers.items():
+    check_quantizable(network)
+    for name, layer in layers_of(network).items():
         bits = 8 if name.split(".")[-1] in HEADS else how.bits
         group = 0 if bits == 8 and how.bits == 4 else how.group
-        _replace(network, name, QuantizedLinear(*rounded(layer.weight, bits, group), layer.bias, bits))
+        known = (calibrated or {}).get(name)
+        integers, scales = known or rounded(layer.weight, bits, group)
+        _replace(network, name, QuantizedLinear(integers, scales, layer.bias, bits))
+    if getattr(
+        getattr(network, "config", None), "tie_word_embeddings", False
+    ):  # of transformers; the embeddings stay as they are
+        network.config.tie_word_embeddings = False
 
 
 def is_quantized(network: nn.Module) -> bool:

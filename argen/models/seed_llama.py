@@ -138,13 +138,14 @@ class SeedLlamaSession:
         self.model, self.guided, self.words = model, guided, words
         self.length = self.columns = length
         width = max(map(len, prompts))
-        ids = torch.tensor([[0] * (width - len(row)) + list(row) for row in prompts], device=model.device)
+        self.prompts: Tensor | None = torch.tensor(
+            [[0] * (width - len(row)) + list(row) for row in prompts], device=model.device
+        )  # until they are read, with the first tokens
         self.mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in prompts], device=model.device)
         self.cache = DynamicCache(config=model.config)
         parameters = signature(model.forward).parameters
         # its name in transformers has changed
         self.cache_name = "cache" if "cache" in parameters else "past_key_values"
-        self._forward(ids, (self.mask.cumsum(dim=1) - 1).clamp(min=0), self.mask)
 
     def _forward(self, ids: Tensor, positions: Tensor, mask: Tensor) -> Tensor:
         kwargs = {"attention_mask": mask, "position_ids": positions, self.cache_name: self.cache, "use_cache": True}
@@ -159,11 +160,16 @@ class SeedLlamaSession:
         ids = torch.where(tokens < 0, self.words.begin, tokens + self.words.shift)
         ids = torch.cat([ids, ids]) if self.guided else ids
         width, first = self.mask.shape[1], int(positions[0]) + 1
-        if late := self.cache.get_seq_length() - width - first:
-            self.cache.crop(-late)
         positions = self.mask.sum(dim=1, keepdim=True) + (positions.to(ids.device) + 1)
-        visible = torch.cat([self.mask, self.mask.new_ones(len(ids), first + ids.shape[1])], dim=1)
-        logits = self._forward(ids, positions, visible)[..., self.words.shift : self.words.shift + self.words.codes]
+        visible, n = torch.cat([self.mask, self.mask.new_ones(len(ids), first + ids.shape[1])], dim=1), ids.shape[1]
+        if self.prompts is not None:
+            ids = torch.cat([self.prompts, ids], dim=1)
+            positions = torch.cat([(self.mask.cumsum(dim=1) - 1).clamp(min=0), positions], dim=1)
+            self.prompts = None
+        elif late := self.cache.get_seq_length() - width - first:
+            self.cache.crop(-late)
+        logits = self._forward(ids, positions, visible)[:, -n:]
+        logits = logits[..., self.words.shift : self.words.shift + self.words.codes]
         return logits.chunk(2) if self.guided else (logits, None)
 
     def keep(self, nodes: Tensor) -> None:

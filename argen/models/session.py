@@ -65,7 +65,7 @@ class DecoderSession:
     ) -> tuple[Tensor, Tensor | None]:
         """See `samplers.steps.Session.forward`."""
         visible = self.cache.visible(positions, mask, seen, self.guided, tokens.device)
-        positions = positions.to(tokens.device)
+        positions = positions.to(tokens.device, non_blocking=True)
         if self.guided:
             tokens = torch.cat([tokens, tokens])
             positions = torch.cat([positions, positions]) if positions.ndim == 2 else positions
