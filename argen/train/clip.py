@@ -17,11 +17,12 @@ from argen.data.tables import pixels, read_split
 from argen.eval.retrieval import held_out_sample, recall
 from argen.models.clip import TextImageEncoder
 from argen.train.loop import Recipe, Schedule, Task
+from argen.train.tokens import shares
 from argen.words import text_normalizer
 from tokenizers_img.pixels import from_uint8
 
 SCHEDULES = {
-    "cpu": Schedule(steps=900, batch_size=192, learning_rate=1e-3, warmup=100, weight_decay=0.05, betas=(0.9, 0.98)),
+    "cpu": Schedule(steps=1500, batch_size=192, learning_rate=1e-3, warmup=100, weight_decay=0.05, betas=(0.9, 0.98)),
     "gpu": Schedule(steps=8000, batch_size=1024, learning_rate=1e-3, weight_decay=0.05, betas=(0.9, 0.98)),
 }
 MAX_LENGTH = 32
@@ -89,10 +90,7 @@ class CLIPTask(Task):
         self.rows = self.singles["train"].remove_columns("image").to_list()
         table = read_split(scenes, "train")
         self.scene_images, self.scene_captions = torch.from_numpy(pixels(table, SIZE)), list(table["caption"])
-        counts: dict[str, int] = {}
-        for row in self.rows:
-            counts[row["concept"]] = counts.get(row["concept"], 0) + 1
-        self.weights = torch.tensor([counts[row["concept"]] ** -0.5 for row in self.rows])
+        self.weights = shares([(row["concept"], row["style"]) for row in self.rows])
         rng = random.Random(0)
         captions = [caption(row, rng) for row in self.rows for _ in range(3)]
         self.tokenizer = text_tokenizer(captions + self.scene_captions)

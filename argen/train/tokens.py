@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import AutoTokenizer, CLIPModel
 
-from argen.data.emoji import GROUPS, caption
+from argen.data.emoji import GROUPS, caption, everyday
 from argen.data.scenes import thing_of
 from argen.data.tables import pixels, read_split
 from argen.pipelines.base import TokenPipeline
@@ -24,6 +24,7 @@ from tokenizers_img.pixels import from_uint8
 from tokenizers_img.vit_vqgan import ViTVQGAN
 
 TEXT_DROPOUT = 0.1
+EVERYDAY = 3.0  # weight of a picture of something that people ask for, in the words of `argen.data.concepts`
 CORRUPTION = 0.15  # at most this share of the tokens that are read is another picture's: sampling will slip, too
 
 
@@ -53,9 +54,11 @@ def slipped(tokens: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def shares(combinations: Sequence[tuple[str, str]]) -> Tensor:
-    """Weights of pictures by their concept and style: those of one combination, as skin tones are, share one picture's weight."""
+    """Weights of pictures by their concept and style: those of one combination, as skin tones are, share one picture's weight; what has
+    everyday names counts `EVERYDAY` times."""
     tones = Counter(combinations)
-    return torch.tensor([1 / tones[combination] for combination in combinations])
+    often = [EVERYDAY if concept in everyday() else 1.0 for concept, _ in combinations]
+    return torch.tensor([weight / tones[each] for weight, each in zip(often, combinations, strict=True)])
 
 
 def near_codes(codes: Tensor, dim: int) -> Tensor:
