@@ -22,7 +22,9 @@ from torch.overrides import TorchFunctionMode
 
 Network = TypeVar("Network", bound=nn.Module)
 SMALL = 1 << 16  # bytes up to which a storage is read at once
-AS_STORED = ContextVar("AS_STORED", default=False)  # whether `load_strict` leaves numbers in the precision of their file
+AS_STORED = ContextVar(
+    "AS_STORED", default=False
+)  # whether `load_strict` leaves numbers in the precision of their file
 
 
 class _Unfilled(TorchFunctionMode):
@@ -64,7 +66,7 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
         state = {}
         for name, entry in header.items():
             start, end = entry["data_offsets"]
-            dtype = _TYPES[entry["dtype"]]
+            dtype: Any = _TYPES[entry["dtype"]]
             storage = _storage(file, 8 + length + start, end - start, dtype.itemsize)
             state[name] = torch.empty(0, dtype=dtype).set_(storage).reshape(entry["shape"])
         return state
@@ -85,29 +87,31 @@ def read_zip(path: Path) -> Any:
     Raises:
         Exception: as `torch.load` does; ValueError: it is cut off.
     """
-    storages: dict[int, torch.UntypedStorage] = {}  # by their places in the file
     with path.open("rb") as file:
-        content = torch.load(file, map_location="meta", weights_only=True)
+        return _with_numbers(torch.load(file, map_location="meta", weights_only=True), file, {})
 
-        def filled(value: Any) -> Any:
-            if isinstance(value, dict):
-                for key in value:
-                    value[key] = filled(value[key])
-            elif isinstance(value, list | tuple):
-                parts = [filled(part) for part in value]
-                if any(new is not old for new, old in zip(parts, value, strict=True)):
-                    return parts
-            elif isinstance(value, Tensor) and value.is_meta:
-                return _filled(value, file, storages)
-            return value
 
-        return filled(content)
+def _with_numbers(content: Any, file: BinaryIO, storages: dict[int, torch.UntypedStorage]) -> Any:
+    """Containers, and the tensors in them without numbers, -> the same with those of the file.
+
+    Args:
+        storages: by their places in the file, those that are there already.
+    """
+    if isinstance(content, dict):
+        for key in content:
+            content[key] = _with_numbers(content[key], file, storages)
+    elif isinstance(content, list | tuple):
+        parts = [_with_numbers(part, file, storages) for part in content]
+        return content if all(new is old for new, old in zip(parts, content, strict=True)) else parts
+    elif isinstance(content, Tensor) and content.is_meta:
+        return _filled(content, file, storages)
+    return content
 
 
 def _filled(tensor: Tensor, file: BinaryIO, storages: dict[int, torch.UntypedStorage]) -> Tensor:
     """A tensor without numbers -> the same with those of the file; tensors that share a storage go on to do so."""
     meta = tensor.untyped_storage()
-    offset = meta._checkpoint_offset
+    offset: int = meta._checkpoint_offset  # type: ignore[assignment]
     if offset not in storages:
         storages[offset] = _storage(file, offset, meta.nbytes(), tensor.dtype.itemsize)
     value = torch.empty(0, dtype=tensor.dtype).set_(

@@ -1,6 +1,7 @@
 """How a model is loaded: the settings that `argen.load`, the commands and the server share."""
 
 from collections.abc import Mapping
+from contextvars import ContextVar
 from typing import Any, Literal
 
 from argen.registry import nearest
@@ -9,6 +10,7 @@ from samplers.settings import Field, settings
 
 Dtype = Literal["auto", "fp32", "bf16", "fp16"]
 Quantize = Literal["int8", "int4"]
+Offload = Literal["model"]
 Attention = Literal["native", "sdpa-math", "sdpa-flash", "sdpa-efficient", "sdpa-cudnn", "xformers", "flash"]
 
 
@@ -22,8 +24,15 @@ class LoadOptions:
     compile: bool = Field(
         default=False, description="decode through a compiled graph: faster after some seconds of compiling"
     )
+    offload: Offload | None = Field(
+        default=None,
+        description="keep networks out of memory that do nothing: on a GPU all but one, on a CPU the text encoder T5",
+    )
 
 
+ON_DEMAND = ContextVar(
+    "ON_DEMAND", default=False
+)  # whether a T5 that is loaded stays on disk until a prompt must be encoded
 INSTEAD = {  # of arguments of diffusers' and transformers' from_pretrained
     "torch_dtype": "give dtype, e.g. dtype='bf16'",
     "precision": "give dtype, e.g. dtype='bf16'",
@@ -47,6 +56,6 @@ def check_arguments(others: Mapping[str, Any]) -> None:
     ValueError: an argument that `argen.hub.loading.load` does not have; names what stands for it.
     """
     for name in others:
-        known = "tokenizer, image_size, device, dtype, attention, quantize, compile"
+        known = "tokenizer, image_size, device, dtype, attention, quantize, compile, offload"
         instead = INSTEAD.get(name, f"it has {known}{nearest(name, known.split(', '))}")
         raise InvalidValue(f"{name} is not an argument of argen.load: {instead}", name)

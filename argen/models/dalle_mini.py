@@ -130,7 +130,9 @@ class DalleMiniEncoder(ModelMixin, ConfigMixin):
     def from_original(cls, path: str | Path, size: str) -> "DalleMiniEncoder":
         """Load ``encoder_mini.pt`` (`size` "mini") or ``encoder.pt`` ("mega") of min-dalle as released."""
         sizes = _sizes(size)
-        model = unfilled(cls, vocab_size=sizes.pop("text_vocab"), **{k: v for k, v in sizes.items() if k != "image_vocab"})
+        model = unfilled(
+            cls, vocab_size=sizes.pop("text_vocab"), **{k: v for k, v in sizes.items() if k != "image_vocab"}
+        )
         return load_strict(model, read_state_dict(path), source=path)
 
     def forward(self, input_ids: Tensor) -> Tensor:

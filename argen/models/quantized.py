@@ -7,6 +7,7 @@ Letters in shape comments: O outputs, I inputs, G groups of a row.
 """
 
 import re
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 import torch
@@ -114,21 +115,28 @@ def layers_of(network: nn.Module) -> dict[str, nn.Linear]:
     }
 
 
-def quantize(network: nn.Module, how: Quantization) -> None:
-    """Round the weights of a network's linear layers, in place; heads keep 8 bits.
+def quantize(network: nn.Module, how: Quantization, dtypes: Sequence[torch.dtype] = ()) -> None:
+    """Round the weights of a network's linear layers, in place; heads keep 8 bits. Each layer is released once it is replaced.
+
+    Args:
+        dtypes: precisions that the weights are brought into before, in turn.
 
     Raises:
         InvalidValue: it is quantized already, or has no such layers.
     """
     if is_quantized(network):
         raise InvalidValue("the model is quantized already: quantize the one that it was made of", "quantize")
-    layers = layers_of(network)
-    if not layers:
+    names = list(layers_of(network))
+    if not names:
         raise InvalidValue(f"a {type(network).__name__} has no layers to quantize: leave quantize out", "quantize")
-    for name, layer in layers.items():
+    for name in names:
+        layer = network.get_submodule(name)
+        weight = layer.weight.detach()
+        for dtype in dtypes:
+            weight = weight.to(dtype)
         bits = 8 if name.split(".")[-1] in HEADS else how.bits
         group = 0 if bits == 8 and how.bits == 4 else how.group
-        _replace(network, name, QuantizedLinear(*rounded(layer.weight, bits, group), layer.bias, bits))
+        _replace(network, name, QuantizedLinear(*rounded(weight, bits, group), layer.bias, bits))
 
 
 def is_quantized(network: nn.Module) -> bool:
@@ -141,7 +149,8 @@ def prepare(network: nn.Module, state: dict[str, Tensor]) -> None:
         if f"{name}.qweight" in state:
             stored, scales = state[f"{name}.qweight"], state[f"{name}.scales"]
             bits = 8 if stored.dtype == torch.int8 else 4
-            integers = torch.empty(stored.shape[0], stored.shape[1] * (1 if bits == 8 else 2), dtype=torch.int8)
+            columns = stored.shape[1] * (1 if bits == 8 else 2)
+            integers = torch.empty(stored.shape[0], columns, dtype=torch.int8, device="meta")
             _replace(network, name, QuantizedLinear(integers, torch.empty_like(scales), layer.bias, bits))
 
 

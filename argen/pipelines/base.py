@@ -159,7 +159,8 @@ class TokenPipeline(Editing, Ranking, Running, Saving):
         Raises:
             ValueError: the published model came without an image encoder.
         """
-        return self.canvas.to_grid(self.image_tokenizer.encode(pixels.to(self.device)), self.shape_of())
+        with self.stage("image"):
+            return self.canvas.to_grid(self.image_tokenizer.encode(pixels.to(self.device)), self.shape_of())
 
     def prepare(self, control: Control) -> Control:
         """Resize the image of a control to the size of the image to generate.
@@ -467,10 +468,10 @@ class TokenPipeline(Editing, Ranking, Running, Saving):
             return tokens.flatten(1) if self.canvas.discrete else tokens
         decided = self.canvas.decided(tokens)
         rows, columns = tokens.shape[-2:]
-        filled = tokens if decided.all() else self.canvas.fill(tokens, self.blank_tokens((rows, columns)))
-        pixels = torch.cat(
-            [self.decode_tokens(row) for row in filled.split(1)]
-        )  # one by one, so that the result is batch-invariant
+        with self.stage("image"):
+            filled = tokens if decided.all() else self.canvas.fill(tokens, self.blank_tokens((rows, columns)))
+            # one by one, so that the result is batch-invariant
+            pixels = torch.cat([self.decode_tokens(row) for row in filled.split(1)])
         if not decided.all():
             mask = F.interpolate(decided[:, None].float(), pixels.shape[2:])  # each cell over its square
             pixels = torch.where(mask > 0, pixels, UNDECIDED)

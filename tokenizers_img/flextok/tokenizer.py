@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from samplers.flow import NormalisedGuidance, euler, even_times
 from samplers.logits import guide
 from tokenizers_img.checkpoint import load_strict, read_state_dict
-from tokenizers_img.mapped import unfilled
 from tokenizers_img.flextok.checkpoint import ALIGNMENT, VAE, read_config, sizes_of, vae_network, vae_sizes
 from tokenizers_img.flextok.network import FlexTok
+from tokenizers_img.mapped import unfilled
 from tokenizers_img.quantize import check_ids
 
 
