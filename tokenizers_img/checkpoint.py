@@ -1,5 +1,6 @@
 """Published checkpoint files: opened safely, their names changed into a library's, and loaded strictly."""
 
+import errno
 import json
 import logging
 import re
@@ -170,7 +171,11 @@ def read_file(path: Path) -> Any:
             if start.startswith(b"PK") and is_plain_zip(path):
                 return read_zip(path)
             return torch.load(file, map_location="cpu", weights_only=True)  # of before torch 1.6, or compressed
+    except MemoryError:
+        raise
     except Exception as error:
+        if isinstance(error, OSError) and error.errno == errno.ENOMEM:
+            raise
         match = re.search(r"GLOBAL (\S+)", str(error))
         if match:
             raise ValueError(

@@ -22,6 +22,7 @@ from argen.garbage import uncollected
 from argen.hub.cards import CARD_FILE, DIFFUSION, Card, all_cards, check_kind, check_known, find_card, kind_of
 from argen.hub.options import ON_DEMAND, Attention, Dtype, LoadOptions, Offload, Quantize, check_arguments
 from argen.hub.quantized import NAMES, decoding_network, quantized, read_quantized
+from argen.memory import check_memory, out_of_memory
 from argen.models.quantized import quantize as quantize_network
 from argen.registry import pipelines, resolve
 from samplers.errors import InvalidValue
@@ -108,6 +109,7 @@ def _open(
         raise InvalidValue(
             f"dtype is {options.dtype}, in which {card.id} overflows: expected {' or '.join(card.dtypes)}", "dtype"
         )
+    check_memory(model, options, where)
     token = ON_DEMAND.set(options.offload is not None and where.type == "cpu")
     try:
         loaded = _load(model, tokenizer, image_size)
@@ -278,7 +280,7 @@ def _read(folder: Path, card: Card | None, read: Callable[[], Any]) -> Any:
             loaded.card = card
             _ = loaded.defaults  # checked
     except UNUSABLE as error:
-        if isinstance(error, FileNotFoundError):
+        if isinstance(error, FileNotFoundError) or out_of_memory(error):
             raise
         for file in folder.rglob("*.safetensors"):
             refuse_placeholder(file)
@@ -362,6 +364,8 @@ def load_diffusion(
         with _alone():
             pipe = _pipeline(folder, generators=False)
     except UNUSABLE as error:
+        if out_of_memory(error):
+            raise
         raise ValueError(f"the pipeline in {folder} cannot be used ({' '.join(str(error).split())[:300]})") from error
     return _prepared(pipe, device, options)
 

@@ -37,6 +37,7 @@ from argen.jobs.store import (
     request_of,
     unreadable,
 )
+from argen.memory import out_of_memory
 from argen.pipelines.base import TokenPipeline
 from argen.request import Job, Request, rows_of
 
@@ -392,7 +393,7 @@ class Studio:
             except Exception as failure:  # whatever it is, the next job must run
                 expected = isinstance(
                     failure, ValueError | OSError | ModuleNotFoundError | sqlite3.Error | UnknownModel
-                )
+                ) or out_of_memory(failure)
                 if not expected:
                     logger.exception("job %s failed", live.id)
                 state, error = (

@@ -167,6 +167,7 @@ class XARPipeline(TokenPipeline):
         entities = self.transformer.entities
         lengths = entities.lengths
         times = {time for entity in range(len(lengths)) for time in sampler.times(entity, len(lengths))}
+        self.bring("tokens")
         session = self.start(prompts, scale != 1, sorted(times))
         channels = latents.shape[1]
 

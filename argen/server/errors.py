@@ -18,6 +18,7 @@ from argen.jobs.access import UnknownModel
 from argen.jobs.job_progress import ClientDisconnected, ServerStopping
 from argen.jobs.messages import DISK_FULL, error_message
 from argen.jobs.queue import Forbidden, QueueFull
+from argen.memory import out_of_memory
 
 logger = logging.getLogger(__name__)
 MAX_MESSAGE = 600  # characters of an error
@@ -92,6 +93,8 @@ def install(app: FastAPI) -> None:
 
     @app.exception_handler(Exception)
     async def unexpected(request: Request, error: Exception):
+        if message := out_of_memory(error):
+            return JSONResponse(error_body(message, status=507), 507)
         logger.error("%s %s failed", request.method, request.url.path, exc_info=error)
         return JSONResponse(error_body("the server failed at this request: its log says why", status=500), 500)
 

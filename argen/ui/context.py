@@ -17,6 +17,7 @@ from argen.hub.model_cache import ModelCache
 from argen.jobs.messages import error_message
 from argen.jobs.queue import LOCAL, Forbidden, Progress, Studio
 from argen.jobs.store import CANCELLED, DONE, FAILED, RUNNING, WAITING
+from argen.memory import out_of_memory
 from argen.request import Grid, Request
 from argen.ui.widgets import image_gallery
 from samplers.steps import Origin
@@ -73,6 +74,8 @@ class user_errors:
     def __enter__(self) -> None: ...
 
     def __exit__(self, kind, error, trace) -> None:
+        if message := out_of_memory(error):
+            raise gr.Error(message, title="Out of memory", print_exception=False) from error
         if isinstance(error, ValueError | TypeError | OSError | ModuleNotFoundError | KeyError | sqlite3.Error):
             raise gr.Error(error_message(error), title="Invalid request", print_exception=False) from error
 
