@@ -4,6 +4,7 @@ Each storage of a file is a mapping of its own: its pages are read when they are
 whoever casts or quantizes a network layer by layer never holds all of the source.
 """
 
+import ctypes
 import json
 import mmap
 import sys
@@ -133,3 +134,9 @@ def _storage(file: BinaryIO, offset: int, size: int, itemsize: int) -> torch.Unt
     start = offset - offset % mmap.ALLOCATIONGRANULARITY
     mapping = mmap.mmap(file.fileno(), size + offset - start, access=mmap.ACCESS_COPY, offset=start)
     return torch.frombuffer(mapping, dtype=torch.uint8, offset=offset - start).untyped_storage()
+
+
+def give_back() -> None:
+    """Give free memory back to the system, which glibc keeps for later between what is in use: a layer's temporary copies are large."""
+    if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)) is not None:
+        trim(0)

@@ -29,7 +29,7 @@ from samplers.errors import InvalidValue
 from tokenizers_img.attention import DispatchedAttention, check_attention, set_attention
 from tokenizers_img.checkpoint import refuse_placeholder
 from tokenizers_img.hub import hub_folder
-from tokenizers_img.mapped import as_stored
+from tokenizers_img.mapped import as_stored, give_back
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -221,6 +221,7 @@ def settle(network: torch.nn.Module, dtypes: list[torch.dtype], device: torch.de
         later(partial(settle, dtypes=dtypes), dtypes)
     for module in network.modules():
         module._apply(settled, recurse=False)
+    give_back()
 
 
 def _load(model: str | Path, tokenizer: str | Path | None, image_size: int | None) -> Any:

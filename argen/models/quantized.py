@@ -15,9 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from samplers.errors import InvalidValue
+from tokenizers_img.mapped import give_back
 
 BITS = (8, 4)
 HEADS = ("output", "lm_head", "linear")  # last names of layers that give logits: they keep 8 bits
+LARGE = 1_000_000  # weights of a layer whose temporary copies are given back at once
 SMALLEST = 1e-5  # largest weight of a group, at least
 
 
@@ -137,6 +139,8 @@ def quantize(network: nn.Module, how: Quantization, dtypes: Sequence[torch.dtype
         bits = 8 if name.split(".")[-1] in HEADS else how.bits
         group = 0 if bits == 8 and how.bits == 4 else how.group
         _replace(network, name, QuantizedLinear(*rounded(weight, bits, group), layer.bias, bits))
+        if layer.weight.numel() >= LARGE:
+            give_back()
 
 
 def is_quantized(network: nn.Module) -> bool:
