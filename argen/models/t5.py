@@ -29,6 +29,7 @@ class OffloadedT5(T5EncoderModel):
     def __init__(self, source: str):
         nn.Module.__init__(self)
         self.config = T5Config.from_pretrained(source)
+        self.config._name_or_path = source
         self.source, self.users = source, 0
         self.network: T5EncoderModel | None
         self.__dict__["network"] = None  # no part of this one, which has no weights
