@@ -278,8 +278,8 @@ class TokenPipeline(Editing, Ranking, Running, Saving):
         """How many of `count` images of `length` cells are generated together, so that what they need fits into free memory."""
         network = self.transformer
         config, rows = network.config, 2 if guided else 1
-        width: int = getattr(config, "dim", None) or getattr(config, "hidden_size", 0)
-        depth: int = getattr(network, "depth", None) or getattr(config, "num_hidden_layers", None) or 0
+        width = int(getattr(config, "dim", 0) or getattr(config, "hidden_size", 0))
+        depth = int(getattr(network, "depth", 0) or getattr(config, "num_hidden_layers", 0))
         numbers = 2 * depth * (length + TEXT_CELLS) * width + LOGITS * (self.codes or 0)
         return images_at_once(count, rows * numbers * 4, self.device)
 
