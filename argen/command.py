@@ -300,7 +300,7 @@ def flush_output() -> None:
 
 def explained(name: str, error: Exception) -> int:
     """Say on stderr what is wrong, in one line -> exit code: 2 for bad input, 1 for too little memory; other errors are raised again."""
-    from argen.memory import out_of_memory
+    from argen.hub.memory import out_of_memory
 
     message = out_of_memory(error)
     if message is None and not isinstance(error, ValueError | OSError):

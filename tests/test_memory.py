@@ -12,10 +12,9 @@ from torch import nn
 from transformers import AutoTokenizer, T5Config, T5EncoderModel
 
 import argen
-from argen import memory
 from argen.cli.main import main
 from argen.files import WEIGHTS
-from argen.hub import loading, prompt_cache
+from argen.hub import loading, memory, prompt_cache
 from argen.hub.cards import list_models
 from argen.hub.options import ON_DEMAND, LoadOptions
 from argen.jobs.messages import error_message

@@ -63,7 +63,7 @@ def memory() -> dict:
     """The bytes of every model's weights in each precision, and in which it fits into the memory that is free on the best device here."""
     from argen.device import pick
     from argen.hub.cards import list_models
-    from argen.memory import PRECISIONS, SHARE, free, size_of_card
+    from argen.hub.memory import PRECISIONS, SHARE, free, size_of_card
 
     device = pick()
     available, rows = free(device), []

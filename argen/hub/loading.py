@@ -20,9 +20,9 @@ from safetensors import SafetensorError
 from argen.device import DTYPES, LOADING, auto_dtype, pick, silent
 from argen.garbage import uncollected
 from argen.hub.cards import CARD_FILE, DIFFUSION, Card, all_cards, check_kind, check_known, find_card, kind_of
+from argen.hub.memory import check_memory, out_of_memory
 from argen.hub.options import ON_DEMAND, Attention, Dtype, LoadOptions, Offload, Quantize, check_arguments
 from argen.hub.quantized import NAMES, decoding_network, quantized, read_quantized
-from argen.memory import check_memory, out_of_memory
 from argen.models.quantized import quantize as quantize_network
 from argen.registry import pipelines, resolve
 from samplers.errors import InvalidValue
@@ -76,7 +76,7 @@ def load(
         compile: whether a generator's decoding pass becomes a graph of OpenVINO, on a CPU and in float32; compiling takes some seconds at the
             first image. Its tokens are those of the pass that is not compiled, but for rounding.
         offload: "model": networks are out of memory while they do nothing. On a GPU all but the one that works wait on the CPU; on a CPU a T5
-            stays on disk until a prompt must be encoded whose features are not kept there (`argen.hub.prompt_cache`).
+            stays on disk until a prompt must be encoded whose features are not kept there (`argen.models.prompt_cache`).
         others: not allowed; arguments of diffusers' ``from_pretrained`` raise an error that names the alternative.
 
     Raises:

@@ -4,7 +4,7 @@ import errno
 import re
 from pathlib import Path
 
-from argen.memory import out_of_memory
+from argen.hub.memory import out_of_memory
 
 DISK_FULL = errno.ENOSPC, errno.EDQUOT
 PATHS = re.compile(r"(?<![\w/.:<])(?:/[^\s/'\":,;()]+)+/(?=[^\s/])")  # the folders of an absolute path

@@ -22,6 +22,7 @@ import torch
 from PIL import Image
 
 from argen.files import replacing
+from argen.hub.memory import out_of_memory
 from argen.jobs.access import ModelAccess, UnknownModel
 from argen.jobs.messages import error_message
 from argen.jobs.store import (
@@ -37,7 +38,6 @@ from argen.jobs.store import (
     request_of,
     unreadable,
 )
-from argen.memory import out_of_memory
 from argen.pipelines.base import TokenPipeline
 from argen.request import Job, Request, rows_of
 

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
 from argen.device import LOADING, silent
-from argen.hub import prompt_cache
 from argen.hub.options import ON_DEMAND
+from argen.models import prompt_cache
 
 T5 = "google/flan-t5-xl"
 
@@ -91,7 +91,7 @@ def text_features(
     stage: Callable[[], AbstractContextManager[Any]] = nullcontext,
 ) -> tuple[Tensor, Tensor]:
     """Hidden states [B, T, C] of texts, padded on the right, and mask [B, T] int64. Each text is encoded alone, so that its features depend on
-    nothing else; those of before come from `argen.hub.prompt_cache`.
+    nothing else; those of before come from `argen.models.prompt_cache`.
 
     Args:
         length: T; None for the longest of the texts.

@@ -23,7 +23,7 @@ from argen import __version__
 from argen.bounds import check
 from argen.data.imagenet import class_id
 from argen.hub.cards import Card
-from argen.memory import images_at_once
+from argen.hub.memory import images_at_once
 from argen.metadata import MADE_BY, TOKENS, fingerprint
 from argen.pipelines.arguments import check_call, check_prompts, check_sampling, check_unknown
 from argen.pipelines.canvas import TokenGrid

@@ -13,12 +13,12 @@ from starlette.exceptions import HTTPException
 from starlette.routing import Match
 from starlette.types import Receive, Scope, Send
 
+from argen.hub.memory import out_of_memory
 from argen.images import TooLarge
 from argen.jobs.access import UnknownModel
 from argen.jobs.job_progress import ClientDisconnected, ServerStopping
 from argen.jobs.messages import DISK_FULL, error_message
 from argen.jobs.queue import Forbidden, QueueFull
-from argen.memory import out_of_memory
 
 logger = logging.getLogger(__name__)
 MAX_MESSAGE = 600  # characters of an error

@@ -13,11 +13,11 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 
 from argen.hub.loading import load_diffusion
+from argen.hub.memory import out_of_memory
 from argen.hub.model_cache import ModelCache
 from argen.jobs.messages import error_message
 from argen.jobs.queue import LOCAL, Forbidden, Progress, Studio
 from argen.jobs.store import CANCELLED, DONE, FAILED, RUNNING, WAITING
-from argen.memory import out_of_memory
 from argen.request import Grid, Request
 from argen.ui.widgets import image_gallery
 from samplers.steps import Origin
