@@ -13,12 +13,13 @@ from transformers import AutoTokenizer, T5Config, T5EncoderModel
 
 import argen
 from argen.cli.main import main
+from argen.device import ON_DEMAND
 from argen.files import WEIGHTS
-from argen.hub import loading, memory, prompt_cache
+from argen.hub import loading, memory
 from argen.hub.cards import list_models
-from argen.hub.options import ON_DEMAND, LoadOptions
+from argen.hub.options import LoadOptions
 from argen.jobs.messages import error_message
-from argen.models import t5
+from argen.models import prompt_cache, t5
 from argen.models.llamagen import LlamaGen
 from argen.models.quantized import Quantization, QuantizedLinear, quantize
 from argen.pipelines.llamagen import LlamaGenPipeline

@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import SafetensorError
 
-from argen.device import DTYPES, LOADING, auto_dtype, pick, silent
+from argen.device import DTYPES, LOADING, ON_DEMAND, auto_dtype, pick, silent
 from argen.garbage import uncollected
 from argen.hub.cards import CARD_FILE, DIFFUSION, Card, all_cards, check_kind, check_known, find_card, kind_of
 from argen.hub.memory import check_memory, out_of_memory
-from argen.hub.options import ON_DEMAND, Attention, Dtype, LoadOptions, Offload, Quantize, check_arguments
+from argen.hub.options import Attention, Dtype, LoadOptions, Offload, Quantize, check_arguments
 from argen.hub.quantized import NAMES, decoding_network, quantized, read_quantized
 from argen.models.quantized import quantize as quantize_network
 from argen.registry import pipelines, resolve

@@ -1,7 +1,6 @@
 """How a model is loaded: the settings that `argen.load`, the commands and the server share."""
 
 from collections.abc import Mapping
-from contextvars import ContextVar
 from typing import Any, Literal
 
 from argen.registry import nearest
@@ -30,9 +29,6 @@ class LoadOptions:
     )
 
 
-ON_DEMAND = ContextVar(
-    "ON_DEMAND", default=False
-)  # whether a T5 that is loaded stays on disk until a prompt must be encoded
 INSTEAD = {  # of arguments of diffusers' and transformers' from_pretrained
     "torch_dtype": "give dtype, e.g. dtype='bf16'",
     "precision": "give dtype, e.g. dtype='bf16'",

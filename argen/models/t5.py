@@ -11,8 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
-from argen.device import LOADING, silent
-from argen.hub.options import ON_DEMAND
+from argen.device import LOADING, ON_DEMAND, silent
 from argen.models import prompt_cache
 
 T5 = "google/flan-t5-xl"
