@@ -282,7 +282,8 @@ def extensions() -> tuple[list[Any], Any]:
         else:
             columns = 2 * data.shape[1]
             shape = [rows, groups, columns // groups]
-            integers = ops.constant(openvino.Tensor(data.reshape(-1), openvino.Shape(shape), openvino.Type.u4))
+            packed = openvino.Tensor(data.reshape(-1), openvino.Shape(shape), openvino.Type.u4)
+            integers = ops.constant(packed, shared_memory=True)
             eight = ops.convert(ops.constant(np.full((1, 1, 1), 8, np.uint8)), "f32")
             values = ops.subtract(ops.convert(integers, "f32"), eight)
         weight = ops.multiply(values, ops.constant(scales.data.reshape(rows, groups, 1)))
