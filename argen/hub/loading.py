@@ -136,7 +136,7 @@ def _prepared(model: Any, device: torch.device | str | None, options: LoadOption
     on_device = None if device is None or options.offload is not None else where
     for network, dtypes in precisions(model, options.dtype, where):
         if options.quantize is not None and network is rounded:
-            quantize_network(network, NAMES[options.quantize], dtypes)
+            quantize_network(network, NAMES[options.quantize], dtypes=dtypes)
         settle(network, dtypes, on_device)
     if options.attention is not None:
         choose_attention(model, options.attention)

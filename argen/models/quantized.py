@@ -171,7 +171,9 @@ def quantize(
         _replace(network, name, QuantizedLinear(integers, scales, layer.bias, bits))
         if layer.weight.numel() >= LARGE:
             give_back()
-    if getattr(getattr(network, "config", None), "tie_word_embeddings", False):  # of transformers; the embeddings stay as they are
+    if getattr(
+        getattr(network, "config", None), "tie_word_embeddings", False
+    ):  # of transformers; the embeddings stay as they are
         network.config.tie_word_embeddings = False
 
 

@@ -441,11 +441,14 @@ class TokenPipeline(Editing, Ranking, Running, Saving):
                     changed = self._returned_tokens(returned, step.tokens)
                 index += 1
                 if self._interrupt:
-                    last = replace(step, tokens=changed)
+                    last = replace(step, tokens=changed, known=None)
                     break
                 if not self.canvas.equal(changed, step.tokens):
                     steps.close()
-                    forward_passes, last = forward_passes + step.forward_passes, replace(step, tokens=changed)
+                    forward_passes, last = (
+                        forward_passes + step.forward_passes,
+                        replace(step, tokens=changed, known=None),
+                    )
                     for generator, state in zip(generators, states, strict=True):
                         generator.set_state(state)
                     steps = self.stream(prompts, generators, tokens=self.canvas.resume_state(last), **settings)
@@ -513,26 +516,10 @@ class TokenPipeline(Editing, Ranking, Running, Saving):
         return images
 
 
-@dataclass(frozen=True, slots=True)
-class PartStep(Step):
-    """The state of all images while a part of them is generated.
-
-    Attributes:
-        progress: cells, of those of an image, that are decided on average.
-    """
-
-    progress: int = 0
-
-    @property
-    def decided(self) -> int:
-        """See `Step.decided`: images of other parts count by their share."""
-        return self.progress
-
-
 def in_parts(
     write: Callable[[slice], Generator[Step, None, None]], size: int, grid: Tensor, every: int
 ) -> Generator[Step, None, None]:
-    """The steps of all images, which `write` generates for a slice of them, `size` at a time.
+    """The steps of all images, which `write` generates for a slice of them, `size` at a time; cells count as decided by their share.
 
     Args:
         grid: [B, N], what they begin with.
@@ -555,7 +542,7 @@ def in_parts(
             progress = (start * length + (part.stop - start) * step.decided) // count
             if progress - emitted >= every or part.stop == count and step.decided == length:
                 emitted = progress
-                yield PartStep(tokens.clone(), passes, origins.clone() if any_origins else None, progress)
+                yield Step(tokens.clone(), passes, origins.clone() if any_origins else None, known=progress)
 
 
 _ARGUMENTS = [name for name in signature(TokenPipeline.__call__).parameters if name not in ("self", "others")]
