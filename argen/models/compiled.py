@@ -46,6 +46,7 @@ class SlotCache(KeyValueCache):
         size = self.before + FIRST_SLOTS if self.slots is None else self.slots.shape[3]
         while size < self.end:
             size *= 2
+        size = size if self.end > self.capacity else min(size, max(self.capacity, self.before + FIRST_SLOTS))
         if self.slots is None or self.slots.shape[3] < size:
             grown = torch.zeros(2 * self.layers, rows, heads, size, width)
             if self.slots is not None:
