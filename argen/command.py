@@ -37,7 +37,7 @@ BINDING = "how tokens are merged: attribute (as published, for colours), object 
 BINDING += "refinement), gentle (the noun's own length, all else stays) (default: attribute; of argen/emoji-sd gentle)"
 COUNT_RATE = "(default: the authors' 0.01; of argen/emoji-sd 0.003)"
 CLIP = "openai/clip-vit-base-patch32"
-OPTIONS = "dtype", "attention", "quantize", "compile"  # of `argen.hub.options.LoadOptions`
+OPTIONS = "dtype", "attention", "quantize", "compile", "offload"  # of `argen.hub.options.LoadOptions`
 CALLED = {"tokens": "num_tokens", "strength": "control_strength"}  # options -> their names in `argen.bounds`
 MAX_WORD = 600  # characters in errors: of a path
 MAX_NAME = 250  # bytes of a file name: 255, less the number of one of several images
@@ -300,8 +300,19 @@ def flush_output() -> None:
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
+def explained(name: str, error: Exception) -> int:
+    """Say on stderr what is wrong, in one line -> exit code: 2 for bad input, 1 for too little memory; other errors are raised again."""
+    from argen.hub.memory import out_of_memory
+
+    message = out_of_memory(error)
+    if message is None and not isinstance(error, ValueError | OSError):
+        raise error
+    print(f"{name}: error: {printable(message or str(error))}", file=sys.stderr)
+    return 1 if message else 2
+
+
 def guarded(name: str, function: Callable[[argparse.Namespace], None], args: argparse.Namespace) -> int:
-    """Run `function` -> exit code: bad input is one line on stderr and 2, an interruption 130."""
+    """Run `function` -> exit code: bad input is one line on stderr and 2, too little memory one and 1, an interruption 130."""
     warnings.simplefilter("ignore")
     logging.basicConfig(format="argen: %(message)s", level=logging.WARNING)
     for library in ("transformers", "diffusers", "huggingface_hub"):
@@ -318,9 +329,8 @@ def guarded(name: str, function: Callable[[argparse.Namespace], None], args: arg
         function(args)
     except BrokenPipeError:  # whoever reads what is printed has read enough
         return 141  # as programs end that SIGPIPE kills
-    except (ValueError, OSError) as error:
-        print(f"{name}: error: {printable(str(error))}", file=sys.stderr)
-        return 2
+    except (ValueError, OSError, RuntimeError, MemoryError) as error:
+        return explained(name, error)
     except ModuleNotFoundError as error:
         extra = EXTRAS.get(error.name, "train")
         print(f"{name}: error: {error.name} is not installed: pip install 'argen[{extra}]'", file=sys.stderr)

@@ -5,6 +5,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import cache
 
 import torch
@@ -16,6 +17,7 @@ LARGE = 50_000_000  # parameters from which on reading the weights takes most of
 # While diffusers or transformers load a network, those that any thread makes have no storage, and after two at once all have none
 # (accelerate's init_empty_weights changes torch's classes for the while): whoever loads one holds this.
 LOADING = threading.RLock()
+ON_DEMAND = ContextVar("ON_DEMAND", default=False)  # whether a T5 that is loaded stays on disk until it is needed
 
 
 @contextmanager

@@ -74,7 +74,7 @@ class Step:
         tokens: [B, N] int64, -1 where nothing is decided yet; a copy that the caller may keep.
         forward_passes: of the network, so far.
         origins: [B, N] int8 on the CPU, see `Origin`; None where every token was drawn.
-        known: cells decided in every image, where the sampler knows it without a look at the tokens, for which the CPU would wait for the GPU.
+        known: cells decided in every image (on average, while others wait), where the sampler knows it without a look at the tokens, for which the CPU would wait for the GPU.
     """
 
     tokens: Tensor

@@ -3,11 +3,14 @@
 import gzip
 import json
 import os
+import tempfile
 from pathlib import Path
 
 os.environ.setdefault(
     "OMP_NUM_THREADS", "1"
 )  # two test processes on two cores: threads of both would wait for each other
+
+os.environ["ARGEN_CACHE"] = tempfile.mkdtemp(prefix="argen-tests-")  # and no features of prompts in the user's own
 
 import diffusers
 import pytest

@@ -99,7 +99,11 @@ def test_without_it_nothing_is_imported():
         ("argen/emoji-xar", {}, "compile is for networks that decode token by token, not for a XAR: leave it out"),
         ("argen/emoji-vitvqgan", {}, "not for a ViTVQGAN: leave it out"),
         ("argen/emoji-parti", {"dtype": "bf16"}, "compile takes the dtype fp32, and it is bf16: leave one of them out"),
-        ("argen/emoji-parti", {"device": "mps"}, "compile is for a CPU or a CUDA GPU, and the device is mps: leave it out"),
+        (
+            "argen/emoji-parti",
+            {"device": "mps"},
+            "compile is for a CPU or a CUDA GPU, and the device is mps: leave it out",
+        ),
     ],
 )
 def test_what_cannot_be_compiled_is_refused(monkeypatch, model, arguments, message):

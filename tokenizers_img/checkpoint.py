@@ -1,5 +1,6 @@
 """Published checkpoint files: opened safely, their names changed into a library's, and loaded strictly."""
 
+import errno
 import json
 import logging
 import re
@@ -12,8 +13,9 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 from numpy._core import multiarray
-from safetensors.torch import load_file
 from torch import Tensor, nn
+
+from tokenizers_img.mapped import AS_STORED, is_plain_zip, read_safetensors, read_zip
 
 Network = TypeVar("Network", bound=nn.Module)
 
@@ -164,11 +166,16 @@ def read_file(path: Path) -> Any:
         start = file.read(9)
     try:
         if _is_safetensors(start) or (path.suffix == ".safetensors" and start[:1] not in b"P\x80"):
-            return load_file(path)
-        mapped = start.startswith(b"PK") and path.suffix != ".safetensors"  # those of before torch 1.6 cannot be
+            return read_safetensors(path)
         with torch.serialization.safe_globals(SETTINGS), path.open("rb") as file:
-            return torch.load(path if mapped else file, map_location="cpu", weights_only=True, mmap=mapped)
+            if start.startswith(b"PK") and is_plain_zip(path):
+                return read_zip(path)
+            return torch.load(file, map_location="cpu", weights_only=True)  # of before torch 1.6, or compressed
+    except MemoryError:
+        raise
     except Exception as error:
+        if isinstance(error, OSError) and error.errno == errno.ENOMEM:
+            raise
         match = re.search(r"GLOBAL (\S+)", str(error))
         if match:
             raise ValueError(
@@ -286,7 +293,8 @@ def _is_wrapper(prefix: str, under: dict[str, set[str]], state: dict[str, Tensor
 
 
 def load_strict(model: Network, state: dict[str, Tensor], source: str | Path) -> Network:
-    """Load every tensor of `state` into `model`, all names and shapes equal, in the precision of `model`; return it in eval mode.
+    """Load every tensor of `state` into `model`, all names and shapes equal, in the precision of `model`; return it in eval mode. Tensors
+    that need no cast stay where they lie, so that of a network from `unfilled` there is one copy, or that of the file.
 
     Where nothing is missing of what stands under a prefix of `PREFIXES`, that is taken, and what stands beside it is left out.
 
@@ -309,7 +317,11 @@ def load_strict(model: Network, state: dict[str, Tensor], source: str | Path) ->
     if problems:
         more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
         raise ValueError(f"{source} does not fit {type(model).__name__}: {'; '.join(problems[:5])}{more}")
-    model.load_state_dict({key: value.to(expected[key].dtype) for key, value in state.items()}, assign=True)
+    keep = AS_STORED.get()
+    for key in list(state):
+        value, dtype = state[key], expected[key].dtype
+        state[key] = value if keep and value.is_floating_point() and dtype.is_floating_point else value.to(dtype)
+    model.load_state_dict(state, assign=True)
     return model.eval()
 
 

@@ -16,6 +16,7 @@ from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from torch import Tensor, nn
 
 from tokenizers_img.checkpoint import load_strict, read_state_dict, to_diffusers
+from tokenizers_img.mapped import unfilled
 
 SCALE = 0.2325  # 1 / standard deviation of sampled latents over ImageNet
 
@@ -59,7 +60,7 @@ class KLVAE(nn.Module):
     @classmethod
     def from_original(cls, path: str | Path) -> "KLVAE":
         """Load ``kl16.ckpt`` as released."""
-        vae = network()
+        vae = unfilled(network)
         state = {key: value for key, value in read_state_dict(path).items() if not key.startswith("loss.")}
         return cls(load_strict(vae, to_diffusers(state, len(vae.config.block_out_channels)), source=path))
 

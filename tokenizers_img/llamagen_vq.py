@@ -16,6 +16,7 @@ from diffusers.configuration_utils import FrozenDict
 from torch import Tensor, nn
 
 from tokenizers_img.checkpoint import load_strict, read_state_dict, to_diffusers
+from tokenizers_img.mapped import unfilled
 from tokenizers_img.quantize import check_ids
 
 MULTIPLIERS = {16: (1, 1, 2, 2, 4), 8: (1, 2, 2, 4)}  # down-sampling -> widths of the levels, in base widths
@@ -64,7 +65,7 @@ class LlamaGenVQ(nn.Module):
         """Load a published file; `stride` is 16 (``vq_ds16_*``) or 8 (``vq_ds8_*``)."""
         if stride not in MULTIPLIERS:
             raise ValueError(f"unknown stride {stride}: expected {' or '.join(map(str, MULTIPLIERS))}")
-        return cls(load_strict(network(MULTIPLIERS[stride]), converted(read_state_dict(path)), source=path))
+        return cls(load_strict(unfilled(network, MULTIPLIERS[stride]), converted(read_state_dict(path)), source=path))
 
     @classmethod
     def from_checkpoint(cls, path: str | Path) -> "LlamaGenVQ":
@@ -83,7 +84,7 @@ class LlamaGenVQ(nn.Module):
         base, (codes, code_width) = state["encoder.conv_in.weight"].shape[0], state[CODES].shape
         latent = state["quant_conv.weight"].shape[1] if "quant_conv.weight" in state else code_width
         sizes = {"width": base, "latent_channels": latent, "codes": codes, "code_width": code_width}
-        vq = network(tuple(width // base for width in widths), **sizes)
+        vq = unfilled(network, tuple(width // base for width in widths), **sizes)
         return cls(load_strict(vq, converted(state), source=path))
 
     @property

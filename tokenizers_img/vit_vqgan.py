@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from tokenizers_img.attention import DispatchedAttention
 from tokenizers_img.checkpoint import load_strict, read_state_dict
+from tokenizers_img.mapped import unfilled
 from tokenizers_img.quantize import VectorQuantizer, check_ids
 
 SIZES = {  # the published configurations: width, depth, heads and MLP width of both halves
@@ -248,7 +249,7 @@ class ViTVQGAN(ModelMixin, ConfigMixin):
         """
         if size not in SIZES:
             raise ValueError(f"unknown ViT-VQGAN size {size!r}: expected one of {', '.join(SIZES)}")
-        model = cls(image_size=256, patch_size=8, encoder_size=SIZES[size], decoder_size=SIZES[size])
+        model = unfilled(cls, image_size=256, patch_size=8, encoder_size=SIZES[size], decoder_size=SIZES[size])
         state = {key: value for key, value in read_state_dict(path).items() if not key.startswith("loss.")}
         return load_strict(model, state, source=path)
 

@@ -16,6 +16,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from tokenizers_img.checkpoint import load_strict, read_state_dict, to_diffusers
+from tokenizers_img.mapped import unfilled
 
 
 class VQGANDetokenizer(ModelMixin, ConfigMixin):
@@ -49,7 +50,7 @@ class VQGANDetokenizer(ModelMixin, ConfigMixin):
     @classmethod
     def from_original(cls, path: str | Path) -> "VQGANDetokenizer":
         """Load ``detoker.pt`` of min-dalle as released."""
-        model = cls()
+        model = unfilled(cls)
         return load_strict(model, to_diffusers(read_state_dict(path), len(model.config.channels)), source=path)
 
     def decode(self, ids: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ HELP = "list what ships and which published weights can be loaded"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--verify", metavar="ID", help="whether the files of a model are whole")
+    what.add_argument("--memory", action="store_true", help="how much memory each takes, and what fits here")
     what.add_argument("--delete", metavar="ID", help="delete what was downloaded of a model")
     parser.add_argument("--json", action="store_true", help="print JSON")
 
@@ -30,6 +31,10 @@ def run(args: argparse.Namespace) -> None:
     if args.delete is not None:
         deleted = local_cache.delete(args.delete)
         print(json.dumps({"deleted": deleted}) if args.json else f"deleted: {', '.join(deleted)}")
+        return
+    if args.memory:
+        report = memory()
+        print(json.dumps(report, indent=1) if args.json else memory_text(report))
         return
     rows = []
     for entry in local_cache.local_cache():
@@ -52,6 +57,34 @@ def run(args: argparse.Namespace) -> None:
             downloaded = ", here" if row["folder"] and not row["ships"] else ""
             about = f"{row['about']} ({row['licence']}{downloaded})"
             print(f"  {row['id']:{width}} {row['kind']:10} {size_text(row):>19}  {about}")
+
+
+def memory() -> dict:
+    """The bytes of every model's weights in each precision, and in which it fits into the memory that is free on the best device here."""
+    from argen.device import pick
+    from argen.hub.cards import list_models
+    from argen.hub.memory import PRECISIONS, SHARE, free, size_of_card
+
+    device = pick()
+    available, rows = free(device), []
+    for card in list_models():
+        size = size_of_card(card)
+        sizes = {name: size.bytes(name) for name in PRECISIONS if name not in ("bf16", "fp16") or name in card.dtypes}
+        fits = [name for name, needed in sizes.items() if needed is not None and needed <= SHARE * available]
+        rows.append({"id": card.id, "kind": card.kind, "bytes": sizes, "fits": fits})
+    return {"device": device.type, "free": available, "models": rows}
+
+
+def memory_text(report: dict) -> str:
+    """The same as a table."""
+    width = max(len(row["id"]) for row in report["models"])
+    names = list(report["models"][0]["bytes"])
+    lines = [f"{report['free'] / 1e9:.1f} GB are free on {report['device']}; weights with their text encoder in GB:"]
+    lines.append(f"  {'':{width}} {''.join(f'{name:>8}' for name in names)}  fits here")
+    for row in report["models"]:
+        sizes = "".join(f"{'' if size is None else f'{size / 1e9:.2f}':>8}" for size in row["bytes"].values())
+        lines.append(f"  {row['id']:{width}} {sizes}  {', '.join(row['fits']) or 'nothing'}")
+    return "\n".join(lines)
 
 
 def groups(rows: list[dict]) -> dict[str, list[dict]]:

@@ -46,6 +46,8 @@ class Card:
         target: "module:function" that reads the folder of the files, called with it and with `arguments`.
         licence: of the weights.
         parameters: in millions, of everything that the id loads by itself.
+        tokenizer_parameters: in millions, those among them of the image tokenizer, which stays in float32.
+        text_parameters: in millions, of a text encoder that is fetched beside.
         repo: hub repository of published weights; None for those that ship or lie in a folder.
         files: glob patterns of the files in `repo` that are read.
         fetches: further weights that loading needs, with their licences, where they come from elsewhere.
@@ -68,6 +70,8 @@ class Card:
     target: str
     licence: str = "unknown"
     parameters: float = 0.0
+    tokenizer_parameters: float = 0.0
+    text_parameters: float = 0.0
     repo: str | None = None
     files: tuple[str, ...] = ()
     fetches: tuple[str, ...] = ()

@@ -9,22 +9,27 @@ import os
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
 
-from argen.device import DTYPES, LOADING, auto_dtype, pick, silent
+from argen.device import DTYPES, LOADING, ON_DEMAND, auto_dtype, pick, silent
 from argen.garbage import uncollected
 from argen.hub.cards import CARD_FILE, DIFFUSION, Card, all_cards, check_kind, check_known, find_card, kind_of
-from argen.hub.options import Attention, Dtype, LoadOptions, Quantize, check_arguments
-from argen.hub.quantized import NAMES, decoding_network, quantize_model, quantized, quantizes, read_quantized
+from argen.hub.memory import check_memory, out_of_memory
+from argen.hub.options import Attention, Dtype, LoadOptions, Offload, Quantize, check_arguments
+from argen.hub.quantized import NAMES, decoding_network, quantized, quantizes, read_quantized, writing_network
+from argen.models.quantized import quantize as quantize_network
 from argen.registry import pipelines, resolve
 from samplers.errors import InvalidValue
 from tokenizers_img.attention import DispatchedAttention, check_attention, set_attention
 from tokenizers_img.checkpoint import refuse_placeholder
 from tokenizers_img.hub import hub_folder
+from tokenizers_img.mapped import as_stored, give_back
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -50,6 +55,7 @@ def load(
     attention: Attention | None = None,
     quantize: Quantize | None = None,
     compile: bool = False,
+    offload: Offload | None = None,
     **others: Any,
 ) -> Any:
     """The pipeline of a generator, the network of a tokenizer, or a text and image encoder.
@@ -70,6 +76,8 @@ def load(
         compile: whether a generator's decoding pass becomes a graph: of OpenVINO on a CPU, in float32, which takes some seconds at the first
             image; CUDA graphs of ``torch.compile`` on a GPU, one for each number of tokens in a pass. Its tokens are those of the pass that is
             not compiled, but for rounding.
+        offload: "model": networks are out of memory while they do nothing. On a GPU all but the one that works wait on the CPU; on a CPU a T5
+            stays on disk until a prompt must be encoded whose features are not kept there (`argen.models.prompt_cache`).
         others: not allowed; arguments of diffusers' ``from_pretrained`` raise an error that names the alternative.
 
     Raises:
@@ -78,38 +86,74 @@ def load(
         FileNotFoundError, ConnectionError: published weights that are not here and cannot be fetched.
     """
     check_arguments(others)
-    options = LoadOptions(dtype=dtype, attention=attention, quantize=quantize, compile=compile)
-    device = None if device is None else pick(device)
+    options = LoadOptions(dtype=dtype, attention=attention, quantize=quantize, compile=compile, offload=offload)
+    return _open(model, None if device is None else pick(device), options, tokenizer, image_size)
+
+
+def _open(
+    model: str | Path,
+    device: torch.device | None,
+    options: LoadOptions,
+    tokenizer: str | Path | None = None,
+    image_size: int | None = None,
+    lenient: bool = False,
+) -> Any:
+    """See `load`; `lenient`: what decoding networks and text encoders alone have is left out for models without."""
     check_known(model)
-    if attention is not None:
-        check_attention(attention)
-    if compile:
-        check_compile(device, dtype)
+    where = torch.device("cpu") if device is None else device
+    if options.attention is not None:
+        check_attention(options.attention)
+    if options.compile:
+        check_compile(device, options.dtype)
     card = all_cards().get(str(model))
-    if card is not None and dtype not in ("auto", *card.dtypes):
+    if card is not None and options.dtype not in ("auto", *card.dtypes):
         raise InvalidValue(
-            f"dtype is {dtype}, in which {card.id} overflows: expected {' or '.join(card.dtypes)}", "dtype"
+            f"dtype is {options.dtype}, in which {card.id} overflows: expected {' or '.join(card.dtypes)}", "dtype"
         )
-    return _prepared(_load(model, tokenizer, image_size), device, options)
+    check_memory(model, options, where)
+    token = ON_DEMAND.set(options.offload is not None and where.type == "cpu")
+    try:
+        loaded = _load(model, tokenizer, image_size)
+    finally:
+        ON_DEMAND.reset(token)
+    if lenient:
+        decodes = hasattr(getattr(loaded, "transformer", None), "compiled") and not quantized(loaded)
+        options = replace(
+            options, quantize=options.quantize if quantizes(loaded) else None, compile=options.compile and decodes
+        )
+        options = options if can_offload(loaded, where) else replace(options, offload=None)
+    return _prepared(loaded, device, options)
 
 
 def _prepared(model: Any, device: torch.device | str | None, options: LoadOptions) -> Any:
-    """The model on its device, in its precision, with its attention backend."""
+    """The model on its device, in its precision, with its attention backend, quantized, compiled and offloaded. It is read only now, layer by
+    layer, so that what is cast, rounded or moved is never held twice."""
     where = torch.device("cpu" if device is None else device)
-    cast(model, options.dtype, where)
+    rounded = None if options.quantize is None else writing_network(model)
+    if options.offload is not None and not can_offload(model, where):
+        what = "a generator that reads text through T5" if where.type == "cpu" else "a pipeline"
+        raise InvalidValue(f"offload on {where} is for {what}: leave it out", "offload")
+    on_device = None if device is None or options.offload is not None else where
+    for network, dtypes in precisions(model, options.dtype, where):
+        if options.quantize is not None and network is rounded:
+            quantize_network(network, NAMES[options.quantize], dtypes=dtypes)
+        settle(network, dtypes, on_device)
     if options.attention is not None:
         choose_attention(model, options.attention)
-    _quicken(model, where, options.quantize, options.compile)
+    compiles = where.type == "cpu" and hasattr(getattr(model, "transformer", None), "compiled")
+    if options.compile or (compiles and quantized(model) and importlib.util.find_spec("openvino")):
+        compile_decoding(model, where)  # weights that are quantized are compiled wherever they can be
+    if options.offload is not None and where.type != "cpu":
+        model.enable_model_cpu_offload(device=where)
+        return model
     return model if device is None else model.to(where)
 
 
-def _quicken(model: Any, device: torch.device, quantize: Quantize | None, compile: bool) -> None:
-    """Quantize and compile the network that decodes; one whose weights are quantized is compiled wherever it can be."""
-    if quantize is not None:
-        quantize_model(model, NAMES[quantize])
-    compiles = device.type == "cpu" and hasattr(getattr(model, "transformer", None), "compiled")
-    if compile or (compiles and quantized(model) and importlib.util.find_spec("openvino")):
-        compile_decoding(model, device)
+def can_offload(model: Any, device: torch.device) -> bool:
+    """Whether a model has what is offloaded: on a GPU the networks of a pipeline, on a CPU a T5."""
+    if device.type == "cpu":
+        return any(type(network).__name__ == "OffloadedT5" for network in networks_of(model))
+    return hasattr(model, "enable_model_cpu_offload")
 
 
 def check_compile(device: torch.device | str | None, dtype: Dtype) -> None:
@@ -150,23 +194,48 @@ def compile_decoding(model: Any, device: torch.device | str = "cpu") -> None:
         network.compiled = GraphedStep(network, decode)
 
 
-def cast(model: Any, dtype: Dtype, device: torch.device) -> None:
-    """Bring the networks that `load` names into a precision; "auto" leaves single networks, the diffusion tools' pipelines, whose weights
-    are edited, and those of `IN_BFLOAT16` as they are.
+def precisions(model: Any, dtype: Dtype, device: torch.device) -> Iterator[tuple[torch.nn.Module, list[torch.dtype]]]:
+    """The networks of a model, and the precisions that each is brought into in turn: float32, whatever its file has, or for those of
+    `IN_BFLOAT16` at most bfloat16; then, of the networks that `load` names, that of `dtype`. "auto" leaves single networks, the diffusion tools'
+    pipelines, whose weights are edited, and those of `IN_BFLOAT16` as they are.
 
     Raises:
         ValueError: T5 in float16.
     """
     parts = getattr(model, "components", {"": model})
-    cast_parts = parts if "unet" in parts else CAST  # diffusers' own pipelines have one precision
-    for network in (parts[name] for name in cast_parts if isinstance(parts.get(name), torch.nn.Module)):
+    names = parts if "unet" in parts else CAST  # diffusers' own pipelines have one precision
+    chosen = {id(parts[name]) for name in names if isinstance(parts.get(name), torch.nn.Module)}
+    for network in networks_of(model):
         name = type(network).__name__
-        if dtype == "fp16" and name == "T5EncoderModel":
-            raise InvalidValue("dtype is fp16, in which T5 overflows: expected fp32 or bf16", "dtype")
-        if dtype != "auto":
-            network.to(DTYPES[dtype])
-        elif name not in IN_BFLOAT16 and not {"", "unet"} & parts.keys():
-            network.to(auto_dtype(device, sum(part.numel() for part in network.parameters())))
+        t5 = name in ("T5EncoderModel", "OffloadedT5")
+        if name in IN_BFLOAT16:
+            dtypes = [torch.bfloat16] if network.dtype == torch.float16 else []
+        else:
+            dtypes = [] if t5 else [torch.float32]
+        if id(network) in chosen:
+            if dtype == "fp16" and t5:
+                raise InvalidValue("dtype is fp16, in which T5 overflows: expected fp32 or bf16", "dtype")
+            if dtype != "auto":
+                dtypes.append(DTYPES[dtype])
+            elif name not in IN_BFLOAT16 and not t5 and not {"", "unet"} & parts.keys():
+                dtypes.append(auto_dtype(device, sum(part.numel() for part in network.parameters())))
+        yield network, dtypes
+
+
+def settle(network: torch.nn.Module, dtypes: list[torch.dtype], device: torch.device | None = None) -> None:
+    """Bring a network into precisions, one after the other, and to a device, layer by layer: what a layer was read from is released before
+    the next one is read."""
+
+    def settled(tensor: torch.Tensor) -> torch.Tensor:
+        for dtype in dtypes if tensor.is_floating_point() else ():
+            tensor = tensor.to(dtype)
+        return tensor.to(device)
+
+    if (later := getattr(network, "cast_when_read", None)) is not None:  # a T5 that is still on disk
+        later(partial(settle, dtypes=dtypes), dtypes)
+    for module in network.modules():
+        module._apply(settled, recurse=False)
+    give_back()
 
 
 def _load(model: str | Path, tokenizer: str | Path | None, image_size: int | None) -> Any:
@@ -184,7 +253,7 @@ def _load(model: str | Path, tokenizer: str | Path | None, image_size: int | Non
         return _read_card(path.parent, card)
     try:
         with _alone():
-            return _in_float32(resolve(CHECKPOINTS)(path, tokenizer, image_size))
+            return resolve(CHECKPOINTS)(path, tokenizer, image_size)
     except OSError as error:
         if error.errno is None or isinstance(error, FileNotFoundError):
             raise
@@ -216,17 +285,17 @@ def _read_card(folder: Path, card: Card) -> Any:
 
 
 def _read(folder: Path, card: Card | None, read: Callable[[], Any]) -> Any:
-    """Return the result of `read` in float32, with the defaults of the card; one clear line if its files cannot be used."""
+    """Return the result of `read`, with the defaults of the card; one clear line if its files cannot be used."""
     try:
         with _alone():
-            loaded = _in_float32(read())
+            loaded = read()
         if card is not None and card.kind == "generator":
             if not hasattr(loaded, "samplers"):
                 raise ValueError(f"{card.target} gives a {type(loaded).__name__}, expected a pipeline")
             loaded.card = card
             _ = loaded.defaults  # checked
     except UNUSABLE as error:
-        if isinstance(error, FileNotFoundError):
+        if isinstance(error, FileNotFoundError) or out_of_memory(error):
             raise
         for file in folder.rglob("*.safetensors"):
             refuse_placeholder(file)
@@ -237,26 +306,22 @@ def _read(folder: Path, card: Card | None, read: Callable[[], Any]) -> Any:
     return loaded
 
 
-def loader(
-    device: torch.device | str | None = None, quantize: Quantize | None = None, compile: bool = False, **options
-) -> Callable[[str], Any]:
+def loader(device: torch.device | str | None = None, **options: Any) -> Callable[[str], Any]:
     """`load` with options for generators, image tokenizers and saved folders; other models have none. What decodes token by token is
-    quantized and compiled.
+    quantized and compiled, and what has a T5, or is a pipeline on a GPU, is offloaded.
 
     Raises:
         ValueError: nothing can be compiled here.
     """
-    where = torch.device("cpu" if device is None else device)
-    if compile:
-        check_compile(where, options.get("dtype", "auto"))
+    asked = LoadOptions(**options)
+    if asked.compile:
+        check_compile(device, asked.dtype)
 
     def loading(model: str) -> Any:
         card = all_cards().get(model)
         optional = card is None or card.kind in ("generator", "tokenizer")
-        loaded = load(model, device=device, **options if optional else {})
-        if quantizes(loaded):
-            _quicken(loaded, where, quantize, compile and hasattr(loaded.transformer, "compiled"))
-        return loaded
+        where = None if device is None else pick(device)
+        return _open(model, where, asked if optional else LoadOptions(), lenient=True)
 
     return loading
 
@@ -312,8 +377,10 @@ def load_diffusion(
         folder = hub_folder(str(model), DIFFUSION_FILES)
     try:
         with _alone():
-            pipe = _in_float32(_pipeline(folder, generators=False))
+            pipe = _pipeline(folder, generators=False)
     except UNUSABLE as error:
+        if out_of_memory(error):
+            raise
         raise ValueError(f"the pipeline in {folder} cannot be used ({' '.join(str(error).split())[:300]})") from error
     return _prepared(pipe, device, options)
 
@@ -332,7 +399,10 @@ def _pipeline(folder: Path, generators: bool = True) -> "DiffusionPipeline":
     options = {"safety_checker": None, "requires_safety_checker": False} if name == "StableDiffusionPipeline" else {}
     try:
         network = read_quantized(folder)
-        return cls.from_pretrained(folder, **options, **{} if network is None else {"transformer": network})
+        parts = {} if network is None else {"transformer": network}
+        if ON_DEMAND.get() and index.get("text_encoder") == ["transformers", "T5EncoderModel"]:
+            parts["text_encoder"] = resolve("argen.models.t5:OffloadedT5")(str(folder / "text_encoder"))
+        return cls.from_pretrained(folder, **options, **parts)
     except ImportError as error:  # a part of a library that is not here, or does not exist
         raise ValueError(f"it names a part that cannot be imported: {error}") from error
 
@@ -361,18 +431,9 @@ def networks_of(model: Any) -> list[torch.nn.Module]:
     return [part for part in parts if isinstance(part, torch.nn.Module)]
 
 
-def _in_float32(model: Any) -> Any:
-    """The same in float32, except for the networks of `IN_BFLOAT16`, which stay as they are or, out of float16, are made bfloat16."""
-    for network in networks_of(model):
-        if type(network).__name__ not in IN_BFLOAT16:
-            network.float()
-        elif network.dtype == torch.float16:
-            network.to(torch.bfloat16)
-    return model
-
-
 @contextmanager
 def _alone() -> Iterator[None]:
-    """No other model is loaded meanwhile, and no progress bars are shown: the weights load faster than one is drawn."""
-    with LOADING, uncollected(), silent():
+    """No other model is loaded meanwhile, numbers stay as their files have them, until `settle`, and no progress bars are shown: the weights load
+    faster than one is drawn."""
+    with LOADING, uncollected(), silent(), as_stored():
         yield

@@ -9,6 +9,7 @@ from samplers.settings import Field, settings
 
 Dtype = Literal["auto", "fp32", "bf16", "fp16"]
 Quantize = Literal["int8", "int4"]
+Offload = Literal["model"]
 Attention = Literal["native", "sdpa-math", "sdpa-flash", "sdpa-efficient", "sdpa-cudnn", "xformers", "flash"]
 
 
@@ -21,6 +22,10 @@ class LoadOptions:
     quantize: Quantize | None = Field(default=None, description="weights of the network that writes the tokens")
     compile: bool = Field(
         default=False, description="decode through a compiled graph: faster after some seconds of compiling"
+    )
+    offload: Offload | None = Field(
+        default=None,
+        description="keep networks out of memory that do nothing: on a GPU all but one, on a CPU the text encoder T5",
     )
 
 
@@ -47,6 +52,6 @@ def check_arguments(others: Mapping[str, Any]) -> None:
     ValueError: an argument that `argen.hub.loading.load` does not have; names what stands for it.
     """
     for name in others:
-        known = "tokenizer, image_size, device, dtype, attention, quantize, compile"
+        known = "tokenizer, image_size, device, dtype, attention, quantize, compile, offload"
         instead = INSTEAD.get(name, f"it has {known}{nearest(name, known.split(', '))}")
         raise InvalidValue(f"{name} is not an argument of argen.load: {instead}", name)

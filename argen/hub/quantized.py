@@ -15,6 +15,7 @@ from argen.device import LOADING, silent
 from argen.models.quantized import Quantization, is_quantized, prepare, quantize
 from argen.registry import resolve
 from samplers.errors import InvalidValue
+from tokenizers_img.mapped import read_safetensors, unfilled
 
 NAMES = {"int8": Quantization(8), "int4": Quantization(4, 32)}
 PART, FILE, KEY = "transformer", "diffusion_pytorch_model.safetensors", "quantization"
@@ -105,17 +106,16 @@ def read_quantized(folder: Path) -> torch.nn.Module | None:
     with safe_open(file, "pt") as stored:
         if KEY not in (stored.metadata() or {}):
             return None
-        names = [name for name in stored.keys() if not name.startswith(OF_ROTATION)]  # noqa: SIM118 - no mapping
-        state = {name: stored.get_tensor(name) for name in names}
+    state = {name: tensor for name, tensor in read_safetensors(file).items() if not name.startswith(OF_ROTATION)}
     module, name = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))[PART]
     network_class = resolve(f"{module}:{name}")
     with LOADING:
         if hasattr(network_class, "load_config"):
-            network = network_class.from_config(network_class.load_config(folder / PART))
+            network = unfilled(network_class.from_config, network_class.load_config(folder / PART))
         else:
-            network = network_class(network_class.config_class.from_pretrained(folder / PART))
+            network = unfilled(network_class, network_class.config_class.from_pretrained(folder / PART))
     prepare(network, state)
-    network.load_state_dict(state)
+    network.load_state_dict(state, assign=True)
     return network.eval()
 
 

@@ -22,6 +22,7 @@ import torch
 from PIL import Image
 
 from argen.files import replacing
+from argen.hub.memory import out_of_memory
 from argen.jobs.access import ModelAccess, UnknownModel
 from argen.jobs.messages import error_message
 from argen.jobs.store import (
@@ -392,7 +393,7 @@ class Studio:
             except Exception as failure:  # whatever it is, the next job must run
                 expected = isinstance(
                     failure, ValueError | OSError | ModuleNotFoundError | sqlite3.Error | UnknownModel
-                )
+                ) or out_of_memory(failure)
                 if not expected:
                     logger.exception("job %s failed", live.id)
                 state, error = (

@@ -222,8 +222,15 @@ def draw_table(
         ValueError: a file of the folder was made from another table; says which.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    files_of = {
+        row: [folder / f"{row:05d}-{number}.png" for number in range(1, request.num_images + 1)]
+        for row, request in enumerate(requests, 1)
+    }
+    missing = [request for row, request in enumerate(requests, 1) if not all(file.exists() for file in files_of[row])]
+    for name in dict.fromkeys(request.model for request in missing):
+        models(name).encode_ahead([request.prompt for request in missing if request.model == name])
     for row, request in enumerate(requests, 1):
-        files = [folder / f"{row:05d}-{number}.png" for number in range(1, request.num_images + 1)]
+        files = files_of[row]
         if not all(file.exists() for file in files):
             *_, job = models(request.model).run(request)
             save_images(list(zip(job.images, job.requests, strict=True)), files)

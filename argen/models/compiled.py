@@ -46,6 +46,7 @@ class SlotCache(KeyValueCache):
         size = self.before + FIRST_SLOTS if self.slots is None else self.slots.shape[3]
         while size < self.end:
             size *= 2
+        size = size if self.end > self.capacity else min(size, max(self.capacity, self.before + FIRST_SLOTS))
         if self.slots is None or self.slots.shape[3] < size:
             grown = torch.zeros(2 * self.layers, rows, heads, size, width)
             if self.slots is not None:
@@ -282,7 +283,8 @@ def extensions() -> tuple[list[Any], Any]:
         else:
             columns = 2 * data.shape[1]
             shape = [rows, groups, columns // groups]
-            integers = ops.constant(openvino.Tensor(data.reshape(-1), openvino.Shape(shape), openvino.Type.u4))
+            packed = openvino.Tensor(data.reshape(-1), openvino.Shape(shape), openvino.Type.u4)
+            integers = ops.constant(packed, shared_memory=True)
             eight = ops.convert(ops.constant(np.full((1, 1, 1), 8, np.uint8)), "f32")
             values = ops.subtract(ops.convert(integers, "f32"), eight)
         weight = ops.multiply(values, ops.constant(scales.data.reshape(rows, groups, 1)))

@@ -25,6 +25,7 @@ from transformers import Dinov2Config, Dinov2Model, ViTConfig, ViTModel
 
 from argen.models.llamagen import MLP, SIZES, LlamaGen
 from tokenizers_img.checkpoint import load_strict, read_state_dict
+from tokenizers_img.mapped import unfilled
 
 ENCODERS = {  # the published control encoders
     "dinov2-small": {"hidden_size": 384, "num_attention_heads": 6, "image_size": 518, "patch_size": 14},
@@ -150,7 +151,7 @@ class ControlAR(LlamaGen):
         """
         kind = encoder.partition("-")[0]
         sizes = ENCODERS[encoder]
-        model = cls(kind, sizes, resize, grid=grid, classes=classes, **SIZES[size])
+        model = unfilled(cls, kind, sizes, resize, grid=grid, classes=classes, **SIZES[size])
         return load_strict(model, converted(read_state_dict(path, averaged=False), kind), source=path)
 
     def control(self, images: Tensor, strength: float = 1.0) -> Tensor:

@@ -21,6 +21,7 @@ from argen.models.layers import Linear, split_heads
 from argen.models.session import KeysValues
 from tokenizers_img.attention import DispatchedAttention
 from tokenizers_img.checkpoint import load_strict, read_state_dict
+from tokenizers_img.mapped import unfilled
 
 PAD = 1  # text id
 SIZES = {
@@ -129,7 +130,9 @@ class DalleMiniEncoder(ModelMixin, ConfigMixin):
     def from_original(cls, path: str | Path, size: str) -> "DalleMiniEncoder":
         """Load ``encoder_mini.pt`` (`size` "mini") or ``encoder.pt`` ("mega") of min-dalle as released."""
         sizes = _sizes(size)
-        model = cls(vocab_size=sizes.pop("text_vocab"), **{k: v for k, v in sizes.items() if k != "image_vocab"})
+        model = unfilled(
+            cls, vocab_size=sizes.pop("text_vocab"), **{k: v for k, v in sizes.items() if k != "image_vocab"}
+        )
         return load_strict(model, read_state_dict(path), source=path)
 
     def forward(self, input_ids: Tensor) -> Tensor:
@@ -176,7 +179,7 @@ class DalleMiniDecoder(ModelMixin, ConfigMixin):
     @classmethod
     def from_original(cls, path: str | Path, size: str) -> "DalleMiniDecoder":
         """Load ``decoder_mini.pt`` (`size` "mini") or ``decoder.pt`` ("mega") of min-dalle as released."""
-        model = cls(**{key: value for key, value in _sizes(size).items() if key != "text_vocab"})
+        model = unfilled(cls, **{key: value for key, value in _sizes(size).items() if key != "text_vocab"})
         return load_strict(model, read_state_dict(path), source=path)
 
     def project_text(self, encoded: Tensor) -> KeysValues:

@@ -1,4 +1,4 @@
-"""Networks out of their folders: those that ship, and the text encoders that published generators share."""
+"""Networks out of their folders: those that ship."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,9 +13,6 @@ from tokenizers_img.checkpoint import Network
 
 if TYPE_CHECKING:
     from diffusers import ModelMixin
-    from transformers import PreTrainedTokenizerFast, T5EncoderModel
-
-T5 = "google/flan-t5-xl"
 
 
 def load_network(cls: type["ModelMixin"], folder: Path) -> "ModelMixin":
@@ -57,10 +54,3 @@ def emoji_text() -> dict:
     """How the generators of the emoji family read prompts: arguments of their pipelines."""
     encoder = read_encoder(WEIGHTS / "emoji-clip")
     return {"text_encoder": encoder.clip, "tokenizer": encoder.tokenizer, "groups": list(GROUPS)}
-
-
-def read_t5() -> "tuple[T5EncoderModel, PreTrainedTokenizerFast]":
-    """Flan-T5 XL in bfloat16, as LlamaGen was trained: it overflows in float16."""
-    from transformers import AutoTokenizer, T5EncoderModel
-
-    return T5EncoderModel.from_pretrained(T5, dtype=torch.bfloat16).eval(), AutoTokenizer.from_pretrained(T5)

@@ -21,6 +21,7 @@ from argen.models.layers import Linear, RMSNorm, causal_mask, split_heads
 from argen.models.session import DecoderSession, KeysValues
 from tokenizers_img.attention import DispatchedAttention
 from tokenizers_img.checkpoint import load_strict, read_state_dict
+from tokenizers_img.mapped import unfilled
 
 IGNORED = ("models.image_tokenizer.", "models.text_encoder.t5_embedder.")  # in some files; loaded from their own
 
@@ -236,7 +237,7 @@ class FlexAR(ModelMixin, ConfigMixin):
         path = Path(path)
         config = read_config((path if path.is_dir() else path.parent) / "config.yaml")
         state = {key: value for key, value in read_state_dict(path).items() if not key.startswith(IGNORED)}
-        return load_strict(cls(**sizes_of(config)), state, source=path)
+        return load_strict(unfilled(cls, **sizes_of(config)), state, source=path)
 
     def encode_text(self, states: Tensor) -> Tensor:
         """Hidden states of the text encoder [R, T, text_dim] -> [R, T, D]."""

@@ -32,7 +32,7 @@ class Room:
     """Buffers of all layers, which graphs read where they lie; taken by one cache at a time.
 
     Attributes:
-        buffers: of each layer [2, R, S, H, d], keys and values.
+        buffers: of each layer [2, R, H, S, d], keys and values.
         graphs: form of a pass's arguments -> its graph.
     """
 
@@ -43,7 +43,7 @@ class Room:
 
     @property
     def slots(self) -> int:
-        return self.buffers[0].shape[2]
+        return self.buffers[0].shape[3]
 
 
 class FixedCache(KeyValueCache):
@@ -93,12 +93,12 @@ class _Slots:
     def append(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         buffer, slots = self.buffers[layer], self.slots
         if slots.ndim == 1:
-            buffer[0].index_copy_(1, slots, key.to(buffer.dtype))
-            buffer[1].index_copy_(1, slots, value.to(buffer.dtype))
+            buffer[0].index_copy_(2, slots, key.transpose(1, 2).to(buffer.dtype))
+            buffer[1].index_copy_(2, slots, value.transpose(1, 2).to(buffer.dtype))
         else:
             rows = torch.arange(len(slots), device=slots.device)[:, None]
-            buffer[0][rows, slots], buffer[1][rows, slots] = key.to(buffer.dtype), value.to(buffer.dtype)
-        return buffer[0], buffer[1]
+            buffer[0][rows, :, slots], buffer[1][rows, :, slots] = key.to(buffer.dtype), value.to(buffer.dtype)
+        return buffer[0].transpose(1, 2), buffer[1].transpose(1, 2)
 
 
 class GraphedStep:
@@ -125,7 +125,7 @@ class GraphedStep:
     def room(self, cache: FixedCache, layers: int, rows: int, slots: int) -> Room:
         """Buffers that no living cache has, of these sizes: those of an earlier picture, whose graphs fit, or new ones."""
         weight = next(self.network.parameters())
-        shape = 2, rows, slots, self.heads, self.width
+        shape = 2, rows, self.heads, slots, self.width
         with self.lock:
             room = next((each for each in self.rooms if each.taken() is None and each.buffers[0].shape == shape), None)
             if room is None:

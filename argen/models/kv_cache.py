@@ -25,7 +25,9 @@ class KeyValueCache:
 
     def __init__(self, layers: int, capacity: int, before: int = 1):
         self.capacity, self.before = capacity, before
-        self.buffers: list[Tensor | None] = [None] * layers  # each [2, R, capacity, H, D/H]
+        self.buffers: list[Tensor | None] = [
+            None
+        ] * layers  # each [2, R, H, capacity, D/H]: attention reads a head in one go
         self.first: int | Tensor = 0  # slot of the forward pass's first token; [R] where the pictures differ
         self.scattered: Tensor | None = None  # [n], slots of the forward pass's tokens where they are not consecutive
         self.end = 0  # slots up to here may be seen
@@ -78,26 +80,30 @@ class KeyValueCache:
     def append(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Store the keys and values [R, n, H, D/H] of a forward pass in its slots; returns all up to the last of them."""
         n, buffer = key.shape[1], self.buffers[layer]
-        if buffer is None or buffer.shape[2] < self.end:
-            room = key.new_zeros(2, key.shape[0], max(self.capacity, self.end), *key.shape[2:])
+        key, value = key.transpose(1, 2), value.transpose(1, 2)
+        if buffer is None or buffer.shape[3] < self.end:
+            room = key.new_zeros(2, *key.shape[:2], max(self.capacity, self.end), key.shape[3])
             if buffer is not None:
-                room[:, :, : buffer.shape[2]] = buffer
+                room[:, :, :, : buffer.shape[3]] = buffer
             self.buffers[layer] = buffer = room
         if self.scattered is not None:
-            buffer[0, :, self.scattered], buffer[1, :, self.scattered] = key, value
+            buffer[0, :, :, self.scattered], buffer[1, :, :, self.scattered] = key, value
         elif isinstance(self.first, int):
-            buffer[0, :, self.first : self.end], buffer[1, :, self.first : self.end] = key, value
+            buffer[0, :, :, self.first : self.end], buffer[1, :, :, self.first : self.end] = key, value
         else:
             rows, slots = self._slots(torch.arange(n, device=key.device))
-            buffer[0, rows, slots], buffer[1, rows, slots] = key, value
-        return buffer[0, :, : self.end], buffer[1, :, : self.end]
+            buffer[0, rows, :, slots], buffer[1, rows, :, slots] = key.transpose(1, 2), value.transpose(1, 2)
+        seen = buffer[:, :, :, : self.end].transpose(2, 3)
+        return seen[0], seen[1]
 
     def keep(self, nodes: Tensor) -> None:
         """Keep the tokens `nodes` of the last forward pass ([m] or [R, m], by their number in it), moved to its first slots."""
         for buffer in self.buffers:
             index = nodes.to(buffer.device)
-            rows, slots = self._slots(torch.arange(index.shape[-1], device=buffer.device), len(buffer[0]))
-            buffer[:, rows, slots] = buffer[:, rows, self._slots(index, len(buffer[0]))[1]]
+            rows, slots = self._slots(torch.arange(index.shape[-1], device=buffer.device), buffer.shape[1])
+            kept = self._slots(index, buffer.shape[1])[1]
+            for part in buffer:
+                part[rows, :, slots] = part[rows, :, kept]
 
     def _slots(self, nodes: Tensor, rows: int | None = None) -> tuple[Tensor, Tensor]:
         """Rows [R, 1] and slots [R, m] of tokens of the forward pass."""

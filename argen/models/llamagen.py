@@ -25,6 +25,7 @@ from argen.models.layers import Linear, RMSNorm, causal_mask, grid_places, rotar
 from argen.models.session import decoding
 from tokenizers_img.attention import DispatchedAttention
 from tokenizers_img.checkpoint import load_strict, read_state_dict
+from tokenizers_img.mapped import unfilled
 
 SIZES = {  # the published widths
     "B": {"dim": 768, "depth": 12, "heads": 12},
@@ -204,7 +205,7 @@ class LlamaGen(ModelMixin, ConfigMixin):
         """
         if size not in SIZES:
             raise ValueError(f"unknown LlamaGen size {size!r}: expected one of {', '.join(SIZES)}")
-        model = cls(grid=grid, classes=classes, **SIZES[size])
+        model = unfilled(cls, grid=grid, classes=classes, **SIZES[size])
         return load_strict(model, converted(read_state_dict(path, averaged=False)), source=path)
 
     def controlled(self, x: Tensor, layer: int, control: Tensor | None) -> Tensor:

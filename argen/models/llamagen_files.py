@@ -7,6 +7,7 @@ from torch import Tensor
 
 from argen.models.llamagen import SIZES, LlamaGen, converted
 from tokenizers_img.checkpoint import load_strict, read_settings, read_state_dict
+from tokenizers_img.mapped import unfilled
 
 CONDITIONED = "cls_embedding.embedding_table.weight", "cls_embedding.cap_proj.fc1.weight"  # on classes, on captions
 
@@ -29,7 +30,7 @@ def read_generator(path: Path, stride: int, image_size: int | None = None) -> Ll
     sizes = sizes_of(state, path, freqs_cis)
     length = None if freqs_cis is None else len(freqs_cis) - sizes.get("caption_length", 1)
     grid = _grid(path, stride, image_size or settings.get("image_size"), length)
-    return load_strict(LlamaGen(grid=grid, **sizes), state, source=path)
+    return load_strict(unfilled(LlamaGen, grid=grid, **sizes), state, source=path)
 
 
 def sizes_of(state: dict[str, Tensor], path: Path, freqs_cis: Tensor | None = None) -> dict:

@@ -7,7 +7,7 @@ Letters in shape comments: O outputs, I inputs, G groups of a row.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,10 +17,12 @@ from torch import Tensor, nn
 
 from argen.words import cut
 from samplers.errors import InvalidValue
+from tokenizers_img.mapped import give_back
 
 BITS = (8, 4)
 METHODS = ("rtn", "gptq", "rsq")
 HEADS = ("output", "lm_head", "linear")  # last names of layers that give logits: they keep 8 bits
+LARGE = 1_000_000  # weights of a layer whose temporary copies are given back at once
 SMALLEST = 1e-5  # largest weight of a group, at least
 
 
@@ -140,23 +142,35 @@ def check_quantizable(network: nn.Module) -> None:
 
 
 def quantize(
-    network: nn.Module, how: Quantization, calibrated: Mapping[str, tuple[Tensor, Tensor]] | None = None
+    network: nn.Module,
+    how: Quantization,
+    calibrated: Mapping[str, tuple[Tensor, Tensor]] | None = None,
+    dtypes: Sequence[torch.dtype] = (),
 ) -> None:
-    """Replace a network's linear layers by those with rounded weights, in place; heads keep 8 bits.
+    """Replace a network's linear layers by those with rounded weights, in place; heads keep 8 bits. Each layer is released once it is replaced.
 
     Args:
         calibrated: integers and scales of layers, by their names; the others are rounded to nearest.
+        dtypes: precisions that the weights are brought into before, in turn.
 
     Raises:
         InvalidValue: it is quantized already, or has no such layers.
     """
     check_quantizable(network)
-    for name, layer in layers_of(network).items():
+    for name in list(layers_of(network)):
+        layer = network.get_submodule(name)
         bits = 8 if name.split(".")[-1] in HEADS else how.bits
         group = 0 if bits == 8 and how.bits == 4 else how.group
-        known = (calibrated or {}).get(name)
-        integers, scales = known or rounded(layer.weight, bits, group)
+        if calibrated is not None and name in calibrated:
+            integers, scales = calibrated[name]
+        else:
+            weight = layer.weight.detach()
+            for dtype in dtypes:
+                weight = weight.to(dtype)
+            integers, scales = rounded(weight, bits, group)
         _replace(network, name, QuantizedLinear(integers, scales, layer.bias, bits))
+        if layer.weight.numel() >= LARGE:
+            give_back()
     if getattr(
         getattr(network, "config", None), "tie_word_embeddings", False
     ):  # of transformers; the embeddings stay as they are
@@ -173,7 +187,8 @@ def prepare(network: nn.Module, state: dict[str, Tensor]) -> None:
         if f"{name}.qweight" in state:
             stored, scales = state[f"{name}.qweight"], state[f"{name}.scales"]
             bits = 8 if stored.dtype == torch.int8 else 4
-            integers = torch.empty(stored.shape[0], stored.shape[1] * (1 if bits == 8 else 2), dtype=torch.int8)
+            columns = stored.shape[1] * (1 if bits == 8 else 2)
+            integers = torch.empty(stored.shape[0], columns, dtype=torch.int8, device="meta")
             _replace(network, name, QuantizedLinear(integers, torch.empty_like(scales), layer.bias, bits))
 
 

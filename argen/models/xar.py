@@ -24,6 +24,7 @@ from argen.models.layers import Linear, RMSNorm, grid_places, rotary_table, rota
 from argen.models.parti import Attention as CrossAttention
 from tokenizers_img.attention import DispatchedAttention
 from tokenizers_img.checkpoint import load_strict, read_state_dict
+from tokenizers_img.mapped import unfilled
 
 SIZES = {  # the published widths
     "B": {"dim": 768, "encoder_depth": 8, "decoder_depth": 8, "heads": 12},
@@ -271,7 +272,7 @@ class XAR(ModelMixin, ConfigMixin):
         """Load a published file, as ``xAR-B.pth``; `size` is a name in `SIZES`."""
         if size not in SIZES:
             raise ValueError(f"unknown xAR size {size!r}: expected one of {', '.join(SIZES)}")
-        return load_strict(cls(**SIZES[size]), converted(read_state_dict(path)), source=path)
+        return load_strict(unfilled(cls, **SIZES[size]), converted(read_state_dict(path)), source=path)
 
     @property
     def blocks(self) -> list[Block]:

@@ -24,6 +24,7 @@ from argen.bounds import check
 from argen.data.imagenet import class_id
 from argen.data.reading import Reading
 from argen.hub.cards import Card
+from argen.hub.memory import images_at_once
 from argen.metadata import MADE_BY, TOKENS, fingerprint
 from argen.pipelines.arguments import check_call, check_prompts, check_sampling, check_unknown
 from argen.pipelines.canvas import TokenGrid
@@ -38,10 +39,11 @@ from argen.words import cut, number_of
 from samplers.errors import InvalidValue
 from samplers.logits import Gumbel, Sampling, keys_of
 from samplers.settings import make
-from samplers.steps import GuidanceScale, Sampler, Session, Step
+from samplers.steps import GuidanceScale, Origin, Sampler, Session, Step
 
 Prompts = str | list[str]
 Images = TypeVar("Images")  # list[Image.Image], np.ndarray or Tensor
+TEXT_CELLS, LOGITS = 120, 8  # of an image, for planning: text tokens in its cache, and copies of its logits
 UNDECIDED = 230 / 255  # brightness of undecided cells
 
 
@@ -160,7 +162,8 @@ class TokenPipeline(Editing, Ranking, Running, Saving):
         Raises:
             ValueError: the published model came without an image encoder.
         """
-        return self.canvas.to_grid(self.image_tokenizer.encode(pixels.to(self.device)), self.shape_of())
+        with self.stage("image"):
+            return self.canvas.to_grid(self.image_tokenizer.encode(pixels.to(self.device)), self.shape_of())
 
     def prepare(self, control: Control) -> Control:
         """Resize the image of a control to the size of the image to generate.
@@ -266,8 +269,24 @@ class TokenPipeline(Editing, Ranking, Running, Saving):
         length = math.prod(shape)
         grid = torch.full((len(prompts), length), -1) if tokens is None else tokens
         grid = self.canvas.check(grid, (len(prompts), length), self.codes)
-        noise = Gumbel(keys_of(generators, length))
-        return self._write(prompts, controls, shape, grid.to(self.device), sampling, scale, sampler, noise, every)
+        keys = keys_of(generators, length)
+        grid = grid.to(self.device)
+
+        def write(part: slice) -> Generator[Step, None, None]:
+            arguments = prompts[part], controls[part] if controls else controls, shape, grid[part]
+            return self._write(*arguments, sampling, scale, sampler, Gumbel(keys[part]), every)
+
+        guided = callable(scale) or scale != 1
+        return in_parts(write, self.images_at_once(len(prompts), length, guided), grid, every)
+
+    def images_at_once(self, count: int, length: int, guided: bool) -> int:
+        """How many of `count` images of `length` cells are generated together, so that what they need fits into free memory."""
+        network = self.transformer
+        config, rows = network.config, 2 if guided else 1
+        width = int(getattr(config, "dim", 0) or getattr(config, "hidden_size", 0))
+        depth = int(getattr(network, "depth", 0) or getattr(config, "num_hidden_layers", 0))
+        numbers = 2 * depth * (length + TEXT_CELLS) * width + LOGITS * (self.codes or 0)
+        return images_at_once(count, rows * numbers * 4, self.device)
 
     @torch.no_grad()
     def _write(
@@ -275,13 +294,18 @@ class TokenPipeline(Editing, Ranking, Running, Saving):
     ) -> Generator[Step, None, None]:
         emitted = -every
         step = Step(grid.clone(), forward_passes=0)
+        self.bring("tokens")
         session = self.start(prompts, callable(scale) or scale != 1, shape, controls)
         for step in sampler(session, grid, sampling, scale, noise):
             if step.decided - emitted >= every:
                 emitted = step.decided
                 yield step
+                self.bring("tokens")  # a preview may have been decoded
         if step.decided != emitted:
             yield step
+
+    def encode_ahead(self, prompts: list[str]) -> None:
+        """Encode prompts of requests that follow, where that takes a large text encoder and the features are kept on disk."""
 
     @overload
     def __call__(
@@ -424,11 +448,14 @@ class TokenPipeline(Editing, Ranking, Running, Saving):
                     changed = self._returned_tokens(returned, step.tokens)
                 index += 1
                 if self._interrupt:
-                    last = replace(step, tokens=changed)
+                    last = replace(step, tokens=changed, known=None)
                     break
                 if not self.canvas.equal(changed, step.tokens):
                     steps.close()
-                    forward_passes, last = forward_passes + step.forward_passes, replace(step, tokens=changed)
+                    forward_passes, last = (
+                        forward_passes + step.forward_passes,
+                        replace(step, tokens=changed, known=None),
+                    )
                     for generator, state in zip(generators, states, strict=True):
                         generator.set_state(state)
                     steps = self.stream(prompts, generators, tokens=self.canvas.resume_state(last), **settings)
@@ -474,10 +501,10 @@ class TokenPipeline(Editing, Ranking, Running, Saving):
             return tokens.flatten(1) if self.canvas.discrete else tokens
         decided = self.canvas.decided(tokens)
         rows, columns = tokens.shape[-2:]
-        filled = tokens if decided.all() else self.canvas.fill(tokens, self.blank_tokens((rows, columns)))
-        pixels = torch.cat(
-            [self.decode_tokens(row) for row in filled.split(1)]
-        )  # one by one, so that the result is batch-invariant
+        with self.stage("image"):
+            filled = tokens if decided.all() else self.canvas.fill(tokens, self.blank_tokens((rows, columns)))
+            # one by one, so that the result is batch-invariant
+            pixels = torch.cat([self.decode_tokens(row) for row in filled.split(1)])
         if not decided.all():
             mask = F.interpolate(decided[:, None].float(), pixels.shape[2:])  # each cell over its square
             pixels = torch.where(mask > 0, pixels, UNDECIDED)
@@ -494,6 +521,35 @@ class TokenPipeline(Editing, Ranking, Running, Saving):
                 if not tokens.is_floating_point():
                     image.info[TOKENS] = json.dumps(rows.tolist())
         return images
+
+
+def in_parts(
+    write: Callable[[slice], Generator[Step, None, None]], size: int, grid: Tensor, every: int
+) -> Generator[Step, None, None]:
+    """The steps of all images, which `write` generates for a slice of them, `size` at a time; cells count as decided by their share.
+
+    Args:
+        grid: [B, N], what they begin with.
+        every: cells from one step to the next.
+    """
+    count, length = grid.shape
+    if size >= count:
+        yield from write(slice(0, count))
+        return
+    tokens, passes, emitted = grid.clone(), 0, -every
+    origins, any_origins = torch.zeros(grid.shape, dtype=torch.int8), False
+    for start in range(0, count, size):
+        part = slice(start, min(start + size, count))
+        before = passes
+        for step in write(part):
+            tokens[part] = step.tokens
+            origins[part] = Origin.DRAWN if step.origins is None else step.origins
+            any_origins |= step.origins is not None
+            passes = before + step.forward_passes
+            progress = (start * length + (part.stop - start) * step.decided) // count
+            if progress - emitted >= every or part.stop == count and step.decided == length:
+                emitted = progress
+                yield Step(tokens.clone(), passes, origins.clone() if any_origins else None, known=progress)
 
 
 _ARGUMENTS = [name for name in signature(TokenPipeline.__call__).parameters if name not in ("self", "others")]

@@ -13,7 +13,8 @@ from argen.files import WEIGHTS
 from argen.models.annotators import annotate, as_control, check_kind, resized
 from argen.models.controlar import CELL, ControlAR
 from argen.models.drafter import Drafter
-from argen.models.files import emoji_text, load_network, read_t5
+from argen.models.files import emoji_text, load_network
+from argen.models.t5 import read_t5
 from argen.pipelines.base import Defaults
 from argen.pipelines.llamagen import LlamaGenPipeline
 from argen.request import Control

@@ -72,7 +72,9 @@ class DalleMiniPipeline(TokenPipeline):
         """See `TokenPipeline.start`."""
         texts, rows = distinct(prompts, guided)
         ids = tokenize(self.tokenizer, texts, self.encoder.config.max_length).to(self.device)
-        return DecoderSession(self.transformer, self.encoder(ids)[rows], ids[rows] != PAD, guided)
+        with self.stage("text"):
+            encoded = self.encoder(ids)
+        return DecoderSession(self.transformer, encoded[rows], ids[rows] != PAD, guided)
 
     def encode_images(self, pixels: Tensor) -> Tensor:
         """Raises:

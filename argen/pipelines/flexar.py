@@ -2,6 +2,7 @@
 
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,9 @@ from transformers import CLIPModel, PreTrainedTokenizerFast, T5EncoderModel
 
 from argen.files import WEIGHTS
 from argen.models.clip import TextImageEncoder
-from argen.models.files import emoji_text, load_network, read_t5
+from argen.models.files import emoji_text, load_network
 from argen.models.flexar import FlexAR, FlexARSession
+from argen.models.t5 import read_t5, text_features
 from argen.models.tokenizers import read_emoji_flextok
 from argen.pipelines.base import Defaults, TokenPipeline
 from argen.pipelines.canvas import TokenSequence
@@ -131,11 +133,17 @@ class FlexARPipeline(TokenPipeline):
         """Encode texts -> hidden states [B, T, C], mask [B, T] bool."""
         if isinstance(self.text_encoder, CLIPModel):
             prompts = [self.caption(prompt) for prompt in prompts]
-            states, mask = TextImageEncoder(self.text_encoder, self.tokenizer).states(prompts)
+            with self.stage("text"):
+                states, mask = TextImageEncoder(self.text_encoder, self.tokenizer).states(prompts)
         else:
-            text = self.tokenizer(prompts, padding=True, truncation=True, return_tensors="pt").to(self.device)
-            states, mask = self.text_encoder(**text).last_hidden_state, text.attention_mask.bool()
-        return states.to(self.transformer.dtype), mask
+            stage = partial(self.stage, "text")
+            states, mask = text_features(self.text_encoder, self.tokenizer, prompts, self.device, stage=stage)
+        return states.to(self.transformer.dtype), mask.bool()
+
+    def encode_ahead(self, prompts: list[str]) -> None:
+        """See `TokenPipeline.encode_ahead`."""
+        if isinstance(self.text_encoder, T5EncoderModel):
+            self.encode_text([*prompts, ""])
 
     def blank_tokens(self, shape: tuple[int, int]) -> Tensor:
         """See `TokenPipeline.blank_tokens`: none, `decode_tokens` reads the decided ones only."""

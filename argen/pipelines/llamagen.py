@@ -1,5 +1,6 @@
 """Class- and text-to-image with LlamaGen (arXiv 2406.06525)."""
 
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -10,9 +11,10 @@ from transformers import CLIPModel, PreTrainedTokenizerFast, T5EncoderModel
 from argen.data.imagenet import class_id
 from argen.files import WEIGHTS
 from argen.models.drafter import Drafter
-from argen.models.files import emoji_text, load_network, read_t5
+from argen.models.files import emoji_text, load_network
 from argen.models.llamagen import LlamaGen, LlamaGenSession
 from argen.models.llamagen_files import read_generator
+from argen.models.t5 import read_t5, text_features
 from argen.pipelines.base import Defaults, TokenPipeline
 from argen.request import Control
 from tokenizers_img.checkpoint import read_state_dict
@@ -119,7 +121,7 @@ class LlamaGenPipeline(TokenPipeline):
             control_states,
             columns,
             self.drafter,
-            self.image_tokenizer.codebook,
+            self.image_tokenizer.codebook.to(self.device),
         )
 
     def control(self, controls: list[Control]) -> Tensor:
@@ -129,15 +131,27 @@ class LlamaGenPipeline(TokenPipeline):
     def encode_text(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
         """Encode captions -> left-padded text features [B, T, C], mask [B, T] bool."""
         length = self.transformer.config.caption_length
-        encoder = self.text_encoder
-        if isinstance(encoder, CLIPModel):
-            encoder, texts = encoder.text_model, [self.caption(prompt) for prompt in prompts]
-        else:
-            texts = [clean_caption(prompt) for prompt in prompts]
+        if not isinstance(self.text_encoder, CLIPModel):
+            states, mask = self.text_features([clean_caption(prompt) for prompt in prompts])
+            return left_padded(states.to(self.transformer.dtype), mask)
+        texts = [self.caption(prompt) for prompt in prompts]
         text = self.tokenizer(texts, max_length=length, padding="max_length", truncation=True, return_tensors="pt")
-        text = text.to(self.device)
-        states = encoder(input_ids=text.input_ids, attention_mask=text.attention_mask).last_hidden_state
+        with self.stage("text"):
+            text = text.to(self.device)
+            encoder = self.text_encoder.text_model
+            states = encoder(input_ids=text.input_ids, attention_mask=text.attention_mask).last_hidden_state
         return left_padded(states.to(self.transformer.dtype), text.attention_mask)
+
+    def text_features(self, texts: list[str]) -> tuple[Tensor, Tensor]:
+        """Encode cleaned captions by T5 -> right-padded text features [B, T, C], mask [B, T]."""
+        length = self.transformer.config.caption_length
+        stage = partial(self.stage, "text")
+        return text_features(self.text_encoder, self.tokenizer, texts, self.device, length, stage)
+
+    def encode_ahead(self, prompts: list[str]) -> None:
+        """See `TokenPipeline.encode_ahead`."""
+        if isinstance(self.text_encoder, T5EncoderModel):
+            self.text_features([clean_caption(prompt) for prompt in prompts])
 
     @property
     def image_size(self) -> int:

@@ -50,7 +50,8 @@ class PartiPipeline(TokenPipeline):
         longest = self.tokenizer.model_max_length
         if any(len(self.tokenizer(prompt, truncation=False, verbose=False).input_ids) > longest for prompt in prompts):
             logger.warning("the prompt is longer than %d text tokens: the rest of it is not read", longest)
-        states, mask = TextImageEncoder(self.clip, self.tokenizer).states(prompts)
+        with self.stage("text"):
+            states, mask = TextImageEncoder(self.clip, self.tokenizer).states(prompts)
         return states.to(self.transformer.dtype), mask
 
     def start(

@@ -33,7 +33,9 @@ class Ranking(DiffusionPipeline):
         Raises:
             ValueError: there is nothing to rank with.
         """
-        text, embeds = self.check_ranking().embed([self.caption(prompt)], images)
+        encoder = self.check_ranking()
+        with self.stage("text"):
+            text, embeds = encoder.embed([self.caption(prompt)], images)
         return (embeds @ text[0]).tolist()
 
     def select_best(

@@ -1,5 +1,7 @@
 """Saving, loading and moving a pipeline, as in diffusers."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
@@ -22,6 +24,39 @@ class Saving(DiffusionPipeline):
     """Mixin of `TokenPipeline`: its files, its device and its attention backend."""
 
     card: Card | None = None
+    _offloaded_from: torch.device | None = None  # the GPU on which networks are only while they work
+    _stage = ""
+
+    @property
+    def device(self) -> torch.device:
+        """Where networks run, be they there now or not."""
+        return super().device if self._offloaded_from is None else self._offloaded_from
+
+    def bring(self, stage: str) -> None:
+        """Bring the networks of a stage to the GPU, and those of the others away from it, where they are offloaded.
+
+        Args:
+            stage: "text", "tokens" or "image": encoding prompts, writing tokens, or what images are encoded, decoded and ranked with.
+        """
+        if self._offloaded_from is None or stage == self._stage:
+            return
+        text, _, image = self.model_cpu_offload_seq.partition("transformer")
+        names = {"text": text.split("->"), "tokens": ["transformer", "drafter"], "image": image.split("->")}[stage]
+        parts = {name: part for name, part in self.components.items() if isinstance(part, torch.nn.Module)}
+        for name in sorted(parts, key=lambda name: name in names):  # first away
+            parts[name].to(self._offloaded_from if name in names else "cpu")
+        self._stage = stage
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """`bring` a stage's networks meanwhile, and those of the stage before back."""
+        before = self._stage
+        self.bring(name)
+        try:
+            yield
+        finally:
+            if before:
+                self.bring(before)
 
     @classmethod
     def load_config(cls, *arguments, **settings) -> Any:
@@ -68,17 +103,22 @@ class Saving(DiffusionPipeline):
         """
         for where in (*args, kwargs.get("device"), kwargs.get("torch_device")):
             if isinstance(where, str | torch.device):
+                if self._offloaded_from is not None and pick(where) == self._offloaded_from:
+                    return self  # networks come there when they work
+                self._offloaded_from = None
                 pick(where)
         return super().to(*args, **kwargs)
 
     def enable_model_cpu_offload(self, gpu_id: int | None = None, device: torch.device | str | None = None) -> None:
-        """Keep networks on the CPU while they do nothing, as in diffusers.
+        """Keep networks on the CPU while they do nothing, as diffusers does; but its hooks wait for a network's `forward`, which a decoding step does not call.
 
         Raises:
             ValueError: there is no GPU.
         """
         check_offload("enable_model_cpu_offload", device)
-        super().enable_model_cpu_offload(gpu_id, device)
+        super().to("cpu")
+        where = torch.device("cuda" if device is None and gpu_id is not None else pick(device))
+        self._offloaded_from, self._stage = torch.device(where.type, where.index if gpu_id is None else gpu_id), ""
 
     def enable_sequential_cpu_offload(
         self, gpu_id: int | None = None, device: torch.device | str | None = None

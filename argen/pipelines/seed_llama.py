@@ -166,15 +166,15 @@ class SeedLlamaPipeline(TokenPipeline):
     def read(self, image: Image.Image) -> list[int]:
         """Encode an image to its codes."""
         pixels = self.image_tokenizer.prepare(image)[None].to(self.device)
-        return self.image_tokenizer.encode(pixels)[0].tolist()
+        with self.stage("image"):
+            return self.image_tokenizer.encode(pixels)[0].tolist()
 
     def likelihoods(self, images: Sequence[Image.Image], captions: Sequence[str]) -> Tensor:
         """Return the gain in log-likelihood of each caption by each image, in nats [B, captions]; the largest of a row is the best caption.
         For models that caption without a question, e.g. argen/emoji-seed-lm."""
-        parts = self.transformer, self.tokenizer, self.words
-        return likelihoods(*parts, [self.read(image) for image in images], captions) - likelihoods(
-            *parts, [()], captions
-        )
+        parts, codes = (self.transformer, self.tokenizer, self.words), [self.read(image) for image in images]
+        self.bring("tokens")
+        return likelihoods(*parts, codes, captions) - likelihoods(*parts, [()], captions)
 
     def describe(self, image: Image.Image, question: str = "", **settings) -> str:
         """Describe an image.
@@ -247,6 +247,7 @@ class SeedLlamaPipeline(TokenPipeline):
                 failure.append(error)
                 streamer.end()  # else the reader waits for ever
 
+        self.bring("tokens")
         thread = Thread(target=write, daemon=True)
         thread.start()
         yield from self._parts(streamer)

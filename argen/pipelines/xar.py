@@ -125,7 +125,8 @@ class XARPipeline(TokenPipeline):
     def encode_text(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
         """Encode captions -> hidden states [B, T, C], mask [B, T] bool."""
         texts = [self.caption(prompt) for prompt in prompts]
-        states, mask = TextImageEncoder(self.text_encoder, self.tokenizer).states(texts)
+        with self.stage("text"):
+            states, mask = TextImageEncoder(self.text_encoder, self.tokenizer).states(texts)
         return states.to(self.transformer.dtype), mask
 
     def stream(
@@ -166,6 +167,7 @@ class XARPipeline(TokenPipeline):
         entities = self.transformer.entities
         lengths = entities.lengths
         times = {time for entity in range(len(lengths)) for time in sampler.times(entity, len(lengths))}
+        self.bring("tokens")
         session = self.start(prompts, scale != 1, sorted(times))
         channels = latents.shape[1]
 
@@ -212,7 +214,8 @@ class XARPipeline(TokenPipeline):
     @torch.no_grad()
     def encode_images(self, pixels: Tensor) -> Tensor:
         """See `TokenPipeline.encode_images`: latents [B, C, h, w]."""
-        return KLVAE(self.vae).encode(pixels.to(self.device, self.vae.dtype)).to(self.transformer.dtype)
+        with self.stage("image"):
+            return KLVAE(self.vae).encode(pixels.to(self.device, self.vae.dtype)).to(self.transformer.dtype)
 
     def decode_tokens(self, tokens: Tensor) -> Tensor:
         """Latents [B, C, h, w] -> pixels [B, 3, H, W] in [0, 1]."""

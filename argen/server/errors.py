@@ -13,6 +13,7 @@ from starlette.exceptions import HTTPException
 from starlette.routing import Match
 from starlette.types import Receive, Scope, Send
 
+from argen.hub.memory import out_of_memory
 from argen.images import TooLarge
 from argen.jobs.access import UnknownModel
 from argen.jobs.job_progress import ClientDisconnected, ServerStopping
@@ -92,6 +93,8 @@ def install(app: FastAPI) -> None:
 
     @app.exception_handler(Exception)
     async def unexpected(request: Request, error: Exception):
+        if message := out_of_memory(error):
+            return JSONResponse(error_body(message, status=507), 507)
         logger.error("%s %s failed", request.method, request.url.path, exc_info=error)
         return JSONResponse(error_body("the server failed at this request: its log says why", status=500), 500)
 

@@ -13,6 +13,7 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 
 from argen.hub.loading import load_diffusion
+from argen.hub.memory import out_of_memory
 from argen.hub.model_cache import ModelCache
 from argen.jobs.messages import error_message
 from argen.jobs.queue import LOCAL, Forbidden, Progress, Studio
@@ -73,6 +74,8 @@ class user_errors:
     def __enter__(self) -> None: ...
 
     def __exit__(self, kind, error, trace) -> None:
+        if message := out_of_memory(error):
+            raise gr.Error(message, title="Out of memory", print_exception=False) from error
         if isinstance(error, ValueError | TypeError | OSError | ModuleNotFoundError | KeyError | sqlite3.Error):
             raise gr.Error(error_message(error), title="Invalid request", print_exception=False) from error
 

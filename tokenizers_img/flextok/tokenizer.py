@@ -17,6 +17,7 @@ from samplers.logits import guide
 from tokenizers_img.checkpoint import load_strict, read_state_dict
 from tokenizers_img.flextok.checkpoint import ALIGNMENT, VAE, read_config, sizes_of, vae_network, vae_sizes
 from tokenizers_img.flextok.network import FlexTok
+from tokenizers_img.mapped import unfilled
 from tokenizers_img.quantize import check_ids
 
 
@@ -51,8 +52,8 @@ class FlexTokenizer(nn.Module):
         config = read_config(path)
         inner = {key.removeprefix(VAE): value for key, value in state.items() if key.startswith(VAE)}
         rest = {key: value for key, value in state.items() if not key.startswith(VAE)}
-        network = load_strict(FlexTok(**sizes_of(config)), rest, source=path)
-        return cls(network, load_strict(vae_network(**vae_sizes(config)), inner, source=path))
+        network = load_strict(unfilled(FlexTok, **sizes_of(config)), rest, source=path)
+        return cls(network, load_strict(unfilled(vae_network, **vae_sizes(config)), inner, source=path))
 
     @property
     def device(self) -> torch.device:
