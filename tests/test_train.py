@@ -107,9 +107,9 @@ def task(request, composed, small_llamagen, small_vae, small_flextok, small_seed
     return {  # the decoder's sharpens from the second step on
         "emoji-clip": lambda: CLIPTask(SAMPLE, composed),
         "emoji-vitvqgan": lambda: ViTVQGANTask(SAMPLE, SCHEDULE.steps),
-        "emoji-vitvqgan-decoder": lambda: DecoderTask(SAMPLE, tokenizer, clip, total=1),
+        "emoji-vitvqgan-decoder": lambda: DecoderTask(SAMPLE, tokenizer, WEIGHTS / "emoji-judge", total=1),
         "emoji-vae": lambda: kl_vae.KLVAETask(SAMPLE, SCHEDULE.steps),
-        "emoji-vae-decoder": lambda: kl_vae.KLDecoderTask(SAMPLE, small_vae, clip, total=1),
+        "emoji-vae-decoder": lambda: kl_vae.KLDecoderTask(SAMPLE, small_vae, WEIGHTS / "emoji-judge", total=1),
         "emoji-parti": lambda: PartiTask(SAMPLE, composed, tokenizer, clip),
         "emoji-parti-second": lambda: PartiTask(SAMPLE, composed, tokenizer, clip, WEIGHTS / "emoji-parti"),
         "emoji-llamagen": lambda: llamagen.LlamaGenTask(SAMPLE, composed, tokenizer, clip),

@@ -31,7 +31,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="of the 65 common things alone that argen/emoji-sd draws, see docs/evaluation.md",
     )
-    add.add_argument("--kind", choices=("count", "colour", "pair", "relation"), help="of this kind alone (default: of all)")
+    add.add_argument(
+        "--kind", choices=("count", "colour", "pair", "relation"), help="of this kind alone (default: of all)"
+    )
     add.add_argument("--seed", type=int, default=0, help="of the compositions")
     add = sets.add_parser(
         "sample", help="a small set out of a large one, as it ships for the tests", formatter_class=HelpFormatter

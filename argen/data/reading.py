@@ -303,9 +303,8 @@ def read_unspaced(typed: str, language: Language, names: dict[str, str]) -> Part
     for word, value in language.numbers.items():
         if text.startswith(word) and len(text) > len(word):
             text, number = text.removeprefix(word), value
+            text = next((text.removeprefix(each) for each in language.articles if text.startswith(each)), text)
             break
-    for article in language.articles:
-        text = text.removeprefix(article) if len(text) > len(article) else text
     for word, colour in language.colours.items():
         bare = text.removeprefix(word).removesuffix(word)
         if bare != text and bare_name(bare) in names:

@@ -68,4 +68,9 @@ def pixels(table, size: int | None = None) -> np.ndarray:
     """All pictures of a table as one array [N, H, W, 3] uint8 (a set of this size fits in memory), of `size` pixels a side; None for
     their own."""
     images = (opaque(image) for image in table["image"])
-    return np.stack([np.asarray(image if size in (None, image.width) else image.resize((size, size), Resampling.BOX)) for image in images])
+    return np.stack(
+        [
+            np.asarray(image if size in (None, image.width) else image.resize((size, size), Resampling.BOX))
+            for image in images
+        ]
+    )

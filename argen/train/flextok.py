@@ -85,7 +85,7 @@ class FlexTokTask(Task):
         self.vae = KLVAE(AutoencoderKL.from_pretrained(vae, torch_dtype=torch.float32).eval().requires_grad_(False))
         vision = CLIPVisionModel.from_pretrained(clip, dtype=torch.float32).eval()
         singles, composed, self.test = (
-            torch.from_numpy(pixels(read_split(folder, split)))
+            torch.from_numpy(pixels(read_split(folder, split), self.vae.config.image_size))
             for folder, split in ((data, "train"), (scenes, "train"), (data, "test"))
         )
         images, self.singles = torch.cat([singles, composed]), len(singles)

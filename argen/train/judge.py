@@ -72,8 +72,10 @@ class JudgeTask(Task):
         self.names, self.colours = sorted(known_names), list(HUES)
         rows = [place for place, name in enumerate(icons["concept"]) if name in known_names]
         icons = icons.select(rows)
-        real = np.concatenate([pixels(icons), pixels(composed)])
         vq = ViTVQGAN.from_pretrained(tokenizer, torch_dtype=torch.float32).eval()
+        size = vq.config.image_size
+        scale = size / composed[0]["image"].width
+        real = np.concatenate([pixels(icons, size), pixels(composed, size)])
         with autocast("cpu"):
             reconstructed, _ = reconstruct(vq, torch.from_numpy(real))
         self.images = (real, (reconstructed * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy())
@@ -86,7 +88,14 @@ class JudgeTask(Task):
         for index, things in enumerate(composed["objects"], len(icons)):
             for thing in json.loads(things):
                 colour = self.colours.index(thing["colour"]) if thing["colour"] else UNKNOWN
-                self.objects.append((index, tuple(thing["box"]), self.names.index(thing["name"]), colour))
+                self.objects.append(
+                    (
+                        index,
+                        tuple(round(scale * side) for side in thing["box"]),
+                        self.names.index(thing["name"]),
+                        colour,
+                    )
+                )
         counts = Counter(name for *_, name, _ in self.objects)
         self.weights = torch.tensor([1 / counts[name] for *_, name, _ in self.objects])
 

@@ -94,13 +94,19 @@ class CaptionsTask(Task):
         self.clip = CLIPModel.from_pretrained(clip, dtype=torch.float32).eval().requires_grad_(False)
 
         table = self.read(data, "train")
-        self.rows, self.images = table.remove_columns("image").to_list(), torch.from_numpy(pixels(table, self.image_size))
+        self.rows, self.images = (
+            table.remove_columns("image").to_list(),
+            torch.from_numpy(pixels(table, self.image_size)),
+        )
         table = read_split(scenes, "train")
         self.captions = list(table["caption"])
         self.scene_images = torch.from_numpy(pixels(table, self.image_size))
         self.image_tokens, self.scene_tokens = self.tokens(self.images), self.tokens(self.scene_images)
         table = self.read(data, "validation")
-        self.held_out_captions, self.held_out_images = list(table["caption"]), torch.from_numpy(pixels(table, self.image_size))
+        self.held_out_captions, self.held_out_images = (
+            list(table["caption"]),
+            torch.from_numpy(pixels(table, self.image_size)),
+        )
         self.held_out_tokens = self.tokens(self.held_out_images)
 
         self.weights = shares([(row["concept"], row["style"]) for row in self.rows])
@@ -214,6 +220,7 @@ class LatentsTask(CaptionsTask):
 
     def __init__(self, data: Path, scenes: Path, vae: Path, clip: Path):
         self.vae = KLVAE(AutoencoderKL.from_pretrained(vae, torch_dtype=torch.float32).eval().requires_grad_(False))
+        self.image_size = self.vae.config.image_size
         super().__init__(data, scenes, clip)
 
     @torch.no_grad()

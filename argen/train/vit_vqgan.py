@@ -119,7 +119,9 @@ class Reconstruction(Task):
     """
 
     def __init__(self, model: ViTVQGAN | KLVAE, data: Path):
-        self.train, self.test = (torch.from_numpy(pixels(read_split(data, s))) for s in ("train", "test"))
+        self.train, self.test = (
+            torch.from_numpy(pixels(read_split(data, s), model.config.image_size)) for s in ("train", "test")
+        )
         self.networks: dict[str, nn.Module] = {"model": model}
         model.to(memory_format=torch.channels_last)
 
