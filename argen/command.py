@@ -123,7 +123,9 @@ def add_settings(parser: argparse.ArgumentParser, cls: type, names: Iterable[str
         setting = settings_of(cls)[name]
         flag = f"--{name.replace('_', '-')}"
         if setting.kind is bool:
-            parser.add_argument(*setting.flags, flag, dest=name, action="store_true", help=setting.help)
+            parser.add_argument(
+                *setting.flags, flag, dest=name, action="store_true", default=setting.default, help=setting.help
+            )
             continue
         parser.add_argument(
             *setting.flags,

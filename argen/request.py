@@ -152,6 +152,9 @@ class Request:
         description="search: of the candidates with 1, 2, 4 ... tokens go on with those that fit best, for a model of ordered tokens",
     )
     control: Control | None = Field(default=None, description="image to follow, for a model that takes one")
+    literal: bool | None = Field(
+        default=None, description="give the model the prompt word for word, not in the names that it knows"
+    )
     tokens: SkipValidation[Grid | None] = Field(
         default=None, description="token grid to go on from, -1 in the cells to write"
     )

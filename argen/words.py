@@ -309,6 +309,14 @@ def singular(name: str) -> str:
     return " ".join([*others, last])
 
 
+def is_plural(name: str) -> bool:
+    """Whether the last word of a bare name is in the plural: "glasses" and "red apples", and neither "bus" nor "tennis"."""
+    return (
+        name.split()[-1] in ALWAYS_PLURAL - {"christmas", "texas", "atlas", "lens", "gas", "canvas"}
+        or singular(name) != name
+    )
+
+
 def _keys(text: str) -> set[str]:
     """What a name may be in the singular."""
     *others, last = bare_name(text).split() or [""]

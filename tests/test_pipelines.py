@@ -101,7 +101,7 @@ def test_bad_calls(pipe, call, message):
 
 
 def test_a_long_prompt_is_said_to_be_cut(pipe, caplog):
-    pipe("a red apple " * 30, generator=generators(0))
+    pipe("a red apple " * 30, generator=generators(0), literal=True)
     assert "the rest of it is not read" in caplog.text
 
 

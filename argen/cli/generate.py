@@ -35,6 +35,7 @@ FLAGS = (  # settings of a request
     "num_tokens",
     "num_candidates",
     "num_beams",
+    "literal",
 )
 
 
@@ -108,6 +109,9 @@ def run(args: argparse.Namespace) -> None:
     pipe = load_model(request.model, args.device, "generator", load_options(args), **checkpoint_settings)
     if args.origin and (difference := differences(args.origin, pipe)):
         print(f"argen generate: {difference}", file=sys.stderr)
+    reading = pipe.read(request.prompt, request.literal)
+    for note in reading.notes:
+        print(f"argen generate: {note}", file=sys.stderr)
     started = time.perf_counter()
     with pipe.progress_bar(total=100) as bar:
         for job in pipe.run(request):
@@ -127,6 +131,7 @@ def run(args: argparse.Namespace) -> None:
             "sampler": request.sampler,
             "lossless": job.lossless,
             "passes": job.forward_passes,
+            "revised_prompt": reading.text,
         }
         print(json.dumps(run | {"tokens_per_step": round(job.tokens_per_step, 3), "images": images}))
     else:

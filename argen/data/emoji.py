@@ -27,6 +27,9 @@ from pathlib import Path
 from PIL import Image
 from tqdm import tqdm
 
+from argen.data.concepts import slug
+from argen.words import is_plural
+
 
 @dataclass(frozen=True)
 class Style:
@@ -86,10 +89,6 @@ class Icon:
     source: str  # package@version:icon
 
 
-def slug(text: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "-", text.lower().replace("’", "").replace("ñ", "n")).strip("-")
-
-
 def split_of(style: str, concept: str, styles_of_concept: int) -> str:
     """The fixed split of a picture: a hash of its concept, then of its style and concept."""
     if _percent(concept) < TEST_PERCENT:
@@ -105,7 +104,7 @@ def _percent(key: str) -> int:
 
 def with_article(name: str) -> str:
     """ "apple" -> "an apple"; names in the plural and names that open with a number stay bare."""
-    if (name.endswith("s") and not name.endswith("ss")) or name[0].isdigit() or name.startswith("flag "):
+    if is_plural(name) or name[0].isdigit() or name.startswith("flag "):
         return name
     return f"{'an' if name[0] in 'aeiou' else 'a'} {name}"
 

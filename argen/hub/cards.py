@@ -15,11 +15,14 @@ from dataclasses import MISSING, Field, dataclass, field, fields
 from functools import cache
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from argen.files import WEIGHTS, replacing
 from argen.registry import CARD_NAMES, MAX_SHOWN, cards, nearest, pipelines, readers
 from argen.words import cut, visible
+
+if TYPE_CHECKING:
+    from argen.data.reading import Reading
 
 logger = logging.getLogger(__name__)
 FOLDER = Path(__file__).parents[1] / "cards"
@@ -53,6 +56,7 @@ class Card:
         dtypes: precisions in which it gives what it should, of "fp32", "bf16" and "fp16".
         takes: what a generator is asked with: "text", "class", "control" (an image to follow).
         grid: whether its images are grids of tokens, each with its position, which can be read from images, too.
+        names: "emoji" where a prompt is read in the names that the emoji family learned, see `argen.data.reading`; "" where it is taken as it is.
         unproven: whether no key list is public that would prove that its files fit.
         order: place in lists; those without come last.
         defaults: sampling settings that differ from those of the pipeline's class.
@@ -76,6 +80,7 @@ class Card:
     dtypes: tuple[str, ...] = ("fp32", "bf16", "fp16")
     takes: tuple[str, ...] = ("text",)
     grid: bool = False
+    names: str = ""
     unproven: bool = False
     order: int = 1000
     arguments: Mapping[str, Any] = field(default_factory=dict)
@@ -88,6 +93,8 @@ class Card:
             _check_type(item, getattr(self, item.name))
         if self.kind not in KINDS:
             raise ValueError(f"kind is {self.kind[:MAX_SHOWN]!r}: expected one of {', '.join(KINDS)}")
+        if self.names not in ("", "emoji"):
+            raise ValueError(f"names is {cut(repr(self.names))}: expected 'emoji', or none")
         if unknown := [name for name in self.defaults if name not in DEFAULTS]:
             raise ValueError(f"defaults has {cut(unknown[0])!r}: expected some of {', '.join(DEFAULTS)}")
         if wrong := [tool for tool, settings in self.tools.items() if not isinstance(settings, Mapping)]:
@@ -108,6 +115,12 @@ class Card:
     def path(self) -> Path:
         """The folder of weights that ship."""
         return Path(self.folder) if self.folder else WEIGHTS / self.id.removeprefix("argen/")
+
+    def read(self, prompt: str, literal: bool | None = None) -> "Reading":
+        """How the model reads a prompt; word for word where it has no names of its own, or is asked to."""
+        from argen.data.reading import Reading, read
+
+        return read(prompt) if self.names and not literal else Reading(prompt, prompt, True)
 
     def tool(self, name: str) -> dict[str, Any]:
         """The card's settings of a tool, none where it has none."""
@@ -246,6 +259,14 @@ def find_card(id: str) -> Card:
         return all_cards()[id]
     check_known(id)
     return read_folder_card(Path(id) / CARD_FILE)
+
+
+def reading_of(model: str, prompt: str, literal: bool | None = None) -> "Reading":
+    """How a model reads a prompt, see `Card.read`; word for word where it has no card."""
+    card = all_cards().get(model)
+    if card is None and (Path(model) / CARD_FILE).is_file():
+        card = find_card(model)
+    return Card("", "generator", "", "").read(prompt) if card is None else card.read(prompt, literal)
 
 
 def kind_of(model: str | Path) -> str | None:

@@ -27,11 +27,12 @@ class Running(DiffusionPipeline):
         settings, control = {name: getattr(request, name) for name in SAMPLING}, request.control
         generators, shape = request.generators(), self.shape_of(control, request.num_tokens)
         sampler = self.make_sampler(request.sampler, **request.sampler_settings())
+        prompt = self.read(request.prompt, request.literal).text
         job = Job(request, self.canvas.empty(len(generators), shape), lossless=sampler.lossless)
         if tokens is None and request.tokens is not None:
             tokens = self.parse_tokens(request, shape).expand(len(generators), -1)
         steps = self.stream(
-            [request.prompt] * len(generators),
+            [prompt] * len(generators),
             generators,
             **settings,
             sampler=sampler,
@@ -48,7 +49,7 @@ class Running(DiffusionPipeline):
             yield job
         selected = list(range(len(generators)))
         if request.num_candidates is not None:
-            selected, job.scores = self.select_best([request.prompt], job.tokens, len(generators), request.num_images)
+            selected, job.scores = self.select_best([prompt], job.tokens, len(generators), request.num_images)
             job.log.append(f"kept {len(selected)} of {len(generators)} candidates")
         job.requests = [request.for_image(index) for index in selected]
         job.tokens = job.tokens[selected]
@@ -76,7 +77,7 @@ class Running(DiffusionPipeline):
         if getattr(self, "text_encoder", self) is None:
             self.class_of(request.prompt)
         else:
-            self.caption(request.prompt)
+            self.caption(self.read(request.prompt, request.literal).text)
 
     def resolved(self, request: Request) -> Request:
         """Fill in the settings that a request leaves to the model, and prepare its control."""

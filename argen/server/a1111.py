@@ -23,7 +23,7 @@ from pydantic import Field
 from starlette.exceptions import HTTPException
 
 from argen.bounds import MAX_SCALED, check_pixels, check_size
-from argen.hub.cards import ids
+from argen.hub.cards import ids, reading_of
 from argen.images import from_base64
 from argen.jobs.queue import Progress, Studio
 from argen.jobs.store import CANCELLED, RUNNING
@@ -209,10 +209,13 @@ def response_json(studio: Studio, body: Text, job_request: GenerationRequest, pr
         notes.append(
             f"interrupted at {progress.share:.0%}: {len(images)} of {number_of(job_request.num_images, 'image')}"
         )
+    reading = reading_of(job_request.model, job_request.prompt, job_request.literal)
+    notes += reading.notes
     texts = [infotext(request, size) for request in requests]
     info = {
         "prompt": job_request.prompt,
         "all_prompts": [request.prompt for request in requests],
+        "revised_prompt": reading.text,
         "negative_prompt": "",
         "all_negative_prompts": [""] * len(requests),
         "seed": job_request.seed,

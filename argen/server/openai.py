@@ -22,7 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 
-from argen.hub.cards import ids
+from argen.hub.cards import ids, reading_of
 from argen.images import TooLarge, read_image
 from argen.jobs.job_progress import final_progress
 from argen.jobs.queue import Progress, Studio
@@ -202,9 +202,13 @@ def image_datum(studio: Studio, saved, body: Generation, base_url: str, links: L
     """Return an image of a response; `base_url` is that of this server, and its signed `links` need no key for a while."""
     path = f"/pictures/{saved.id}.{body.output_format}"
     address = base_url.rstrip("/") + links.signed(path, {"size": body.size} if body.pixels else {})
+    reading = reading_of(saved.request.model, saved.request.prompt, saved.request.literal)
     if body.response_format == "url":
-        return {"url": address}
-    image = {"b64_json": body.encode(studio.store.read_image(saved.id), embedded_request(studio, saved))}
+        return {"url": address, "revised_prompt": reading.text}
+    image = {
+        "revised_prompt": reading.text,
+        "b64_json": body.encode(studio.store.read_image(saved.id), embedded_request(studio, saved)),
+    }
     return image if body.response_format else image | {"url": address}
 
 

@@ -194,17 +194,22 @@ class Generate:
         ]
 
     def prompt_length(self, model: str, prompt: str) -> str:
-        """Describe how many text tokens of a prompt the model reads."""
-        with user_errors():
-            counts = self.models(model).text_tokens(check_length(prompt, "the prompt")) if prompt.strip() else None
-        if counts is None:
+        """Describe how the model reads a prompt: in which words, and how many text tokens of it."""
+        if not prompt.strip():
             return ""
-        count, limit = counts
-        return (
-            f"{count} of {limit} text tokens"
-            if count <= limit
-            else f"**{count} text tokens: {limit} of them are read**"
-        )
+        with user_errors():
+            pipe = self.models(model)
+            reading = pipe.read(check_length(prompt, "the prompt"))
+            counts = pipe.text_tokens(reading.text)
+        notes = [f"*{note}*" for note in reading.notes]
+        if counts is not None:
+            count, limit = counts
+            notes.append(
+                f"{count} of {limit} text tokens"
+                if count <= limit
+                else f"**{count} text tokens: {limit} of them are read**"
+            )
+        return " · ".join(notes)
 
     def read_file(self, path: str | None) -> tuple:
         """Read the settings inside a file."""
