@@ -174,7 +174,14 @@ def concept_name(label: str) -> str:
 
 
 def build(package: Path, out: Path) -> int:
-    """Write both tables out of the unpacked `emojibase-data`; returns the number of concepts."""
+    """Write both tables out of the unpacked `emojibase-data`; returns the number of concepts.
+
+    Raises:
+        FileExistsError: `out` is a file, or a folder that is not empty.
+    """
+    from argen.data.tables import check_new
+
+    check_new(out)
     groups = {g["order"]: g["key"] for g in json.loads((package / "en/messages.json").read_text())["groups"]}
     presets = [json.loads((package / f"en/shortcodes/{preset}.json").read_text()) for preset in PRESETS]
     records = [
