@@ -199,7 +199,7 @@ class Generate:
             return ""
         with user_errors():
             pipe = self.models(model)
-            reading = pipe.read(check_length(prompt, "the prompt"))
+            reading = pipe.read_prompt(check_length(prompt, "the prompt"))
             counts = pipe.text_tokens(reading.text)
         notes = [f"*{note}*" for note in reading.notes]
         if counts is not None:
