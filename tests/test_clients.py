@@ -353,6 +353,9 @@ def test_a1111_takes_what_its_clients_send(site):
         info = json.loads(answer["info"])
         assert (info["sampler_name"], info["comments"]) == ("sequential", [])
         assert (info["all_subseeds"], info["styles"], len(info["job_timestamp"])) == ([0, 0], [], 14)
+    info = json.loads(site.ask("/sdapi/v1/txt2img", {"prompt": "zwei Hunde", "steps": 1})[1]["info"])
+    assert (info["prompt"], info["revised_prompt"]) == ("zwei Hunde", "two dogs")
+    assert "read as: two dogs" in info["comments"]
     answer = site.ask("/sdapi/v1/txt2img", {"prompt": "a pizza", "sampler_name": "DPM++ 2M"})[1]
     assert "there is no sampler 'DPM++ 2M'" in answer["info"]
     answer = site.ask("/sdapi/v1/txt2img", {"prompt": "a pizza", "sampler_name": "Euler"})[1]

@@ -96,6 +96,9 @@ def test_openai_draws(client, site, pipe):
     response = client.images.generate(prompt="a pizza", model="argen/emoji-parti", n=2, extra_body={"seed": 5})
     *_, job = pipe.run(Request("a pizza", num_images=2, seed=5))
     assert [opened(one.b64_json).tobytes() for one in response.data] == [one.tobytes() for one in job.images]
+    (car,) = client.images.generate(prompt="ein Auto", model="argen/emoji-parti").data
+    (literal,) = client.images.generate(prompt="ein Auto", model="argen/emoji-parti", extra_body={"literal": True}).data
+    assert (car.revised_prompt, literal.revised_prompt) == ("an automobile", "ein Auto")
     large = client.images.generate(prompt="a pizza", model="argen/emoji-parti", size="512x512", response_format="url")
     with urllib.request.urlopen(large.data[0].url) as file:
         assert Image.open(file).size == (512, 512)

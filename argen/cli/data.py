@@ -36,6 +36,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add.add_argument("--seed", type=int, default=0, help="of the compositions")
     add = sets.add_parser(
+        "names", help="tables of the names of all emoji in 28 languages, as they ship", formatter_class=HelpFormatter
+    )
+    add.add_argument("--out", type=Path, required=True, metavar="DIR")
+    add.add_argument(
+        "--icons", type=Path, metavar="DIR", help="folder for the packages; a missing one is fetched with npm"
+    )
+    add = sets.add_parser(
         "sample", help="a small set out of a large one, as it ships for the tests", formatter_class=HelpFormatter
     )
     add.add_argument("--emoji", type=Path, required=True, metavar="DIR", help="made by `argen data emoji`")
@@ -44,8 +51,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from argen.data import emoji, scenes
+    from argen.data import concepts, emoji, scenes
 
+    if args.set == "names":
+        count = concepts.build(emoji.fetch_package(*emoji.NAMES_PACKAGE, args.icons or emoji.cache_folder()), args.out)
+        print(f"{args.out}: {count:,} concepts")
+        return
     if args.set == "emoji":
         counts = emoji.build(args.out, args.icons, args.size)
     elif args.set == "scenes":

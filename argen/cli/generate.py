@@ -109,7 +109,7 @@ def run(args: argparse.Namespace) -> None:
     pipe = load_model(request.model, args.device, "generator", load_options(args), **checkpoint_settings)
     if args.origin and (difference := differences(args.origin, pipe)):
         print(f"argen generate: {difference}", file=sys.stderr)
-    reading = pipe.read(request.prompt, request.literal)
+    reading = pipe.read_prompt(request.prompt, request.literal)
     for note in reading.notes:
         print(f"argen generate: {note}", file=sys.stderr)
     started = time.perf_counter()

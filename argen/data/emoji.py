@@ -138,6 +138,11 @@ def caption(row: Mapping[str, Any], rng: random.Random) -> str:
     return text
 
 
+def cache_folder() -> Path:
+    """Where the npm packages are kept."""
+    return Path.home() / ".cache/argen/icons"
+
+
 def fetch_package(package: str, version: str, cache: Path) -> Path:
     """The unpacked npm package `package`@`version`, fetched once into `cache`.
 
@@ -286,7 +291,7 @@ def build(out: Path, icons_dir: Path | None = None, size: int = 256) -> dict[str
     check_new(out)
     if not 8 <= size <= 1024:
         raise ValueError(f"size is {size}: expected 8 to 1024 pixels")
-    cache = icons_dir or Path.home() / ".cache/argen/icons"
+    cache = icons_dir or cache_folder()
     records, svgs = zip(*icons(cache), strict=True)
     styles_of = defaultdict(set)
     for record in records:

@@ -216,7 +216,7 @@ class TokenPipeline(Editing, Ranking, Running, Saving):
         limit = min(filter(None, (*(getattr(config, name, None) for name in limits), tokenizer.model_max_length)))
         return len(tokenizer(self.caption(prompt), truncation=False, verbose=False).input_ids), limit
 
-    def read(self, prompt: str, literal: bool | None = None) -> Reading:
+    def read_prompt(self, prompt: str, literal: bool | None = None) -> Reading:
         """How the model reads a prompt, see `argen.hub.cards.Card.read`."""
         return self.card.read(prompt, literal) if self.card else Reading(prompt, prompt, True)
 
@@ -371,7 +371,7 @@ class TokenPipeline(Editing, Ranking, Running, Saving):
             control_type: annotator that it is converted with, see `argen.models.annotators.KINDS`.
             control_strength: of the control, 0 for none.
             size: width and height of the images, under a control; None is the model's own.
-            literal: give the model the prompt word for word, not in the names that it knows, see `read`.
+            literal: give the model the prompt word for word, not in the names that it knows, see `read_prompt`.
             output_type: "pil", "np" ([B, H, W, 3] in [0, 1]), "pt" ([B, 3, H, W] in [0, 1]) or "latent" (ids [B, N]).
             callback_on_step_end: called as ``callback(pipe, step, cells decided, {"tokens": [generated images, N]})``
                 after each step; tokens in the dict that it returns replace those, with -1 in cells to redraw. Set
@@ -396,7 +396,7 @@ class TokenPipeline(Editing, Ranking, Running, Saving):
         )
         check_sampling(guidance_scale, temperature, top_k, top_p)
         candidates = num_images_per_prompt if num_candidates is None else num_candidates
-        texts = [self.read(text, literal).text for text in ([prompt] if isinstance(prompt, str) else prompt)]
+        texts = [self.read_prompt(text, literal).text for text in ([prompt] if isinstance(prompt, str) else prompt)]
         prompts = [text for text in texts for _ in range(candidates)]
         controls = None
         if control_image is not None:

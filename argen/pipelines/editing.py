@@ -150,7 +150,8 @@ class Editing(DiffusionPipeline):
             raise ValueError("the image is not finished: expected a token in each cell")
         request = self.resolved(request)
         controls = [request.control] if request.control else None
-        session = self.start([request.prompt], request.guidance_scale != 1, tuple(tokens.shape), controls)
+        prompt = self.read_prompt(request.prompt, request.literal).text
+        session = self.start([prompt], request.guidance_scale != 1, tuple(tokens.shape), controls)
         cells, flat = torch.arange(tokens.numel()), tokens.flatten().to(self.device)
         read = torch.cat([torch.full_like(flat[:1], START), flat[:-1]])[None]
         cond_logits, uncond_logits = session.forward(read, cells - 1)

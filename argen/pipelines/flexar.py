@@ -167,8 +167,9 @@ class FlexARPipeline(TokenPipeline):
         settings = {"sampler": sampler, **{name: getattr(request, name) for name in SAMPLING}}
         shape = self.shape_of(None, request.num_tokens)
         job = Job(request, self.canvas.empty(request.num_images, shape), lossless=sampler.lossless)
+        prompt = self.read_prompt(request.prompt, request.literal).text
         searches = [
-            self.search(request.prompt, beams, request.num_drawn, request.num_tokens, generator, **settings)
+            self.search(prompt, beams, request.num_drawn, request.num_tokens, generator, **settings)
             for generator in request.generators()
         ]
         for stage in zip(*searches, strict=True):

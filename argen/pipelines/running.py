@@ -27,7 +27,7 @@ class Running(DiffusionPipeline):
         settings, control = {name: getattr(request, name) for name in SAMPLING}, request.control
         generators, shape = request.generators(), self.shape_of(control, request.num_tokens)
         sampler = self.make_sampler(request.sampler, **request.sampler_settings())
-        prompt = self.read(request.prompt, request.literal).text
+        prompt = self.read_prompt(request.prompt, request.literal).text
         job = Job(request, self.canvas.empty(len(generators), shape), lossless=sampler.lossless)
         if tokens is None and request.tokens is not None:
             tokens = self.parse_tokens(request, shape).expand(len(generators), -1)
@@ -77,7 +77,7 @@ class Running(DiffusionPipeline):
         if getattr(self, "text_encoder", self) is None:
             self.class_of(request.prompt)
         else:
-            self.caption(self.read(request.prompt, request.literal).text)
+            self.caption(self.read_prompt(request.prompt, request.literal).text)
 
     def resolved(self, request: Request) -> Request:
         """Fill in the settings that a request leaves to the model, and prepare its control."""

@@ -26,6 +26,7 @@ LABELS = {  # of the settings under More, in their order
     "num_tokens": "Tokens",
     "num_beams": "Beams",
     "num_candidates": "Candidates",
+    "literal": "Word for word",
 }
 SETTINGS = tuple(LABELS)
 SLIDER_MAX = {
@@ -96,7 +97,9 @@ class Generate:
         sampler = settings[SETTINGS.index("sampler")]
         sampler.input(self.sampling.updates, sampler, self.sampling.widgets, show_progress="hidden")
         sampler.change(lambda name: gr.update(info=about_of(name)), sampler, sampler, show_progress="hidden")
-        gr.on([prompt.change, model.input], self.prompt_length, [model, prompt], prompt_length, show_progress="hidden")
+        literal = settings[SETTINGS.index("literal")]
+        changes = [prompt.change, model.input, literal.change]
+        gr.on(changes, self.prompt_length, [model, prompt, literal], prompt_length, show_progress="hidden")
         gr.on([generate.click, prompt.submit], self.run, fields[:-1], self.view.job_outputs)
         image_file.upload(self.read_file, image_file, [restored, restored_settings])
         self.name.input(self.preset, self.name, [restored, restored_settings])
@@ -114,6 +117,9 @@ class Generate:
                     gr.Dropdown(label="Sampler", elem_id="sampler", info=about_of(Request.sampler), **properties)
                 )
                 self.sampling = SamplerSettings(list(samplers))
+            elif REQUEST_SETTINGS[name].kind is bool:
+                label, info = LABELS[name], REQUEST_SETTINGS[name].help
+                fields.append(gr.Checkbox(label=label, info=info, elem_id=name, **properties))
             else:
                 minimum = {"minimum": 0 if name == "num_beams" else REQUEST_SETTINGS[name].low}
                 step = {"step": 0.05 if REQUEST_SETTINGS[name].kind is float else 1}
@@ -145,6 +151,7 @@ class Generate:
             gr.update(value=overrides.get("num_tokens", pipe.length), **tokens),
             gr.update(value=overrides.get("num_beams", 0), **ordered_only),
             gr.update(value=overrides.get("num_candidates", 1)),
+            gr.update(value=bool(overrides.get("literal")), visible=bool(pipe.card and pipe.card.names)),
         ]
 
     def restore_fields(self) -> tuple:
@@ -167,6 +174,7 @@ class Generate:
             name: REQUEST_SETTINGS[name].lenient(value) for name, value in settings.items() if name not in unused
         }
         settings["num_beams"] = settings.get("num_beams") or None
+        settings["literal"] = settings["literal"] or None
         settings["num_candidates"] = settings["num_candidates"] if settings["num_candidates"] > num else None
         return Request(
             prompt=f"{text}, {STYLES[style].prompt}" if styled else text,
@@ -193,13 +201,13 @@ class Generate:
             gr.update(choices=names, value=None, visible=bool(names)),
         ]
 
-    def prompt_length(self, model: str, prompt: str) -> str:
+    def prompt_length(self, model: str, prompt: str, literal: bool) -> str:
         """Describe how the model reads a prompt: in which words, and how many text tokens of it."""
         if not prompt.strip():
             return ""
         with user_errors():
             pipe = self.models(model)
-            reading = pipe.read(check_length(prompt, "the prompt"))
+            reading = pipe.read_prompt(check_length(prompt, "the prompt"), literal)
             counts = pipe.text_tokens(reading.text)
         notes = [f"*{note}*" for note in reading.notes]
         if counts is not None:
