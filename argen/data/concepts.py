@@ -123,22 +123,6 @@ def _names_by_concept() -> dict[str, list[str]]:
 
 
 @cache
-def names_of(concept: str) -> list[str]:
-    """The everyday English names of a concept that mean it before all others: aliases, shortcodes, and tags that hardly any other has."""
-    return _names_by_concept().get(concept, [])
-
-
-@cache
-def _names_by_concept() -> dict[str, list[str]]:
-    table, names = english(), defaultdict(list)
-    for word in (*table.aliases, *table.by_word):
-        ranked = table.ranked(word)
-        if ranked and ranked[0][0] >= CERTAIN and word not in table.by_name and word not in names[ranked[0][1].name]:
-            names[ranked[0][1].name].append(word)
-    return dict(names)
-
-
-@cache
 def translations() -> dict[str, dict[str, str]]:
     """Language -> a name in it, as `bare_name` writes it -> the concept's name."""
     tables = json.loads(gzip.decompress((TABLES / TRANSLATIONS).read_bytes()))
