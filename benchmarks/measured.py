@@ -1,13 +1,14 @@
 """Run argen's own command, stop after some tokens, and write what it took: seconds and memory, as JSON.
 
-    python benchmarks/measured.py FILE TOKENS generate "a red apple" -o apple.png
+    python benchmarks/measured.py FILE TOKENS SECONDS generate "a red apple" -o apple.png
 
-Used by `rehearsal.py`. The command is that of the command line; tokens beyond TOKENS (0: none are) are not drawn, and are 0 in the image. Memory is what the
-process has without pages of files (Linux), looked at 20 times a second.
+Used by `rehearsal.py`. The command is that of the command line; tokens beyond TOKENS (0: none are) are not drawn, and are 0 in the image. After SECONDS the process stops where it is (0: never). Memory is what the process has without pages of files (Linux), looked at 20 times a second.
 """
 
 import json
+import os
 import re
+import signal
 import sys
 import threading
 import time
@@ -100,8 +101,18 @@ def main() -> int:
     from argen.cli.main import main as command
     from argen.hub import loading
 
-    file, most, *words = sys.argv[1:]
+    file, most, limit, *words = sys.argv[1:]
     watch = Watch(int(most))
+
+    def stop(*_: Any) -> None:
+        """Write what is known, and leave."""
+        watch.facts["stopped"] = time.perf_counter() - STARTED
+        Path(file).write_text(json.dumps(watch.facts))
+        os._exit(0)
+
+    if hasattr(signal, "SIGALRM"):
+        signal.signal(signal.SIGALRM, stop)
+        signal.alarm(int(limit))
     loading.load = watch.loads(loading.load)
     code = command(words)
     watch.facts["all"] = time.perf_counter() - STARTED

@@ -265,7 +265,7 @@ def make_t5(hub: Path) -> None:
     if (folder / "config.json").exists():
         return
     words = {"<pad>": 0, "</s>": 1, "<unk>": 2} | {
-        word: 3 + index for index, word in enumerate("a red apple the dog".split())
+        word: 3 + index for index, word in enumerate(("a", "red", "apple", "the", "dog"))
     }
     text_tokenizer = Tokenizer(models.WordLevel(words, "<unk>"))
     text_tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -321,7 +321,11 @@ def make_unclip(folder: Path) -> None:
     if (folder / "model_index.json").exists():
         return
     unet = {"sample_size": 96, "attention_head_dim": [5, 10, 20, 20], "cross_attention_dim": 1024}
-    unet |= {"use_linear_projection": True, "class_embed_type": "projection", "projection_class_embeddings_input_dim": 2048}
+    unet |= {
+        "use_linear_projection": True,
+        "class_embed_type": "projection",
+        "projection_class_embeddings_input_dim": 2048,
+    }
     vae = {"block_out_channels": (128, 256, 512, 512), "layers_per_block": 2, "sample_size": 768}
     vae |= {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
     text = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 23, "num_attention_heads": 16}

@@ -11,7 +11,7 @@ For each id, files in the published layout and precision are written into a hub 
   is what cannot be given back: while loading / while running;
 - first: seconds until the first token is there, with the text encoder and what is compiled;
 - s/image: seconds of an image once the model is loaded and the first token there, from the first `--tokens` tokens, the sampler `sequential`, and decoding. Of a
-  tokenizer the seconds of `tokenize` and `detokenize`, loading excepted.
+  tokenizer the seconds of `tokenize` and `detokenize`, loading excepted; "> 60" where `--limit` stopped it.
 """
 
 import argparse
@@ -66,7 +66,7 @@ def commands(card: Card, setting: str, folder: Path) -> list[list[str]]:
     return [line]
 
 
-def measured(words: list[str], tokens: int, cache: Path) -> dict:
+def measured(words: list[str], args: argparse.Namespace, cache: Path) -> dict:
     """Run a command on the files of a cache -> what it took.
 
     Raises:
@@ -77,7 +77,7 @@ def measured(words: list[str], tokens: int, cache: Path) -> dict:
     places = {"HF_HOME": cache, "HF_HUB_CACHE": cache / "hub", "TORCH_HOME": cache / "torch"}
     prompts = tempfile.mkdtemp(dir=cache)  # so that every text is encoded anew
     own = {"HF_HUB_OFFLINE": "1", "ARGEN_CACHE": prompts, "ARGEN_UNCLIP": UNCLIP}
-    line = [sys.executable, str(MEASURED), str(facts), str(tokens), *words, "--device", "cpu"]
+    line = [sys.executable, str(MEASURED), str(facts), str(args.tokens), str(args.limit), *words, "--device", "cpu"]
     with tempfile.TemporaryFile("w+") as errors:
         environment = os.environ | {name: str(place) for name, place in places.items()} | own
         process = subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=errors, env=environment)
@@ -95,16 +95,18 @@ def row(card: Card, setting: str, results: list[dict], written: int) -> str:
     """A row of the table."""
     peak = max(result["peak"] for result in results)
     held = [max(result.get(f"{stage}_bytes", 0) for result in results) for stage in ("load", "run")]
-    first, seconds = "", sum(result["all"] - result["load"] for result in results)
-    if "write" in results[0]:
-        (took,) = results
+    took, load = results[0], max(result.get("load", result.get("stopped", 0)) for result in results)
+    first = f"{took['first']:.1f}" if "first" in took else ""
+    if stopped := [result["stopped"] - result.get("load", 0) for result in results if "stopped" in result]:
+        seconds = f"> {sum(stopped):.0f}"
+    elif "write" in took:
         rest = took["tokens"] - took["first_tokens"]
         each = (took["write"] - took["first"]) / rest if rest else took["first"]
-        seconds = each * (took["all_tokens"] - took["first_tokens"]) + took["decode"]
-        first = f"{took['first']:.1f}"
+        seconds = f"{each * (took['all_tokens'] - took['first_tokens']) + took['decode']:.1f}"
+    else:
+        seconds = f"{sum(result['all'] - result['load'] for result in results):.1f}"
     memory = f"{peak / 1e9:.2f} ({held[0] / 1e9:.2f}/{held[1] / 1e9:.2f})"
-    load = max(result["load"] for result in results)
-    return f"{card.id:44} {setting:14} {written / 1e9:6.2f} {load:6.1f} {memory:>18} {first:>6} {seconds:8.1f}"
+    return f"{card.id:44} {setting:14} {written / 1e9:6.2f} {load:6.1f} {memory:>18} {first:>6} {seconds:>8}"
 
 
 def rehearse(args: argparse.Namespace) -> None:
@@ -127,7 +129,10 @@ def rehearse(args: argparse.Namespace) -> None:
             for setting in args.settings:
                 try:
                     lines = commands(cards[id], setting, cache)
-                    print(row(cards[id], setting, [measured(line, args.tokens, cache) for line in lines], written), flush=True)
+                    print(
+                        row(cards[id], setting, [measured(line, args, cache) for line in lines], written),
+                        flush=True,
+                    )
                 except RuntimeError as error:
                     print(f"{id:44} {setting:14} {error}", flush=True)
         finally:
@@ -139,8 +144,15 @@ def main() -> int:
     parser = Parser(prog="python benchmarks/rehearsal.py", description=__doc__.splitlines()[0])
     parser.add_argument("models", nargs="+", metavar="ID", help="published ids, see argen models")
     parser.add_argument("--as", nargs="+", dest="settings", default=["fp32"], metavar="SETTING")
-    parser.add_argument("--tokens", type=int, default=16, metavar="N", help="tokens that are drawn; 0: all (default: 16)")
-    parser.add_argument("--cache", type=Path, metavar="FOLDER", help="where files are written (default: the temporary folder)")
+    parser.add_argument(
+        "--tokens", type=int, default=16, metavar="N", help="tokens that are drawn; 0: all (default: 16)"
+    )
+    parser.add_argument(
+        "--limit", type=int, default=0, metavar="S", help="seconds after which a command stops; 0: never (default: 0)"
+    )
+    parser.add_argument(
+        "--cache", type=Path, metavar="FOLDER", help="where files are written (default: the temporary folder)"
+    )
     parser.add_argument("--keep", action="store_true", help="keep the files in --cache, and use those that are there")
     args = parser.parse_args()
     if args.keep and args.cache is None:
