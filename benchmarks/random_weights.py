@@ -350,8 +350,8 @@ def make_unclip(folder: Path) -> None:
     diffusers.DDIMScheduler(**prediction).save_config(folder / "scheduler")
     diffusers.DDPMScheduler(beta_schedule="squaredcos_cap_v2").save_config(folder / "image_noising_scheduler")
     transformers.CLIPImageProcessor().save_pretrained(folder / "feature_extractor")
-    bytes_of_clip = transformers.convert_slow_tokenizer.bytes_to_unicode().values()
-    words = [*bytes_of_clip, *(f"{letter}</w>" for letter in bytes_of_clip), "<|startoftext|>", "<|endoftext|>"]
+    letters = pre_tokenizers.ByteLevel.alphabet()
+    words = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
     transformers.CLIPTokenizer(vocab={word: index for index, word in enumerate(words)}, merges=[]).save_pretrained(
         folder / "tokenizer"
     )

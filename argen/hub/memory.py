@@ -25,7 +25,14 @@ BYTES = {
     "int8": 1.0,
     "int4": 0.625,
 }  # of a parameter, with its share of the scales
-DECODING = ("controlar", "dalle_mini", "flexar", "llamagen", "parti")  # pipelines whose networks can be quantized
+DECODING = (
+    "controlar",
+    "dalle_mini",
+    "flexar",
+    "llamagen",
+    "parti",
+    "seed_llama",
+)  # pipelines whose networks can be quantized
 SHARE = 0.8  # of the free memory that is planned with
 REFUSED = re.compile(
     r"can't allocate memory|not enough memory|cannot allocate memory|bad.alloc|out of memory|unable to allocate", re.I
