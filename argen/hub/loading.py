@@ -152,7 +152,7 @@ def _prepared(model: Any, device: torch.device | str | None, options: LoadOption
 def compiles_quantized(model: Any, device: torch.device) -> bool:
     """Whether quantized weights are compiled without being asked: on a CPU with OpenVINO, if memory holds the copy of them that its graph has."""
     network = getattr(model, "transformer", None)
-    if device.type != "cpu" or not hasattr(network, "compiled") or not quantized(model):
+    if device.type != "cpu" or network is None or not hasattr(network, "compiled") or not quantized(model):
         return False
     return importlib.util.find_spec("openvino") is not None and quantized_bytes(network) <= SHARE * free(device)
 

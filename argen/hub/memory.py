@@ -48,6 +48,7 @@ class Size:
     Attributes:
         parameters: of the networks whose precision is chosen.
         tokenizer_parameters: of the image tokenizer, which stays in float32.
+        kept_parameters: those of `parameters` that quantizing leaves in float32.
         text_parameters: of a text encoder that is in bfloat16 or float32.
         fixed: bytes of what is quantized already.
         decodes: whether it can be quantized.
@@ -58,13 +59,16 @@ class Size:
     text_parameters: float = 0.0
     fixed: int = 0
     decodes: bool = False
+    kept_parameters: float = 0.0
 
     def bytes(self, precision: str) -> int | None:
         """Bytes of the weights in a precision of `PRECISIONS`; None for one that it cannot have."""
         if precision.startswith("int") and not self.decodes:
             return None
         text = self.text_parameters * (4 if precision == "fp32" else 2)
-        return round(self.parameters * BYTES[precision] + 4 * self.tokenizer_parameters + text) + self.fixed
+        kept = self.kept_parameters if precision.startswith("int") else 0.0
+        chosen = (self.parameters - kept) * BYTES[precision]
+        return round(chosen + 4 * (kept + self.tokenizer_parameters) + text) + self.fixed
 
 
 def size_of_card(card: Card) -> Size:
@@ -72,7 +76,8 @@ def size_of_card(card: Card) -> Size:
     decodes = card.target.removeprefix("argen.pipelines.").partition(":")[0] in DECODING
     tokenizer = card.tokenizer_parameters * 1e6
     decodes = decodes and card.kind == "generator"
-    return Size(card.parameters * 1e6 - tokenizer, tokenizer, card.text_parameters * 1e6, decodes=decodes)
+    text, kept = card.text_parameters * 1e6, card.kept_parameters * 1e6
+    return Size(card.parameters * 1e6 - tokenizer, tokenizer, text, decodes=decodes, kept_parameters=kept)
 
 
 def size_of(model: str | Path) -> Size | None:
