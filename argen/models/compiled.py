@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from argen.models.kv_cache import KeyValueCache
-from argen.models.layers import Linear
+from argen.models.layers import Linear, leave_unpacked
 from argen.models.quantized import QuantizedLinear
 from tokenizers_img.attention import DispatchedAttention
 
@@ -162,9 +162,7 @@ class CompiledStep:
 
     def __init__(self, network: nn.Module, decode: Callable[..., Any]):
         self.network, self.decode = network, decode
-        for part in network.modules():
-            if isinstance(part, Linear):
-                part.packs = False  # the graph has a copy, and what else the network does is done once for an image
+        leave_unpacked(network)  # the graph has its own copy
         attention = next(part for part in network.modules() if isinstance(part, DispatchedAttention))
         self.heads, self.width = attention.heads, network.config.dim // attention.heads
         self.graphs: dict[Any, Any] = {}  # form of the further arguments -> the compiled graph

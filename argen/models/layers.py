@@ -57,6 +57,13 @@ class Linear(nn.Linear):
         return (linear if self.packs else F.linear)(x, self.weight, self.bias)
 
 
+def leave_unpacked(network: nn.Module) -> None:
+    """Let the layers of a network have no second copy of their weights: one that works once for an image gains nothing by it."""
+    for part in network.modules():
+        if isinstance(part, Linear):
+            part.packs = False
+
+
 def split_heads(x: Tensor, heads: int) -> Tensor:
     """[B, n, D] -> [B, n, H, D/H], the layout of diffusers' attention dispatcher."""
     return x.unflatten(-1, (heads, -1))
