@@ -352,9 +352,9 @@ def make_unclip(folder: Path) -> None:
     transformers.CLIPImageProcessor().save_pretrained(folder / "feature_extractor")
     letters = pre_tokenizers.ByteLevel.alphabet()
     words = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
-    transformers.CLIPTokenizer(vocab={word: index for index, word in enumerate(words)}, merges=[]).save_pretrained(
-        folder / "tokenizer"
-    )
+    transformers.CLIPTokenizer(
+        vocab={word: index for index, word in enumerate(words)}, merges=[], model_max_length=77
+    ).save_pretrained(folder / "tokenizer")
     libraries = {name: type(network).__module__.partition(".")[0] for name, network in networks.items()}
     index = {name: [libraries[name], type(network).__name__] for name, network in networks.items()}
     index["image_normalizer"][0] = "stable_diffusion"
