@@ -140,3 +140,21 @@ def test_what_cannot_be_quantized_is_one_line(tmp_path, capsys, arguments, messa
 def test_a_network_without_such_layers_is_refused():
     with pytest.raises(ValueError, match="a Sequential has no layers to quantize"):
         quantize(nn.Sequential(nn.Conv2d(1, 1, 1)), Quantization())
+
+
+@pytest.mark.parametrize("rows", [1, 4, 5])
+def test_a_few_rows_are_multiplied_by_the_integers_themselves(rows, monkeypatch):
+    layer = QuantizedLinear(*rounded(torch.randn(48, 64), 8, 0), torch.randn(48), 8)
+    x = torch.randn(1, rows, 64)
+    wanted = torch.nn.functional.linear(x, layer.dequantized(), layer.bias)
+    if rows < 5:
+        monkeypatch.setattr(QuantizedLinear, "dequantized", lambda self: pytest.fail("unpacked"))
+    torch.testing.assert_close(layer(x), wanted, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("openvino") is None, reason="OpenVINO is not installed")
+@pytest.mark.parametrize("memory", [0, 10**9])
+def test_quantized_weights_are_compiled_where_memory_holds_a_copy(monkeypatch, memory):
+    monkeypatch.setattr(loading, "free", lambda device: memory)
+    pipe = argen.load("argen/emoji-parti", quantize="int8", device="cpu")
+    assert (pipe.transformer.compiled is not None) == (memory > 0)

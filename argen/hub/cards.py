@@ -47,6 +47,7 @@ class Card:
         licence: of the weights.
         parameters: in millions, of everything that the id loads by itself.
         tokenizer_parameters: in millions, those among them of the image tokenizer, which stays in float32.
+        kept_parameters: in millions, those among them that quantizing leaves as they are, beside those of the image tokenizer.
         text_parameters: in millions, of a text encoder that is fetched beside.
         repo: hub repository of published weights; None for those that ship or lie in a folder.
         files: glob patterns of the files in `repo` that are read.
@@ -71,6 +72,7 @@ class Card:
     licence: str = "unknown"
     parameters: float = 0.0
     tokenizer_parameters: float = 0.0
+    kept_parameters: float = 0.0
     text_parameters: float = 0.0
     repo: str | None = None
     files: tuple[str, ...] = ()
