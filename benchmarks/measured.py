@@ -57,7 +57,9 @@ class Watch:
             started, first = time.perf_counter(), None
             for step in stream(*args, **kwargs):
                 decided, seconds = step.decided, time.perf_counter() - started
-                if first is None and decided:
+                if (
+                    first is None and decided > 1
+                ):  # the first comes of the condition, and only the second compiles what is compiled
                     first = decided, seconds
                 total = pipe.length if step.tokens.ndim == 4 else step.tokens.shape[1]
                 if self.most and decided >= self.most and decided < total:

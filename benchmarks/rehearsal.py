@@ -9,8 +9,8 @@ For each id, files in the published layout and precision are written into a hub 
 - load: seconds from the start of the process until the model is there;
 - peak: the most memory of the process in GB as the system counts it (``ru_maxrss``), pages of mapped files included; in brackets the most without them, which
   is what cannot be given back: while loading / while running;
-- first: seconds until the first token is there, with the text encoder and what is compiled;
-- s/image: seconds of an image once the model is loaded and the first token there, from the first `--tokens` tokens, the sampler `sequential`, and decoding. Of a
+- first: seconds until the first two tokens are there, with the text encoder and what is compiled;
+- s/image: seconds of an image once the model is loaded and these two are there, from the first `--tokens` tokens, the sampler `sequential`, and decoding. Of a
   tokenizer the seconds of `tokenize` and `detokenize`, loading excepted; "> 60" where `--limit` stopped it.
 """
 
