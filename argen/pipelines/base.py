@@ -448,13 +448,13 @@ class TokenPipeline(Editing, Ranking, Running, Saving):
                     changed = self._returned_tokens(returned, step.tokens)
                 index += 1
                 if self._interrupt:
-                    last = replace(step, tokens=changed, known=None)
+                    last = replace(step, tokens=changed)
                     break
                 if not self.canvas.equal(changed, step.tokens):
                     steps.close()
                     forward_passes, last = (
                         forward_passes + step.forward_passes,
-                        replace(step, tokens=changed, known=None),
+                        replace(step, tokens=changed),
                     )
                     for generator, state in zip(generators, states, strict=True):
                         generator.set_state(state)
