@@ -158,3 +158,20 @@ def test_quantized_weights_are_compiled_where_memory_holds_a_copy(monkeypatch, m
     monkeypatch.setattr(loading, "free", lambda device: memory)
     pipe = argen.load("argen/emoji-parti", quantize="int8", device="cpu")
     assert (pipe.transformer.compiled is not None) == (memory > 0)
+
+
+def test_a_quantized_pipeline_is_saved_as_it_is(tmp_path):
+    pipe = argen.load("argen/emoji-llamagen", quantize="int8")
+    pipe.set_progress_bar_config(disable=True)
+
+    def tokens(pipe):
+        return pipe("a pizza", generator=torch.Generator().manual_seed(0), output_type="latent").tokens
+
+    pipe.save_pretrained(tmp_path / "saved")
+    again = argen.load(tmp_path / "saved")
+    again.set_progress_bar_config(disable=True)
+    assert torch.equal(tokens(again), tokens(pipe))
+    again.save_pretrained(tmp_path / "again")
+    assert argen.load(tmp_path / "again").transformer.quantization == pipe.transformer.quantization
+    names = ["saved/transformer", "again/transformer"]
+    assert [len(list((tmp_path / name).glob("*.safetensors"))) for name in names] == [1, 1]

@@ -181,6 +181,7 @@ def quantize(
         _replace(network, name, QuantizedLinear(integers, scales, layer.bias, bits))
         if layer.weight.numel() >= LARGE:
             give_back()
+    network.quantization = how.to_dict()  # for its file
     if getattr(
         getattr(network, "config", None), "tie_word_embeddings", False
     ):  # of transformers; the embeddings stay as they are
