@@ -175,3 +175,29 @@ def test_a_quantized_pipeline_is_saved_as_it_is(tmp_path):
     assert argen.load(tmp_path / "again").transformer.quantization == pipe.transformer.quantization
     names = ["saved/transformer", "again/transformer"]
     assert [len(list((tmp_path / name).glob("*.safetensors"))) for name in names] == [1, 1]
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("qweight", lambda tensor: tensor[1:], "expected int8 or packed uint8 of a layer"),
+        ("qweight", lambda tensor: tensor.float(), "expected int8 or packed uint8 of a layer"),
+        ("qweight", lambda tensor: tensor[0], "expected int8 or packed uint8 of a layer"),
+        ("scales", lambda tensor: tensor[1:], "scales do not fit its weights: quantize the model again"),
+        ("scales", lambda tensor: tensor[:, 0], "scales do not fit its weights"),
+        ("scales", lambda tensor: tensor * float("nan"), "scales hold numbers that are none"),
+    ],
+)
+def test_damaged_weights_are_refused_when_they_are_read(tmp_path, name, change, message):
+    from safetensors.torch import load_file, save_file
+
+    pipe = argen.load("argen/emoji-parti", quantize="int8")
+    pipe.save_pretrained(tmp_path / "saved")
+    file = tmp_path / "saved/transformer/diffusion_pytorch_model.safetensors"
+    state = load_file(file)
+    key = f"decoder_layers.0.mlp.up_proj.{name}"
+    save_file(state | {key: change(state[key]).contiguous()}, file)  # which drops the metadata, too
+    with pytest.raises(ValueError, match=message):
+        argen.load(tmp_path / "saved")
+    save_file(state, file)
+    assert argen.load(tmp_path / "saved").transformer.quantization == {}

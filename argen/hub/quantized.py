@@ -86,6 +86,7 @@ def save_quantized(
         metadata: how it was quantized, for the file of its network.
         tensors: that belong to it, kept in the file alone.
     """
+    folder.absolute().parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.absolute().parent, prefix=".quantize-") as work, silent():
         new = Path(work) / folder.name  # so that nothing half-written stays behind
         network = getattr(pipe, PART)
@@ -115,7 +116,8 @@ def read_quantized(folder: Path) -> torch.nn.Module | None:
         return None
     with safe_open(file, "pt") as stored:
         metadata = stored.metadata() or {}
-    if KEY not in metadata:
+        is_quantized_file = any(name.endswith(".qweight") for name in stored.keys())  # noqa: SIM118 - no mapping
+    if KEY not in metadata and not is_quantized_file:  # some programs that write such files again drop what they say
         return None
     state = {name: tensor for name, tensor in read_safetensors(file).items() if not name.startswith(OF_ROTATION)}
     module, name = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))[PART]
@@ -127,7 +129,7 @@ def read_quantized(folder: Path) -> torch.nn.Module | None:
             network = unfilled(network_class, network_class.config_class.from_pretrained(folder / PART))
     prepare(network, state)
     network.load_state_dict(state, assign=True)
-    network.quantization = json.loads(metadata[KEY])
+    network.quantization = json.loads(metadata.get(KEY, "{}"))
     return network.eval()
 
 

@@ -199,14 +199,38 @@ def quantized_bytes(network: nn.Module) -> int:
 
 
 def prepare(network: nn.Module, state: dict[str, Tensor]) -> None:
-    """Give a network the quantized layers of a saved state, whose tensors it can then load."""
+    """Give a network the quantized layers of a saved state, whose tensors it can then load.
+
+    Raises:
+        ValueError: a tensor of the state does not fit its layer; says which.
+    """
     for name, layer in layers_of(network).items():
         if f"{name}.qweight" in state:
-            stored, scales = state[f"{name}.qweight"], state[f"{name}.scales"]
-            bits = 8 if stored.dtype == torch.int8 else 4
-            columns = stored.shape[1] * (1 if bits == 8 else 2)
-            integers = torch.empty(stored.shape[0], columns, dtype=torch.int8, device="meta")
-            _replace(network, name, QuantizedLinear(integers, torch.empty_like(scales), layer.bias, bits))
+            bits = check_stored(name, layer, state[f"{name}.qweight"], state.get(f"{name}.scales"))
+            integers = torch.empty(layer.out_features, layer.in_features, dtype=torch.int8, device="meta")
+            scales = torch.empty_like(state[f"{name}.scales"])
+            _replace(network, name, QuantizedLinear(integers, scales, layer.bias, bits))
+
+
+def check_stored(name: str, layer: nn.Linear, stored: Tensor, scales: Tensor | None) -> int:
+    """The bits of a layer's stored weights.
+
+    Raises:
+        ValueError: they or their scales are not those of such a layer.
+    """
+    bits = {torch.int8: 8, torch.uint8: 4}.get(stored.dtype, 0)
+    shape = (layer.out_features, layer.in_features // (2 if bits == 4 else 1))
+    if not bits or stored.shape != shape:
+        raise ValueError(
+            f"{name}.qweight is {stored.dtype} {list(stored.shape)}: expected int8 or packed uint8 of a layer "
+            f"[{layer.out_features}, {layer.in_features}], quantize the model again"
+        )
+    fits = scales is not None and scales.ndim == 2 and scales.shape[0] == layer.out_features and scales.shape[1] > 0
+    if scales is None or not fits or layer.in_features % scales.shape[1] or scales.dtype != torch.float32:
+        raise ValueError(f"{name}.scales do not fit its weights: quantize the model again")
+    if not scales.isfinite().all():
+        raise ValueError(f"{name}.scales hold numbers that are none: quantize the model again")
+    return bits
 
 
 def _replace(network: nn.Module, name: str, layer: nn.Module) -> None:
