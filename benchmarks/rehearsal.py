@@ -75,7 +75,7 @@ def measured(words: list[str], args: argparse.Namespace, cache: Path) -> dict:
     facts = cache / "facts.json"
     facts.unlink(missing_ok=True)
     places = {"HF_HOME": cache, "HF_HUB_CACHE": cache / "hub", "TORCH_HOME": cache / "torch"}
-    prompts = tempfile.mkdtemp(dir=cache)  # so that every text is encoded anew
+    prompts = tempfile.mkdtemp(dir=cache)  # so that no text has been encoded before
     own = {"HF_HUB_OFFLINE": "1", "ARGEN_CACHE": prompts, "ARGEN_UNCLIP": UNCLIP}
     line = [sys.executable, str(MEASURED), str(facts), str(args.tokens), str(args.limit), *words, "--device", "cpu"]
     with tempfile.TemporaryFile("w+") as errors:

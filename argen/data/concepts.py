@@ -58,6 +58,7 @@ class Concepts:
     def __init__(self, concepts: list[Concept], aliases: dict[str, list[str]]):
         self.all, self.aliases = concepts, aliases
         self.by_name = {concept.name: concept for concept in concepts}
+        self.names = sorted({*self.by_name, *aliases})  # as they may be typed
         self.by_emoji = {concept.emoji.replace("\ufe0f", ""): concept for concept in concepts}
         self.by_word: dict[str, set[int]] = defaultdict(set)  # any name or word of a label -> numbers of concepts
         self.tagged: dict[str, int] = defaultdict(int)  # tag -> how many concepts have it
@@ -81,7 +82,7 @@ class Concepts:
         return score - FLAG_PENALTY * (concept.group == "flags") - WORD_PENALTY * (len(words) - 1)
 
     def ranked(self, word: str) -> list[tuple[float, Concept]]:
-        """The concepts that a word or phrase may mean, the likeliest first; an alias of ours before all others."""
+        """The concepts that a word or phrase may mean, the most probable one first; an alias of ours before all others."""
         scores = {self.all[i].name: self.score(word, self.all[i]) for i in self.by_word.get(word, ())}
         for place, name in enumerate(self.aliases.get(word, ())):
             scores[name] = 10.0 - place

@@ -33,11 +33,9 @@ VERBS = "wearing|holding|sitting|standing|riding|driving|drinking|eating|kicking
 PREPOSITION = re.compile(
     rf"\s+(?:in|on|with|without|at|from|by|for|near|behind|inside|into|that|which|who|is|are|of|{VERBS})\s+"
 )
-MOST_PARTS, MOST_JOINED, MOST_LETTERS = (
-    12,
-    4,
-    60,
-)  # of a prompt that is read; of a name; of one whose spelling is looked at
+MOST_PARTS = 12  # of a prompt that is read
+MOST_JOINED = 4  # parts of a name, as of "bow and arrow"
+MOST_LETTERS = 60  # of a name whose spelling is looked at
 COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "black", "white", "brown", "grey")
 SPELLINGS = {
     "gray": "grey",
@@ -51,9 +49,13 @@ SPELLINGS = {
 SPELLINGS |= {"magenta": "pink", "crimson": "red", "scarlet": "red", "beige": "brown", "silver": "grey"}
 COLOUR = "|".join((*COLOURS, *SPELLINGS))
 BOTH = re.compile(rf"\b({COLOUR})(?:\s*,\s*|\s+and\s+)(?=(?:{COLOUR})\s+\w)", re.IGNORECASE)  # "black and white dog"
-AFTER = re.compile(
-    rf"^(.+?)\s+(?:in|that is|that's|which is|coloured|colored|painted)\s+({COLOUR})$"
-)  # "a heart in blue"
+# "a heart in blue"
+AFTER = re.compile(rf"^(.+?)\s+(?:in|that is|that's|which is|coloured|colored|painted)\s+({COLOUR})$")
+COUNTS = {word: count for count, word in enumerate(ONES) if count} | {"twenty": 20, "dozen": 12, "couple": 2}
+PASSED_OVER = (  # English words that are in no name, and tell nothing of what language a prompt is in
+    "of", "a", "an", "the", "in", "on", "with", "and", "my", "your", "his", "her", "our", "their", "this", "that", "some", "big", "small",
+    "little", "cute", "nice", "new", "very",
+)  # fmt: skip
 TAG = 0.5  # what a name that is no label of a language counts as badly read
 NEAR, NEAREST = 0.84, 3  # likeness of a misspelt name that is corrected; names that are offered
 
@@ -71,7 +73,7 @@ class Reading:
 
     prompt: str
     text: str
-    known: bool
+    known: bool = True
     nearest: tuple[str, ...] = ()
 
     @property
@@ -92,10 +94,10 @@ def read(prompt: str) -> Reading:
     """Read a prompt, in English or, where no name in it is English, in one of the languages of emojibase."""
     text, style = split_style(CLOSING.sub("", unicodedata.normalize("NFKC", prompt)[:MAX_PROMPT]))
     if text.lower().startswith("class:"):
-        return Reading(prompt, prompt, True)
+        return Reading(prompt, prompt)
     phrases = with_names_of_emoji(text).strip()
     if len(SEPARATOR.findall(phrases)) >= MOST_PARTS:  # no prompt that somebody thought up
-        return Reading(prompt, prompt, True)
+        return Reading(prompt, prompt)
     parts = read_parts(BOTH.sub(r"\1 ", OPENING.sub("", phrases)), SEPARATOR, read_english)
     if unread(parts):
         others = (
@@ -107,10 +109,10 @@ def read(prompt: str) -> Reading:
         parts = [corrected_part(part) for part in parts]
     if not any(part.concept for part in parts):
         typed = plain(text)[:MOST_LETTERS]
-        near = difflib.get_close_matches(typed, sorted({*english().by_name, *english().aliases}), NEAREST, 0.6)
+        near = difflib.get_close_matches(typed, english().names, NEAREST, 0.6)
         return Reading(prompt, prompt, False, tuple(near))
     revised = "".join(part.before + part.text() for part in parts)
-    return Reading(prompt, f"{revised}{style}", True)
+    return Reading(prompt, f"{revised}{style}")
 
 
 @dataclass(frozen=True)
@@ -202,15 +204,11 @@ def is_name(name: str) -> bool:
 
 def read_english(typed: str) -> Part:
     """Read one part in English."""
-    text = AFTER.sub(
-        r"\2 \1",
-        re.sub(
-            r"^(?:an?|the)\s+(?=.*)", "", lower := " ".join(re.findall(r"[\w'-]+", typed.lower().replace("’", "'")))
-        ),
-    )
+    text = " ".join(re.findall(r"[\w'-]+", typed.lower().replace("’", "'")))
+    article = text.split(" ")[0] in ARTICLES
+    text = AFTER.sub(r"\2 \1", re.sub(r"^(?:an?|the) ", "", text))
     words = [SPELLINGS.get(word, word) for word in text.split()]
-    article = lower.split()[0] in ARTICLES if lower else False
-    words = words[1:] if words and words[0] in ARTICLES and len(words) > 1 else words
+    words = words[1:] if len(words) > 1 and words[0] in ARTICLES else words
     number = 1
     if len(words) > 1 and (words[0] in COUNTS or words[0].isdecimal()):
         number = COUNTS[words[0]] if words[0] in COUNTS else int(words[0])
@@ -223,46 +221,10 @@ def read_english(typed: str) -> Part:
             concept, colour = meaning_of(rest[start:], rest[:start])
             if concept is not None:
                 colours = tuple(word for word in rest[:start] if word in COLOURS and word != colour)
-                foreign = [word for word in words if word not in (*COLOURS, *SMALL) and word not in english().by_word]
-                return Part(
-                    typed,
-                    "",
-                    concept,
-                    number,
-                    colours,
-                    article,
-                    len([word for word in foreign if word not in rest[start:]]),
-                )
+                understood = COLOURS, PASSED_OVER, rest[start:], english().by_word
+                unread = sum(not any(word in each for each in understood) for word in words)
+                return Part(typed, "", concept, number, colours, article, unread)
     return Part(typed, number=number, article=article, unread=len(words))
-
-
-SMALL = [
-    "of",
-    "a",
-    "an",
-    "the",
-    "in",
-    "on",
-    "with",
-    "and",
-    "my",
-    "your",
-    "his",
-    "her",
-    "our",
-    "their",
-    "this",
-    "that",
-    "some",
-    "big",
-    "small",
-    "little",
-    "cute",
-    "nice",
-    "new",
-    "very",
-]
-COUNTS = {word: count for count, word in enumerate(ONES) if count} | {"twenty": 20, "dozen": 12, "couple": 2}
 
 
 def phrases_of(text: str) -> Iterator[tuple[str, bool]]:
@@ -283,9 +245,8 @@ def meaning_of(words: list[str], before: list[str]) -> tuple[Concept | None, str
         return flagged, ""
     for text in dict.fromkeys((" ".join(words), bare, singular(bare))):
         for name in (text, *table.aliases.get(text, ())):
-            base = " ".join(word for word in name.split() if word not in COLOURS)
             for colour in (word for word in before[::-1] if word in COLOURS):
-                if one := table.by_name.get(f"{colour} {base}"):
+                if one := in_colour(name, colour):
                     return one, colour
         if text in table.by_name:
             return table.by_name[text], ""
@@ -397,17 +358,21 @@ def read_unspaced(typed: str, language: Language, names: dict[str, str]) -> Part
     return Part(typed, "", coloured(name, colours), number, tuple(colours), True)
 
 
-def coloured(name: str, colours: list[str]) -> Concept:
-    """The concept of a name, or the one of that colour where there is one: "red apple", green -> green apple."""
-    table = english().by_name
+def in_colour(name: str, colour: str) -> Concept | None:
+    """The concept of a name in a colour, where there is one of its own: "red apple", green -> green apple."""
     base = " ".join(word for word in name.split() if word not in COLOURS)
-    return next((table[f"{colour} {base}"] for colour in colours if f"{colour} {base}" in table), table[name])
+    return english().by_name.get(f"{colour} {base}")
+
+
+def coloured(name: str, colours: list[str]) -> Concept:
+    """The concept of a name, or the one of one of the colours where there is one."""
+    variants = (in_colour(name, colour) for colour in colours)
+    return next(filter(None, variants), english().by_name[name])
 
 
 def corrected_part(part: Part) -> Part:
     """A part whose name is unknown, with the known name that is spelt almost so."""
     words = [word for word in bare_name(part.typed).split() if word not in COLOURS]
     name = singular(" ".join(words))
-    known = sorted({*english().by_name, *english().aliases})
-    near = difflib.get_close_matches(name, known, 1, NEAR) if 4 < len(name) <= MOST_LETTERS else []
+    near = difflib.get_close_matches(name, english().names, 1, NEAR) if 4 < len(name) <= MOST_LETTERS else []
     return read_english(part.typed.lower().replace(" ".join(words), near[0])) if near else part

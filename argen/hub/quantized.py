@@ -91,8 +91,9 @@ def save_quantized(
         new = Path(work) / folder.name  # so that nothing half-written stays behind
         network = getattr(pipe, PART)
         network.quantization = metadata
-        pipe.save_pretrained(new)
-        write_network(network, new / PART, tensors or {})
+        pipe.save_pretrained(new)  # which writes the network as it is
+        if tensors:
+            write_network(network, new / PART, tensors)
         new.rename(folder)
 
 

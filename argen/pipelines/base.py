@@ -218,7 +218,7 @@ class TokenPipeline(Editing, Ranking, Running, Saving):
 
     def read_prompt(self, prompt: str, literal: bool | None = None) -> Reading:
         """How the model reads a prompt, see `argen.hub.cards.Card.read`."""
-        return self.card.read(prompt, literal) if self.card else Reading(prompt, prompt, True)
+        return self.card.read(prompt, literal) if self.card else Reading(prompt, prompt)
 
     def caption(self, prompt: str) -> str:
         """Return the text to encode for a prompt; "class:NAME" becomes the caption of the group in a model of captions.
