@@ -1,18 +1,22 @@
 """Where networks run, in which precision, and when they are loaded."""
 
 import importlib
+import re
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from functools import cache
+from pathlib import Path
 
+import psutil
 import torch
 
 from argen.words import cut
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+CGROUPS = Path("/sys/fs/cgroup")
 LARGE = 50_000_000  # parameters from which on reading the weights takes most of a step
 # While diffusers or transformers load a network, those that any thread makes have no storage, and after two at once all have none
 # (accelerate's init_empty_weights changes torch's classes for the while): whoever loads one holds this.
@@ -59,6 +63,35 @@ def check_offload(method: str, device: torch.device | str | None = None) -> None
         pick(device)
     if pick().type == "cpu":
         raise ValueError(f"{method} spares the memory of a GPU, and there is none here: leave it out")
+
+
+def free(device: torch.device | str) -> int:
+    """Bytes of a device's memory that can be had now; on a CPU within the limits of the container, without swap."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
+    return min([psutil.virtual_memory().available, *_container_limits()])
+
+
+def _container_limits() -> Iterator[int]:
+    """Bytes that each group of processes that this one belongs to may still have; what the system keeps of files counts as free."""
+    names = "memory.max", "memory.current", "inactive_file"
+    old = "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"
+    with suppress(OSError, ValueError):
+        for line in Path("/proc/self/cgroup").read_text().splitlines():
+            _, kinds, path = line.split(":", 2)
+            if kinds not in ("", "memory"):
+                continue
+            root, (limit, usage, files) = (CGROUPS, names) if not kinds else (CGROUPS / "memory", old)
+            group = root / path.lstrip("/")
+            for folder in (group, *group.parents):
+                if not folder.is_relative_to(root):
+                    break
+                with suppress(OSError, ValueError):  # unlimited, or of the host
+                    kept = re.search(rf"^{files} (\d+)", (folder / "memory.stat").read_text(), re.M)
+                    used = int((folder / usage).read_text()) - (int(kept[1]) if kept else 0)
+                    yield max(0, int((folder / limit).read_text()) - used)
 
 
 def has_bf16(device: torch.device | str) -> bool:

@@ -110,7 +110,9 @@ def fingerprint(model: "DiffusionPipeline | torch.nn.Module") -> str:
     for name, part in sorted(getattr(model, "components", {"": model}).items()):
         for key, tensor in part.state_dict().items() if isinstance(part, torch.nn.Module) else ():
             flat = tensor.detach().flatten()
-            some = flat[torch.linspace(0, flat.numel() - 1, min(16, flat.numel()), device=flat.device).long()]
+            last = flat.numel() - 1
+            places = torch.linspace(0, last, min(16, flat.numel()), device=flat.device).long()
+            some = flat[places.clamp(max=last)]  # float32 rounds large places up
             digest.update(f"{name}.{key} {list(tensor.shape)}".encode() + some.cpu().double().numpy().tobytes())
     return digest.hexdigest()[:16]
 

@@ -96,9 +96,10 @@ IRREGULAR |= {
     f"{word}s": word
     for word in ("shoe", "horseshoe", "toe", "canoe", "oboe", "hoe", "muse", "fuse", "axe", "quiche", "mustache")
 }
-ALWAYS_PLURAL = {  # or no plural at all
+NO_PLURAL = {"lens", "gas", "atlas", "canvas", "christmas", "texas"}  # which look like one
+ALWAYS_PLURAL = NO_PLURAL | {  # or no plural at all
     "scissors", "trousers", "jeans", "pants", "shorts", "glasses", "sunglasses", "binoculars", "goggles", "headphones", "clothes", "pajamas",
-    "pyjamas", "leggings", "tights", "pliers", "stairs", "news", "series", "species", "lens", "gas", "atlas", "canvas", "christmas", "texas",
+    "pyjamas", "leggings", "tights", "pliers", "stairs", "news", "series", "species",
 }  # fmt: skip
 
 
@@ -311,10 +312,7 @@ def singular(name: str) -> str:
 
 def is_plural(name: str) -> bool:
     """Whether the last word of a bare name is in the plural: "glasses" and "red apples", and neither "bus" nor "tennis"."""
-    return (
-        name.split()[-1] in ALWAYS_PLURAL - {"christmas", "texas", "atlas", "lens", "gas", "canvas"}
-        or singular(name) != name
-    )
+    return name.split()[-1] in ALWAYS_PLURAL - NO_PLURAL or singular(name) != name
 
 
 def _keys(text: str) -> set[str]:

@@ -154,6 +154,23 @@ def loops_of(model: LlamaGen, dtype: torch.dtype) -> dict[str, Loop]:
     return loops
 
 
+def weights_read(model: LlamaGen, bits: int) -> int:
+    """Bytes of the linear layers, which a step of one token reads; with 8 bits without their scales."""
+    linear = [part for part in model.modules() if isinstance(part, torch.nn.Linear)]
+    return sum(part.weight.numel() for part in linear) * bits // 8
+
+
+def read_bandwidth(device: torch.device, tries: int = 9) -> float:
+    """Bytes a second at which numbers are summed up that no cache holds: the best of some tries."""
+    numbers = torch.ones(2**27, device=device)
+    best = 0.0
+    for _ in range(tries):
+        started = time.perf_counter()
+        numbers.sum().item()
+        best = max(best, numbers.nbytes / (time.perf_counter() - started))
+    return best
+
+
 @torch.no_grad()
 def decode(args: argparse.Namespace) -> None:
     """Print a table of tokens per second, and of ratios to the official loop."""
@@ -170,7 +187,15 @@ def decode(args: argparse.Namespace) -> None:
         f"LlamaGen-{args.model}, {parameters:.0f}M, {model.length} tokens, guidance {SCALE:g}, top-k {TOP_K}, {args.dtype}, "
         f"{device}, {torch.get_num_threads()} threads; tokens per second, medians of {args.rounds}, and ratios to official"
     )
-    print(f"{'':16}" + "".join(f"{f'batch {batch}':>16}" for batch in args.batches) + f"{'greedy equal':>16}")
+    bandwidth = read_bandwidth(device)
+    print(
+        f"read bandwidth {bandwidth / 1e9:.1f} GB/s; its share that reading the weights takes at the first batch size stands last"
+    )
+    print(
+        f"{'':16}"
+        + "".join(f"{f'batch {batch}':>16}" for batch in args.batches)
+        + f"{'greedy equal':>16}{'bandwidth':>12}"
+    )
     seconds: dict[tuple[str, int], list[float]] = {}
     for batch in args.batches:
         for _ in range(args.rounds):
@@ -186,9 +211,10 @@ def decode(args: argparse.Namespace) -> None:
             speed = batch * model.length / median(seconds[name, batch])
             ratio = median(seconds["official", batch]) / median(seconds[name, batch])
             cells.append(f"{speed:9.1f} {ratio:6.2f}")
-        print(
-            f"{name:16}" + "".join(cells) + f"{'' if name == 'transformers' else f'{equal[name]:.0%}':>16}", flush=True
-        )
+        bits = 8 if name.endswith("int8") else 8 * dtype.itemsize
+        share = weights_read(model, bits) * model.length / median(seconds[name, args.batches[0]]) / bandwidth
+        agreement = "" if name == "transformers" else f"{equal[name]:.0%}"
+        print(f"{name:16}" + "".join(cells) + f"{agreement:>16}{share:>12.0%}", flush=True)
 
 
 def main() -> int:

@@ -5,6 +5,7 @@ import re
 import shlex
 import subprocess
 import sys
+import tomllib
 from importlib.metadata import requires
 from pathlib import Path
 
@@ -44,6 +45,16 @@ for line in json.loads(sys.argv[2]):
     said = [text for text in err.getvalue().replace("\\r", "\\n").splitlines() if text.strip() and "%|" not in text]
     print(json.dumps({"line": line, "code": code, "out": out.getvalue(), "err": said}), flush=True)
 """
+
+
+def test_an_installation_has_every_file_of_the_packages():
+    root = Path(__file__).parent.parent
+    patterns = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]
+    for package, globs in patterns.items():
+        there = {path for path in (root / package).rglob("*") if path.is_file() and path.parent.name != "__pycache__"}
+        installed = {path for pattern in globs for path in (root / package).glob(pattern)}
+        assert there, package
+        assert not [str(path) for path in there - installed if path.suffix != ".py"], package
 
 
 def lines() -> list[list[str]]:

@@ -10,7 +10,7 @@ import argen
 from argen.command import check_model
 from argen.files import WEIGHTS
 from argen.hub.cards import CARD_FILE, FOLDER, Card, all_cards, find_card, read_card, write_card
-from argen.hub.loading import load
+from argen.hub.loading import load, networks_of
 from argen.registry import Registry, cards, register, resolve
 from argen.train.recipes import write_card_of
 
@@ -32,6 +32,19 @@ def test_every_card_names_a_reader_and_says_what_it_is():
         assert card.parameters > 0, card.id
         assert card.licence != "unknown", card.id
         assert card.ships or card.files, card.id
+
+
+def numbers(model) -> dict[int, int]:
+    """Tensors of a model, the decoder of an image tokenizer among them -> how many numbers each has."""
+    parts = [model, *getattr(model, "components", {}).values()]
+    parts += [part.decoder for part in parts if hasattr(getattr(part, "decoder", None), "components")]
+    networks = [network for part in parts for network in networks_of(part)]
+    return {id(tensor): tensor.numel() for network in networks for tensor in network.parameters()}
+
+
+@pytest.mark.parametrize("id", [card.id for card in all_cards().values() if card.ships and card.kind != "encoder"])
+def test_a_card_says_how_many_parameters_are_loaded(id):
+    assert sum(numbers(argen.load(id)).values()) / 1e6 == pytest.approx(all_cards()[id].parameters, abs=0.06)
 
 
 def test_a_card_is_written_and_read_again(tmp_path):

@@ -121,3 +121,10 @@ def test_text_tokenizer_gives_the_official_ids():
         ids = tokenize(tokenizer, [case["prompt"]])[0]
         assert ids[: len(case["ids"])].tolist() == case["ids"], case["prompt"]
         assert (ids[len(case["ids"]) :] == 1).all()
+
+
+@torch.no_grad()
+def test_the_text_encoder_keeps_one_copy_of_its_weights(case, monkeypatch):
+    monkeypatch.setattr(torch.ops.mkldnn, "_reorder_linear_weight", lambda *args: pytest.fail("packed"))
+    encoder, _ = networks(case)
+    assert encoder(case.io["text_ids"]).isfinite().all()

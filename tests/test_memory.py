@@ -12,6 +12,7 @@ from torch import nn
 from transformers import AutoTokenizer, T5Config, T5EncoderModel
 
 import argen
+from argen import device
 from argen.cli.main import main
 from argen.device import ON_DEMAND
 from argen.files import WEIGHTS
@@ -378,7 +379,7 @@ def test_a_container_has_its_own_limit(tmp_path, monkeypatch):
     (group / "memory.limit_in_bytes").write_text("5000\n")
     (group / "memory.usage_in_bytes").write_text("4000\n")
     (group / "memory.stat").write_text("cache 3\ntotal_inactive_file 1500\n")
-    monkeypatch.setattr(memory, "CGROUPS", tmp_path)
+    monkeypatch.setattr(device, "CGROUPS", tmp_path)
     monkeypatch.setattr(
         Path,
         "read_text",

@@ -218,6 +218,12 @@ def test_an_image_knows_what_made_it(pipe, tmp_path):
     assert fingerprint(pipe) == before
 
 
+def test_weights_of_any_size_have_a_fingerprint():
+    network = torch.nn.Module()
+    network.register_buffer("large", torch.zeros(1).expand(52_428_800))  # whose last place float32 rounds up
+    assert len(fingerprint(network)) == 16
+
+
 def test_what_other_pipelines_take_is_refused_with_what_to_use(pipe):
     for name, message in (
         ("negative_prompt", "guidance_scale"),

@@ -140,3 +140,64 @@ def test_what_cannot_be_quantized_is_one_line(tmp_path, capsys, arguments, messa
 def test_a_network_without_such_layers_is_refused():
     with pytest.raises(ValueError, match="a Sequential has no layers to quantize"):
         quantize(nn.Sequential(nn.Conv2d(1, 1, 1)), Quantization())
+
+
+@pytest.mark.parametrize("rows", [1, 4, 5])
+def test_a_few_rows_are_multiplied_by_the_integers_themselves(rows, monkeypatch):
+    layer = QuantizedLinear(*rounded(torch.randn(48, 64), 8, 0), torch.randn(48), 8)
+    x = torch.randn(1, rows, 64)
+    wanted = torch.nn.functional.linear(x, layer.dequantized(), layer.bias)
+    if rows < 5:
+        monkeypatch.setattr(QuantizedLinear, "dequantized", lambda self: pytest.fail("unpacked"))
+    torch.testing.assert_close(layer(x), wanted, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("openvino") is None, reason="OpenVINO is not installed")
+@pytest.mark.parametrize("memory", [0, 10**9])
+def test_quantized_weights_are_compiled_where_memory_holds_a_copy(monkeypatch, memory):
+    monkeypatch.setattr(loading, "free", lambda device: memory)
+    pipe = argen.load("argen/emoji-parti", quantize="int8", device="cpu")
+    assert (pipe.transformer.compiled is not None) == (memory > 0)
+
+
+def test_a_quantized_pipeline_is_saved_as_it_is(tmp_path):
+    pipe = argen.load("argen/emoji-llamagen", quantize="int8")
+    pipe.set_progress_bar_config(disable=True)
+
+    def tokens(pipe):
+        return pipe("a pizza", generator=torch.Generator().manual_seed(0), output_type="latent").tokens
+
+    pipe.save_pretrained(tmp_path / "saved")
+    again = argen.load(tmp_path / "saved")
+    again.set_progress_bar_config(disable=True)
+    assert torch.equal(tokens(again), tokens(pipe))
+    again.save_pretrained(tmp_path / "again")
+    assert argen.load(tmp_path / "again").transformer.quantization == pipe.transformer.quantization
+    names = ["saved/transformer", "again/transformer"]
+    assert [len(list((tmp_path / name).glob("*.safetensors"))) for name in names] == [1, 1]
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("qweight", lambda tensor: tensor[1:], "expected int8 or packed uint8 of a layer"),
+        ("qweight", lambda tensor: tensor.float(), "expected int8 or packed uint8 of a layer"),
+        ("qweight", lambda tensor: tensor[0], "expected int8 or packed uint8 of a layer"),
+        ("scales", lambda tensor: tensor[1:], "scales do not fit its weights: quantize the model again"),
+        ("scales", lambda tensor: tensor[:, 0], "scales do not fit its weights"),
+        ("scales", lambda tensor: tensor * float("nan"), "scales hold numbers that are none"),
+    ],
+)
+def test_damaged_weights_are_refused_when_they_are_read(tmp_path, name, change, message):
+    from safetensors.torch import load_file, save_file
+
+    pipe = argen.load("argen/emoji-parti", quantize="int8")
+    pipe.save_pretrained(tmp_path / "saved")
+    file = tmp_path / "saved/transformer/diffusion_pytorch_model.safetensors"
+    state = load_file(file)
+    key = f"decoder_layers.0.mlp.up_proj.{name}"
+    save_file(state | {key: change(state[key]).contiguous()}, file)  # which drops the metadata, too
+    with pytest.raises(ValueError, match=message):
+        argen.load(tmp_path / "saved")
+    save_file(state, file)
+    assert argen.load(tmp_path / "saved").transformer.quantization == {}

@@ -365,6 +365,17 @@ def test_a_slice_of_a_weight_is_packed_once(monkeypatch):
     assert len(calls) == 3
 
 
+def test_a_weight_is_not_packed_where_memory_is_short(monkeypatch):
+    asked = []
+    monkeypatch.setattr("argen.models.layers.free", lambda device: asked.append(device) or 1000)
+    monkeypatch.setattr(torch.ops.mkldnn, "_reorder_linear_weight", lambda *args: pytest.fail("packed"))
+    layer, x = Linear(16, 24), torch.randn(2, 16)
+    with torch.no_grad():
+        for _ in range(3):
+            assert torch.equal(layer(x), torch.nn.functional.linear(x, layer.weight, layer.bias))
+    assert asked == ["cpu"]
+
+
 def test_bf16_layers_run_without_units_for_them(monkeypatch):
     monkeypatch.setattr("argen.models.layers.fast_dtype", lambda device: torch.float32)
     seen, reorder = [], torch.ops.mkldnn._reorder_linear_weight

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import sys
 from functools import cache
 from pathlib import Path
 
@@ -30,6 +31,7 @@ def run(args: argparse.Namespace) -> None:
     from tqdm import tqdm
 
     from argen.files import replacing
+    from argen.hub.cards import reading_of
     from argen.jobs.tables import check_requests, draw_table, read_table, settings_csv
     from argen.words import number_of
 
@@ -37,6 +39,9 @@ def run(args: argparse.Namespace) -> None:
     requests = read_table(args.table, **({"model": args.model} if args.model is not None else {}))
     models = cache(lambda name: load_model(name, args.device, "generator", load_options(args)))
     check_requests(requests, models)
+    readings = dict.fromkeys((request.model, request.prompt, request.literal) for request in requests)
+    for note in dict.fromkeys(note for each in readings for note in reading_of(*each).notes):
+        print(f"argen batch: {note}", file=sys.stderr)
     rows = tqdm(draw_table(requests, args.out, models), total=len(requests), desc="batch", disable=args.json)
     files, requests_of_files = zip(*(pair for row in rows for pair in row), strict=True)
     with replacing(args.out / "pictures.csv") as file:

@@ -26,8 +26,9 @@ LABEL, CODE, HEAD, PART = (
     1.5,
     0.4,
 )  # scores of a name that is a label, a shortcode, a label's last word or one of its others
-CERTAIN = 0.8  # score above which a word means a concept
+CERTAIN = 1.05  # score above which a word means a concept: a tag alone is not enough
 ALIKE = 0.25  # share of the concepts that tags of two languages have in common, of all that either has
+LATIN = 0x24F  # the last of its letters: tags of one concept are taken in other scripts alone, where they are no English words
 FACE_PENALTY, FLAG_PENALTY, WORD_PENALTY = 0.6, 1.0, 0.1
 
 
@@ -57,6 +58,7 @@ class Concepts:
     def __init__(self, concepts: list[Concept], aliases: dict[str, list[str]]):
         self.all, self.aliases = concepts, aliases
         self.by_name = {concept.name: concept for concept in concepts}
+        self.names = sorted({*self.by_name, *aliases})  # as they may be typed
         self.by_emoji = {concept.emoji.replace("\ufe0f", ""): concept for concept in concepts}
         self.by_word: dict[str, set[int]] = defaultdict(set)  # any name or word of a label -> numbers of concepts
         self.tagged: dict[str, int] = defaultdict(int)  # tag -> how many concepts have it
@@ -80,7 +82,7 @@ class Concepts:
         return score - FLAG_PENALTY * (concept.group == "flags") - WORD_PENALTY * (len(words) - 1)
 
     def ranked(self, word: str) -> list[tuple[float, Concept]]:
-        """The concepts that a word or phrase may mean, the likeliest first; an alias of ours before all others."""
+        """The concepts that a word or phrase may mean, the most probable one first; an alias of ours before all others."""
         scores = {self.all[i].name: self.score(word, self.all[i]) for i in self.by_word.get(word, ())}
         for place, name in enumerate(self.aliases.get(word, ())):
             scores[name] = 10.0 - place
@@ -125,13 +127,25 @@ def _names_by_concept() -> dict[str, list[str]]:
 @cache
 def translations() -> dict[str, dict[str, str]]:
     """Language -> a name in it, as `bare_name` writes it -> the concept's name."""
-    tables = json.loads(gzip.decompress((TABLES / TRANSLATIONS).read_bytes()))
     names = [concept.name for concept in english().all]
-    return {language: {text: names[index] for text, index in table.items()} for language, table in tables.items()}
+    return {language: {text: names[index] for text, index in table.items()} for language, table in _tables()[0].items()}
 
 
-def meanings(rows: list[list[str]], known: Concepts) -> dict[str, int]:
-    """Names in another language -> numbers of the concepts that they mean.
+@cache
+def labels_of(language: str) -> frozenset[str]:
+    """Those of `translations` that are a concept's label, and not only a tag."""
+    return frozenset(_tables()[1][language])
+
+
+@cache
+def _tables() -> tuple[dict[str, dict[str, int]], dict[str, list[str]]]:
+    tables = json.loads(gzip.decompress((TABLES / TRANSLATIONS).read_bytes()))
+    both = {language: {**table["labels"], **table["tags"]} for language, table in tables.items()}
+    return both, {language: list(table["labels"]) for language, table in tables.items()}
+
+
+def meanings(rows: list[list[str]], known: Concepts) -> dict[str, dict[str, int]]:
+    """Names in another language, "labels" and "tags" -> numbers of the concepts that they mean.
 
     A label means its concept, and so does a tag of one concept alone. A tag of several means what the English tag does that has most of
     them in common, since both say the same of them; before a label, if that English one has an alias.
@@ -149,10 +163,11 @@ def meanings(rows: list[list[str]], known: Concepts) -> dict[str, int]:
         for tag in concept.tags:
             english_owners[tag].add(index)
     numbers = {concept.name: index for index, concept in enumerate(known.all)}
-    meaning = dict(labels)
+    tags: dict[str, int] = {}
     for text, concepts in owners.items():
         if len(concepts) == 1:
-            meaning.setdefault(text, *concepts)
+            if text not in labels and any(ord(char) > LATIN for char in text):
+                tags[text] = next(iter(concepts))
             continue
         shared = Counter(tag for index in concepts for tag in known.all[index].tags)
         alike, tag = max(
@@ -160,8 +175,8 @@ def meanings(rows: list[list[str]], known: Concepts) -> dict[str, int]:
         )
         ranked = known.ranked(tag)
         if alike >= ALIKE and ranked and ranked[0][0] > CERTAIN and (tag in known.aliases or text not in labels):
-            meaning[text] = numbers[ranked[0][1].name]
-    return {text: index for text, index in meaning.items() if text}
+            labels[text] = numbers[ranked[0][1].name]
+    return {"labels": {k: v for k, v in labels.items() if k}, "tags": {k: v for k, v in tags.items() if k}}
 
 
 def slug(text: str) -> str:

@@ -118,7 +118,8 @@ def with_article(name: str) -> str:
     """ "apple" -> "an apple"; names in the plural and names that open with a number stay bare."""
     if is_plural(name) or name[0].isdigit() or name.startswith("flag "):
         return name
-    return f"{'an' if name[0] in 'aeiou' else 'a'} {name}"
+    sounds_like_vowel = name[0] in "aeiou" and not name.startswith(("uni", "ewe", "one ", "euro", "ukulele", "ufo"))
+    return f"{'an' if sounds_like_vowel else 'a'} {name}"
 
 
 def caption(row: Mapping[str, Any], rng: random.Random) -> str:

@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cache, partial
 
-from argen.data.concepts import CERTAIN, TABLES, Concept, english, translations
-from argen.words import ARTICLES, ONES, bare_name, singular
+from argen.data.concepts import CERTAIN, TABLES, Concept, english, labels_of, translations
+from argen.words import ARTICLES, MAX_PROMPT, ONES, bare_name, is_plural, singular
 
 RELATIONS = {  # as they are typed, and as scenes name them
     "to the left of": "to the left of", "on the left of": "to the left of", "left of": "to the left of",
@@ -23,16 +23,40 @@ RELATIONS = {  # as they are typed, and as scenes name them
 JOINTS = {"and": "and", "&": "and", "+": "and", "plus": "and", "next to": "and", "beside": "and"} | RELATIONS
 SEPARATOR = re.compile(rf"\s*(,|;|\.(?=\s|$))\s*|\s+({'|'.join(map(re.escape, JOINTS))})\s+", re.IGNORECASE)
 OPENING = re.compile(
-    r"^(?:please\s+)?(?:(?:draw|paint|show|make|create|generate|give)\s+(?:me\s+)?)?"
+    r"^(?:please\s+|i\s+(?:want|need)\s+|i(?:'d|\s+would)\s+like\s+|(?:can|could)\s+you\s+)*(?:(?:draw|paint|show|make|create|generate|give)\s+(?:me\s+)?)?"
     r"(?:(?:a|an|the)?\s*(?:\w+\s+)?(?:picture|image|photo|photograph|drawing|painting|illustration|sketch|icon|emoji|sticker|symbol)s?\s+of\s+)?",
     re.IGNORECASE,
 )
+CLOSING = re.compile(r"[\s,]*\bplease\b[\s.!?]*$", re.IGNORECASE)
 MEASURE = r"(?:slice|piece|cup|mug|glass|bowl|bottle|plate|pot|bunch|pair|pile|bag|box|loaf|scoop|can|jar|portion|bar|head|ear|stick)s?"
+VERBS = "wearing|holding|sitting|standing|riding|driving|drinking|eating|kicking|playing|running|walking|sleeping|jumping|swimming"
 PREPOSITION = re.compile(
-    r"\s+(?:in|on|with|without|at|from|by|for|near|behind|inside|into|wearing|holding|that|which|who|is|are|of)\s+"
+    rf"\s+(?:in|on|with|without|at|from|by|for|near|behind|inside|into|that|which|who|is|are|of|{VERBS})\s+"
 )
+MOST_PARTS = 12  # of a prompt that is read
+MOST_JOINED = 4  # parts of a name, as of "bow and arrow"
+MOST_LETTERS = 60  # of a name whose spelling is looked at
 COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "black", "white", "brown", "grey")
-SPELLINGS = {"gray": "grey", "violet": "purple", "lilac": "purple"}
+SPELLINGS = {
+    "gray": "grey",
+    "violet": "purple",
+    "lilac": "purple",
+    "cyan": "blue",
+    "turquoise": "blue",
+    "navy": "blue",
+    "golden": "yellow",
+}
+SPELLINGS |= {"magenta": "pink", "crimson": "red", "scarlet": "red", "beige": "brown", "silver": "grey"}
+COLOUR = "|".join((*COLOURS, *SPELLINGS))
+BOTH = re.compile(rf"\b({COLOUR})(?:\s*,\s*|\s+and\s+)(?=(?:{COLOUR})\s+\w)", re.IGNORECASE)  # "black and white dog"
+# "a heart in blue"
+AFTER = re.compile(rf"^(.+?)\s+(?:in|that is|that's|which is|coloured|colored|painted)\s+({COLOUR})$")
+COUNTS = {word: count for count, word in enumerate(ONES) if count} | {"twenty": 20, "dozen": 12, "couple": 2}
+PASSED_OVER = (  # English words that are in no name, and tell nothing of what language a prompt is in
+    "of", "a", "an", "the", "in", "on", "with", "and", "my", "your", "his", "her", "our", "their", "this", "that", "some", "big", "small",
+    "little", "cute", "nice", "new", "very",
+)  # fmt: skip
+TAG = 0.5  # what a name that is no label of a language counts as badly read
 NEAR, NEAREST = 0.84, 3  # likeness of a misspelt name that is corrected; names that are offered
 
 
@@ -49,7 +73,7 @@ class Reading:
 
     prompt: str
     text: str
-    known: bool
+    known: bool = True
     nearest: tuple[str, ...] = ()
 
     @property
@@ -68,11 +92,13 @@ def plain(text: str) -> str:
 
 def read(prompt: str) -> Reading:
     """Read a prompt, in English or, where no name in it is English, in one of the languages of emojibase."""
-    text, style = split_style(unicodedata.normalize("NFKC", prompt))
+    text, style = split_style(CLOSING.sub("", unicodedata.normalize("NFKC", prompt)[:MAX_PROMPT]))
     if text.lower().startswith("class:"):
-        return Reading(prompt, prompt, True)
+        return Reading(prompt, prompt)
     phrases = with_names_of_emoji(text).strip()
-    parts = read_parts(OPENING.sub("", phrases), SEPARATOR, read_english)
+    if len(SEPARATOR.findall(phrases)) >= MOST_PARTS:  # no prompt that somebody thought up
+        return Reading(prompt, prompt)
+    parts = read_parts(BOTH.sub(r"\1 ", OPENING.sub("", phrases)), SEPARATOR, read_english)
     if unread(parts):
         others = (
             read_parts(phrases, language.separator, partial(read_foreign, language=language))
@@ -82,10 +108,11 @@ def read(prompt: str) -> Reading:
     if not any(part.concept for part in parts):
         parts = [corrected_part(part) for part in parts]
     if not any(part.concept for part in parts):
-        near = difflib.get_close_matches(plain(text), [*english().by_name, *english().aliases], NEAREST, 0.6)
+        typed = plain(text)[:MOST_LETTERS]
+        near = difflib.get_close_matches(typed, english().names, NEAREST, 0.6)
         return Reading(prompt, prompt, False, tuple(near))
     revised = "".join(part.before + part.text() for part in parts)
-    return Reading(prompt, f"{revised}{style}", True)
+    return Reading(prompt, f"{revised}{style}")
 
 
 @dataclass(frozen=True)
@@ -107,7 +134,7 @@ class Part:
     number: int = 1
     colours: tuple[str, ...] = ()
     article: bool = False
-    unread: int = 0
+    unread: float = 0
 
     def text(self) -> str:
         """The part in the words of captions."""
@@ -119,7 +146,7 @@ class Part:
         colours = [colour for colour in self.colours if colour not in self.concept.name.split()]
         name = " ".join([*colours, self.concept.name])
         if self.number > 1:
-            return f"{ONES[self.number] if self.number < len(ONES) else self.number} {plural(name)}"
+            return f"{ONES[self.number] if self.number < len(ONES) else self.number} {name if is_plural(name) else plural(name)}"
         return with_article(name) if self.article else name
 
 
@@ -142,13 +169,14 @@ def with_names_of_emoji(text: str) -> str:
         return text
     found = sorted((emoji for emoji in known if emoji in text and ord(emoji[0]) > 0x7F), key=len, reverse=True)
     for emoji in found:
-        text = text.replace(emoji, f" {known[emoji].name} ")
-    return " ".join(text.split())
+        text = text.replace(emoji, f"\x01{known[emoji].name}\x02")
+    text = re.sub("\x02\\s*\x01", " and ", text)  # one after the other
+    return " ".join(re.sub("[\x01\x02]", " ", text).split())
 
 
 def read_parts(text: str, separator: re.Pattern, read_part: Callable[[str], Part]) -> list[Part]:
     """Read a text part by part; several of them are one where they are a name together, as "bow and arrow"."""
-    pieces = separator.split(text)  # part, mark, word, part, ...
+    pieces = separator.split(text, maxsplit=MOST_PARTS)  # part, mark, word, part, ...
     typed = pieces[0::3]
     joints = [
         f" {JOINTS.get(word.lower(), 'and')} " if word else f"{mark} "
@@ -159,7 +187,7 @@ def read_parts(text: str, separator: re.Pattern, read_part: Callable[[str], Part
     while index < len(typed):
         joined = {
             end: typed[index] + "".join(map("".join, zip(joints[index:end], typed[index + 1 : end + 1], strict=True)))
-            for end in range(index, len(typed))
+            for end in range(index, min(index + MOST_JOINED, len(typed)))
         }
         end = next((end for end in sorted(joined, reverse=True) if is_name(bare_name(joined[end]))), index)
         if joined[end].strip():
@@ -176,20 +204,25 @@ def is_name(name: str) -> bool:
 
 def read_english(typed: str) -> Part:
     """Read one part in English."""
-    words = [SPELLINGS.get(word, word) for word in re.findall(r"[\w'-]+", typed.lower().replace("’", "'"))]
-    article = bool(words) and words[0] in ARTICLES
-    words = words[1:] if article and len(words) > 1 else words
+    text = " ".join(re.findall(r"[\w'-]+", typed.lower().replace("’", "'")))
+    article = text.split(" ")[0] in ARTICLES
+    text = AFTER.sub(r"\2 \1", re.sub(r"^(?:an?|the) ", "", text))
+    words = [SPELLINGS.get(word, word) for word in text.split()]
+    words = words[1:] if len(words) > 1 and words[0] in ARTICLES else words
     number = 1
-    if len(words) > 1 and (words[0] in ONES[1:] or words[0].isdecimal()):
-        number = ONES.index(words[0]) if words[0] in ONES else int(words[0])
-        words = words[1:]
+    if len(words) > 1 and (words[0] in COUNTS or words[0].isdecimal()):
+        number = COUNTS[words[0]] if words[0] in COUNTS else int(words[0])
+        words = words[2:] if words[1] == "of" and len(words) > 2 else words[1:]
+    if not set(words) - {*COLOURS, *ARTICLES} and words != ["orange"]:
+        return Part(typed, unread=len(words))
     for phrase, whole in phrases_of(" ".join(words)):
         rest = phrase.split()
         for start in range(1 if whole else len(rest)):
             concept, colour = meaning_of(rest[start:], rest[:start])
             if concept is not None:
                 colours = tuple(word for word in rest[:start] if word in COLOURS and word != colour)
-                unread = len(words) - len(rest) + start - len(colours) - (colour in rest[:start])
+                understood = COLOURS, PASSED_OVER, rest[start:], english().by_word
+                unread = sum(not any(word in each for each in understood) for word in words)
                 return Part(typed, "", concept, number, colours, article, unread)
     return Part(typed, number=number, article=article, unread=len(words))
 
@@ -207,11 +240,13 @@ def phrases_of(text: str) -> Iterator[tuple[str, bool]]:
 def meaning_of(words: list[str], before: list[str]) -> tuple[Concept | None, str]:
     """The concept that words mean certainly, and the colour before them that belongs to its name ("green", "apple" -> green apple)."""
     table, bare = english(), bare_name(" ".join(words))
+    flag = re.fullmatch(r"flag of (?:the )?(.+)|(.+) flag", bare)
+    if flag and (flagged := table.by_name.get(f"flag {flag[1] or flag[2]}")):
+        return flagged, ""
     for text in dict.fromkeys((" ".join(words), bare, singular(bare))):
         for name in (text, *table.aliases.get(text, ())):
-            base = " ".join(word for word in name.split() if word not in COLOURS)
             for colour in (word for word in before[::-1] if word in COLOURS):
-                if one := table.by_name.get(f"{colour} {base}"):
+                if one := in_colour(name, colour):
                     return one, colour
         if text in table.by_name:
             return table.by_name[text], ""
@@ -258,7 +293,13 @@ def read_foreign(typed: str, language: Language) -> Part:
     names = translations()[language.code]
     whole = bare_name(typed)
     if whole in names:
-        return Part(typed, "", english().by_name[names[whole]], article=True)
+        return Part(
+            typed,
+            "",
+            english().by_name[names[whole]],
+            article=True,
+            unread=TAG * (whole not in labels_of(language.code)),
+        )
     if not language.spaced:
         return read_unspaced(typed, language, names)
     number, colours, rest = 1, [], []
@@ -281,10 +322,11 @@ def read_foreign(typed: str, language: Language) -> Part:
             colours.append(colour)
         else:
             rest.append(word)
-    name = next((names[text] for text in stems_of(" ".join(rest)) if text in names), None)
-    if name is None:
+    known = next((text for text in stems_of(" ".join(rest)) if text in names), None)
+    if known is None:
         return Part(typed, unread=len(whole.split()))
-    return Part(typed, "", coloured(name, colours), number, tuple(colours), True)
+    guessed = TAG * (known not in labels_of(language.code))
+    return Part(typed, "", coloured(names[known], colours), number, tuple(colours), True, guessed)
 
 
 def stems_of(text: str) -> Iterator[str]:
@@ -316,17 +358,21 @@ def read_unspaced(typed: str, language: Language, names: dict[str, str]) -> Part
     return Part(typed, "", coloured(name, colours), number, tuple(colours), True)
 
 
-def coloured(name: str, colours: list[str]) -> Concept:
-    """The concept of a name, or the one of that colour where there is one: "red apple", green -> green apple."""
-    table = english().by_name
+def in_colour(name: str, colour: str) -> Concept | None:
+    """The concept of a name in a colour, where there is one of its own: "red apple", green -> green apple."""
     base = " ".join(word for word in name.split() if word not in COLOURS)
-    return next((table[f"{colour} {base}"] for colour in colours if f"{colour} {base}" in table), table[name])
+    return english().by_name.get(f"{colour} {base}")
+
+
+def coloured(name: str, colours: list[str]) -> Concept:
+    """The concept of a name, or the one of one of the colours where there is one."""
+    variants = (in_colour(name, colour) for colour in colours)
+    return next(filter(None, variants), english().by_name[name])
 
 
 def corrected_part(part: Part) -> Part:
     """A part whose name is unknown, with the known name that is spelt almost so."""
     words = [word for word in bare_name(part.typed).split() if word not in COLOURS]
     name = singular(" ".join(words))
-    known = [*english().by_name, *english().aliases]
-    near = difflib.get_close_matches(name, known, 1, NEAR) if len(name) > 3 else []
+    near = difflib.get_close_matches(name, english().names, 1, NEAR) if 4 < len(name) <= MOST_LETTERS else []
     return read_english(part.typed.lower().replace(" ".join(words), near[0])) if near else part

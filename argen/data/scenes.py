@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from argen.data.emoji import SPLITS, STYLES, THINGS, with_article
 from argen.data.tables import check_new, read_split, write_splits
+from argen.words import IRREGULAR
 from tokenizers_img.pixels import opaque
 
 HUES = {"red": 0, "orange": 20, "yellow": 42, "green": 88, "blue": 155, "purple": 195, "pink": 230}  # of 256
@@ -40,6 +41,7 @@ COMMON = (  # fmt: skip; things that a model too small for all of them learns, a
     "trumpet", "gem stone", "t shirt", "robot", "heart", "balloon", "basketball", "kite", "trophy", "teddy bear",
     "wrapped gift",
 )  # fmt: skip
+PLURALS = {single: several for several, single in IRREGULAR.items()}
 LAYOUTS = {1: [(1, 1)], 2: [(1, 2), (2, 1)], 3: [(2, 2), (1, 3)], 4: [(2, 2)], 5: [(2, 3), (3, 2)], 6: [(2, 3), (3, 2)]}
 
 
@@ -63,6 +65,9 @@ class Scene:
 
 
 def plural(name: str) -> str:
+    *others, last = name.split()
+    if last in PLURALS:
+        return " ".join([*others, PLURALS[last]])
     if name.endswith(("ch", "sh", "x", "s")):
         return f"{name}es"
     if name.endswith("y") and name[-2] not in "aeiou":

@@ -47,6 +47,7 @@ class Card:
         licence: of the weights.
         parameters: in millions, of everything that the id loads by itself.
         tokenizer_parameters: in millions, those among them of the image tokenizer, which stays in float32.
+        kept_parameters: in millions, those among them that quantizing leaves as they are, beside those of the image tokenizer.
         text_parameters: in millions, of a text encoder that is fetched beside.
         repo: hub repository of published weights; None for those that ship or lie in a folder.
         files: glob patterns of the files in `repo` that are read.
@@ -71,6 +72,7 @@ class Card:
     licence: str = "unknown"
     parameters: float = 0.0
     tokenizer_parameters: float = 0.0
+    kept_parameters: float = 0.0
     text_parameters: float = 0.0
     repo: str | None = None
     files: tuple[str, ...] = ()
@@ -120,7 +122,7 @@ class Card:
         """How the model reads a prompt; word for word where it has no names of its own, or is asked to."""
         from argen.data.reading import Reading, read
 
-        return read(prompt) if self.names and not literal else Reading(prompt, prompt, True)
+        return read(prompt) if self.names and not literal else Reading(prompt, prompt)
 
     def tool(self, name: str) -> dict[str, Any]:
         """The card's settings of a tool, none where it has none."""
@@ -263,10 +265,11 @@ def find_card(id: str) -> Card:
 
 def reading_of(model: str, prompt: str, literal: bool | None = None) -> "Reading":
     """How a model reads a prompt, see `Card.read`; word for word where it has no card."""
-    card = all_cards().get(model)
-    if card is None and (Path(model) / CARD_FILE).is_file():
-        card = find_card(model)
-    return Card("", "generator", "", "").read(prompt) if card is None else card.read(prompt, literal)
+    from argen.data.reading import Reading
+
+    if model in all_cards() or (Path(model) / CARD_FILE).is_file():
+        return find_card(model).read(prompt, literal)
+    return Reading(prompt, prompt)
 
 
 def kind_of(model: str | Path) -> str | None:

@@ -17,13 +17,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import SafetensorError
 
-from argen.device import DTYPES, LOADING, ON_DEMAND, auto_dtype, pick, silent
+from argen.device import DTYPES, LOADING, ON_DEMAND, auto_dtype, free, pick, silent
 from argen.garbage import uncollected
 from argen.hub.cards import CARD_FILE, DIFFUSION, Card, all_cards, check_kind, check_known, find_card, kind_of
-from argen.hub.memory import check_memory, out_of_memory
+from argen.hub.memory import SHARE, check_memory, out_of_memory
 from argen.hub.options import Attention, Dtype, LoadOptions, Offload, Quantize, check_arguments
 from argen.hub.quantized import NAMES, decoding_network, quantized, quantizes, read_quantized, writing_network
 from argen.models.quantized import quantize as quantize_network
+from argen.models.quantized import quantized_bytes
 from argen.registry import pipelines, resolve
 from samplers.errors import InvalidValue
 from tokenizers_img.attention import DispatchedAttention, check_attention, set_attention
@@ -140,13 +141,20 @@ def _prepared(model: Any, device: torch.device | str | None, options: LoadOption
         settle(network, dtypes, on_device)
     if options.attention is not None:
         choose_attention(model, options.attention)
-    compiles = where.type == "cpu" and hasattr(getattr(model, "transformer", None), "compiled")
-    if options.compile or (compiles and quantized(model) and importlib.util.find_spec("openvino")):
-        compile_decoding(model, where)  # weights that are quantized are compiled wherever they can be
+    if options.compile or compiles_quantized(model, where):
+        compile_decoding(model, where)
     if options.offload is not None and where.type != "cpu":
         model.enable_model_cpu_offload(device=where)
         return model
     return model if device is None else model.to(where)
+
+
+def compiles_quantized(model: Any, device: torch.device) -> bool:
+    """Whether quantized weights are compiled without being asked: on a CPU with OpenVINO, if memory holds the copy of them that its graph has."""
+    network = getattr(model, "transformer", None)
+    if device.type != "cpu" or network is None or not hasattr(network, "compiled") or not quantized(model):
+        return False
+    return importlib.util.find_spec("openvino") is not None and quantized_bytes(network) <= SHARE * free(device)
 
 
 def can_offload(model: Any, device: torch.device) -> bool:

@@ -4,7 +4,6 @@ import errno
 import math
 import re
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import psutil
 import torch
 from torch import Tensor
 
+from argen.device import free
 from argen.hub.cards import Card, all_cards
 from argen.hub.options import LoadOptions
 from samplers.errors import InvalidValue
@@ -25,14 +25,20 @@ BYTES = {
     "int8": 1.0,
     "int4": 0.625,
 }  # of a parameter, with its share of the scales
-DECODING = ("controlar", "dalle_mini", "flexar", "llamagen", "parti")  # pipelines whose networks can be quantized
+DECODING = (
+    "controlar",
+    "dalle_mini",
+    "flexar",
+    "llamagen",
+    "parti",
+    "seed_llama",
+)  # pipelines whose networks can be quantized
 SHARE = 0.8  # of the free memory that is planned with
 REFUSED = re.compile(
     r"can't allocate memory|not enough memory|cannot allocate memory|bad.alloc|out of memory|unable to allocate", re.I
 )
 ASKED = re.compile(r"allocat\w*:? (?:you tried to allocate )?([\d.]+) ?([KMGT]?i?B|bytes)", re.I)
 UNITS = {"BYTES": 1, "B": 1, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
-CGROUPS = Path("/sys/fs/cgroup")
 
 
 @dataclass(frozen=True)
@@ -42,6 +48,7 @@ class Size:
     Attributes:
         parameters: of the networks whose precision is chosen.
         tokenizer_parameters: of the image tokenizer, which stays in float32.
+        kept_parameters: those of `parameters` that quantizing leaves in float32.
         text_parameters: of a text encoder that is in bfloat16 or float32.
         fixed: bytes of what is quantized already.
         decodes: whether it can be quantized.
@@ -52,42 +59,16 @@ class Size:
     text_parameters: float = 0.0
     fixed: int = 0
     decodes: bool = False
+    kept_parameters: float = 0.0
 
     def bytes(self, precision: str) -> int | None:
         """Bytes of the weights in a precision of `PRECISIONS`; None for one that it cannot have."""
         if precision.startswith("int") and not self.decodes:
             return None
         text = self.text_parameters * (4 if precision == "fp32" else 2)
-        return round(self.parameters * BYTES[precision] + 4 * self.tokenizer_parameters + text) + self.fixed
-
-
-def free(device: torch.device | str) -> int:
-    """Bytes of a device's memory that can be had now; on a CPU within the limits of the container, without swap."""
-    device = torch.device(device)
-    if device.type == "cuda":
-        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + unused
-    return min([psutil.virtual_memory().available, *_container_limits()])
-
-
-def _container_limits() -> Iterator[int]:
-    """Bytes that each group of processes that this one belongs to may still have; what the system keeps of files counts as free."""
-    names = "memory.max", "memory.current", "inactive_file"
-    old = "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"
-    with suppress(OSError, ValueError):
-        for line in Path("/proc/self/cgroup").read_text().splitlines():
-            _, kinds, path = line.split(":", 2)
-            if kinds not in ("", "memory"):
-                continue
-            root, (limit, usage, files) = (CGROUPS, names) if not kinds else (CGROUPS / "memory", old)
-            group = root / path.lstrip("/")
-            for folder in (group, *group.parents):
-                if not folder.is_relative_to(root):
-                    break
-                with suppress(OSError, ValueError):  # unlimited, or of the host
-                    kept = re.search(rf"^{files} (\d+)", (folder / "memory.stat").read_text(), re.M)
-                    used = int((folder / usage).read_text()) - (int(kept[1]) if kept else 0)
-                    yield max(0, int((folder / limit).read_text()) - used)
+        kept = self.kept_parameters if precision.startswith("int") else 0.0
+        chosen = (self.parameters - kept) * BYTES[precision]
+        return round(chosen + 4 * (kept + self.tokenizer_parameters) + text) + self.fixed
 
 
 def size_of_card(card: Card) -> Size:
@@ -95,7 +76,8 @@ def size_of_card(card: Card) -> Size:
     decodes = card.target.removeprefix("argen.pipelines.").partition(":")[0] in DECODING
     tokenizer = card.tokenizer_parameters * 1e6
     decodes = decodes and card.kind == "generator"
-    return Size(card.parameters * 1e6 - tokenizer, tokenizer, card.text_parameters * 1e6, decodes=decodes)
+    text, kept = card.text_parameters * 1e6, card.kept_parameters * 1e6
+    return Size(card.parameters * 1e6 - tokenizer, tokenizer, text, decodes=decodes, kept_parameters=kept)
 
 
 def size_of(model: str | Path) -> Size | None:

@@ -86,16 +86,28 @@ def save_quantized(
         metadata: how it was quantized, for the file of its network.
         tensors: that belong to it, kept in the file alone.
     """
+    folder.absolute().parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.absolute().parent, prefix=".quantize-") as work, silent():
         new = Path(work) / folder.name  # so that nothing half-written stays behind
-        pipe.save_pretrained(new)
         network = getattr(pipe, PART)
-        state = {name: tensor.contiguous() for name, tensor in network.state_dict().items()}
-        for old in (new / PART).glob("*.safetensors*"):
-            old.unlink()
-        file = new / PART / (LANGUAGE_FILE if is_language_model(network) else FILE)
-        save_file(state | dict(tensors or {}), file, {"format": "pt", KEY: json.dumps(metadata)})
+        network.quantization = metadata
+        pipe.save_pretrained(new)  # which writes the network as it is
+        if tensors:
+            write_network(network, new / PART, tensors)
         new.rename(folder)
+
+
+def write_network(network: torch.nn.Module, folder: Path, tensors: Mapping[str, torch.Tensor] | None = None) -> None:
+    """Put the tensors of a quantized network in the place of those that were saved of it, with how it was quantized.
+
+    Args:
+        tensors: that belong to it, kept in the file alone.
+    """
+    state = {name: tensor.contiguous() for name, tensor in network.state_dict().items()}
+    for old in folder.glob("*.safetensors*"):
+        old.unlink()
+    file = folder / (LANGUAGE_FILE if is_language_model(network) else FILE)
+    save_file(state | dict(tensors or {}), file, {"format": "pt", KEY: json.dumps(network.quantization)})
 
 
 def read_quantized(folder: Path) -> torch.nn.Module | None:
@@ -104,8 +116,10 @@ def read_quantized(folder: Path) -> torch.nn.Module | None:
     if file is None:
         return None
     with safe_open(file, "pt") as stored:
-        if KEY not in (stored.metadata() or {}):
-            return None
+        metadata = stored.metadata() or {}
+        is_quantized_file = any(name.endswith(".qweight") for name in stored.keys())  # noqa: SIM118 - no mapping
+    if KEY not in metadata and not is_quantized_file:  # some programs that write such files again drop what they say
+        return None
     state = {name: tensor for name, tensor in read_safetensors(file).items() if not name.startswith(OF_ROTATION)}
     module, name = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))[PART]
     network_class = resolve(f"{module}:{name}")
@@ -116,6 +130,7 @@ def read_quantized(folder: Path) -> torch.nn.Module | None:
             network = unfilled(network_class, network_class.config_class.from_pretrained(folder / PART))
     prepare(network, state)
     network.load_state_dict(state, assign=True)
+    network.quantization = json.loads(metadata.get(KEY, "{}"))
     return network.eval()
 
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from argen.models.kv_cache import KeyValueCache
-from argen.models.layers import Linear
+from argen.models.layers import Linear, leave_unpacked
 from argen.models.quantized import QuantizedLinear
 from tokenizers_img.attention import DispatchedAttention
 
@@ -163,6 +163,7 @@ class CompiledStep:
 
     def __init__(self, network: nn.Module, decode: Callable[..., Any]):
         self.network, self.decode = network, decode
+        leave_unpacked(network)  # the graph has its own copy
         attention = next(part for part in network.modules() if isinstance(part, DispatchedAttention))
         self.heads, self.width = attention.heads, network.config.dim // attention.heads
         self.graphs: dict[Any, Any] = {}  # form of the further arguments -> the compiled graph
@@ -277,16 +278,13 @@ def extensions() -> tuple[list[Any], Any]:
     def unpack(stored: Any, scales: Any) -> Any:
         """Constants int8 [O, I] or uint8 [O, I/2] and [O, G] -> [O, I]."""
         data, (rows, groups) = stored.data, scales.data.shape
-        if data.dtype == np.int8:
-            columns, integers = data.shape[1], ops.constant(data.reshape(rows, groups, -1))
-            values = ops.convert(integers, "f32")
-        else:
-            columns = 2 * data.shape[1]
-            shape = [rows, groups, columns // groups]
-            packed = openvino.Tensor(data.reshape(-1), openvino.Shape(shape), openvino.Type.u4)
-            integers = ops.constant(packed, shared_memory=True)
-            eight = ops.convert(ops.constant(np.full((1, 1, 1), 8, np.uint8)), "f32")
-            values = ops.subtract(ops.convert(integers, "f32"), eight)
+        signed = data.dtype == np.int8
+        columns = data.shape[1] * (1 if signed else 2)
+        kind = openvino.Type.i8 if signed else openvino.Type.u4
+        shared = openvino.Tensor(data.reshape(-1), openvino.Shape([rows, groups, columns // groups]), kind)
+        values = ops.convert(ops.constant(shared, shared_memory=True), "f32")
+        if not signed:
+            values = ops.subtract(values, ops.convert(ops.constant(np.full((1, 1, 1), 8, np.uint8)), "f32"))
         weight = ops.multiply(values, ops.constant(scales.data.reshape(rows, groups, 1)))
         return ops.reshape(weight, ops.constant(np.array([rows, columns])), special_zero=False)
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 
 from argen.models.kv_cache import KeyValueCache
-from argen.models.layers import Linear, split_heads
+from argen.models.layers import Linear, leave_unpacked, split_heads
 from argen.models.session import KeysValues
 from tokenizers_img.attention import DispatchedAttention
 from tokenizers_img.checkpoint import load_strict, read_state_dict
@@ -125,6 +125,7 @@ class DalleMiniEncoder(ModelMixin, ConfigMixin):
         self.layers = nn.ModuleList(EncoderLayer(dim, heads, mlp_dim) for _ in range(depth))
         self.layernorm_embedding = nn.LayerNorm(dim)
         self.final_ln = nn.LayerNorm(dim)
+        leave_unpacked(self)
 
     @classmethod
     def from_original(cls, path: str | Path, size: str) -> "DalleMiniEncoder":

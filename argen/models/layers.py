@@ -8,22 +8,25 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from argen.device import fast_dtype
+from argen.device import fast_dtype, free
 
+COPIES = 16  # of a weight that must fit into free memory, so that it is packed: other weights and an image's numbers need some, too
 PACKED = WeakTensorKeyDictionary()  # weight -> what it was packed from, and for each slice of it its form for oneDNN
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """``F.linear``, two to three times faster for the few rows of a decoding step on a CPU.
 
-    There the weight is packed for oneDNN when it is first used, and kept so beside itself.
+    There the weight is packed for oneDNN when it is first used, and kept so beside itself if there is memory for many such copies.
     """
     if x.device.type != "cpu" or x.dtype != weight.dtype or not _packs(weight):
         return F.linear(x, weight, bias)
     # where there are no units for bfloat16 it is computed as float32
     dtype = weight.dtype if weight.dtype == torch.float32 else fast_dtype("cpu")
+    if (packed := _packed(weight, dtype)) is None:
+        return F.linear(x, weight, bias)
     bias = None if bias is None else bias.to(dtype)
-    return torch.ops.mkldnn._linear_pointwise(x.to(dtype), _packed(weight, dtype), bias, "none", [], "").to(x.dtype)
+    return torch.ops.mkldnn._linear_pointwise(x.to(dtype), packed, bias, "none", [], "").to(x.dtype)
 
 
 def _packs(weight: Tensor) -> bool:
@@ -32,22 +35,33 @@ def _packs(weight: Tensor) -> bool:
     return weight.dtype in (torch.float32, torch.bfloat16) and torch.backends.mkldnn.is_available()
 
 
-def _packed(weight: Tensor, dtype: torch.dtype) -> Tensor:
+def _packed(weight: Tensor, dtype: torch.dtype) -> Tensor | None:
+    """The packed form of a weight; None where memory does not hold it, which is looked at once for each weight."""
     base = weight if weight._base is None else weight._base  # a slice is another tensor each time it is taken
     state = base._version, base.data_ptr(), base.dtype, dtype  # a weight that was trained or moved is packed again
     if PACKED.get(base, (None,))[0] != state:
         PACKED[base] = state, {}
     place, packed = (weight.storage_offset(), weight.shape, weight.stride()), PACKED[base][1]
     if place not in packed:
-        packed[place] = torch.ops.mkldnn._reorder_linear_weight(weight.detach().to(dtype), 8)
+        fits = COPIES * weight.numel() * dtype.itemsize <= free("cpu")
+        packed[place] = torch.ops.mkldnn._reorder_linear_weight(weight.detach().to(dtype), 8) if fits else None
     return packed[place]
 
 
 class Linear(nn.Linear):
-    """``nn.Linear`` through `linear`."""
+    """``nn.Linear`` through `linear`; not where `packs` is false."""
+
+    packs = True
 
     def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight, self.bias)
+        return (linear if self.packs else F.linear)(x, self.weight, self.bias)
+
+
+def leave_unpacked(network: nn.Module) -> None:
+    """Let the layers of a network have no second copy of their weights: one that works once for an image gains nothing by it."""
+    for part in network.modules():
+        if isinstance(part, Linear):
+            part.packs = False
 
 
 def split_heads(x: Tensor, heads: int) -> Tensor:

@@ -22,10 +22,10 @@ UNCLIP_FILES = (
     "*.json",
     "*/*.json",
     "*/*.txt",
-    "*/model.safetensors",
+    "text_encoder/model.safetensors",
     "*/diffusion_pytorch_model.safetensors",
     "image_normalizer/*",
-)
+)  # without its image encoder, since SEED gives the embeddings of images
 
 
 def read_vitvqgan(folder: Path, size: str) -> "ViTVQGAN":
@@ -124,4 +124,5 @@ def read_saved_seed(folder: Path) -> "SeedTokenizer":
 def _published_unclip() -> "UnCLIP":
     from tokenizers_img.seed.tokenizer import UnCLIP, unclip_repository
 
-    return UnCLIP.from_pretrained(hub_folder(unclip_repository(), UNCLIP_FILES), torch_dtype=torch.float32)
+    folder, unread = hub_folder(unclip_repository(), UNCLIP_FILES), {"feature_extractor": None, "image_encoder": None}
+    return UnCLIP.from_pretrained(folder, torch_dtype=torch.float32, **unread)

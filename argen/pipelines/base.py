@@ -218,7 +218,7 @@ class TokenPipeline(Editing, Ranking, Running, Saving):
 
     def read_prompt(self, prompt: str, literal: bool | None = None) -> Reading:
         """How the model reads a prompt, see `argen.hub.cards.Card.read`."""
-        return self.card.read(prompt, literal) if self.card else Reading(prompt, prompt, True)
+        return self.card.read(prompt, literal) if self.card else Reading(prompt, prompt)
 
     def caption(self, prompt: str) -> str:
         """Return the text to encode for a prompt; "class:NAME" becomes the caption of the group in a model of captions.
@@ -448,13 +448,13 @@ class TokenPipeline(Editing, Ranking, Running, Saving):
                     changed = self._returned_tokens(returned, step.tokens)
                 index += 1
                 if self._interrupt:
-                    last = replace(step, tokens=changed, known=None)
+                    last = replace(step, tokens=changed)
                     break
                 if not self.canvas.equal(changed, step.tokens):
                     steps.close()
                     forward_passes, last = (
                         forward_passes + step.forward_passes,
-                        replace(step, tokens=changed, known=None),
+                        replace(step, tokens=changed),
                     )
                     for generator, state in zip(generators, states, strict=True):
                         generator.set_state(state)

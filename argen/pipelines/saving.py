@@ -12,6 +12,7 @@ from diffusers import DiffusionPipeline
 from argen.device import check_offload, pick
 from argen.hub.cards import Card, all_cards, write_card
 from argen.hub.loading import choose_attention
+from argen.hub.quantized import quantized, write_network
 
 MOVED = {  # modules of the parts of saved pipelines, as earlier releases named them
     "tokenizers_img.flextok": "tokenizers_img.flextok.network",
@@ -72,6 +73,8 @@ class Saving(DiffusionPipeline):
         """Save as diffusers does, with a card that has this model's defaults."""
         super().save_pretrained(save_directory, **arguments)
         folder = Path(save_directory)
+        if quantized(self):  # whose file says so
+            write_network(self.transformer, folder / "transformer")
         card = self.card or Card("", "generator", f"a saved {type(self).__name__}", "")
         card = replace(
             card,
