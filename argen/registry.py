@@ -331,6 +331,7 @@ measures = Registry(
             "rfid",
             "clip",
             "emoji",
+            "everyday",
             "control",
             "bind",
             "erase",

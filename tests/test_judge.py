@@ -8,6 +8,7 @@ import pytest
 
 from argen.cli.main import main
 from argen.data import emoji, scenes
+from argen.data.reading import plain, read
 from argen.data.tables import pixels, read_split
 from argen.eval import judge
 from argen.eval.judge import Truth
@@ -57,6 +58,13 @@ def test_an_image_of_the_truth_is_right_and_another_is_not():
     assert verdict(one, "single", (("pear", ""),)) == {"identity": 0, "name": 0}
     assert verdict(painted(), "colour", (apple,)) == {"identity": 0, "name": 0, "colour": 0}
 
+    any_fruit = Truth("a fruit", "everyday", (("pear", "red"),), accepted=("plum", "apple"))
+    assert judge.verdict(Oracle(), one, any_fruit) == {"identity": 1, "name": 1, "colour": 1}
+    plum = painted((50, 50, BLUE))
+    assert judge.verdict(Oracle(), plum, any_fruit) == {"identity": 1, "name": 1, "colour": 0}
+    no_fruit = Truth("a dog", "everyday", (("dog", ""),), accepted=("dog face",))
+    assert judge.verdict(Oracle(), one, no_fruit) == {"identity": 0, "name": 0}
+
     two = painted((10, 50, RED), (80, 52, GREEN))
     assert verdict(two, "pair", (apple, pear)) == {"identity": 1, "colour": 1, "binding": 1}
     swapped = (("apple", "green"), ("pear", "red"))
@@ -90,6 +98,17 @@ def test_the_prompts_are_fixed_and_of_training_things():
     assert {name for truth in truths for name, _ in truth.objects} <= set(network.config.names)
     assert {colour for truth in truths for _, colour in truth.objects} <= {"", *network.config.colours}
     assert {len(truth.objects) for truth in truths if truth.kind == "count"} == set(range(1, 7))
+
+
+def test_the_everyday_prompts_are_read_as_what_counts_as_right():
+    truths = judge.read_prompts(judge.EVERYDAY_PROMPTS)
+    assert len(truths) == len({truth.prompt for truth in truths}) == 60
+    for truth in truths:
+        ((name, colour),) = truth.objects
+        text = plain(read(truth.prompt).text)
+        assert any(text.endswith(accepted) for accepted in (name, *truth.accepted)), truth.prompt
+        assert colour in truth.prompt
+    assert sum(bool(truth.objects[0][1]) for truth in truths) == 12
 
 
 def test_drawn_prompts_are_kept_and_read_again(tmp_path, monkeypatch):
@@ -137,6 +156,13 @@ def test_the_command_judges_a_generator(tmp_path, capsys):
     assert entry["judge_on_real"] == load("argen/emoji-judge").config.accuracy["single: identity"]
     assert "on real held-out images" in capsys.readouterr().out
     assert (tmp_path / "out" / "grid.png").exists()
+
+
+def test_the_command_judges_everyday_prompts(tmp_path, capsys):
+    assert main(["eval", "everyday", "--num", "2", "--out", str(tmp_path / "out")]) == 0
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["scores"]["everyday: name"] == {"value": 1, "n": 2, "judge_on_real": None}  # "car", "a car"
+    assert "everyday: identity" in capsys.readouterr().out
 
 
 def test_a_tokenizer_cannot_be_judged(tmp_path, capsys):

@@ -38,7 +38,8 @@ def test_a_reader_may_leave(arguments):
     read, write = os.pipe()
     os.close(read)
     command = [sys.executable, "-m", "argen", *arguments]
-    done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True, timeout=120)
+    env = os.environ | {"PYTHONUNBUFFERED": "1"}  # every line is written at once
+    done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True, timeout=120, env=env)
     os.close(write)
     assert done.stderr == ""
 

@@ -273,14 +273,17 @@ def test_a_drawing_is_followed(page, site):
     page.get_by_role("tab", name="Control").click()
     canvas = page.locator("#canvas canvas").first
     canvas.wait_for(timeout=30_000)
-    box = canvas.bounding_box()
-    page.mouse.move(box["x"] + 0.3 * box["width"], box["y"] + 0.3 * box["height"])
-    page.mouse.down()
-    for across, down in ((0.7, 0.3), (0.7, 0.7), (0.3, 0.7), (0.3, 0.3)):
-        page.mouse.move(box["x"] + across * box["width"], box["y"] + down * box["height"], steps=10)
-    page.mouse.up()
     seen, shades = page.locator("#seen img"), 1
-    for _ in range(20):  # Gradio sends a stroke some moments after it ends
+    for attempt in range(
+        24
+    ):  # Gradio sends a stroke some moments after it ends, and none of a canvas that is not ready
+        if attempt % 4 == 0:
+            box = canvas.bounding_box()
+            page.mouse.move(box["x"] + 0.3 * box["width"], box["y"] + 0.3 * box["height"])
+            page.mouse.down()
+            for across, down in ((0.7, 0.3), (0.7, 0.7), (0.3, 0.7), (0.3, 0.3)):
+                page.mouse.move(box["x"] + across * box["width"], box["y"] + down * box["height"], steps=10)
+            page.mouse.up()
         page.wait_for_timeout(500)
         page.get_by_role("button", name="Preview control image").click()
         seen.wait_for(timeout=60_000)

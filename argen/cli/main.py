@@ -29,6 +29,8 @@ def main(argv: list[str] | None = None) -> int:
     """Run a command; bad input is one line on stderr and the exit code 2."""
     try:
         return run(argv)
+    except BrokenPipeError:  # of a help text: Python 3.11.2 does not pass over it
+        return 141
     finally:
         flush_output()  # or Python says at its end that it is not
 

@@ -1,7 +1,7 @@
 """The judge of the emoji family: what a picture shows, held against prompts whose truth is known exactly.
 
 Objects are the connected components of what is not white; `argen.models.judge.Judge` names each and its colour. 500 prompts
-of four kinds are fixed in `argen/data/judge_prompts.jsonl`.
+of four kinds are fixed in `argen/data/judge_prompts.jsonl`, and 60 in everyday words in `argen/data/everyday_prompts.jsonl`.
 """
 
 import json
@@ -23,6 +23,7 @@ from tokenizers_img.pixels import from_pil
 
 PROMPTS = Path(scenes.__file__).with_name("judge_prompts.jsonl")
 COMMON_PROMPTS = PROMPTS.with_name("judge_prompts_common.jsonl")  # as many, of `argen.data.scenes.COMMON`
+EVERYDAY_PROMPTS = PROMPTS.with_name("everyday_prompts.jsonl")
 AT_MOST = 8  # objects that are looked at
 AMONG = 5  # an object is what it should be if that is among so many of the judge's most probable names
 SHARES = {"single": 100, "colour": 50, "pair": 125, "count": 125, "relation": 100}  # of the 500 prompts
@@ -33,21 +34,26 @@ class Truth:
     """A prompt and what its picture must show.
 
     Attributes:
-        kind: "single", "colour", "count", "pair" or "relation".
+        kind: "single", "colour", "count", "pair", "relation" or "everyday".
         objects: (name, colour) of each; "" where no colour is asked for.
         relation: of the first to the second object, or "".
+        accepted: other names that are as right for a single object: "a boat" may be a sailboat or a canoe.
     """
 
     prompt: str
     kind: str
     objects: tuple[tuple[str, str], ...]
     relation: str = ""
+    accepted: tuple[str, ...] = ()
 
 
 def read_prompts(path: Path = PROMPTS) -> list[Truth]:
     """The fixed prompts."""
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    return [Truth(**row | {"objects": tuple(map(tuple, row["objects"]))}) for row in rows]
+    return [
+        Truth(**row | {"objects": tuple(map(tuple, row["objects"])), "accepted": tuple(row.get("accepted", ()))})
+        for row in rows
+    ]
 
 
 def around(boxes: Sequence[tuple[int, int, int, int]]) -> tuple[int, int, int, int]:
@@ -76,12 +82,13 @@ def verdict(judge: Judge, image: ImageArray, truth: Truth) -> dict[str, float]:
     boxes = scenes.boxes(image)[:AT_MOST]
     crops = torch.stack([crop(image, box) for box in boxes]) if boxes else None
     names, colours = judge.answers(crops, AMONG) if boxes else ([], [])
-    if truth.kind in ("single", "colour"):  # an icon may have several parts
+    if truth.kind in ("single", "colour", "everyday"):  # an icon may have several parts
         icon = crop(image, around(boxes))[None] if boxes else None
         (likely,), (colour,) = judge.answers(icon, AMONG) if boxes else ([[""]], [""])
         expected_name, expected_colour = truth.objects[0]
-        scores = {"identity": float(expected_name in likely), "name": float(expected_name == likely[0])}
-        return scores | ({"colour": float(colour == expected_colour)} if truth.kind == "colour" else {})
+        accepted = {expected_name, *truth.accepted}
+        scores = {"identity": float(not accepted.isdisjoint(likely)), "name": float(likely[0] in accepted)}
+        return scores | ({"colour": float(colour == expected_colour)} if expected_colour else {})
     if truth.kind == "count":
         correct = [truth.objects[0][0] in likely for likely in names]
         return {"count": float(len(boxes) == len(truth.objects)), "identity": sum(correct) / max(1, len(correct))}

@@ -2,10 +2,16 @@
 
 import argparse
 import json
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from argen.command import device_and_json, load_arguments, load_diffusion_model, load_model, load_options
+
+if TYPE_CHECKING:
+    from argen.eval.images import ImageSet
+    from argen.eval.judge import Truth
 
 IMAGES = "images: a folder, or a .zip, .npz or .parquet file"
 REAL = f"real {IMAGES}, or .npz statistics; emoji: those of the training images, for --features emoji"
@@ -49,6 +55,14 @@ def tool_arguments(add: argparse.ArgumentParser, num: int) -> None:
     add.add_argument("--steps", type=int, metavar="N", help="of the sampler")
     add.add_argument("--guidance-scale", type=float, metavar="G")
     load_arguments(add, "dtype", "attention")
+
+
+def judged_arguments(add: argparse.ArgumentParser, num: int) -> None:
+    add.add_argument("--model", default="argen/emoji-parti", metavar="ID", help="(default: argen/emoji-parti)")
+    add.add_argument("--num", type=int, default=num, metavar="N", help=f"the first N images (default: {num})")
+    add.add_argument("--seed", type=int, default=0, help="image i is drawn from (seed, i) alone (default: 0)")
+    add.add_argument("--guidance-scale", type=float, metavar="G", help="(default: the model's)")
+    load_arguments(add)
 
 
 def output_arguments(add: argparse.ArgumentParser) -> None:
@@ -107,6 +121,30 @@ def draw_samples(
         return pipe(texts, guidance_scale=args.guidance_scale, generator=generator_of, **call_arguments(rows)).images
 
     return run.draw(sample, num, args.out / folder)
+
+
+def judged(
+    args: argparse.Namespace, truths: "Sequence[Truth]", num: int, settings: dict
+) -> "tuple[dict, dict, dict, ImageSet]":
+    """Draw the prompts of `truths` in turn and judge the images -> what `finish` takes.
+
+    Args:
+        settings: of the run, besides those of every drawing; ``tokens`` is how many an image has, None for all.
+    """
+    from argen.eval import judge
+    from argen.eval import run as runs
+    from argen.eval.features import weights_digest
+
+    network, seconds = load_model("argen/emoji-judge", args.device), {}
+    settings = {"judge": weights_digest(network)} | settings
+    arguments = {"num_tokens": settings.get("tokens")}
+    with runs.timed(seconds, "draw"):
+        samples = draw_samples(
+            args, [truth.prompt for truth in truths], num, settings, call_arguments=lambda rows: arguments
+        )
+    with runs.timed(seconds, "judge"):
+        scores = judge.evaluate(network, samples, truths)
+    return settings, scores, seconds, samples
 
 
 def finish(args: argparse.Namespace, settings: dict, scores: dict, seconds: dict, samples) -> None:
