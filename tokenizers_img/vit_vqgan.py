@@ -230,7 +230,7 @@ class ViTVQGAN(ModelMixin, ConfigMixin):
         pyramid: list[int] | None = None,
     ):
         super().__init__()
-        self.grid = image_size // patch_size
+        self.grid, self.stride = image_size // patch_size, patch_size
         self.encoder = ViTEncoder(self.grid, patch_size // encoder_scale, conv_channels, **encoder_size)
         self.decoder = ViTDecoder(self.grid, patch_size, conv_channels, pyramid=pyramid, **decoder_size)
         self.quantizer = VectorQuantizer(embed_dim, n_embed)

@@ -163,7 +163,7 @@ class LlamaGenPipeline(TokenPipeline):
         _, rows, columns = tokens.shape
         if not isinstance(self.vq, ViTVQGAN):
             return LlamaGenVQ(self.vq).decode(tokens.flatten(1), (rows, columns)).clamp(0, 1)
-        side, cell = self.vq.grid, self.vq.config.patch_size
+        side, cell = self.vq.grid, self.vq.stride
         grid = self.blank_tokens((side, side)).repeat(len(tokens), 1, 1)
         grid[:, :rows, :columns] = tokens
         return self.vq.decode(grid.flatten(1))[..., : cell * rows, : cell * columns].clamp(0, 1)

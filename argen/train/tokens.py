@@ -25,6 +25,7 @@ from tokenizers_img.vit_vqgan import ViTVQGAN
 
 TEXT_DROPOUT = 0.1
 EVERYDAY = 3.0  # weight of a picture of something that people ask for, in the words of `argen.data.concepts`
+MIRRORED = ("animal", "plant", "food", "drink", "transport-ground", "transport-air", "transport-water")  # subgroups that may be mirrored
 CORRUPTION = 0.15  # at most this share of the tokens that are read is another picture's: sampling will slip, too
 
 
@@ -84,7 +85,7 @@ class CaptionsTask(Task):
     """
 
     null_caption: str | None = ""
-    scenes_share, group_share = 0.12, 0.0
+    scenes_share, group_share = 0.2, 0.0
     image_size = 128
     groups = tuple(GROUPS)
     only: tuple[str, ...] | None = None
@@ -102,6 +103,8 @@ class CaptionsTask(Task):
         self.captions = list(table["caption"])
         self.scene_images = torch.from_numpy(pixels(table, self.image_size))
         self.image_tokens, self.scene_tokens = self.tokens(self.images), self.tokens(self.scene_images)
+        self.mirrored_tokens = self.tokens(self.images.flip(2))
+        self.mirrors = torch.tensor([row["subgroup"].startswith(MIRRORED) for row in self.rows])
         table = self.read(data, "validation")
         self.held_out_captions, self.held_out_images = (
             list(table["caption"]),
@@ -149,9 +152,12 @@ class CaptionsTask(Task):
         dropped = [rng.random() < TEXT_DROPOUT for _ in captions]
         if self.null_caption is not None:
             captions = [self.null_caption if drop else text for text, drop in zip(captions, dropped, strict=True)]
-        tokens = torch.cat([self.image_tokens[indices], self.scene_tokens[scene_indices]])
+        mirror = self.mirrors[indices] & (torch.rand(len(indices), generator=generator) < 0.5)
+        singles, images = self.image_tokens[indices], self.images[indices]
+        singles[mirror], images[mirror] = self.mirrored_tokens[indices[mirror]], images[mirror].flip(2)
+        tokens = torch.cat([singles, self.scene_tokens[scene_indices]])
         batch = {"tokens": tokens, "dropped": torch.tensor(dropped), **self.text(captions)}
-        return batch | self.more(tokens, self.images[indices], scene_indices, generator)
+        return batch | self.more(tokens, images, scene_indices, generator)
 
     def more(self, tokens: Tensor, images: Tensor, scenes: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
         """Further entries of a batch, from its tokens, its single images [n, H, W, 3] uint8 and the indices of its scenes."""
