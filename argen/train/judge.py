@@ -17,6 +17,7 @@ from argen.data.tables import pixels, read_split
 from argen.device import autocast
 from argen.eval import judge as scoring
 from argen.eval.reconstruction import reconstruct
+from argen.models.files import load_network
 from argen.models.judge import Judge
 from argen.train.loop import Recipe, Schedule, Task
 from tokenizers_img.vit_vqgan import ViTVQGAN
@@ -87,7 +88,7 @@ class JudgeTask(Task):
         self.names, self.colours = sorted(known_names), list(HUES)
         rows = [place for place, name in enumerate(icons["concept"]) if name in known_names]
         icons = icons.select(rows)
-        vq = ViTVQGAN.from_pretrained(tokenizer, torch_dtype=torch.float32).eval()
+        vq = load_network(ViTVQGAN, tokenizer)
         tables, scale = (icons, composed), SIDE / composed[0]["image"].width
         real = np.concatenate([pixels(table, SIDE) for table in tables])
         self.images = (real, np.concatenate([seen_through(vq, table) for table in tables]))

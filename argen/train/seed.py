@@ -20,6 +20,7 @@ from torch.utils.data import ConcatDataset
 from transformers import Blip2QFormerModel
 
 from argen.eval.retrieval import held_out_sample, recall
+from argen.models.files import load_network
 from argen.train.loop import Recipe, Schedule
 from argen.train.seed_encoder import halved, varied
 from argen.train.tokens import CaptionsTask, paired
@@ -213,7 +214,7 @@ class ImagesTask(CaptionsTask):
     strength = 0.7  # less than all, or their colours would not be those of the captions
 
     def __init__(self, data: Path, scenes: Path, encoder: Path, clip: Path):
-        self.encoder = ConvEncoder.from_pretrained(encoder, torch_dtype=torch.float32).eval().requires_grad_(False)
+        self.encoder = load_network(ConvEncoder, encoder).requires_grad_(False)
         self.count = 0
         super().__init__(data, scenes, clip)
         self.all = ConcatDataset([self.images, self.scene_images, self.held_out_images])
@@ -333,7 +334,7 @@ class SeedTask(ImagesTask):
             raise ValueError(
                 f"the encoder in {tokenizer} cannot name anything: give what emoji-seed-contrastive has saved"
             )
-        model = Seed.from_pretrained(tokenizer, torch_dtype=torch.float32)
+        model = load_network(Seed, tokenizer)
         self.total, self.usage = total, CodeUsage(SIZES["n_embed"])
         self.extra_state = (self.usage,)
         generator = torch.Generator().manual_seed(0)

@@ -16,6 +16,7 @@ from transformers import AutoTokenizer, CLIPModel
 from argen.data.emoji import GROUPS, caption, everyday
 from argen.data.scenes import thing_of
 from argen.data.tables import pixels, read_split
+from argen.models.files import load_network
 from argen.pipelines.base import TokenPipeline
 from argen.pipelines.prompts import group_caption
 from argen.train.loop import Task
@@ -25,14 +26,22 @@ from tokenizers_img.vit_vqgan import ViTVQGAN
 
 TEXT_DROPOUT = 0.1
 EVERYDAY = 3.0  # weight of a picture of something that people ask for, in the words of `argen.data.concepts`
-MIRRORED = ("animal", "plant", "food", "drink", "transport-ground", "transport-air", "transport-water")  # subgroups that may be mirrored
+MIRRORED = (
+    "animal",
+    "plant",
+    "food",
+    "drink",
+    "transport-ground",
+    "transport-air",
+    "transport-water",
+)  # subgroups that may be mirrored
 CORRUPTION = 0.15  # at most this share of the tokens that are read is another picture's: sampling will slip, too
 
 
 def initialised_from(folder: Path, saved: type[nn.Module], network: type[nn.Module], **changes) -> nn.Module:
     """Return a new `network` with the weights and configuration of the one `saved` in a folder, but for `changes`; weights that
     only the new one has are random."""
-    start = saved.from_pretrained(folder).float()
+    start = load_network(saved, folder)
     config = {key: value for key, value in start.config.items() if not key.startswith("_")}
     model = network(**config | changes)
     model.load_state_dict(start.state_dict(), strict=network is saved)
@@ -225,7 +234,7 @@ class LatentsTask(CaptionsTask):
     """
 
     def __init__(self, data: Path, scenes: Path, vae: Path, clip: Path):
-        self.vae = KLVAE(AutoencoderKL.from_pretrained(vae, torch_dtype=torch.float32).eval().requires_grad_(False))
+        self.vae = KLVAE(load_network(AutoencoderKL, vae).requires_grad_(False))
         self.image_size = self.vae.config.image_size
         super().__init__(data, scenes, clip)
 
@@ -248,7 +257,7 @@ class TokensTask(CaptionsTask):
     """
 
     def __init__(self, data: Path, scenes: Path, tokenizer: Path, clip: Path):
-        self.vq = ViTVQGAN.from_pretrained(tokenizer).float().eval().requires_grad_(False)
+        self.vq = load_network(ViTVQGAN, tokenizer).requires_grad_(False)
         self.image_size = self.vq.config.image_size
         super().__init__(data, scenes, clip)
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from argen.data.tables import pixels, read_split
 from argen.device import autocast
 from argen.eval import reconstruction
+from argen.models.files import load_network
 from argen.models.judge import Judge
 from argen.train.loop import Recipe, Schedule, Task
 from tokenizers_img.kl_vae import KLVAE
@@ -238,12 +239,12 @@ class DecoderTask(Reconstruction):
             part.requires_grad_(False)
         super().__init__(model, data)
         self.networks["discriminator"] = PatchDiscriminator().to(memory_format=torch.channels_last)
-        self.feature_distance = FeatureDistance(Judge.from_pretrained(judge, torch_dtype=torch.float32))
+        self.feature_distance = FeatureDistance(load_network(Judge, judge))
         self.total = total
 
     def start(self, tokenizer: Path) -> tuple[ViTVQGAN, list[nn.Module]]:
         """Return the tokenizer, and its parts that are frozen."""
-        trained = ViTVQGAN.from_pretrained(tokenizer, torch_dtype=torch.float32).state_dict()
+        trained = load_network(ViTVQGAN, tokenizer).state_dict()
         model = network()
         fresh = model.state_dict()  # a tokenizer with another head gives what fits
         model.load_state_dict(
