@@ -1,0 +1,82 @@
+"""Three optimizer steps of the official training code, number by number: losses, weights, averaged weights."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_llamagen import sizes
+
+from argen.models.llamagen import LlamaGen
+from argen.train.loop import Training
+from argen.train.own.llamagen import SCHEDULE, LlamaGenTask
+from tokenizers_img.checkpoint import load_strict
+
+
+class Given(LlamaGenTask):
+    """The batches of a golden case, one after the other."""
+
+    def __init__(self, case):
+        self.io, self.count = case.io, 0
+        by_class = "class_ids" in self.io
+        model = LlamaGen(**sizes(case.config) | ({} if by_class else {"classes": None}))
+        load_strict(model, case.weights, source="golden").train()
+        for module in model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
+        self.networks = {"model": model}
+
+    def batch(self, size, generator):
+        step, self.count = self.count, self.count + 1
+        values = {
+            name: self.io[name][step]
+            for name in ("image_ids", "drop", "class_ids", "caption_features", "valid")
+            if name in self.io
+        }
+        mask = (
+            self.io["caption_mask"][step].bool() if "caption_mask" in self.io else torch.ones(size, 1, dtype=torch.bool)
+        )
+        condition = values.get("class_ids", values.get("caption_features"))
+        batch = {
+            "tokens": values["image_ids"].long(),
+            "dropped": values["drop"].bool(),
+            "condition": condition,
+            "mask": mask,
+        }
+        counted = values["valid"].bool() if "valid" in values else slice(None)
+        return {name: value[counted] for name, value in batch.items()}
+
+    def read(self, batch):
+        return batch
+
+
+@pytest.mark.parametrize("name", ["train_c2i", "train_t2i"])
+@pytest.mark.parametrize("micro_batch", [None, 1])
+def test_llamagen(golden, tmp_path, name, micro_batch):
+    case = golden(f"llamagen/{name}")
+    config, losses, norms = case.config, [], []
+    size = config["batch_size"]
+    if micro_batch and "valid" in case.io:
+        pytest.skip("its batches are of different sizes")
+    assert (SCHEDULE.learning_rate, list(SCHEDULE.betas)) == (config["lr"], config["betas"])
+    assert (SCHEDULE.weight_decay, SCHEDULE.grad_clip) == (config["weight_decay"], config["max_grad_norm"])
+    task = Given(case)
+    training = Training(task, replace(SCHEDULE, batch_size=size, micro_batch=micro_batch), tmp_path, 0, "fp32")
+    clip = training.accelerator.clip_grad_norm_
+    training.accelerator.clip_grad_norm_ = lambda *given: norms.append(clip(*given).item())
+    start = {key: value.clone() for key, value in task._model().state_dict().items()}
+    for step in range(config["steps"]):
+        training.step()
+        losses.append(training.log["loss"])
+        if step in (0, 2):
+            expected = load_file(case.folder / f"weights_step{step + 1}.safetensors")
+            for key, value in task._model().state_dict().items():
+                torch.testing.assert_close(value, expected[key], atol=3e-6, rtol=0)
+                torch.testing.assert_close(value - start[key], expected[key] - start[key], atol=3e-6, rtol=0)
+    torch.testing.assert_close(torch.tensor(losses), case.io["losses"].float(), atol=1e-5, rtol=0)
+    torch.testing.assert_close(torch.tensor(norms), case.io["grad_norm"].float(), atol=0, rtol=1e-4)
+    training.ema.copy_to(task._model().parameters())
+    averaged = {key.removeprefix("ema_step3/"): value for key, value in case.io.items() if key.startswith("ema_step3/")}
+    assert averaged
+    for key, value in averaged.items():
+        torch.testing.assert_close(task._model().state_dict()[key], value, atol=2e-6, rtol=0)
