@@ -2,6 +2,9 @@
 
 import importlib.util
 import json
+import signal
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -201,3 +204,34 @@ def test_damaged_weights_are_refused_when_they_are_read(tmp_path, name, change, 
         argen.load(tmp_path / "saved")
     save_file(state, file)
     assert argen.load(tmp_path / "saved").transformer.quantization == {}
+
+
+SLOW = """
+import sys, time
+import argen.hub.quantized as quantized
+from argen.cli.main import main
+
+def save_file(*_):
+    print("writing", flush=True)
+    time.sleep(60)
+
+quantized.save_file = save_file
+sys.exit(main(["quantize", "argen/emoji-parti", "-o", sys.argv[1]]))
+"""
+
+
+@pytest.mark.parametrize("sent", ["SIGTERM", "SIGINT", "SIGHUP"])
+def test_a_signal_leaves_nothing_half_written(tmp_path, sent):
+    command = [sys.executable, "-c", SLOW, str(tmp_path / "out")]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout.readline() == "writing\n"
+        assert [path.name for path in tmp_path.iterdir()][0].startswith(".quantize-")
+        number = getattr(signal, sent)
+        process.send_signal(number)
+        _, errors = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 128 + number
+    assert errors == "argen quantize: stopped\n"
+    assert not list(tmp_path.iterdir())
