@@ -52,7 +52,7 @@ def load(
     tokenizer: str | Path | None = None,
     image_size: int | None = None,
     device: torch.device | str | None = None,
-    dtype: Dtype = "auto",
+    dtype: Dtype | torch.dtype = "auto",
     attention: Attention | None = None,
     quantize: Quantize | None = None,
     compile: bool = False,
@@ -68,8 +68,8 @@ def load(
         tokenizer: of a LlamaGen's checkpoint: the file of its image tokenizer; None where a released one lies beside it.
         image_size: of a LlamaGen's checkpoint: side of its images in pixels; None where the file or its name says it.
         device: where it runs; None for the CPU.
-        dtype: precision of a generator's network and text encoder, whatever precision their files have: "fp32", "bf16", "fp16", or "auto",
-            see `argen.device.auto_dtype`. Logits and noise are always in float32, and so are image tokenizers unless one is loaded by itself.
+        dtype: precision of a generator's network and text encoder, whatever precision their files have: "fp32", "bf16", "fp16" or the same of
+            torch, e.g. ``torch.bfloat16``, or "auto", see `argen.device.auto_dtype`. Logits and noise are always in float32, and so are image tokenizers unless one is loaded by itself.
         attention: backend of the attention layers, a name in `tokenizers_img.attention.BACKENDS`, e.g. "xformers"; None for
             "native", PyTorch's own.
         quantize: "int8" or "int4": round the weights of a generator's network to nearest, which then take a quarter or an eighth of the memory. On a CPU
@@ -87,8 +87,24 @@ def load(
         FileNotFoundError, ConnectionError: published weights that are not here and cannot be fetched.
     """
     check_arguments(others)
-    options = LoadOptions(dtype=dtype, attention=attention, quantize=quantize, compile=compile, offload=offload)
+    settings = {"attention": attention, "quantize": quantize, "compile": compile, "offload": offload}
+    options = LoadOptions(dtype=dtype_name(dtype), **settings)
     return _open(model, None if device is None else pick(device), options, tokenizer, image_size)
+
+
+def dtype_name(dtype: Dtype | torch.dtype) -> Dtype:
+    """The name of a precision, which may be torch's own.
+
+    Raises:
+        ValueError: torch's, and none of those that `load` has.
+    """
+    if not isinstance(dtype, torch.dtype):
+        return dtype
+    names: dict[torch.dtype, Dtype] = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+    if dtype not in names:
+        expected = "auto, fp32, bf16, fp16, torch.float32, torch.bfloat16 or torch.float16"
+        raise InvalidValue(f"dtype is {dtype}: expected {expected}", "dtype")
+    return names[dtype]
 
 
 def _open(
@@ -146,7 +162,12 @@ def _prepared(model: Any, device: torch.device | str | None, options: LoadOption
     if options.offload is not None and where.type != "cpu":
         model.enable_model_cpu_offload(device=where)
         return model
-    return model if device is None else model.to(where)
+    return model if device is None else move(model, where)
+
+
+def move(model: Any, device: torch.device) -> Any:
+    """A pipeline or a network on a device. diffusers warns that float16 does not run on a CPU, which PyTorch has had the operations of for long."""
+    return model.to(device, **({"silence_dtype_warnings": True} if hasattr(model, "components") else {}))
 
 
 def compiles_quantized(model: Any, device: torch.device) -> bool:
@@ -321,7 +342,7 @@ def loader(device: torch.device | str | None = None, **options: Any) -> Callable
     Raises:
         ValueError: nothing can be compiled here.
     """
-    asked = LoadOptions(**options)
+    asked = LoadOptions(**options | {"dtype": dtype_name(options.get("dtype", "auto"))})
     if asked.compile:
         check_compile(device, asked.dtype)
 
@@ -354,7 +375,7 @@ def choose_attention(model: Any, name: str) -> None:
 def load_diffusion(
     model: str | Path,
     device: torch.device | str | None = None,
-    dtype: Dtype = "auto",
+    dtype: Dtype | torch.dtype = "auto",
     attention: Attention | None = None,
 ) -> "DiffusionPipeline":
     """A Stable Diffusion (XL) pipeline for the tools of `argen.diffusion`, without a safety checker.
@@ -373,7 +394,7 @@ def load_diffusion(
     if card is not None:
         check_kind(model, "diffusion")
         return load(model, device=device, dtype=dtype, attention=attention)
-    options = LoadOptions(dtype=dtype, attention=attention)
+    options = LoadOptions(dtype=dtype_name(dtype), attention=attention)
     if attention is not None:
         check_attention(attention)
     folder = Path(model)
