@@ -272,6 +272,24 @@ def load_model(
     return loaded
 
 
+def check_loading(model: str, device: "torch.device", options: Mapping[str, Any], kind: str | None = None) -> None:
+    """Check that a model can be loaded on a device with `options` from `load_options`, as far as that is known before.
+
+    Raises:
+        ValueError: see `check_model` and `argen.hub.abilities.check_options`.
+    """
+    from argen.hub.abilities import check_dtype, check_options
+    from argen.hub.loading import check_compile
+    from argen.hub.options import LoadOptions
+
+    check_model(model, kind)
+    asked = LoadOptions(**options)
+    if asked.compile:
+        check_compile(device, asked.dtype)
+    check_dtype(model, asked)
+    check_options(model, asked, device)
+
+
 def load_diffusion_model(model: str, device: str | None, options: Mapping[str, Any]):
     """The diffusers pipeline called `model` on a device; `options` from `load_options`."""
     from argen.hub.loading import load_diffusion

@@ -357,7 +357,7 @@ def test_bad_input_is_one_line(tmp_path, capsys, arguments, message):
     ],
 )
 def test_bad_files_of_prompts_are_one_line_before_the_model_is_loaded(tmp_path, capsys, monkeypatch, content, message):
-    monkeypatch.setattr("argen.hub.loading.load", lambda *_, **__: pytest.fail("loaded"))
+    monkeypatch.setattr("argen.hub.loading.load_to_quantize", lambda *_, **__: pytest.fail("loaded"))
     file = tmp_path / "p.txt"
     if content == "folder":
         file.mkdir()

@@ -19,12 +19,13 @@ from safetensors import SafetensorError
 
 from argen.device import DTYPES, LOADING, ON_DEMAND, auto_dtype, free, pick, silent
 from argen.garbage import uncollected
+from argen.hub.abilities import OF_T5, cannot_offload, check_dtype, check_options, no_attention
 from argen.hub.cards import CARD_FILE, DIFFUSION, Card, all_cards, check_kind, check_known, find_card, kind_of
 from argen.hub.memory import SHARE, check_memory, out_of_memory
 from argen.hub.options import Attention, Dtype, LoadOptions, Offload, Quantize, check_arguments
 from argen.hub.quantized import NAMES, decoding_network, quantized, quantizes, read_quantized, writing_network
+from argen.models.quantized import Quantization, check_quantizable, quantized_bytes
 from argen.models.quantized import quantize as quantize_network
-from argen.models.quantized import quantized_bytes
 from argen.registry import pipelines, resolve
 from samplers.errors import InvalidValue
 from tokenizers_img.attention import DispatchedAttention, check_attention, set_attention
@@ -92,6 +93,15 @@ def load(
     return _open(model, None if device is None else pick(device), options, tokenizer, image_size)
 
 
+def load_to_quantize(model: str | Path, how: Quantization, device: torch.device) -> Any:
+    """`load` in float32, for `argen.hub.calibration`.
+
+    Raises:
+        ValueError: see `load`; it cannot be quantized so, which is checked before its weights are read.
+    """
+    return _open(model, device, LoadOptions(dtype="fp32"), how=how)
+
+
 def dtype_name(dtype: Dtype | torch.dtype) -> Dtype:
     """The name of a precision, which may be torch's own.
 
@@ -114,25 +124,31 @@ def _open(
     tokenizer: str | Path | None = None,
     image_size: int | None = None,
     lenient: bool = False,
+    how: Quantization | None = None,
 ) -> Any:
-    """See `load`; `lenient`: what decoding networks and text encoders alone have is left out for models without."""
+    """See `load`.
+
+    Args:
+        lenient: what decoding networks and text encoders alone have is left out for models without.
+        how: it is to be quantized later, which is checked before its weights are read.
+    """
     check_known(model)
     where = torch.device("cpu") if device is None else device
     if options.attention is not None:
         check_attention(options.attention)
     if options.compile:
         check_compile(device, options.dtype)
-    card = all_cards().get(str(model))
-    if card is not None and options.dtype not in ("auto", *card.dtypes):
-        raise InvalidValue(
-            f"dtype is {options.dtype}, in which {card.id} overflows: expected {' or '.join(card.dtypes)}", "dtype"
-        )
+    check_dtype(model, options)
+    if not lenient:
+        check_options(model, options if how is None else replace(options, quantize="int8"), where)
     check_memory(model, options, where)
     token = ON_DEMAND.set(options.offload is not None and where.type == "cpu")
     try:
         loaded = _load(model, tokenizer, image_size)
     finally:
         ON_DEMAND.reset(token)
+    if how is not None:
+        check_quantizable(writing_network(loaded), how)
     if lenient:
         decodes = hasattr(getattr(loaded, "transformer", None), "compiled") and not quantized(loaded)
         options = replace(
@@ -148,8 +164,7 @@ def _prepared(model: Any, device: torch.device | str | None, options: LoadOption
     where = torch.device("cpu" if device is None else device)
     rounded = None if options.quantize is None else writing_network(model)
     if options.offload is not None and not can_offload(model, where):
-        what = "a generator that reads text through T5" if where.type == "cpu" else "a pipeline"
-        raise InvalidValue(f"offload on {where} is for {what}: leave it out", "offload")
+        raise cannot_offload(where)
     on_device = None if device is None or options.offload is not None else where
     for network, dtypes in precisions(model, options.dtype, where):
         if options.quantize is not None and network is rounded:
@@ -243,7 +258,7 @@ def precisions(model: Any, dtype: Dtype, device: torch.device) -> Iterator[tuple
             dtypes = [] if t5 else [torch.float32]
         if id(network) in chosen:
             if dtype == "fp16" and t5:
-                raise InvalidValue("dtype is fp16, in which T5 overflows: expected fp32 or bf16", "dtype")
+                raise InvalidValue(OF_T5, "dtype")
             if dtype != "auto":
                 dtypes.append(DTYPES[dtype])
             elif name not in IN_BFLOAT16 and not t5 and not {"", "unet"} & parts.keys():
@@ -365,10 +380,7 @@ def choose_attention(model: Any, name: str) -> None:
     if isinstance(main, torch.nn.Module) and not any(isinstance(part, DispatchedAttention) for part in main.modules()):
         if name == "native":
             return
-        raise InvalidValue(
-            f"attention {name} cannot be chosen for a {type(main).__name__}, whose attention is that of transformers: leave it out",
-            "attention",
-        )
+        raise no_attention(type(main), name)
     set_attention(networks_of(model), name)
 
 
