@@ -371,7 +371,7 @@ def test_what_cannot_work_is_refused_before_anything_is_loaded(tmp_path, capsys,
         ["generate", "class:1", "--model", model, "-o", str(tmp_path / "a.png")],
         ["grid", "class:1", "--model", model, "--x", "seed=0,1", "-o", str(tmp_path / "a.png")],
         ["batch", str(table), "-o", str(tmp_path / "out")],
-        ["eval", "emoji", "--model", model],
+        ["eval", "emoji", "--model", model, "--out", str(tmp_path / "out")],
     ):
         assert main([*command, *flags]) == 2, command
         line = capsys.readouterr().err

@@ -4,8 +4,17 @@ import argparse
 import json
 from functools import partial
 from pathlib import Path
+from typing import Any
 
-from argen.command import device_and_json, load_arguments, load_diffusion_model, load_model, load_options
+from argen.command import (
+    check_loading,
+    device_and_json,
+    device_for,
+    load_arguments,
+    load_diffusion_model,
+    load_model,
+    load_options,
+)
 
 IMAGES = "images: a folder, or a .zip, .npz or .parquet file"
 REAL = f"real {IMAGES}, or .npz statistics; emoji: those of the training images, for --features emoji"
@@ -77,6 +86,24 @@ def extractor_of(args: argparse.Namespace):
     raise ValueError(f"unknown features {args.features!r}: expected inception, emoji or clip: and a hub id or folder")
 
 
+def check_drawing(args: argparse.Namespace) -> None:
+    """Check that ``--model`` can be loaded as the options say, before what looks at its images is.
+
+    Raises:
+        ValueError: see `argen.command.check_loading`.
+    """
+    options = load_options(args)
+    check_loading(args.model, device_for(args.device, options), options, "generator")
+
+
+def drawn_by(model: Any) -> dict[str, str]:
+    """Settings that say which weights draw, and in which precision: a run that is resumed with others would mix them."""
+    from argen.metadata import made_by
+
+    maker = made_by(model)
+    return {"model_weights": maker["weights"]} | ({"dtype": maker["dtype"]} if "dtype" in maker else {})
+
+
 def draw_samples(
     args: argparse.Namespace,
     prompts: list[str],
@@ -97,9 +124,10 @@ def draw_samples(
         raise ValueError(f"--num is {num}: expected at least 2")
     settings |= {"model": args.model, "num": num, "seed": args.seed, "guidance_scale": args.guidance_scale}
     settings |= {"prompts": run.digest(prompts), "prompt_order": "i % prompts", "uint8": "rounded"}
-    lock_run_dir(args.out, settings)
     pipe = load_model(args.model, args.device, "generator", load_options(args))
     pipe.set_progress_bar_config(disable=True)
+    settings |= drawn_by(pipe)
+    lock_run_dir(args.out, settings)
 
     def sample(rows: range):
         generator_of = [run.generator_of(args.seed, index) for index in rows]
@@ -123,7 +151,8 @@ def pipeline_of(args: argparse.Namespace, settings: dict):
     from argen.eval.run_dir import lock_run_dir
 
     names = ("model", "num", "seed", "steps", "guidance_scale")
-    lock_run_dir(args.out, settings | {name: getattr(args, name) for name in names})
     pipe = load_diffusion_model(args.model, args.device, load_options(args))
     pipe.set_progress_bar_config(disable=True)
+    settings |= drawn_by(pipe)
+    lock_run_dir(args.out, settings | {name: getattr(args, name) for name in names})
     return pipe, load_model("argen/emoji-judge", args.device), partial(run.generator_of, args.seed)

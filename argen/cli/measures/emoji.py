@@ -3,6 +3,7 @@
 import argparse
 
 from argen.cli.measures.common import (
+    check_drawing,
     draw_samples,
     finish,
     output_arguments,
@@ -33,6 +34,7 @@ def run(args: argparse.Namespace) -> None:
     from argen.eval import run as runs
     from argen.eval.features import weights_digest
 
+    check_drawing(args)
     network, seconds = load_model("argen/emoji-judge", args.device), {}
     truths = judge.read_prompts(judge.COMMON_PROMPTS if args.common else judge.PROMPTS)
     settings = {"judge": weights_digest(network), "tokens": args.tokens, "common": args.common}

@@ -6,6 +6,7 @@ from pathlib import Path
 from argen.cli.measures.common import (
     IMAGES,
     REAL,
+    check_drawing,
     draw_samples,
     drawing_arguments,
     extractor_of,
@@ -36,6 +37,8 @@ def run(args: argparse.Namespace) -> None:
     from argen.eval.run_dir import lock_run_dir
     from argen.words import read_prompts
 
+    if args.model:
+        check_drawing(args)
     extractor, seconds = extractor_of(args), {}
     metrics = [name.strip() for name in args.metrics.split(",")]
     settings = {**runs.settings_of(extractor, args.crop), "reference": str(args.ref), "metrics": metrics}
