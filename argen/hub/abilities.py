@@ -84,12 +84,23 @@ def _returned(target: str) -> Any:
     return typing.get_type_hints(resolve(target)).get("return")
 
 
-def _transformer(pipeline: type) -> type | None:
+def _transformer(pipeline: Any) -> type | None:
     """The class of a pipeline's network, by the types of its arguments."""
     with suppress(NameError, TypeError, AttributeError):
         network = typing.get_type_hints(pipeline.__init__).get(PART)
         return network if isinstance(network, type) else None
     return None
+
+
+def may_be_quantized(model: str | Path) -> bool:
+    """Whether a model can be quantized, as far as that is known."""
+    known = abilities_of(model)
+    try:
+        if known.network is not None:
+            check_quantizes(known.network)
+    except InvalidValue:
+        return False
+    return not known.quantized and known.kind in (None, "generator")
 
 
 def check_dtype(model: str | Path, options: LoadOptions) -> None:

@@ -88,8 +88,8 @@ def load(
         FileNotFoundError, ConnectionError: published weights that are not here and cannot be fetched.
     """
     check_arguments(others)
-    settings = {"attention": attention, "quantize": quantize, "compile": compile, "offload": offload}
-    options = LoadOptions(dtype=dtype_name(dtype), **settings)
+    name = dtype_name(dtype)
+    options = LoadOptions(dtype=name, attention=attention, quantize=quantize, compile=compile, offload=offload)
     return _open(model, None if device is None else pick(device), options, tokenizer, image_size)
 
 
