@@ -328,7 +328,11 @@ def explained(name: str, error: Exception) -> int:
     message = out_of_memory(error)
     if message is None and not isinstance(error, ValueError | OSError):
         raise error
-    print(f"{name}: error: {printable(message or str(error))}", file=sys.stderr)
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        reason = f"{os.fsdecode(error.filename)}: {error.strerror.lower()}"
+    else:
+        reason = str(error)
+    print(f"{name}: error: {printable(message or reason)}", file=sys.stderr)
     return 1 if message else 2
 
 

@@ -214,3 +214,9 @@ def test_a_saved_pipeline_that_was_trained_again_is_noticed(tmp_path, capsys):
     capsys.readouterr()
     assert main(command) == 2
     assert "was made by other weights of the model" in capsys.readouterr().err
+
+
+def test_a_table_that_is_not_there_is_one_line(tmp_path, capsys):
+    assert main(["batch", str(tmp_path / "no.csv"), "-o", str(tmp_path / "out")]) == 2
+    assert capsys.readouterr().err == f"argen batch: error: {tmp_path / 'no.csv'}: no such file or directory\n"
+    assert not (tmp_path / "out").exists()

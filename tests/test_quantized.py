@@ -260,6 +260,8 @@ def test_a_group_that_fits_no_layer_is_refused_and_one_that_fits_some_is_logged(
     assert [record.getMessage() for record in caplog.records] == [
         "1 of 2 layers have one scale a row: group 32 does not divide their 24 columns"
     ]
+    with pytest.raises(ValueError, match="group is 32.0: expected an even number"):
+        Quantization(4, 32.0)
     with pytest.raises(ValueError, match="bits is 4, and a layer has 15 columns, which are not even: choose 8"):
         quantize(network_of(15), Quantization(4))
 
@@ -380,14 +382,25 @@ def test_what_cannot_work_is_refused_before_anything_is_loaded(tmp_path, capsys,
     assert sorted(path.name for path in tmp_path.iterdir()) == ["t.csv"]
 
 
+def test_the_network_of_a_quantized_folder_is_not_loaded_alone(quantized_folder):
+    for path in (
+        quantized_folder / "transformer",
+        quantized_folder / "transformer/diffusion_pytorch_model.safetensors",
+    ):
+        with pytest.raises(ValueError, match="is the network of a quantized pipeline: load the folder"):
+            argen.load(path)
+
+
 def test_of_a_saved_folder_it_is_refused_before_too(tmp_path, monkeypatch, quantized_folder):
     argen.load("argen/emoji-xar").save_pretrained(tmp_path / "xar")
+    (tmp_path / "xAR-B.pth").write_bytes(b"PK")
     monkeypatch.setattr("argen.hub.loading._load", lambda *_: pytest.fail(NEVER))
     for folder, options, message in (
         (quantized_folder, {"quantize": "int8"}, "the model is quantized already"),
         (quantized_folder, {"offload": "model"}, "offload on cpu is for a generator that reads text through T5"),
         (tmp_path / "xar", {"quantize": "int4"}, "not for a XAR"),
         (tmp_path / "xar", {"compile": True}, "not for a XAR"),
+        (tmp_path / "xAR-B.pth", {"quantize": "int4"}, "not for a XAR"),
     ):
         with pytest.raises(ValueError, match=message):
             argen.load(folder, device="cpu", **options)

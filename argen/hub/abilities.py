@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
-from argen.hub.cards import CARD_FILE, Card, all_cards, find_card, is_own
+from argen.hub.cards import CARD_FILE, Card, all_cards, find_card, is_own, released_card
 from argen.hub.options import LoadOptions
 from argen.hub.quantized import PART, check_decodes, check_quantizes, quantized_file
 from argen.models.quantized import QUANTIZED_ALREADY
@@ -47,6 +47,8 @@ def abilities_of(model: str | Path) -> Abilities:
         return _of_folder(path)
     if card is None and (path / CARD_FILE).is_file():
         card = find_card(str(path))
+    if card is None and path.is_file():
+        card = released_card(path)
     return Abilities() if card is None else _of_card(card)
 
 

@@ -20,7 +20,17 @@ from safetensors import SafetensorError
 from argen.device import DTYPES, LOADING, ON_DEMAND, auto_dtype, free, pick, silent
 from argen.garbage import uncollected
 from argen.hub.abilities import OF_T5, cannot_offload, check_dtype, check_options, no_attention
-from argen.hub.cards import CARD_FILE, DIFFUSION, Card, all_cards, check_kind, check_known, find_card, kind_of
+from argen.hub.cards import (
+    CARD_FILE,
+    DIFFUSION,
+    Card,
+    all_cards,
+    check_kind,
+    check_known,
+    find_card,
+    kind_of,
+    released_card,
+)
 from argen.hub.memory import SHARE, check_memory, out_of_memory
 from argen.hub.options import Attention, Dtype, LoadOptions, Offload, Quantize, check_arguments
 from argen.hub.quantized import NAMES, decoding_network, quantized, quantizes, read_quantized, writing_network
@@ -293,7 +303,7 @@ def _load(model: str | Path, tokenizer: str | Path | None, image_size: int | Non
         return _read(path, find_card(str(path)) if has_card else None, lambda: _pipeline(path))
     if has_card:  # as `argen train` writes it
         return _read_card(path, find_card(str(path)))
-    if path.is_file() and (card := _released(path)):
+    if path.is_file() and (card := released_card(path)):
         return _read_card(path.parent, card)
     try:
         with _alone():
@@ -302,12 +312,6 @@ def _load(model: str | Path, tokenizer: str | Path | None, image_size: int | Non
         if error.errno is None or isinstance(error, FileNotFoundError):
             raise
         raise ValueError(f"{path} cannot be read ({error.strerror}): expected a checkpoint") from error
-
-
-def _released(path: Path) -> Card | None:
-    """The card of a released file by its name, of those that need more than their tensors; of the others the tensors say all."""
-    by_name = {card.arguments["name"]: card for card in all_cards().values() if card.arguments.keys() > {"name"}}
-    return by_name.get(path.stem)
 
 
 def _read_card(folder: Path, card: Card) -> Any:

@@ -119,7 +119,9 @@ def size_of(model: str | Path) -> Size | None:
                     stored = "int4" if tensor.dtype == torch.uint8 or stored == "int4" else "int8"
     except (OSError, ValueError, RuntimeError):  # which loading explains
         return None
-    return Size(counts["other"], 0.0, counts["text"], counts["fixed"], not stored and may_be_quantized(model), stored=stored)
+    return Size(
+        counts["other"], 0.0, counts["text"], counts["fixed"], not stored and may_be_quantized(model), stored=stored
+    )
 
 
 def _tensors(content: Any) -> Iterator[Tensor]:

@@ -51,8 +51,8 @@ class Quantization:
     def __post_init__(self):
         if self.bits not in BITS:
             raise InvalidValue(f"bits is {self.bits}: expected 8 or 4", "bits")
-        if self.group < 0 or self.group % 2:
-            raise InvalidValue(f"group is {self.group}: expected an even number, or 0 for whole rows", "group")
+        if not isinstance(self.group, int) or self.group < 0 or self.group % 2:
+            raise InvalidValue(f"group is {cut(self.group)}: expected an even number, or 0 for whole rows", "group")
         if self.method not in METHODS:
             raise InvalidValue(f"method is {cut(self.method)}: expected rtn, gptq or rsq", "method")
         if self.act_order and (self.group or not self.calibrated):
