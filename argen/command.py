@@ -278,8 +278,7 @@ def check_loading(model: str, device: "torch.device", options: Mapping[str, Any]
     Raises:
         ValueError: see `check_model` and `argen.hub.abilities.check_options`.
     """
-    from argen.hub.abilities import check_dtype, check_options
-    from argen.hub.loading import check_compile
+    from argen.hub.abilities import check_compile, check_dtype, check_options
     from argen.hub.options import LoadOptions
 
     check_model(model, kind)

@@ -10,7 +10,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import argen
-from argen.hub.loading import check_compile
+from argen.hub.abilities import check_compile
 from argen.models import graphed
 from argen.models.graphed import GraphedStep
 from argen.models.llamagen import LlamaGen, LlamaGenSession

@@ -1,5 +1,6 @@
 """What a model can be loaded with, by its card or its folder, before any of its weights are read."""
 
+import importlib.util
 import json
 import typing
 from contextlib import suppress
@@ -11,13 +12,14 @@ import torch
 from safetensors import SafetensorError
 
 from argen.hub.cards import CARD_FILE, Card, all_cards, find_card, is_own, released_card
-from argen.hub.options import LoadOptions
+from argen.hub.options import Dtype, LoadOptions
 from argen.hub.quantized import PART, check_decodes, check_quantizes, quantized_file
 from argen.models.quantized import QUANTIZED_ALREADY
 from argen.registry import pipelines, resolve
 from samplers.errors import InvalidValue
 
 T5 = ["transformers", "T5EncoderModel"]  # in an index
+UNREADABLE = (OSError, ValueError, TypeError, LookupError, AttributeError, RuntimeError, SafetensorError)
 OF_T5 = "dtype is fp16, in which T5 overflows: expected fp32 or bf16"
 
 
@@ -68,15 +70,7 @@ def _of_folder(folder: Path) -> Abilities:
         name, text_encoder = index["_class_name"], index.get("text_encoder")
         network = _transformer(pipelines[name]) if name in pipelines else None
         already = quantized_file(folder) is not None
-    except (
-        OSError,
-        ValueError,
-        TypeError,
-        LookupError,
-        AttributeError,
-        RuntimeError,
-        SafetensorError,
-    ):  # which loading explains
+    except UNREADABLE:  # which loading explains
         return Abilities(pipeline=True)
     return Abilities(network, True, text_encoder == T5, already)
 
@@ -103,6 +97,40 @@ def may_be_quantized(model: str | Path) -> bool:
     except InvalidValue:
         return False
     return not known.quantized and known.kind in (None, "generator")
+
+
+def dtype_name(dtype: Dtype | torch.dtype) -> Dtype:
+    """The name of a precision, which may be torch's own.
+
+    Raises:
+        ValueError: torch's, and none of those that `load` has.
+    """
+    if not isinstance(dtype, torch.dtype):
+        return dtype
+    names: dict[torch.dtype, Dtype] = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+    if dtype not in names:
+        expected = "auto, fp32, bf16, fp16, torch.float32, torch.bfloat16 or torch.float16"
+        raise InvalidValue(f"dtype is {dtype}: expected {expected}", "dtype")
+    return names[dtype]
+
+
+def check_compile(device: torch.device | str | None, dtype: Dtype) -> None:
+    """Check that something can compile here, before any weights are read: OpenVINO on a CPU, ``torch.compile`` on a CUDA GPU.
+
+    Raises:
+        ValueError: it is not installed; another device; on a CPU, half precision.
+    """
+    kind = torch.device(device or "cpu").type
+    if kind == "cuda":
+        if importlib.util.find_spec("triton") is None:
+            raise InvalidValue("compile needs Triton on a GPU: pip install triton, or leave it out", "compile")
+        return
+    if kind != "cpu":
+        raise InvalidValue(f"compile is for a CPU or a CUDA GPU, and the device is {device}: leave it out", "compile")
+    if dtype in ("bf16", "fp16"):
+        raise InvalidValue(f"compile takes the dtype fp32, and it is {dtype}: leave one of them out", "compile")
+    if importlib.util.find_spec("openvino") is None:
+        raise InvalidValue("compile needs OpenVINO: pip install 'argen[openvino]', or leave it out", "compile")
 
 
 def check_dtype(model: str | Path, options: LoadOptions) -> None:

@@ -19,7 +19,15 @@ from safetensors import SafetensorError
 
 from argen.device import DTYPES, LOADING, ON_DEMAND, auto_dtype, free, pick, silent
 from argen.garbage import uncollected
-from argen.hub.abilities import OF_T5, cannot_offload, check_dtype, check_options, no_attention
+from argen.hub.abilities import (
+    OF_T5,
+    cannot_offload,
+    check_compile,
+    check_dtype,
+    check_options,
+    dtype_name,
+    no_attention,
+)
 from argen.hub.cards import (
     CARD_FILE,
     DIFFUSION,
@@ -112,21 +120,6 @@ def load_to_quantize(model: str | Path, how: Quantization, device: torch.device)
     return _open(model, device, LoadOptions(dtype="fp32"), how=how)
 
 
-def dtype_name(dtype: Dtype | torch.dtype) -> Dtype:
-    """The name of a precision, which may be torch's own.
-
-    Raises:
-        ValueError: torch's, and none of those that `load` has.
-    """
-    if not isinstance(dtype, torch.dtype):
-        return dtype
-    names: dict[torch.dtype, Dtype] = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
-    if dtype not in names:
-        expected = "auto, fp32, bf16, fp16, torch.float32, torch.bfloat16 or torch.float16"
-        raise InvalidValue(f"dtype is {dtype}: expected {expected}", "dtype")
-    return names[dtype]
-
-
 def _open(
     model: str | Path,
     device: torch.device | None,
@@ -208,25 +201,6 @@ def can_offload(model: Any, device: torch.device) -> bool:
     if device.type == "cpu":
         return any(type(network).__name__ == "OffloadedT5" for network in networks_of(model))
     return hasattr(model, "enable_model_cpu_offload")
-
-
-def check_compile(device: torch.device | str | None, dtype: Dtype) -> None:
-    """Check that something can compile here, before any weights are read: OpenVINO on a CPU, ``torch.compile`` on a CUDA GPU.
-
-    Raises:
-        ValueError: it is not installed; another device; on a CPU, half precision.
-    """
-    kind = torch.device(device or "cpu").type
-    if kind == "cuda":
-        if importlib.util.find_spec("triton") is None:
-            raise InvalidValue("compile needs Triton on a GPU: pip install triton, or leave it out", "compile")
-        return
-    if kind != "cpu":
-        raise InvalidValue(f"compile is for a CPU or a CUDA GPU, and the device is {device}: leave it out", "compile")
-    if dtype in ("bf16", "fp16"):
-        raise InvalidValue(f"compile takes the dtype fp32, and it is {dtype}: leave one of them out", "compile")
-    if importlib.util.find_spec("openvino") is None:
-        raise InvalidValue("compile needs OpenVINO: pip install 'argen[openvino]', or leave it out", "compile")
 
 
 def compile_decoding(model: Any, device: torch.device | str = "cpu") -> None:
