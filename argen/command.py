@@ -4,10 +4,13 @@ import argparse
 import logging
 import os
 import re
+import signal
 import sys
 import tempfile
+import threading
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
@@ -269,6 +272,23 @@ def load_model(
     return loaded
 
 
+def check_loading(model: str, device: "torch.device", options: Mapping[str, Any], kind: str | None = None) -> None:
+    """Check that a model can be loaded on a device with `options` from `load_options`, as far as that is known before.
+
+    Raises:
+        ValueError: see `check_model` and `argen.hub.abilities.check_options`.
+    """
+    from argen.hub.abilities import check_compile, check_dtype, check_options
+    from argen.hub.options import LoadOptions
+
+    check_model(model, kind)
+    asked = LoadOptions(**options)
+    if asked.compile:
+        check_compile(device, asked.dtype)
+    check_dtype(model, asked)
+    check_options(model, asked, device)
+
+
 def load_diffusion_model(model: str, device: str | None, options: Mapping[str, Any]):
     """The diffusers pipeline called `model` on a device; `options` from `load_options`."""
     from argen.hub.loading import load_diffusion
@@ -307,12 +327,17 @@ def explained(name: str, error: Exception) -> int:
     message = out_of_memory(error)
     if message is None and not isinstance(error, ValueError | OSError):
         raise error
-    print(f"{name}: error: {printable(message or str(error))}", file=sys.stderr)
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        reason = f"{os.fsdecode(error.filename)}: {error.strerror.lower()}"
+    else:
+        reason = str(error)
+    print(f"{name}: error: {printable(message or reason)}", file=sys.stderr)
     return 1 if message else 2
 
 
 def guarded(name: str, function: Callable[[argparse.Namespace], None], args: argparse.Namespace) -> int:
-    """Run `function` -> exit code: bad input is one line on stderr and 2, too little memory one and 1, an interruption 130."""
+    """Run `function` -> exit code: bad input is one line on stderr and 2, too little memory one and 1, an interruption 130, another signal that
+    ends programs 128 and its number."""
     warnings.simplefilter("ignore")
     logging.basicConfig(format="argen: %(message)s", level=logging.WARNING)
     for library in ("transformers", "diffusers", "huggingface_hub"):
@@ -326,7 +351,8 @@ def guarded(name: str, function: Callable[[argparse.Namespace], None], args: arg
                     check_text(text, option)
                 if isinstance(text, Path) and "\0" in str(text):
                     raise ValueError(f"{option} is {cut(repr(str(text)))}, with a zero byte: no file has such a name")
-        function(args)
+        with _unwinding():
+            function(args)
     except BrokenPipeError:  # whoever reads what is printed has read enough
         return 141  # as programs end that SIGPIPE kills
     except (ValueError, OSError, RuntimeError, MemoryError) as error:
@@ -338,4 +364,37 @@ def guarded(name: str, function: Callable[[argparse.Namespace], None], args: arg
     except KeyboardInterrupt:
         print(f"{name}: stopped", file=sys.stderr)
         return 130
+    except _Terminated as signalled:
+        print(f"{name}: stopped", file=sys.stderr)
+        return 128 + signalled.number
     return 0
+
+
+class _Terminated(BaseException):
+    """A signal that ends the program, so that it unwinds, and files and folders that are half-written are deleted, as at Ctrl-C."""
+
+    def __init__(self, number: int):
+        super().__init__(number)
+        self.number = number
+
+
+@contextmanager
+def _unwinding() -> Iterator[None]:
+    """SIGTERM and SIGHUP raise `_Terminated` meanwhile, once; where a program has handlers of its own they stay, and so in other threads."""
+    numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    if threading.current_thread() is not threading.main_thread():
+        numbers = []
+    numbers = [number for number in numbers if signal.getsignal(number) is signal.SIG_DFL]
+
+    def terminate(number: int, _: object) -> None:
+        for each in numbers:
+            signal.signal(each, signal.SIG_IGN)  # or a second one stops the cleaning up
+        raise _Terminated(number)
+
+    for number in numbers:
+        signal.signal(number, terminate)
+    try:
+        yield
+    finally:
+        for number in numbers:
+            signal.signal(number, signal.SIG_DFL)

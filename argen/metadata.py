@@ -57,9 +57,9 @@ def save_made(
     texts = {
         key: str(value) if isinstance(value, Path) else value for key, value in settings.items() if value is not None
     }
-    made_by = {"argen": __version__} | ({} if model is None else {"weights": fingerprint(model)})
+    maker = {"argen": __version__} if model is None else made_by(model)
     for image in images:
-        image.info |= {COMMAND: json.dumps({"command": command} | texts), MADE_BY: json.dumps(made_by)}
+        image.info |= {COMMAND: json.dumps({"command": command} | texts), MADE_BY: json.dumps(maker)}
     save_images([(image, None) for image in images], list(paths))
 
 
@@ -105,10 +105,12 @@ def _info(image: Image.Image, request: Request | None, grid: Grid | None = None)
 
 
 def fingerprint(model: "DiffusionPipeline | torch.nn.Module") -> str:
-    """A digest of the weights of a pipeline or a network: of names, shapes and some values of each tensor, so that it costs milliseconds."""
+    """A digest of the weights of a pipeline or a network: of names, shapes and some values of each tensor, so that it costs milliseconds. A T5,
+    which may be on disk, is left out."""
     digest = hashlib.sha256()
     for name, part in sorted(getattr(model, "components", {"": model}).items()):
-        for key, tensor in part.state_dict().items() if isinstance(part, torch.nn.Module) else ():
+        counts = isinstance(part, torch.nn.Module) and type(part).__name__ not in ("T5EncoderModel", "OffloadedT5")
+        for key, tensor in part.state_dict().items() if counts else ():
             flat = tensor.detach().flatten()
             last = flat.numel() - 1
             places = torch.linspace(0, last, min(16, flat.numel()), device=flat.device).long()
@@ -117,16 +119,32 @@ def fingerprint(model: "DiffusionPipeline | torch.nn.Module") -> str:
     return digest.hexdigest()[:16]
 
 
-def differences(path: str | Path, pipe: "DiffusionPipeline") -> str | None:
-    """What was another when the image in a file was made, in words; None if nothing is known to be."""
+def made_by(model: "DiffusionPipeline | torch.nn.Module") -> dict[str, str]:
+    """What draws an image: the version of argen, `fingerprint`, and the precision of the network that writes the tokens."""
+    texts = {"argen": __version__, "weights": fingerprint(model)}
+    dtype = getattr(getattr(model, "transformer", model), "dtype", None)
+    return texts | ({} if dtype is None else {"dtype": str(dtype).removeprefix("torch.")})
+
+
+def changes(path: str | Path, now: Mapping[str, str]) -> list[str]:
+    """What was another when the image in a file was made, in words, e.g. "dtype bfloat16, not float32"; nothing where the file does not say it.
+
+    Args:
+        now: from `made_by`.
+    """
     try:
-        made_by = read_json(open_image(path), MADE_BY)
-        version, weights = made_by["argen"], made_by["weights"]
+        then = dict(read_json(open_image(path), MADE_BY))
     except (KeyError, TypeError, ValueError):
-        return None
-    changes = [f"argen {version}, not {__version__}"] if version != __version__ else []
-    changes += ["other weights of the model"] if weights != fingerprint(pipe) else []
-    return f"{path} was made by {' and '.join(changes)}: the image may differ" if changes else None
+        return []
+    others = [name for name, value in now.items() if name in then and then[name] != value]
+    words = {"weights": "other weights of the model (or quantized in another way)"}
+    return [words.get(name, f"{name} {cut(then[name])}, not {now[name]}") for name in others]
+
+
+def differences(path: str | Path, pipe: "DiffusionPipeline") -> str | None:
+    """`changes`, for who makes the image again; None if nothing is known to be another."""
+    others = changes(path, made_by(pipe))
+    return f"{path} was made by {' and '.join(others)}: the image may differ" if others else None
 
 
 def infotext(request: Request, size: tuple[int, int]) -> str:

@@ -207,12 +207,22 @@ def read_prompts(path: Path) -> list[str]:
     """The prompts of a file, one a line.
 
     Raises:
-        ValueError: it is no text, or holds none.
+        ValueError: it cannot be read, is no text, holds none, or one that `check_prompt` refuses; says which line.
     """
-    prompts = [line for _, line in read_lines(path.read_bytes(), str(path))]
-    if not prompts:
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        reason = (error.strerror or type(error).__name__).lower()
+        raise ValueError(f"no prompts can be read from {path} ({reason}): expected a text file, one a line") from error
+    lines = read_lines(data, str(path))
+    for number, line in lines:
+        try:
+            check_prompt(line)
+        except ValueError as error:
+            raise ValueError(f"line {number} of {path}: {error}") from None
+    if not lines:
         raise ValueError(f"{path} holds no prompts: expected one a line")
-    return prompts
+    return [line for _, line in lines]
 
 
 def check_count(count: int) -> int:

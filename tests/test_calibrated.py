@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 import sys
 from collections.abc import Callable
 
@@ -341,3 +342,30 @@ def test_bad_input_is_one_line(tmp_path, capsys, arguments, message):
     assert message in line
     assert line.count("\n") == 1
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, r"no prompts can be read from .*p.txt \(no such file or directory\): expected a text file, one a line"),
+        ("folder", r"no prompts can be read from .*p.txt \(is a directory\): expected a text file, one a line"),
+        (b"", "p.txt holds no prompts: expected one a line"),
+        (b" \n\n", "p.txt holds no prompts: expected one a line"),
+        (b"\x89PNG\xff\xfe", "p.txt is no text in UTF-8: save it as such"),
+        (b"a cat\0", "p.txt is no text file: it holds zero bytes"),
+        (b"a cat\n" + b"x" * 1001, "line 2 of .*p.txt: the prompt has 1,001 characters: expected at most 1,000"),
+    ],
+)
+def test_bad_files_of_prompts_are_one_line_before_the_model_is_loaded(tmp_path, capsys, monkeypatch, content, message):
+    monkeypatch.setattr("argen.hub.loading.load_to_quantize", lambda *_, **__: pytest.fail("loaded"))
+    file = tmp_path / "p.txt"
+    if content == "folder":
+        file.mkdir()
+    elif content is not None:
+        file.write_bytes(content)
+    arguments = ["quantize", "argen/emoji-parti", "--method", "gptq", "--prompts", str(file)]
+    assert main([*arguments, "-o", str(tmp_path / "out")]) == 2
+    line = capsys.readouterr().err
+    assert re.search(message, line)
+    assert line.count("\n") == 1
+    assert not (tmp_path / "out").exists()

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import zipfile
 from argparse import Namespace
 from pathlib import Path
 
@@ -279,3 +280,80 @@ def test_files_of_other_programs_are_named(tmp_path):
             ValueError, match=f"a.pt is {kind}, not a checkpoint: expected a file of torch or of safetensors"
         ):
             read_state_dict(path)
+
+
+LARGE = {"weight": torch.randn(300, 200), "bias": torch.randn(300)}  # of which the first is mapped
+
+
+@pytest.mark.parametrize("kind", ["pt", "safetensors"])
+@pytest.mark.parametrize("kept", [9, 300, 5000, 100_000, -70_000, -1])
+def test_a_file_that_is_cut_off_is_one_line(tmp_path, kind, kept):
+    path = tmp_path / f"a.{kind}"
+    save_file(LARGE, path) if kind == "safetensors" else torch.save(LARGE, path)
+    path.write_bytes(path.read_bytes()[:kept])
+    with pytest.raises(
+        ValueError, match=r"could not be read as a checkpoint \(the file is cut off.*fetch it again"
+    ) as e:
+        read_state_dict(path)
+    assert "\n" not in str(e.value)
+
+
+def test_a_storage_that_is_shorter_than_its_tensor_is_refused(tmp_path):
+    torch.save(LARGE, tmp_path / "whole.pt")
+    with zipfile.ZipFile(tmp_path / "whole.pt") as whole, zipfile.ZipFile(tmp_path / "short.pt", "w") as short:
+        for member in whole.infolist():
+            content = whole.read(member)
+            short.writestr(member.filename, content[:100_000] if len(content) > 100_000 else content)
+    with pytest.raises(ValueError, match="a tensor is larger than what is stored of it"):
+        read_state_dict(tmp_path / "short.pt")
+
+
+class Larger:
+    """A tensor that says more rows than its storage has."""
+
+    def __reduce__(self):
+        storage = torch.ones(100, 200).storage()
+        return torch._utils._rebuild_tensor_v2, (storage, 0, (300, 200), (200, 1), False, {})
+
+
+@pytest.mark.filterwarnings("ignore:TypedStorage")
+def test_a_tensor_that_is_larger_than_its_storage_is_refused(tmp_path):
+    torch.save({"weight": Larger(), "other": torch.ones(300, 200)}, tmp_path / "a.pt")
+    with pytest.raises(ValueError, match="could not be read as a checkpoint"):
+        read_state_dict(tmp_path / "a.pt")
+
+
+def test_negated_and_conjugated_tensors_are_read_right(tmp_path):
+    values = torch.randn(300, 200, dtype=torch.complex64)
+    for name, value in {
+        "negative": torch._neg_view(LARGE["weight"]),
+        "conjugate": values.conj(),
+        "imaginary": values.conj().imag,
+        "small": torch._neg_view(LARGE["bias"]),
+        "turned": LARGE["weight"].T,
+        "repeated": LARGE["bias"].expand(400, 300),
+        "empty": torch.zeros(0, 3),
+    }.items():
+        torch.save({name: value}, tmp_path / "a.pt")
+        read = read_state_dict(tmp_path / "a.pt")[name]
+        assert torch.equal(read, value), name
+        assert not read.is_neg()
+        assert not read.is_conj()
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: LARGE["weight"].to_sparse(), "layout torch.sparse_coo, expected dense ones"),
+        (lambda: LARGE["weight"].to_sparse_csr(), "layout torch.sparse_csr, expected dense ones"),
+        (lambda: torch.quantize_per_tensor(LARGE["weight"], 0.1, 0, torch.qint8), "could not be read"),
+        (lambda: torch.nested.nested_tensor([LARGE["bias"], LARGE["bias"][:9]]), "could not be read"),
+        (lambda: torch.empty(300, 200, device="meta"), "a tensor without numbers"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore")
+def test_other_kinds_of_tensors_are_one_line(tmp_path, make, message):
+    torch.save({"weight": make()}, tmp_path / "a.pt")
+    with pytest.raises(ValueError, match=message) as error:
+        read_state_dict(tmp_path / "a.pt")
+    assert "\n" not in str(error.value)

@@ -1,14 +1,17 @@
 """Decoding as graphs of fixed shapes: the same tokens, one graph for each number of tokens in a pass, and no wait for the device between two
 tokens. No GPU is needed: graphs are run by PyTorch's own operations here, and a device without memory stands for one that is waited for."""
 
+import gc
 import traceback
+import weakref
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import argen
-from argen.hub.loading import check_compile
+from argen.hub.abilities import check_compile
+from argen.models import graphed
 from argen.models.graphed import GraphedStep
 from argen.models.llamagen import LlamaGen, LlamaGenSession
 from samplers.logits import Gumbel, Sampling
@@ -130,3 +133,46 @@ def test_what_cannot_compile_says_so(monkeypatch):
         check_compile("cuda", "bf16")
     with pytest.raises(ValueError, match="compile is for a CPU or a CUDA GPU, and the device is mps: leave it out"):
         check_compile("mps", "auto")
+
+
+@torch.no_grad()
+def test_buffers_of_other_sizes_are_released_but_for_the_latest():
+    torch.manual_seed(0)
+    network = LlamaGen(grid=4, classes=5, dim=64, depth=2, heads=4, n_embed=96).eval()
+    graphs = Graphs()
+    network.compiled = GraphedStep(network, network.step, backend=graphs)
+
+    def session(rows: int) -> LlamaGenSession:
+        ids, mask = torch.ones(rows, dtype=torch.int64), torch.ones(rows, 1, dtype=torch.bool)
+        begun = LlamaGenSession(network, network.cls_embedding(ids), mask, guided=False)
+        begun.forward(torch.zeros(rows, 1, dtype=torch.int64), torch.tensor([0]))
+        return begun
+
+    def sizes() -> list[int]:
+        return [room.buffers[0].shape[1] for room in network.compiled.rooms]
+
+    held, buffers = session(1), []
+    for rows in range(2, 10):
+        session(rows)
+        buffers.append(weakref.ref(network.compiled.rooms[-1].buffers[0]))
+    assert sizes() == [1, 6, 7, 8, 9]  # the first is in use
+    gc.collect()
+    assert [buffer() is not None for buffer in buffers] == [False] * 4 + [True] * 4
+    compiled = graphs.count
+    session(6)
+    assert graphs.count == compiled
+    assert sizes() == [1, 7, 8, 9, 6]
+    del held
+    session(2)
+    assert sizes() == [8, 9, 6, 2]
+
+
+def test_a_room_keeps_the_graphs_that_were_used_last():
+    room, made = graphed.Room([torch.zeros(1)]), []
+    for form in range(graphed.GRAPHS + 2):
+        room.graph(form, lambda form=form: made.append(form) or (lambda: form))
+        room.graph(0, lambda: made.append("again") or (lambda: 0))
+    assert made == list(range(graphed.GRAPHS + 2))
+    assert len(room.graphs) == graphed.GRAPHS
+    assert 1 not in room.graphs
+    assert list(room.graphs)[-1] == 0

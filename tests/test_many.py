@@ -5,8 +5,10 @@ import json
 import re
 
 import pytest
+import torch
 from PIL import Image
 
+import argen
 from argen.cli.main import main
 from argen.jobs.tables import Axis, expand_axes, grid_image, read_table
 from argen.request import Request
@@ -169,3 +171,52 @@ def test_every_image_of_a_grid_stands_under_its_values():
 def test_a_bad_grid_is_refused(axes, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         expand_axes(Request("a cat"), [Axis.parse(text) for text in axes])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            ["--dtype", "bf16"],
+            "was made by dtype float32, not bfloat16: choose another --out, or load the model as then",
+        ),
+        (["--quantize", "int8"], "was made by other weights of the model .*: choose another --out, or load"),
+        (["--model", "copy"], "was made with other settings than row 1 has"),
+    ],
+)
+def test_a_folder_that_other_settings_of_loading_drew_is_not_taken_for_ones_own(tmp_path, capsys, options, message):
+    table, out = tmp_path / "t.csv", tmp_path / "out"
+    table.write_text("prompt,seed\na cat,1\na dog,2\n")
+    assert main(["batch", str(table), "-o", str(out), "--json"]) == 0
+    (out / "00002-1.png").unlink()
+    if "copy" in options:
+        argen.load("argen/emoji-parti").save_pretrained(tmp_path / "copy")
+        options = ["--model", str(tmp_path / "copy")]
+    capsys.readouterr()
+    assert main(["batch", str(table), "-o", str(out), *options]) == 2
+    errors = capsys.readouterr().err
+    assert re.search(message, errors)
+    assert not (out / "00002-1.png").exists()  # nothing is drawn before
+    assert main(["batch", str(table), "-o", str(out), "--json"]) == 0
+    assert (out / "00002-1.png").exists()
+
+
+def test_a_saved_pipeline_that_was_trained_again_is_noticed(tmp_path, capsys):
+    table, out, folder = tmp_path / "t.csv", tmp_path / "out", tmp_path / "mine"
+    table.write_text("prompt\na cat\n")
+    pipe = argen.load("argen/emoji-parti")
+    pipe.save_pretrained(folder)
+    command = ["batch", str(table), "-o", str(out), "--model", str(folder), "--json"]
+    assert main(command) == 0
+    with torch.no_grad():
+        pipe.transformer.embed_tokens.weight.mul_(2)
+    pipe.save_pretrained(folder)
+    capsys.readouterr()
+    assert main(command) == 2
+    assert "was made by other weights of the model" in capsys.readouterr().err
+
+
+def test_a_table_that_is_not_there_is_one_line(tmp_path, capsys):
+    assert main(["batch", str(tmp_path / "no.csv"), "-o", str(tmp_path / "out")]) == 2
+    assert capsys.readouterr().err == f"argen batch: error: {tmp_path / 'no.csv'}: no such file or directory\n"
+    assert not (tmp_path / "out").exists()

@@ -439,3 +439,45 @@ def test_the_memory_of_every_model_is_listed(monkeypatch, capsys):
     assert rows["OliverRen/xAR:xAR-B"]["bytes"]["int8"] is None
     assert main(["models", "--memory"]) == 0
     assert "5.0 GB are free on cpu" in capsys.readouterr().out
+
+
+def test_what_fits_counts_what_running_needs(monkeypatch, capsys):
+    monkeypatch.setattr("argen.device.pick", lambda name=None: torch.device("cpu"))
+    name = "FoundationVision/LlamaGen:c2i_B_256"
+
+    def row(available: float) -> dict:
+        monkeypatch.setattr(memory, "free", lambda device: available)
+        assert main(["models", "--memory", name, "--json"]) == 0
+        (only,) = json.loads(capsys.readouterr().out)["models"]
+        return only
+
+    weights, running = row(GB)["bytes"]["fp32"], row(GB)["running"]["fp32"]
+    assert weights + 0.84e9 < running < weights + 0.95e9
+    assert 0.96e9 < running < 1.68e9  # as measured: its own at most, and with all pages of its file and copies
+    assert "fp32" not in row(running - 1)["fits"]
+    assert "fp32" in row(running)["fits"]
+
+
+@pytest.mark.parametrize(("bits", "dtypes"), [(8, {"int8"}), (4, {"int4"})])
+def test_the_memory_of_a_folder_is_listed(tmp_path, capsys, bits, dtypes):
+    folder = tmp_path / "small"
+    assert main(["quantize", "argen/emoji-llamagen", "--bits", str(bits), "-o", str(folder)]) == 0
+    argen.load("argen/emoji-xar").save_pretrained(tmp_path / "xar")
+    capsys.readouterr()
+    arguments = [str(folder), str(tmp_path / "xar"), "argen/emoji-llamagen"]
+    assert main(["models", "--json", "--memory", *arguments]) == 0
+    quantized, xar, card = json.loads(capsys.readouterr().out)["models"]
+    assert [quantized["id"], xar["id"], card["id"]] == arguments
+    assert {name for name, size in quantized["bytes"].items() if size} == dtypes
+    assert set(quantized["fits"]) == dtypes
+    assert quantized["bytes"][f"int{bits}"] == pytest.approx(card["bytes"][f"int{bits}"], rel=0.25)
+    assert {name for name, size in xar["bytes"].items() if size} == {"fp32", "bf16"}
+    assert main(["models", "--memory", str(folder)]) == 0
+    assert str(folder) in capsys.readouterr().out
+    assert main(["models", "--memory", str(tmp_path / "nothing")]) == 2
+    assert "unknown model" in capsys.readouterr().err
+    (tmp_path / "empty").mkdir()
+    assert main(["models", "--memory", str(tmp_path / "empty")]) == 2
+    line = capsys.readouterr().err
+    assert "do not say its size" in line
+    assert line.count("\n") == 1

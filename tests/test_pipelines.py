@@ -207,7 +207,7 @@ def test_an_image_knows_what_made_it(pipe, tmp_path):
     save_images(list(zip(job.images, job.requests, strict=True)), [tmp_path / "a.png"])
     assert differences(tmp_path / "a.png", pipe) is None
     before, made_by = fingerprint(pipe), json.loads(open_image(tmp_path / "a.png").info["argen version"])
-    assert made_by == {"argen": argen.__version__, "weights": before}
+    assert made_by == {"argen": argen.__version__, "weights": before, "dtype": "float32"}
     weight = pipe.transformer.embed_tokens.weight
     with torch.no_grad():
         weight.mul_(2)

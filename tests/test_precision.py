@@ -1,5 +1,8 @@
 """Precision: what "auto" chooses, that every generator draws in each safe one, and that others are refused."""
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -101,3 +104,24 @@ def test_an_unsafe_precision_is_refused_before_loading(capsys, tmp_path, argumen
     assert message in line
     assert line.count("\n") == 1
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_torchs_own_precisions_are_taken(dtype, caplog):
+    pipe = argen.load("argen/emoji-parti", dtype=dtype, device="cpu")
+    assert pipe.transformer.dtype == dtype
+    assert loading.loader("cpu", dtype=dtype)("argen/emoji-parti").transformer.dtype == dtype
+    assert loading.load_diffusion("argen/emoji-sd", "cpu", dtype).unet.dtype == dtype
+    assert not caplog.records  # diffusers warns of float16 on a CPU
+
+
+def test_other_precisions_of_torch_are_refused():
+    with pytest.raises(ValueError, match="dtype is torch.float64: expected auto, fp32, .*or torch.float16"):
+        argen.load("argen/emoji-parti", dtype=torch.float64)
+
+
+def test_float16_on_a_cpu_prints_nothing_else(tmp_path):
+    command = ["generate", "a pizza", "--dtype", "fp16", "--device", "cpu", "-o", str(tmp_path / "a.png"), "--json"]
+    result = subprocess.run([sys.executable, "-m", "argen", *command], capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    assert "float16" not in result.stderr

@@ -2,6 +2,11 @@
 
 import importlib.util
 import json
+import re
+import shutil
+import signal
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -38,7 +43,6 @@ def test_weights_are_rounded_to_nearest():
     torch.testing.assert_close(scales, torch.tensor([[1.27, 0.0049], [2.54, 1.0]]) / 7)
     assert integers.tolist() == [[7, -3, 7, 0], [-7, 0, 0, 7]]
     assert rounded(torch.zeros(1, 4), 8, 0)[0].tolist() == [[0] * 4]
-    assert rounded(torch.randn(3, 10), 4, 4)[1].shape == (3, 1)  # which 4 does not divide
 
 
 def test_two_weights_of_4_bits_share_a_byte():
@@ -183,7 +187,11 @@ def test_a_quantized_pipeline_is_saved_as_it_is(tmp_path):
         ("qweight", lambda tensor: tensor[1:], "expected int8 or packed uint8 of a layer"),
         ("qweight", lambda tensor: tensor.float(), "expected int8 or packed uint8 of a layer"),
         ("qweight", lambda tensor: tensor[0], "expected int8 or packed uint8 of a layer"),
-        ("scales", lambda tensor: tensor[1:], "scales do not fit its weights: quantize the model again"),
+        (
+            "scales",
+            lambda tensor: tensor[1:],
+            r"scales do not fit its weights, they are torch.float32 \[\d+, 1\]: expected torch.float32 \[\d+, G\]",
+        ),
         ("scales", lambda tensor: tensor[:, 0], "scales do not fit its weights"),
         ("scales", lambda tensor: tensor * float("nan"), "scales hold numbers that are none"),
     ],
@@ -201,3 +209,198 @@ def test_damaged_weights_are_refused_when_they_are_read(tmp_path, name, change, 
         argen.load(tmp_path / "saved")
     save_file(state, file)
     assert argen.load(tmp_path / "saved").transformer.quantization == {}
+
+
+SLOW = """
+import sys, time
+import argen.hub.quantized as quantized
+from argen.cli.main import main
+
+def save_file(*_):
+    print("writing", flush=True)
+    time.sleep(60)
+
+quantized.save_file = save_file
+sys.exit(main(["quantize", "argen/emoji-parti", "-o", sys.argv[1]]))
+"""
+
+
+@pytest.mark.parametrize("sent", ["SIGTERM", "SIGINT", "SIGHUP"])
+def test_a_signal_leaves_nothing_half_written(tmp_path, sent):
+    command = [sys.executable, "-c", SLOW, str(tmp_path / "out")]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout.readline() == "writing\n"
+        assert [path.name for path in tmp_path.iterdir()][0].startswith(".quantize-")
+        number = getattr(signal, sent)
+        process.send_signal(number)
+        _, errors = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 128 + number
+    assert errors == "argen quantize: stopped\n"
+    assert not list(tmp_path.iterdir())
+
+
+def network_of(*columns: int) -> nn.Module:
+    layers = nn.ModuleList([nn.Sequential(nn.Linear(count, 8)) for count in columns])
+    return nn.ModuleDict({"layers": layers, "output": nn.Linear(30, 8)})
+
+
+def test_a_group_that_fits_no_layer_is_refused_and_one_that_fits_some_is_logged(caplog):
+    message = (
+        "group is 32, and layers have 24, 40 columns: expected an even number that divides them, or 0 for whole rows"
+    )
+    with pytest.raises(ValueError, match=message):
+        quantize(network_of(24, 40), Quantization(4, 32))
+    network = network_of(24, 64)
+    quantize(network, Quantization(4, 32))
+    assert [layer[0].scales.shape[1] for layer in network.layers] == [1, 2]
+    assert network.output.bits == 8
+    assert [record.getMessage() for record in caplog.records] == [
+        "1 of 2 layers have one scale a row: group 32 does not divide their 24 columns"
+    ]
+    with pytest.raises(ValueError, match="group is 32.0: expected an even number"):
+        Quantization(4, 32.0)
+    with pytest.raises(ValueError, match="bits is 4, and a layer has 15 columns, which are not even: choose 8"):
+        quantize(network_of(15), Quantization(4))
+
+
+def test_a_group_that_fits_no_layer_is_one_line_before_anything_is_drawn(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("argen.hub.loading._prepared", lambda *_: pytest.fail("weights were read"))
+    for method in ("rtn", "gptq"):
+        command = ["quantize", "argen/emoji-parti", "--bits", "4", "--group", "1000", "--method", method]
+        assert main([*command, "-o", str(tmp_path / "out")]) == 2
+        line = capsys.readouterr().err
+        assert re.search(r"group is 1000, and layers have [\d, ]+ columns: expected an even number that divides", line)
+        assert line.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture(scope="module")
+def quantized_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("quantized") / "saved"
+    assert main(["quantize", "argen/emoji-parti", "--bits", "4", "-o", str(folder)]) == 0
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"bits": 8}, r"has 4 bits and \d+ scales a row, and by the metadata of its file \(bits 8, group 32\) 8 and"),
+        ({"group": 64}, r"has 4 bits and \d+ scales a row, and by the metadata of its file \(bits 4, group 64\) 4 and"),
+        ({"group": 0}, r"by the metadata of its file \(bits 4, group 0\) 4 and 1: quantize the model again"),
+        ({"bits": 3}, "bits is 3: expected 8 or 4"),
+        ({"bits": "4"}, "bits is '4': expected a whole number"),
+        ({"bits": True}, "bits is True: expected a whole number"),
+        ({"group": None}, "group is None: expected a whole number"),
+        ({"group": 3}, "group is 3: expected an even number"),
+        ({"method": "awq"}, "method is awq: expected rtn, gptq or rsq"),
+        ({"method": 7}, "method is 7: expected a name"),
+        ({"symmetric": False}, "symmetric is False: expected true"),
+        ("{}", "'bits' is missing"),
+        ("[]", "expected an object with bits, group and method"),
+        ("4", "expected an object with bits, group and method"),
+        ("{", "is no JSON"),
+    ],
+)
+def test_metadata_that_do_not_fit_are_one_line(tmp_path, capsys, quantized_folder, changes, message):
+    from safetensors.torch import load_file, save_file
+
+    folder = tmp_path / "folder"
+    shutil.copytree(quantized_folder, folder)
+    file = folder / "transformer/diffusion_pytorch_model.safetensors"
+    with safe_open(file, "pt") as stored:
+        metadata = stored.metadata()
+    if isinstance(changes, dict):
+        changes = json.dumps(json.loads(metadata["quantization"]) | changes)
+    save_file(load_file(file), file, metadata | {"quantization": changes})
+    assert main(["generate", "a cat", "--model", str(folder), "-o", str(tmp_path / "a.png")]) == 2
+    line = capsys.readouterr().err
+    assert re.search(message, line), line
+    assert "quantize the model again" in line
+    assert line.count("\n") == 1
+    assert not (tmp_path / "a.png").exists()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64, torch.int32])
+def test_scales_of_another_precision_are_one_line(tmp_path, quantized_folder, dtype):
+    from safetensors.torch import load_file, save_file
+
+    folder = tmp_path / "folder"
+    shutil.copytree(quantized_folder, folder)
+    file = folder / "transformer/diffusion_pytorch_model.safetensors"
+    state, name = load_file(file), "decoder_layers.0.mlp.up_proj.scales"
+    save_file(state | {name: state[name].to(dtype)}, file)
+    with pytest.raises(
+        ValueError, match=f"{name} do not fit its weights, they are {dtype}.*expected torch.float32"
+    ) as e:
+        argen.load(folder)
+    assert "\n" not in str(e.value)
+
+
+NEVER = "read before it was refused"
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "message"),
+    [
+        ("argen/emoji-xar", {"quantize": "int8"}, "quantize is for networks that decode token by token, not for a XAR"),
+        ("OliverRen/xAR:xAR-H", {"quantize": "int8"}, "quantize is for networks that .*, not for a XAR"),
+        ("OliverRen/xAR:xAR-H", {"compile": True}, "compile is for networks that decode .*, not for a XAR"),
+        ("AILab-CVC/seed-llama-8b-sft", {"compile": True}, "not for a LlamaForCausalLM"),
+        ("AILab-CVC/seed-llama-8b-sft", {"attention": "sdpa-math"}, "cannot be chosen for a LlamaForCausalLM"),
+        ("EPFL-VILAB/flextok_d12_d12_in1k", {"quantize": "int8"}, "not for a model of kind tokenizer"),
+        ("argen/emoji-sd", {"compile": True}, "compile is for generators of tokens, not for a diffusion pipeline"),
+        ("FoundationVision/LlamaGen:c2i_3B_384", {"offload": "model"}, "offload on cpu is for a generator that reads"),
+        ("peizesun/llamagen_t2i:t2i_XL_stage1_256", {"dtype": "fp16"}, "overflows: expected fp32 or bf16"),
+        ("FoundationVision/LlamaGen:c2i_3B_384", {"dtype": "bf16", "compile": True}, "compile takes the dtype fp32"),
+        ("FoundationVision/LlamaGen:c2i_3B_384", {"device": "cuda:99"}, "device 'cuda:99' cannot be used here"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_anything_is_loaded(tmp_path, capsys, monkeypatch, model, options, message):
+    for name in ("argen.hub.loading._load", "argen.hub.loading.check_memory"):
+        monkeypatch.setattr(name, lambda *_: pytest.fail(NEVER))
+    with pytest.raises(ValueError, match=message):
+        argen.load(model, **{"device": "cpu"} | options)
+    if "generator" not in (card := argen.hub.cards.find_card(model)).kind:
+        return
+    flags = [part for name, value in options.items() for part in ([f"--{name}"] + [value] * (value is not True))]
+    flags += [] if "device" in options else ["--device", "cpu"]
+    table = tmp_path / "t.csv"
+    table.write_text(f"prompt,model\na cat,argen/emoji-parti\nclass:1,{card.id}\n")
+    for command in (
+        ["generate", "class:1", "--model", model, "-o", str(tmp_path / "a.png")],
+        ["grid", "class:1", "--model", model, "--x", "seed=0,1", "-o", str(tmp_path / "a.png")],
+        ["batch", str(table), "-o", str(tmp_path / "out")],
+        ["eval", "emoji", "--model", model, "--out", str(tmp_path / "out")],
+    ):
+        assert main([*command, *flags]) == 2, command
+        line = capsys.readouterr().err
+        assert re.search(message, line), line
+        assert line.count("\n") == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["t.csv"]
+
+
+def test_the_network_of_a_quantized_folder_is_not_loaded_alone(quantized_folder):
+    for path in (
+        quantized_folder / "transformer",
+        quantized_folder / "transformer/diffusion_pytorch_model.safetensors",
+    ):
+        with pytest.raises(ValueError, match="is the network of a quantized pipeline: load the folder"):
+            argen.load(path)
+
+
+def test_of_a_saved_folder_it_is_refused_before_too(tmp_path, monkeypatch, quantized_folder):
+    argen.load("argen/emoji-xar").save_pretrained(tmp_path / "xar")
+    (tmp_path / "xAR-B.pth").write_bytes(b"PK")
+    monkeypatch.setattr("argen.hub.loading._load", lambda *_: pytest.fail(NEVER))
+    for folder, options, message in (
+        (quantized_folder, {"quantize": "int8"}, "the model is quantized already"),
+        (quantized_folder, {"offload": "model"}, "offload on cpu is for a generator that reads text through T5"),
+        (tmp_path / "xar", {"quantize": "int4"}, "not for a XAR"),
+        (tmp_path / "xar", {"compile": True}, "not for a XAR"),
+        (tmp_path / "xAR-B.pth", {"quantize": "int4"}, "not for a XAR"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            argen.load(folder, device="cpu", **options)

@@ -7,6 +7,8 @@ whoever casts or quantizes a network layer by layer never holds all of the sourc
 import ctypes
 import json
 import mmap
+import os
+import struct
 import sys
 import zipfile
 from collections.abc import Callable, Iterator
@@ -56,8 +58,10 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
     """The tensors of a ``.safetensors`` file.
 
     Raises:
-        SafetensorError: it is none, or is cut off.
+        ValueError: it is cut off.
+        SafetensorError: it is none.
     """
+    _refuse_cut(path)
     with safe_open(path, "pt"):  # which checks the whole header
         pass
     with path.open("rb") as file:
@@ -73,8 +77,31 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
         return state
 
 
+def _refuse_cut(path: Path) -> None:
+    """Raises:
+    ValueError: a ``.safetensors`` file is shorter than its header says.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        try:
+            header = json.loads(file.read(length)) if length <= size else {}
+            ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+            whole = 8 + length + max(ends, default=0)
+        except (ValueError, TypeError, LookupError, AttributeError, RecursionError):  # which safetensors explains
+            return
+    if size < whole:
+        raise ValueError(f"the file is cut off, it has {size:,} of {whole:,} bytes or more")
+
+
 def is_plain_zip(path: Path) -> bool:
-    """Whether a torch file has its numbers as this machine reads them: in a zip archive, not compressed."""
+    """Whether a torch file has its numbers as this machine reads them: in a zip archive, not compressed.
+
+    Raises:
+        ValueError: it is cut off.
+    """
+    if not zipfile.is_zipfile(path):
+        raise ValueError("the file is cut off, the directory at its end is missing")
     with zipfile.ZipFile(path) as archive:
         members = archive.infolist()
         orders = [archive.read(member) for member in members if member.filename.rpartition("/")[2] == "byteorder"]
@@ -86,51 +113,77 @@ def read_zip(path: Path) -> Any:
     """What a torch file holds that `is_plain_zip`; the caller says which classes are safe.
 
     Raises:
-        Exception: as `torch.load` does; ValueError: it is cut off.
+        Exception: as `torch.load` does; ValueError: it is cut off, or holds tensors of another kind.
     """
     with path.open("rb") as file:
-        return _with_numbers(torch.load(file, map_location="meta", weights_only=True), file, {})
+        reader = _ZipNumbers(file, _members(path))
+        return reader.with_numbers(torch.load(file, map_location="meta", weights_only=True))
 
 
-def _with_numbers(content: Any, file: BinaryIO, storages: dict[int, torch.UntypedStorage]) -> Any:
-    """Containers, and the tensors in them without numbers, -> the same with those of the file.
+def _members(path: Path) -> dict[int, int]:
+    """Where the content of each member of a zip archive begins, and how many bytes it has."""
+    sizes = {}
+    with zipfile.ZipFile(path) as archive, path.open("rb") as file:
+        for member in archive.infolist():
+            file.seek(member.header_offset + 26)
+            name, extra = struct.unpack("<HH", file.read(4))
+            sizes[member.header_offset + 30 + name + extra] = member.file_size
+    return sizes
+
+
+class _ZipNumbers:
+    """Gives the tensors that `torch.load` made without numbers those of their file.
 
     Args:
-        storages: by their places in the file, those that are there already.
+        sizes: from `_members`: what torch says of a storage's size is made to fit its tensors.
     """
-    if isinstance(content, dict):
-        for key in content:
-            content[key] = _with_numbers(content[key], file, storages)
-    elif isinstance(content, list | tuple):
-        parts = [_with_numbers(part, file, storages) for part in content]
-        return content if all(new is old for new, old in zip(parts, content, strict=True)) else parts
-    elif isinstance(content, Tensor) and content.is_meta:
-        return _filled(content, file, storages)
-    return content
 
+    def __init__(self, file: BinaryIO, sizes: dict[int, int]):
+        self.file, self.sizes = file, sizes
+        self.storages: dict[int, torch.UntypedStorage] = {}  # by their places in the file
 
-def _filled(tensor: Tensor, file: BinaryIO, storages: dict[int, torch.UntypedStorage]) -> Tensor:
-    """A tensor without numbers -> the same with those of the file; tensors that share a storage go on to do so."""
-    meta = tensor.untyped_storage()
-    offset: int = meta._checkpoint_offset  # type: ignore[assignment]
-    if offset not in storages:
-        storages[offset] = _storage(file, offset, meta.nbytes(), tensor.dtype.itemsize)
-    value = torch.empty(0, dtype=tensor.dtype).set_(
-        storages[offset], tensor.storage_offset(), tensor.shape, tensor.stride()
-    )
-    return nn.Parameter(value, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else value
+    def with_numbers(self, content: Any) -> Any:
+        """Containers and the tensors in them -> the same with numbers."""
+        if isinstance(content, dict):
+            for key in content:
+                content[key] = self.with_numbers(content[key])
+        elif isinstance(content, list | tuple):
+            parts = [self.with_numbers(part) for part in content]
+            return content if all(new is old for new, old in zip(parts, content, strict=True)) else parts
+        elif isinstance(content, Tensor) and content.is_meta:
+            return self._filled(content)
+        return content
+
+    def _filled(self, tensor: Tensor) -> Tensor:
+        """Tensors that share a storage go on to do so, but for those that are stored negated or conjugated."""
+        if tensor.layout != torch.strided or tensor.is_quantized:
+            kind = "a quantized tensor" if tensor.is_quantized else f"a tensor of layout {tensor.layout}"
+            raise ValueError(f"it holds {kind}, expected dense ones")
+        meta = tensor.untyped_storage()
+        offset = getattr(meta, "_checkpoint_offset", None)
+        if offset is None:
+            raise ValueError("it holds a tensor without numbers")
+        if meta.nbytes() > self.sizes.get(offset, 0):
+            raise ValueError("a tensor is larger than what is stored of it")
+        if offset not in self.storages:
+            self.storages[offset] = _storage(self.file, offset, meta.nbytes(), tensor.dtype.itemsize)
+        value = torch.empty(0, dtype=tensor.dtype).set_(
+            self.storages[offset], tensor.storage_offset(), tensor.shape, tensor.stride()
+        )
+        value = torch._neg_view(value) if tensor.is_neg() else value
+        value = (value.conj() if tensor.is_conj() else value).resolve_neg().resolve_conj()
+        return nn.Parameter(value, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else value
 
 
 def _storage(file: BinaryIO, offset: int, size: int, itemsize: int) -> torch.UntypedStorage:
     """Bytes of a file, mapped so that writing into them changes no file; few ones, or such as are not aligned, are read."""
     if not size:
         return torch.UntypedStorage(0)
+    if offset + size > os.fstat(file.fileno()).st_size:  # or reading the pages behind its end kills the program
+        raise ValueError("the file is cut off")
     if size <= SMALL or offset % itemsize:
         file.seek(offset)
-        data = bytearray(file.read(size))
-        if len(data) < size:
-            raise ValueError("the file is cut off")
-        return torch.frombuffer(data, dtype=torch.uint8).untyped_storage()
+        return torch.frombuffer(bytearray(file.read(size)), dtype=torch.uint8).untyped_storage()
     start = offset - offset % mmap.ALLOCATIONGRANULARITY
     mapping = mmap.mmap(file.fileno(), size + offset - start, access=mmap.ACCESS_COPY, offset=start)
     return torch.frombuffer(mapping, dtype=torch.uint8, offset=offset - start).untyped_storage()

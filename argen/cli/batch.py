@@ -7,7 +7,9 @@ from functools import cache
 from pathlib import Path
 
 from argen.command import (
+    check_loading,
     device_and_json,
+    device_for,
     load_arguments,
     load_model,
     load_options,
@@ -37,8 +39,10 @@ def run(args: argparse.Namespace) -> None:
 
     writable_folder(args.out, new=False)
     requests = read_table(args.table, **({"model": args.model} if args.model is not None else {}))
-    models = cache(lambda name: load_model(name, args.device, "generator", load_options(args)))
-    check_requests(requests, models)
+    options = load_options(args)
+    device = device_for(args.device, options)
+    models = cache(lambda name: load_model(name, args.device, "generator", options))
+    check_requests(requests, models, check_name=lambda name: check_loading(name, device, options, "generator"))
     readings = dict.fromkeys((request.model, request.prompt, request.literal) for request in requests)
     for note in dict.fromkeys(note for each in readings for note in reading_of(*each).notes):
         print(f"argen batch: {note}", file=sys.stderr)

@@ -6,7 +6,9 @@ from functools import cache
 from pathlib import Path
 
 from argen.command import (
+    check_loading,
     device_and_json,
+    device_for,
     load_arguments,
     load_model,
     load_options,
@@ -41,8 +43,10 @@ def run(args: argparse.Namespace) -> None:
     table = writable(writable(args.out).with_suffix(".csv"), ".csv")
     axes = [Axis.parse(text) for text in (args.x, args.y, args.z) if text]
     requests = expand_axes(Request(args.prompt, model=args.model, seed=args.seed), axes)
-    models = cache(lambda name: load_model(name, args.device, "generator", load_options(args)))
-    check_requests(requests, models, "cell")
+    options = load_options(args)
+    device = device_for(args.device, options)
+    models = cache(lambda name: load_model(name, args.device, "generator", options))
+    check_requests(requests, models, "cell", lambda name: check_loading(name, device, options, "generator"))
     images = []
     for request in tqdm(requests, desc="grid", disable=args.json):
         *_, job = models(request.model).run(request)

@@ -11,7 +11,13 @@ HELP = "list what ships and which published weights can be loaded"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--verify", metavar="ID", help="whether the files of a model are whole")
-    what.add_argument("--memory", action="store_true", help="how much memory each takes, and what fits here")
+    what.add_argument(
+        "--memory",
+        nargs="*",
+        metavar="MODEL",
+        help="how much memory the weights of each take, or of ids and saved folders, and what fits here: the weights and what drawing an image needs "
+        "beside, 0.84 GB and, for its keys and values, 15%% of a generator's network (by docs/measurements.md)",
+    )
     what.add_argument("--delete", metavar="ID", help="delete what was downloaded of a model")
     parser.add_argument("--json", action="store_true", help="print JSON")
 
@@ -32,8 +38,8 @@ def run(args: argparse.Namespace) -> None:
         deleted = local_cache.delete(args.delete)
         print(json.dumps({"deleted": deleted}) if args.json else f"deleted: {', '.join(deleted)}")
         return
-    if args.memory:
-        report = memory()
+    if args.memory is not None:
+        report = memory(args.memory)
         print(json.dumps(report, indent=1) if args.json else memory_text(report))
         return
     rows = []
@@ -59,19 +65,33 @@ def run(args: argparse.Namespace) -> None:
             print(f"  {row['id']:{width}} {row['kind']:10} {size_text(row):>19}  {about}")
 
 
-def memory() -> dict:
-    """The bytes of every model's weights in each precision, and in which it fits into the memory that is free on the best device here."""
+def memory(models: list[str]) -> dict:
+    """The bytes of the weights of models, by default of all, in each precision, and in which they fit into the memory that is free on the best
+    device here, with what running them needs.
+
+    Raises:
+        ValueError: there is no such model, or its files do not say its size.
+    """
     from argen.device import pick
-    from argen.hub.cards import list_models
-    from argen.hub.memory import PRECISIONS, SHARE, free, size_of_card
+    from argen.hub.cards import all_cards, check_known, kind_of
+    from argen.hub.memory import free, size_of, size_of_card
 
     device = pick()
     available, rows = free(device), []
-    for card in list_models():
-        size = size_of_card(card)
-        sizes = {name: size.bytes(name) for name in PRECISIONS if name not in ("bf16", "fp16") or name in card.dtypes}
-        fits = [name for name, needed in sizes.items() if needed is not None and needed <= SHARE * available]
-        rows.append({"id": card.id, "kind": card.kind, "bytes": sizes, "fits": fits})
+    for model in models or all_cards():
+        check_known(model)
+        card, kind = all_cards().get(model), kind_of(model)
+        size = size_of(model) if card is None else size_of_card(card)
+        if size is None:
+            raise ValueError(
+                f"the files of {model} do not say its size: expected an id or the folder of a saved pipeline"
+            )
+        dtypes = ("fp32", "bf16", "fp16") if card is None else card.dtypes
+        sizes = {name: size for name, size in size.table().items() if name not in ("bf16", "fp16") or name in dtypes}
+        generates = kind in (None, "generator")
+        needs = {name: value and value + size.running(name, generates) for name, value in sizes.items()}
+        fits = [name for name, needed in needs.items() if needed is not None and needed <= available]
+        rows.append({"id": model, "kind": kind, "bytes": sizes, "running": needs, "fits": fits})
     return {"device": device.type, "free": available, "models": rows}
 
 
@@ -79,7 +99,9 @@ def memory_text(report: dict) -> str:
     """The same as a table."""
     width = max(len(row["id"]) for row in report["models"])
     names = list(report["models"][0]["bytes"])
-    lines = [f"{report['free'] / 1e9:.1f} GB are free on {report['device']}; weights with their text encoder in GB:"]
+    lines = [
+        f"{report['free'] / 1e9:.1f} GB are free on {report['device']}; weights with their text encoder in GB, and as what each fits, with what running it needs:"
+    ]
     lines.append(f"  {'':{width}} {''.join(f'{name:>8}' for name in names)}  fits here")
     for row in report["models"]:
         sizes = "".join(f"{'' if size is None else f'{size / 1e9:.2f}':>8}" for size in row["bytes"].values())

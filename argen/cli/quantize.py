@@ -20,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--group",
         type=int,
         metavar="N",
-        help="columns that share a scale, 0 for whole rows (default: 0 with 8 bits, 32 with 4 bits)",
+        help="columns that share a scale, 0 for whole rows, as layers have whose columns it does not divide (default: 0 with 8 bits, 32 with 4 bits)",
     )
     parser.add_argument(
         "--method",
@@ -62,10 +62,10 @@ def run(args: argparse.Namespace) -> None:
 
     from argen.device import pick
     from argen.hub.calibration import Images, quantize_calibrated
-    from argen.hub.loading import load
+    from argen.hub.loading import load_to_quantize
     from argen.hub.quantized import save_quantized
 
-    pipe = load(args.model, dtype="fp32", device=pick(args.device))
+    pipe = load_to_quantize(args.model, how, pick(args.device))
     before = size(pipe.transformer)
     count = 64 if args.samples is None else args.samples
     result = quantize_calibrated(pipe, how, Images(count, prompts, args.seed or 0))

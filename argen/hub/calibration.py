@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from argen import data
-from argen.hub.quantized import OF_ROTATION, PART, digest, quantize_model, writing_network
+from argen.hub.quantized import OF_ROTATION, PART, digest, writing_network
 from argen.models.calibration import Batch, calibrate
 from argen.models.controlar import ControlAR
 from argen.models.gptq import DAMP, R_MIN
 from argen.models.quantized import Quantization, check_quantizable, quantize
 from argen.models.rotation import random_rotation, rotate, stream_of, width_of
-from argen.request import Control
+from argen.request import Control, Request
 
 BATCH = 8  # images
 PROMPTS = Path(data.__file__).with_name("judge_prompts.jsonl")  # of `argen eval emoji`
@@ -70,13 +70,15 @@ def quantize_calibrated(pipe: Any, how: Quantization, images: Images) -> Result:
         InvalidValue, ValueError: it is quantized already, or cannot be quantized so.
     """
     network = writing_network(pipe)
-    check_quantizable(network)
+    check_quantizable(network, how)
     result = Result(how.to_dict() | {"base_sha256": digest(network)})
     if not how.calibrated:
-        quantize_model(pipe, how)
+        quantize(network, how)
         return result
     prompts = images.prompts or default_prompts(pipe, images.count)
     prompts = [prompts[index % len(prompts)] for index in range(images.count)]
+    for prompt in dict.fromkeys(prompts):
+        pipe.check(Request(prompt))
     batches = drawn(pipe, prompts, images.seed)
     rotation = _rotate(pipe, images.seed, result) if how.method == "rsq" else None
     with _texts_read_once(pipe):

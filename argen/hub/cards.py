@@ -263,6 +263,12 @@ def find_card(id: str) -> Card:
     return read_folder_card(Path(id) / CARD_FILE)
 
 
+def released_card(path: Path) -> Card | None:
+    """The card of a released file by its name, of those that need more than their tensors; of the others the tensors say all."""
+    by_name = {card.arguments["name"]: card for card in all_cards().values() if card.arguments.keys() > {"name"}}
+    return by_name.get(path.stem)
+
+
 def reading_of(model: str, prompt: str, literal: bool | None = None) -> "Reading":
     """How a model reads a prompt, see `Card.read`; word for word where it has no card."""
     from argen.data.reading import Reading

@@ -19,12 +19,31 @@ from safetensors import SafetensorError
 
 from argen.device import DTYPES, LOADING, ON_DEMAND, auto_dtype, free, pick, silent
 from argen.garbage import uncollected
-from argen.hub.cards import CARD_FILE, DIFFUSION, Card, all_cards, check_kind, check_known, find_card, kind_of
+from argen.hub.abilities import (
+    OF_T5,
+    cannot_offload,
+    check_compile,
+    check_dtype,
+    check_options,
+    dtype_name,
+    no_attention,
+)
+from argen.hub.cards import (
+    CARD_FILE,
+    DIFFUSION,
+    Card,
+    all_cards,
+    check_kind,
+    check_known,
+    find_card,
+    kind_of,
+    released_card,
+)
 from argen.hub.memory import SHARE, check_memory, out_of_memory
 from argen.hub.options import Attention, Dtype, LoadOptions, Offload, Quantize, check_arguments
 from argen.hub.quantized import NAMES, decoding_network, quantized, quantizes, read_quantized, writing_network
+from argen.models.quantized import Quantization, check_quantizable, quantized_bytes
 from argen.models.quantized import quantize as quantize_network
-from argen.models.quantized import quantized_bytes
 from argen.registry import pipelines, resolve
 from samplers.errors import InvalidValue
 from tokenizers_img.attention import DispatchedAttention, check_attention, set_attention
@@ -52,7 +71,7 @@ def load(
     tokenizer: str | Path | None = None,
     image_size: int | None = None,
     device: torch.device | str | None = None,
-    dtype: Dtype = "auto",
+    dtype: Dtype | torch.dtype = "auto",
     attention: Attention | None = None,
     quantize: Quantize | None = None,
     compile: bool = False,
@@ -68,8 +87,8 @@ def load(
         tokenizer: of a LlamaGen's checkpoint: the file of its image tokenizer; None where a released one lies beside it.
         image_size: of a LlamaGen's checkpoint: side of its images in pixels; None where the file or its name says it.
         device: where it runs; None for the CPU.
-        dtype: precision of a generator's network and text encoder, whatever precision their files have: "fp32", "bf16", "fp16", or "auto",
-            see `argen.device.auto_dtype`. Logits and noise are always in float32, and so are image tokenizers unless one is loaded by itself.
+        dtype: precision of a generator's network and text encoder, whatever precision their files have: "fp32", "bf16", "fp16" or the same of
+            torch, e.g. ``torch.bfloat16``, or "auto", see `argen.device.auto_dtype`. Logits and noise are always in float32, and so are image tokenizers unless one is loaded by itself.
         attention: backend of the attention layers, a name in `tokenizers_img.attention.BACKENDS`, e.g. "xformers"; None for
             "native", PyTorch's own.
         quantize: "int8" or "int4": round the weights of a generator's network to nearest, which then take a quarter or an eighth of the memory. On a CPU
@@ -87,8 +106,18 @@ def load(
         FileNotFoundError, ConnectionError: published weights that are not here and cannot be fetched.
     """
     check_arguments(others)
-    options = LoadOptions(dtype=dtype, attention=attention, quantize=quantize, compile=compile, offload=offload)
+    name = dtype_name(dtype)
+    options = LoadOptions(dtype=name, attention=attention, quantize=quantize, compile=compile, offload=offload)
     return _open(model, None if device is None else pick(device), options, tokenizer, image_size)
+
+
+def load_to_quantize(model: str | Path, how: Quantization, device: torch.device) -> Any:
+    """`load` in float32, for `argen.hub.calibration`.
+
+    Raises:
+        ValueError: see `load`; it cannot be quantized so, which is checked before its weights are read.
+    """
+    return _open(model, device, LoadOptions(dtype="fp32"), how=how)
 
 
 def _open(
@@ -98,25 +127,31 @@ def _open(
     tokenizer: str | Path | None = None,
     image_size: int | None = None,
     lenient: bool = False,
+    how: Quantization | None = None,
 ) -> Any:
-    """See `load`; `lenient`: what decoding networks and text encoders alone have is left out for models without."""
+    """See `load`.
+
+    Args:
+        lenient: what decoding networks and text encoders alone have is left out for models without.
+        how: it is to be quantized later, which is checked before its weights are read.
+    """
     check_known(model)
     where = torch.device("cpu") if device is None else device
     if options.attention is not None:
         check_attention(options.attention)
     if options.compile:
         check_compile(device, options.dtype)
-    card = all_cards().get(str(model))
-    if card is not None and options.dtype not in ("auto", *card.dtypes):
-        raise InvalidValue(
-            f"dtype is {options.dtype}, in which {card.id} overflows: expected {' or '.join(card.dtypes)}", "dtype"
-        )
+    check_dtype(model, options)
+    if not lenient:
+        check_options(model, options if how is None else replace(options, quantize="int8"), where)
     check_memory(model, options, where)
     token = ON_DEMAND.set(options.offload is not None and where.type == "cpu")
     try:
         loaded = _load(model, tokenizer, image_size)
     finally:
         ON_DEMAND.reset(token)
+    if how is not None:
+        check_quantizable(writing_network(loaded), how)
     if lenient:
         decodes = hasattr(getattr(loaded, "transformer", None), "compiled") and not quantized(loaded)
         options = replace(
@@ -132,8 +167,7 @@ def _prepared(model: Any, device: torch.device | str | None, options: LoadOption
     where = torch.device("cpu" if device is None else device)
     rounded = None if options.quantize is None else writing_network(model)
     if options.offload is not None and not can_offload(model, where):
-        what = "a generator that reads text through T5" if where.type == "cpu" else "a pipeline"
-        raise InvalidValue(f"offload on {where} is for {what}: leave it out", "offload")
+        raise cannot_offload(where)
     on_device = None if device is None or options.offload is not None else where
     for network, dtypes in precisions(model, options.dtype, where):
         if options.quantize is not None and network is rounded:
@@ -146,7 +180,12 @@ def _prepared(model: Any, device: torch.device | str | None, options: LoadOption
     if options.offload is not None and where.type != "cpu":
         model.enable_model_cpu_offload(device=where)
         return model
-    return model if device is None else model.to(where)
+    return model if device is None else move(model, where)
+
+
+def move(model: Any, device: torch.device) -> Any:
+    """A pipeline or a network on a device. diffusers warns that float16 does not run on a CPU, which PyTorch has had the operations of for long."""
+    return model.to(device, **({"silence_dtype_warnings": True} if hasattr(model, "components") else {}))
 
 
 def compiles_quantized(model: Any, device: torch.device) -> bool:
@@ -162,25 +201,6 @@ def can_offload(model: Any, device: torch.device) -> bool:
     if device.type == "cpu":
         return any(type(network).__name__ == "OffloadedT5" for network in networks_of(model))
     return hasattr(model, "enable_model_cpu_offload")
-
-
-def check_compile(device: torch.device | str | None, dtype: Dtype) -> None:
-    """Check that something can compile here, before any weights are read: OpenVINO on a CPU, ``torch.compile`` on a CUDA GPU.
-
-    Raises:
-        ValueError: it is not installed; another device; on a CPU, half precision.
-    """
-    kind = torch.device(device or "cpu").type
-    if kind == "cuda":
-        if importlib.util.find_spec("triton") is None:
-            raise InvalidValue("compile needs Triton on a GPU: pip install triton, or leave it out", "compile")
-        return
-    if kind != "cpu":
-        raise InvalidValue(f"compile is for a CPU or a CUDA GPU, and the device is {device}: leave it out", "compile")
-    if dtype in ("bf16", "fp16"):
-        raise InvalidValue(f"compile takes the dtype fp32, and it is {dtype}: leave one of them out", "compile")
-    if importlib.util.find_spec("openvino") is None:
-        raise InvalidValue("compile needs OpenVINO: pip install 'argen[openvino]', or leave it out", "compile")
 
 
 def compile_decoding(model: Any, device: torch.device | str = "cpu") -> None:
@@ -222,7 +242,7 @@ def precisions(model: Any, dtype: Dtype, device: torch.device) -> Iterator[tuple
             dtypes = [] if t5 else [torch.float32]
         if id(network) in chosen:
             if dtype == "fp16" and t5:
-                raise InvalidValue("dtype is fp16, in which T5 overflows: expected fp32 or bf16", "dtype")
+                raise InvalidValue(OF_T5, "dtype")
             if dtype != "auto":
                 dtypes.append(DTYPES[dtype])
             elif name not in IN_BFLOAT16 and not t5 and not {"", "unet"} & parts.keys():
@@ -257,7 +277,7 @@ def _load(model: str | Path, tokenizer: str | Path | None, image_size: int | Non
         return _read(path, find_card(str(path)) if has_card else None, lambda: _pipeline(path))
     if has_card:  # as `argen train` writes it
         return _read_card(path, find_card(str(path)))
-    if path.is_file() and (card := _released(path)):
+    if path.is_file() and (card := released_card(path)):
         return _read_card(path.parent, card)
     try:
         with _alone():
@@ -266,12 +286,6 @@ def _load(model: str | Path, tokenizer: str | Path | None, image_size: int | Non
         if error.errno is None or isinstance(error, FileNotFoundError):
             raise
         raise ValueError(f"{path} cannot be read ({error.strerror}): expected a checkpoint") from error
-
-
-def _released(path: Path) -> Card | None:
-    """The card of a released file by its name, of those that need more than their tensors; of the others the tensors say all."""
-    by_name = {card.arguments["name"]: card for card in all_cards().values() if card.arguments.keys() > {"name"}}
-    return by_name.get(path.stem)
 
 
 def _read_card(folder: Path, card: Card) -> Any:
@@ -321,7 +335,7 @@ def loader(device: torch.device | str | None = None, **options: Any) -> Callable
     Raises:
         ValueError: nothing can be compiled here.
     """
-    asked = LoadOptions(**options)
+    asked = LoadOptions(**options | {"dtype": dtype_name(options.get("dtype", "auto"))})
     if asked.compile:
         check_compile(device, asked.dtype)
 
@@ -344,17 +358,14 @@ def choose_attention(model: Any, name: str) -> None:
     if isinstance(main, torch.nn.Module) and not any(isinstance(part, DispatchedAttention) for part in main.modules()):
         if name == "native":
             return
-        raise InvalidValue(
-            f"attention {name} cannot be chosen for a {type(main).__name__}, whose attention is that of transformers: leave it out",
-            "attention",
-        )
+        raise no_attention(type(main), name)
     set_attention(networks_of(model), name)
 
 
 def load_diffusion(
     model: str | Path,
     device: torch.device | str | None = None,
-    dtype: Dtype = "auto",
+    dtype: Dtype | torch.dtype = "auto",
     attention: Attention | None = None,
 ) -> "DiffusionPipeline":
     """A Stable Diffusion (XL) pipeline for the tools of `argen.diffusion`, without a safety checker.
@@ -373,7 +384,7 @@ def load_diffusion(
     if card is not None:
         check_kind(model, "diffusion")
         return load(model, device=device, dtype=dtype, attention=attention)
-    options = LoadOptions(dtype=dtype, attention=attention)
+    options = LoadOptions(dtype=dtype_name(dtype), attention=attention)
     if attention is not None:
         check_attention(attention)
     folder = Path(model)

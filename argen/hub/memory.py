@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from argen.device import free
+from argen.hub.abilities import may_be_quantized
 from argen.hub.cards import Card, all_cards
 from argen.hub.options import LoadOptions
 from samplers.errors import InvalidValue
@@ -34,6 +35,9 @@ DECODING = (
     "seed_llama",
 )  # pipelines whose networks can be quantized
 SHARE = 0.8  # of the free memory that is planned with
+PROCESS = 0.34e9  # bytes of a process before any weights, and
+WORKING = 0.5e9  # the most that an image took beside weights and their copies, both by docs/measurements.md
+CACHE = 0.15  # keys and values of an image with guidance, of the numbers of its network: cells / (3 x width), of published ones 0.06 to 0.3
 REFUSED = re.compile(
     r"can't allocate memory|not enough memory|cannot allocate memory|bad.alloc|out of memory|unable to allocate", re.I
 )
@@ -52,6 +56,7 @@ class Size:
         text_parameters: of a text encoder that is in bfloat16 or float32.
         fixed: bytes of what is quantized already.
         decodes: whether it can be quantized.
+        stored: "int8" or "int4" of what is quantized already.
     """
 
     parameters: float
@@ -60,6 +65,7 @@ class Size:
     fixed: int = 0
     decodes: bool = False
     kept_parameters: float = 0.0
+    stored: str = ""
 
     def bytes(self, precision: str) -> int | None:
         """Bytes of the weights in a precision of `PRECISIONS`; None for one that it cannot have."""
@@ -69,6 +75,19 @@ class Size:
         kept = self.kept_parameters if precision.startswith("int") else 0.0
         chosen = (self.parameters - kept) * BYTES[precision]
         return round(chosen + 4 * (kept + self.tokenizer_parameters) + text) + self.fixed
+
+    def table(self) -> dict[str, int | None]:
+        """`bytes` in each of `PRECISIONS`, of what is quantized already in its own alone."""
+        if not self.stored:
+            return {name: self.bytes(name) for name in PRECISIONS}
+        own = round(self.fixed + 4 * (self.parameters + self.tokenizer_parameters) + 2 * self.text_parameters)
+        return {name: own if name == self.stored else None for name in PRECISIONS}
+
+    def running(self, precision: str, generates: bool = True) -> int:
+        """Bytes that drawing one image needs beside the weights. Copies of weights that make it faster are not among them: they are made where
+        memory is free."""
+        numbers = self.parameters + self.fixed * (2 if self.stored == "int4" else 1)
+        return round(PROCESS + WORKING + (CACHE * numbers * (2 if precision == "bf16" else 4) if generates else 0))
 
 
 def size_of_card(card: Card) -> Size:
@@ -90,15 +109,19 @@ def size_of(model: str | Path) -> Size | None:
     try:
         whole = path.is_dir() and (path / "model_index.json").is_file()
         files = sorted(path.rglob("*.safetensors")) if whole else weight_files(path)
-        counts = {"text": 0, "other": 0, "fixed": 0}
+        counts, stored = {"text": 0, "other": 0, "fixed": 0}, ""
         for file in files:
             is_text = whole and file.parent.name == "text_encoder"
             for tensor in _tensors(read_file(file)):
                 kind = "fixed" if not tensor.is_floating_point() else "text" if is_text else "other"
                 counts[kind] += tensor.nbytes if kind == "fixed" else tensor.numel()
+                if tensor.dtype in (torch.int8, torch.uint8):  # packed, heads keep 8 bits
+                    stored = "int4" if tensor.dtype == torch.uint8 or stored == "int4" else "int8"
     except (OSError, ValueError, RuntimeError):  # which loading explains
         return None
-    return Size(counts["other"], 0.0, counts["text"], counts["fixed"], decodes=not counts["fixed"])
+    return Size(
+        counts["other"], 0.0, counts["text"], counts["fixed"], not stored and may_be_quantized(model), stored=stored
+    )
 
 
 def _tensors(content: Any) -> Iterator[Tensor]:

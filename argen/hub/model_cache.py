@@ -8,7 +8,7 @@ from typing import Any
 import psutil
 import torch
 
-from argen.hub.loading import load, networks_of
+from argen.hub.loading import load, move, networks_of
 
 
 class ModelCache:
@@ -33,7 +33,7 @@ class ModelCache:
             with self.lock:
                 loaded = self.loaded.pop(model, None)
             if loaded is None:
-                loaded = self.load(model).to(self.device)
+                loaded = move(self.load(model), self.device)
             with self.lock:
                 self.loaded[model] = loaded
                 for old in list(self.loaded)[:-1]:

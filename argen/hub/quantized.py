@@ -12,13 +12,14 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from argen.device import LOADING, silent
-from argen.models.quantized import Quantization, is_quantized, prepare, quantize
+from argen.models.quantized import Quantization, is_quantized, prepare, read_metadata
 from argen.registry import resolve
 from samplers.errors import InvalidValue
 from tokenizers_img.mapped import read_safetensors, unfilled
 
 NAMES = {"int8": Quantization(8), "int4": Quantization(4, 32)}
 PART, FILE, KEY = "transformer", "diffusion_pytorch_model.safetensors", "quantization"
+LANGUAGE_MODEL = "LlamaForCausalLM"
 LANGUAGE_FILE = "model.safetensors"  # what transformers calls it
 OF_ROTATION = "rotation."  # tensors that say how a network was rotated, which it does not need any more
 
@@ -30,12 +31,26 @@ def decoding_network(model: Any, option: str) -> Any:
         InvalidValue: the model has none; `option` is what asks for it.
     """
     network = getattr(model, PART, model)
+    check_decodes(type(network), option)
+    return network
+
+
+def check_decodes(network: type, option: str) -> None:
+    """Raises:
+    InvalidValue: networks of a class do not decode token by token with a cache of argen's; `option` is what asks for it.
+    """
     if not hasattr(network, "compiled"):
         raise InvalidValue(
-            f"{option} is for networks that decode token by token, not for a {type(network).__name__}: leave it out",
-            option,
+            f"{option} is for networks that decode token by token, not for a {network.__name__}: leave it out", option
         )
-    return network
+
+
+def check_quantizes(network: type) -> None:
+    """Raises:
+    InvalidValue: networks of a class do not write tokens one after the other.
+    """
+    if network.__name__ != LANGUAGE_MODEL:
+        check_decodes(network, "quantize")
 
 
 def writing_network(model: Any) -> Any:
@@ -45,27 +60,19 @@ def writing_network(model: Any) -> Any:
         InvalidValue: the model has none.
     """
     network = getattr(model, PART, model)
-    return network if is_language_model(network) else decoding_network(model, "quantize")
+    check_quantizes(type(network))
+    return network
 
 
 def quantizes(model: Any) -> bool:
-    """Whether a model has a network for `quantize_model`, not quantized yet."""
+    """Whether a model has a network to quantize, not quantized yet."""
     network = getattr(model, PART, model)
     return (hasattr(network, "compiled") or is_language_model(network)) and not quantized(model)
 
 
 def is_language_model(network: Any) -> bool:
     """Whether a network is a Llama of transformers."""
-    return type(network).__name__ == "LlamaForCausalLM"
-
-
-def quantize_model(model: Any, how: Quantization) -> None:
-    """Round the weights of a generator's network to nearest, in place.
-
-    Raises:
-        InvalidValue: it is quantized already, or writes no tokens with a network of argen's.
-    """
-    quantize(writing_network(model), how)
+    return type(network).__name__ == LANGUAGE_MODEL
 
 
 def digest(network: torch.nn.Module) -> str:
@@ -110,16 +117,27 @@ def write_network(network: torch.nn.Module, folder: Path, tensors: Mapping[str, 
     save_file(state | dict(tensors or {}), file, {"format": "pt", KEY: json.dumps(network.quantization)})
 
 
-def read_quantized(folder: Path) -> torch.nn.Module | None:
-    """The quantized network of a saved pipeline; None where it has none."""
+def quantized_file(folder: Path) -> Path | None:
+    """The file of the network of a saved pipeline, if that is quantized."""
     file = next((path for name in (FILE, LANGUAGE_FILE) if (path := folder / PART / name).is_file()), None)
+    if file is None:
+        return None
+    with safe_open(file, "pt") as stored:  # some programs that write such files again drop their metadata
+        is_quantized_file = any(name.endswith(".qweight") for name in stored.keys())  # noqa: SIM118 - no mapping
+        return file if is_quantized_file or KEY in (stored.metadata() or {}) else None
+
+
+def read_quantized(folder: Path) -> torch.nn.Module | None:
+    """The quantized network of a saved pipeline; None where it has none.
+
+    Raises:
+        ValueError: its tensors do not fit it, or are not what the metadata of the file say; says which.
+    """
+    file = quantized_file(folder)
     if file is None:
         return None
     with safe_open(file, "pt") as stored:
         metadata = stored.metadata() or {}
-        is_quantized_file = any(name.endswith(".qweight") for name in stored.keys())  # noqa: SIM118 - no mapping
-    if KEY not in metadata and not is_quantized_file:  # some programs that write such files again drop what they say
-        return None
     state = {name: tensor for name, tensor in read_safetensors(file).items() if not name.startswith(OF_ROTATION)}
     module, name = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))[PART]
     network_class = resolve(f"{module}:{name}")
@@ -128,9 +146,10 @@ def read_quantized(folder: Path) -> torch.nn.Module | None:
             network = unfilled(network_class.from_config, network_class.load_config(folder / PART))
         else:
             network = unfilled(network_class, network_class.config_class.from_pretrained(folder / PART))
-    prepare(network, state)
+    how, content = read_metadata(metadata[KEY]) if KEY in metadata else (None, {})
+    prepare(network, state, how)
     network.load_state_dict(state, assign=True)
-    network.quantization = json.loads(metadata.get(KEY, "{}"))
+    network.quantization = content
     return network.eval()
 
 

@@ -6,14 +6,14 @@ import json
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial, reduce
+from functools import cache, partial, reduce
 from itertools import product
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
 from argen.command import check_model
-from argen.metadata import read_request, save_images
+from argen.metadata import changes, made_by, read_request, save_images
 from argen.pipelines.base import TokenPipeline
 from argen.registry import samplers
 from argen.request import Request, name_of, parse_sampler, setting_of
@@ -196,14 +196,29 @@ def _from_object(row: object) -> dict:
     return settings
 
 
-def check_requests(requests: Sequence[Request], models: Callable[[str], TokenPipeline], what: str = "row") -> None:
+def check_generator(name: str) -> None:
+    """Raises:
+    ValueError: see `argen.command.check_model`.
+    """
+    check_model(name, "generator")
+
+
+def check_requests(
+    requests: Sequence[Request],
+    models: Callable[[str], TokenPipeline],
+    what: str = "row",
+    check_name: Callable[[str], None] = check_generator,
+) -> None:
     """Check that the models can run all requests, before the first one runs.
+
+    Args:
+        check_name: of a model, before any is loaded.
 
     Raises:
         ValueError: an unknown model, or a setting that does not fit it; says which request.
     """
     for check in (
-        lambda request: check_model(request.model, "generator"),
+        lambda request: check_name(request.model),
         lambda request: models(request.model).check(request),
     ):
         for number, request in enumerate(requests, 1):
@@ -219,27 +234,50 @@ def draw_table(
     """Generate the images that are missing; yields for each request its files, with the request that reproduces each.
 
     Raises:
-        ValueError: a file of the folder was made from another table; says which.
+        ValueError: a file of the folder was made from another table, or by other weights or in another precision; says which, before
+            anything is generated.
     """
     folder.mkdir(parents=True, exist_ok=True)
     files_of = {
         row: [folder / f"{row:05d}-{number}.png" for number in range(1, request.num_images + 1)]
         for row, request in enumerate(requests, 1)
     }
-    missing = [request for row, request in enumerate(requests, 1) if not all(file.exists() for file in files_of[row])]
+    makers = cache(lambda name: {key: text for key, text in made_by(models(name)).items() if key != "argen"})
+    saved = {}
+    for row, request in enumerate(requests, 1):
+        if all(file.exists() for file in files_of[row]):
+            saved[row] = _read_row(row, request, files_of[row], makers(request.model))
+    missing = [request for row, request in enumerate(requests, 1) if row not in saved]
     for name in dict.fromkeys(request.model for request in missing):
         models(name).encode_ahead([request.prompt for request in missing if request.model == name])
     for row, request in enumerate(requests, 1):
         files = files_of[row]
-        if not all(file.exists() for file in files):
+        requests_of_files = saved.get(row)
+        if requests_of_files is None:
             *_, job = models(request.model).run(request)
             save_images(list(zip(job.images, job.requests, strict=True)), files)
             requests_of_files = job.requests
-        else:
-            requests_of_files = [read_request(file) for file in files]
-        if request.num_candidates is None and not _matches_request(requests_of_files[0], request):
-            raise ValueError(f"{files[0]} was made with other settings than row {row} has: choose another --out")
         yield list(zip(files, requests_of_files, strict=True))
+
+
+def _read_row(row: int, request: Request, files: list[Path], maker: dict[str, str]) -> list[Request]:
+    """The requests in the files of a row that were made before.
+
+    Args:
+        maker: what makes them now, from `made_by`.
+
+    Raises:
+        ValueError: they were made by another request, or not as now.
+    """
+    saved = [read_request(file) for file in files]
+    if request.num_candidates is None and not _matches_request(saved[0], request):
+        raise ValueError(f"{files[0]} was made with other settings than row {row} has: choose another --out")
+    for file in files:
+        if others := changes(file, maker):
+            raise ValueError(
+                f"{file} was made by {' and '.join(others)}: choose another --out, or load the model as then"
+            )
+    return saved
 
 
 def _matches_request(saved: Request, request: Request) -> bool:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from argen.models.gptq import Levels, Rounded, gptq, hessian, token_weights
-from argen.models.quantized import HEADS, Quantization, layers_of
+from argen.models.quantized import Quantization, is_head, layers_of, layout_of
 from samplers.steps import Session
 from tokenizers_img.attention import DispatchedAttention
 
@@ -73,7 +73,7 @@ class _Calibration:
         self.network, self.batches, self.how = network, batches, how
         self.blocks = blocks_of(network)
         layers = layers_of(network).items()
-        self.layers = {name: layer for name, layer in layers if name.split(".")[-1] not in HEADS}
+        self.layers = {name: layer for name, layer in layers if not is_head(name)}
         self.rounded: dict[str, Rounded] = {}
         self.current = -1  # block; -1 for what runs before
         self.outputs: dict[tuple[int, str], Any] = {}  # batch, method -> what the block before the current gives
@@ -200,8 +200,8 @@ class _Calibration:
 
     def _round(self, name: str, matrix: Tensor) -> None:
         layer, how = self.layers[name], self.how
-        group = how.group if how.group and layer.in_features % how.group == 0 else 0
-        rounded = gptq(layer.weight, matrix, Levels(how.bits, clip=True), group, how.act_order)
+        bits, group = layout_of(name, layer, how)
+        rounded = gptq(layer.weight, matrix, Levels(bits, clip=True), group, how.act_order)
         layer.weight.copy_(rounded.dequantized())
         self.rounded[name] = rounded
 

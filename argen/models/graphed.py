@@ -26,6 +26,8 @@ from tokenizers_img.attention import DispatchedAttention
 SPARE = 64  # slots behind those of a picture, for trees; the last one takes the keys of what pads a pass
 PER_TOKEN = ("control",)  # arguments of a pass that have an entry for each of its tokens: [..., n, D]
 ALIGNED = 64  # a buffer's slots are a multiple of so many, as kernels like them
+ROOMS = 4  # that are kept while no cache has them
+GRAPHS = 32  # that a room keeps
 
 
 class Room:
@@ -33,7 +35,7 @@ class Room:
 
     Attributes:
         buffers: of each layer [2, R, H, S, d], keys and values.
-        graphs: form of a pass's arguments -> its graph.
+        graphs: form of a pass's arguments -> its graph; the least recently used one first.
     """
 
     def __init__(self, buffers: list[Tensor]):
@@ -44,6 +46,14 @@ class Room:
     @property
     def slots(self) -> int:
         return self.buffers[0].shape[3]
+
+    def graph(self, form: Any, make: Callable[[], Callable[..., Any]]) -> Callable[..., Any]:
+        """The graph for arguments of a form, which `make` compiles where there is none; of more than `GRAPHS` the least recently used is released."""
+        graph = self.graphs.pop(form, None)
+        self.graphs[form] = make() if graph is None else graph
+        if len(self.graphs) > GRAPHS:
+            del self.graphs[next(iter(self.graphs))]
+        return self.graphs[form]
 
 
 class FixedCache(KeyValueCache):
@@ -115,7 +125,7 @@ class GraphedStep:
         attention = next(part for part in network.modules() if isinstance(part, DispatchedAttention))
         self.heads, self.width = attention.heads, network.config.dim // attention.heads
         self.names = list(inspect.signature(decode).parameters)[3:]
-        self.rooms: list[Room] = []
+        self.rooms: list[Room] = []  # the least recently used one first
         self.lock = threading.Lock()
 
     def cache(self, layers: int, capacity: int, before: int = 1) -> FixedCache:
@@ -123,19 +133,29 @@ class GraphedStep:
         return FixedCache(self, layers, capacity, before)
 
     def room(self, cache: FixedCache, layers: int, rows: int, slots: int) -> Room:
-        """Buffers that no living cache has, of these sizes: those of an earlier picture, whose graphs fit, or new ones."""
+        """Buffers that no living cache has, of these sizes: those of an earlier image, whose graphs fit, or new ones. Of those that no cache
+        has, the `ROOMS` most recently used are kept."""
         weight = next(self.network.parameters())
         shape = 2, rows, self.heads, slots, self.width
         with self.lock:
             room = next((each for each in self.rooms if each.taken() is None and each.buffers[0].shape == shape), None)
             if room is None:
+                self._release(ROOMS - 1)
                 buffers = [torch.zeros(shape, dtype=weight.dtype, device=weight.device) for _ in range(layers)]
                 for buffer in buffers:
                     torch._dynamo.mark_static_address(buffer)
                 room = Room(buffers)
-                self.rooms.append(room)
+            else:
+                self.rooms.remove(room)
+            self.rooms.append(room)  # the most recently used one last
             room.taken = weakref.ref(cache)
         return room
+
+    def _release(self, count: int) -> None:
+        """Release rooms that no cache has, but for the `count` most recently used."""
+        unused = [room for room in self.rooms if room.taken() is None]
+        for room in unused[: max(0, len(unused) - count)]:
+            self.rooms.remove(room)
 
     def __call__(self, tokens: Tensor, positions: Tensor, visible: Tensor, *rest: Any, cache: FixedCache) -> Any:
         room, n = cache.enter(len(tokens)), tokens.shape[1]
@@ -152,11 +172,11 @@ class GraphedStep:
         leaves, structure = pytree.tree_flatten(tuple(map(partial(_padded, padding=padding), self.names, rest)))
         inputs = [tokens, positions, visible, cache.new_slots(n, padding, tokens.device), *leaves]
         form = str(structure), *(None if each is None else (tuple(each.shape), each.dtype) for each in inputs)
+        options = {"fullgraph": True, "dynamic": False, **self.options}
         with self.lock:
-            if form not in room.graphs:
-                room.graphs[form] = torch.compile(self._pass(structure), fullgraph=True, dynamic=False, **self.options)
+            graph = room.graph(form, lambda: torch.compile(self._pass(structure), **options))
         torch.compiler.cudagraph_mark_step_begin()
-        outputs = room.graphs[form](*inputs, buffers=tuple(room.buffers))
+        outputs = graph(*inputs, buffers=tuple(room.buffers))
         outputs = tuple(each[:, :n].clone() for each in (outputs if isinstance(outputs, tuple) else (outputs,)))
         return outputs[0] if len(outputs) == 1 else outputs  # copies: the next run of a graph writes over its results
 

@@ -6,6 +6,8 @@ saved network has `NAME.qweight` and `NAME.scales` in place of `NAME.weight`, an
 Letters in shape comments: O outputs, I inputs, G groups of a row.
 """
 
+import json
+import logging
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,13 +17,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from argen.words import cut
+from argen.words import cut, number_of
 from samplers.errors import InvalidValue
 from tokenizers_img.mapped import give_back
 
+logger = logging.getLogger(__name__)
 BITS = (8, 4)
 METHODS = ("rtn", "gptq", "rsq")
 HEADS = ("output", "lm_head", "linear")  # last names of layers that give logits: they keep 8 bits
+QUANTIZED_ALREADY = "the model is quantized already: quantize the one that it was made of"
 FEW_ROWS = 4  # of one pass, for which weights are not unpacked
 LARGE = 1_000_000  # weights of a layer whose temporary copies are given back at once
 SMALLEST = 1e-5  # largest weight of a group, at least
@@ -47,8 +51,8 @@ class Quantization:
     def __post_init__(self):
         if self.bits not in BITS:
             raise InvalidValue(f"bits is {self.bits}: expected 8 or 4", "bits")
-        if self.group < 0 or self.group % 2:
-            raise InvalidValue(f"group is {self.group}: expected an even number, or 0 for whole rows", "group")
+        if not isinstance(self.group, int) or self.group < 0 or self.group % 2:
+            raise InvalidValue(f"group is {cut(self.group)}: expected an even number, or 0 for whole rows", "group")
         if self.method not in METHODS:
             raise InvalidValue(f"method is {cut(self.method)}: expected rtn, gptq or rsq", "method")
         if self.act_order and (self.group or not self.calibrated):
@@ -67,10 +71,9 @@ class Quantization:
 
 
 def rounded(weight: Tensor, bits: int, group: int) -> tuple[Tensor, Tensor]:
-    """Weights [O, I] -> integers [O, I] int8 and scales [O, G] float32, G = 1 where `group` is 0 or does not divide I."""
-    group = group if group and weight.shape[1] % group == 0 else weight.shape[1]
+    """Weights [O, I] -> integers [O, I] int8 and scales [O, G] float32, of groups of `group` columns, which divides I; G = 1 where it is 0."""
     most = 2 ** (bits - 1) - 1
-    parts = weight.detach().float().unflatten(1, (-1, group))
+    parts = weight.detach().float().unflatten(1, (-1, group or weight.shape[1]))
     scales = parts.abs().amax(dim=2).clamp(min=SMALLEST) / most
     return (parts / scales[..., None]).round().clamp(-most - 1, most).flatten(1).to(torch.int8), scales
 
@@ -141,14 +144,50 @@ def layers_of(network: nn.Module) -> dict[str, nn.Linear]:
     }
 
 
-def check_quantizable(network: nn.Module) -> None:
+def is_head(name: str) -> bool:
+    """Whether a layer gives logits, by its name."""
+    return name.split(".")[-1] in HEADS
+
+
+def layout_of(name: str, layer: nn.Linear, how: Quantization) -> tuple[int, int]:
+    """Bits of the weights of a layer, and how many columns share a scale, 0 for whole rows: heads keep 8 bits, with whole rows where others
+    have 4, and layers whose columns `how.group` does not divide have whole rows, too."""
+    if is_head(name) and how.bits == 4:
+        return 8, 0
+    return how.bits, how.group if how.group and layer.in_features % how.group == 0 else 0
+
+
+def without_groups(network: nn.Module, how: Quantization) -> tuple[list[nn.Linear], list[nn.Linear]]:
+    """The layers that are to have groups of columns, and those among them that have whole rows all the same, see `layout_of`."""
+    layers = layers_of(network).items()
+    grouped = [(name, layer) for name, layer in layers if how.group and not (is_head(name) and how.bits == 4)]
+    return [layer for _, layer in grouped], [layer for name, layer in grouped if not layout_of(name, layer, how)[1]]
+
+
+def columns_of(layers: Sequence[nn.Linear]) -> str:
+    """How many columns layers have, for messages: "96, 128"."""
+    return cut(", ".join(map(str, sorted({layer.in_features for layer in layers}))))
+
+
+def check_quantizable(network: nn.Module, how: Quantization) -> None:
     """Raises:
-    InvalidValue: it is quantized already, or has no layers to quantize.
+    InvalidValue: it is quantized already, or has no layers to quantize, or none that the group fits.
     """
     if is_quantized(network):
-        raise InvalidValue("the model is quantized already: quantize the one that it was made of", "quantize")
+        raise InvalidValue(QUANTIZED_ALREADY, "quantize")
     if not layers_of(network):
         raise InvalidValue(f"a {type(network).__name__} has no layers to quantize: leave quantize out", "quantize")
+    grouped, whole = without_groups(network, how)
+    if grouped and len(whole) == len(grouped):
+        raise InvalidValue(
+            f"group is {how.group}, and layers have {columns_of(grouped)} columns: expected an even number that divides them, or 0 "
+            "for whole rows",
+            "group",
+        )
+    if how.bits == 4 and (odd := [layer for layer in layers_of(network).values() if layer.in_features % 2]):
+        raise InvalidValue(
+            f"bits is 4, and a layer has {columns_of(odd)} columns, which are not even: choose 8", "bits"
+        )
 
 
 def quantize(
@@ -157,20 +196,27 @@ def quantize(
     calibrated: Mapping[str, tuple[Tensor, Tensor]] | None = None,
     dtypes: Sequence[torch.dtype] = (),
 ) -> None:
-    """Replace a network's linear layers by those with rounded weights, in place; heads keep 8 bits. Each layer is released once it is replaced.
+    """Replace a network's linear layers by those with rounded weights, in place, see `layout_of`; layers that the group does not fit are logged.
+    Each layer is released once it is replaced.
 
     Args:
         calibrated: integers and scales of layers, by their names; the others are rounded to nearest.
         dtypes: precisions that the weights are brought into before, in turn.
 
     Raises:
-        InvalidValue: it is quantized already, or has no such layers.
+        InvalidValue: see `check_quantizable`.
     """
-    check_quantizable(network)
+    check_quantizable(network, how)
+    grouped, whole = without_groups(network, how)
+    if whole:
+        logger.warning(
+            "%d of %d layers have one scale a row: group %d does not divide their %s columns",
+            *(len(whole), len(grouped), how.group, columns_of(whole)),
+        )
+    del grouped, whole  # which would keep the layers
     for name in list(layers_of(network)):
         layer = network.get_submodule(name)
-        bits = 8 if name.split(".")[-1] in HEADS else how.bits
-        group = 0 if bits == 8 and how.bits == 4 else how.group
+        bits, group = layout_of(name, layer, how)
         if calibrated is not None and name in calibrated:
             integers, scales = calibrated[name]
         else:
@@ -198,15 +244,51 @@ def quantized_bytes(network: nn.Module) -> int:
     return sum(layer.qweight.nbytes + layer.scales.nbytes for layer in layers)
 
 
-def prepare(network: nn.Module, state: dict[str, Tensor]) -> None:
-    """Give a network the quantized layers of a saved state, whose tensors it can then load.
+def read_metadata(text: str) -> tuple[Quantization, dict[str, Any]]:
+    """How a network was quantized, out of the metadata of its file, and all that these say.
 
     Raises:
-        ValueError: a tensor of the state does not fit its layer; says which.
+        ValueError: they say nothing of the kind, or what argen does not read.
+    """
+    try:
+        content = json.loads(text)
+        bits, group, method = (content[name] for name in ("bits", "group", "method"))
+        for name, value, kind in (("bits", bits, int), ("group", group, int), ("method", method, str)):
+            if type(value) is not kind:
+                raise ValueError(
+                    f"{name} is {cut(repr(value))}: expected {'a name' if kind is str else 'a whole number'}"
+                )
+        if content.get("symmetric", True) is not True:
+            raise ValueError(f"symmetric is {cut(repr(content['symmetric']))}: expected true")
+        return Quantization(bits, group, method), content
+    except (ValueError, RecursionError) as error:
+        reason = str(error) if "expected" in str(error) else f"{cut(text)!r} is no JSON"
+    except LookupError as error:
+        reason = f"{error.args[0]!r} is missing"
+    except (TypeError, AttributeError):
+        reason = f"it is {cut(text)}: expected an object with bits, group and method"
+    raise ValueError(
+        f"the quantization in the metadata of its file cannot be used ({reason}), quantize the model again"
+    )
+
+
+def prepare(network: nn.Module, state: dict[str, Tensor], how: Quantization | None) -> None:
+    """Give a network the quantized layers of a saved state, whose tensors it can then load.
+
+    Args:
+        how: they were rounded; None where the file does not say it.
+
+    Raises:
+        ValueError: a tensor of the state does not fit its layer, or is not as `how` says; says which.
     """
     for name, layer in layers_of(network).items():
-        if f"{name}.qweight" in state:
+        if f"{name}.qweight" not in state:
+            if how is not None:
+                raise ValueError(f"{name}.qweight is missing: quantize the model again")
+        else:
             bits = check_stored(name, layer, state[f"{name}.qweight"], state.get(f"{name}.scales"))
+            if how is not None:
+                check_layout(name, layer, bits, state[f"{name}.scales"].shape[1], how)
             integers = torch.empty(layer.out_features, layer.in_features, dtype=torch.int8, device="meta")
             scales = torch.empty_like(state[f"{name}.scales"])
             _replace(network, name, QuantizedLinear(integers, scales, layer.bias, bits))
@@ -227,10 +309,27 @@ def check_stored(name: str, layer: nn.Linear, stored: Tensor, scales: Tensor | N
         )
     fits = scales is not None and scales.ndim == 2 and scales.shape[0] == layer.out_features and scales.shape[1] > 0
     if scales is None or not fits or layer.in_features % scales.shape[1] or scales.dtype != torch.float32:
-        raise ValueError(f"{name}.scales do not fit its weights: quantize the model again")
+        found = "missing" if scales is None else f"{scales.dtype} {list(scales.shape)}"
+        raise ValueError(
+            f"{name}.scales do not fit its weights, they are {found}: expected torch.float32 [{layer.out_features}, G], where G "
+            f"divides {layer.in_features}, quantize the model again"
+        )
     if not scales.isfinite().all():
         raise ValueError(f"{name}.scales hold numbers that are none: quantize the model again")
     return bits
+
+
+def check_layout(name: str, layer: nn.Linear, bits: int, groups: int, how: Quantization) -> None:
+    """Raises:
+    ValueError: the weights of a layer have other bits, or more or fewer scales a row, than `layout_of` says.
+    """
+    expected_bits, group = layout_of(name, layer, how)
+    expected_groups = layer.in_features // group if group else 1
+    if (bits, groups) != (expected_bits, expected_groups):
+        raise ValueError(
+            f"{name} has {bits} bits and {number_of(groups, 'scale')} a row, and by the metadata of its file (bits {how.bits}, group "
+            f"{how.group}) {expected_bits} and {expected_groups}: quantize the model again"
+        )
 
 
 def _replace(network: nn.Module, name: str, layer: nn.Module) -> None:

@@ -19,13 +19,12 @@ from einops import rearrange
 from PIL import Image
 from torch import Tensor
 
-from argen import __version__
 from argen.bounds import check
 from argen.data.imagenet import class_id
 from argen.data.reading import Reading
 from argen.hub.cards import Card
 from argen.hub.memory import images_at_once
-from argen.metadata import MADE_BY, TOKENS, fingerprint
+from argen.metadata import MADE_BY, TOKENS, made_by
 from argen.pipelines.arguments import check_call, check_prompts, check_sampling, check_unknown
 from argen.pipelines.canvas import TokenGrid
 from argen.pipelines.editing import Editing
@@ -515,9 +514,9 @@ class TokenPipeline(Editing, Ranking, Running, Saving):
             return array
         images = numpy_to_pil(array)
         if decided.all():
-            made_by = json.dumps({"argen": __version__, "weights": fingerprint(self)})
+            maker = json.dumps(made_by(self))
             for image, rows in zip(images, tokens, strict=True):
-                image.info[MADE_BY] = made_by
+                image.info[MADE_BY] = maker
                 if not tokens.is_floating_point():
                     image.info[TOKENS] = json.dumps(rows.tolist())
         return images

@@ -212,6 +212,8 @@ def read_checkpoint(
 ) -> LlamaGenPipeline | LlamaGenVQ:
     """Load a LlamaGen with its tokenizer, or a tokenizer alone, from checkpoints of any size and name."""
     names = read_state_dict(path, averaged=False).keys()
+    if any(name.endswith(".qweight") for name in names):
+        raise ValueError(f"{path} is the network of a quantized pipeline: load the folder that `argen quantize` wrote")
     if "encoder.conv_in.weight" in names:
         return LlamaGenVQ.from_checkpoint(path)
     kind = "t2i" if any("cap_proj" in name for name in names) else "c2i"

@@ -3,6 +3,7 @@
 import argparse
 
 from argen.cli.measures.common import (
+    check_drawing,
     draw_samples,
     drawing_arguments,
     finish,
@@ -29,6 +30,7 @@ def run(args: argparse.Namespace) -> None:
     from argen.words import read_prompts
 
     prompts, seconds = read_prompts(args.prompts), {}
+    check_drawing(args)
     judge = load_model("argen/emoji-clip", args.device) if args.clip == "emoji" else None
     judge = judge or PublishedCLIP(args.clip, pick(args.device))
     settings = {"clip": args.clip, "prefix": args.prefix}

@@ -5,9 +5,17 @@ import json
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from argen.command import device_and_json, load_arguments, load_diffusion_model, load_model, load_options
+from argen.command import (
+    check_loading,
+    device_and_json,
+    device_for,
+    load_arguments,
+    load_diffusion_model,
+    load_model,
+    load_options,
+)
 
 if TYPE_CHECKING:
     from argen.eval.images import ImageSet
@@ -91,6 +99,24 @@ def extractor_of(args: argparse.Namespace):
     raise ValueError(f"unknown features {args.features!r}: expected inception, emoji or clip: and a hub id or folder")
 
 
+def check_drawing(args: argparse.Namespace) -> None:
+    """Check that ``--model`` can be loaded as the options say, before what looks at its images is.
+
+    Raises:
+        ValueError: see `argen.command.check_loading`.
+    """
+    options = load_options(args)
+    check_loading(args.model, device_for(args.device, options), options, "generator")
+
+
+def drawn_by(model: Any) -> dict[str, str]:
+    """Settings that say which weights draw, and in which precision: a run that is resumed with others would mix them."""
+    from argen.metadata import made_by
+
+    maker = made_by(model)
+    return {"model_weights": maker["weights"]} | ({"dtype": maker["dtype"]} if "dtype" in maker else {})
+
+
 def draw_samples(
     args: argparse.Namespace,
     prompts: list[str],
@@ -111,9 +137,10 @@ def draw_samples(
         raise ValueError(f"--num is {num}: expected at least 2")
     settings |= {"model": args.model, "num": num, "seed": args.seed, "guidance_scale": args.guidance_scale}
     settings |= {"prompts": run.digest(prompts), "prompt_order": "i % prompts", "uint8": "rounded"}
-    lock_run_dir(args.out, settings)
     pipe = load_model(args.model, args.device, "generator", load_options(args))
     pipe.set_progress_bar_config(disable=True)
+    settings |= drawn_by(pipe)
+    lock_run_dir(args.out, settings)
 
     def sample(rows: range):
         generator_of = [run.generator_of(args.seed, index) for index in rows]
@@ -135,6 +162,7 @@ def judged(
     from argen.eval import run as runs
     from argen.eval.features import weights_digest
 
+    check_drawing(args)
     network, seconds = load_model("argen/emoji-judge", args.device), {}
     settings = {"judge": weights_digest(network)} | settings
     arguments = {"num_tokens": settings.get("tokens")}
@@ -161,7 +189,8 @@ def pipeline_of(args: argparse.Namespace, settings: dict):
     from argen.eval.run_dir import lock_run_dir
 
     names = ("model", "num", "seed", "steps", "guidance_scale")
-    lock_run_dir(args.out, settings | {name: getattr(args, name) for name in names})
     pipe = load_diffusion_model(args.model, args.device, load_options(args))
     pipe.set_progress_bar_config(disable=True)
+    settings |= drawn_by(pipe)
+    lock_run_dir(args.out, settings | {name: getattr(args, name) for name in names})
     return pipe, load_model("argen/emoji-judge", args.device), partial(run.generator_of, args.seed)

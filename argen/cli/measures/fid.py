@@ -6,6 +6,7 @@ from pathlib import Path
 from argen.cli.measures.common import (
     IMAGES,
     REAL,
+    check_drawing,
     draw_samples,
     drawing_arguments,
     extractor_of,
@@ -36,6 +37,9 @@ def run(args: argparse.Namespace) -> None:
     from argen.eval.run_dir import lock_run_dir
     from argen.words import read_prompts
 
+    if args.model:
+        check_drawing(args)
+    prompts = read_prompts(args.prompts) if args.prompts else None
     extractor, seconds = extractor_of(args), {}
     metrics = [name.strip() for name in args.metrics.split(",")]
     settings = {**runs.settings_of(extractor, args.crop), "reference": str(args.ref), "metrics": metrics}
@@ -43,7 +47,7 @@ def run(args: argparse.Namespace) -> None:
     reference = runs.read_reference(path, extractor, args.crop, args.force)
     runs.check(metrics, extractor, reference)
     if args.model:
-        prompts = read_prompts(args.prompts) if args.prompts else getattr(reference, "captions", None)
+        prompts = prompts or getattr(reference, "captions", None)
         if not prompts:
             raise ValueError(f"{args.ref} has no captions to draw: give --prompts FILE, one prompt a line")
         with runs.timed(seconds, "draw"):

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from argen.cli.measures.common import (
     IMAGES,
+    drawn_by,
     extractor_of,
     feature_arguments,
     finish,
@@ -43,6 +44,7 @@ def run(args: argparse.Namespace) -> None:
     settings = {**runs.settings_of(extractor, args.crop), "tokenizer": args.tokenizer, "uint8": "rounded"}
     settings["tokens"] = args.tokens
     settings["data"] = [str(args.data), real.identity]
+    settings |= drawn_by(tokenizer)
     lock_run_dir(args.out, settings)
     with runs.timed(seconds, "reconstruct"):
         reconstructions = runs.draw(
