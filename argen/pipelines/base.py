@@ -25,6 +25,7 @@ from argen.data.reading import Reading
 from argen.hub.cards import Card
 from argen.hub.memory import images_at_once
 from argen.metadata import MADE_BY, TOKENS, made_by
+from argen.pipelines.adapting import Adapting
 from argen.pipelines.arguments import check_call, check_prompts, check_sampling, check_unknown
 from argen.pipelines.canvas import TokenGrid
 from argen.pipelines.editing import Editing
@@ -78,7 +79,7 @@ class TokenPipelineOutput(BaseOutput, Generic[Images]):
     origins: Tensor | None = None
 
 
-class TokenPipeline(Editing, Ranking, Running, Saving):
+class TokenPipeline(Adapting, Editing, Ranking, Running, Saving):
     """Base of the pipelines: a subclass defines how prompts are encoded and how tokens are decoded to pixels.
 
     Attributes:
