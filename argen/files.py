@@ -1,5 +1,6 @@
-"""Files: where those that ship lie, and how others are written whole or not at all."""
+"""Files: where those that ship lie, where those that can be made again are kept, and how files are written whole or not at all."""
 
+import os
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,6 +8,14 @@ from pathlib import Path
 from typing import BinaryIO
 
 WEIGHTS = Path(__file__).parent / "weights"  # what ships
+
+
+def cache_folder(name: str) -> Path:
+    """Where files of a kind are kept that can be made again: in the folder that ARGEN_CACHE names, else in ``argen`` under XDG_CACHE_HOME
+    or ``~/.cache``."""
+    own = os.environ.get("ARGEN_CACHE")
+    above = Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "argen"
+    return above / name
 
 
 @contextmanager
