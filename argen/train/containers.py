@@ -137,19 +137,23 @@ class Tars(Container):
         self.path, self.shards = path, list(shards)
         self.stamps, self._where = {}, {}
         for index, shard in enumerate(self.shards):
-            changed = shard.stat().st_mtime_ns
+            changed, shard_name = shard.stat().st_mtime_ns, relative(shard, path)
             try:
                 with tarfile.open(shard, "r:") as tar:
                     while member := tar.next():
                         tar.members = []  # it would keep them all
                         if member.isfile() and not is_litter(member.name):
-                            name = f"{shard.name}/{posixpath.normpath(member.name)}"
+                            name = f"{shard_name}/{posixpath.normpath(member.name)}"
                             self._where[name] = index, member.offset_data, member.size
                             self.stamps[name] = member.size, changed
             except (tarfile.TarError, EOFError) as error:
                 raise ValueError(
                     f"{shard} cannot be read as a .tar that is not compressed ({error}): make or fetch it again"
                 ) from error
+
+    def shard(self, name: str) -> str:
+        """Name of the shard of a file."""
+        return relative(self.shards[self._where[name][0]], self.path)
 
     def read(self, name: str) -> bytes:
         index, offset, size = self._where[name]
@@ -169,8 +173,8 @@ class Parquets(Container):
 
     def __init__(self, path: Path, files: Sequence[Path]):
         self.path = path
-        self.tables = {file.name: _table(file) for file in files}
-        self._files = {file.name: (file, _stamp(file)) for file in files}
+        self.tables = {relative(file, path): _table(file) for file in files}
+        self._files = {relative(file, path): (file, _stamp(file)) for file in files}
         self.stamps = {}  # too many names: they are made by `name`
         self._columns: dict[tuple[str, str], Dataset] = {}  # with one column, so that others are not read along
 
@@ -212,6 +216,11 @@ def _table(file: Path) -> "Dataset":
         reason = " ".join(str(error).split())
         raise ValueError(f"{file} cannot be read as a .parquet table ({reason}): make or fetch it again") from error
     return table
+
+
+def relative(file: Path, path: Path) -> str:
+    """The name of a file at or below `path`."""
+    return file.relative_to(path).as_posix() if file != path else file.name
 
 
 def _stamp(file: Path) -> Stamp:

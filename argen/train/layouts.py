@@ -58,6 +58,7 @@ class Listing:
         classes: their names in order, where the images have classes.
         unlisted: names of images that the metadata do not name.
         dropped: reason -> names of samples that cannot be used.
+        warnings: what may not be as it was meant, in sentences.
     """
 
     layout: str
@@ -66,6 +67,7 @@ class Listing:
     classes: list[str] | None = None
     unlisted: list[str] = field(default_factory=list)
     dropped: dict[str, list[str]] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
 
 
 def list_images(path: Path, captions: Path | None, columns: Columns) -> Listing:
@@ -133,7 +135,13 @@ def _from_files(container: Container, images: list[str], columns: Columns) -> Li
         rows.append(Row(name, label=folders[0] if folders else None, split=split_of.get(name, "")))
     if all(row.label is not None for row in rows):
         return _classed(Listing("class folders, labels are their sorted names", container, rows))
-    return Listing("images without captions and classes", container, [row._replace(label=None) for row in rows])
+    alone = [row.name for row in rows if row.label is None]
+    listing = Listing("images without captions and classes", container, [row._replace(label=None) for row in rows])
+    if len(alone) < len(rows):
+        listing.warnings.append(
+            f"there are folders, and images outside them ({listed(alone)}): the folders are no classes"
+        )
+    return listing
 
 
 def _from_metadata(
@@ -151,6 +159,8 @@ def _from_metadata(
         inside = isinstance(table, str)
         data = container.read(table) if inside else table.read_bytes()
         base = posixpath.dirname(table) if inside else table.parent.absolute().as_posix()
+        if not inside and isinstance(container, Zip):
+            base = posixpath.commonpath([posixpath.dirname(name) for name in _images(container)])
         records = read_table(data, str(table))
         for found, row in _table_rows(container, records, base, columns, str(table)):
             if not found:
@@ -228,7 +238,7 @@ def _from_tars(path: Path, shards: list[Path], columns: Columns) -> Listing:
         caption = columns.caption or pick_column(values, None, ("txt", *CAPTION_COLUMNS), "", key)
         label = columns.label or pick_column(values, None, ("cls", *LABEL_COLUMNS), "", key)
         fields |= values.keys()
-        captions, split = captions_of(values.get(caption), key), _split_of_file(key.partition("/")[0])
+        captions, split = captions_of(values.get(caption), key), _split_of_file(container.shard(image))
         rows.append(Row(image, captions, label_of(values.get(label)), files.get(columns.control), split))
     pick_column(sorted(fields), columns.caption, (), "caption column", str(path))
     pick_column(sorted(fields), columns.label, (), "label column", str(path))
@@ -351,5 +361,5 @@ def _arrangement(images: list[str], container: Container) -> tuple[dict[str, str
 
 def _split_of_file(name: str) -> str:
     """The split that a shard or a parquet file belongs to, by its name, e.g. train-00000-of-00001.parquet."""
-    word = re.match(r"[a-z]+", name.lower())
-    return SPLITS.get(word[0], "") if word else ""
+    words = (re.match(r"[a-z]*", part)[0] for part in name.lower().split("/"))
+    return next((SPLITS[word] for word in words if word in SPLITS), "")

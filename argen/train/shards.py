@@ -9,9 +9,11 @@ import errno
 import hashlib
 import json
 import logging
+import os
 import re
 import secrets
 import shutil
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -49,20 +51,14 @@ class ShardedCache:
         shard: int,
         ending: str,
     ):
-        manifest = {"format": FORMAT, **settings}
-        text = json.dumps(manifest, sort_keys=True, separators=(",", ":"))
+        self._manifest = {"format": FORMAT, **settings}
+        text = json.dumps(self._manifest, sort_keys=True, separators=(",", ":"))
         self.key = hashlib.sha256(text.encode()).hexdigest()
         self.root, self.folder = root, root / self.key[:16]
         self.rank, self.world, self.barrier, self.shard, self.ending = rank, world, barrier, shard, ending
-        (self.folder / "used").mkdir(parents=True, exist_ok=True)
-        self._in_use = filelock.FileLock(self.folder / "used" / secrets.token_hex(8), thread_local=False)
-        self._in_use.acquire()
-        path = self.folder / "manifest.json"
-        if path.exists():
-            path.touch()  # when it was used last
-        else:
-            with replacing(path) as file:
-                file.write(json.dumps(manifest, indent=1, sort_keys=True).encode())
+        self._in_use = _use(self.folder)
+        with suppress(FileNotFoundError):
+            os.utime(self.folder / "manifest.json")  # when it was used last
 
     def shards(self) -> list[Path]:
         names = (path for path in self.folder.glob(f"*{self.ending}") if re.fullmatch(r"\w+-\d{5,}", path.stem))
@@ -79,6 +75,9 @@ class ShardedCache:
                 logger.warning("%s is being written by another run: waiting for it", self.folder)
                 lock.acquire()
             delete_unfinished(self.folder)
+            if not (manifest := self.folder / "manifest.json").exists():
+                with replacing(manifest) as file:
+                    file.write(json.dumps(self._manifest, indent=1, sort_keys=True).encode())
         self.barrier()
         try:
             yield
@@ -133,6 +132,21 @@ def prune(root: str | Path, most_bytes: int = MOST_BYTES) -> list[Path]:
     return deleted
 
 
+def _use(folder: Path) -> filelock.BaseFileLock:
+    """A lock in the folder of a key, whose file goes when nothing holds the object any more."""
+    path = folder / "used" / secrets.token_hex(8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = filelock.FileLock(path, thread_local=False)
+    lock.acquire()
+    weakref.finalize(lock, _unlink, path)
+    return lock
+
+
+def _unlink(path: Path) -> None:
+    with suppress(OSError):
+        path.unlink()
+
+
 def _is_used(folder: Path) -> bool:
     """Whether a process holds a lock in a folder of a key; what ended ones left is deleted."""
     for path in (folder / "used").iterdir():
@@ -142,5 +156,5 @@ def _is_used(folder: Path) -> bool:
         except filelock.Timeout:
             return True
         lock.release()
-        path.unlink(missing_ok=True)
+        _unlink(path)
     return False

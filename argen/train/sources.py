@@ -190,7 +190,7 @@ class Source:
             smaller=sum(min(each) < size for each in sizes) if size else 0,
             long_captions=sum(map(too_long, captions)) if too_long else None,
             unlisted=self._listing.unlisted,
-            warnings=_class_warnings(class_sizes),
+            warnings=self._listing.warnings + _class_warnings(class_sizes),
         )
 
 
@@ -211,7 +211,8 @@ def open_source(
     Args:
         path: a folder or ``.zip`` with metadata, caption files or class folders; WebDataset shards (``.tar``) or ``.parquet`` tables, or a
             folder of them; or a table that names image files.
-        captions: a table (csv, jsonl, parquet) that names the images at `path`; relative to them, or to itself.
+        captions: a table (csv, jsonl, parquet) that names the images at `path`; its names are relative to them, or to itself. It may be
+            named as it lies in the folder `path`.
         image_column, caption_column, label_column, control_column: names in tables; the ends of files in WebDataset shards.
         split: train, validation or test, to take this one alone.
         missing_captions: "error", or "drop" to leave out images without a caption where others have one.
@@ -223,16 +224,16 @@ def open_source(
     if missing_captions not in ("error", "drop"):
         raise ValueError(f"missing_captions is {missing_captions!r}: expected error or drop")
     columns = Columns(image_column, caption_column, label_column, control_column)
-    listing = list_images(Path(path), None if captions is None else Path(captions), columns)
+    path, captions = Path(path), None if captions is None else Path(captions)
+    if captions is not None and not captions.exists() and (path / captions).is_file():
+        captions = path / captions
+    listing = list_images(path, captions, columns)
     _take_split(listing, split)
     _check_captions(listing, missing_captions)
     rows = _checked_rows(listing, strict)
-    if len(rows) == 1:
-        raise ValueError(f"{path} holds one image that can be used: expected at least 2, since one is held out")
     source = Source(listing, rows)
-    members = Counter(row.label for row, _, _ in rows)
-    if source.classes is not None and max(members.values()) < 2:
-        raise ValueError(f"no class in {path} has two images: expected more in {listed(sorted(members))}")
+    if split in (None, "train"):
+        _check_enough(source)
     return source
 
 
@@ -299,6 +300,17 @@ def _checked_rows(listing: Listing, strict: bool) -> list[tuple[Row, Checked, Ch
             f"no images in {listing.container.path} can be used: expected some with a caption, or with an image"
         )
     return rows
+
+
+def _check_enough(source: Source) -> None:
+    """Raises:
+    ValueError: one image alone, or no class with two.
+    """
+    if len(source) == 1:
+        raise ValueError(f"{source.path} holds one image that can be used: expected at least 2, since one is held out")
+    labels = Counter(source.label(index) for index in range(len(source)))
+    if source.classes is not None and max(labels.values()) < 2:
+        raise ValueError(f"no class in {source.path} has two images: expected more in {listed(source.classes)}")
 
 
 def _class_warnings(class_sizes: dict[str, int]) -> list[str]:

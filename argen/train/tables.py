@@ -47,7 +47,9 @@ def _read_csv(data: bytes, name: str) -> list[Record]:
     """Comma, semicolon or tab between the cells: the one that is found most in the header."""
     text = read_text(data, name)
     header = text.partition("\n")[0]
-    rows = csv.DictReader(io.StringIO(text, newline=""), delimiter=max(",;\t", key=header.count), strict=True)
+    rows = csv.DictReader(
+        io.StringIO(text, newline=""), delimiter=max(",;\t", key=header.count), strict=True, skipinitialspace=True
+    )
     records = []
     try:
         for row in rows:

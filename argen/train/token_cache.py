@@ -204,7 +204,7 @@ class Shard:
                 groups = [file.metadata.row_group(index) for index in range(file.metadata.num_row_groups)]
                 data = np.memmap(path, np.uint8, "r")
                 self.pages = [_page(data, group, np.dtype(meta["dtype"]), self.shape) for group in groups]
-        except (pyarrow.ArrowException, OSError, KeyError, TypeError, AttributeError) as error:
+        except (pyarrow.ArrowException, OSError, ValueError, LookupError, TypeError, AttributeError) as error:
             raise ValueError(f"{path} is no shard of token ids ({error})") from error
 
     def ids(self, row: int) -> np.ndarray:
@@ -214,7 +214,7 @@ class Shard:
 
 def _page(data: np.ndarray, group: Any, dtype: np.dtype, shape: tuple[int, int]) -> np.ndarray:
     """The codes of a row group, [N, L], where they lie in the file: behind the header of their only page."""
-    chunk = next(c for c in map(group.column, range(group.num_columns)) if c.path_in_schema == "codes")
+    chunk = {c.path_in_schema: c for c in map(group.column, range(group.num_columns))}["codes"]
     size = chunk.num_values * shape[0] * shape[1] * dtype.itemsize
     end = chunk.data_page_offset + chunk.total_compressed_size
     if chunk.compression != "UNCOMPRESSED" or not 0 < chunk.total_compressed_size - size < 64 or end > len(data):
