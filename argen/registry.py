@@ -216,8 +216,11 @@ def check_recipe(component: Any) -> None:
     """Raises:
     ValueError: no recipe.
     """
-    if not isinstance(component, resolve("argen.train.loop:Recipe")):
-        raise ValueError(f"it is {type(component).__name__}, expected an argen.train.loop.Recipe")
+    kinds = resolve("argen.train.loop:Recipe"), resolve("argen.train.own.run:OwnRecipe")
+    if not isinstance(component, kinds):
+        raise ValueError(
+            f"it is {type(component).__name__}, expected an argen.train.loop.Recipe or argen.train.own.run.OwnRecipe"
+        )
 
 
 def check_reader(component: Any) -> None:
@@ -364,6 +367,7 @@ tabs = Registry(
 recipes = Registry(
     "recipe",
     {
+        "llamagen": "argen.train.own.llamagen:RECIPE",
         "emoji-clip": "argen.train.clip:RECIPE",
         "emoji-vitvqgan": "argen.train.vit_vqgan:RECIPE",
         "emoji-vitvqgan-decoder": "argen.train.vit_vqgan:DECODER_RECIPE",

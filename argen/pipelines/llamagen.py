@@ -29,6 +29,7 @@ class LlamaGenPipeline(TokenPipeline):
     text_encoder, tokenizer: for a model of captions; None for a model of classes. They are flan-t5-xl's as published;
         the shipped model has a CLIP, which can rank candidates, too.
     groups: names that a model of captions takes as "class:NAME".
+    class_names: those of a model of classes; None for ImageNet's, or numbers.
     drafter: of the generator, for the samplers "speculative" and "lantern".
     """
 
@@ -43,9 +44,10 @@ class LlamaGenPipeline(TokenPipeline):
         tokenizer: PreTrainedTokenizerFast | None = None,
         groups: list[str] | None = None,
         drafter: Drafter | None = None,
+        class_names: list[str] | None = None,
     ):
         super().__init__()
-        self.register_to_config(groups=groups)
+        self.register_to_config(groups=groups, class_names=class_names)
         self.register_modules(
             transformer=transformer, vq=vq, text_encoder=text_encoder, tokenizer=tokenizer, drafter=drafter
         )
@@ -85,7 +87,8 @@ class LlamaGenPipeline(TokenPipeline):
     def class_of(self, prompt: str) -> int:
         """See `TokenPipeline.class_of`; where the model has not ImageNet's, by number."""
         count = self.transformer.config.classes
-        return class_id(prompt, None if count == 1000 else [str(number) for number in range(count)])
+        own = self.config.class_names or (None if count == 1000 else [str(number) for number in range(count)])
+        return class_id(prompt, own)
 
     def start(
         self,

@@ -1,0 +1,102 @@
+"""From a folder of images to a training: what every recipe of one's own images does before its first step."""
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from argen.device import pick
+from argen.eval.images import crops
+from argen.metadata import fingerprint
+from argen.train.loop import Schedule, Task, train
+from argen.train.own.options import OwnOptions
+from argen.train.sources import Source, held_out, open_source
+from argen.train.token_cache import TokenCache, Tokens
+from samplers.errors import InvalidValue
+from tokenizers_img.base import ImageTokenizer
+from tokenizers_img.pixels import from_pil
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class OwnRecipe:
+    """A recipe for one's own images.
+
+    Attributes:
+        prepare: options, images to train on, images that are held out -> the task.
+        schedule: that of the official code.
+        lora: that of a LoRA; None where there is none.
+    """
+
+    prepare: Callable[[OwnOptions, Source, Source], Task]
+    schedule: Schedule
+    lora: Schedule | None = None
+
+    def scheduled(self, options: OwnOptions, steps: int | None) -> Schedule:
+        """The schedule, as the options change it.
+
+        Raises:
+            InvalidValue: a LoRA is asked for, and the recipe has none.
+        """
+        start = self.schedule if options.lora is None else self.lora
+        if start is None:
+            raise InvalidValue("this recipe trains no LoRA: leave lora out", "lora")
+        names = ("batch_size", "micro_batch", "learning_rate", "warmup", "ema_decay")
+        changes = {name: value for name in names if (value := getattr(options, name)) is not None}
+        return replace(start, **changes | ({"steps": steps} if steps else {}))
+
+
+def run(
+    recipe: OwnRecipe, options: OwnOptions, out: Path, seed: int = 0, steps: int | None = None, compile: bool = False
+) -> dict[str, float]:
+    """Train in `out`, from its last checkpoint if there is one; returns the scores on held-out images.
+
+    Args:
+        steps: how many; None for the recipe's.
+        compile: the network goes through ``torch.compile`` first.
+
+    Raises:
+        FileNotFoundError, ValueError: images or options that cannot be used; says which, before anything is written.
+    """
+    schedule = recipe.scheduled(options, steps)
+    source = open_source(
+        options.images,
+        options.captions,
+        image_column=options.image_column,
+        caption_column=options.caption_column,
+        label_column=options.label_column,
+        split=options.split,
+        missing_captions=options.missing_captions,
+        strict=options.strict,
+    )
+    task = recipe.prepare(options, *held_out(source))
+    if compile:
+        for network in task.networks.values():
+            network.compile()
+    every = options.evaluate_every
+    return train(task, schedule, out, seed=seed, checkpoint_every=every, evaluate_every=every)
+
+
+def encoded(tokenizer: ImageTokenizer, network: torch.nn.Module, source: Source, size: int, how: str) -> Tokens:
+    """The token ids of all crops of all images, made now or taken from the cache.
+
+    Args:
+        network: whose weights the ids depend on.
+        size: side of the crops in pixels.
+        how: see `argen.eval.images.crops`.
+    """
+    device = pick(None)
+
+    @torch.no_grad()
+    def encode(images: list[Image.Image]) -> Tensor:
+        pixels = torch.stack([from_pil(image, size) for image in images])
+        return tokenizer.encode(pixels.to(tokenizer.device, tokenizer.dtype)).cpu()
+
+    settings = {"tokenizer": fingerprint(network), "size": size, "resize": "adm", "crop": how, "flip": how != "center"}
+    cache = TokenCache(None, settings | {"dtype": str(tokenizer.dtype), "device": device.type})
+    return cache.encode(source, encode, lambda image: crops(image, size, how))
