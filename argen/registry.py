@@ -368,6 +368,7 @@ recipes = Registry(
     "recipe",
     {
         "llamagen": "argen.train.own.llamagen:RECIPE",
+        "parti": "argen.train.own.parti:RECIPE",
         "emoji-clip": "argen.train.clip:RECIPE",
         "emoji-vitvqgan": "argen.train.vit_vqgan:RECIPE",
         "emoji-vitvqgan-decoder": "argen.train.vit_vqgan:DECODER_RECIPE",

@@ -86,7 +86,7 @@ def run(args: argparse.Namespace) -> None:
             what = f"--{given[0]} is of the shipped family: leave it out" if given else "give --images a folder"
             raise ValueError(f"the recipe {args.recipe} learns from your own images: {what}")
         options = {name: value for name in (*OWN, "tokenizer") if (value := getattr(args, name)) is not None}
-        scores = train_own(recipe, OwnOptions(**options), args.out, args.seed, args.steps, args.compile)
+        scores = train_own(recipe, OwnOptions(**options), args.out, args.seed, args.steps, compile=args.compile)
         print(f"{args.out / 'final'}: " + ", ".join(f"{name} {value:.4g}" for name, value in scores.items()))
         return
     if foreign := [name for name in OWN if getattr(args, name) not in (None, False)]:

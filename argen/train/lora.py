@@ -12,6 +12,7 @@ from samplers.errors import InvalidValue
 RANKS = (1, 256)
 LAYERS = {  # class of the network -> its layers that are changed, as a regular expression for the whole name
     "LlamaGen": r"layers\.\d+\.(attention\.(wqkv|wo)|feed_forward\.(w1|w2|w3))",
+    "Parti": r"(encoder|decoder)_layers\.\d+\.(\w+_attn\.(q|k|v|out)_proj|mlp\.(up|down)_proj)",
     "ControlAR": r"layers\.\d+\.(attention\.(wqkv|wo)|feed_forward\.(w1|w2|w3))",
 }
 

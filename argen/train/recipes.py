@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from accelerate.utils import set_seed
 
 from argen.bounds import check
 from argen.hub.cards import all_cards, write_card
@@ -122,6 +123,7 @@ def run(
     check_set("data", data)
     check_set("scenes", scenes)
     folders = (data,) if known.needs_data else ()
+    set_seed(seed)  # of the weights
     task = known.task(*folders, *(kwargs[name] for name in known.takes))
     check_batch(task, schedule.batch_size)
     if compile:

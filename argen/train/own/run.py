@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from accelerate.utils import set_seed
 from PIL import Image
 from torch import Tensor
 
@@ -52,12 +53,19 @@ class OwnRecipe:
 
 
 def run(
-    recipe: OwnRecipe, options: OwnOptions, out: Path, seed: int = 0, steps: int | None = None, compile: bool = False
+    recipe: OwnRecipe,
+    options: OwnOptions,
+    out: Path,
+    seed: int = 0,
+    steps: int | None = None,
+    stop: int | None = None,
+    compile: bool = False,
 ) -> dict[str, float]:
     """Train in `out`, from its last checkpoint if there is one; returns the scores on held-out images.
 
     Args:
         steps: how many; None for the recipe's.
+        stop: after so many of them, to go on later.
         compile: the network goes through ``torch.compile`` first.
 
     Raises:
@@ -74,19 +82,19 @@ def run(
         missing_captions=options.missing_captions,
         strict=options.strict,
     )
+    set_seed(seed)  # of a new network's weights
     task = recipe.prepare(options, *held_out(source))
     if compile:
         for network in task.networks.values():
             network.compile()
     every = options.evaluate_every
-    return train(task, schedule, out, seed=seed, checkpoint_every=every, evaluate_every=every)
+    return train(task, schedule, out, seed=seed, steps=stop, checkpoint_every=every, evaluate_every=every)
 
 
-def encoded(tokenizer: ImageTokenizer, network: torch.nn.Module, source: Source, size: int, how: str) -> Tokens:
+def encoded(tokenizer: ImageTokenizer, source: Source, size: int, how: str) -> Tokens:
     """The token ids of all crops of all images, made now or taken from the cache.
 
     Args:
-        network: whose weights the ids depend on.
         size: side of the crops in pixels.
         how: see `argen.eval.images.crops`.
     """
@@ -97,6 +105,12 @@ def encoded(tokenizer: ImageTokenizer, network: torch.nn.Module, source: Source,
         pixels = torch.stack([from_pil(image, size) for image in images])
         return tokenizer.encode(pixels.to(tokenizer.device, tokenizer.dtype)).cpu()
 
-    settings = {"tokenizer": fingerprint(network), "size": size, "resize": "adm", "crop": how, "flip": how != "center"}
+    settings = {
+        "tokenizer": fingerprint(getattr(tokenizer, "vq", tokenizer)),
+        "size": size,
+        "resize": "adm",
+        "crop": how,
+        "flip": how != "center",
+    }
     cache = TokenCache(None, settings | {"dtype": str(tokenizer.dtype), "device": device.type})
     return cache.encode(source, encode, lambda image: crops(image, size, how))
