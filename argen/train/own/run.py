@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
 from accelerate.utils import set_seed
 from PIL import Image
 from torch import Tensor
@@ -72,7 +73,20 @@ def run(
         FileNotFoundError, ValueError: images or options that cannot be used; says which, before anything is written.
     """
     schedule = recipe.scheduled(options, steps)
-    source = open_source(
+    with PartialState().main_process_first():  # what it finds out is kept for the others
+        source = opened(options)
+    set_seed(seed)  # of a new network's weights
+    task = recipe.prepare(options, *held_out(source))
+    if compile:
+        for network in task.networks.values():
+            network.compile()
+    every = options.evaluate_every
+    return train(task, schedule, out, seed=seed, steps=stop, checkpoint_every=every, evaluate_every=every)
+
+
+def opened(options: OwnOptions) -> Source:
+    """The images that are asked for. Raises as `open_source` does."""
+    return open_source(
         options.images,
         options.captions,
         image_column=options.image_column,
@@ -82,13 +96,6 @@ def run(
         missing_captions=options.missing_captions,
         strict=options.strict,
     )
-    set_seed(seed)  # of a new network's weights
-    task = recipe.prepare(options, *held_out(source))
-    if compile:
-        for network in task.networks.values():
-            network.compile()
-    every = options.evaluate_every
-    return train(task, schedule, out, seed=seed, steps=stop, checkpoint_every=every, evaluate_every=every)
 
 
 def encoded(tokenizer: ImageTokenizer, source: Source, size: int, how: str) -> Tokens:
@@ -112,5 +119,7 @@ def encoded(tokenizer: ImageTokenizer, source: Source, size: int, how: str) -> T
         "crop": how,
         "flip": how != "center",
     }
-    cache = TokenCache(None, settings | {"dtype": str(tokenizer.dtype), "device": device.type})
+    state = PartialState()
+    shared = {"rank": state.process_index, "world": state.num_processes, "barrier": state.wait_for_everyone}
+    cache = TokenCache(None, settings | {"dtype": str(tokenizer.dtype), "device": device.type}, **shared)
     return cache.encode(source, encode, lambda image: crops(image, size, how))

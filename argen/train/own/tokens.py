@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from accelerate import PartialState
 from einops import rearrange
 from PIL import Image
 from torch import Tensor, nn
@@ -66,7 +67,8 @@ def examples_of(pipe: Any, options: OwnOptions, source: Source, held: Source, cr
     Args:
         crops: see `argen.eval.images.crops`.
     """
-    print(source.report(size=pipe.image_size))
+    if PartialState().is_main_process:
+        print(source.report(size=pipe.image_size))
     first, second = (
         Examples(encoded(pipe.image_tokenizer, part, pipe.image_size, options.crops or crops), part)
         for part in (source, held)
