@@ -1,5 +1,6 @@
 """Compiled decoding: the same tokens as without, whatever the sampler and the batch; refused in one line where it cannot be."""
 
+import copy
 import importlib.util
 
 import pytest
@@ -85,6 +86,38 @@ def test_logits_are_those_of_the_network_for_any_rows_tokens_and_slots():
     long = logits(everything, [63])  # more slots than there is room for at first
     network.compiled = None
     torch.testing.assert_close(long, logits(everything, [63]), atol=1e-4, rtol=1e-4)
+
+
+@needs_openvino
+@pytest.mark.parametrize("options", [{"compile": True}, {"quantize": "int8"}])
+def test_a_precision_that_graphs_do_not_have_is_decoded_without_them(options, caplog):
+    pipe = argen.load("argen/emoji-llamagen", **options)
+    pipe.settings = {}
+    pipe.set_progress_bar_config(disable=True)
+    tokens_of(pipe, "sequential", [0])
+    half = argen.load("argen/emoji-llamagen", **{"dtype": "bf16"} | ({} if "compile" in options else options))
+    half.settings = {}
+    assert half.transformer.dtype == torch.bfloat16
+    pipe.to(torch.bfloat16)
+    assert "in torch.bfloat16 it decodes uncompiled" in caplog.text
+    assert torch.equal(tokens_of(pipe, "sequential", [0]), tokens_of(half, "sequential", [0]))
+    pipe.to(torch.float32)
+    compiled = tokens_of(pipe, "sequential", [0])
+    assert len(pipe.transformer.compiled.graphs) == 1  # of the weights as they are now
+    pipe.transformer.compiled = None
+    assert (tokens_of(pipe, "sequential", [0]) == compiled).float().mean() > (0.3 if "quantize" in options else 0.99)
+
+
+@needs_openvino
+def test_a_copy_compiles_anew():
+    pipe = argen.load("argen/emoji-parti", compile=True)
+    pipe.settings = {}
+    tokens = tokens_of(pipe, "sequential", [0])
+    copied = copy.deepcopy(pipe)
+    step = copied.transformer.compiled
+    assert not step.graphs
+    assert step.network is step.decode.__self__ is copied.transformer
+    assert torch.equal(tokens_of(copied, "sequential", [0]), tokens)
 
 
 def test_without_it_nothing_is_imported():

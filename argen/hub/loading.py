@@ -41,7 +41,7 @@ from argen.hub.cards import (
 )
 from argen.hub.memory import SHARE, check_memory, out_of_memory
 from argen.hub.options import Attention, Dtype, LoadOptions, Offload, Quantize, check_arguments
-from argen.hub.quantized import NAMES, decoding_network, quantized, quantizes, read_quantized, writing_network
+from argen.hub.quantized import NAMES, decoding_network, quantized, quantizes, writing_network
 from argen.models.quantized import Quantization, check_quantizable, quantized_bytes
 from argen.models.quantized import quantize as quantize_network
 from argen.registry import pipelines, resolve
@@ -92,7 +92,7 @@ def load(
         attention: backend of the attention layers, a name in `tokenizers_img.attention.BACKENDS`, e.g. "xformers"; None for
             "native", PyTorch's own.
         quantize: "int8" or "int4": round the weights of a generator's network to nearest, which then take a quarter or an eighth of the memory. On a CPU
-            with OpenVINO they are compiled, too; elsewhere they are unpacked in each pass, which is slow.
+            with OpenVINO they are compiled, too, unless `dtype` is "bf16" or "fp16"; elsewhere they are unpacked in each pass, which is slow.
         compile: whether a generator's decoding pass becomes a graph: of OpenVINO on a CPU, in float32, which takes some seconds at the first
             image; CUDA graphs of ``torch.compile`` on a GPU, one for each number of tokens in a pass. Its tokens are those of the pass that is
             not compiled, but for rounding.
@@ -175,7 +175,8 @@ def _prepared(model: Any, device: torch.device | str | None, options: LoadOption
         settle(network, dtypes, on_device)
     if options.attention is not None:
         choose_attention(model, options.attention)
-    if options.compile or compiles_quantized(model, where):
+    halved = options.dtype in ("bf16", "fp16")  # which a graph of OpenVINO would not be
+    if options.compile or not halved and compiles_quantized(model, where):
         compile_decoding(model, where)
     if options.offload is not None and where.type != "cpu":
         model.enable_model_cpu_offload(device=where)
@@ -417,8 +418,7 @@ def _pipeline(folder: Path, generators: bool = True) -> "DiffusionPipeline":
     _check_parts({part: index.get(part) for part in cls._get_signature_keys(cls)[0]})
     options = {"safety_checker": None, "requires_safety_checker": False} if name == "StableDiffusionPipeline" else {}
     try:
-        network = read_quantized(folder)
-        parts = {} if network is None else {"transformer": network}
+        parts = {}
         if ON_DEMAND.get() and index.get("text_encoder") == ["transformers", "T5EncoderModel"]:
             parts["text_encoder"] = resolve("argen.models.t5:OffloadedT5")(str(folder / "text_encoder"))
         return cls.from_pretrained(folder, **options, **parts)

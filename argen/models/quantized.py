@@ -11,10 +11,12 @@ import logging
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from argen.words import cut, number_of
@@ -23,6 +25,7 @@ from tokenizers_img.mapped import give_back
 
 logger = logging.getLogger(__name__)
 BITS = (8, 4)
+KEY = "quantization"  # in the metadata of a file
 METHODS = ("rtn", "gptq", "rsq")
 HEADS = ("output", "lm_head", "linear")  # last names of layers that give logits: they keep 8 bits
 QUANTIZED_ALREADY = "the model is quantized already: quantize the one that it was made of"
@@ -242,6 +245,17 @@ def quantized_bytes(network: nn.Module) -> int:
     """Bytes of the weights that are quantized."""
     layers = [part for part in network.modules() if isinstance(part, QuantizedLinear)]
     return sum(layer.qweight.nbytes + layer.scales.nbytes for layer in layers)
+
+
+def stores_quantized(file: Path) -> bool:
+    """Whether a ``.safetensors`` file holds a quantized network.
+
+    Raises:
+        SafetensorError: it is damaged.
+    """
+    with safe_open(file, "pt") as stored:  # some programs that write such files again drop their metadata
+        names = stored.keys()
+        return any(name.endswith(".qweight") for name in names) or KEY in (stored.metadata() or {})
 
 
 def read_metadata(text: str) -> tuple[Quantization, dict[str, Any]]:
