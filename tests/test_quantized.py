@@ -193,7 +193,7 @@ def test_a_quantized_pipeline_is_saved_as_it_is(tmp_path):
             r"scales do not fit its weights, they are torch.float32 \[\d+, 1\]: expected torch.float32 \[\d+, G\]",
         ),
         ("scales", lambda tensor: tensor[:, 0], "scales do not fit its weights"),
-        ("scales", lambda tensor: tensor * float("nan"), "scales hold numbers that are none"),
+        ("scales", lambda tensor: tensor * float("nan"), "scales are not finite"),
     ],
 )
 def test_damaged_weights_are_refused_when_they_are_read(tmp_path, name, change, message):
@@ -209,6 +209,24 @@ def test_damaged_weights_are_refused_when_they_are_read(tmp_path, name, change, 
         argen.load(tmp_path / "saved")
     save_file(state, file)
     assert argen.load(tmp_path / "saved").transformer.quantization == {}
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_refused(tmp_path, capsys, value):
+    pipe = argen.load("argen/emoji-parti")
+    pipe.transformer.decoder_layers[1].mlp.up_proj.weight.data[3, 2] = value
+    pipe.save_pretrained(tmp_path / "damaged")
+    out, name = tmp_path / "out", "decoder_layers.1.mlp.up_proj.weight"
+    capsys.readouterr()
+    for command in (
+        *(["quantize", str(tmp_path / "damaged"), "--method", method, "-o", str(out)] for method in ("rtn", "gptq")),
+        ["generate", "a pizza", "--model", str(tmp_path / "damaged"), "--quantize", "int4", "-o", f"{out}.png"],
+    ):
+        assert main(command) == 2
+        line = capsys.readouterr().err
+        assert f"{name} holds numbers that are not finite: the file is damaged, fetch or train it again" in line
+        assert line.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["damaged"]
 
 
 SLOW = """

@@ -193,6 +193,14 @@ def check_quantizable(network: nn.Module, how: Quantization) -> None:
         )
 
 
+def check_finite(name: str, tensor: Tensor) -> None:
+    """Raises:
+    ValueError: a tensor of a network holds NaN or infinite numbers.
+    """
+    if not tensor.isfinite().all():
+        raise ValueError(f"{name} holds numbers that are not finite: the file is damaged, fetch or train it again")
+
+
 def quantize(
     network: nn.Module,
     how: Quantization,
@@ -208,6 +216,7 @@ def quantize(
 
     Raises:
         InvalidValue: see `check_quantizable`.
+        ValueError: see `check_finite`.
     """
     check_quantizable(network, how)
     grouped, whole = without_groups(network, how)
@@ -227,6 +236,7 @@ def quantize(
             for dtype in dtypes:
                 weight = weight.to(dtype)
             integers, scales = rounded(weight, bits, group)
+            check_finite(f"{name}.weight", scales)  # which are not where one of its numbers is not
         _replace(network, name, QuantizedLinear(integers, scales, layer.bias, bits))
         if layer.weight.numel() >= LARGE:
             give_back()
@@ -329,7 +339,7 @@ def check_stored(name: str, layer: nn.Linear, stored: Tensor, scales: Tensor | N
             f"divides {layer.in_features}, quantize the model again"
         )
     if not scales.isfinite().all():
-        raise ValueError(f"{name}.scales hold numbers that are none: quantize the model again")
+        raise ValueError(f"{name}.scales are not finite: quantize the model again")
     return bits
 
 
