@@ -2,8 +2,10 @@
 
 import os
 import re
+import shlex
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -42,6 +44,20 @@ def test_a_reader_may_leave(arguments):
     done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True, timeout=120, env=env)
     os.close(write)
     assert done.stderr == ""
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="has no /dev/full")
+@pytest.mark.parametrize("arguments", [("samplers",), ("--help",), ("models", "--json")])
+def test_output_that_is_closed_or_full(arguments):
+    command = shlex.join([sys.executable, "-m", "argen", *arguments])
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    for closed in (">&-", "<&- >&- 2>&-"):
+        result = subprocess.run(["bash", "-c", f"{command} {closed}"], capture_output=True, text=True, env=environment)
+        assert (result.returncode, result.stderr) == (0, "")
+    result = subprocess.run(["bash", "-c", f"{command} >/dev/full"], capture_output=True, text=True, env=environment)
+    assert result.returncode == 2
+    assert result.stderr.endswith("no space left on device: free some space, or write elsewhere\n")
+    assert result.stderr.count("\n") == 1
 
 
 def test_a_sampler_says_what_it_keeps_writes_and_needs(capsys):

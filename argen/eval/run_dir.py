@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from argen.eval.run import processes
+from argen.files import replacing
 
 logger = logging.getLogger(__name__)
 
@@ -28,15 +29,20 @@ def lock_run_dir(folder: Path, settings: dict) -> None:
             if changed and all(_mended(was.get(key), settings.get(key)) for key in changed) and not _finished(folder):
                 logger.warning("%s: the images were changed since, the run begins again", folder)
                 _empty(folder)
-                note.write_text(json.dumps(settings, indent=1))
+                _write(note, settings)
             elif changed:
                 raise ValueError(f"{folder} holds a run with another {', '.join(changed)}: choose another --out")
         elif folder.exists() and any(folder.iterdir()):
             raise ValueError(f"{folder} is not empty and holds no run of this kind: choose another --out")
         else:
             folder.mkdir(parents=True, exist_ok=True)
-            note.write_text(json.dumps(settings, indent=1))
+            _write(note, settings)
     state.wait_for_everyone()
+
+
+def _write(note: Path, settings: dict) -> None:
+    with replacing(note) as file:
+        file.write(json.dumps(settings, indent=1).encode())
 
 
 def _mended(was: object, now: object) -> bool:

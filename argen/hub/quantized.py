@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from argen.device import LOADING, silent
+from argen.files import new_folder
 from argen.models.decoding import FILE
 from argen.models.quantized import KEY, Quantization, is_quantized, prepare, read_metadata, stores_quantized
 from argen.registry import resolve
@@ -93,16 +93,16 @@ def save_quantized(
     Args:
         metadata: how it was quantized, for the file of its network.
         tensors: that belong to it, kept in the file alone.
+
+    Raises:
+        ValueError: there is something at `folder`.
     """
-    folder.absolute().parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.absolute().parent, prefix=".quantize-") as work, silent():
-        new = Path(work) / folder.name  # so that nothing half-written stays behind
+    with new_folder(folder) as new, silent():
         network = getattr(pipe, PART)
         network.quantization = metadata
         pipe.save_pretrained(new)  # which writes the network as it is
         if tensors:
             write_network(network, new / PART, tensors)
-        new.rename(folder)
 
 
 def write_network(network: torch.nn.Module, folder: Path, tensors: Mapping[str, torch.Tensor] | None = None) -> None:

@@ -10,6 +10,7 @@ import torch
 from diffusers import DiffusionPipeline
 
 from argen.device import check_offload, pick
+from argen.files import naming
 from argen.hub.cards import Card, all_cards, write_card
 from argen.hub.loading import choose_attention, compile_decoding, compiles_quantized, settle
 from argen.hub.quantized import PART, quantized, read_quantized, write_network
@@ -72,10 +73,11 @@ class Saving(DiffusionPipeline):
 
     def save_pretrained(self, save_directory: str | Path, **arguments) -> None:
         """Save as diffusers does, with a card that has this model's defaults."""
-        super().save_pretrained(save_directory, **arguments)
         folder = Path(save_directory)
-        if quantized(self):  # whose file says so
-            write_network(self.transformer, folder / "transformer")
+        with naming(folder):
+            super().save_pretrained(save_directory, **arguments)
+            if quantized(self):  # whose file says so
+                write_network(self.transformer, folder / PART)
         card = self.card or Card("", "generator", f"a saved {type(self).__name__}", "")
         card = replace(
             card,
