@@ -2,6 +2,10 @@
 
 import copy
 import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -152,6 +156,29 @@ def test_the_shell_says_how_to_install_it(monkeypatch, capsys, tmp_path):
     assert main(["generate", "a pizza", "-o", str(file), "--compile", "--device", "cpu"]) == 2
     assert "compile needs OpenVINO: pip install 'argen[openvino]'" in capsys.readouterr().err
     assert not file.exists()
+
+
+@pytest.mark.parametrize(
+    "error", ["ImportError('libtbb.so is missing')", "ModuleNotFoundError('libtbb.so is missing')"]
+)
+def test_a_broken_openvino_is_one_line_or_done_without(tmp_path, error):
+    (tmp_path / "openvino").mkdir()
+    (tmp_path / "openvino/__init__.py").write_text(f"raise {error}")
+    paths = os.pathsep.join([str(tmp_path), str(Path(argen.__file__).parent.parent)])
+
+    def generate(*options: str) -> subprocess.CompletedProcess:
+        command = [sys.executable, "-m", "argen", "generate", "star", "-o", str(tmp_path / "x.png"), "--device", "cpu"]
+        env = os.environ | {"PYTHONPATH": paths}
+        return subprocess.run([*command, *options], env=env, capture_output=True, text=True)
+
+    refused = generate("--compile")
+    assert refused.returncode == 2
+    assert "cannot be imported (libtbb.so is missing): pip install 'argen[openvino]'" in refused.stderr
+    assert refused.stderr.count("\n") == 1
+    drawn = generate("--quantize", "int8")
+    assert drawn.returncode == 0
+    assert "OpenVINO cannot be imported (libtbb.so is missing): weights are unpacked in each pass" in drawn.stderr
+    assert (tmp_path / "x.png").exists()
 
 
 def test_a_server_that_cannot_compile_says_so_at_its_start(monkeypatch):

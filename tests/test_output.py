@@ -1,15 +1,18 @@
 """What commands print: help, lists, and what a closed pipe does."""
 
+import argparse
 import os
 import re
 import shlex
 import subprocess
 import sys
+from importlib.metadata import requires
 from pathlib import Path
 
 import pytest
 
 from argen.cli.main import main
+from argen.command import EXTRAS, guarded
 from argen.registry import commands, measures
 from argen.words import number_of
 
@@ -83,3 +86,27 @@ def test_one_image_is_not_images():
         "2 images",
         "1,200 images",
     ]
+
+
+@pytest.mark.parametrize(
+    ("module", "line"),
+    [
+        ("datasets", "datasets is not installed: pip install 'argen[train]'"),
+        ("openvino.frontend", "openvino.frontend is not installed: pip install 'argen[openvino]'"),
+        ("mosaics", "mosaics is not installed"),
+    ],
+)
+def test_of_a_missing_module_the_extra_is_named_that_brings_it(capsys, module, line):
+    def imports(_: argparse.Namespace) -> None:
+        raise ModuleNotFoundError(f"No module named {module!r}", name=module)
+
+    assert guarded("argen x", imports, argparse.Namespace()) == 2
+    assert capsys.readouterr().err == f"argen x: error: {line}\n"
+
+
+def test_every_extra_that_is_named_brings_its_module():
+    packages = {"google": "protobuf", "resvg_py": "resvg-py"}
+    for module, extra in EXTRAS.items():
+        assert any(
+            one.startswith(packages.get(module, module)) and f'extra == "{extra}"' in one for one in requires("argen")
+        ), module

@@ -1,7 +1,5 @@
 """From a model's id, a saved folder or a checkpoint file to a pipeline or a network in memory."""
 
-import importlib
-import importlib.util
 import inspect
 import json
 import logging
@@ -26,7 +24,9 @@ from argen.hub.abilities import (
     check_dtype,
     check_options,
     dtype_name,
+    has_openvino,
     no_attention,
+    openvino_error,
 )
 from argen.hub.cards import (
     CARD_FILE,
@@ -54,6 +54,7 @@ from tokenizers_img.mapped import as_stored, give_back
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
+logger = logging.getLogger(__name__)
 NOT_READ = OSError, ValueError, RuntimeError, SafetensorError  # by files that do not fit
 UNUSABLE = (*NOT_READ, TypeError, AttributeError, LookupError)  # by settings beside them that do not
 IN_BFLOAT16 = ("T5EncoderModel", "LlamaForCausalLM")  # where published: as trained; in float16 T5 overflows
@@ -194,7 +195,11 @@ def compiles_quantized(model: Any, device: torch.device) -> bool:
     network = getattr(model, "transformer", None)
     if device.type != "cpu" or network is None or not hasattr(network, "compiled") or not quantized(model):
         return False
-    return importlib.util.find_spec("openvino") is not None and quantized_bytes(network) <= SHARE * free(device)
+    if not has_openvino() or quantized_bytes(network) > SHARE * free(device):
+        return False
+    if (reason := openvino_error()) is not None:
+        logger.warning("OpenVINO cannot be imported (%s): weights are unpacked in each pass, which is slow", reason)
+    return reason is None
 
 
 def can_offload(model: Any, device: torch.device) -> bool:
