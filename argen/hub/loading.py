@@ -294,6 +294,18 @@ def _load(model: str | Path, tokenizer: str | Path | None, image_size: int | Non
         raise ValueError(f"{path} cannot be read ({error.strerror}): expected a checkpoint") from error
 
 
+def check_files(model: str | Path) -> None:
+    """Check that a path without a card is a saved pipeline or a checkpoint that `load` reads, by the names of its tensors.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    path = Path(model)
+    known = (path / "model_index.json").is_file() or os.path.lexists(path / CARD_FILE)
+    if not known and not (path.is_file() and released_card(path)):
+        resolve("argen.models.llamagen_files:check_checkpoint")(path)
+
+
 def _read_card(folder: Path, card: Card) -> Any:
     """What the card's target reads out of a folder, see `_read`.
 
