@@ -402,6 +402,8 @@ def test_scales_of_another_precision_are_one_line(tmp_path, quantized_folder, dt
     ) as e:
         argen.load(folder)
     assert "\n" not in str(e.value)
+    assert str(e.value).startswith(f"the weights in {folder} cannot be used: {name}")
+    assert str(e.value).endswith("quantize the model again")
 
 
 NEVER = "read before it was refused"

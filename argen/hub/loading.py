@@ -339,10 +339,10 @@ def _read(folder: Path, card: Card | None, read: Callable[[], Any]) -> Any:
             raise
         for file in folder.rglob("*.safetensors"):
             refuse_placeholder(file)
-        reason = " ".join(str(error).split())[:300]
-        raise ValueError(
-            f"the weights in {folder} cannot be used ({reason}): install argen or fetch them again"
-        ) from error
+        reason, fault = " ".join(str(error).split()), f"the weights in {folder} cannot be used"
+        if reason.endswith(" again"):  # it says itself what to do
+            raise ValueError(f"{fault}: {reason}") from error
+        raise ValueError(f"{fault} ({reason[:300]}): install argen or fetch them again") from error
     return loaded
 
 
