@@ -3,8 +3,9 @@
 import logging
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
+import torch
 from torch import Tensor, nn
 
 from argen.models.quantized import stores_quantized
@@ -21,6 +22,10 @@ class Decoding(nn.Module):
     """
 
     compiled: Any = None
+    if TYPE_CHECKING:  # of diffusers, whose classes type checkers do not see
+        config: Any
+        dtype: torch.dtype
+        device: torch.device
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **arguments: Any) -> Self:
