@@ -136,8 +136,8 @@ class GraphedStep:
         vars(self).update(state, lock=threading.Lock())
 
     def fits(self) -> bool:
-        """Whether the network is where graphs are for."""
-        return self.network.device.type == "cuda"
+        """Whether the network is where graphs are for: on a GPU, by the default options."""
+        return self.network.device.type == "cuda" or "mode" not in self.options
 
     def release(self) -> None:
         """Forget all graphs: the network is no longer what they were made of."""
