@@ -343,7 +343,7 @@ def explained(name: str, error: Exception) -> int:
     from argen.hub.memory import out_of_memory
 
     message, number = out_of_memory(error), no_room(error)
-    if number is not None and not isinstance(error, OSError):
+    if number is not None and (not isinstance(error, OSError) or error.errno is None):
         error = OSError(number, os.strerror(number))
     if message is None and not isinstance(error, ValueError | OSError):
         raise error

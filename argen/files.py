@@ -17,6 +17,9 @@ FULL = {  # error numbers where there is no room -> what to do
     errno.EDQUOT: "delete files of yours, or write elsewhere",
     errno.EFBIG: "raise the limit of file sizes (ulimit -f), or write elsewhere",
 }
+NO_NUMBER = re.compile(  # what torch's and numpy's writers say when they stop, mostly since the disk is full
+    r"PytorchStreamWriter failed|unexpected pos \d+|^\d+ requested and \d+ written$"
+)
 
 
 @contextmanager
@@ -39,8 +42,8 @@ def no_room(error: BaseException) -> int | None:
     number = error.errno if isinstance(error, OSError) else None
     if type(error).__name__ == "SafetensorError" and (match := re.search(r"\(os error (\d+)\)", str(error))):
         number = int(match[1])
-    if isinstance(error, RuntimeError) and "PytorchStreamWriter failed writing" in str(error):
-        number = errno.ENOSPC  # which is why torch's writer stops; it says no number
+    if isinstance(error, RuntimeError | OSError) and NO_NUMBER.search(str(error)):
+        number = errno.ENOSPC
     return number if number in FULL else None
 
 

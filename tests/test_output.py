@@ -110,3 +110,36 @@ def test_every_extra_that_is_named_brings_its_module():
     for module, extra in EXTRAS.items():
         names = [re.match(r"[\w-]+", one)[0] for one in project["optional-dependencies"][extra]]
         assert packages.get(module, module) in names
+
+
+WRITERS = {
+    "numpy": "np.save(open('x', 'wb'), np.zeros(100000))",
+    "safetensors": "save_file({'x': torch.zeros(100000)}, 'x')",
+    "torch": "torch.save(torch.zeros(100000), 'x')",
+    "parquet": "Dataset.from_dict({'x': np.random.rand(100000)}).to_parquet('x')",
+}
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="limits of file sizes are of POSIX")
+@pytest.mark.parametrize("writer", WRITERS)
+def test_whoever_writes_into_a_full_disk_it_is_one_line(tmp_path, writer):
+    program = f"""
+import argparse, resource, sys
+from pathlib import Path
+import numpy as np, torch
+from datasets import Dataset
+from safetensors.torch import save_file
+from argen.command import guarded
+from argen.files import naming
+
+def write(_):
+    with naming(Path("out")):
+        {WRITERS[writer]}
+
+resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000))
+sys.exit(guarded("argen x", write, argparse.Namespace()))
+"""
+    result = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 2
+    line = result.stderr.splitlines()[-1]  # after the progress bar of datasets
+    assert re.fullmatch(r"argen x: error: out: (file too large|no space left on device): .*", line)
