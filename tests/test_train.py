@@ -209,7 +209,7 @@ def test_a_training_takes_the_fast_precision_and_keeps_it(tmp_path, monkeypatch,
 
 def test_a_folder_of_another_training_is_left_alone(tmp_path):
     train(ViTVQGANTask(SAMPLE, SCHEDULE.steps), SCHEDULE, tmp_path / "out", steps=1)
-    with pytest.raises(ValueError, match="holds a training with another recipe, setting, seed, option or precision"):
+    with pytest.raises(ValueError, match=r"other settings \(seed was 0 and is 1\)"):
         train(ViTVQGANTask(SAMPLE, SCHEDULE.steps), SCHEDULE, tmp_path / "out", seed=1)
 
 
@@ -312,7 +312,7 @@ def test_a_training_goes_on_with_its_own_x_alone(composed, small_vae, tmp_path):
         return xar.XARTask(SAMPLE, composed, small_vae, WEIGHTS / "emoji-clip", x)
 
     train(task("subsample-2"), SCHEDULE, tmp_path / "out", steps=1)
-    with pytest.raises(ValueError, match="another recipe, setting, seed, option or precision"):
+    with pytest.raises(ValueError, match=r"other settings \(x was subsample-2 and is cell-4\)"):
         train(task("cell-4"), SCHEDULE, tmp_path / "out")
     for x in ("cell", "cell-x"):
         with pytest.raises(ValueError, match=f"unknown X '{x}': expected a kind and a size"):

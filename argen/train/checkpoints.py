@@ -10,11 +10,18 @@ import os
 import shutil
 import zlib
 from pathlib import Path
+from typing import Any
 
 from accelerate import Accelerator, PartialState
 
+from argen.files import naming
+from argen.words import cut
+
 logger = logging.getLogger(__name__)
 NEW, CURRENT, OLD, DAMAGED = "checkpoint.new", "checkpoint", "checkpoint.old", "checkpoint.damaged"
+LATER = {  # settings that checkpoints of earlier releases do not name -> what they were then
+    "decline": ("cosine",), "floor": (0.02,), "decayed": ("all",), "clip": ("norm",), "ema_warmup": (True,), "micro_batch": (None,),
+}  # fmt: skip
 RECIPE, FILES = "recipe.json", "files.json"  # FILES: name -> size and CRC-32
 
 
@@ -24,7 +31,8 @@ def write(accelerator: Accelerator, out: Path, recipe: dict) -> None:
     if accelerator.is_main_process:
         shutil.rmtree(new, ignore_errors=True)
     accelerator.wait_for_everyone()
-    accelerator.save_state(new)
+    with naming(current):
+        accelerator.save_state(new)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         (new / RECIPE).write_text(json.dumps(recipe, indent=2))
@@ -58,15 +66,24 @@ def recipe_of(folder: Path) -> dict:
     return {"precision": "bf16"} | json.loads((folder / RECIPE).read_text())
 
 
+def differences(before: Any, now: Any, name: str = "") -> list[str]:
+    """What differs between two recipes, e.g. "learning_rate was 0.001 and is 0.0001". What one of them has not, as of an earlier release,
+    counts only where it is no default."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        keys = [key for key in {**before, **now} if key in before or now[key] not in LATER.get(key, ())]
+        return [text for key in keys for text in differences(before.get(key), now.get(key), key)]
+    return [] if before == now else [f"{name} was {cut(str(before))} and is {cut(str(now))}"]
+
+
 def load(accelerator: Accelerator, folder: Path, recipe: dict) -> None:
     """Give the accelerator what `write` has saved.
 
     Raises:
         ValueError: it is of another training, or cannot be read.
     """
-    if recipe_of(folder) != json.loads(json.dumps(recipe)):
+    if differing := differences(recipe_of(folder), json.loads(json.dumps(recipe))):
         raise ValueError(
-            f"{folder.parent} holds a training with another recipe, setting, seed, option or precision: choose another --out"
+            f"{folder.parent} holds a training with other settings ({'; '.join(differing[:3])}): choose another --out, or the same settings"
         )
     try:
         accelerator.load_state(folder)
