@@ -369,6 +369,7 @@ recipes = Registry(
     {
         "llamagen": "argen.train.own.llamagen:RECIPE",
         "parti": "argen.train.own.parti:RECIPE",
+        "drafter": "argen.train.own.drafter:RECIPE",
         "emoji-clip": "argen.train.clip:RECIPE",
         "emoji-vitvqgan": "argen.train.vit_vqgan:RECIPE",
         "emoji-vitvqgan-decoder": "argen.train.vit_vqgan:DECODER_RECIPE",

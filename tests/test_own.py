@@ -159,3 +159,11 @@ def test_options_of_the_other_kind_are_refused(tmp_path, capsys):
     assert "the recipe llamagen learns from your own images: give --images a folder" in capsys.readouterr().err
     assert main(["train", "emoji-parti", "--images", "x", "--out", str(tmp_path / "run")]) == 2
     assert "--images is for own images, and emoji-parti is of the shipped family" in capsys.readouterr().err
+
+
+def test_a_drafter_of_a_generator(captioned, tmp_path):
+    assert train("drafter", captioned, tmp_path / "run", "--init", "argen/emoji-llamagen") == 0
+    pipe = argen.load(tmp_path / "run" / "final")
+    assert pipe.drafter.length == pipe.transformer.length
+    output = pipe("a red square", sampler="speculative", generator=torch.Generator().manual_seed(0))
+    assert output.forward_passes < pipe.length + 2

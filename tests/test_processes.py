@@ -12,6 +12,7 @@ SCRIPT = """
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 
@@ -25,7 +26,7 @@ class Task(LlamaGenTask):
         torch.manual_seed(0)
         model = LlamaGen(32, 4, classes=5, dim=32, depth=2, heads=2, multiple_of=16, dropout=0.0)
         model.output.weight.data.normal_(std=0.02)
-        self.networks = {"model": model.train()}
+        self.networks, self.pipe = {"model": model.train()}, SimpleNamespace(transformer=model)
 
     def batch(self, size, generator):
         return {

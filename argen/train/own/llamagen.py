@@ -44,8 +44,6 @@ SCHEDULE = Schedule(
 LORA_SCHEDULE = replace(
     SCHEDULE, steps=1_000, batch_size=8, warmup=20, weight_decay=0.0, ema_decay=0.99, ema_warmup=True, decline="cosine"
 )
-SHOWN = 16  # images of a sample sheet
-AT_ONCE = 32  # held-out images
 
 
 class LlamaGenTask(OwnTokensTask):
@@ -60,11 +58,15 @@ class LlamaGenTask(OwnTokensTask):
         features, mask = self.pipe.encode_text(texts)
         return {"condition": features, "mask": mask}
 
+    def conditioned(self, batch: dict[str, Tensor]) -> Tensor:
+        """Class ids [B] or text features [B, T, C], "none" in place of those that are left out."""
+        condition, dropped = batch["condition"], batch["dropped"]
+        none = self.pipe.transformer.unconditional(condition)
+        return torch.where(dropped.view(-1, *[1] * (condition.ndim - 1)), none, condition)
+
     def loss(self, network: nn.Module, batch: dict[str, Tensor]) -> Tensor:
         """The mean cross-entropy of tokens [B, N], in nats; a caption that is left out keeps its mask, as in the official code."""
-        condition, dropped = batch["condition"], batch["dropped"]
-        none = self._model().unconditional(condition)
-        condition = torch.where(dropped.view(-1, *[1] * (condition.ndim - 1)), none, condition)
+        condition = self.conditioned(batch)
         return cross_entropy(network(condition, batch["mask"], batch["tokens"]), batch["tokens"])
 
 

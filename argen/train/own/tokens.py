@@ -140,17 +140,20 @@ class OwnTokensTask(Task):
         log["loss"] = loss.item()
         yield "model", loss
 
+    def held_out_batch(self, first: int) -> dict[str, Tensor]:
+        """Some held-out images from `first` on, with their first crop and caption."""
+        rows = range(first, min(first + AT_ONCE, len(self.held_out)))
+        texts = [self.held_out.conditions(index)[0] for index in rows]
+        tokens, dropped = self.held_out.ids(rows, [0] * len(rows)), torch.zeros(len(rows), dtype=torch.bool)
+        return {"tokens": tokens, "dropped": dropped, **self.condition(texts)}
+
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
-        """The mean loss on held-out images, with their first crop and caption."""
-        model, total, device = self._model(), 0.0, self._model().device
+        """The mean loss on held-out images."""
+        model, total = self._model(), 0.0
         for first in range(0, len(self.held_out), AT_ONCE):
-            rows = range(first, min(first + AT_ONCE, len(self.held_out)))
-            texts = [self.held_out.conditions(index)[0] for index in rows]
-            tokens, dropped = self.held_out.ids(rows, [0] * len(rows)), torch.zeros(len(rows), dtype=torch.bool)
-            batch = {"tokens": tokens, "dropped": dropped}
-            batch = {key: value.to(device) for key, value in (batch | self.condition(texts)).items()}
-            total += len(texts) * self.loss(model, batch).item()
+            batch = {key: value.to(model.device) for key, value in self.held_out_batch(first).items()}
+            total += len(batch["tokens"]) * self.loss(model, batch).item()
         return {"held-out loss": total / len(self.held_out)}
 
     def sample(self) -> Image.Image:
