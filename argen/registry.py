@@ -369,6 +369,7 @@ recipes = Registry(
     {
         "llamagen": "argen.train.own.llamagen:RECIPE",
         "parti": "argen.train.own.parti:RECIPE",
+        "controlar": "argen.train.own.controlar:RECIPE",
         "drafter": "argen.train.own.drafter:RECIPE",
         "emoji-clip": "argen.train.clip:RECIPE",
         "emoji-vitvqgan": "argen.train.vit_vqgan:RECIPE",

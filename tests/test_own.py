@@ -167,3 +167,11 @@ def test_a_drafter_of_a_generator(captioned, tmp_path):
     assert pipe.drafter.length == pipe.transformer.length
     output = pipe("a red square", sampler="speculative", generator=torch.Generator().manual_seed(0))
     assert output.forward_passes < pipe.length + 2
+
+
+@pytest.mark.parametrize("init", ["argen/emoji-control", "argen/emoji-llamagen"])
+def test_a_controlar_follows_edges(captioned, tmp_path, init):
+    assert train("controlar", captioned, tmp_path / "run", "--init", init, "--control", "canny") == 0
+    pipe = argen.load(tmp_path / "run" / "final")
+    image = pipe("a red square", control_image=square("red", 0), generator=torch.Generator().manual_seed(0)).images[0]
+    assert image.size == (pipe.image_size,) * 2

@@ -39,8 +39,9 @@ class ControlARPipeline(LlamaGenPipeline):
         groups: list[str] | None = None,
         any_size: bool = False,
         drafter: Drafter | None = None,
+        class_names: list[str] | None = None,
     ):
-        super().__init__(transformer, vq, text_encoder, tokenizer, groups, drafter)
+        super().__init__(transformer, vq, text_encoder, tokenizer, groups, drafter, class_names)
         self.register_to_config(any_size=any_size)
 
     @classmethod

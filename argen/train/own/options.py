@@ -27,6 +27,9 @@ class OwnOptions:
         None, description="its column of captions", json_schema_extra={"metavar": "NAME"}
     )
     label_column: str | None = Field(None, description="its column of classes", json_schema_extra={"metavar": "NAME"})
+    control_column: str | None = Field(
+        None, description="its column of control images", json_schema_extra={"metavar": "NAME"}
+    )
     split: str | None = Field(None, description="take this split alone", json_schema_extra={"metavar": "NAME"})
     missing_captions: Literal["error", "drop"] = Field(
         "error", description="images without a caption where others have one"
@@ -44,6 +47,9 @@ class OwnOptions:
     )
     image_size: Annotated[int, Field(ge=16, le=4096)] | None = Field(None, description="side of the crops in pixels")
     crops: str | None = Field(None, description="center, flip or ten:RANGE")
+    control: str = Field(
+        "canny", description="what controlar follows, a type of argen control, where no control images come along"
+    )
     lora: Annotated[int, Field(ge=1, le=256)] | None = Field(
         None, description="rank of a LoRA that is trained instead of the network"
     )

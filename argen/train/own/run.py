@@ -92,6 +92,7 @@ def opened(options: OwnOptions) -> Source:
         image_column=options.image_column,
         caption_column=options.caption_column,
         label_column=options.label_column,
+        control_column=options.control_column,
         split=options.split,
         missing_captions=options.missing_captions,
         strict=options.strict,

@@ -156,13 +156,17 @@ class OwnTokensTask(Task):
             total += len(batch["tokens"]) * self.loss(model, batch).item()
         return {"held-out loss": total / len(self.held_out)}
 
+    def arguments(self, indices: list[int]) -> dict[str, Any]:
+        """Further arguments of the pipeline's call for held-out images."""
+        return {}
+
     def sample(self) -> Image.Image:
         """Images of the held-out conditions, four in a row."""
         places = random.Random(0).sample(range(len(self.held_out)), min(SHOWN, len(self.held_out)))
         texts = [self.held_out.conditions(index)[0] for index in places]
         self.pipe.set_progress_bar_config(disable=True)
         generators = [torch.Generator().manual_seed(index) for index in range(len(texts))]
-        images = self.pipe(texts, generator=generators, output_type="pt").images.float().cpu()
+        images = self.pipe(texts, generator=generators, output_type="pt", **self.arguments(places)).images.float().cpu()
         missing = torch.ones(-len(images) % 4, *images.shape[1:])
         sheet = rearrange(torch.cat([images, missing]), "(r c) d h w -> (r h) (c w) d", c=4)
         return Image.fromarray((sheet * 255).round().to(torch.uint8).numpy())
