@@ -17,6 +17,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from argen.bounds import check, check_size
+from argen.files import FULL, no_room
 from argen.words import check_text, cut, number_of
 
 if TYPE_CHECKING:
@@ -29,8 +30,13 @@ EXTRAS = {
     "matplotlib": "bench",
     "nudenet": "nudity",
     "sentencepiece": "seed",
-}  # module -> the extra that brings it; others are of "train"
-
+    "google": "seed",
+    "spacy": "grammar",
+    "datasets": "train",
+    "resvg_py": "train",
+    "openvino": "openvino",
+    "xformers": "xformers",
+}  # module -> the extra that brings it
 
 CONTROLS = (
     "canny, hed, lineart, lineart-inverted, depth, depth-midas, segments, seg or map"  # argen.models.annotators.KINDS
@@ -311,28 +317,68 @@ def device_for(device: str | None, options: Mapping[str, Any]) -> "torch.device"
     return where
 
 
-def flush_output() -> None:
-    """Write what was printed; where a program like `head`, which has read enough, does not take it, it goes nowhere."""
+def open_streams() -> None:
+    """Open the standard streams that are closed, so that what is printed goes nowhere, and no file gets their numbers."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115 - to the end of the program
+
+
+def flush_output() -> OSError | None:
+    """Write what was printed -> why the rest of it goes nowhere; None where all is written, or a program like `head` has read enough."""
+    failure = None
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
-        except BrokenPipeError:
+        except OSError as error:
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+            if stream is sys.stdout and not isinstance(error, BrokenPipeError):
+                error.filename, failure = "standard output", error
+    return failure
 
 
 def explained(name: str, error: Exception) -> int:
-    """Say on stderr what is wrong, in one line -> exit code: 2 for bad input, 1 for too little memory; other errors are raised again."""
+    """Say on stderr what is wrong, in one line -> exit code: 2 for bad input or a full disk, 1 for too little memory; other errors are
+    raised again."""
     from argen.hub.memory import out_of_memory
 
-    message = out_of_memory(error)
+    message, number = out_of_memory(error), no_room(error)
+    if number is not None and (not isinstance(error, OSError) or error.errno is None):
+        error = OSError(number, os.strerror(number))
     if message is None and not isinstance(error, ValueError | OSError):
         raise error
-    if isinstance(error, OSError) and error.filename is not None and error.strerror:
-        reason = f"{os.fsdecode(error.filename)}: {error.strerror.lower()}"
-    else:
-        reason = str(error)
+    if number is not None and error.filename is None:
+        error = flush_output() or error
+    reason = str(error)
+    if isinstance(error, OSError) and error.strerror:
+        file = error.filename if isinstance(error.filename, str | bytes) else ""
+        reasons = [os.fsdecode(file), error.strerror.lower(), FULL.get(number, "")]
+        reason = ": ".join(filter(None, reasons))
     print(f"{name}: error: {printable(message or reason)}", file=sys.stderr)
     return 1 if message else 2
+
+
+def missing(error: ModuleNotFoundError) -> str:
+    """What is said of a module that is not installed."""
+    extra = EXTRAS.get((error.name or "").partition(".")[0])
+    return f"{error.name or error} is not installed" + (f": pip install 'argen[{extra}]'" if extra else "")
+
+
+def check_texts(args: argparse.Namespace) -> None:
+    """Check the texts and paths among the options of a command; a path through a folder that is not there and back is made one without, or
+    making it would make that folder.
+
+    Raises:
+        ValueError: see `argen.words.check_text`; a path holds a zero byte.
+    """
+    for option, value in dict(vars(args)).items():
+        for text in value if isinstance(value, list) else [value]:
+            if isinstance(text, str):  # paths may have any bytes but zero
+                check_text(text, option)
+            if isinstance(text, Path) and "\0" in str(text):
+                raise ValueError(f"{option} is {cut(repr(str(text)))}, with a zero byte: no file has such a name")
+        if isinstance(value, Path) and ".." in value.parts and not value.parent.exists():
+            setattr(args, option, value.resolve())
 
 
 def guarded(name: str, function: Callable[[argparse.Namespace], None], args: argparse.Namespace) -> int:
@@ -345,22 +391,16 @@ def guarded(name: str, function: Callable[[argparse.Namespace], None], args: arg
     try:
         if sys.flags.optimize > 1:
             raise ValueError("python -OO takes away texts that diffusers needs: use python -O")
-        for option, value in vars(args).items():
-            for text in value if isinstance(value, list) else [value]:
-                if isinstance(text, str):  # paths may have any bytes but zero
-                    check_text(text, option)
-                if isinstance(text, Path) and "\0" in str(text):
-                    raise ValueError(f"{option} is {cut(repr(str(text)))}, with a zero byte: no file has such a name")
+        check_texts(args)
         with _unwinding():
             function(args)
     except BrokenPipeError:  # whoever reads what is printed has read enough
         return 141  # as programs end that SIGPIPE kills
-    except (ValueError, OSError, RuntimeError, MemoryError) as error:
-        return explained(name, error)
     except ModuleNotFoundError as error:
-        extra = EXTRAS.get(error.name, "train")
-        print(f"{name}: error: {error.name} is not installed: pip install 'argen[{extra}]'", file=sys.stderr)
+        print(f"{name}: error: {missing(error)}", file=sys.stderr)
         return 2
+    except Exception as error:
+        return explained(name, error)
     except KeyboardInterrupt:
         print(f"{name}: stopped", file=sys.stderr)
         return 130

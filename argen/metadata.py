@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 # PNG texts, as JSON: the request, the grid, the version of argen and a digest of the weights
 KEY, TOKENS, MADE_BY = "argen", "argen tokens", "argen version"
 COMMAND = "argen command"  # the same of a command that is no request: its name and its settings
+OTHER_WEIGHTS = "other weights of the model (or quantized in another way)"
 PARAMETERS = "parameters"  # of A1111's text
 
 
@@ -137,7 +138,7 @@ def changes(path: str | Path, now: Mapping[str, str]) -> list[str]:
     except (KeyError, TypeError, ValueError):
         return []
     others = [name for name, value in now.items() if name in then and then[name] != value]
-    words = {"weights": "other weights of the model (or quantized in another way)"}
+    words = {"weights": OTHER_WEIGHTS}
     return [words.get(name, f"{name} {cut(then[name])}, not {now[name]}") for name in others]
 
 

@@ -1,6 +1,11 @@
 """Compiled decoding: the same tokens as without, whatever the sampler and the batch; refused in one line where it cannot be."""
 
+import copy
 import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -87,6 +92,38 @@ def test_logits_are_those_of_the_network_for_any_rows_tokens_and_slots():
     torch.testing.assert_close(long, logits(everything, [63]), atol=1e-4, rtol=1e-4)
 
 
+@needs_openvino
+@pytest.mark.parametrize("options", [{"compile": True}, {"quantize": "int8"}])
+def test_a_precision_that_graphs_do_not_have_is_decoded_without_them(options, caplog):
+    pipe = argen.load("argen/emoji-llamagen", **options)
+    pipe.settings = {}
+    pipe.set_progress_bar_config(disable=True)
+    tokens_of(pipe, "sequential", [0])
+    half = argen.load("argen/emoji-llamagen", **{"dtype": "bf16"} | ({} if "compile" in options else options))
+    half.settings = {}
+    assert half.transformer.dtype == torch.bfloat16
+    pipe.to(torch.bfloat16)
+    assert "in torch.bfloat16 it decodes uncompiled" in caplog.text
+    assert torch.equal(tokens_of(pipe, "sequential", [0]), tokens_of(half, "sequential", [0]))
+    pipe.to(torch.float32)
+    compiled = tokens_of(pipe, "sequential", [0])
+    assert len(pipe.transformer.compiled.graphs) == 1  # of the weights as they are now
+    pipe.transformer.compiled = None
+    assert (tokens_of(pipe, "sequential", [0]) == compiled).float().mean() > (0.3 if "quantize" in options else 0.99)
+
+
+@needs_openvino
+def test_a_copy_compiles_anew():
+    pipe = argen.load("argen/emoji-parti", compile=True)
+    pipe.settings = {}
+    tokens = tokens_of(pipe, "sequential", [0])
+    copied = copy.deepcopy(pipe)
+    step = copied.transformer.compiled
+    assert not step.graphs
+    assert step.network is step.decode.__self__ is copied.transformer
+    assert torch.equal(tokens_of(copied, "sequential", [0]), tokens)
+
+
 def test_without_it_nothing_is_imported():
     pipe = argen.load("argen/emoji-parti")
     assert pipe.transformer.compiled is None
@@ -119,6 +156,29 @@ def test_the_shell_says_how_to_install_it(monkeypatch, capsys, tmp_path):
     assert main(["generate", "a pizza", "-o", str(file), "--compile", "--device", "cpu"]) == 2
     assert "compile needs OpenVINO: pip install 'argen[openvino]'" in capsys.readouterr().err
     assert not file.exists()
+
+
+@pytest.mark.parametrize(
+    "error", ["ImportError('libtbb.so is missing')", "ModuleNotFoundError('libtbb.so is missing')"]
+)
+def test_a_broken_openvino_is_one_line_or_done_without(tmp_path, error):
+    (tmp_path / "openvino").mkdir()
+    (tmp_path / "openvino/__init__.py").write_text(f"raise {error}")
+    paths = os.pathsep.join([str(tmp_path), str(Path(argen.__file__).parent.parent)])
+
+    def generate(*options: str) -> subprocess.CompletedProcess:
+        command = [sys.executable, "-m", "argen", "generate", "star", "-o", str(tmp_path / "x.png"), "--device", "cpu"]
+        env = os.environ | {"PYTHONPATH": paths}
+        return subprocess.run([*command, *options], env=env, capture_output=True, text=True)
+
+    refused = generate("--compile")
+    assert refused.returncode == 2
+    assert "cannot be imported (libtbb.so is missing): pip install 'argen[openvino]'" in refused.stderr
+    assert refused.stderr.count("\n") == 1
+    drawn = generate("--quantize", "int8")
+    assert drawn.returncode == 0
+    assert "OpenVINO cannot be imported (libtbb.so is missing): weights are unpacked in each pass" in drawn.stderr
+    assert (tmp_path / "x.png").exists()
 
 
 def test_a_server_that_cannot_compile_says_so_at_its_start(monkeypatch):

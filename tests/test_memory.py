@@ -479,5 +479,26 @@ def test_the_memory_of_a_folder_is_listed(tmp_path, capsys, bits, dtypes):
     (tmp_path / "empty").mkdir()
     assert main(["models", "--memory", str(tmp_path / "empty")]) == 2
     line = capsys.readouterr().err
-    assert "do not say its size" in line
+    assert "is a folder: expected a checkpoint file, or a folder with one; it holds none" in line
     assert line.count("\n") == 1
+
+
+def test_one_bad_folder_does_not_hide_the_memory_of_the_others(tmp_path, capsys):
+    argen.load("argen/emoji-parti").save_pretrained(tmp_path / "saved")
+    (file,) = (tmp_path / "saved/transformer").glob("*.safetensors")
+    file.write_bytes(file.read_bytes()[:-1000])
+    save_file({"x": torch.zeros(3)}, tmp_path / "other.safetensors")
+    save_file({}, tmp_path / "empty.safetensors")
+    names = [str(tmp_path / name) for name in ("saved", "other.safetensors", "empty.safetensors", "nothing")]
+    capsys.readouterr()
+    assert main(["models", "--memory", *names, "argen/emoji-llamagen", "--json"]) == 2
+    output = capsys.readouterr()
+    assert [row["id"] for row in json.loads(output.out)["models"]] == ["argen/emoji-llamagen"]
+    damaged, other, empty, unknown = output.err.split("; ")
+    assert f"a file of {names[0]} is damaged: {file} could not be read as a checkpoint (the file is cut off" in damaged
+    assert f"{names[1]} holds no LlamaGen" in other
+    assert f"{names[2]} holds no weights" in empty
+    assert "unknown model" in unknown
+    assert output.err.count("\n") == 1
+    assert main(["models", "--memory", names[0]]) == 2
+    assert capsys.readouterr().out == ""

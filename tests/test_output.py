@@ -1,13 +1,18 @@
 """What commands print: help, lists, and what a closed pipe does."""
 
+import argparse
 import os
 import re
+import shlex
 import subprocess
 import sys
+import tomllib
+from pathlib import Path
 
 import pytest
 
 from argen.cli.main import main
+from argen.command import EXTRAS, guarded
 from argen.registry import commands, measures
 from argen.words import number_of
 
@@ -44,6 +49,20 @@ def test_a_reader_may_leave(arguments):
     assert done.stderr == ""
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="has no /dev/full")
+@pytest.mark.parametrize("arguments", [("samplers",), ("--help",), ("models", "--json")])
+def test_output_that_is_closed_or_full(arguments):
+    command = shlex.join([sys.executable, "-m", "argen", *arguments])
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    for closed in (">&-", "<&- >&- 2>&-"):
+        result = subprocess.run(["bash", "-c", f"{command} {closed}"], capture_output=True, text=True, env=environment)
+        assert (result.returncode, result.stderr) == (0, "")
+    result = subprocess.run(["bash", "-c", f"{command} >/dev/full"], capture_output=True, text=True, env=environment)
+    assert result.returncode == 2
+    assert result.stderr.endswith("no space left on device: free some space, or write elsewhere\n")
+    assert result.stderr.count("\n") == 1
+
+
 def test_a_sampler_says_what_it_keeps_writes_and_needs(capsys):
     assert main(["samplers"]) == 0
     text = capsys.readouterr().out
@@ -67,3 +86,60 @@ def test_one_image_is_not_images():
         "2 images",
         "1,200 images",
     ]
+
+
+@pytest.mark.parametrize(
+    ("module", "line"),
+    [
+        ("datasets", "datasets is not installed: pip install 'argen[train]'"),
+        ("openvino.frontend", "openvino.frontend is not installed: pip install 'argen[openvino]'"),
+        ("mosaics", "mosaics is not installed"),
+    ],
+)
+def test_of_a_missing_module_the_extra_is_named_that_brings_it(capsys, module, line):
+    def imports(_: argparse.Namespace) -> None:
+        raise ModuleNotFoundError(f"No module named {module!r}", name=module)
+
+    assert guarded("argen x", imports, argparse.Namespace()) == 2
+    assert capsys.readouterr().err == f"argen x: error: {line}\n"
+
+
+def test_every_extra_that_is_named_brings_its_module():
+    project = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text())["project"]
+    packages = {"google": "protobuf", "resvg_py": "resvg-py"}
+    for module, extra in EXTRAS.items():
+        names = [re.match(r"[\w-]+", one)[0] for one in project["optional-dependencies"][extra]]
+        assert packages.get(module, module) in names
+
+
+WRITERS = {
+    "numpy": "np.save(open('x', 'wb'), np.zeros(100000))",
+    "safetensors": "save_file({'x': torch.zeros(100000)}, 'x')",
+    "torch": "torch.save(torch.zeros(100000), 'x')",
+    "parquet": "Dataset.from_dict({'x': np.random.rand(100000)}).to_parquet('x')",
+}
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="limits of file sizes are of POSIX")
+@pytest.mark.parametrize("writer", WRITERS)
+def test_whoever_writes_into_a_full_disk_it_is_one_line(tmp_path, writer):
+    program = f"""
+import argparse, resource, sys
+from pathlib import Path
+import numpy as np, torch
+from datasets import Dataset
+from safetensors.torch import save_file
+from argen.command import guarded
+from argen.files import naming
+
+def write(_):
+    with naming(Path("out")):
+        {WRITERS[writer]}
+
+resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000))
+sys.exit(guarded("argen x", write, argparse.Namespace()))
+"""
+    result = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 2
+    line = result.stderr.splitlines()[-1]  # after the progress bar of datasets
+    assert re.fullmatch(r"argen x: error: out: (file too large|no space left on device): .*", line)

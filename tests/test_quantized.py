@@ -2,7 +2,9 @@
 
 import importlib.util
 import json
+import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -17,6 +19,7 @@ import argen
 from argen.cli.main import main
 from argen.hub import loading
 from argen.models.quantized import Quantization, QuantizedLinear, packed, quantize, rounded, unpacked
+from argen.pipelines import saving
 
 IDS = ["argen/emoji-parti", "argen/emoji-llamagen", "argen/emoji-flextok-ar"]
 
@@ -193,7 +196,7 @@ def test_a_quantized_pipeline_is_saved_as_it_is(tmp_path):
             r"scales do not fit its weights, they are torch.float32 \[\d+, 1\]: expected torch.float32 \[\d+, G\]",
         ),
         ("scales", lambda tensor: tensor[:, 0], "scales do not fit its weights"),
-        ("scales", lambda tensor: tensor * float("nan"), "scales hold numbers that are none"),
+        ("scales", lambda tensor: tensor * float("nan"), "scales are not finite"),
     ],
 )
 def test_damaged_weights_are_refused_when_they_are_read(tmp_path, name, change, message):
@@ -209,6 +212,24 @@ def test_damaged_weights_are_refused_when_they_are_read(tmp_path, name, change, 
         argen.load(tmp_path / "saved")
     save_file(state, file)
     assert argen.load(tmp_path / "saved").transformer.quantization == {}
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_refused(tmp_path, capsys, value):
+    pipe = argen.load("argen/emoji-parti")
+    pipe.transformer.decoder_layers[1].mlp.up_proj.weight.data[3, 2] = value
+    pipe.save_pretrained(tmp_path / "damaged")
+    out, name = tmp_path / "out", "decoder_layers.1.mlp.up_proj.weight"
+    capsys.readouterr()
+    for command in (
+        *(["quantize", str(tmp_path / "damaged"), "--method", method, "-o", str(out)] for method in ("rtn", "gptq")),
+        ["generate", "a pizza", "--model", str(tmp_path / "damaged"), "--quantize", "int4", "-o", f"{out}.png"],
+    ):
+        assert main(command) == 2
+        line = capsys.readouterr().err
+        assert f"{name} holds numbers that are not finite: the file is damaged, fetch or train it again" in line
+        assert line.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["damaged"]
 
 
 SLOW = """
@@ -231,7 +252,7 @@ def test_a_signal_leaves_nothing_half_written(tmp_path, sent):
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
         assert process.stdout.readline() == "writing\n"
-        assert [path.name for path in tmp_path.iterdir()][0].startswith(".quantize-")
+        assert [path.name for path in tmp_path.iterdir()][0].startswith(".argen-")
         number = getattr(signal, sent)
         process.send_signal(number)
         _, errors = process.communicate(timeout=60)
@@ -240,6 +261,50 @@ def test_a_signal_leaves_nothing_half_written(tmp_path, sent):
     assert process.returncode == 128 + number
     assert errors == "argen quantize: stopped\n"
     assert not list(tmp_path.iterdir())
+
+
+def test_what_a_kill_left_is_deleted_by_the_next_run(tmp_path):
+    process = subprocess.Popen([sys.executable, "-c", SLOW, str(tmp_path / "out")], stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "writing\n"
+    running, (left,) = tmp_path / f".argen-{os.getpid()}-abcdefgh", tmp_path.iterdir()
+    running.mkdir()
+    process.kill()
+    process.communicate()
+    assert left.exists()
+    assert main(["quantize", "argen/emoji-parti", "-o", str(tmp_path / "out")]) == 0
+    assert sorted(tmp_path.iterdir()) == [running, tmp_path / "out"]
+
+
+def test_a_folder_that_another_run_has_made_since_is_kept(tmp_path, capsys, monkeypatch):
+    write = saving.write_network
+
+    def writes_late(*arguments):
+        write(*arguments)
+        (tmp_path / "out").mkdir(exist_ok=True)
+        (tmp_path / "out/theirs").write_text("x")
+
+    monkeypatch.setattr(saving, "write_network", writes_late)
+    assert main(["quantize", "argen/emoji-parti", "-o", str(tmp_path / "out")]) == 2
+    assert f"{tmp_path}/out is there already: choose another folder\n" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.rglob("*")] == ["out", "theirs"]
+
+
+def test_a_path_through_a_folder_that_is_not_there_makes_none(tmp_path):
+    assert main(["quantize", "argen/emoji-parti", "-o", str(tmp_path / "nosuch/../small")]) == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["small"]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="limits of file sizes are of POSIX")
+def test_where_there_is_no_room_it_is_one_line_and_nothing_stays(tmp_path):
+    for command in (["quantize", "argen/emoji-parti", "-o", "a/b/out"], ["generate", "star", "-o", "out.png"]):
+        limited = f"ulimit -f 4; exec {shlex.join([sys.executable, '-m', 'argen', *command])}"
+        result = subprocess.run(["bash", "-c", limited], cwd=tmp_path, capture_output=True, text=True)
+        assert result.returncode == 2
+        assert result.stderr == (
+            f"argen {command[0]}: error: {command[-1]}: file too large: raise the limit of file sizes (ulimit -f), or "
+            "write elsewhere\n"
+        )
+        assert not list(tmp_path.iterdir())
 
 
 def network_of(*columns: int) -> nn.Module:
@@ -337,6 +402,8 @@ def test_scales_of_another_precision_are_one_line(tmp_path, quantized_folder, dt
     ) as e:
         argen.load(folder)
     assert "\n" not in str(e.value)
+    assert str(e.value).startswith(f"the weights in {folder} cannot be used: {name}")
+    assert str(e.value).endswith("quantize the model again")
 
 
 NEVER = "read before it was refused"

@@ -11,7 +11,8 @@ from conftest import published_keys, shapes, tiny_pipeline
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from argen.diffusion.rece import RECORD, ConceptErasure, Edit, _delete_unfinished, derive, last_words, matrices_of
+from argen.diffusion.rece import RECORD, ConceptErasure, Edit, derive, last_words, matrices_of
+from argen.files import delete_unfinished_folders
 
 KINDS = {
     "regzero": "zero",
@@ -216,5 +217,5 @@ def test_a_save_that_was_killed_leaves_nothing_beside_the_next(tmp_path):
     other = tmp_path / f".out.{gone.pid}.abcdefgh"
     for folder in (dead, alive, other):
         folder.mkdir()
-    _delete_unfinished(tmp_path)
+    delete_unfinished_folders(tmp_path)
     assert [folder.exists() for folder in (dead, alive, other)] == [False, True, True]

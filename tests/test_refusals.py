@@ -242,3 +242,15 @@ def test_an_edit_takes_arrays_and_tensors(pipe):
         (torch.from_numpy(values).permute(2, 0, 1)[None] / 255, torch.from_numpy(mask).float()),
     ):
         assert torch.equal(pipe.without(one, other), first)
+
+
+def test_a_run_of_other_weights_is_told_in_words(tmp_path, capsys):
+    arguments = ["eval", "emoji", "--num", "2", "--model", "argen/emoji-parti", "--out", str(tmp_path / "out")]
+    assert main(arguments) == 0
+    capsys.readouterr()
+    for options, words in (
+        (("--quantize", "int8"), "other weights of the model (or quantized in another way)"),
+        (("--dtype", "bf16"), "dtype float32, not bfloat16"),
+    ):
+        line = refused(capsys, *arguments, *options)
+        assert f"holds a run with {words}: choose another --out, or load the model as then" in line

@@ -13,6 +13,7 @@ import argen
 import argen.pipelines
 from argen.files import WEIGHTS
 from argen.hub.cards import list_models
+from argen.hub.quantized import quantized
 from argen.models.files import FILE, load_network, save_small
 from argen.models.judge import Judge
 from argen.models.parti import Parti
@@ -50,6 +51,32 @@ def test_a_folder_of_an_earlier_release_is_read(tmp_path):
     index.write_text(index.read_text().replace("argen.models.drafter", "argen.models.draft"))
     again = argen.load(tmp_path)
     assert torch.equal(next(again.drafter.parameters()), next(pipe.drafter.parameters()))
+
+
+@pytest.mark.parametrize("model", ["argen/emoji-parti", "argen/emoji-seed-lm"])
+def test_a_quantized_folder_is_read_as_diffusers_does(model, tmp_path):
+    folder = tmp_path / "saved"
+    argen.load(model, quantize="int8").save_pretrained(folder)
+    pipe = argen.load(folder)
+    again = type(pipe).from_pretrained(folder)
+    again.card = pipe.card  # which diffusers does not read
+    assert quantized(again)
+    images = [
+        one("a red apple", generator=torch.Generator().manual_seed(3)).images[0].tobytes() for one in (pipe, again)
+    ]
+    assert images[0] == images[1]
+    half = type(pipe).from_pretrained(folder, dtype=torch.bfloat16)
+    assert (half.transformer.dtype, quantized(half)) == (torch.bfloat16, True)
+    half("a red apple")
+
+
+@pytest.mark.parametrize("subfolder", [None, "transformer"])
+def test_the_network_of_a_quantized_folder_alone_is_refused(subfolder, tmp_path):
+    pipe = argen.load("argen/emoji-parti", quantize="int8")
+    pipe.save_pretrained(tmp_path)
+    path = tmp_path / ("" if subfolder else "transformer")
+    with pytest.raises(ValueError, match=r"is the network of a quantized pipeline: load that with argen.load\('"):
+        type(pipe.transformer).from_pretrained(path, subfolder=subfolder)
 
 
 def torch_image():

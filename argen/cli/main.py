@@ -6,7 +6,16 @@ import gc
 import sys
 
 from argen import __version__
-from argen.command import HelpFormatter, Parser, check_numbers, flush_output, guarded, printable
+from argen.command import (
+    HelpFormatter,
+    Parser,
+    check_numbers,
+    explained,
+    flush_output,
+    guarded,
+    open_streams,
+    printable,
+)
 from argen.garbage import uncollected
 from argen.registry import commands
 
@@ -27,12 +36,18 @@ def parser(argv: list[str]) -> Parser:
 
 def main(argv: list[str] | None = None) -> int:
     """Run a command; bad input is one line on stderr and the exit code 2."""
+    open_streams()
     try:
-        return run(argv)
+        code = run(argv)
     except BrokenPipeError:  # of a help text: Python 3.11.2 does not pass over it
-        return 141
-    finally:
-        flush_output()  # or Python says at its end that it is not
+        code = 141
+    except SystemExit as end:  # after a help text
+        code = end.code
+        if (failure := flush_output()) is None or code:
+            raise
+    else:
+        failure = flush_output()  # or Python says at its end that it is not
+    return code if failure is None or code else explained("argen", failure)
 
 
 def run(argv: list[str] | None) -> int:

@@ -39,8 +39,11 @@ def run(args: argparse.Namespace) -> None:
         print(json.dumps({"deleted": deleted}) if args.json else f"deleted: {', '.join(deleted)}")
         return
     if args.memory is not None:
-        report = memory(args.memory)
-        print(json.dumps(report, indent=1) if args.json else memory_text(report))
+        report, errors = memory(args.memory)
+        if report["models"]:
+            print(json.dumps(report, indent=1) if args.json else memory_text(report))
+        if errors:
+            raise ValueError("; ".join(errors))
         return
     rows = []
     for entry in local_cache.local_cache():
@@ -65,34 +68,44 @@ def run(args: argparse.Namespace) -> None:
             print(f"  {row['id']:{width}} {row['kind']:10} {size_text(row):>19}  {about}")
 
 
-def memory(models: list[str]) -> dict:
+def memory(models: list[str]) -> tuple[dict, list[str]]:
     """The bytes of the weights of models, by default of all, in each precision, and in which they fit into the memory that is free on the best
-    device here, with what running them needs.
+    device here, with what running them needs; and what is wrong with those that have no size, a line each."""
+    from argen.device import pick
+    from argen.hub.cards import all_cards
+    from argen.hub.memory import free
+
+    device = pick()
+    available, rows, errors = free(device), [], []
+    for model in models or all_cards():
+        try:
+            rows.append(memory_row(model, available))
+        except (ValueError, OSError) as error:
+            errors.append(str(error))
+    return {"device": device.type, "free": available, "models": rows}, errors
+
+
+def memory_row(model: str, available: int) -> dict:
+    """An entry of `memory`.
 
     Raises:
         ValueError: there is no such model, or its files do not say its size.
     """
-    from argen.device import pick
     from argen.hub.cards import all_cards, check_known, kind_of
-    from argen.hub.memory import free, size_of, size_of_card
+    from argen.hub.loading import check_files
+    from argen.hub.memory import size_of_card, size_of_files
 
-    device = pick()
-    available, rows = free(device), []
-    for model in models or all_cards():
-        check_known(model)
-        card, kind = all_cards().get(model), kind_of(model)
-        size = size_of(model) if card is None else size_of_card(card)
-        if size is None:
-            raise ValueError(
-                f"the files of {model} do not say its size: expected an id or the folder of a saved pipeline"
-            )
-        dtypes = ("fp32", "bf16", "fp16") if card is None else card.dtypes
-        sizes = {name: size for name, size in size.table().items() if name not in ("bf16", "fp16") or name in dtypes}
-        generates = kind in (None, "generator")
-        needs = {name: value and value + size.running(name, generates) for name, value in sizes.items()}
-        fits = [name for name, needed in needs.items() if needed is not None and needed <= available]
-        rows.append({"id": model, "kind": kind, "bytes": sizes, "running": needs, "fits": fits})
-    return {"device": device.type, "free": available, "models": rows}
+    check_known(model)
+    card, kind = all_cards().get(model), kind_of(model)
+    size = size_of_files(model) if card is None else size_of_card(card)
+    if card is None:
+        check_files(model)
+    dtypes = ("fp32", "bf16", "fp16") if card is None else card.dtypes
+    sizes = {name: size for name, size in size.table().items() if name not in ("bf16", "fp16") or name in dtypes}
+    generates = kind in (None, "generator")
+    needs = {name: value and value + size.running(name, generates) for name, value in sizes.items()}
+    fits = [name for name, needed in needs.items() if needed is not None and needed <= available]
+    return {"id": model, "kind": kind, "bytes": sizes, "running": needs, "fits": fits}
 
 
 def memory_text(report: dict) -> str:

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 from PIL.Image import Resampling
 
+from argen.files import naming
 from tokenizers_img.pixels import opaque
 
 
@@ -39,7 +40,8 @@ def write_splits(out: Path, rows: dict[str, list[dict]]) -> None:
             columns = {"image": [{"bytes": record["image"], "path": None} for record in records], **columns}
             table = Dataset.from_dict(columns)
             table = table.cast(Features({**table.features, "image": Image()}))
-            table.to_parquet(work / "data" / f"{split}-00000-of-00001.parquet")
+            with naming(out):
+                table.to_parquet(work / "data" / f"{split}-00000-of-00001.parquet")
         if out.exists():
             out.rmdir()
         work.chmod(0o755)

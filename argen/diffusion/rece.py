@@ -9,21 +9,17 @@ Letters in shape comments: L text tokens with their padding, D width of the text
 
 import hashlib
 import json
-import os
-import re
-import shutil
-import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import psutil
 import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor
 
 from argen.device import silent
 from argen.diffusion.base import StableDiffusion, check_pipeline, encode
+from argen.files import new_folder
 from argen.hub.cards import Card, write_card
 from argen.words import check_length, cut
 from tokenizers_img.checkpoint import read_state_dict
@@ -352,16 +348,12 @@ class ConceptErasure:
         folder = Path(folder)
         if folder.exists():
             raise ValueError(f"{folder} is there already: choose another folder")
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        _delete_unfinished(folder.parent)
-        with tempfile.TemporaryDirectory(prefix=f".argen-{os.getpid()}-", dir=folder.parent) as work:
-            new = Path(work) / "pipeline"
+        with new_folder(folder) as new:
             with silent():
                 self.pipe.save_pretrained(new)
             (new / RECORD).write_text(json.dumps(self.record, indent=2))
             if card is not None:
                 write_card(replace(card, id=folder.name, repo=None, files=(), arguments={}), new)
-            new.rename(folder)
 
     def read(self, texts: Sequence[str]) -> Tensor:
         """States of texts with their padding [n, L, D], float64 on the CPU."""
@@ -375,14 +367,6 @@ class ConceptErasure:
     def _write(self, weights: Weights) -> None:
         for name, parameter in matrices_of(self.pipe.unet).items():
             parameter.copy_(weights[name])
-
-
-def _delete_unfinished(parent: Path) -> None:
-    """Delete what `ConceptErasure.save` left in a folder when its program was killed: its name has that program's id."""
-    for work in parent.glob(".argen-*"):
-        match = re.fullmatch(r"\.argen-(\d+)-[a-z0-9_]{8}", work.name)
-        if match and not psutil.pid_exists(int(match[1])):
-            shutil.rmtree(work, ignore_errors=True)
 
 
 def _change(edited: Weights, start: Weights) -> float:

@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from argen.eval.run import processes
+from argen.files import replacing
+from argen.metadata import OTHER_WEIGHTS
 
 logger = logging.getLogger(__name__)
 
@@ -28,15 +30,33 @@ def lock_run_dir(folder: Path, settings: dict) -> None:
             if changed and all(_mended(was.get(key), settings.get(key)) for key in changed) and not _finished(folder):
                 logger.warning("%s: the images were changed since, the run begins again", folder)
                 _empty(folder)
-                note.write_text(json.dumps(settings, indent=1))
+                _write(note, settings)
             elif changed:
-                raise ValueError(f"{folder} holds a run with another {', '.join(changed)}: choose another --out")
+                others = " and ".join(_difference(key, was.get(key), settings.get(key)) for key in changed)
+                raise ValueError(f"{folder} holds a run with {others}: choose another --out{_advice(changed)}")
         elif folder.exists() and any(folder.iterdir()):
             raise ValueError(f"{folder} is not empty and holds no run of this kind: choose another --out")
         else:
             folder.mkdir(parents=True, exist_ok=True)
-            note.write_text(json.dumps(settings, indent=1))
+            _write(note, settings)
     state.wait_for_everyone()
+
+
+def _difference(key: str, was: object, now: object) -> str:
+    """What another setting is, in words."""
+    words = {"model_weights": OTHER_WEIGHTS, "judge": "other weights of the judge", "prompts": "other prompts"}
+    if key == "dtype" and was and now:
+        return f"dtype {was}, not {now}"
+    return words.get(key, f"another {key}")
+
+
+def _advice(changed: list[str]) -> str:
+    return ", or load the model as then" if set(changed) <= {"model_weights", "dtype"} else ""
+
+
+def _write(note: Path, settings: dict) -> None:
+    with replacing(note) as file:
+        file.write(json.dumps(settings, indent=1).encode())
 
 
 def _mended(was: object, now: object) -> bool:

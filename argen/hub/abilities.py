@@ -1,5 +1,6 @@
 """What a model can be loaded with, by its card or its folder, before any of its weights are read."""
 
+import importlib
 import importlib.util
 import json
 import typing
@@ -16,6 +17,7 @@ from argen.hub.options import Dtype, LoadOptions
 from argen.hub.quantized import PART, check_decodes, check_quantizes, quantized_file
 from argen.models.quantized import QUANTIZED_ALREADY
 from argen.registry import pipelines, resolve
+from argen.words import cut
 from samplers.errors import InvalidValue
 
 T5 = ["transformers", "T5EncoderModel"]  # in an index
@@ -114,6 +116,20 @@ def dtype_name(dtype: Dtype | torch.dtype) -> Dtype:
     return names[dtype]
 
 
+def has_openvino() -> bool:
+    """Whether OpenVINO is installed, be it broken or not."""
+    return importlib.util.find_spec("openvino") is not None
+
+
+def openvino_error() -> str | None:
+    """Why OpenVINO, which is installed, cannot be imported; None where it can."""
+    try:
+        importlib.import_module("openvino.frontend.pytorch.ts_decoder")
+    except Exception as error:  # whatever a broken installation raises
+        return cut(" ".join(str(error).split()) or type(error).__name__)
+    return None
+
+
 def check_compile(device: torch.device | str | None, dtype: Dtype) -> None:
     """Check that something can compile here, before any weights are read: OpenVINO on a CPU, ``torch.compile`` on a CUDA GPU.
 
@@ -129,8 +145,13 @@ def check_compile(device: torch.device | str | None, dtype: Dtype) -> None:
         raise InvalidValue(f"compile is for a CPU or a CUDA GPU, and the device is {device}: leave it out", "compile")
     if dtype in ("bf16", "fp16"):
         raise InvalidValue(f"compile takes the dtype fp32, and it is {dtype}: leave one of them out", "compile")
-    if importlib.util.find_spec("openvino") is None:
+    if not has_openvino():
         raise InvalidValue("compile needs OpenVINO: pip install 'argen[openvino]', or leave it out", "compile")
+    if (reason := openvino_error()) is not None:
+        raise InvalidValue(
+            f"compile needs OpenVINO, which cannot be imported ({reason}): pip install 'argen[openvino]' again, or leave it out",
+            "compile",
+        )
 
 
 def check_dtype(model: str | Path, options: LoadOptions) -> None:

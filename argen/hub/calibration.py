@@ -15,7 +15,7 @@ from argen.hub.quantized import OF_ROTATION, PART, digest, writing_network
 from argen.models.calibration import Batch, calibrate
 from argen.models.controlar import ControlAR
 from argen.models.gptq import DAMP, R_MIN
-from argen.models.quantized import Quantization, check_quantizable, quantize
+from argen.models.quantized import Quantization, check_finite, check_quantizable, quantize
 from argen.models.rotation import random_rotation, rotate, stream_of, width_of
 from argen.request import Control, Request
 
@@ -67,10 +67,12 @@ def quantize_calibrated(pipe: Any, how: Quantization, images: Images) -> Result:
     """Quantize a generator's network, in place; with the method rtn nothing is drawn.
 
     Raises:
-        InvalidValue, ValueError: it is quantized already, or cannot be quantized so.
+        InvalidValue, ValueError: it is quantized already, or cannot be quantized so; its weights are not finite.
     """
     network = writing_network(pipe)
     check_quantizable(network, how)
+    for name, weight in network.named_parameters():
+        check_finite(name, weight)
     result = Result(how.to_dict() | {"base_sha256": digest(network)})
     if not how.calibrated:
         quantize(network, how)

@@ -1,7 +1,5 @@
 """From a model's id, a saved folder or a checkpoint file to a pipeline or a network in memory."""
 
-import importlib
-import importlib.util
 import inspect
 import json
 import logging
@@ -26,7 +24,9 @@ from argen.hub.abilities import (
     check_dtype,
     check_options,
     dtype_name,
+    has_openvino,
     no_attention,
+    openvino_error,
 )
 from argen.hub.cards import (
     CARD_FILE,
@@ -41,7 +41,7 @@ from argen.hub.cards import (
 )
 from argen.hub.memory import SHARE, check_memory, out_of_memory
 from argen.hub.options import Attention, Dtype, LoadOptions, Offload, Quantize, check_arguments
-from argen.hub.quantized import NAMES, decoding_network, quantized, quantizes, read_quantized, writing_network
+from argen.hub.quantized import NAMES, decoding_network, quantized, quantizes, writing_network
 from argen.models.quantized import Quantization, check_quantizable, quantized_bytes
 from argen.models.quantized import quantize as quantize_network
 from argen.registry import pipelines, resolve
@@ -54,6 +54,7 @@ from tokenizers_img.mapped import as_stored, give_back
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
+logger = logging.getLogger(__name__)
 NOT_READ = OSError, ValueError, RuntimeError, SafetensorError  # by files that do not fit
 UNUSABLE = (*NOT_READ, TypeError, AttributeError, LookupError)  # by settings beside them that do not
 IN_BFLOAT16 = ("T5EncoderModel", "LlamaForCausalLM")  # where published: as trained; in float16 T5 overflows
@@ -92,7 +93,7 @@ def load(
         attention: backend of the attention layers, a name in `tokenizers_img.attention.BACKENDS`, e.g. "xformers"; None for
             "native", PyTorch's own.
         quantize: "int8" or "int4": round the weights of a generator's network to nearest, which then take a quarter or an eighth of the memory. On a CPU
-            with OpenVINO they are compiled, too; elsewhere they are unpacked in each pass, which is slow.
+            with OpenVINO they are compiled, too, unless `dtype` is "bf16" or "fp16"; elsewhere they are unpacked in each pass, which is slow.
         compile: whether a generator's decoding pass becomes a graph: of OpenVINO on a CPU, in float32, which takes some seconds at the first
             image; CUDA graphs of ``torch.compile`` on a GPU, one for each number of tokens in a pass. Its tokens are those of the pass that is
             not compiled, but for rounding.
@@ -175,7 +176,8 @@ def _prepared(model: Any, device: torch.device | str | None, options: LoadOption
         settle(network, dtypes, on_device)
     if options.attention is not None:
         choose_attention(model, options.attention)
-    if options.compile or compiles_quantized(model, where):
+    halved = options.dtype in ("bf16", "fp16")  # which a graph of OpenVINO would not be
+    if options.compile or not halved and compiles_quantized(model, where):
         compile_decoding(model, where)
     if options.offload is not None and where.type != "cpu":
         model.enable_model_cpu_offload(device=where)
@@ -193,7 +195,11 @@ def compiles_quantized(model: Any, device: torch.device) -> bool:
     network = getattr(model, "transformer", None)
     if device.type != "cpu" or network is None or not hasattr(network, "compiled") or not quantized(model):
         return False
-    return importlib.util.find_spec("openvino") is not None and quantized_bytes(network) <= SHARE * free(device)
+    if not has_openvino() or quantized_bytes(network) > SHARE * free(device):
+        return False
+    if (reason := openvino_error()) is not None:
+        logger.warning("OpenVINO cannot be imported (%s): weights are unpacked in each pass, which is slow", reason)
+    return reason is None
 
 
 def can_offload(model: Any, device: torch.device) -> bool:
@@ -288,6 +294,18 @@ def _load(model: str | Path, tokenizer: str | Path | None, image_size: int | Non
         raise ValueError(f"{path} cannot be read ({error.strerror}): expected a checkpoint") from error
 
 
+def check_files(model: str | Path) -> None:
+    """Check that a path without a card is a saved pipeline or a checkpoint that `load` reads, by the names of its tensors.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    path = Path(model)
+    known = (path / "model_index.json").is_file() or os.path.lexists(path / CARD_FILE)
+    if not known and not (path.is_file() and released_card(path)):
+        resolve("argen.models.llamagen_files:check_checkpoint")(path)
+
+
 def _read_card(folder: Path, card: Card) -> Any:
     """What the card's target reads out of a folder, see `_read`.
 
@@ -321,10 +339,10 @@ def _read(folder: Path, card: Card | None, read: Callable[[], Any]) -> Any:
             raise
         for file in folder.rglob("*.safetensors"):
             refuse_placeholder(file)
-        reason = " ".join(str(error).split())[:300]
-        raise ValueError(
-            f"the weights in {folder} cannot be used ({reason}): install argen or fetch them again"
-        ) from error
+        reason, fault = " ".join(str(error).split()), f"the weights in {folder} cannot be used"
+        if reason.endswith(" again"):  # it says itself what to do
+            raise ValueError(f"{fault}: {reason}") from error
+        raise ValueError(f"{fault} ({reason[:300]}): install argen or fetch them again") from error
     return loaded
 
 
@@ -417,8 +435,7 @@ def _pipeline(folder: Path, generators: bool = True) -> "DiffusionPipeline":
     _check_parts({part: index.get(part) for part in cls._get_signature_keys(cls)[0]})
     options = {"safety_checker": None, "requires_safety_checker": False} if name == "StableDiffusionPipeline" else {}
     try:
-        network = read_quantized(folder)
-        parts = {} if network is None else {"transformer": network}
+        parts = {}
         if ON_DEMAND.get() and index.get("text_encoder") == ["transformers", "T5EncoderModel"]:
             parts["text_encoder"] = resolve("argen.models.t5:OffloadedT5")(str(folder / "text_encoder"))
         return cls.from_pretrained(folder, **options, **parts)

@@ -103,22 +103,37 @@ def size_of(model: str | Path) -> Size | None:
     """The size of a model, by its card or by the headers of its files; None where they do not say it."""
     if (card := all_cards().get(str(model))) is not None:
         return size_of_card(card) if card.parameters else None
+    try:
+        return size_of_files(model)
+    except (OSError, ValueError, RuntimeError):  # which loading explains
+        return None
+
+
+def size_of_files(model: str | Path) -> Size:
+    """The size of a model by the headers of its files.
+
+    Raises:
+        ValueError: a file is damaged, or there is none with weights.
+    """
     from tokenizers_img.checkpoint import read_file, weight_files
 
     path = Path(model)
-    try:
-        whole = path.is_dir() and (path / "model_index.json").is_file()
-        files = sorted(path.rglob("*.safetensors")) if whole else weight_files(path)
-        counts, stored = {"text": 0, "other": 0, "fixed": 0}, ""
-        for file in files:
-            is_text = whole and file.parent.name == "text_encoder"
-            for tensor in _tensors(read_file(file)):
-                kind = "fixed" if not tensor.is_floating_point() else "text" if is_text else "other"
-                counts[kind] += tensor.nbytes if kind == "fixed" else tensor.numel()
-                if tensor.dtype in (torch.int8, torch.uint8):  # packed, heads keep 8 bits
-                    stored = "int4" if tensor.dtype == torch.uint8 or stored == "int4" else "int8"
-    except (OSError, ValueError, RuntimeError):  # which loading explains
-        return None
+    whole = (path / "model_index.json").is_file()
+    files = sorted(path.rglob("*.safetensors")) if whole else weight_files(path)
+    counts, stored = {"text": 0, "other": 0, "fixed": 0}, ""
+    for file in files:
+        is_text = whole and file.parent.name == "text_encoder"
+        try:
+            tensors = list(_tensors(read_file(file)))
+        except (OSError, ValueError, RuntimeError) as error:
+            raise ValueError(f"a file of {model} is damaged: {error}") from error
+        for tensor in tensors:
+            kind = "fixed" if not tensor.is_floating_point() else "text" if is_text else "other"
+            counts[kind] += tensor.nbytes if kind == "fixed" else tensor.numel()
+            if tensor.dtype in (torch.int8, torch.uint8):  # packed, heads keep 8 bits
+                stored = "int4" if tensor.dtype == torch.uint8 or stored == "int4" else "int8"
+    if not any(counts.values()):
+        raise ValueError(f"{model} holds no weights: expected an id, the folder of a saved pipeline or a checkpoint")
     return Size(
         counts["other"], 0.0, counts["text"], counts["fixed"], not stored and may_be_quantized(model), stored=stored
     )

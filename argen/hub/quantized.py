@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,13 +11,15 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from argen.device import LOADING, silent
-from argen.models.quantized import Quantization, is_quantized, prepare, read_metadata
+from argen.files import new_folder
+from argen.models.decoding import FILE
+from argen.models.quantized import KEY, Quantization, is_quantized, prepare, read_metadata, stores_quantized
 from argen.registry import resolve
 from samplers.errors import InvalidValue
 from tokenizers_img.mapped import read_safetensors, unfilled
 
 NAMES = {"int8": Quantization(8), "int4": Quantization(4, 32)}
-PART, FILE, KEY = "transformer", "diffusion_pytorch_model.safetensors", "quantization"
+PART = "transformer"
 LANGUAGE_MODEL = "LlamaForCausalLM"
 LANGUAGE_FILE = "model.safetensors"  # what transformers calls it
 OF_ROTATION = "rotation."  # tensors that say how a network was rotated, which it does not need any more
@@ -92,16 +93,16 @@ def save_quantized(
     Args:
         metadata: how it was quantized, for the file of its network.
         tensors: that belong to it, kept in the file alone.
+
+    Raises:
+        ValueError: there is something at `folder`.
     """
-    folder.absolute().parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.absolute().parent, prefix=".quantize-") as work, silent():
-        new = Path(work) / folder.name  # so that nothing half-written stays behind
+    with new_folder(folder) as new, silent():
         network = getattr(pipe, PART)
         network.quantization = metadata
         pipe.save_pretrained(new)  # which writes the network as it is
         if tensors:
             write_network(network, new / PART, tensors)
-        new.rename(folder)
 
 
 def write_network(network: torch.nn.Module, folder: Path, tensors: Mapping[str, torch.Tensor] | None = None) -> None:
@@ -120,11 +121,7 @@ def write_network(network: torch.nn.Module, folder: Path, tensors: Mapping[str, 
 def quantized_file(folder: Path) -> Path | None:
     """The file of the network of a saved pipeline, if that is quantized."""
     file = next((path for name in (FILE, LANGUAGE_FILE) if (path := folder / PART / name).is_file()), None)
-    if file is None:
-        return None
-    with safe_open(file, "pt") as stored:  # some programs that write such files again drop their metadata
-        is_quantized_file = any(name.endswith(".qweight") for name in stored.keys())  # noqa: SIM118 - no mapping
-        return file if is_quantized_file or KEY in (stored.metadata() or {}) else None
+    return file if file is not None and stores_quantized(file) else None
 
 
 def read_quantized(folder: Path) -> torch.nn.Module | None:

@@ -170,6 +170,22 @@ class CompiledStep:
         self.owners: list[Any] = []  # of memory that graphs read
         self.lock = threading.Lock()
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy has: it compiles anew."""
+        return {**vars(self), "graphs": {}, "owners": [], "lock": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, lock=threading.Lock())
+
+    def fits(self) -> bool:
+        """Whether the network is where, and in the precision, that graphs are for."""
+        return self.network.device.type == "cpu" and self.network.dtype == torch.float32
+
+    def release(self) -> None:
+        """Forget all graphs: the network is no longer what they were made of."""
+        with self.lock:
+            self.graphs, self.owners = {}, []
+
     def cache(self, layers: int, capacity: int, before: int = 1) -> SlotCache:
         """A cache for this pass, see `KeyValueCache`."""
         return SlotCache(layers, capacity, before)

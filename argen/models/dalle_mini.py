@@ -16,6 +16,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 
+from argen.models.decoding import Decoding
 from argen.models.kv_cache import KeyValueCache
 from argen.models.layers import Linear, leave_unpacked, split_heads
 from argen.models.session import KeysValues
@@ -146,7 +147,7 @@ class DalleMiniEncoder(ModelMixin, ConfigMixin):
         return self.final_ln(x)
 
 
-class DalleMiniDecoder(ModelMixin, ConfigMixin):
+class DalleMiniDecoder(Decoding, ModelMixin, ConfigMixin):
     """Picture tokens, one after the other, with cross-attention to the text; a `CrossAttentionDecoder`.
 
     Args:
@@ -154,8 +155,6 @@ class DalleMiniDecoder(ModelMixin, ConfigMixin):
         codes: tokens that the picture tokenizer knows: logits are cut to them, and the last one is the start token.
         length: cells of a picture, row-major.
     """
-
-    compiled = None  # see `argen.models.compiled`
 
     @register_to_config
     def __init__(

@@ -16,6 +16,7 @@ from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
+from argen.models.decoding import Decoding
 from argen.models.kv_cache import KeyValueCache
 from argen.models.layers import Linear, RMSNorm, causal_mask, split_heads
 from argen.models.session import DecoderSession, KeysValues
@@ -151,7 +152,7 @@ class Head(nn.Module):
         self.linear = Linear(dim, n_embed, bias=bias)
 
 
-class FlexAR(ModelMixin, ConfigMixin):
+class FlexAR(Decoding, ModelMixin, ConfigMixin):
     """A condition and tokens so far -> logits of the tokens that follow.
 
     Args:
@@ -169,8 +170,6 @@ class FlexAR(ModelMixin, ConfigMixin):
         text_gelu: "tanh" or "none".
         dropout: in training, on what a layer adds.
     """
-
-    compiled = None  # see `argen.models.compiled`
 
     @register_to_config
     def __init__(

@@ -128,6 +128,22 @@ class GraphedStep:
         self.rooms: list[Room] = []  # the least recently used one first
         self.lock = threading.Lock()
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy has: it compiles anew."""
+        return {**vars(self), "rooms": [], "lock": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, lock=threading.Lock())
+
+    def fits(self) -> bool:
+        """Whether the network is where graphs are for: on a GPU, by the default options."""
+        return self.network.device.type == "cuda" or "mode" not in self.options
+
+    def release(self) -> None:
+        """Forget all graphs: the network is no longer what they were made of."""
+        with self.lock:
+            self.rooms = []
+
     def cache(self, layers: int, capacity: int, before: int = 1) -> FixedCache:
         """A cache for this pass, see `KeyValueCache`."""
         return FixedCache(self, layers, capacity, before)

@@ -20,6 +20,7 @@ from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
+from argen.models.decoding import Decoding
 from argen.models.kv_cache import KeyValueCache
 from argen.models.layers import Linear, RMSNorm, causal_mask, grid_places, rotary_table, rotate, split_heads
 from argen.models.session import decoding
@@ -147,7 +148,7 @@ class CaptionEmbedder(nn.Module):
         return self.cap_proj(features)
 
 
-class LlamaGen(ModelMixin, ConfigMixin):
+class LlamaGen(Decoding, ModelMixin, ConfigMixin):
     """A condition and tokens so far -> logits of the tokens that follow.
 
     Args:
@@ -160,8 +161,6 @@ class LlamaGen(ModelMixin, ConfigMixin):
         dropout: in training, on embeddings and on what a layer adds.
         caption_attention: words attend and are attended to, each for itself. In the published models they are not.
     """
-
-    compiled = None  # see `argen.models.compiled`
 
     @register_to_config
     def __init__(

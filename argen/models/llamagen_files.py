@@ -24,13 +24,28 @@ def read_generator(path: Path, stride: int, image_size: int | None = None) -> Ll
         ValueError: it is no LlamaGen, or does not say what is needed.
     """
     state = read_state_dict(path, averaged=False)
-    freqs_cis = state.get("freqs_cis")  # [T + N, D / 2H, 2], in files of some scripts
-    freqs_cis = freqs_cis if freqs_cis is not None and freqs_cis.ndim == 3 else None
-    state, settings = converted(state), read_settings(path)
+    freqs_cis, state, settings = rope_of(state), converted(state), read_settings(path)
     sizes = sizes_of(state, path, freqs_cis)
     length = None if freqs_cis is None else len(freqs_cis) - sizes.get("caption_length", 1)
     grid = _grid(path, stride, image_size or settings.get("image_size"), length)
     return load_strict(unfilled(LlamaGen, grid=grid, **sizes), state, source=path)
+
+
+def rope_of(state: dict[str, Tensor]) -> Tensor | None:
+    """[T + N, D / 2H, 2], in files of some scripts."""
+    freqs_cis = state.get("freqs_cis")
+    return freqs_cis if freqs_cis is not None and freqs_cis.ndim == 3 else None
+
+
+def check_checkpoint(path: Path) -> None:
+    """Check that a checkpoint is that of a LlamaGen or of its tokenizer, by the names and shapes of its tensors.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    state = read_state_dict(path, averaged=False)
+    if "encoder.conv_in.weight" not in state:
+        sizes_of(converted({name: tensor.to("meta") for name, tensor in state.items()}), path, rope_of(state))
 
 
 def sizes_of(state: dict[str, Tensor], path: Path, freqs_cis: Tensor | None = None) -> dict:

@@ -14,6 +14,7 @@ from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
+from argen.models.decoding import Decoding
 from argen.models.kv_cache import KeyValueCache
 from argen.models.layers import Linear, causal_mask, linear, split_heads
 from argen.models.session import KeysValues
@@ -88,7 +89,7 @@ class DecoderLayer(nn.Module):
         return x + self.dropout(self.mlp(self.mlp_norm(x)))
 
 
-class Parti(ModelMixin, ConfigMixin):
+class Parti(Decoding, ModelMixin, ConfigMixin):
     """Text states -> logits of picture tokens.
 
     Args:
@@ -98,8 +99,6 @@ class Parti(ModelMixin, ConfigMixin):
         dim, encoder_depth, decoder_depth, heads, mlp_dim: sizes.
         dropout: in training.
     """
-
-    compiled = None  # see `argen.models.compiled`
 
     @register_to_config
     def __init__(

@@ -11,10 +11,12 @@ import logging
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from argen.words import cut, number_of
@@ -23,6 +25,7 @@ from tokenizers_img.mapped import give_back
 
 logger = logging.getLogger(__name__)
 BITS = (8, 4)
+KEY = "quantization"  # in the metadata of a file
 METHODS = ("rtn", "gptq", "rsq")
 HEADS = ("output", "lm_head", "linear")  # last names of layers that give logits: they keep 8 bits
 QUANTIZED_ALREADY = "the model is quantized already: quantize the one that it was made of"
@@ -190,6 +193,14 @@ def check_quantizable(network: nn.Module, how: Quantization) -> None:
         )
 
 
+def check_finite(name: str, tensor: Tensor) -> None:
+    """Raises:
+    ValueError: a tensor of a network holds NaN or infinite numbers.
+    """
+    if not tensor.isfinite().all():
+        raise ValueError(f"{name} holds numbers that are not finite: the file is damaged, fetch or train it again")
+
+
 def quantize(
     network: nn.Module,
     how: Quantization,
@@ -205,6 +216,7 @@ def quantize(
 
     Raises:
         InvalidValue: see `check_quantizable`.
+        ValueError: see `check_finite`.
     """
     check_quantizable(network, how)
     grouped, whole = without_groups(network, how)
@@ -224,6 +236,7 @@ def quantize(
             for dtype in dtypes:
                 weight = weight.to(dtype)
             integers, scales = rounded(weight, bits, group)
+            check_finite(f"{name}.weight", scales)  # which are not where one of its numbers is not
         _replace(network, name, QuantizedLinear(integers, scales, layer.bias, bits))
         if layer.weight.numel() >= LARGE:
             give_back()
@@ -242,6 +255,17 @@ def quantized_bytes(network: nn.Module) -> int:
     """Bytes of the weights that are quantized."""
     layers = [part for part in network.modules() if isinstance(part, QuantizedLinear)]
     return sum(layer.qweight.nbytes + layer.scales.nbytes for layer in layers)
+
+
+def stores_quantized(file: Path) -> bool:
+    """Whether a ``.safetensors`` file holds a quantized network.
+
+    Raises:
+        SafetensorError: it is damaged.
+    """
+    with safe_open(file, "pt") as stored:  # some programs that write such files again drop their metadata
+        names = stored.keys()
+        return any(name.endswith(".qweight") for name in names) or KEY in (stored.metadata() or {})
 
 
 def read_metadata(text: str) -> tuple[Quantization, dict[str, Any]]:
@@ -315,7 +339,7 @@ def check_stored(name: str, layer: nn.Linear, stored: Tensor, scales: Tensor | N
             f"divides {layer.in_features}, quantize the model again"
         )
     if not scales.isfinite().all():
-        raise ValueError(f"{name}.scales hold numbers that are none: quantize the model again")
+        raise ValueError(f"{name}.scales are not finite: quantize the model again")
     return bits
 
 

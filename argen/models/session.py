@@ -16,8 +16,8 @@ from argen.models.kv_cache import KeyValueCache
 def decoding(
     network: Any, decode: Callable[..., Any], layers: int, capacity: int, before: int = 1
 ) -> tuple[Callable[..., Any], KeyValueCache]:
-    """The pass that a session calls, `decode` or what was compiled of it (`argen.models.compiled`), and a cache for it."""
-    if network.compiled is None:
+    """The pass that a session calls, `decode` or, where it fits, what was compiled of it (`argen.models.compiled`), and a cache for it."""
+    if network.compiled is None or not network.compiled.fits():
         return decode, KeyValueCache(layers, capacity, before)
     return network.compiled, network.compiled.cache(layers, capacity, before)
 

@@ -10,9 +10,11 @@ import torch
 from diffusers import DiffusionPipeline
 
 from argen.device import check_offload, pick
+from argen.files import naming
 from argen.hub.cards import Card, all_cards, write_card
-from argen.hub.loading import choose_attention
-from argen.hub.quantized import quantized, write_network
+from argen.hub.loading import choose_attention, compile_decoding, compiles_quantized, settle
+from argen.hub.quantized import PART, quantized, read_quantized, write_network
+from tokenizers_img.mapped import AS_STORED
 
 MOVED = {  # modules of the parts of saved pipelines, as earlier releases named them
     "tokenizers_img.flextok": "tokenizers_img.flextok.network",
@@ -71,10 +73,11 @@ class Saving(DiffusionPipeline):
 
     def save_pretrained(self, save_directory: str | Path, **arguments) -> None:
         """Save as diffusers does, with a card that has this model's defaults."""
-        super().save_pretrained(save_directory, **arguments)
         folder = Path(save_directory)
-        if quantized(self):  # whose file says so
-            write_network(self.transformer, folder / "transformer")
+        with naming(folder):
+            super().save_pretrained(save_directory, **arguments)
+            if quantized(self):  # whose file says so
+                write_network(self.transformer, folder / PART)
         card = self.card or Card("", "generator", f"a saved {type(self).__name__}", "")
         card = replace(
             card,
@@ -88,15 +91,25 @@ class Saving(DiffusionPipeline):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **arguments: Any) -> Self:
-        """Read a saved pipeline as diffusers does; `argen.load` reads it, too, and everything else that argen has.
+        """Read a saved pipeline as diffusers does, a quantized network as it is; `argen.load` reads it, too, and everything else that argen has.
 
         Raises:
-            ValueError: an id of a card, whose files are not those of a saved pipeline.
+            ValueError: an id of a card, whose files are not those of a saved pipeline; a quantized network that cannot be used.
         """
         name = str(pretrained_model_name_or_path)
         if name in all_cards():
             raise ValueError(f"{name} is no pipeline that diffusers saved: use argen.load({name!r})")
-        return super().from_pretrained(pretrained_model_name_or_path, **arguments)
+        network = None if PART in arguments else read_quantized(Path(name))
+        if network is None:
+            return super().from_pretrained(pretrained_model_name_or_path, **arguments)
+        dtype = arguments.get("torch_dtype", arguments.get("dtype"))
+        dtype = dtype.get(PART, dtype.get("default")) if isinstance(dtype, dict) else dtype
+        pipe = super().from_pretrained(pretrained_model_name_or_path, **arguments, **{PART: network})
+        if not AS_STORED.get():  # `argen.load` chooses precisions, and compiles, later
+            settle(network, [dtype or torch.float32])
+            if network.dtype == torch.float32 and compiles_quantized(pipe, pipe.device):
+                compile_decoding(pipe)
+        return pipe
 
     def to(self, *args: Any, **kwargs: Any) -> Self:
         """Move to a device, a precision, or both, as in diffusers.

@@ -13,6 +13,8 @@ from pathlib import Path
 
 from accelerate import Accelerator, PartialState
 
+from argen.files import naming
+
 logger = logging.getLogger(__name__)
 NEW, CURRENT, OLD, DAMAGED = "checkpoint.new", "checkpoint", "checkpoint.old", "checkpoint.damaged"
 RECIPE, FILES = "recipe.json", "files.json"  # FILES: name -> size and CRC-32
@@ -24,7 +26,8 @@ def write(accelerator: Accelerator, out: Path, recipe: dict) -> None:
     if accelerator.is_main_process:
         shutil.rmtree(new, ignore_errors=True)
     accelerator.wait_for_everyone()
-    accelerator.save_state(new)
+    with naming(current):
+        accelerator.save_state(new)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         (new / RECIPE).write_text(json.dumps(recipe, indent=2))

@@ -24,6 +24,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 from argen.device import fast_dtype, pick
+from argen.files import naming
 from argen.train import checkpoints
 from argen.train.muon import FloatMuon
 
@@ -200,7 +201,8 @@ class Training:
             with _averaged(self.model, self.ema):
                 scores = scores or self.task.evaluate()  # where there was nothing left to do
                 shutil.rmtree(self.out / "final.new", ignore_errors=True)
-                self.task.save(self.out / "final.new")
+                with naming(self.out / "final"):
+                    self.task.save(self.out / "final.new")
                 checkpoints.replace_folder(self.out / "final.new", self.out / "final")
         return scores
 
