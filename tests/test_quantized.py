@@ -233,7 +233,7 @@ def test_weights_that_are_not_finite_are_refused(tmp_path, capsys, value):
 
 
 SLOW = """
-import sys, time
+import signal, sys, time
 import argen.hub.quantized as quantized
 from argen.cli.main import main
 
@@ -242,6 +242,7 @@ def save_file(*_):
     time.sleep(60)
 
 quantized.save_file = save_file
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup has children ignore it
 sys.exit(main(["quantize", "argen/emoji-parti", "-o", sys.argv[1]]))
 """
 

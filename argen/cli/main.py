@@ -37,17 +37,19 @@ def parser(argv: list[str]) -> Parser:
 def main(argv: list[str] | None = None) -> int:
     """Run a command; bad input is one line on stderr and the exit code 2."""
     open_streams()
+    help_text = None
     try:
         code = run(argv)
     except BrokenPipeError:  # of a help text: Python 3.11.2 does not pass over it
         code = 141
     except SystemExit as end:  # after a help text
-        code = end.code
-        if (failure := flush_output()) is None or code:
-            raise
-    else:
-        failure = flush_output()  # or Python says at its end that it is not
-    return code if failure is None or code else explained("argen", failure)
+        code, help_text = end.code, end
+    failure = flush_output()  # or Python says at its end that it is not
+    if failure is not None and not code:
+        return explained("argen", failure)
+    if help_text is not None:
+        raise help_text
+    return code
 
 
 def run(argv: list[str] | None) -> int:
