@@ -5,7 +5,7 @@ import re
 
 import pytest
 from PIL import Image
-from test_ui import chromium, page, site  # noqa: F401, fixtures
+from test_ui import PATIENCE, chromium, page, site  # noqa: F401, fixtures
 from test_ui import pytestmark as marks
 
 from argen.eval import run
@@ -27,7 +27,7 @@ def test_a_grid_of_settings_is_drawn(page, tmp_path):  # noqa: F811
     page.locator("#grid-prompt textarea").fill("a red apple, noto style")
     page.locator("#values-x input, #values-x textarea").first.fill("1, 6")
     page.get_by_role("button", name="Generate grid").click()
-    page.get_by_text("4 images, also in the gallery").wait_for(timeout=90_000)
+    page.get_by_text("4 images, also in the gallery").wait_for(timeout=PATIENCE)
     with page.expect_download() as loaded:
         page.locator("#grid-table a").first.click()
     loaded.value.save_as(tmp_path / "grid.csv")
@@ -41,7 +41,7 @@ def test_a_grid_of_settings_is_drawn(page, tmp_path):  # noqa: F811
     assert page.locator("#grid img").is_visible()
     page.reload()
     opened(page, "X/Y/Z plot and Batch")
-    page.get_by_text("4 images, also in the gallery").wait_for(timeout=30_000)
+    page.get_by_text("4 images, also in the gallery").wait_for(timeout=PATIENCE)
     assert page.locator("#grid img").is_visible()
 
 
@@ -53,7 +53,7 @@ def test_a_table_goes_into_the_queue(page, site, tmp_path):  # noqa: F811
     page.locator("#batch-file input[type=file]").set_input_files(table)
     page.get_by_text("requests.csv").first.wait_for()
     page.get_by_role("button", name="Queue all rows").click()
-    page.get_by_text("2 requests are in the queue").wait_for(timeout=60_000)
+    page.get_by_text("2 requests are in the queue").wait_for(timeout=PATIENCE)
     folder = site[1]
     for _ in range(120):
         if len(list(folder.glob("*.png"))) >= 2:
@@ -64,7 +64,7 @@ def test_a_table_goes_into_the_queue(page, site, tmp_path):  # noqa: F811
     page.locator("#batch-file button[aria-label='Remove'], #batch-file button[aria-label='Clear']").first.click()
     page.locator("#batch-file input[type=file]").set_input_files(table)
     page.get_by_role("button", name="Queue all rows").click()
-    page.get_by_text("seed is 'eleven': expected a whole number").first.wait_for(timeout=30_000)
+    page.get_by_text("seed is 'eleven': expected a whole number").first.wait_for(timeout=PATIENCE)
 
 
 @browser
@@ -73,7 +73,7 @@ def test_a_model_is_measured(page):  # noqa: F811
     page.get_by_label("the judge, on its 500 prompts").check()
     page.locator("#eval-num input[type=number]").fill("4")
     page.get_by_role("button", name="Measure").click()
-    page.locator("#eval-state").get_by_text(re.compile(r"4 images in \d+ s")).wait_for(timeout=90_000)
+    page.locator("#eval-state").get_by_text(re.compile(r"4 images in \d+ s")).wait_for(timeout=PATIENCE)
     assert page.locator("#eval").get_by_text("single: identity").first.is_visible()
 
 
@@ -88,7 +88,7 @@ def test_the_models_are_listed_and_checked(page):  # noqa: F811
     page.locator("#models").get_by_text("argen/emoji-parti").first.click()
     page.locator("#models-chosen").get_by_text("Chosen: argen/emoji-parti").wait_for()
     page.get_by_role("button", name="Verify files").click()
-    page.get_by_text("files of argen/emoji-parti are whole").wait_for(timeout=30_000)
+    page.get_by_text("files of argen/emoji-parti are whole").wait_for(timeout=PATIENCE)
     assert page.get_by_role("button", name="Delete download").is_disabled()  # it ships with argen
 
 
@@ -128,13 +128,13 @@ def test_an_image_is_drawn_and_chosen_by_keyboard_alone(page, site):  # noqa: F8
         page.keyboard.press("Tab")
     page.keyboard.type("a taxi, noto style")
     page.keyboard.press("Enter")
-    page.get_by_text(re.compile(r"4 images in ")).wait_for(timeout=90_000)
+    page.get_by_text(re.compile(r"4 images in ")).wait_for(timeout=PATIENCE)
     for _ in range(200):
         if page.evaluate("document.activeElement.innerText === 'Gallery'"):
             break
         page.keyboard.press("Shift+Tab")
     page.keyboard.press("Enter")
-    page.locator("#found img").first.wait_for(timeout=30_000)
+    page.locator("#found img").first.wait_for(timeout=PATIENCE)
     for _ in range(60):
         if page.evaluate(
             "document.activeElement.closest('#found') !== null && document.activeElement.querySelector('img') !== null"
@@ -142,7 +142,7 @@ def test_an_image_is_drawn_and_chosen_by_keyboard_alone(page, site):  # noqa: F8
             break
         page.keyboard.press("Tab")
     page.keyboard.press("Enter")
-    page.locator("#about").get_by_text("a taxi, noto style").first.wait_for(timeout=30_000)
+    page.locator("#about").get_by_text("a taxi, noto style").first.wait_for(timeout=PATIENCE)
 
 
 @browser

@@ -17,6 +17,7 @@ from PIL import Image
 from argen.metadata import read_request
 
 CHROMIUM = Path("/usr/bin/chromium")
+PATIENCE = 180_000  # milliseconds; a busy machine is slow
 FLAGS = [
     "--no-sandbox",
     "--disable-gpu",
@@ -75,16 +76,17 @@ def chromium():
 @pytest.fixture
 def page(site, chromium):
     with chromium.new_context(viewport={"width": 1280, "height": 1000}) as context:
+        context.set_default_timeout(PATIENCE)
         page = context.new_page()
         page.goto(site[0])
-        page.get_by_placeholder("a red apple").wait_for(timeout=60_000)
+        page.get_by_placeholder("a red apple").wait_for(timeout=PATIENCE)
         yield page
 
 
 def test_a_prompt_becomes_images_that_keep_their_settings(page, site):
     page.get_by_placeholder("a red apple").fill("a pizza")
     page.get_by_role("button", name="Generate", exact=True).first.click()
-    page.locator("#state", has_text="4 images in").wait_for(timeout=60_000)
+    page.locator("#state", has_text="4 images in").wait_for(timeout=PATIENCE)
     assert page.locator("#pictures img").count() >= 4
     thumbnail = page.locator("#pictures img").first
     assert thumbnail.evaluate("img => img.decode().then(() => img.naturalWidth)") == 128
@@ -109,7 +111,7 @@ def test_the_database_is_not_served(site):
 
 def test_an_empty_prompt_is_answered_with_one_line(page):
     page.get_by_role("button", name="Generate", exact=True).first.click()
-    page.get_by_text("the prompt is empty").first.wait_for(timeout=30_000)
+    page.get_by_text("the prompt is empty").first.wait_for(timeout=PATIENCE)
 
 
 def test_a_stopped_image_goes_on_after_the_page_was_loaded_anew(page, site):
@@ -120,18 +122,18 @@ def test_a_stopped_image_goes_on_after_the_page_was_loaded_anew(page, site):
     page.get_by_label("Candidates").first.fill("32")  # long enough to be stopped in the middle
     page.locator("#draw").click()
     growing = "/\\d+%/.test(document.querySelector('#state').innerText)"  # previews arrive while it is drawn
-    page.wait_for_function(f"document.querySelector('#pictures img') && {growing}", polling="raf", timeout=60_000)
+    page.wait_for_function(f"document.querySelector('#pictures img') && {growing}", polling="raf", timeout=PATIENCE)
     page.locator("#line-pause").click()  # so that it is in the middle, however fast the machine
-    page.locator("#line", has_text="paused").wait_for(timeout=60_000)
+    page.locator("#line", has_text="paused").wait_for(timeout=PATIENCE)
     page.reload()
-    page.locator("#line", has_text="a rocket").wait_for(timeout=60_000)
-    page.locator("#state", has_text=re.compile(r"\d+%")).wait_for(timeout=60_000)
+    page.locator("#line", has_text="a rocket").wait_for(timeout=PATIENCE)
+    page.locator("#state", has_text=re.compile(r"\d+%")).wait_for(timeout=PATIENCE)
     page.locator("#stop").click()
-    page.locator("#state", has_text="stopped at").wait_for(timeout=60_000)
+    page.locator("#state", has_text="stopped at").wait_for(timeout=PATIENCE)
     assert len(list(site[1].glob("*.png"))) == before
     page.locator("#line-pause").click()
     page.locator("#resume").click()
-    page.locator("#state", has_text="9 images in").wait_for(timeout=60_000)
+    page.locator("#state", has_text="9 images in").wait_for(timeout=PATIENCE)
     assert len(list(site[1].glob("*.png"))) == before + 9
     page.locator("#again").click()
     for _ in range(240):
@@ -149,12 +151,12 @@ def test_a_file_and_a_preset_restore_settings(page, site):
     file = next(file for file in sorted(site[1].glob("*.png")) if read_request(file).prompt == "a pizza")
     page.get_by_role("button", name="Settings from an image, and presets").click()
     page.locator("#restore input[type=file]").set_input_files(file)
-    page.locator("#restored", has_text="a pizza").wait_for(timeout=30_000)
+    page.locator("#restored", has_text="a pizza").wait_for(timeout=PATIENCE)
     box = page.locator("#prompt textarea, #prompt input").first
     expect(box).to_have_value("")  # nothing is taken before it is asked for
     page.locator("#use").click()
-    expect(box).to_have_value("a pizza", timeout=30_000)
-    page.locator("#length", has_text="text tokens").wait_for(timeout=30_000)
+    expect(box).to_have_value("a pizza", timeout=PATIENCE)
+    page.locator("#length", has_text="text tokens").wait_for(timeout=PATIENCE)
     page.locator("#preset input").fill("mine")
     page.locator("#preset input").press("Enter")
     page.locator("#keep").click()
@@ -163,26 +165,26 @@ def test_a_file_and_a_preset_restore_settings(page, site):
     page.get_by_role("button", name="Settings from an image, and presets").click()
     page.locator("#preset input").click()
     page.get_by_role("option", name="mine").click()
-    page.locator("#restored", has_text="a pizza").wait_for(timeout=30_000)
+    page.locator("#restored", has_text="a pizza").wait_for(timeout=PATIENCE)
 
 
 def test_the_gallery_finds_compares_and_deletes(page, site):
     page.get_by_role("tab", name="Gallery").click()
-    page.locator("#found-state", has_text="1 to").wait_for(timeout=60_000)  # what the tab finds by itself
+    page.locator("#found-state", has_text="1 to").wait_for(timeout=PATIENCE)  # what the tab finds by itself
     page.locator("#search textarea, #search input").first.fill("PIZZA a")
     page.locator("#search textarea, #search input").first.press("Enter")
-    page.locator("#found-state", has_text="1 to 4").wait_for(timeout=30_000)
+    page.locator("#found-state", has_text="1 to 4").wait_for(timeout=PATIENCE)
     tiles = page.locator("#found button img")
     tiles.nth(0).click()
-    page.locator("#about", has_text="a pizza").wait_for(timeout=30_000)
+    page.locator("#about", has_text="a pizza").wait_for(timeout=PATIENCE)
     page.locator("#star").click()
-    page.locator("#about", has_text="true").wait_for(timeout=30_000)
+    page.locator("#about", has_text="true").wait_for(timeout=PATIENCE)
     page.get_by_role("button", name="Token confidence").click()
     page.locator("#think").click()
-    page.locator("#sure img").nth(1).wait_for(timeout=60_000)
+    page.locator("#sure img").nth(1).wait_for(timeout=PATIENCE)
     tiles.nth(1).click()
     page.get_by_role("button", name="Compare with the previous one").click()
-    page.locator("#pair img").nth(1).wait_for(timeout=30_000)
+    page.locator("#pair img").nth(1).wait_for(timeout=PATIENCE)
     middle = page.locator("#pair .outer").bounding_box()["x"]
     page.locator("#meet input[type=range]").focus()
     page.keyboard.press("ArrowRight")  # the slider can be moved without a mouse
@@ -193,12 +195,12 @@ def test_the_gallery_finds_compares_and_deletes(page, site):
     assert page.locator("#pair .outer").bounding_box()["x"] > middle + 5
     before = len(list(site[1].glob("*.png")))
     page.locator("#delete").click()
-    page.locator("#found-state", has_text="1 to 3").wait_for(timeout=30_000)
+    page.locator("#found-state", has_text="1 to 3").wait_for(timeout=PATIENCE)
     assert len(list(site[1].glob("*.png"))) == before - 1
     page.locator("#pack").click()
-    page.locator("#packed a[href*='images.zip']").first.wait_for(timeout=30_000)
+    page.locator("#packed a[href*='images.zip']").first.wait_for(timeout=PATIENCE)
     page.get_by_label("Favourites only").check()
-    page.locator("#found-state", has_text="1 to 1").wait_for(timeout=30_000)
+    page.locator("#found-state", has_text="1 to 1").wait_for(timeout=PATIENCE)
     if folder := os.environ.get("ARGEN_SCREENSHOTS"):
         page.screenshot(path=Path(folder) / "gallery.png", full_page=True)
 
@@ -208,7 +210,7 @@ def painted_on(page):
     page.get_by_role("tab", name="Edit").click()
     page.locator("#edit-latest").click()
     canvas = page.locator("#edit-canvas canvas").first
-    canvas.wait_for(timeout=30_000)
+    canvas.wait_for(timeout=PATIENCE)
     time.sleep(2)
     box = canvas.bounding_box()
     page.mouse.move(box["x"] + 0.45 * box["width"], box["y"] + 0.5 * box["height"])
@@ -234,7 +236,7 @@ def test_what_is_painted_is_written_anew(page, site):
     painted_on(page)
     page.locator("#edit-prompt textarea").fill("a robot")
     request, undecided = drawn_after(page, site, "#edit-paint")
-    page.locator("#state-edit", has_text="4 images in").wait_for(timeout=60_000)
+    page.locator("#state-edit", has_text="4 images in").wait_for(timeout=PATIENCE)
     assert request.prompt == "a robot"
     assert 1 <= sum(undecided) < 40
     page.locator("#edit-locked input").check()
@@ -258,7 +260,7 @@ def test_an_image_is_varied_gone_on_with_and_extended(page, site):
 def test_a_model_that_is_not_here_is_answered_with_one_line(page):
     page.get_by_label("Model").first.click()
     page.get_by_role("option", name="FoundationVision/LlamaGen:c2i_B_256", exact=True).click()
-    page.get_by_text("could not be fetched from the hub").first.wait_for(timeout=60_000)
+    page.get_by_text("could not be fetched from the hub").first.wait_for(timeout=PATIENCE)
 
 
 SHADES = """async img => {  // how many different pixels an image has
@@ -272,7 +274,7 @@ SHADES = """async img => {  // how many different pixels an image has
 def test_a_drawing_is_followed(page, site):
     page.get_by_role("tab", name="Control").click()
     canvas = page.locator("#canvas canvas").first
-    canvas.wait_for(timeout=30_000)
+    canvas.wait_for(timeout=PATIENCE)
     seen, shades = page.locator("#seen img"), 1
     for attempt in range(
         24
@@ -286,7 +288,7 @@ def test_a_drawing_is_followed(page, site):
             page.mouse.up()
         page.wait_for_timeout(500)
         page.get_by_role("button", name="Preview control image").click()
-        seen.wait_for(timeout=60_000)
+        seen.wait_for(timeout=PATIENCE)
         page.wait_for_timeout(500)
         if (shades := seen.evaluate(SHADES)) > 1:
             break
@@ -294,7 +296,7 @@ def test_a_drawing_is_followed(page, site):
     assert seen.evaluate("img => img.decode().then(() => img.naturalWidth)") == 128
     page.locator("#control-prompt textarea").fill("a pizza")
     page.locator("#control-draw").click()
-    page.locator("#state-control", has_text="4 images in").wait_for(timeout=60_000)
+    page.locator("#state-control", has_text="4 images in").wait_for(timeout=PATIENCE)
     request = read_request(max(site[1].glob("*.png")))
     assert request.model == "argen/emoji-control"
     assert min(min(pair) for pair in request.control.image.convert("RGB").getextrema()) < 100  # the line is in it
@@ -306,13 +308,13 @@ def test_an_image_is_taken_apart(page, tmp_path):
     Image.new("RGB", (200, 200), (200, 40, 40)).save(tmp_path / "red.png")
     page.get_by_role("tab", name="Tokenizers").click()
     page.locator("#lab-picture input[type=file]").set_input_files(tmp_path / "red.png")
-    page.locator("#lab-picture img").wait_for(timeout=30_000)
+    page.locator("#lab-picture img").wait_for(timeout=PATIENCE)
     page.locator("#lab-go").click()
-    page.locator("#lab-scores", has_text="64 tokens").wait_for(timeout=60_000)
+    page.locator("#lab-scores", has_text="64 tokens").wait_for(timeout=PATIENCE)
     assert page.locator("#lab-pictures img").count() >= 2
     page.get_by_role("button", name="Tokens").click()
     page.locator("#lab-look").click()
-    page.locator("#lab-caption", has_text="64 tokens, 768 bits").wait_for(timeout=60_000)
+    page.locator("#lab-caption", has_text="64 tokens, 768 bits").wait_for(timeout=PATIENCE)
     assert page.locator("#lab-tokens td").count() >= 8
     if folder := os.environ.get("ARGEN_SCREENSHOTS"):
         page.screenshot(path=Path(folder) / "lab.png", full_page=True)
@@ -325,16 +327,16 @@ def test_a_prompt_is_bound(page, golden, tmp_path):
     page.locator("#bind-prompt textarea").fill("a white dog and a black bird")
     page.locator("#bind-look").click()
     pairs = page.locator("#bind-pairs textarea")
-    pytest.importorskip("playwright.sync_api").expect(pairs).to_have_value("dog=white\nbird=black", timeout=30_000)
+    pytest.importorskip("playwright.sync_api").expect(pairs).to_have_value("dog=white\nbird=black", timeout=PATIENCE)
     page.get_by_role("button", name="More").click()
     page.locator("#tool-steps input[type=number]").fill("3")
     page.locator("#bind-run").click()
-    page.locator("#bind-state", has_text="dog <- white").wait_for(timeout=60_000)
+    page.locator("#bind-state", has_text="dog <- white").wait_for(timeout=PATIENCE)
     assert page.locator("#bind-before img").count() == 1
     assert page.locator("#bind-after img").count() == 1
     page.get_by_role("tab", name="Count").click()
     page.locator("#count-prompt textarea").fill("some apples")
     page.locator("#count-run").click()
-    page.get_by_text("does not say how many of what").first.wait_for(timeout=30_000)
+    page.get_by_text("does not say how many of what").first.wait_for(timeout=PATIENCE)
     if folder := os.environ.get("ARGEN_SCREENSHOTS"):
         page.screenshot(path=Path(folder) / "tools.png", full_page=True)
