@@ -115,35 +115,44 @@ def test_an_empty_prompt_is_answered_with_one_line(page):
 
 
 def test_a_stopped_image_goes_on_after_the_page_was_loaded_anew(page, site):
-    before = len(list(site[1].glob("*.png")))
     page.get_by_placeholder("a red apple").fill("a rocket")
     page.get_by_label("Images").first.fill("9")
     page.get_by_text("More", exact=True).first.click()
-    page.get_by_label("Candidates").first.fill("32")  # long enough to be stopped in the middle
-    page.locator("#draw").click()
     growing = "/\\d+%/.test(document.querySelector('#state').innerText)"  # previews arrive while it is drawn
-    page.wait_for_function(f"document.querySelector('#pictures img') && {growing}", polling="raf", timeout=PATIENCE)
-    page.locator("#line-pause").click()  # so that it is in the middle, however fast the machine
-    page.locator("#line", has_text="paused").wait_for(timeout=PATIENCE)
+    paused, over = page.locator("#line", has_text="paused"), page.locator("#state", has_text="9 images in")
+    for candidates in (32, 64, 64):  # until it is long enough for a page on a busy machine to pause it in the middle
+        before = set(site[1].glob("*.png"))
+        page.get_by_label("Candidates").first.fill(str(candidates))
+        page.locator("#draw").click()
+        page.wait_for_function(growing, polling="raf", timeout=PATIENCE)
+        page.locator("#line-pause").click()
+        paused.or_(over).first.wait_for(timeout=PATIENCE)
+        if paused.count():
+            break
+        page.locator("#line-pause").click()
+        page.wait_for_timeout(2000)
+    page.locator("#pictures img").first.wait_for(timeout=PATIENCE)
     page.reload()
     page.locator("#line", has_text="a rocket").wait_for(timeout=PATIENCE)
     page.locator("#state", has_text=re.compile(r"\d+%")).wait_for(timeout=PATIENCE)
     page.locator("#stop").click()
     page.locator("#state", has_text="stopped at").wait_for(timeout=PATIENCE)
-    assert len(list(site[1].glob("*.png"))) == before
+    assert set(site[1].glob("*.png")) == before
     page.locator("#line-pause").click()
     page.locator("#resume").click()
-    page.locator("#state", has_text="9 images in").wait_for(timeout=PATIENCE)
-    assert len(list(site[1].glob("*.png"))) == before + 9
+    over.wait_for(timeout=PATIENCE)
+    assert len(set(site[1].glob("*.png")) - before) == 9
     page.locator("#again").click()
-    for _ in range(240):
-        if len(list(site[1].glob("*.png"))) == before + 18:
+    for _ in range(PATIENCE // 250):
+        if len(set(site[1].glob("*.png")) - before) == 18:
             break
         time.sleep(0.25)
-    rockets = [read_request(file) for file in site[1].glob("*.png")]
-    seeds = [one.seed for one in rockets if one.prompt == "a rocket"]  # the best 9 of 32, and of the next 32
+    rockets = [read_request(file) for file in set(site[1].glob("*.png")) - before]
+    assert {one.prompt for one in rockets} == {"a rocket"}
+    seeds = [one.seed for one in rockets]  # the best 9 of the candidates, and of as many more
     assert len(set(seeds)) == 18
-    assert sum(seed < 32 for seed in seeds) == sum(32 <= seed < 64 for seed in seeds) == 9
+    assert sum(seed < candidates for seed in seeds) == 9
+    assert max(seeds) < 2 * candidates
 
 
 def test_a_file_and_a_preset_restore_settings(page, site):
@@ -223,7 +232,7 @@ def drawn_after(page, site, button):
     """Click -> the request of the last of four new pictures, and which cells of its grid were undecided."""
     before = set(site[1].glob("*.png"))
     page.locator(button).click()
-    for _ in range(240):
+    for _ in range(PATIENCE // 250):
         if len(new := set(site[1].glob("*.png")) - before) == 4:
             break
         page.wait_for_timeout(250)

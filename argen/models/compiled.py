@@ -171,7 +171,7 @@ class CompiledStep:
         self.lock = threading.Lock()
 
     def __getstate__(self) -> dict[str, Any]:
-        """What a copy has: it compiles anew."""
+        """State for copying and pickling, without the compiled graphs: a copy recompiles."""
         return {**vars(self), "graphs": {}, "owners": [], "lock": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -129,7 +129,7 @@ class GraphedStep:
         self.lock = threading.Lock()
 
     def __getstate__(self) -> dict[str, Any]:
-        """What a copy has: it compiles anew."""
+        """State for copying and pickling, without the compiled graphs: a copy recompiles."""
         return {**vars(self), "rooms": [], "lock": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
