@@ -371,6 +371,8 @@ recipes = Registry(
         "parti": "argen.train.own.parti:RECIPE",
         "controlar": "argen.train.own.controlar:RECIPE",
         "drafter": "argen.train.own.drafter:RECIPE",
+        "xar": "argen.train.own.xar:RECIPE",
+        "flexar": "argen.train.own.flexar:RECIPE",
         "emoji-clip": "argen.train.clip:RECIPE",
         "emoji-vitvqgan": "argen.train.vit_vqgan:RECIPE",
         "emoji-vitvqgan-decoder": "argen.train.vit_vqgan:DECODER_RECIPE",

@@ -9,6 +9,7 @@ from pathlib import Path
 from argen.hub.cards import FOLDER, Card, read_card
 from argen.registry import about_of, commands, recipes, samplers
 from argen.request import Request
+from argen.train.own.run import OwnRecipe
 from samplers.settings import Setting, settings_of
 from tokenizers_img.attention import BACKENDS
 
@@ -92,10 +93,24 @@ def card_rows(ships: bool) -> str:
 def recipe_rows() -> str:
     rows = []
     for name, recipe in recipes.items():
+        if isinstance(recipe, OwnRecipe):
+            continue
         folders = ", ".join(f"`--{part}`" for part in recipe.takes if part not in ("total", "x"))
         lengths = [f"{schedule.steps:,} x {schedule.batch_size}" for schedule in recipe.schedules.values()]
         rows.append((f"`{name}`", folders, *lengths))
     return table(("recipe", "takes beside `--data` and `--out`", "cpu: steps x batch", "gpu: steps x batch"), rows)
+
+
+def own_rows() -> str:
+    rows = []
+    for name, recipe in recipes.items():
+        if isinstance(recipe, OwnRecipe):
+            lengths = [
+                f"{each.steps:,} x {each.batch_size} at {each.learning_rate:g}" if each else "none"
+                for each in (recipe.schedule, recipe.lora)
+            ]
+            rows.append((f"`{name}`", *lengths))
+    return table(("recipe", "steps x batch at the learning rate", "of a LoRA"), rows)
 
 
 def trained_rows() -> str:
@@ -135,6 +150,7 @@ TABLES = {
     "request": request_rows,
     "commands": command_rows,
     "recipes": recipe_rows,
+    "own": own_rows,
     "shipped": lambda: card_rows(True),
     "trained": trained_rows,
     "fetched": fetched_rows,

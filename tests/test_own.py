@@ -1,5 +1,7 @@
 """Trainings on own images, by the command: a folder in, a model out that `argen.load` reads."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -8,8 +10,11 @@ from PIL import Image
 import argen
 from argen.cli.main import main
 from argen.registry import recipes
+from argen.train.own import xar
 from argen.train.own.options import OwnOptions
-from argen.train.own.run import run
+from argen.train.own.run import opened, run
+from tokenizers_img.kl_vae import KLVAE
+from tokenizers_img.pixels import from_pil
 
 COLOURS = {"red": (220, 30, 30), "green": (30, 180, 30), "blue": (30, 60, 220)}
 
@@ -66,7 +71,10 @@ def test_llamagen_learns_classes_of_a_folder(classes, tmp_path, capsys):
     assert main(["generate", "class:red", "--model", str(tmp_path / "run/final"), "-o", str(tmp_path / "a.png")]) == 0
 
 
-@pytest.mark.parametrize(("recipe", "model"), [("llamagen", "argen/emoji-llamagen"), ("parti", "argen/emoji-parti")])
+MODELS = {"llamagen": "llamagen", "parti": "parti", "xar": "xar", "flexar": "flextok-ar"}
+
+
+@pytest.mark.parametrize(("recipe", "model"), [(recipe, f"argen/emoji-{name}") for recipe, name in MODELS.items()])
 def test_a_lora_learns_captions(captioned, tmp_path, recipe, model, capsys):
     rate = ["--learning-rate", "0.01", "--warmup", "0"]
     assert train(recipe, captioned, tmp_path / "run", "--init", model, "--lora", "4", *rate) == 0
@@ -88,6 +96,45 @@ def test_a_lora_learns_captions(captioned, tmp_path, recipe, model, capsys):
         for name, value in pipe.transformer.state_dict().items()
     )
     assert main(["generate", "a red square", "--model", str(final), "-o", str(tmp_path / "a.png")]) == 0
+
+
+@pytest.mark.parametrize(("recipe", "tokenizer"), [("xar", "argen/emoji-vae"), ("flexar", "argen/emoji-flextok")])
+def test_classes_become_a_model_that_another_training_starts_from(classes, tmp_path, recipe, tokenizer):
+    assert train(recipe, classes, tmp_path / "run", "--size", "mini", "--tokenizer", tokenizer) == 0
+    pipe = argen.load(tmp_path / "run" / "final")
+    assert pipe.class_of("class:green") == 1
+    drawn = [pipe("class:green", generator=torch.Generator().manual_seed(0), output_type="pt").images for _ in range(2)]
+    assert torch.equal(*drawn)
+    (tmp_path / "others" / "yellow").mkdir(parents=True)
+    for number in range(3):
+        square("red", number).save(tmp_path / "others" / "yellow" / f"{number}.png")
+    again = ["--init", str(tmp_path / "run" / "final"), "--crops", "center"]
+    assert train(recipe, tmp_path / "others", tmp_path / "again", *again) == 0
+    assert argen.load(tmp_path / "again" / "final").class_of("class:yellow") == 0
+
+
+def test_xar_keeps_what_its_tokenizer_says(classes, tmp_path):
+    """The cache holds the bits of float16 numbers."""
+    numbers = torch.randn(3, 2, 4, 5, 5)
+    bits = xar.bits_of(numbers)
+    assert bits.shape == (3, 200)
+    assert torch.equal(xar.moments_of(bits.long(), (4, 5, 5)), numbers.half().float())
+    options = OwnOptions(images=str(classes), size="mini", tokenizer="argen/emoji-vae", batch_size=4)
+    source = opened(options)
+    task = xar.prepare(options, source, source)
+    batch = task.batch(4, torch.Generator().manual_seed(0))
+    batch["drawn"].zero_()
+    latents = task.read(batch)["tokens"]
+    pixels = torch.stack([from_pil(source.image(int(index)), 128) for index in batch["image"]])
+    pixels = torch.where(batch["crop"].view(-1, 1, 1, 1) == 1, pixels.flip(-1), pixels)
+    assert torch.allclose(latents, KLVAE(task.pipe.vae).encode(pixels), atol=5e-3)
+    assert task.loss(task.networks["model"], task.read(batch)).item() > 0
+
+
+def test_xar_falls_in_the_last_quarter():
+    schedule = replace(xar.SCHEDULE, steps=800, warmup=100)
+    rates = [schedule.rate(step) for step in (0, 99, 599, 600, 800)]
+    assert rates == pytest.approx([4e-6, 4e-4, 4e-4, 4e-4, 1e-5], rel=1e-3)
 
 
 def test_a_new_network_learns_captions(captioned, tmp_path):
@@ -138,6 +185,16 @@ def test_the_second_start_goes_on_and_encodes_nothing(classes, tmp_path, monkeyp
             "image_size is 96",
         ),
         ("parti", [], "have classes, and Parti reads captions"),
+        ("xar", ["--tokenizer", "argen/emoji-vitvqgan"], "argen/emoji-vitvqgan is no tokenizer that xAR reads"),
+        (
+            "xar",
+            ["--tokenizer", "argen/emoji-vae", "--image-size", "40"],
+            "image_size is 40: expected a multiple of 32",
+        ),
+        ("xar", [], "a new network needs an image tokenizer"),
+        ("xar", ["--init", "argen/emoji-xar"], "draws captions, and the images have classes"),
+        ("flexar", ["--tokenizer", "argen/emoji-vae"], "argen/emoji-vae is no tokenizer that FlexAR reads"),
+        ("flexar", ["--init", "argen/emoji-parti"], "argen/emoji-parti is no FlexAR"),
         ("llamagen", ["--data", "x"], "--data is of the shipped family: leave it out"),
         (
             "llamagen",

@@ -7,7 +7,7 @@ from argen.command import add_settings
 from argen.registry import recipes
 
 HELP = "train a model"
-DESCRIPTION = """Train a model: `llamagen` on your own images (--images), or one of the shipped family, emoji-..., on sets that `argen data` makes. A run that was
+DESCRIPTION = """Train a model: on your own images (--images), or one of the shipped family, emoji-..., on sets that `argen data` makes. A run that was
 stopped resumes with the same command."""
 OWN = [  # settings of `argen.train.own.options.OwnOptions` that have a flag of their own
     "images", "captions", "image_column", "caption_column", "label_column", "control_column", "split", "missing_captions", "strict", "init", "size", "text_encoder",

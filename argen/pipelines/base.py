@@ -478,12 +478,15 @@ class TokenPipeline(Adapting, Editing, Ranking, Running, Saving):
         return changed.to(tokens.device)
 
     def class_of(self, prompt: str) -> int:
-        """Return the class that a prompt names, for a model that reads no text.
+        """Return the class that a prompt names, for a model that reads no text: by the names that it was made with, by ImageNet's if it has
+        as many, else by number.
 
         Raises:
             ValueError: there is no such class.
         """
-        return class_id(prompt)
+        count = self.transformer.config.get("classes")
+        numbers = None if count in (None, 1000) else [str(number) for number in range(count)]
+        return class_id(prompt, self.config.get("class_names") or numbers)
 
     @overload
     def images(self, tokens: Tensor, output_type: Literal["pil"] = "pil") -> list[Image.Image]: ...

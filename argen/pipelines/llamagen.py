@@ -8,7 +8,6 @@ from diffusers import VQModel
 from torch import Tensor
 from transformers import CLIPModel, PreTrainedTokenizerFast, T5EncoderModel
 
-from argen.data.imagenet import class_id
 from argen.files import WEIGHTS
 from argen.models.drafter import Drafter
 from argen.models.files import emoji_text, load_network
@@ -83,12 +82,6 @@ class LlamaGenPipeline(TokenPipeline):
     @property
     def image_tokenizer(self) -> LlamaGenVQ | ViTVQGAN:
         return self.vq if isinstance(self.vq, ViTVQGAN) else LlamaGenVQ(self.vq)
-
-    def class_of(self, prompt: str) -> int:
-        """See `TokenPipeline.class_of`; where the model has not ImageNet's, by number."""
-        count = self.transformer.config.classes
-        own = self.config.class_names or (None if count == 1000 else [str(number) for number in range(count)])
-        return class_id(prompt, own)
 
     def start(
         self,

@@ -38,6 +38,7 @@ class Schedule:
         batch_size: of all processes together.
         micro_batch: samples of one forward and backward pass of a process, whose gradients are added up; None for all at once.
         warmup: steps in which the learning rate rises.
+        hold: share of the steps before it declines.
         decline: what it does after that: "cosine" or "linear", down to the share `floor` of it, or "constant".
         decayed: which parameters decay: "all", or "matrices", which have two axes or more.
         clip: what `grad_clip` bounds: the "norm" of the gradients, or each "value".
@@ -55,6 +56,7 @@ class Schedule:
     grad_clip: float = 1.0
     ema_decay: float = 0.999
     muon: bool = False
+    hold: float = 0.0
     decline: Literal["cosine", "linear", "constant"] = "cosine"
     floor: float = 0.02
     decayed: Literal["all", "matrices"] = "all"
@@ -64,7 +66,7 @@ class Schedule:
 
     def rate(self, step: int) -> float:
         """Learning rate of a step."""
-        progress = min(1.0, step / self.steps)
+        progress = min(1.0, max(0.0, step / self.steps - self.hold) / (1 - self.hold))
         cosine = 0.5 * (1 + torch.cos(torch.tensor(progress * torch.pi)).item())
         left = {"cosine": cosine, "linear": 1 - progress, "constant": 1.0}[self.decline]
         rise = min(1.0, (step + 1) / self.warmup) if self.warmup else 1.0

@@ -14,6 +14,8 @@ LAYERS = {  # class of the network -> its layers that are changed, as a regular 
     "LlamaGen": r"layers\.\d+\.(attention\.(wqkv|wo)|feed_forward\.(w1|w2|w3))",
     "Parti": r"(encoder|decoder)_layers\.\d+\.(\w+_attn\.(q|k|v|out)_proj|mlp\.(up|down)_proj)",
     "ControlAR": r"layers\.\d+\.(attention\.(wqkv|wo)|feed_forward\.(w1|w2|w3))",
+    "XAR": r"(encoder|decoder)_blocks\.\d+\.(attn\.(qkv|proj)|cross_attn\.(q|k|v|out)_proj|mlp\.(fc1_g|fc1_x|fc2))",
+    "FlexAR": r"models\.ar_image_model\.trunk\.blocks\.\d+\.(attn|self_attn|cross_attn|mlp)\.(qkv|proj|Wq|Wk|Wv|fc1|fc2|fc3)",
 }
 
 

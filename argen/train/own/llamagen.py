@@ -7,7 +7,6 @@ Letters in shape comments: B samples, N tokens of an image, T condition position
 """
 
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,16 +14,15 @@ from transformers import CLIPModel
 
 from argen.device import pick
 from argen.hub.loading import load
-from argen.models.clip import TextImageEncoder
 from argen.models.llamagen import SIZES, ClassEmbedder, LlamaGen
-from argen.models.t5 import T5, read_t5
+from argen.models.t5 import T5
 from argen.pipelines.llamagen import LlamaGenPipeline
 from argen.train.loop import Schedule
 from argen.train.own.options import OwnOptions
 from argen.train.own.run import OwnRecipe
+from argen.train.own.start import read_text_encoder, size_of, start_of
 from argen.train.own.tokens import OwnTokensTask, check_conditions, cross_entropy, examples_of
 from argen.train.sources import Source
-from argen.words import cut
 from samplers.errors import InvalidValue
 from tokenizers_img.llamagen_vq import LlamaGenVQ
 from tokenizers_img.vit_vqgan import ViTVQGAN
@@ -79,9 +77,7 @@ def new_pipeline(options: OwnOptions, source: Source) -> LlamaGenPipeline:
     Raises:
         ValueError: a size, a tokenizer or a text encoder that cannot be used.
     """
-    size = options.size or "B"
-    if size != "mini" and size not in SIZES:
-        raise InvalidValue(f"size is {cut(size)}: expected {', '.join(SIZES)} or mini", "size")
+    sizes = size_of(options, SIZES | {"mini": MINI}, "B")
     if options.tokenizer is None:
         raise InvalidValue(
             "a new network needs an image tokenizer: give --tokenizer, e.g. argen/emoji-vitvqgan, or --init a model to start from",
@@ -99,54 +95,14 @@ def new_pipeline(options: OwnOptions, source: Source) -> LlamaGenPipeline:
         raise InvalidValue(
             f"image_size is {options.image_size}: expected {expected}, of {options.tokenizer}", "image_size"
         )
-    sizes = MINI if size == "mini" else SIZES[size]
     shared = {"n_embed": len(images.codebook), "grid": side // images.stride, **sizes}
     vq = images if fixed else images.vq
     if source.classes is not None:
         return LlamaGenPipeline(LlamaGen(classes=len(source.classes), **shared), vq, class_names=list(source.classes))
-    text_encoder, tokenizer = _text_encoder(options.text_encoder or T5)
-    clip = isinstance(text_encoder, CLIPModel)
-    width = text_encoder.config.text_config.hidden_size if clip else text_encoder.config.d_model
-    length = {"caption_length": 24, "caption_attention": True} if clip else {}  # a small network reads word by word
+    text_encoder, tokenizer, width = read_text_encoder(options.text_encoder or T5)
+    small = isinstance(text_encoder, CLIPModel)
+    length = {"caption_length": 24, "caption_attention": True} if small else {}  # a small network reads word by word
     return LlamaGenPipeline(LlamaGen(caption_dim=width, **length, **shared), vq, text_encoder, tokenizer)
-
-
-def _text_encoder(name: str) -> tuple[Any, Any]:
-    if name == T5 or "t5" in name.lower():
-        return read_t5(name)
-    encoder = load(name)
-    if not isinstance(encoder, TextImageEncoder):
-        raise InvalidValue(f"{name} is no text encoder: expected {T5} or argen/emoji-clip", "text_encoder")
-    return encoder.clip, encoder.tokenizer
-
-
-def started(options: OwnOptions, source: Source) -> LlamaGenPipeline:
-    """The pipeline that a training starts from: a model, with a table of its own classes where the images have other ones.
-
-    Raises:
-        ValueError: it is no LlamaGen, or reads captions where the images have classes alone.
-    """
-    for name in ("size", "tokenizer", "text_encoder"):
-        if getattr(options, name) is not None:
-            raise InvalidValue(
-                f"{name} is for a new network, and {options.init} has its own: leave one of them out", name
-            )
-    pipe = load(options.init, dtype="fp32")
-    if not isinstance(pipe, LlamaGenPipeline) or not isinstance(pipe.transformer, LlamaGen):
-        raise InvalidValue(f"{options.init} is no LlamaGen: expected one to start from", "init")
-    if options.image_size not in (None, pipe.image_size):
-        raise InvalidValue(
-            f"image_size is {options.image_size}: expected {pipe.image_size}, that of {options.init}", "image_size"
-        )
-    by_class = pipe.transformer.config.classes is not None
-    if by_class != (source.classes is not None):
-        has, needs = ("captions", "classes") if by_class else ("classes", "captions")
-        raise InvalidValue(
-            f"{options.init} draws {needs}, and the images have {has}: choose another model to start from", "init"
-        )
-    if by_class:
-        with_classes(pipe, list(source.classes or ()))
-    return pipe
 
 
 def with_classes(pipe: LlamaGenPipeline, names: list[str]) -> None:
@@ -158,13 +114,25 @@ def with_classes(pipe: LlamaGenPipeline, names: list[str]) -> None:
     pipe.register_to_config(class_names=names)
 
 
+def started(options: OwnOptions, source: Source) -> LlamaGenPipeline:
+    """The pipeline that a training starts from: a model, with a table of its own classes where the images have other ones.
+
+    Raises:
+        ValueError: see `start_of`.
+    """
+    pipe = start_of(options, source, LlamaGenPipeline, "LlamaGen")
+    if not isinstance(pipe.transformer, LlamaGen):
+        raise InvalidValue(f"{options.init} is no LlamaGen: expected one to start from", "init")
+    if source.classes is not None:
+        with_classes(pipe, list(source.classes))
+    return pipe
+
+
 def prepare(options: OwnOptions, source: Source, held: Source) -> LlamaGenTask:
     """See `argen.train.own.run.OwnRecipe.prepare`."""
     check_conditions(source)
     pipe = new_pipeline(options, source) if options.init is None else started(options, source)
     pipe = pipe.to(pick(None))
-    if options.lora is not None and source.classes is not None:
-        raise InvalidValue("lora is for models of captions, and this one draws classes: leave it out", "lora")
     crops = "ten:1.1" if source.classes is not None else "center"
     return LlamaGenTask(pipe, *examples_of(pipe, options, source, held, crops), options)
 

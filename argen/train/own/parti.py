@@ -17,7 +17,7 @@ from argen.pipelines.parti import PartiPipeline
 from argen.train.loop import Schedule
 from argen.train.own.options import OwnOptions
 from argen.train.own.run import OwnRecipe
-from argen.train.own.tokens import OwnTokensTask, check_conditions, cross_entropy, examples_of
+from argen.train.own.tokens import OwnTokensTask, check_conditions, cross_entropy, examples_of, shown_states, states_of
 from argen.train.sources import Source
 from argen.words import cut
 from samplers.errors import InvalidValue
@@ -45,25 +45,12 @@ class PartiTask(OwnTokensTask):
 
     @torch.no_grad()
     def condition(self, texts: list[str]) -> dict[str, Tensor]:
-        """Text states [B, T, C] and their "mask" [B, T], and those of no text."""
-        states, mask = self.pipe.encode_text(texts)
-        none, none_mask = self.pipe.encode_text([""])
-        none = torch.nn.functional.pad(none, (0, 0, 0, states.shape[1] - none.shape[1]))
-        none_mask = torch.nn.functional.pad(none_mask, (0, states.shape[1] - none_mask.shape[1]))
-        size = len(texts)
-        return {
-            "states": states,
-            "mask": mask,
-            "none": none.expand(size, -1, -1),
-            "none_mask": none_mask.expand(size, -1),
-        }
+        """See `argen.train.own.tokens.states_of`."""
+        return states_of(self.pipe, texts)
 
     def loss(self, network: nn.Module, batch: dict[str, Tensor]) -> Tensor:
         """See `OwnTokensTask.loss`."""
-        dropped = batch["dropped"][:, None]
-        states = torch.where(dropped[..., None], batch["none"], batch["states"])
-        mask = torch.where(dropped, batch["none_mask"], batch["mask"])
-        return cross_entropy(network(states, mask.bool(), batch["tokens"]), batch["tokens"])
+        return cross_entropy(network(*shown_states(batch), batch["tokens"]), batch["tokens"])
 
 
 def new_pipeline(options: OwnOptions) -> PartiPipeline:

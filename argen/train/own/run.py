@@ -99,19 +99,22 @@ def opened(options: OwnOptions) -> Source:
     )
 
 
-def encoded(tokenizer: ImageTokenizer, source: Source, size: int, how: str) -> Tokens:
+def encoded(
+    tokenizer: ImageTokenizer, source: Source, size: int, how: str, encode: Callable[[Tensor], Tensor] | None = None
+) -> Tokens:
     """The token ids of all crops of all images, made now or taken from the cache.
 
     Args:
         size: side of the crops in pixels.
         how: see `argen.eval.images.crops`.
+        encode: pixels [B, 3, size, size] in [0, 1] -> whole numbers [B, L]; None for the tokenizer's ids.
     """
     device = pick(None)
 
     @torch.no_grad()
-    def encode(images: list[Image.Image]) -> Tensor:
+    def numbers_of(images: list[Image.Image]) -> Tensor:
         pixels = torch.stack([from_pil(image, size) for image in images])
-        return tokenizer.encode(pixels.to(tokenizer.device, tokenizer.dtype)).cpu()
+        return (encode or tokenizer.encode)(pixels.to(tokenizer.device, tokenizer.dtype)).cpu()
 
     settings = {
         "tokenizer": fingerprint(getattr(tokenizer, "vq", tokenizer)),
@@ -123,4 +126,4 @@ def encoded(tokenizer: ImageTokenizer, source: Source, size: int, how: str) -> T
     state = PartialState()
     shared = {"rank": state.process_index, "world": state.num_processes, "barrier": state.wait_for_everyone}
     cache = TokenCache(None, settings | {"dtype": str(tokenizer.dtype), "device": device.type}, **shared)
-    return cache.encode(source, encode, lambda image: crops(image, size, how))
+    return cache.encode(source, numbers_of, lambda image: crops(image, size, how))

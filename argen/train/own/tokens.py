@@ -4,7 +4,7 @@ Letters in shape comments: B samples, N tokens of an image.
 """
 
 import random
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from argen.train.own.run import encoded
 from argen.train.sources import Source
 from argen.train.token_cache import Tokens
 from samplers.errors import InvalidValue
+from tokenizers_img.base import ImageTokenizer
 
 SHOWN = 16  # images of a sample sheet
 AT_ONCE = 32  # held-out images
@@ -61,19 +62,47 @@ def cross_entropy(logits: Tensor, tokens: Tensor) -> Tensor:
     return F.cross_entropy(logits.flatten(0, 1), tokens.flatten())
 
 
-def examples_of(pipe: Any, options: OwnOptions, source: Source, held: Source, crops: str) -> tuple[Examples, Examples]:
+def examples_of(
+    pipe: Any,
+    options: OwnOptions,
+    source: Source,
+    held: Source,
+    crops: str,
+    tokenizer: ImageTokenizer | None = None,
+    encode: Callable[[Tensor], Tensor] | None = None,
+) -> tuple[Examples, Examples]:
     """Say what there is, and encode it by the pipeline's image tokenizer.
 
     Args:
         crops: see `argen.eval.images.crops`.
+        tokenizer, encode: another one; see `argen.train.own.run.encoded`.
     """
     if PartialState().is_main_process:
         print(source.report(size=pipe.image_size))
+    tokenizer = tokenizer or pipe.image_tokenizer
     first, second = (
-        Examples(encoded(pipe.image_tokenizer, part, pipe.image_size, options.crops or crops), part)
+        Examples(encoded(tokenizer, part, pipe.image_size, options.crops or crops, encode), part)
         for part in (source, held)
     )
     return first, second
+
+
+def states_of(pipe: Any, texts: list[str]) -> dict[str, Tensor]:
+    """Text states [B, T, C] of captions and their "mask" [B, T], and of no text "none" and "none_mask"."""
+    states, mask = pipe.encode_text(texts)
+    none, none_mask = pipe.encode_text([""])
+    length = max(states.shape[1], none.shape[1])
+    states, none = (F.pad(each, (0, 0, 0, length - each.shape[1])) for each in (states, none))
+    mask, none_mask = (F.pad(each, (0, length - each.shape[1])) for each in (mask, none_mask))
+    size = len(texts)
+    return {"states": states, "mask": mask, "none": none.expand(size, -1, -1), "none_mask": none_mask.expand(size, -1)}
+
+
+def shown_states(batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """States and mask of a batch, those of no text in the samples that are "dropped"."""
+    dropped = batch["dropped"][:, None]
+    states = torch.where(dropped[..., None], batch["none"], batch["states"])
+    return states, torch.where(dropped, batch["none_mask"], batch["mask"]).bool()
 
 
 def check_conditions(source: Source) -> None:
