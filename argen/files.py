@@ -37,6 +37,18 @@ def naming(path: Path) -> Iterator[None]:
         raise OSError(number, os.strerror(number), str(path)) from error
 
 
+@contextmanager
+def removed_if_cut(folder: Path) -> Iterator[None]:
+    """Where what writes a new folder fails, it is removed again; one that was there before is left as it is."""
+    before = folder.exists()
+    try:
+        yield
+    except BaseException:
+        if not before:
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
 def no_room(error: BaseException) -> int | None:
     """The number, of `FULL`, of an error of writing a file; None for other errors."""
     number = error.errno if isinstance(error, OSError) else None

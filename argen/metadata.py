@@ -17,6 +17,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from argen import __version__
+from argen.device import DTYPES
 from argen.files import replacing
 from argen.images import fitted, open_image
 from argen.request import Grid, Request, check_grid
@@ -121,14 +122,16 @@ def fingerprint(model: "DiffusionPipeline | torch.nn.Module") -> str:
 
 
 def made_by(model: "DiffusionPipeline | torch.nn.Module") -> dict[str, str]:
-    """What draws an image: the version of argen, `fingerprint`, and the precision of the network that writes the tokens."""
+    """What draws an image: the version of argen, `fingerprint`, and of the network that writes the tokens the precision, and how it is quantized."""
+    network = getattr(model, "transformer", model)
     texts = {"argen": __version__, "weights": fingerprint(model)}
-    dtype = getattr(getattr(model, "transformer", model), "dtype", None)
-    return texts | ({} if dtype is None else {"dtype": str(dtype).removeprefix("torch.")})
+    dtype, quantization = getattr(network, "dtype", None), getattr(network, "quantization", None)
+    texts |= {} if dtype is None else {"dtype": str(dtype).removeprefix("torch.")}
+    return texts | ({} if quantization is None else {"quantize": f"int{quantization['bits']}"})
 
 
 def changes(path: str | Path, now: Mapping[str, str]) -> list[str]:
-    """What was another when the image in a file was made, in words, e.g. "dtype bfloat16, not float32"; nothing where the file does not say it.
+    """What was another when the image in a file was made, in words, e.g. "dtype bf16, not fp32"; nothing where the file does not say it.
 
     Args:
         now: from `made_by`.
@@ -137,9 +140,16 @@ def changes(path: str | Path, now: Mapping[str, str]) -> list[str]:
         then = dict(read_json(open_image(path), MADE_BY))
     except (KeyError, TypeError, ValueError):
         return []
-    others = [name for name, value in now.items() if name in then and then[name] != value]
-    words = {"weights": OTHER_WEIGHTS}
-    return [words.get(name, f"{name} {cut(then[name])}, not {now[name]}") for name in others]
+    others = {name: (then[name], value) for name, value in now.items() if name in then and then[name] != value}
+    quantized = then.get("quantize", "none"), now.get("quantize", "none")
+    if "weights" in others and quantized[0] != quantized[1]:
+        others["quantize"] = quantized
+        del others["weights"]
+    options = {str(dtype).removeprefix("torch."): name for name, dtype in DTYPES.items()}  # as they are asked for
+    words = {
+        name: f"{name} {options.get(old, cut(old))}, not {options.get(new, new)}" for name, (old, new) in others.items()
+    }
+    return [OTHER_WEIGHTS if name == "weights" else text for name, text in words.items()]
 
 
 def differences(path: str | Path, pipe: "DiffusionPipeline") -> str | None:

@@ -16,6 +16,7 @@ from torch import Tensor
 from samplers.flow import Velocity, euler, euler_maruyama, even_times, heun, stochastic_times
 from samplers.logits import guide
 from samplers.settings import Field, settings
+from samplers.steps import NOT_FINITE
 
 Steps = Annotated[int, Field(ge=1, le=1000)]
 
@@ -110,6 +111,8 @@ class NextX:
                         sequence.clone(), finished + complete, finished + under_way, forward_passes + velocity.calls
                     )
                 forward_passes += velocity.calls
+                if not entity_cells.isfinite().all():
+                    raise ValueError(NOT_FINITE)
             if entity + 1 < len(lengths):
                 session.finish(entity, entity_cells)
                 forward_passes += 1

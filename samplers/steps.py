@@ -19,6 +19,10 @@ from samplers.logits import Noise, Sampling, guide
 from samplers.settings import settings
 
 MAX_WINDOW = 16384  # cells
+NOT_FINITE = (
+    "the network gives numbers that are not finite: its weights are damaged, or too large for float16; load it in another precision, or "
+    "fetch it again"
+)
 START = -1  # the token, and the position, that stands before the first cell
 
 
@@ -156,7 +160,18 @@ def next_logits(
 
 
 def guided(conditional: Tensor, unconditional: Tensor | None, scale: GuidanceScale, cells: Tensor) -> Tensor:
-    """Logits [B, n, K] with and without the prompt -> guided ones, float32, of `cells` ([n] or [B, n])."""
+    """Logits [B, n, K] with and without the prompt -> guided ones, float32, of `cells` ([n] or [B, n]).
+
+    Raises:
+        ValueError: the network gives NaN; on a GPU, which would have to be waited for, only of the first cell.
+    """
+    logits = _guided(conditional, unconditional, scale, cells)
+    if (logits.device.type == "cpu" or int(cells.min()) == 0) and logits.isnan().any():
+        raise ValueError(NOT_FINITE)
+    return logits
+
+
+def _guided(conditional: Tensor, unconditional: Tensor | None, scale: GuidanceScale, cells: Tensor) -> Tensor:
     if unconditional is None:
         return conditional.float()
     if callable(scale):

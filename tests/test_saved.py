@@ -1,6 +1,7 @@
 """Every shipped generator comes back from a folder that it was saved in."""
 
 import inspect
+import json
 from importlib import import_module
 from pkgutil import iter_modules
 
@@ -14,11 +15,13 @@ import argen.pipelines
 from argen.files import WEIGHTS
 from argen.hub.cards import list_models
 from argen.hub.quantized import quantized
+from argen.metadata import differences, save_images
 from argen.models.files import FILE, load_network, save_small
 from argen.models.judge import Judge
 from argen.models.parti import Parti
 from argen.pipelines.base import TokenPipeline
 from argen.registry import pipelines
+from argen.request import Request
 from tokenizers_img.vit_vqgan import ViTVQGAN
 
 
@@ -59,7 +62,7 @@ def test_a_quantized_folder_is_read_as_diffusers_does(model, tmp_path):
     argen.load(model, quantize="int8").save_pretrained(folder)
     pipe = argen.load(folder)
     again = type(pipe).from_pretrained(folder)
-    again.card = pipe.card  # which diffusers does not read
+    assert again.defaults == pipe.defaults
     assert quantized(again)
     images = [
         one("a red apple", generator=torch.Generator().manual_seed(3)).images[0].tobytes() for one in (pipe, again)
@@ -116,3 +119,55 @@ def test_a_small_file_that_lacks_a_tensor_is_refused(tmp_path):
     save_file({key: value for key, value in state.items() if key != "colour.bias"}, tmp_path / FILE)
     with pytest.raises(ValueError, match="does not fit Judge: missing colour.bias"):
         load_network(Judge, tmp_path)
+
+
+def test_a_folder_that_cannot_be_written_whole_is_removed(tmp_path, monkeypatch):
+    pipe = argen.load("argen/emoji-parti")
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("argen.pipelines.saving.write_card", full)
+    with pytest.raises(OSError, match="No space left"):
+        pipe.save_pretrained(tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+    (tmp_path / "old").mkdir()
+    with pytest.raises(OSError, match="No space left"):
+        pipe.save_pretrained(tmp_path / "old")
+    assert (tmp_path / "old").exists()
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"heads": 3}, "heads is 3: expected a divisor of the width 256"),
+        ({"heads": 0}, "division|modulo|heads is 0"),
+        ({"multiple_of": 0}, "division|modulo"),
+        ({"grid": 9}, "the generator writes 9 x 9 tokens, the image tokenizer reads 8 x 8"),
+    ],
+)
+def test_a_folder_with_other_settings_than_its_weights_is_refused(setting, message, tmp_path):
+    argen.load("argen/emoji-llamagen", quantize="int8").save_pretrained(tmp_path)
+    file = tmp_path / "transformer" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | setting))
+    with pytest.raises(ValueError, match=message):
+        argen.load(tmp_path)
+
+
+@pytest.mark.parametrize("model", ["argen/emoji-llamagen", "argen/emoji-parti", "argen/emoji-xar"])
+def test_weights_that_give_no_numbers_draw_nothing(model):
+    pipe = argen.load(model)
+    with torch.no_grad():
+        next(value for name, value in pipe.transformer.named_parameters() if "norm" in name)[0] = torch.nan
+    with pytest.raises(ValueError, match="numbers that are not finite"):
+        pipe("a pizza", generator=torch.Generator().manual_seed(0))
+
+
+def test_a_file_says_how_its_model_was_quantized(tmp_path):
+    request = Request("a pizza", seed=1)
+    plain, small = argen.load("argen/emoji-parti"), argen.load("argen/emoji-parti", quantize="int8")
+    for pipe, other, word in ((plain, small, "quantize none, not int8"), (small, plain, "quantize int8, not none")):
+        save_images([(pipe("a pizza").images[0], request)], [tmp_path / "a.png"])
+        said = f"{tmp_path / 'a.png'} was made by {word}: the image may differ"
+        assert differences(tmp_path / "a.png", other) == said
+        assert differences(tmp_path / "a.png", pipe) is None

@@ -16,6 +16,7 @@ import torch
 from safetensors import SafetensorError
 
 from argen.device import DTYPES, LOADING, ON_DEMAND, auto_dtype, free, pick, silent
+from argen.files import WEIGHTS
 from argen.garbage import uncollected
 from argen.hub.abilities import (
     OF_T5,
@@ -57,7 +58,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 NOT_READ = OSError, ValueError, RuntimeError, SafetensorError  # by files that do not fit
-UNUSABLE = (*NOT_READ, TypeError, AttributeError, LookupError)  # by settings beside them that do not
+UNUSABLE = (*NOT_READ, TypeError, AttributeError, LookupError, ArithmeticError)  # by settings beside them that do not
 IN_BFLOAT16 = ("T5EncoderModel", "LlamaForCausalLM")  # where published: as trained; in float16 T5 overflows
 CAST = ("", "transformer", "encoder", "text_encoder", "drafter")  # networks of a pipeline whose precision is chosen
 CHECKPOINTS = "argen.pipelines.llamagen:read_checkpoint"  # of files that no card names
@@ -371,7 +372,8 @@ def _read(folder: Path, card: Card | None, read: Callable[[], Any]) -> Any:
         reason, fault = " ".join(str(error).split()), f"the weights in {folder} cannot be used"
         if reason.endswith(" again"):  # it says itself what to do
             raise ValueError(f"{fault}: {reason}") from error
-        raise ValueError(f"{fault} ({reason[:300]}): install argen or fetch them again") from error
+        advice = "install argen again" if folder.is_relative_to(WEIGHTS) else "make or fetch them again"
+        raise ValueError(f"{fault} ({reason[:300]}): {advice}") from error
     return loaded
 
 

@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerFast
 
 from argen.models.decoding import Decoding
 from argen.models.kv_cache import KeyValueCache
-from argen.models.layers import Linear, leave_unpacked, split_heads
+from argen.models.layers import Linear, check_heads, leave_unpacked, split_heads
 from argen.models.session import KeysValues
 from tokenizers_img.attention import DispatchedAttention
 from tokenizers_img.checkpoint import load_strict, read_state_dict
@@ -37,7 +37,7 @@ class Attention(DispatchedAttention):
 
     def __init__(self, dim: int, heads: int):
         super().__init__()
-        self.heads = heads
+        self.heads = check_heads(dim, heads)
         self.k_proj = Linear(dim, dim, bias=False)
         self.v_proj = Linear(dim, dim, bias=False)
         self.q_proj = Linear(dim, dim, bias=False)

@@ -36,9 +36,11 @@ class Decoding(nn.Module):
         """
         folder = Path(pretrained_model_name_or_path) / (arguments.get("subfolder") or "")
         if (file := folder / FILE).is_file() and stores_quantized(file):
-            raise ValueError(
-                f"{folder} is the network of a quantized pipeline: load that with argen.load({str(folder.parent)!r})"
+            whole = (folder.parent / "model_index.json").is_file()
+            advice = (
+                f"load that with argen.load({str(folder.parent)!r})" if whole else "save its pipeline, and load that"
             )
+            raise ValueError(f"{folder} is the network of a quantized pipeline: {advice}")
         return super().from_pretrained(pretrained_model_name_or_path, **arguments)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:

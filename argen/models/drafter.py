@@ -18,7 +18,7 @@ from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
 from argen.models.kv_cache import KeyValueCache
-from argen.models.layers import Linear, causal_mask, grid_places, rotary_table, rotate, split_heads
+from argen.models.layers import Linear, causal_mask, check_heads, grid_places, rotary_table, rotate, split_heads
 from argen.models.llamagen import LlamaGenSession
 from samplers.trees import of_images
 from tokenizers_img.attention import DispatchedAttention
@@ -28,7 +28,7 @@ from tokenizers_img.checkpoint import load_strict, read_state_dict
 class Attention(DispatchedAttention):
     def __init__(self, dim: int, heads: int):
         super().__init__()
-        self.heads = heads
+        self.heads = check_heads(dim, heads)
         for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
             setattr(self, name, Linear(dim, dim, bias=False))
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from argen.models.decoding import Decoding
 from argen.models.kv_cache import KeyValueCache
-from argen.models.layers import Linear, RMSNorm, causal_mask, split_heads
+from argen.models.layers import Linear, RMSNorm, causal_mask, check_heads, split_heads
 from argen.models.session import DecoderSession, KeysValues
 from tokenizers_img.attention import DispatchedAttention
 from tokenizers_img.checkpoint import load_strict, read_state_dict
@@ -47,7 +47,7 @@ class SelfAttention(DispatchedAttention):
 
     def __init__(self, dim: int, heads: int, qkv_bias: bool, bias: bool, qk_norm: tuple[str, float] | None):
         super().__init__()
-        self.heads = heads
+        self.heads = check_heads(dim, heads)
         self.qkv, self.proj = Linear(dim, 3 * dim, bias=qkv_bias), Linear(dim, dim, bias=bias)
         if qk_norm is not None:
             self.q_norm, self.k_norm = (norm_of(qk_norm[0], dim // heads, qk_norm[1]) for _ in range(2))
@@ -66,7 +66,7 @@ class CrossAttention(DispatchedAttention):
 
     def __init__(self, dim: int, heads: int, qkv_bias: bool, bias: bool, qk_norm: tuple[str, float] | None):
         super().__init__()
-        self.heads = heads
+        self.heads = check_heads(dim, heads)
         self.Wq, self.Wk, self.Wv = (Linear(dim, dim, bias=qkv_bias) for _ in range(3))
         self.proj = Linear(dim, dim, bias=bias)
         if qk_norm is not None:

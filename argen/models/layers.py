@@ -64,6 +64,17 @@ def leave_unpacked(network: nn.Module) -> None:
             part.packs = False
 
 
+def check_heads(dim: int, heads: int) -> int:
+    """`heads`, of a network of the width `dim`.
+
+    Raises:
+        ValueError: they do not divide it.
+    """
+    if heads < 1 or dim % heads:
+        raise ValueError(f"heads is {heads}: expected a divisor of the width {dim}")
+    return heads
+
+
 def split_heads(x: Tensor, heads: int) -> Tensor:
     """[B, n, D] -> [B, n, H, D/H], the layout of diffusers' attention dispatcher."""
     return x.unflatten(-1, (heads, -1))

@@ -22,7 +22,16 @@ from torch import Tensor, nn
 
 from argen.models.decoding import Decoding
 from argen.models.kv_cache import KeyValueCache
-from argen.models.layers import Linear, RMSNorm, causal_mask, grid_places, rotary_table, rotate, split_heads
+from argen.models.layers import (
+    Linear,
+    RMSNorm,
+    causal_mask,
+    check_heads,
+    grid_places,
+    rotary_table,
+    rotate,
+    split_heads,
+)
 from argen.models.session import decoding
 from tokenizers_img.attention import DispatchedAttention
 from tokenizers_img.checkpoint import load_strict, read_state_dict
@@ -48,7 +57,7 @@ def running_mean(value: Tensor, counted: Tensor) -> Tensor:
 class Attention(DispatchedAttention):
     def __init__(self, dim: int, heads: int):
         super().__init__()
-        self.heads = heads
+        self.heads = check_heads(dim, heads)
         self.wqkv = Linear(dim, 3 * dim, bias=False)
         self.wo = Linear(dim, dim, bias=False)
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from argen.models.decoding import Decoding
 from argen.models.kv_cache import KeyValueCache
-from argen.models.layers import Linear, causal_mask, linear, split_heads
+from argen.models.layers import Linear, causal_mask, check_heads, linear, split_heads
 from argen.models.session import KeysValues
 from tokenizers_img.attention import DispatchedAttention
 
@@ -26,7 +26,7 @@ class Attention(DispatchedAttention):
 
     def __init__(self, dim: int, heads: int):
         super().__init__()
-        self.heads = heads
+        self.heads = check_heads(dim, heads)
         self.q_proj = Linear(dim, dim, bias=False)
         self.k_proj = Linear(dim, dim, bias=False)
         self.v_proj = Linear(dim, dim, bias=False)

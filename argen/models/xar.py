@@ -20,7 +20,7 @@ from diffusers.configuration_utils import register_to_config
 from einops import rearrange
 from torch import Tensor, nn
 
-from argen.models.layers import Linear, RMSNorm, grid_places, rotary_table, rotate, split_heads
+from argen.models.layers import Linear, RMSNorm, check_heads, grid_places, rotary_table, rotate, split_heads
 from argen.models.parti import Attention as CrossAttention
 from tokenizers_img.attention import DispatchedAttention
 from tokenizers_img.checkpoint import load_strict, read_state_dict
@@ -125,7 +125,7 @@ class Attention(DispatchedAttention):
 
     def __init__(self, dim: int, heads: int, dropout: float):
         super().__init__()
-        self.heads, self.dropout = heads, dropout
+        self.heads, self.dropout = check_heads(dim, heads), dropout
         self.qkv, self.proj = Linear(dim, 3 * dim), Linear(dim, dim)
 
     def forward(self, x: Tensor, freqs_cis: Tensor, mask: Tensor | None, cached: Tensor | None) -> Tensor:

@@ -159,3 +159,15 @@ class LatentGrid(TokenGrid):
     def fill(self, tokens: Tensor, blank: Tensor) -> Tensor:
         """See `TokenGrid.fill`: zeros."""
         return tokens.nan_to_num(0.0)
+
+
+def check_grids(generator: Any, image_tokenizer: Any) -> None:
+    """Raises:
+    ValueError: a generator writes another grid than that of an image tokenizer whose images have one size.
+    """
+    expected = getattr(image_tokenizer, "grid", None)
+    if isinstance(expected, int) and generator.config.grid != expected:
+        raise ValueError(
+            f"the generator writes {generator.config.grid} x {generator.config.grid} tokens, the image tokenizer reads "
+            f"{expected} x {expected}: expected a generator of this tokenizer"
+        )

@@ -15,6 +15,7 @@ from argen.models.llamagen import LlamaGen, LlamaGenSession
 from argen.models.llamagen_files import read_generator
 from argen.models.t5 import read_t5, text_features
 from argen.pipelines.base import Defaults, TokenPipeline
+from argen.pipelines.canvas import check_grids
 from argen.request import Control
 from tokenizers_img.checkpoint import read_state_dict
 from tokenizers_img.llamagen_vq import LlamaGenVQ
@@ -46,6 +47,7 @@ class LlamaGenPipeline(TokenPipeline):
         class_names: list[str] | None = None,
     ):
         super().__init__()
+        check_grids(transformer, vq)
         self.register_to_config(groups=groups, class_names=class_names)
         self.register_modules(
             transformer=transformer, vq=vq, text_encoder=text_encoder, tokenizer=tokenizer, drafter=drafter

@@ -13,6 +13,7 @@ from argen.models.files import load_network, read_encoder
 from argen.models.parti import Parti
 from argen.models.session import DecoderSession
 from argen.pipelines.base import Defaults, TokenPipeline
+from argen.pipelines.canvas import check_grids
 from argen.pipelines.prompts import distinct
 from argen.request import Control
 from tokenizers_img.vit_vqgan import ViTVQGAN
@@ -39,6 +40,7 @@ class PartiPipeline(TokenPipeline):
         image_tokenizer: ViTVQGAN,
     ):
         super().__init__()
+        check_grids(transformer, image_tokenizer)
         self.register_modules(clip=clip, tokenizer=tokenizer, transformer=transformer, image_tokenizer=image_tokenizer)
 
     @property

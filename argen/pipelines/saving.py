@@ -10,8 +10,8 @@ import torch
 from diffusers import DiffusionPipeline
 
 from argen.device import check_offload, pick
-from argen.files import naming
-from argen.hub.cards import Card, all_cards, write_card
+from argen.files import naming, removed_if_cut
+from argen.hub.cards import CARD_FILE, Card, all_cards, read_folder_card, write_card
 from argen.hub.loading import choose_attention, compile_decoding, compiles_quantized, settle
 from argen.hub.quantized import PART, quantized, read_quantized, write_network
 from tokenizers_img.mapped import AS_STORED
@@ -72,22 +72,22 @@ class Saving(DiffusionPipeline):
         return read
 
     def save_pretrained(self, save_directory: str | Path, **arguments) -> None:
-        """Save as diffusers does, with a card that has this model's defaults."""
+        """Save as diffusers does, with a card that has this model's defaults; where that fails, a new folder is removed again."""
         folder = Path(save_directory)
-        with naming(folder):
+        with removed_if_cut(folder), naming(folder):
             super().save_pretrained(save_directory, **arguments)
             if quantized(self):  # whose file says so
                 write_network(self.transformer, folder / PART)
-        card = self.card or Card("", "generator", f"a saved {type(self).__name__}", "")
-        card = replace(
-            card,
-            id="".join(filter(str.isprintable, folder.name)),
-            target="argen.hub.loading:load",
-            repo=None,
-            files=(),
-            order=1000,
-        )
-        write_card(replace(card, arguments={}), folder)
+            card = self.card or Card("", "generator", f"a saved {type(self).__name__}", "")
+            card = replace(
+                card,
+                id="".join(filter(str.isprintable, folder.name)),
+                target="argen.hub.loading:load",
+                repo=None,
+                files=(),
+                order=1000,
+            )
+            write_card(replace(card, arguments={}), folder)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **arguments: Any) -> Self:
@@ -101,7 +101,7 @@ class Saving(DiffusionPipeline):
             raise ValueError(f"{name} is no pipeline that diffusers saved: use argen.load({name!r})")
         network = None if PART in arguments else read_quantized(Path(name))
         if network is None:
-            return super().from_pretrained(pretrained_model_name_or_path, **arguments)
+            return _with_card(super().from_pretrained(pretrained_model_name_or_path, **arguments), Path(name))
         dtype = arguments.get("torch_dtype", arguments.get("dtype"))
         dtype = dtype.get(PART, dtype.get("default")) if isinstance(dtype, dict) else dtype
         pipe = super().from_pretrained(pretrained_model_name_or_path, **arguments, **{PART: network})
@@ -109,7 +109,7 @@ class Saving(DiffusionPipeline):
             settle(network, [dtype or torch.float32])
             if network.dtype == torch.float32 and compiles_quantized(pipe, pipe.device):
                 compile_decoding(pipe)
-        return pipe
+        return _with_card(pipe, Path(name))
 
     def to(self, *args: Any, **kwargs: Any) -> Self:
         """Move to a device, a precision, or both, as in diffusers.
@@ -160,3 +160,10 @@ class Saving(DiffusionPipeline):
     def disable_xformers_memory_efficient_attention(self) -> None:
         """Go back to PyTorch's own attention."""
         choose_attention(self, "native")
+
+
+def _with_card(pipe: Any, folder: Path) -> Any:
+    """A pipeline out of a folder, with the defaults of the card that lies there."""
+    if (folder / CARD_FILE).is_file():
+        pipe.card = read_folder_card(folder / CARD_FILE)
+    return pipe

@@ -21,6 +21,7 @@ logger = logging.getLogger(__name__)
 NEW, CURRENT, OLD, DAMAGED = "checkpoint.new", "checkpoint", "checkpoint.old", "checkpoint.damaged"
 LATER = {  # settings that checkpoints of earlier releases do not name -> what they were then
     "decline": ("cosine",), "floor": (0.02,), "decayed": ("all",), "clip": ("norm",), "ema_warmup": (True,), "micro_batch": (None,),
+    "hold": (0.0,),
 }  # fmt: skip
 RECIPE, FILES = "recipe.json", "files.json"  # FILES: name -> size and CRC-32
 

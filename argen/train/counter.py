@@ -53,11 +53,11 @@ class CounterTask(Task):
     def __init__(self, data: Path, scenes: Path):
         self.singles = torch.from_numpy(pixels(read_split(data, "train"), SIZE))
         self.single = target([(0.5, 0.5)])
-        self.scenes, self.targets = self.read(scenes, "train")
-        self.held_out, self.held_out_targets = self.read(scenes, "validation")
+        self.scenes, self.targets = self.read_split(scenes, "train")
+        self.held_out, self.held_out_targets = self.read_split(scenes, "validation")
         self.networks: dict[str, nn.Module] = {"model": Counter()}
 
-    def read(self, scenes: Path, split: str) -> tuple[Tensor, Tensor]:
+    def read_split(self, scenes: Path, split: str) -> tuple[Tensor, Tensor]:
         """Pictures [N, H, W, 3] uint8 and their densities [N, 28, 28]."""
         table = read_split(scenes, split)
         images, densities = torch.from_numpy(pixels(table, SIZE)), []

@@ -9,6 +9,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -178,6 +179,8 @@ class Training:
         self.task, self.schedule, self.out, self.seed = task, schedule, out, seed
         self.prepare(precision, checkpoint)
         self.log: dict[str, float] = {}
+        self.reader = ThreadPoolExecutor(1)
+        self.ahead: tuple[int, Future] | None = None  # the next step's batch, which is read while this one is learned
         self.started = time.time()
 
     def prepare(self, precision: str, checkpoint: Path | None) -> None:
@@ -198,20 +201,26 @@ class Training:
         if accelerator.is_main_process:
             checkpoints.trim_log(self.out / "log.jsonl", self.progress.step)
 
-    def step(self) -> None:
-        """One step of every network: on each its loss on every part of the batch, then its optimizers."""
+    def step(self, last: bool = False) -> None:
+        """One step of every network: on each its loss on every part of the batch, then its optimizers.
+
+        Args:
+            last: the batch of no further step is read ahead.
+        """
         accelerator, step, size = self.accelerator, self.progress.step, self.schedule.batch_size
-        batch = self.task.batch(size, step_generator(self.seed * 1000, step))
-        parts, logs = list(self.parts(batch)), []
-        losses = []
+        parts = self.ahead[1].result() if self.ahead and self.ahead[0] == step else self.read(step)
+        self.ahead = None if last else (step + 1, self.reader.submit(self.read, step + 1))
+        losses, logs = [], []
         for part, count in parts:
-            part = {key: value.to(accelerator.device) for key, value in self.task.read(part).items()}
+            part = {key: value.to(accelerator.device) for key, value in part.items()}
             logs.append((count, {}))
             losses.append(self.task.losses(part, step, logs[-1][1]))
         while (
             name := self._backward(losses, [count * accelerator.num_processes / size for _, count in parts])
         ) is not None:
-            self._clip(self.task.networks[name])
+            norm = self._clip(self.task.networks[name])
+            if norm is not None and name == "model":
+                self.log["gradient norm"] = norm
             for optimizer in self.optimizers[name]:
                 for group in optimizer.param_groups:
                     group["lr"] = self.schedule.rate(step)
@@ -221,6 +230,11 @@ class Training:
             self.log[key] = sum(count * log[key] for count, log in logs) / sum(count for count, _ in logs)
         self.ema.step(self.model.parameters())
         self.progress.step += 1
+
+    def read(self, step: int) -> list[tuple[dict[str, Tensor], int]]:
+        """The parts of the batch of a step that this process takes, with what has to be read for them, and how many samples each has."""
+        batch = self.task.batch(self.schedule.batch_size, step_generator(self.seed * 1000, step))
+        return [(self.task.read(part), count) for part, count in self.parts(batch)]
 
     def parts(self, batch: dict[str, Tensor]) -> Iterator[tuple[dict[str, Tensor], int]]:
         """The parts of a batch that this process takes, one after the other, and how many samples each has."""
@@ -243,18 +257,26 @@ class Training:
                 self.accelerator.backward(loss * share if share != 1 else loss)
         return name
 
-    def _clip(self, network: nn.Module) -> None:
-        clip = self.accelerator.clip_grad_norm_ if self.schedule.clip == "norm" else self.accelerator.clip_grad_value_
-        clip(network.parameters(), self.schedule.grad_clip)
+    def _clip(self, network: nn.Module) -> float | None:
+        """Bound the gradients -> their norm before, where that is what is bounded."""
+        if self.schedule.clip == "value":
+            self.accelerator.clip_grad_value_(network.parameters(), self.schedule.grad_clip)
+            return None
+        return float(self.accelerator.clip_grad_norm_(network.parameters(), self.schedule.grad_clip))
 
     def evaluate(self) -> dict[str, float]:
         """Write a sample and a line of the log; gives the scores, none in processes other than the first."""
+        if self.ahead:
+            self.ahead[1].exception()  # what is measured may use the parts that are read with: one after the other
         if not self.accelerator.is_main_process:
             return {}
         with _averaged(self.model, self.ema):
             scores = self.task.evaluate()
             self.task.sample().save(self.out / f"sample-{self.progress.step:06d}.png")
-        entry = {"step": self.progress.step, "seconds": time.time() - self.started, **self.log, **scores}
+        rate = self.schedule.rate(max(0, self.progress.step - 1))
+        entry = {
+            "step": self.progress.step, "seconds": time.time() - self.started, "rate": rate, **self.log, **scores,
+        }  # fmt: skip
         with (self.out / "log.jsonl").open("a") as file:
             file.write(json.dumps(entry) + "\n")
         tqdm.write(json.dumps({key: round(value, 4) for key, value in entry.items()}))
@@ -296,7 +318,7 @@ def train(
     hidden = not training.accelerator.is_main_process
     with tqdm(initial=progress.step, total=end, desc=out.name, disable=hidden) as bar:
         while progress.step < end:
-            training.step()
+            training.step(last=progress.step + 1 == end)
             bar.update()
             if progress.step % 20 == 0:
                 bar.set_postfix({key: f"{value:.4g}" for key, value in training.log.items()})

@@ -103,7 +103,7 @@ class CaptionsTask(Task):
         self.text_tokenizer = AutoTokenizer.from_pretrained(clip)
         self.clip = CLIPModel.from_pretrained(clip, dtype=torch.float32).eval().requires_grad_(False)
 
-        table = self.read(data, "train")
+        table = self.read_split(data, "train")
         self.rows, self.images = (
             table.remove_columns("image").to_list(),
             torch.from_numpy(pixels(table, self.image_size)),
@@ -114,7 +114,7 @@ class CaptionsTask(Task):
         self.image_tokens, self.scene_tokens = self.tokens(self.images), self.tokens(self.scene_images)
         self.mirrored_tokens = self.tokens(self.images.flip(2))
         self.mirrors = torch.tensor([row["subgroup"].startswith(MIRRORED) for row in self.rows])
-        table = self.read(data, "validation")
+        table = self.read_split(data, "validation")
         self.held_out_captions, self.held_out_images = (
             list(table["caption"]),
             torch.from_numpy(pixels(table, self.image_size)),
@@ -123,7 +123,7 @@ class CaptionsTask(Task):
 
         self.weights = shares([(row["concept"], row["style"]) for row in self.rows])
 
-    def read(self, data: Path, split: str):
+    def read_split(self, data: Path, split: str):
         """A split of the single pictures.
 
         Raises:
