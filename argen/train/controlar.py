@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from argen.data.scenes import segments
 from argen.data.tables import read_split
-from argen.models.annotators import annotate, resized
+from argen.models.annotators import annotate, as_control, resized
 from argen.models.controlar import CELL, ControlAR
 from argen.models.llamagen import LlamaGen
 from argen.pipelines.controlar import ControlARPipeline
@@ -102,7 +102,7 @@ class ControlTask(LlamaGenTask):
     def control(self, image: np.ndarray, kind: str) -> Tensor:
         """What the network reads of an image [H, W, 3] uint8, or of a map of its segments: [3, h, w] in [-1, 1], cells of `CELL` pixels a side."""
         height, width = (side // self.vq.config.patch_size * CELL for side in image.shape[:2])
-        return annotate(resized(Image.fromarray(image), kind, (width, height)), kind)
+        return as_control(annotate(resized(Image.fromarray(image), kind, (width, height)), kind))
 
     def edges(self, image: Tensor) -> Tensor:
         """`control` of the canny edges of an image [H, W, 3] uint8."""
