@@ -371,6 +371,8 @@ recipes = Registry(
         "parti": "argen.train.own.parti:RECIPE",
         "controlar": "argen.train.own.controlar:RECIPE",
         "drafter": "argen.train.own.drafter:RECIPE",
+        "vit-vqgan": "argen.train.own.vit_vqgan:RECIPE",
+        "llamagen-vq": "argen.train.own.llamagen_vq:RECIPE",
         "emoji-clip": "argen.train.clip:RECIPE",
         "emoji-vitvqgan": "argen.train.vit_vqgan:RECIPE",
         "emoji-vitvqgan-decoder": "argen.train.vit_vqgan:DECODER_RECIPE",

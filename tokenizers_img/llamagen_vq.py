@@ -31,7 +31,12 @@ def converted(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def network(
-    multipliers: tuple[int, ...], width: int = 128, latent_channels: int = 256, codes: int = 16384, code_width: int = 8
+    multipliers: tuple[int, ...],
+    width: int = 128,
+    latent_channels: int = 256,
+    codes: int = 16384,
+    code_width: int = 8,
+    layers: int = 2,
 ) -> VQModel:
     """The published network, or one of other sizes."""
     levels = len(multipliers)
@@ -39,7 +44,7 @@ def network(
         down_block_types=("DownEncoderBlock2D",) * (levels - 1) + ("AttnDownEncoderBlock2D",),
         up_block_types=("AttnUpDecoderBlock2D",) + ("UpDecoderBlock2D",) * (levels - 1),
         block_out_channels=tuple(width * m for m in multipliers),
-        layers_per_block=2,
+        layers_per_block=layers,
         latent_channels=latent_channels,
         num_vq_embeddings=codes,
         vq_embed_dim=code_width,
