@@ -75,7 +75,7 @@ class Task(Protocol):
     networks: dict[str, nn.Module]  # "model" is the one that is averaged, evaluated and shipped
     extra_state: tuple[nn.Module, ...] = ()  # further modules that a checkpoint saves
     options: dict[str, str] = {}  # what was chosen beside the schedule
-    total: int  # steps of the schedule; the loop sets it
+    total: int = 0  # steps of the schedule; the loop sets it
 
     def batch(self, size: int, generator: torch.Generator) -> dict[str, Tensor]:
         """What is drawn by chance for a step: tensors whose first axis are the samples."""
