@@ -373,6 +373,8 @@ recipes = Registry(
         "drafter": "argen.train.own.drafter:RECIPE",
         "xar": "argen.train.own.xar:RECIPE",
         "flexar": "argen.train.own.flexar:RECIPE",
+        "vit-vqgan": "argen.train.own.vit_vqgan:RECIPE",
+        "llamagen-vq": "argen.train.own.llamagen_vq:RECIPE",
         "emoji-clip": "argen.train.clip:RECIPE",
         "emoji-vitvqgan": "argen.train.vit_vqgan:RECIPE",
         "emoji-vitvqgan-decoder": "argen.train.vit_vqgan:DECODER_RECIPE",

@@ -105,12 +105,17 @@ def own_rows() -> str:
     rows = []
     for name, recipe in recipes.items():
         if isinstance(recipe, OwnRecipe):
-            lengths = [
-                f"{each.steps:,} x {each.batch_size} at {each.learning_rate:g}" if each else "none"
-                for each in (recipe.schedule, recipe.lora)
-            ]
-            rows.append((f"`{name}`", *lengths))
-    return table(("recipe", "steps x batch at the learning rate", "of a LoRA"), rows)
+            schedule = recipe.schedule
+            decline = "constant" if schedule.decline == "constant" else f"{schedule.decline} decline"
+            rate = f"{schedule.learning_rate:g}, {decline}"
+            needs = "yes" if recipe.conditions else "no"
+            lengths = f"{schedule.steps:,} x {schedule.batch_size}"
+            rows.append(
+                (f"`{name}`", needs, lengths, rate, schedule.ema_decay or "", "yes" if recipe.lora is not None else "")
+            )
+    return table(
+        ("recipe", "needs classes or captions", "steps x batch", "learning rate", "averaged weights", "`--lora`"), rows
+    )
 
 
 def trained_rows() -> str:

@@ -197,12 +197,17 @@ def digest(facts: object) -> str:
     return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
 
 
-def crop_adm(image: Image.Image, size: int) -> Image.Image:
-    """Centre square as ImageNet evaluations take it: halved while twice too large, bicubic, cut (guided-diffusion)."""
-    while min(image.size) >= 2 * size:
+def shrunk(image: Image.Image, side: int) -> Image.Image:
+    """The whole image with its shorter side of `side` pixels: halved while twice too large, then bicubic (guided-diffusion)."""
+    while min(image.size) >= 2 * side:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
-    scale = size / min(image.size)
-    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
+    scale = side / min(image.size)
+    return image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
+
+
+def crop_adm(image: Image.Image, size: int) -> Image.Image:
+    """Centre square as ImageNet evaluations take it, of `shrunk` (guided-diffusion)."""
+    image = shrunk(image, size)
     left, top = (image.width - size) // 2, (image.height - size) // 2
     return image.crop((left, top, left + size, top + size))
 

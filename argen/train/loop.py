@@ -78,6 +78,7 @@ class Task(Protocol):
     networks: dict[str, nn.Module]  # "model" is the one that is averaged, evaluated and shipped
     extra_state: tuple[nn.Module, ...] = ()  # further modules that a checkpoint saves
     options: dict[str, str] = {}  # what was chosen beside the schedule
+    total: int = 0  # steps of the schedule; the loop sets it
 
     def batch(self, size: int, generator: torch.Generator) -> dict[str, Tensor]:
         """What is drawn by chance for a step: tensors whose first axis are the samples."""
@@ -177,6 +178,7 @@ class Training:
         settings = {"seed": seed, "networks": list(task.networks), "options": task.options}
         self.recipe = {"precision": precision, "schedule": asdict(schedule), **settings}
         self.task, self.schedule, self.out, self.seed = task, schedule, out, seed
+        task.total = schedule.steps
         self.prepare(precision, checkpoint)
         self.log: dict[str, float] = {}
         self.reader = ThreadPoolExecutor(1)

@@ -205,6 +205,7 @@ def open_source(
     split: str | None = None,
     missing_captions: str = "error",
     strict: bool = False,
+    conditions: bool = True,
 ) -> Source:
     """Find out how images are arranged, read each once, and drop those that cannot be used.
 
@@ -217,6 +218,7 @@ def open_source(
         split: train, validation or test, to take this one alone.
         missing_captions: "error", or "drop" to leave out images without a caption where others have one.
         strict: stop at the first image that cannot be read, instead of leaving it out.
+        conditions: whether classes or captions are learned; if not, images that lack them stay.
 
     Raises:
         FileNotFoundError, ValueError: there is nothing; nothing that can be read; what was named does not fit what is there.
@@ -229,11 +231,12 @@ def open_source(
         captions = path / captions
     listing = list_images(path, captions, columns)
     _take_split(listing, split)
-    _check_captions(listing, missing_captions)
+    if conditions:
+        _check_captions(listing, missing_captions)
     rows = _checked_rows(listing, strict)
     source = Source(listing, rows)
     if split in (None, "train"):
-        _check_enough(source)
+        _check_enough(source, conditions)
     return source
 
 
@@ -302,14 +305,14 @@ def _checked_rows(listing: Listing, strict: bool) -> list[tuple[Row, Checked, Ch
     return rows
 
 
-def _check_enough(source: Source) -> None:
+def _check_enough(source: Source, classes: bool) -> None:
     """Raises:
-    ValueError: one image alone, or no class with two.
+    ValueError: one image alone, or no class with two where they are learned.
     """
     if len(source) == 1:
         raise ValueError(f"{source.path} holds one image that can be used: expected at least 2, since one is held out")
     labels = Counter(source.label(index) for index in range(len(source)))
-    if source.classes is not None and max(labels.values()) < 2:
+    if classes and source.classes is not None and max(labels.values()) < 2:
         raise ValueError(f"no class in {source.path} has two images: expected more in {listed(source.classes)}")
 
 

@@ -22,6 +22,7 @@ from argen.models.judge import Judge
 from argen.train.loop import Recipe, Schedule, Task
 from tokenizers_img.kl_vae import KLVAE
 from tokenizers_img.pixels import from_uint8
+from tokenizers_img.quantize import revive
 from tokenizers_img.vit_vqgan import ViTVQGAN
 
 SCHEDULES = {
@@ -192,7 +193,7 @@ class ViTVQGANTask(Reconstruction):
             return
         model = self._model()
         z = model.encode_vectors(real).flatten(0, 1)
-        model.quantizer.revive((count < 2).to(z.device), z)
+        revive(model.quantizer.embedding.weight, (count < 2).to(z.device), z)
         count.zero_()
 
 

@@ -37,10 +37,9 @@ SCHEDULE = Schedule(
     ema_decay=0.9999,
     decline="constant",
     decayed="matrices",
-    ema_warmup=False,
 )
 LORA_SCHEDULE = replace(
-    SCHEDULE, steps=1_000, batch_size=8, warmup=20, weight_decay=0.0, ema_decay=0.99, ema_warmup=True, decline="cosine"
+    SCHEDULE, steps=1_000, batch_size=8, warmup=20, weight_decay=0.0, ema_decay=0.99, decline="cosine"
 )
 
 

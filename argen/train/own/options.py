@@ -36,7 +36,10 @@ class OwnOptions:
     )
     strict: bool = Field(False, description="stop at the first image that cannot be read, instead of leaving it out")
     init: str | None = Field(None, description="model to start from", json_schema_extra={"metavar": "MODEL"})
-    size: str | None = Field(None, description="of a new network: B, L, XL, XXL or 3B as published, or mini")
+    size: str | None = Field(
+        None,
+        description="of a new network, as published: B, L, XL, XXL, 3B of LlamaGen, small, base of ViT-VQGAN, VQ-16, VQ-8 of LlamaGen's VQ; or mini",
+    )
     tokenizer: str | None = Field(
         None, description="image tokenizer of a new network", json_schema_extra={"metavar": "MODEL"}
     )
@@ -46,7 +49,7 @@ class OwnOptions:
         json_schema_extra={"metavar": "MODEL"},
     )
     image_size: Annotated[int, Field(ge=16, le=4096)] | None = Field(None, description="side of the crops in pixels")
-    crops: str | None = Field(None, description="center, flip or ten:RANGE")
+    crops: str | None = Field(None, description="center, flip or ten:RANGE; of a tokenizer center or flip")
     control: str = Field(
         "canny", description="what controlar follows, a type of argen control, where no control images come along"
     )

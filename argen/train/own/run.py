@@ -33,11 +33,13 @@ class OwnRecipe:
         prepare: options, images to train on, images that are held out -> the task.
         schedule: that of the official code.
         lora: that of a LoRA; None where there is none.
+        conditions: whether classes or captions of the images are learned.
     """
 
     prepare: Callable[[OwnOptions, Source, Source], Task]
     schedule: Schedule
     lora: Schedule | None = None
+    conditions: bool = True
 
     def scheduled(self, options: OwnOptions, steps: int | None) -> Schedule:
         """The schedule, as the options change it.
@@ -74,7 +76,7 @@ def run(
     """
     schedule = recipe.scheduled(options, steps)
     with PartialState().main_process_first():  # what it finds out is kept for the others
-        source = opened(options)
+        source = opened(options, recipe.conditions)
     set_seed(seed)  # of a new network's weights
     task = recipe.prepare(options, *held_out(source))
     if compile:
@@ -84,8 +86,8 @@ def run(
     return train(task, schedule, out, seed=seed, steps=stop, checkpoint_every=every, evaluate_every=every)
 
 
-def opened(options: OwnOptions) -> Source:
-    """The images that are asked for. Raises as `open_source` does."""
+def opened(options: OwnOptions, conditions: bool = True) -> Source:
+    """The images that are asked for; see `open_source`."""
     return open_source(
         options.images,
         options.captions,
@@ -96,6 +98,7 @@ def opened(options: OwnOptions) -> Source:
         split=options.split,
         missing_captions=options.missing_captions,
         strict=options.strict,
+        conditions=conditions,
     )
 
 

@@ -37,11 +37,8 @@ SCHEDULE = Schedule(
     hold=0.75,
     floor=0.025,
     decayed="matrices",
-    ema_warmup=False,
 )
-LORA_SCHEDULE = replace(
-    SCHEDULE, steps=1_000, batch_size=8, warmup=20, weight_decay=0.0, ema_decay=0.99, ema_warmup=True, hold=0.0
-)
+LORA_SCHEDULE = replace(SCHEDULE, steps=1_000, batch_size=8, warmup=20, weight_decay=0.0, ema_decay=0.99, hold=0.0)
 MINI = {"dim": 256, "encoder_depth": 2, "decoder_depth": 3, "heads": 4, "rank": 48}  # for a CPU
 DROPOUT = 0.1  # of attention and of what layers add, as in the official code
 TEXT_ENCODER = "argen/emoji-clip"
