@@ -198,6 +198,19 @@ class Quantised(nn.Module):
         return losses, z.detach()
 
 
+class Mirrored(Sequence):
+    """The mirror images of [B, H, W, 3]."""
+
+    def __init__(self, images: Tensor):
+        self.images = images
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> Tensor:
+        return self.images[index].flip(1)
+
+
 class ImagesTask(CaptionsTask):
     """Base of the stages: captions, images as the encoder sees them, and their embeddings by `emoji-clip`.
 
@@ -217,7 +230,7 @@ class ImagesTask(CaptionsTask):
         self.encoder = load_network(ConvEncoder, encoder).requires_grad_(False)
         self.count = 0
         super().__init__(data, scenes, clip)
-        self.all = ConcatDataset([self.images, self.scene_images, self.held_out_images])
+        self.all = ConcatDataset([self.images, self.scene_images, Mirrored(self.images), self.held_out_images])
 
     def tokens(self, images: Tensor) -> Tensor:
         """[B, H, W, 3] uint8 -> their places in `all`: what is seen of them is computed anew in each step."""
@@ -266,7 +279,8 @@ class SeedContrastiveTask(ImagesTask):
         names = sorted({row["concept"] for row in self.rows})
         numbers = {name: number for number, name in enumerate(names)}
         self.labels = torch.full((len(self.all),), UNNAMED)
-        self.labels[: len(self.rows)] = torch.tensor([numbers[row["concept"]] for row in self.rows])
+        for first in (0, len(self.rows) + len(self.captions)):  # the single images, and their mirror images
+            self.labels[first : first + len(self.rows)] = torch.tensor([numbers[row["concept"]] for row in self.rows])
         words = self.clip.text_model.embeddings.token_embedding.weight
         sizes = {name: SIZES[name] for name in ("dim", "layers", "heads", "hidden", "features")}
         queries = nn.Parameter(0.02 * torch.randn(1, SIZES["tokens"], SIZES["dim"]))
