@@ -382,6 +382,7 @@ recipes = Registry(
         "emoji-vae-decoder": "argen.train.kl_vae:DECODER_RECIPE",
         "emoji-parti": "argen.train.parti:RECIPE",
         "emoji-parti-second": "argen.train.parti:SECOND_RECIPE",
+        "emoji-parti-third": "argen.train.parti:THIRD_RECIPE",
         "emoji-llamagen": "argen.train.llamagen:RECIPE",
         "emoji-llamagen-second": "argen.train.llamagen:SECOND_RECIPE",
         "emoji-control": "argen.train.controlar:RECIPE",

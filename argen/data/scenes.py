@@ -30,6 +30,7 @@ NUMBERS = ("zero", "one", "two", "three", "four", "five", "six")
 RELATIONS = ("to the left of", "to the right of", "above", "below")
 KINDS = {"count": 0.35, "colour": 0.15, "pair": 0.25, "relation": 0.25}
 PALETTE = ((230, 25, 75), (60, 180, 75), (0, 130, 200), (245, 130, 48), (145, 30, 180), (70, 240, 240))  # of segments
+AS_IT_COMES = 0.75  # share of the single things that keep the place and the size of their icon
 INK = 245  # what is darker in some channel is no ground
 AREA = 100  # pixels of 128 x 128 that an object has at least
 COMMON = (  # fmt: skip; things that a model too small for all of them learns, and can then draw
@@ -182,12 +183,14 @@ class Composer:
         return scene, Image.fromarray(canvas)
 
     def _paste(self, canvas, image, cell, layout, rng) -> tuple[int, int, int, int]:
-        """Put `image` somewhere inside its cell of the layout; returns the box of its ink."""
-        room = self.size // max(layout)
-        side = int(room * rng.uniform(0.78, 0.92))
+        """Put `image` somewhere inside its cell of the layout, where it is alone often as it comes; returns the box of its ink."""
+        if layout == (1, 1) and rng.random() < AS_IT_COMES:
+            side, top, left = self.size, 0, 0
+        else:
+            side = int(self.size // max(layout) * rng.uniform(0.78, 0.92))
+            extent = [self.size // n for n in layout]
+            top, left = (cell[axis] * extent[axis] + rng.randint(1, extent[axis] - side - 1) for axis in (0, 1))
         small = np.asarray(Image.fromarray(image).resize((side, side), Image.Resampling.LANCZOS))
-        extent = [self.size // n for n in layout]
-        top, left = (cell[axis] * extent[axis] + rng.randint(1, extent[axis] - side - 1) for axis in (0, 1))
         canvas[top : top + side, left : left + side] = small
         rows, columns = np.nonzero((small < INK).any(-1))
         return (

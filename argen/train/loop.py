@@ -136,7 +136,8 @@ def optimizers_of(network: nn.Module, schedule: Schedule, precision: str = "bf16
 
 
 def short_attention(device: torch.device) -> AbstractContextManager:
-    """For sequences of some 64 tokens: on a CPU plain matrix products train faster than the fused kernel."""
+    """For sequences of some 64 tokens: on a CPU plain matrix products train faster than the fused kernel. It holds for all threads, so for a
+    whole training, or what is read ahead would depend on when."""
     return sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else nullcontext()
 
 
@@ -318,7 +319,10 @@ def train(
     progress, scores = training.progress, {}
     end = min(steps or schedule.steps, schedule.steps)
     hidden = not training.accelerator.is_main_process
-    with tqdm(initial=progress.step, total=end, desc=out.name, disable=hidden) as bar:
+    with (
+        short_attention(training.accelerator.device),
+        tqdm(initial=progress.step, total=end, desc=out.name, disable=hidden) as bar,
+    ):
         while progress.step < end:
             training.step(last=progress.step + 1 == end)
             bar.update()
@@ -343,7 +347,7 @@ def _fast_precision() -> str:
 
 
 def _next(losses: Iterator[tuple[str, Tensor]], accelerator: Accelerator) -> tuple[str, Tensor] | None:
-    with accelerator.autocast(), short_attention(accelerator.device):
+    with accelerator.autocast():
         return next(losses, None)
 
 
