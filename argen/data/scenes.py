@@ -96,10 +96,15 @@ def _colourful(image: np.ndarray) -> bool:
 def boxes(image: np.ndarray) -> list[tuple[int, int, int, int]]:
     """(left, top, right, bottom) of each connected component of the ink of [H, W, 3] uint8, largest first."""
     ink = torch.from_numpy(image.min(axis=2) < INK)
-    places = torch.arange(1.0, ink.numel() + 1).reshape(ink.shape)
-    labels = torch.where(ink, places, 0.0)
-    while not torch.equal(labels, grown := torch.where(ink, F.max_pool2d(labels[None], 3, 1, 1)[0], 0.0)):
-        labels = grown
+    places = torch.arange(1.0, ink.numel() + 1).reshape(
+        ink.shape
+    )  # a component has the largest of its places as its label
+    labels, before = torch.where(ink, places, 0.0), None
+    while before is None or not torch.equal(labels, before):
+        before, labels = labels, torch.where(ink, F.max_pool2d(labels[None], 3, 1, 1)[0], 0.0)
+        labels = torch.where(
+            ink, labels.flatten()[(labels.long() - 1).clamp(min=0)], 0.0
+        )  # and that of the place it names
     least = AREA * ink.numel() / 128**2
     ids, areas = labels[ink].unique(return_counts=True)
     components = []
