@@ -3,6 +3,7 @@
 import logging
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import gradio as gr
@@ -74,9 +75,12 @@ def build(context: AppContext) -> gr.Blocks:
     os.environ["GRADIO_TEMP_DIR"] = str(context.studio.store.exports.resolve())  # uploads, and copies of served files
     with Page(title="argen", analytics_enabled=False, delete_cache=(CLEAN_EVERY, KEEP_FOR)) as page:
         gr.Markdown("# argen\nImages written token by token, from words.")
-        for name, module in tabs.items():
-            with gr.Tab(module.TITLE) as tab:
-                lay_out(name, module, context, tab)
+        context = replace(context, chosen=gr.State(None))
+        with gr.Tabs() as bar:
+            for name, module in tabs.items():
+                with gr.Tab(module.TITLE, id=name) as tab:
+                    lay_out(name, module, context, tab)
+        context.chosen.change(lambda: gr.Tabs(selected="generate"), None, bar, show_progress="hidden")
         endpoints.Endpoints(context)
         gr.HTML(f"<style>{STYLE}</style>", padding=False)
     for event in page.fns.values():
