@@ -13,6 +13,7 @@ from types import SimpleNamespace
 
 import filelock
 import numpy as np
+import psutil
 import pytest
 from PIL import Image
 from test_ui import PATIENCE, chromium, page, site  # noqa: F401, fixtures
@@ -72,8 +73,8 @@ def trainings(tmp_path):
         trainings.current[1].wait()
 
 
-def plan(images: Path, **changes) -> Plan:
-    return Plan(**{"recipe": "llamagen", "images": str(images), "init": MODEL, "steps": 2, "lora": 4} | changes)
+def plan(folder: Path, **changes) -> Plan:
+    return Plan(**{"recipe": "llamagen", "images": str(folder), "init": MODEL, "steps": 2, "lora": 4} | changes)
 
 
 def wait_for(trainings: Trainings, name: str, reached) -> background.State:
@@ -97,7 +98,7 @@ def test_a_lora_is_trained_watched_and_loaded(trainings, packed):
         trainings.delete("icons", "icons")
     state = wait_for(trainings, "icons", lambda state: state.status == FINISHED)
     assert (state.step, state.log[-1]["held-out loss"] > 0, state.sample.name) == (2, True, "sample-000002.png")
-    assert "images: 10" in (trainings.folder / "icons" / "output.log").read_text()
+    assert "images: 9" in (trainings.folder / "icons" / "output.log").read_text()
     assert describe(state).startswith("finished: 2 steps · loss ")
     assert trainings.models("trainings/icons").card.about == f"a LoRA of {MODEL}"
     with pytest.raises(ValueError, match="only one that was stopped can be resumed"):
@@ -150,8 +151,14 @@ def test_a_page_that_is_killed_leaves_no_process_and_a_training_to_resume(traini
     server.wait()
     server.stdout.close()
     state = wait_for(trainings, "icons", lambda state: state.status == STOPPED)
-    with pytest.raises(ProcessLookupError):
-        os.kill(child, 0)
+    for _ in range(100):
+        if (
+            not psutil.pid_exists(child) or psutil.Process(child).status() == psutil.STATUS_ZOMBIE
+        ):  # nobody asked for it
+            break
+        time.sleep(0.2)
+    else:
+        raise AssertionError("the process goes on without its page")
     assert state.plan.steps == 5000
     assert "argen train: stopped" in (trainings.folder / "icons" / "output.log").read_text()
 
@@ -294,7 +301,7 @@ def test_others_than_the_administrator_see_and_do_nothing(trainings):
     with pytest.raises((gr.Error, Forbidden), match="first key"):
         tab.delete("a", "a", other)
     assert tab.show(None, SimpleNamespace(username="first"))[1] == "No training yet."
-    with pytest.raises(gr.Error, match=r"there are no images: drop a \.zip$"):
+    with pytest.raises(gr.Error, match=r"there are no images: drop a \.zip'?$"):
         tab.start(SimpleNamespace(username="first"), "a", "llamagen", MODEL, 4, 2, 8, None, None)
 
 
