@@ -21,11 +21,11 @@ from test_ui import pytestmark as marks
 
 from argen.hub.loading import load
 from argen.hub.model_cache import ModelCache
+from argen.jobs import trainings as background
 from argen.jobs.access import ModelAccess
 from argen.jobs.queue import Forbidden
+from argen.jobs.trainings import FAILED, FINISHED, MINI, RUNNING, STOPPED, Plan, Trainings, attach, time_left
 from argen.train.containers import Zip
-from argen.train.own import background
-from argen.train.own.background import FAILED, FINISHED, MINI, RUNNING, STOPPED, Plan, Trainings, attach, time_left
 from argen.ui.context import AppContext
 from argen.ui.tabs.train import Train, describe
 
@@ -136,7 +136,7 @@ def test_a_page_that_is_killed_leaves_no_process_and_a_training_to_resume(traini
         import sys, time
         from pathlib import Path
         from argen.jobs.access import ModelAccess
-        from argen.train.own.background import Plan, Trainings
+        from argen.jobs.trainings import Plan, Trainings
         trainings = Trainings(ModelAccess(None, [], Path({str(trainings.folder)!r})))
         trainings.start("icons", Plan("llamagen", {str(images)!r}, {MODEL!r}, 5000, 4))
         print(trainings.current[1].pid, flush=True)

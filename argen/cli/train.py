@@ -72,8 +72,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     from argen.files import WEIGHTS
+    from argen.jobs.trainings import attach
     from argen.train import recipes as training
-    from argen.train.own.background import attach
     from argen.train.own.options import OwnOptions
     from argen.train.own.run import OwnRecipe
     from argen.train.own.run import run as train_own

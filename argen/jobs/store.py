@@ -83,7 +83,7 @@ class Store:
     Attributes:
         private_folder: folder inside it with the database, the thumbnails and the tokens of interrupted jobs; readable by its owner
             alone, and locked by one program at a time.
-        trainings: folder of the trainings of the page, see `argen.train.own.background`; it is made by the first one.
+        trainings: folder of the trainings of the page, see `argen.jobs.trainings`; it is made by the first one.
         exports: folder of uploads, and of files made for one download; emptied at start.
 
     Raises:

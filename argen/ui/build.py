@@ -18,6 +18,7 @@ logger = logging.getLogger(__name__)
 STYLE = ".thumbnail-item .caption-label { position: static; display: block; max-width: 100%; border: none; text-align: center; }"
 STYLE += " .thumbnail-item:has(.caption-label) { display: flex; flex-direction: column; }"
 STYLE += " .thumbnail-item:has(.caption-label) img { flex: 1; min-height: 0; }"
+TO_TOP = "() => { window.scrollTo(0, 0); return []; }"
 CLEAN_EVERY, KEEP_FOR = 3600, 86400  # seconds: uploaded and served files
 
 
@@ -80,7 +81,7 @@ def build(context: AppContext) -> gr.Blocks:
             for name, module in tabs.items():
                 with gr.Tab(module.TITLE, id=name) as tab:
                     lay_out(name, module, context, tab)
-        context.chosen.change(lambda: gr.Tabs(selected="generate"), None, bar, show_progress="hidden")
+        context.chosen.change(lambda: gr.Tabs(selected="generate"), None, bar, js=TO_TOP, show_progress="hidden")
         endpoints.Endpoints(context)
         gr.HTML(f"<style>{STYLE}</style>", padding=False)
     for event in page.fns.values():

@@ -1,4 +1,4 @@
-"""The tab *Train*: a generator learns one's own images beside the page, see `argen.train.own.background`."""
+"""The tab *Train*: a generator learns one's own images beside the page, see `argen.jobs.trainings`."""
 
 import time
 from dataclasses import replace
@@ -8,10 +8,10 @@ import gradio as gr
 import pandas as pd
 
 from argen.images import open_image
+from argen.jobs import trainings
 from argen.jobs.access import TRAINED
 from argen.jobs.messages import error_message
-from argen.train.own import background
-from argen.train.own.background import FAILED, FINISHED, MINI, RUNNING, STOPPED, STOPPING, Plan, State, Trainings
+from argen.jobs.trainings import FAILED, FINISHED, MINI, RUNNING, STOPPED, STOPPING, Plan, State, Trainings
 from argen.ui.context import AppContext, user_errors
 
 NEW = "a new small network"
@@ -29,8 +29,8 @@ TITLE = "Train"
 
 def layout(context: AppContext, tab: gr.Tab) -> None:
     train = Train(context)
-    gr.on([tab.select], train.restore, train.name, train.shown)
-    gr.on(None, train.restore, train.name, train.shown)
+    gr.on(None, train.restore, train.name, train.shown, show_progress="hidden")
+    tab.select(train.restore, train.name, train.shown, show_progress="hidden")
     tab.select(train.start_choices, [train.recipe, train.init], train.init)
 
 
@@ -56,14 +56,15 @@ class Train:
                     delete = gr.Button("Delete this training", variant="stop", elem_id="train-delete")
         self.timer = gr.Timer(TICK, active=False)
         self.buttons = [stop, resume, use]
-        drawn = [self.state, self.curve, self.sample, *self.buttons, self.seen, self.timer]
+        drawn = [self.state, self.curve, self.caption, self.sample, *self.buttons, self.seen, self.timer]
         self.shown = [self.name, *drawn]
-        start.click(self.start, fields, self.shown)
-        self.name.input(self.show, self.name, self.shown)
-        self.timer.tick(self.refresh, [self.name, self.seen], drawn, show_progress="hidden", concurrency_limit=None)
-        stop.click(self.stop, self.name, self.shown)
-        resume.click(self.resume, self.name, self.shown)
-        delete.click(self.delete, [self.name, typed], [*self.shown, typed])
+        quiet = {"show_progress": "hidden"}  # or an error covers all that is shown
+        start.click(self.start, fields, self.shown, **quiet)
+        self.name.input(self.show, self.name, self.shown, **quiet)
+        self.timer.tick(self.refresh, [self.name, self.seen], drawn, **quiet, concurrency_limit=None)
+        stop.click(self.stop, self.name, self.shown, **quiet)
+        resume.click(self.resume, self.name, self.shown, **quiet)
+        delete.click(self.delete, [self.name, typed], [*self.shown, typed], **quiet)
         if context.chosen is not None:
             use.click(self.use, self.name, context.chosen)
 
@@ -77,15 +78,15 @@ class Train:
         look = gr.Button("Look at the images", elem_id="train-look")
         report = gr.Textbox(label="What there is", lines=4, visible=False, interactive=False, elem_id="train-report")
         with gr.Row():
-            self.recipe = gr.Dropdown(list(background.PARTS), label="Recipe", min_width=120, elem_id="train-recipe")
+            self.recipe = gr.Dropdown(list(trainings.PARTS), label="Recipe", min_width=120, elem_id="train-recipe")
             lora = gr.Number(16, precision=0, minimum=1, maximum=256, label="LoRA rank", min_width=120)
             steps = gr.Number(STEPS[False], precision=0, minimum=1, label="Steps", min_width=120, elem_id="train-steps")
-        first = next(iter(background.PARTS))
+        first = next(iter(trainings.PARTS))
         choices = self.choices(first)
         self.init = gr.Dropdown(choices, value=choices[0][1], label="Start from", elem_id="train-init")
         with gr.Accordion("Advanced", open=False), gr.Row():
             batch = gr.Number(BATCH[False], precision=0, minimum=1, label="Batch size", info="images of a step")
-            rate = gr.Number(None, label="Learning rate", info="empty: the recipe's", elem_id="train-rate")
+            rate = gr.Number(0, minimum=0, label="Learning rate", info="0: the recipe's", elem_id="train-rate")
         name = gr.Textbox(label="Name", placeholder="icons", max_lines=1, elem_id="train-name")
         start = gr.Button("Start", variant="primary", elem_id="train-start")
         look.click(self.look, images, report)
@@ -98,13 +99,18 @@ class Train:
         self.name = gr.Dropdown([], label="Training", elem_id="train-which")
         self.state = gr.Markdown("No training yet.", elem_id="train-state")
         self.curve = gr.LinePlot(
-            x="step", y="loss", color="of", color_map=COLOURS, height=260, label="Loss", visible=False, elem_id="train-curve",
-            x_title="step", y_title="loss", color_title=" ",
-        )  # fmt: skip
-        self.sample = gr.Image(
-            label="Samples, of captions or classes that are held out", format="png", visible=False, interactive=False,
-            elem_id="train-sample",
-        )  # fmt: skip
+            x="step",
+            y="loss",
+            color="of",
+            color_map=COLOURS,
+            color_title="loss of",
+            height=340,
+            show_label=False,
+            visible=False,
+            elem_id="train-curve",
+        )
+        self.caption = gr.Markdown("Samples, after captions or classes of held-out images", visible=False)
+        self.sample = gr.Image(format="png", show_label=False, visible=False, interactive=False, elem_id="train-sample")
         with gr.Row():
             stop = gr.Button("Stop", interactive=False, elem_id="train-stop")
             resume = gr.Button("Resume", interactive=False, elem_id="train-resume")
@@ -143,7 +149,7 @@ class Train:
         with user_errors():
             self.context.check_admin(request)
             path, upload = self.images(*images)
-            report = background.look(path).report()
+            report = trainings.look(path).report()
         return gr.update(value=str(replace(report, path=Path(path.name) if upload else path)), visible=True)
 
     def start(self, request: gr.Request, name, recipe, init, lora, steps, batch, rate, *images) -> tuple:
@@ -151,9 +157,10 @@ class Train:
         with user_errors():
             self.context.check_admin(request)
             path, upload = self.images(*images)
-            every = max(background.Plan.every, min(500, -(-int(steps or 1) // MOST_SHEETS)))
+            every = max(trainings.Plan.every, min(500, -(-int(steps or 1) // MOST_SHEETS)))
             rank = None if init == MINI else lora
-            rate = None if not rate else float(rate)
+            rate = float(rate) if rate else None
+            gr.Info("The images are looked at.", duration=3)
             plan = Plan(recipe, str(path), init, steps, rank, batch or None, rate, every)
             self.trainings.start((name or "").strip(), plan, upload)
             return self.show(name.strip(), request)
@@ -192,7 +199,7 @@ class Train:
     def show(self, name: str | None, request: gr.Request) -> tuple:
         """Return the values of `shown`; of the newest training where none is named."""
         if self.context.admin not in (None, self.context.owner(request)):
-            return gr.skip(), "Only the holder of the server's first key trains here.", *[gr.skip()] * 7
+            return gr.skip(), "Only the holder of the server's first key trains here.", *[gr.skip()] * 8
         names = self.trainings.names()
         name = name or next(iter(names), None)
         return gr.update(choices=names, value=name), *self.refresh(name, None, request)
@@ -200,19 +207,29 @@ class Train:
     def refresh(self, name: str | None, seen: tuple | None, request: gr.Request) -> tuple:
         """Return state, curve, sample sheet and buttons of a training; `gr.skip()` where nothing has changed."""
         if self.context.admin not in (None, self.context.owner(request)):
-            return *[gr.skip()] * 7, gr.Timer(active=False)
+            return *[gr.skip()] * 8, gr.Timer(active=False)
         if name is None:
             hidden, idle = gr.update(value=None, visible=False), gr.update(interactive=False)
-            return "No training yet.", hidden, hidden, idle, idle, idle, None, gr.Timer(active=False)
+            return (
+                "No training yet.",
+                hidden,
+                gr.update(visible=False),
+                hidden,
+                idle,
+                idle,
+                idle,
+                None,
+                gr.Timer(active=False),
+            )
         with user_errors():
             state = self.trainings.state(name)
         now = name, state.status, len(state.log), state.step, str(state.sample)
         timer = gr.Timer(active=state.status in (RUNNING, STOPPING))
         if seen is not None and tuple(seen) == now:
-            return describe(state), *[gr.skip()] * 5, now, timer
+            return describe(state), *[gr.skip()] * 6, now, timer
         sheet = None if state.sample is None else open_image(state.sample)
-        sample = gr.update(value=sheet, visible=sheet is not None)
-        return describe(state), curve(state), sample, *buttons(state), now, timer
+        caption, sample = gr.update(visible=sheet is not None), gr.update(value=sheet, visible=sheet is not None)
+        return describe(state), curve(state), caption, sample, *buttons(state), now, timer
 
 
 def selected(name: str | None) -> str:
@@ -231,7 +248,7 @@ def curve(state: State) -> dict:
     """The losses of a training, of steps and of held-out images."""
     rows = [(entry["step"], entry[key], of) for key, of in LOSSES.items() for entry in state.log if key in entry]
     table = pd.DataFrame(rows, columns=["step", "loss", "of"])
-    return gr.update(value=table, visible=bool(rows), x_lim=[0, state.plan.steps])
+    return gr.update(value=table, visible=len(state.log) > 1, x_lim=[0, state.plan.steps])
 
 
 def describe(state: State) -> str:
