@@ -9,7 +9,7 @@ from typing import Any
 from argen.hub.cards import check_kind, ids
 
 TRAINED = "trainings/"  # what the names of models begin with that were trained on the page
-DEPTHS = "*", "*/*", "*/*/*"  # of folders that are looked through
+DEPTHS = "[!.]*", "[!.]*/[!.]*", "[!.]*/[!.]*/[!.]*"  # of folders that are looked through
 
 
 class UnknownModel(KeyError):

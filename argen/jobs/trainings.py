@@ -123,15 +123,17 @@ class Trainings:
         files = {file: file.stat().st_mtime for file in self.folder.glob(f"[!.]*/{SETTINGS}")}
         return [file.parent.name for file in sorted(files, key=lambda file: -files[file])]
 
+    def shipped(self, recipe: str) -> list[str]:
+        """Models that a recipe can start from, of those that ship."""
+        module = f"argen.pipelines.{recipe}:"
+        generators = [card for card in all_cards().values() if card.kind == "generator" and card.ships]
+        return [card.id for card in generators if card.target.startswith(module)]
+
     def starts(self, recipe: str) -> list[str]:
-        """Models that a recipe can start from: those that ship, those that were trained, those in the folders of models."""
+        """Also those that were trained, and those in the folders of models."""
         module = f"argen.pipelines.{recipe}:"
         kind = next(name for name, target in pipelines.built_in.items() if target.startswith(module))
-        shipped = [
-            id for id, card in all_cards().items() if card.kind == "generator" and card.ships
-            and card.target.startswith(module)
-        ]  # fmt: skip
-        return shipped + self.models.saved(kind)
+        return self.shipped(recipe) + self.models.saved(kind)
 
     def start(self, name: str, plan: Plan, upload: Path | None = None) -> None:
         """Begin a training; its folder is made.
@@ -245,9 +247,7 @@ class Trainings:
         OwnOptions(plan.images, lora=plan.lora, batch_size=plan.batch_size, learning_rate=plan.learning_rate)
 
     def _check_free(self) -> None:
-        """Raises:
-        ValueError: a training runs.
-        """
+        """Raises a ValueError where a training runs."""
         if running := next((name for name in self.names() if self._runs(name)), None):
             raise ValueError(f"the training {running} runs, and one runs at a time: stop it, or wait for its end")
 
@@ -276,7 +276,7 @@ class Trainings:
         if ": error: " in last or any(line.startswith("Traceback (most") for line in said):
             return FAILED, last.partition(": error: ")[2] or last
         ended = self.current[1].returncode if self.current is not None and self.current[0] == name else 0
-        if ended == -signal.SIGKILL and not self.stopping:
+        if ended == -9 and not self.stopping:  # SIGKILL
             return FAILED, "the system has ended it, as it does where memory is short: try a smaller batch"
         return STOPPED, ""
 
@@ -390,9 +390,8 @@ def time_left(log: list[dict], steps: int, path: Path) -> float | None:
     if last is None or (begun and len(run) < 2):
         return None
     pace = (last["seconds"] - first["seconds"]) / max(1, last["step"] - first["step"])
-    with suppress(OSError):
-        return max(0.0, pace * (steps - last["step"]) - max(0.0, time.time() - path.stat().st_mtime))
-    return None
+    since = time.time() - path.stat().st_mtime if path.is_file() else 0.0
+    return max(0.0, pace * (steps - last["step"]) - max(0.0, since))
 
 
 def _last_lines(path: Path) -> list[str]:

@@ -82,7 +82,7 @@ class Train:
             lora = gr.Number(16, precision=0, minimum=1, maximum=256, label="LoRA rank", min_width=120)
             steps = gr.Number(STEPS[False], precision=0, minimum=1, label="Steps", min_width=120, elem_id="train-steps")
         first = next(iter(trainings.PARTS))
-        choices = self.choices(first)
+        choices = named(self.trainings.shipped(first))
         self.init = gr.Dropdown(choices, value=choices[0][1], label="Start from", elem_id="train-init")
         with gr.Accordion("Advanced", open=False), gr.Row():
             batch = gr.Number(BATCH[False], precision=0, minimum=1, label="Batch size", info="images of a step")
@@ -91,7 +91,7 @@ class Train:
         start = gr.Button("Start", variant="primary", elem_id="train-start")
         look.click(self.look, images, report)
         self.recipe.input(self.start_choices, [self.recipe, self.init], self.init)
-        self.init.change(self.defaults, self.init, [lora, steps, batch], show_progress="hidden")
+        self.init.input(self.defaults, self.init, [lora, steps, batch], show_progress="hidden")
         return [name, self.recipe, self.init, lora, steps, batch, rate, *images], start
 
     def view(self) -> tuple[gr.Button, gr.Button, gr.Button]:
@@ -117,16 +117,17 @@ class Train:
             use = gr.Button("Use in Generate", interactive=False, elem_id="train-use")
         return stop, resume, use
 
-    def choices(self, recipe: str) -> list[tuple[str, str]]:
-        return [*((name, name) for name in self.trainings.starts(recipe)), (NEW, MINI)]
-
     def start_choices(self, recipe: str, init: str, request: gr.Request) -> dict:
         """Update what a recipe can start from."""
-        with user_errors():
-            self.context.check_admin(request)
-            choices = self.choices(recipe)
+        if not self.allowed(request):
+            return gr.skip()
+        choices = named(self.trainings.starts(recipe))
         known = init in (value for _, value in choices)
         return gr.update(choices=choices, value=init if known else choices[0][1])
+
+    def allowed(self, request: gr.Request) -> bool:
+        """Whether who asks may see trainings."""
+        return self.context.admin in (None, self.context.owner(request))
 
     def defaults(self, init: str) -> tuple:
         """Update rank, steps and batch size for a model to start from."""
@@ -198,7 +199,7 @@ class Train:
 
     def show(self, name: str | None, request: gr.Request) -> tuple:
         """Return the values of `shown`; of the newest training where none is named."""
-        if self.context.admin not in (None, self.context.owner(request)):
+        if not self.allowed(request):
             return gr.skip(), "Only the holder of the server's first key trains here.", *[gr.skip()] * 8
         names = self.trainings.names()
         name = name or next(iter(names), None)
@@ -206,7 +207,7 @@ class Train:
 
     def refresh(self, name: str | None, seen: tuple | None, request: gr.Request) -> tuple:
         """Return state, curve, sample sheet and buttons of a training; `gr.skip()` where nothing has changed."""
-        if self.context.admin not in (None, self.context.owner(request)):
+        if not self.allowed(request):
             return *[gr.skip()] * 8, gr.Timer(active=False)
         if name is None:
             hidden, idle = gr.update(value=None, visible=False), gr.update(interactive=False)
@@ -230,6 +231,11 @@ class Train:
         sheet = None if state.sample is None else open_image(state.sample)
         caption, sample = gr.update(visible=sheet is not None), gr.update(value=sheet, visible=sheet is not None)
         return describe(state), curve(state), caption, sample, *buttons(state), now, timer
+
+
+def named(models: list[str]) -> list[tuple[str, str]]:
+    """The choices of what a training starts from."""
+    return [*((name, name) for name in models), (NEW, MINI)]
 
 
 def selected(name: str | None) -> str:
