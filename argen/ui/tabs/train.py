@@ -19,7 +19,7 @@ TICK = 1.0  # seconds between updates
 STEPS = {False: 500, True: 2000}  # whether a network is new -> steps, and images of a step
 BATCH = {False: 8, True: 32}
 MOST_SHEETS = 10  # sample sheets of a training, about
-HINT = "A .zip or a folder with a `.txt` file beside each image, a folder for each class, or a `metadata.csv`."
+HINT = "with a `.txt` file beside each image, a folder for each class, or a `metadata.csv`."
 LOSSES = {"loss": "training", "held-out loss": "held-out images"}
 COLOURS = {"training": "#9ca3af", "held-out images": "#ea580c"}
 
@@ -70,10 +70,11 @@ class Train:
 
     def inputs(self) -> tuple[list[gr.components.Component], gr.Button]:
         """Lay out what a new training is asked with -> the inputs of `start`, and its button."""
-        gr.Markdown(f"Learn your own images. {HINT}")
+        local = self.context.admin is None  # all users sit at this machine
+        gr.Markdown(f"Learn your own images: a .zip{' or a folder' if local else ''} {HINT}")
         file = gr.File(label="Images: a .zip", file_types=[".zip"], height=140, elem_id="train-file")
         images = [file]
-        if self.context.admin is None:  # all users sit at this machine
+        if local:
             images.append(gr.Textbox(label="Or a folder of this machine", elem_id="train-folder"))
         look = gr.Button("Look at the images", elem_id="train-look")
         report = gr.Textbox(label="What there is", lines=4, visible=False, interactive=False, elem_id="train-report")
@@ -83,7 +84,9 @@ class Train:
             steps = gr.Number(STEPS[False], precision=0, minimum=1, label="Steps", min_width=120, elem_id="train-steps")
         first = next(iter(trainings.PARTS))
         choices = named(self.trainings.shipped(first))
-        self.init = gr.Dropdown(choices, value=choices[0][1], label="Start from", elem_id="train-init")
+        self.init = gr.Dropdown(
+            choices, value=choices[0][1], allow_custom_value=True, label="Start from", elem_id="train-init"
+        )
         with gr.Accordion("Advanced", open=False), gr.Row():
             batch = gr.Number(BATCH[False], precision=0, minimum=1, label="Batch size", info="images of a step")
             rate = gr.Number(0, minimum=0, label="Learning rate", info="0: the recipe's", elem_id="train-rate")
