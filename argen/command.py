@@ -33,6 +33,7 @@ EXTRAS = {
     "google": "seed",
     "spacy": "grammar",
     "datasets": "train",
+    "peft": "train",
     "resvg_py": "train",
     "openvino": "openvino",
     "xformers": "xformers",

@@ -358,6 +358,7 @@ tabs = Registry(
             "gallery",
             "diffusion",
             "tokenizers",
+            "train",
             "evaluate",
             "models",
         )

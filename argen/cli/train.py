@@ -72,6 +72,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     from argen.files import WEIGHTS
+    from argen.jobs.trainings import attach
     from argen.train import recipes as training
     from argen.train.own.options import OwnOptions
     from argen.train.own.run import OwnRecipe
@@ -85,6 +86,7 @@ def run(args: argparse.Namespace) -> None:
         if args.images is None or given:
             what = f"--{given[0]} is of the shipped family: leave it out" if given else "give --images a folder"
             raise ValueError(f"the recipe {args.recipe} learns from your own images: {what}")
+        lock = attach(args.out)  # noqa: F841 - held to the end
         options = {name: value for name in (*OWN, "tokenizer") if (value := getattr(args, name)) is not None}
         scores = train_own(recipe, OwnOptions(**options), args.out, args.seed, args.steps, compile=args.compile)
         print(f"{args.out / 'final'}: " + ", ".join(f"{name} {value:.4g}" for name, value in scores.items()))

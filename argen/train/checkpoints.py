@@ -26,8 +26,8 @@ LATER = {  # settings that checkpoints of earlier releases do not name -> what t
 RECIPE, FILES = "recipe.json", "files.json"  # FILES: name -> size and CRC-32
 
 
-def write(accelerator: Accelerator, out: Path, recipe: dict) -> None:
-    """Save all that the accelerator holds as ``out/checkpoint``; the one before is kept as ``checkpoint.old``."""
+def write(accelerator: Accelerator, out: Path, recipe: dict, step: int) -> None:
+    """Save all that the accelerator holds after a step as ``out/checkpoint``; the one before is kept as ``checkpoint.old``."""
     new, current, old = out / NEW, out / CURRENT, out / OLD
     if accelerator.is_main_process:
         shutil.rmtree(new, ignore_errors=True)
@@ -36,7 +36,7 @@ def write(accelerator: Accelerator, out: Path, recipe: dict) -> None:
         accelerator.save_state(new)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        (new / RECIPE).write_text(json.dumps(recipe, indent=2))
+        (new / RECIPE).write_text(json.dumps(recipe | {"step": step}, indent=2))
         files = sorted(path for path in new.rglob("*") if path.is_file())
         manifest = {path.relative_to(new).as_posix(): _facts(path, flush=True) for path in files}
         (new / "files.part").write_text(json.dumps(manifest))
@@ -64,7 +64,20 @@ def find(accelerator: Accelerator | PartialState, out: Path) -> Path | None:
 
 def recipe_of(folder: Path) -> dict:
     """Recipe of a checkpoint; those that do not name their precision were trained in bf16."""
-    return {"precision": "bf16"} | json.loads((folder / RECIPE).read_text())
+    recipe = json.loads((folder / RECIPE).read_text())
+    return {"precision": "bf16"} | {key: value for key, value in recipe.items() if key != "step"}
+
+
+def step_of(out: Path) -> int | None:
+    """The step after which the checkpoint was written that a training in `out` goes on from, without reading all of it; None where there
+    is none."""
+    for name in (NEW, CURRENT, OLD):
+        try:
+            if (out / name / FILES).is_file():
+                return json.loads((out / name / RECIPE).read_text())["step"]
+        except (OSError, ValueError, LookupError):
+            continue
+    return None
 
 
 def differences(before: Any, now: Any, name: str = "") -> list[str]:

@@ -19,6 +19,11 @@ from argen.eval.images import files_under, is_litter
 if TYPE_CHECKING:
     from datasets import Dataset
 
+MOST_BYTES = 256 * 2**20  # of a file in a .zip, unpacked
+BOMB = (
+    2**30,
+    100,
+)  # bytes of all files in a .zip, unpacked, and how many times its own size: images are compressed already
 Stamp = tuple[int, int]  # size in bytes, and when it was changed (or a checksum): another stamp is another file
 
 
@@ -103,7 +108,7 @@ class Zip(Container):
     """The files in a ``.zip``.
 
     Raises:
-        ValueError: it is damaged.
+        ValueError: it is damaged, or far larger unpacked than images are.
     """
 
     def __init__(self, path: Path):
@@ -112,12 +117,26 @@ class Zip(Container):
             members = _open_zip(path, os.getpid()).infolist()
         except (zipfile.BadZipFile, EOFError) as error:
             raise ValueError(f"{path} cannot be read as a .zip ({error}): make or fetch it again") from error
+        size, (most, times) = sum(member.file_size for member in members), BOMB
+        if size > max(most, times * path.stat().st_size):
+            raise ValueError(
+                f"{path} unpacks to {size / 1e9:,.1f} GB, more than {times} times its size: expected a .zip of images"
+            )
         self.stamps = {
             m.filename: (m.file_size, m.CRC) for m in members if not m.is_dir() and not is_litter(m.filename)
         }
 
     def read(self, name: str) -> bytes:
-        return _open_zip(self.path, os.getpid()).read(name)
+        """See `Container.read`.
+
+        Raises:
+            ValueError: it has more than `MOST_BYTES`, of which no more are unpacked.
+        """
+        with _open_zip(self.path, os.getpid()).open(name) as file:
+            data = file.read(MOST_BYTES + 1)
+        if len(data) > MOST_BYTES:
+            raise ValueError(f"{name} in {self.path} unpacks to more than {MOST_BYTES // 2**20} MB: expected an image")
+        return data
 
 
 @lru_cache(8)

@@ -30,6 +30,8 @@ from argen.files import naming
 from argen.train import checkpoints
 from argen.train.muon import FloatMuon
 
+LOG_EVERY = 10  # steps between lines of the log; those of `Training.evaluate` have scores, too
+
 
 @dataclass(frozen=True)
 class Schedule:
@@ -276,14 +278,18 @@ class Training:
         with _averaged(self.model, self.ema):
             scores = self.task.evaluate()
             self.task.sample().save(self.out / f"sample-{self.progress.step:06d}.png")
-        rate = self.schedule.rate(max(0, self.progress.step - 1))
-        entry = {
-            "step": self.progress.step, "seconds": time.time() - self.started, "rate": rate, **self.log, **scores,
-        }  # fmt: skip
-        with (self.out / "log.jsonl").open("a") as file:
-            file.write(json.dumps(entry) + "\n")
+        entry = self.write_log(scores)
         tqdm.write(json.dumps({key: round(value, 4) for key, value in entry.items()}))
         return scores
+
+    def write_log(self, scores: dict[str, float]) -> dict[str, float]:
+        """Add a line to the log -> what it says."""
+        step, rate = self.progress.step, self.schedule.rate(max(0, self.progress.step - 1))
+        entry = {"step": step, "seconds": time.time() - self.started, "rate": rate, **self.log, **scores}
+        if self.accelerator.is_main_process:
+            with (self.out / "log.jsonl").open("a") as file:
+                file.write(json.dumps(entry) + "\n")
+        return entry
 
     def finish(self, scores: dict[str, float]) -> dict[str, float]:
         """Write what ships; gives the scores, measured now if there are none."""
@@ -330,8 +336,10 @@ def train(
                 bar.set_postfix({key: f"{value:.4g}" for key, value in training.log.items()})
             if progress.step % evaluate_every == 0 or progress.step == end:
                 scores = training.evaluate()
+            elif progress.step % LOG_EVERY == 0:
+                training.write_log({})
             if progress.step % checkpoint_every == 0 or progress.step == end:
-                checkpoints.write(training.accelerator, out, training.recipe)
+                checkpoints.write(training.accelerator, out, training.recipe, progress.step)
     return training.finish(scores)
 
 
