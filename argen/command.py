@@ -33,6 +33,7 @@ EXTRAS = {
     "google": "seed",
     "spacy": "grammar",
     "datasets": "train",
+    "peft": "train",
     "resvg_py": "train",
     "openvino": "openvino",
     "xformers": "xformers",
@@ -46,7 +47,7 @@ BINDING = "how tokens are merged: attribute (as published, for colours), object 
 BINDING += "refinement), gentle (the noun's own length, all else stays) (default: attribute; of argen/emoji-sd gentle)"
 COUNT_RATE = "(default: the authors' 0.01; of argen/emoji-sd 0.003)"
 CLIP = "openai/clip-vit-base-patch32"
-OPTIONS = "dtype", "attention", "quantize", "compile", "offload"  # of `argen.hub.options.LoadOptions`
+OPTIONS = "dtype", "attention", "quantize", "compile", "offload", "lora"  # of `argen.hub.options.LoadOptions`
 CALLED = {"tokens": "num_tokens", "strength": "control_strength"}  # options -> their names in `argen.bounds`
 MAX_WORD = 600  # characters in errors: of a path
 MAX_NAME = 250  # bytes of a file name: 255, less the number of one of several images

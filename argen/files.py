@@ -1,4 +1,4 @@
-"""Files: where those that ship lie, and how others are written whole or not at all."""
+"""Files: where those that ship lie, where those that can be made again are kept, and how files are written whole or not at all."""
 
 import errno
 import os
@@ -57,6 +57,14 @@ def no_room(error: BaseException) -> int | None:
     if isinstance(error, RuntimeError | OSError) and NO_NUMBER.search(str(error)):
         number = errno.ENOSPC
     return number if number in FULL else None
+
+
+def cache_folder(name: str) -> Path:
+    """Where files of a kind are kept that can be made again: in the folder that ARGEN_CACHE names, else in ``argen`` under XDG_CACHE_HOME
+    or ``~/.cache``."""
+    own = os.environ.get("ARGEN_CACHE")
+    above = Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "argen"
+    return above / name
 
 
 @contextmanager

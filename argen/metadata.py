@@ -117,7 +117,8 @@ def fingerprint(model: "DiffusionPipeline | torch.nn.Module") -> str:
             last = flat.numel() - 1
             places = torch.linspace(0, last, min(16, flat.numel()), device=flat.device).long()
             some = flat[places.clamp(max=last)]  # float32 rounds large places up
-            digest.update(f"{name}.{key} {list(tensor.shape)}".encode() + some.cpu().double().numpy().tobytes())
+            rounded = some.cpu().bfloat16().double()  # the same in every precision
+            digest.update(f"{name}.{key} {list(tensor.shape)}".encode() + rounded.numpy().tobytes())
     return digest.hexdigest()[:16]
 
 

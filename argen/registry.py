@@ -216,8 +216,11 @@ def check_recipe(component: Any) -> None:
     """Raises:
     ValueError: no recipe.
     """
-    if not isinstance(component, resolve("argen.train.loop:Recipe")):
-        raise ValueError(f"it is {type(component).__name__}, expected an argen.train.loop.Recipe")
+    kinds = resolve("argen.train.loop:Recipe"), resolve("argen.train.own.run:OwnRecipe")
+    if not isinstance(component, kinds):
+        raise ValueError(
+            f"it is {type(component).__name__}, expected an argen.train.loop.Recipe or argen.train.own.run.OwnRecipe"
+        )
 
 
 def check_reader(component: Any) -> None:
@@ -355,6 +358,7 @@ tabs = Registry(
             "gallery",
             "diffusion",
             "tokenizers",
+            "train",
             "evaluate",
             "models",
         )
@@ -364,6 +368,14 @@ tabs = Registry(
 recipes = Registry(
     "recipe",
     {
+        "llamagen": "argen.train.own.llamagen:RECIPE",
+        "parti": "argen.train.own.parti:RECIPE",
+        "controlar": "argen.train.own.controlar:RECIPE",
+        "drafter": "argen.train.own.drafter:RECIPE",
+        "xar": "argen.train.own.xar:RECIPE",
+        "flexar": "argen.train.own.flexar:RECIPE",
+        "vit-vqgan": "argen.train.own.vit_vqgan:RECIPE",
+        "llamagen-vq": "argen.train.own.llamagen_vq:RECIPE",
         "emoji-clip": "argen.train.clip:RECIPE",
         "emoji-vitvqgan": "argen.train.vit_vqgan:RECIPE",
         "emoji-vitvqgan-decoder": "argen.train.vit_vqgan:DECODER_RECIPE",
@@ -371,6 +383,7 @@ recipes = Registry(
         "emoji-vae-decoder": "argen.train.kl_vae:DECODER_RECIPE",
         "emoji-parti": "argen.train.parti:RECIPE",
         "emoji-parti-second": "argen.train.parti:SECOND_RECIPE",
+        "emoji-parti-third": "argen.train.parti:THIRD_RECIPE",
         "emoji-llamagen": "argen.train.llamagen:RECIPE",
         "emoji-llamagen-second": "argen.train.llamagen:SECOND_RECIPE",
         "emoji-control": "argen.train.controlar:RECIPE",

@@ -9,6 +9,7 @@ from pathlib import Path
 from argen.hub.cards import FOLDER, Card, read_card
 from argen.registry import about_of, commands, recipes, samplers
 from argen.request import Request
+from argen.train.own.run import OwnRecipe
 from samplers.settings import Setting, settings_of
 from tokenizers_img.attention import BACKENDS
 
@@ -92,10 +93,29 @@ def card_rows(ships: bool) -> str:
 def recipe_rows() -> str:
     rows = []
     for name, recipe in recipes.items():
+        if isinstance(recipe, OwnRecipe):
+            continue
         folders = ", ".join(f"`--{part}`" for part in recipe.takes if part not in ("total", "x"))
         lengths = [f"{schedule.steps:,} x {schedule.batch_size}" for schedule in recipe.schedules.values()]
         rows.append((f"`{name}`", folders, *lengths))
     return table(("recipe", "takes beside `--data` and `--out`", "cpu: steps x batch", "gpu: steps x batch"), rows)
+
+
+def own_rows() -> str:
+    rows = []
+    for name, recipe in recipes.items():
+        if isinstance(recipe, OwnRecipe):
+            schedule = recipe.schedule
+            decline = "constant" if schedule.decline == "constant" else f"{schedule.decline} decline"
+            rate = f"{schedule.learning_rate:g}, {decline}"
+            needs = "yes" if recipe.conditions else "no"
+            lengths = f"{schedule.steps:,} x {schedule.batch_size}"
+            rows.append(
+                (f"`{name}`", needs, lengths, rate, schedule.ema_decay or "", "yes" if recipe.lora is not None else "")
+            )
+    return table(
+        ("recipe", "needs classes or captions", "steps x batch", "learning rate", "averaged weights", "`--lora`"), rows
+    )
 
 
 def trained_rows() -> str:
@@ -135,6 +155,7 @@ TABLES = {
     "request": request_rows,
     "commands": command_rows,
     "recipes": recipe_rows,
+    "own": own_rows,
     "shipped": lambda: card_rows(True),
     "trained": trained_rows,
     "fetched": fetched_rows,

@@ -11,7 +11,7 @@ edges = annotate(source, "canny")
 as_image(edges).save("edges.png")
 
 pipe = argen.load("argen/emoji-control")
-sheet = Image.new("RGB", (4 * 128, 128))
+sheet = Image.new("RGB", (4 * 256, 256))
 sheet.paste(source, (0, 0))
 for column, strength in enumerate((0.0, 0.5, 1.0), start=1):
     output = pipe(
@@ -21,6 +21,6 @@ for column, strength in enumerate((0.0, 0.5, 1.0), start=1):
         control_strength=strength,
         generator=torch.Generator().manual_seed(3),
     )
-    sheet.paste(output.images[0], (128 * column, 0))
+    sheet.paste(output.images[0], (256 * column, 0))
 sheet.save("control.png")
 print("control.png: the source; then without, with half and with the whole control")

@@ -21,8 +21,8 @@ lower[:, 4:] = -1
 half = pipe("a fire engine", tokens=lower.flatten(1), generator=seeded(1))
 
 # 2. Inpainting by pixels: what is white in a mask is redrawn.
-mask = Image.new("L", (128, 128), 0)
-mask.paste(255, (64, 0, 128, 128))
+mask = Image.new("L", (256, 256), 0)
+mask.paste(255, (128, 0, 256, 256))
 right = pipe.edit("a taxi", taxi.images[0], mask, generator=seeded(2))
 
 # 3. A prefix is kept, and the rest is drawn three times.
@@ -30,8 +30,8 @@ prefix = taxi.tokens.clone()
 prefix[:, 24:] = -1
 others = pipe("a taxi", tokens=prefix.expand(3, -1), num_images_per_prompt=3, generator=[seeded(i) for i in range(3)])
 
-sheet = Image.new("RGB", (6 * 128, 128))
+sheet = Image.new("RGB", (6 * 256, 256))
 for column, image in enumerate([taxi.images[0], half.images[0], right.images[0], *others.images]):
-    sheet.paste(image, (128 * column, 0))
+    sheet.paste(image, (256 * column, 0))
 sheet.save("edits.png")
 print("edits.png: the taxi; below another prompt; the right half redrawn; three images with the same beginning")

@@ -22,7 +22,7 @@ scores = evaluate(judge, arrays, truths)  # `argen eval emoji` does this on all 
 for question, score in scores.items():
     print(f"{question}: {score['value']:.2f} (on real images {score['judge_on_real']:.2f})")
 
-sheet = Image.new("RGB", (128 * len(images), 128))
+sheet = Image.new("RGB", (256 * len(images), 256))
 for column, image in enumerate(images):
-    sheet.paste(image, (128 * column, 0))
+    sheet.paste(image, (256 * column, 0))
 sheet.save("judged.png")

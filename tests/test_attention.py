@@ -82,8 +82,9 @@ def test_backends_write_the_same_tokens(name, xformers):
 
 @pytest.mark.parametrize("name", ["argen/emoji-vitvqgan", "argen/emoji-flextok", "argen/emoji-seed", "argen/emoji-vae"])
 def test_image_tokenizers_have_backends(name, xformers):
-    pixels = torch.rand(1, 3, 128, 128, generator=torch.Generator().manual_seed(0))
     plain, other = argen.load(name), argen.load(name, attention="xformers")
+    side = plain.config.image_size
+    pixels = torch.rand(1, 3, side, side, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         tokens = plain.encode(pixels)
         torch.testing.assert_close(other.encode(pixels).float(), tokens.float(), atol=1e-3, rtol=1e-3)
@@ -192,7 +193,7 @@ def test_a_backend_without_masks_is_refused_when_it_is_chosen():
     layers = [layer for layer in pipe.transformer.modules() if isinstance(layer, DispatchedAttention)]
     assert {layer.attention for layer in layers} == {"sdpa-math"}
     plain, flash = argen.load("argen/emoji-vitvqgan"), argen.load("argen/emoji-vitvqgan", attention="sdpa-flash")
-    pixels = torch.rand(2, 3, 128, 128, generator=torch.Generator().manual_seed(0))
+    pixels = torch.rand(2, 3, 256, 256, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         assert flash.encode(pixels).equal(plain.encode(pixels))
 

@@ -178,6 +178,6 @@ def test_a_trained_folder_loads_by_path(tmp_path):
         loaded = argen.load(final)
         assert type(loaded) is type(argen.load(f"argen/{model}"))
     assert loaded.config.names
-    assert argen.load(tmp_path / "emoji-parti-second").defaults.temperature == 0.9
+    assert argen.load(tmp_path / "emoji-parti-second").defaults.temperature == 0.6
     write_card_of("emoji-seed-contrastive", tmp_path)
     assert not (tmp_path / CARD_FILE).exists()

@@ -144,7 +144,7 @@ def test_partial_images_are_new_each_time(client):
     assert [event.type.rpartition(".")[2] for event in events] == ["partial_image"] * 3 + ["completed"]
     images = [opened(event.b64_json).convert("RGB") for event in events]
     assert len({image.tobytes() for image in images}) == 4
-    undecided = [sum(pixel == (230, 230, 230) for pixel in image.getdata()) / (128 * 128) for image in images]
+    undecided = [sum(pixel == (230, 230, 230) for pixel in image.getdata()) / (256 * 256) for image in images]
     assert undecided[0] > undecided[1] > undecided[2] > undecided[3]
     assert undecided[2] <= 0.3
 
@@ -293,10 +293,10 @@ def test_a1111_edits_of_padded_images_keep_what_is_not_painted(site):
 
 def test_what_was_drawn_beside_a_padded_image_is_part_of_it(pipe):
     (original,) = pipe("a pizza", generator=torch.Generator().manual_seed(1)).images
-    info, image = original.info, fitted(original, (256, 128))
+    info, image = original.info, fitted(original, (512, 256))
     image.info = info
     assert torch.equal(pipe.read_tokens(image)[0], torch.tensor(read_grid(original)))
-    image.paste("red", (0, 0, 40, 128))
+    image.paste("red", (0, 0, 80, 256))
     assert not torch.equal(pipe.read_tokens(image)[0], torch.tensor(read_grid(original)))
 
 

@@ -27,9 +27,9 @@ def half(size: int, box: tuple[int, int, int, int]) -> Image.Image:
 
 def test_only_the_cells_under_the_mask_are_written_anew(pipe, generated):
     image = generated.images[0]
-    kept = pipe.encode_images(torch.tensor([[[0.5]]]).expand(1, 3, 128, 128))
+    kept = pipe.encode_images(torch.tensor([[[0.5]]]).expand(1, 3, 256, 256))
     assert kept.shape == (1, 8, 8)
-    mask = half(128, (0, 64, 127, 127))
+    mask = half(256, (0, 128, 255, 255))
     generators = [torch.Generator().manual_seed(seed) for seed in range(2)]
     out = pipe.edit("a robot", image, mask, num_images_per_prompt=2, generator=generators)
     before = generated.tokens[0]  # the very tokens that it was made of, not what encoding makes of it
@@ -41,10 +41,10 @@ def test_only_the_cells_under_the_mask_are_written_anew(pipe, generated):
     assert torch.equal(again.tokens[0], out.tokens[1])
 
 
-def from_image(image: Image.Image) -> torch.Tensor:
+def from_image(image: Image.Image, side: int = 256) -> torch.Tensor:
     from tokenizers_img.pixels import from_pil
 
-    return from_pil(image, 128)
+    return from_pil(image, side)
 
 
 def test_what_is_transparent_is_drawn_around_an_image(pipe, generated):
@@ -106,8 +106,8 @@ def test_the_network_tells_how_sure_it_is(pipe, generated):
 def test_bad_masks_are_refused(pipe, generated):
     image = generated.images[0]
     for mask, message in (
-        (Image.new("L", (64, 64), 255), "the mask is 64 x 64 and the image 128 x 128"),
-        (Image.new("L", (128, 128), 0), "nothing to inpaint"),
+        (Image.new("L", (64, 64), 255), "the mask is 64 x 64 and the image 256 x 256"),
+        (Image.new("L", (256, 256), 0), "nothing to inpaint"),
         (None, "nothing to inpaint"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -120,7 +120,7 @@ def test_latents_are_edited_too_and_ordered_tokens_are_not():
     xar = load("argen/emoji-xar")
     xar.set_progress_bar_config(disable=True)
     image = Image.new("RGB", (128, 128), (200, 30, 30))
-    before = xar.encode_images(from_image(image)[None])
+    before = xar.encode_images(from_image(image, 128)[None])
     out = xar.edit(
         "a red heart",
         image,
@@ -187,10 +187,10 @@ def test_a_grid_is_the_source_only_of_the_image_that_it_shows(pipe, generated):
     image, grid = generated.images[0], tuple(map(tuple, generated.tokens[0].tolist()))
     assert torch.equal(pipe.read_tokens(image), generated.tokens)  # it carries its grid
     changed = image.copy()
-    ImageDraw.Draw(changed).rectangle((48, 48, 63, 63), fill="blue")
+    ImageDraw.Draw(changed).rectangle((96, 96, 127, 127), fill="blue")
     assert not torch.equal(pipe.read_tokens(changed), generated.tokens)
     assert torch.equal(pipe.read_tokens(changed), pipe.encode_images(from_image(changed)[None]))
-    other = Image.new("RGB", (128, 128), "green")
+    other = Image.new("RGB", (256, 256), "green")
     assert not torch.equal(pipe.read_tokens(other, grid), generated.tokens)
     assert not torch.equal(pipe.read_tokens(image, ((1, 2), (3, 4))), torch.tensor([[[1, 2], [3, 4]]]))
 

@@ -71,4 +71,4 @@ def test_score_of_the_generator_draws_a_grid(capsys, monkeypatch, tmp_path):
     )
     scores = json.loads(capsys.readouterr().out)
     assert scores["common prompts, best of 2: mean rank of 100"] < 30
-    assert Image.open(grid).width == 8 * 136
+    assert Image.open(grid).width == 8 * 264

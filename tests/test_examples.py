@@ -53,12 +53,12 @@ def test_edit_tokens(run):
     assert (names["right"].tokens.view(8, 8)[:, :4] == taxi.view(8, 8)[:, :4]).all()
     assert (names["others"].tokens[:, :24] == taxi[:, :24]).all()
     assert len(names["others"].tokens.unique(dim=0)) > 1
-    assert Image.open("edits.png").size == (768, 128)
+    assert Image.open("edits.png").size == (1536, 256)
 
 
 def test_control(run):
     run("control.py")
-    images = [Image.open("control.png").crop((128 * i, 0, 128 * i + 128, 128)).tobytes() for i in range(4)]
+    images = [Image.open("control.png").crop((256 * i, 0, 256 * i + 256, 256)).tobytes() for i in range(4)]
     assert len(set(images)) == 4
     assert Path("edges.png").is_file()
 
@@ -80,4 +80,4 @@ def test_own_tokenizer(run, capsys):
 def test_evaluation(run):
     names = run("evaluation.py")
     assert names["scores"]["single: identity"]["value"] > 0.5
-    assert Image.open("judged.png").size == (768, 128)
+    assert Image.open("judged.png").size == (1536, 256)

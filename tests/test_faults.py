@@ -166,8 +166,8 @@ def test_gradio_client_finds_a_handful_of_endpoints(page, tmp_path):
     mask = tmp_path / "mask.png"
     from PIL import Image
 
-    white = Image.new("L", (128, 128))
-    white.paste(255, (0, 0, 64, 128))
+    white = Image.new("L", (256, 256))
+    white.paste(255, (0, 0, 128, 256))
     white.save(mask)
     image = gradio_client.handle_file(images[0]["image"])
     edited, _ = client.predict(image, gradio_client.handle_file(str(mask)), "a robot", api_name="/edit")

@@ -15,13 +15,13 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from argen.train.loop import Schedule, train
+from argen.train.loop import Schedule, Task, train
 
 SCHEDULE = Schedule(steps=12, batch_size=2, learning_rate=1e-2, warmup=2)
 FILES = ("model.safetensors", "optimizer.bin", "recipe.json", "custom_checkpoint_0.pkl", "files.json")
 
 
-class Tiny:
+class Tiny(Task):
     """A matrix that learns the identity."""
 
     extra_state, options = (), {}

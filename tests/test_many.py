@@ -178,9 +178,9 @@ def test_a_bad_grid_is_refused(axes, message):
     [
         (
             ["--dtype", "bf16"],
-            "was made by dtype float32, not bfloat16: choose another --out, or load the model as then",
+            "was made by dtype fp32, not bf16: choose another --out, or load the model as then",
         ),
-        (["--quantize", "int8"], "was made by other weights of the model .*: choose another --out, or load"),
+        (["--quantize", "int8"], "was made by quantize none, not int8: choose another --out, or load"),
         (["--model", "copy"], "was made with other settings than row 1 has"),
     ],
 )

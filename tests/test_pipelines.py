@@ -27,7 +27,7 @@ def generators(seed):
 
 def test_the_readme_call(pipe):
     out = pipe("a red apple, noto style", num_images_per_prompt=4, guidance_scale=3.0, generator=generators(0))
-    assert [image.size for image in out.images] == [(128, 128)] * 4
+    assert [image.size for image in out.images] == [(256, 256)] * 4
     assert out.tokens.shape == (4, 64)
     assert out.tokens.min() >= 0
     assert out.scores is None
@@ -46,7 +46,7 @@ def test_the_image_is_of_the_prompt(pipe):
 def test_output_types(pipe, output_type, kind):
     images, tokens, *_ = pipe("a pizza", generator=generators(0), output_type=output_type, return_dict=False)
     assert isinstance(images, kind)
-    shape = {"np": (1, 128, 128, 3), "pt": (1, 3, 128, 128), "latent": (1, 64)}[output_type]
+    shape = {"np": (1, 256, 256, 3), "pt": (1, 3, 256, 256), "latent": (1, 64)}[output_type]
     assert images.shape == shape
     if output_type != "latent":
         assert images.min() >= 0
@@ -63,7 +63,7 @@ def test_callback_sees_every_step_and_can_stop(pipe):
     out = pipe("a pizza", generator=generators(0), sampler="sequential", callback_on_step_end=callback)
     assert seen == [(i, i + 1, i + 1) for i in range(20)]
     assert (out.tokens >= 0).sum() == 20
-    assert np.unique(np.asarray(out.images[0])[64:]) == [230]  # what is not written is grey
+    assert np.unique(np.asarray(out.images[0])[128:]) == [230]  # what is not written is grey
 
 
 def test_candidates_are_ranked(pipe):

@@ -141,7 +141,7 @@ def test_a_recipe_without_images_takes_none(site, tmp_path, capsys, monkeypatch)
     training = import_module("argen_mosaic.training")
 
     class Alone(training.BigramTask):
-        def read(self, data, split):
+        def read_split(self, data, split):
             return torch.zeros(4, 64, dtype=torch.int64)
 
         def __init__(self):

@@ -35,7 +35,7 @@ def drawn(card, dtype: str, **settings) -> tuple[np.ndarray, torch.Tensor]:
 def test_every_shipped_generator_draws_in_half_precision(card, dtype):
     full, half = (drawn(card, name)[0] for name in ("fp32", dtype))
     assert half.std() > 10  # no empty image
-    assert np.abs(full - half).mean() < 15  # of 255: the same thing, though single tokens may differ
+    assert np.abs(full - half).mean() < 20  # of 255: the same thing, though single tokens may differ
 
 
 def test_a_drafter_has_the_precision_of_its_generator():

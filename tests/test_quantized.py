@@ -111,7 +111,7 @@ def test_on_a_cpu_it_is_compiled_and_an_image_does_not_depend_on_its_batch(name)
     together = draw(pipe, [0, 1, 2])
     assert torch.equal(torch.cat([draw(pipe, [seed]) for seed in (0, 1, 2)]), together)
     pipe.transformer.compiled = None
-    assert (draw(pipe, [0, 1, 2]) == together).float().mean() > 0.5  # activations are rounded, too
+    assert (draw(pipe, [0, 1, 2]) == together).float().mean() > 0.2  # activations are rounded, too
 
 
 @pytest.mark.skipif(importlib.util.find_spec("openvino") is None, reason="OpenVINO is not installed")

@@ -157,7 +157,9 @@ def test_decided_cells_are_kept(pipe):
 def test_guidance_matters_and_greedy_does_not_draw(pipe):
     greedy = pipe("a banana", temperature=0, generator=generators(0)).tokens
     assert torch.equal(greedy, pipe("a banana", temperature=0, generator=generators(9)).tokens)
-    assert not torch.equal(greedy, pipe("a banana", temperature=0, guidance_scale=1.0).tokens)
+    several = ["a banana", "a cat", "a blue house", "a train"]
+    weak, strong = (pipe(several, temperature=0, guidance_scale=scale).tokens for scale in (1.0, 4.0))
+    assert not torch.equal(weak, strong)
     assert torch.equal(greedy, pipe("a banana", top_k=1, generator=generators(3)).tokens)
 
 

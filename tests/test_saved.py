@@ -7,15 +7,22 @@ from pkgutil import iter_modules
 
 import pytest
 import torch
+from diffusers import AutoencoderKL
+from safetensors.torch import load_file, save_file
 
 import argen
 import argen.pipelines
+from argen.files import WEIGHTS
 from argen.hub.cards import list_models
 from argen.hub.quantized import quantized
 from argen.metadata import differences, save_images
+from argen.models.files import FILE, load_network, save_small
+from argen.models.judge import Judge
+from argen.models.parti import Parti
 from argen.pipelines.base import TokenPipeline
 from argen.registry import pipelines
 from argen.request import Request
+from tokenizers_img.vit_vqgan import ViTVQGAN
 
 
 def test_every_pipeline_can_be_loaded_by_its_name():
@@ -79,6 +86,39 @@ def torch_image():
     from tokenizers_img.pixels import to_pil
 
     return to_pil(torch.rand(3, 128, 128, generator=torch.Generator().manual_seed(0)))
+
+
+@pytest.mark.parametrize(
+    ("name", "cls"), [("emoji-parti", Parti), ("emoji-judge", Judge), ("emoji-vae", AutoencoderKL)]
+)
+def test_a_small_file_has_half_the_bytes_and_nearly_the_weights(tmp_path, name, cls):
+    network = load_network(cls, WEIGHTS / name)
+    save_small(network, tmp_path)
+    again = load_network(cls, tmp_path)
+    stored = sum(2 * weight.numel() for weight in network.state_dict().values())
+    assert (tmp_path / FILE).stat().st_size < 0.62 * stored
+    assert "_name_or_path" not in (tmp_path / "config.json").read_text()
+    assert all(again.config[key] == value for key, value in network.config.items() if not key.startswith("_"))
+    for key, weight in network.state_dict().items():
+        step = weight.flatten(1).abs().amax(dim=1) / 127 if weight.ndim > 1 else weight.abs() / 127
+        error = (again.state_dict()[key] - weight).abs()
+        assert (
+            (error.flatten(1).amax(dim=1) <= 0.51 * step + 1e-6).all() if weight.ndim > 1 else (error <= step).all()
+        ), key
+
+
+def test_the_codes_of_a_small_tokenizer_are_the_same(tmp_path):
+    network = load_network(ViTVQGAN, WEIGHTS / "emoji-vitvqgan")
+    save_small(network, tmp_path)
+    assert torch.equal(load_network(ViTVQGAN, tmp_path).codebook, network.codebook)
+
+
+def test_a_small_file_that_lacks_a_tensor_is_refused(tmp_path):
+    save_small(load_network(Judge, WEIGHTS / "emoji-judge"), tmp_path)
+    state = load_file(tmp_path / FILE)
+    save_file({key: value for key, value in state.items() if key != "colour.bias"}, tmp_path / FILE)
+    with pytest.raises(ValueError, match="does not fit Judge: missing colour.bias"):
+        load_network(Judge, tmp_path)
 
 
 def test_a_folder_that_cannot_be_written_whole_is_removed(tmp_path, monkeypatch):

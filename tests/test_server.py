@@ -115,16 +115,16 @@ def test_openai_streams_what_is_written_so_far(client):
     assert 1 <= kinds.count("image_generation.partial_image") <= 2
     assert [event.partial_image_index for event in events[:-1]] == list(range(len(events) - 1))
     partial, whole = opened(events[0].b64_json), opened(events[-1].b64_json)
-    assert partial.size == whole.size == (128, 128)
-    assert partial.crop((0, 112, 128, 128)).getextrema() == ((230, 230),) * 3  # its last row is not written yet
+    assert partial.size == whole.size == (256, 256)
+    assert partial.crop((0, 224, 256, 256)).getextrema() == ((230, 230),) * 3  # its last row is not written yet
     assert whole.tobytes() != partial.tobytes()
 
 
 def test_openai_edits(client, site, pipe):
     openai = pytest.importorskip("openai")
     before = client.images.generate(prompt="a pizza", model="argen/emoji-parti").data[0].b64_json
-    mask = Image.new("RGBA", (128, 128), (0, 0, 0, 255))
-    mask.paste((0, 0, 0, 0), (0, 64, 128, 128))
+    mask = Image.new("RGBA", (256, 256), (0, 0, 0, 255))
+    mask.paste((0, 0, 0, 0), (0, 128, 256, 256))
     buffer = io.BytesIO()
     mask.save(buffer, "PNG")
     kwargs = {"image": ("a.png", base64.b64decode(before)), "mask": ("m.png", buffer.getvalue())}

@@ -44,7 +44,7 @@ def test_a_job_becomes_images_that_make_themselves_again(studio, pipe):
     assert read_request(file) == done.images[1].request
     assert read_grid(Image.open(file)) == done.images[1].tokens
     assert "CFG scale: 1.5, Seed: 4" in Image.open(file).info["parameters"]
-    assert studio.store.thumbnail(done.images[1].id).size == (128, 128)
+    assert studio.store.thumbnail(done.images[1].id).size == (256, 256)
 
 
 def test_a_cancelled_job_keeps_its_tokens_and_goes_on(studio):

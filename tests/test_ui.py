@@ -89,7 +89,7 @@ def test_a_prompt_becomes_images_that_keep_their_settings(page, site):
     page.locator("#state", has_text="4 images in").wait_for(timeout=PATIENCE)
     assert page.locator("#pictures img").count() >= 4
     thumbnail = page.locator("#pictures img").first
-    assert thumbnail.evaluate("img => img.decode().then(() => img.naturalWidth)") == 128
+    assert thumbnail.evaluate("img => img.decode().then(() => img.naturalWidth)") == 256
     page.get_by_role("button", name="Settings of each image").click()
     page.locator("#settings", has_text="a pizza").wait_for(timeout=10_000)
 

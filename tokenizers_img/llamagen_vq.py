@@ -13,11 +13,12 @@ import torch
 import torch.nn.functional as F
 from diffusers import VQModel
 from diffusers.configuration_utils import FrozenDict
+from einops import rearrange
 from torch import Tensor, nn
 
 from tokenizers_img.checkpoint import load_strict, read_state_dict, to_diffusers
 from tokenizers_img.mapped import unfilled
-from tokenizers_img.quantize import check_ids
+from tokenizers_img.quantize import by_cosine, check_ids
 
 MULTIPLIERS = {16: (1, 1, 2, 2, 4), 8: (1, 2, 2, 4)}  # down-sampling -> widths of the levels, in base widths
 UNUSED, CODES = "quantize.codebook_used", "quantize.embedding.weight"
@@ -30,7 +31,12 @@ def converted(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def network(
-    multipliers: tuple[int, ...], width: int = 128, latent_channels: int = 256, codes: int = 16384, code_width: int = 8
+    multipliers: tuple[int, ...],
+    width: int = 128,
+    latent_channels: int = 256,
+    codes: int = 16384,
+    code_width: int = 8,
+    layers: int = 2,
 ) -> VQModel:
     """The published network, or one of other sizes."""
     levels = len(multipliers)
@@ -38,7 +44,7 @@ def network(
         down_block_types=("DownEncoderBlock2D",) * (levels - 1) + ("AttnDownEncoderBlock2D",),
         up_block_types=("AttnUpDecoderBlock2D",) + ("UpDecoderBlock2D",) * (levels - 1),
         block_out_channels=tuple(width * m for m in multipliers),
-        layers_per_block=2,
+        layers_per_block=layers,
         latent_channels=latent_channels,
         num_vq_embeddings=codes,
         vq_embed_dim=code_width,
@@ -52,13 +58,14 @@ class LlamaGenVQ(nn.Module):
 
     Args:
         vq: the network, its codebook normalised.
+        image_size: side of the images it was trained at, in pixels.
     """
 
-    def __init__(self, vq: VQModel):
+    def __init__(self, vq: VQModel, image_size: int = 256):
         super().__init__()
         self.vq = vq
         self.stride = 2 ** (len(vq.config.block_out_channels) - 1)
-        self.config = FrozenDict(image_size=256, n_embed=vq.config.num_vq_embeddings)  # the size it was trained at
+        self.config = FrozenDict(image_size=image_size, n_embed=vq.config.num_vq_embeddings)
 
     @classmethod
     def from_original(cls, path: str | Path, stride: int = 16) -> "LlamaGenVQ":
@@ -106,11 +113,14 @@ class LlamaGenVQ(nn.Module):
         Raises:
             ValueError: a side is no multiple of the stride.
         """
+        z = F.normalize(self.encode_vectors(pixels).float(), dim=-1)
+        return (z @ self.vq.quantize.embedding.weight.float().T).argmax(dim=-1)
+
+    def encode_vectors(self, pixels: Tensor) -> Tensor:
+        """Pixels [B, 3, H, W] in [0, 1] -> what is quantized, [B, N, C]; errors as in `encode`."""
         if pixels.shape[2] % self.stride or pixels.shape[3] % self.stride:
             raise ValueError(f"images are {list(pixels.shape[2:])}: expected multiples of {self.stride}")
-        z = self.vq.encode(2 * pixels - 1).latents.permute(0, 2, 3, 1)  # [B, h, w, C]
-        similar = F.normalize(z.float(), dim=-1).flatten(1, 2) @ self.vq.quantize.embedding.weight.float().T
-        return similar.argmax(dim=-1)
+        return rearrange(self.vq.encode(2 * pixels - 1).latents, "b c h w -> b (h w) c")
 
     def decode(self, ids: Tensor, shape: tuple[int, int] | None = None) -> Tensor:
         """Ids [B, N] -> pixels [B, 3, H, W], about [0, 1] and not clipped; `shape` is (h, w), square by default.
@@ -123,3 +133,10 @@ class LlamaGenVQ(nn.Module):
             check_ids(row, self.config.n_embed, height * width, height * width)
         size = (len(ids), height, width, self.vq.config.vq_embed_dim)
         return (self.vq.decode(ids.flatten(), force_not_quantize=True, shape=size).sample + 1) / 2
+
+    def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Pixels [B, 3, H, W] in [0, 1] -> (reconstruction, quantizer loss, ids [B, N]), for training: the codebook need not be normalised."""
+        codes, loss, ids = by_cosine(self.encode_vectors(pixels), self.vq.quantize.embedding.weight)
+        latents = rearrange(codes, "b (h w) c -> b c h w", h=pixels.shape[2] // self.stride)
+        decoded = self.vq.decoder(self.vq.post_quant_conv(latents.to(self.dtype)))
+        return (decoded + 1) / 2, loss, ids

@@ -24,6 +24,37 @@ def check_ids(ids: Tensor, n_embed: int, fewest: int, most: int) -> None:
             raise ValueError(f"token {wrong} does not exist: expected 0 to {n_embed - 1}")
 
 
+def nearest(z: Tensor, table: Tensor) -> Tensor:
+    """Ids [...] of the rows of `table` [K, C] with the largest cosine to the unit vectors `z` [..., C]."""
+    return (z @ F.normalize(table.float(), dim=-1).T).argmax(dim=-1)
+
+
+def by_cosine(z: Tensor, table: Tensor, beta: float = 0.25) -> tuple[Tensor, Tensor, Tensor]:
+    """Quantize `z` [..., C] by the rows of `table` [K, C]; both are l2-normalised before they are compared.
+
+    Args:
+        beta: weight of the commitment term.
+
+    Returns:
+        codes [..., C], of unit length, with the straight-through gradient to the normalised `z`;
+        the scalar loss (beta * commitment + codebook term); ids [...] int64.
+    """
+    z = F.normalize(z.float(), dim=-1)
+    ids = nearest(z, table)
+    codes = F.normalize(F.embedding(ids, table).float(), dim=-1)
+    loss = beta * F.mse_loss(codes.detach(), z) + F.mse_loss(codes, z.detach())
+    return z + (codes - z).detach(), loss, ids
+
+
+@torch.no_grad()
+def revive(table: Tensor, dead: Tensor, z: Tensor, generator: torch.Generator | None = None) -> None:
+    """Move the rows `dead` [K] bool of `table` [K, C] onto random vectors of `z` [M, C], so that small trainings use them all."""
+    count = min(int(dead.sum()), len(z))
+    indices = torch.randperm(len(z), generator=generator)[:count]
+    slots = dead.nonzero().squeeze(1)[:count]
+    table[slots] = F.normalize(z[indices].float(), dim=-1).to(table)
+
+
 class VectorQuantizer(nn.Module):
     """Nearest code by cosine: vectors and codes are l2-normalised before they are compared.
 
@@ -41,34 +72,16 @@ class VectorQuantizer(nn.Module):
         self.embedding = nn.Embedding(n_embed, embed_dim)
 
     def forward(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Quantize `z` [..., C].
-
-        Returns:
-            codes [..., C], of unit length, with the straight-through gradient to the normalised `z`;
-            the scalar loss (beta * commitment + codebook term); ids [...] int64.
-        """
-        z = F.normalize(z.float(), dim=-1)
-        ids = self.nearest(z)
-        codes = self.decode(ids)
-        loss = self.beta * F.mse_loss(codes.detach(), z) + F.mse_loss(codes, z.detach())
-        return z + (codes - z).detach(), loss, ids
+        """See `by_cosine`."""
+        return by_cosine(z, self.embedding.weight, self.beta)
 
     def nearest(self, z: Tensor) -> Tensor:
         """Ids [...] of the codes with the largest cosine to the unit vectors `z` [..., C]."""
-        codebook = F.normalize(self.embedding.weight.float(), dim=-1)  # [K, C]
-        return (z @ codebook.T).argmax(dim=-1)
+        return nearest(z, self.embedding.weight)
 
     def decode(self, ids: Tensor) -> Tensor:
         """Unit codes [..., C] of `ids` [...]."""
         return F.normalize(self.embedding(ids).float(), dim=-1)
-
-    @torch.no_grad()
-    def revive(self, dead: Tensor, z: Tensor, generator: torch.Generator | None = None) -> None:
-        """Move the codes `dead` [K] bool onto random vectors of `z` [M, C], so that small trainings use them all."""
-        count = min(int(dead.sum()), len(z))
-        indices = torch.randperm(len(z), generator=generator)[:count]
-        slots = dead.nonzero().squeeze(1)[:count]
-        self.embedding.weight[slots] = F.normalize(z[indices].float(), dim=-1).to(self.embedding.weight)
 
 
 @dataclass(frozen=True)

@@ -133,6 +133,23 @@ class ConvHead(nn.Sequential):
         super().__init__(*layers)
 
 
+class PyramidHead(nn.Sequential):
+    """[B, D, h, w] -> pixels [B, 3, H, W] by pixel shuffles and convolutions, most of the work where the resolution is low.
+
+    Args:
+        channels: those at 1/2, 1/4, ... of the picture's resolution; the first shuffle goes straight to the last of these.
+        dim: D.
+        first: what the first shuffle enlarges by, so that H = h * first * 2 ** len(channels).
+    """
+
+    def __init__(self, channels: list[int], dim: int, first: int):
+        layers: list[nn.Module] = [nn.Conv2d(dim, channels[-1] * first**2, 1), nn.PixelShuffle(first)]
+        for before, after in zip(channels[::-1], [*channels[-2::-1], 3], strict=True):
+            layers += [ResidualBlock(before), ResidualBlock(before), nn.SiLU()]
+            layers += [nn.Conv2d(before, 4 * after, 3, padding=1), nn.PixelShuffle(2)]
+        super().__init__(*layers)
+
+
 def _init(module: nn.Module) -> None:
     """Xavier for matrices as published; convolutions keep the variance, the second of a residual block starts at 0."""
     if isinstance(module, nn.Linear):
@@ -161,12 +178,23 @@ class ViTEncoder(nn.Module):
 
 
 class ViTDecoder(nn.Module):
-    def __init__(self, grid: int, patch_size: int, conv: list[int] | None, dim: int, **transformer: int):
+    def __init__(
+        self,
+        grid: int,
+        patch_size: int,
+        conv: list[int] | None,
+        dim: int,
+        pyramid: list[int] | None = None,
+        **transformer: int,
+    ):
         super().__init__()
         self.grid = grid
         self.transformer = Transformer(dim, **transformer)
         self.de_pos_embedding = nn.Parameter(sincos_positions(dim, grid, grid), requires_grad=False)
-        head = ConvHead(conv, dim) if conv else nn.ConvTranspose2d(dim, 3, patch_size, stride=patch_size)
+        if pyramid:
+            head: nn.Module = PyramidHead(pyramid, dim, patch_size // 2 ** len(pyramid))
+        else:
+            head = ConvHead(conv, dim) if conv else nn.ConvTranspose2d(dim, 3, patch_size, stride=patch_size)
         self.to_pixel = nn.Sequential(nn.Identity(), head)  # published at index 1; a reshape stands at 0 there
 
     def forward(self, x: Tensor) -> Tensor:
@@ -184,6 +212,8 @@ class ViTVQGAN(ModelMixin, ConfigMixin):
         embed_dim, n_embed: width and number of the codes.
         conv_channels: None for the published linear patches; else the channels of the convolutions that stand in
             their place at 1/2, 1/4, ... of the resolution, down to ``1/patch_size``.
+        encoder_scale: the encoder sees pictures that are smaller by this factor, and the channels are those of its resolutions.
+        pyramid: channels of the `PyramidHead` that stands in the decoder; None for a head after `conv_channels`.
     """
 
     @register_to_config
@@ -196,11 +226,13 @@ class ViTVQGAN(ModelMixin, ConfigMixin):
         embed_dim: int = 32,
         n_embed: int = 8192,
         conv_channels: list[int] | None = None,
+        encoder_scale: int = 1,
+        pyramid: list[int] | None = None,
     ):
         super().__init__()
-        self.grid = image_size // patch_size
-        self.encoder = ViTEncoder(self.grid, patch_size, conv_channels, **encoder_size)
-        self.decoder = ViTDecoder(self.grid, patch_size, conv_channels, **decoder_size)
+        self.grid, self.stride = image_size // patch_size, patch_size
+        self.encoder = ViTEncoder(self.grid, patch_size // encoder_scale, conv_channels, **encoder_size)
+        self.decoder = ViTDecoder(self.grid, patch_size, conv_channels, pyramid=pyramid, **decoder_size)
         self.quantizer = VectorQuantizer(embed_dim, n_embed)
         self.pre_quant = nn.Linear(encoder_size["dim"], embed_dim)
         self.post_quant = nn.Linear(embed_dim, decoder_size["dim"])
@@ -232,14 +264,15 @@ class ViTVQGAN(ModelMixin, ConfigMixin):
         Raises:
             ValueError: they are of another size than the network's.
         """
-        return self.quantizer(self.pre_quant(self.encoder(self.sized(pixels))))[2]
+        return self.quantizer(self.encode_vectors(pixels))[2]
 
-    def sized(self, pixels: Tensor) -> Tensor:
-        """Pixels [B, 3, H, W] as they are, where they are of the network's size."""
+    def encode_vectors(self, pixels: Tensor) -> Tensor:
+        """Pixels [B, 3, H, W] in [0, 1] -> what is quantized, [B, N, C]; errors as in `encode`."""
         side = self.config.image_size
         if tuple(pixels.shape[1:]) != (3, side, side):
             raise ValueError(f"images are {list(pixels.shape[1:])}: expected [3, {side}, {side}]")
-        return pixels
+        scale = self.config.encoder_scale
+        return self.pre_quant(self.encoder(F.avg_pool2d(pixels, scale) if scale > 1 else pixels))
 
     def decode(self, ids: Tensor) -> Tensor:
         """Ids [B, N] -> pixels [B, 3, H, W], about [0, 1] and not clipped.
@@ -263,7 +296,7 @@ class ViTVQGAN(ModelMixin, ConfigMixin):
                 quantizer and is decoded from its unit vectors with this noise added. Noise of the size of the
                 quantization error makes the encoder spread over the sphere before the codebook settles.
         """
-        z = self.pre_quant(self.encoder(self.sized(pixels)))
+        z = self.encode_vectors(pixels)
         codes, loss, ids = self.quantizer(z)
         if noise is not None:
             skips = (noise != 0).flatten(1).any(dim=1)[:, None, None]

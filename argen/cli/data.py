@@ -13,13 +13,13 @@ HELP = "build datasets"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     sets = parser.add_subparsers(dest="set", required=True, metavar="SET")
     add = sets.add_parser(
-        "emoji", help="single images with names, about 14,000 in 4 styles", formatter_class=HelpFormatter
+        "emoji", help="single images with names, about 10,000 in 6 styles", formatter_class=HelpFormatter
     )
     add.add_argument("--out", type=Path, required=True, metavar="DIR")
     add.add_argument(
         "--icons", type=Path, metavar="DIR", help="folder for the icon packages; missing ones are fetched with npm"
     )
-    add.add_argument("--size", type=int, default=128, help="side of the images in pixels")
+    add.add_argument("--size", type=int, default=256, help="side of the images in pixels")
     add = sets.add_parser("scenes", help="composed images with exact truth", formatter_class=HelpFormatter)
     add.add_argument("--emoji", type=Path, required=True, metavar="DIR", help="made by `argen data emoji`")
     add.add_argument("--out", type=Path, required=True, metavar="DIR")
@@ -30,6 +30,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--common",
         action="store_true",
         help="of the 65 common things alone that argen/emoji-sd draws, see docs/evaluation.md",
+    )
+    add.add_argument(
+        "--kind", choices=("count", "colour", "pair", "relation"), help="of this kind alone (default: of all)"
     )
     add.add_argument("--seed", type=int, default=0, help="of the compositions")
     add = sets.add_parser(
@@ -57,7 +60,7 @@ def run(args: argparse.Namespace) -> None:
     if args.set == "emoji":
         counts = emoji.build(args.out, args.icons, args.size)
     elif args.set == "scenes":
-        counts = scenes.build(args.emoji, args.out, args.num, args.seed, args.common)
+        counts = scenes.build(args.emoji, args.out, args.num, args.seed, args.common, args.kind)
     else:
         counts = emoji.sample(args.emoji, args.out, args.num)
     print(f"{args.out}: " + ", ".join(f"{count:,} {split}" for split, count in counts.items()))

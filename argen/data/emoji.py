@@ -1,4 +1,4 @@
-"""Single pictures with names: four permissively licensed emoji icon sets, rendered on a white ground.
+"""Single pictures with names: six permissively licensed emoji icon sets, rendered on a white ground.
 
 The icon sets are the npm packages in `STYLES`; groups, subgroups and keywords come from `emojibase-data` (MIT).
 `build` fetches them with the ``npm`` client (or reads a folder given by the caller), renders every visible icon
@@ -18,16 +18,18 @@ import subprocess
 import tarfile
 import tempfile
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import cache
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 from tqdm import tqdm
 
-from argen.data.concepts import slug
+from argen.data.concepts import names_of, read_aliases, slug
 from argen.words import is_plural
 
 
@@ -44,9 +46,12 @@ STYLES = {
     "flat": Style("@iconify-json/fluent-emoji-flat", "1.2.6", "MIT", "flat style"),
     "noto": Style("@iconify-json/noto", "1.2.9", "Apache-2.0", "noto style"),
     "twemoji": Style("@iconify-json/twemoji", "1.2.5", "CC-BY-4.0", "twemoji style"),
+    "blob": Style("@iconify-json/noto-v1", "1.2.5", "Apache-2.0", "blob style"),
+    "firefox": Style("@iconify-json/fxemoji", "1.2.2", "CC-BY-4.0", "firefox style"),
 }
 NAMES_PACKAGE = ("emojibase-data", "17.0.0")
 TEST_PERCENT, VALIDATION_PERCENT = 4, 3  # of the concepts; of the (style, concept) pairs
+TONES_PERCENT = 6  # of the icons with a skin tone are kept: there are five of each person without one
 SPLITS = ("train", "validation", "test")
 GROUPS = (
     "activities",
@@ -84,18 +89,25 @@ class Icon:
     group: str  # emojibase group, "food-drink"
     subgroup: str
     keywords: list[str]
+    hexcode: str  # of emojibase, which joins the languages; "" where it does not know the icon
     caption: str
     licence: str
     source: str  # package@version:icon
 
 
 def split_of(style: str, concept: str, styles_of_concept: int) -> str:
-    """The fixed split of a picture: a hash of its concept, then of its style and concept."""
-    if _percent(concept) < TEST_PERCENT:
+    """The fixed split of a picture: a hash of its concept, then of its style and concept. What has everyday names is not held out."""
+    if _percent(concept) < TEST_PERCENT and concept not in everyday():
         return "test"
     if styles_of_concept > 1 and _percent(f"{style}/{concept}") < VALIDATION_PERCENT:
         return "validation"
     return "train"
+
+
+@cache
+def everyday() -> frozenset[str]:
+    """The concepts that people ask for by everyday names, see `argen.data.concepts.read_aliases`."""
+    return frozenset(concept for concepts in read_aliases().values() for concept in concepts)
 
 
 def _percent(key: str) -> int:
@@ -110,14 +122,20 @@ def with_article(name: str) -> str:
     return f"{'an' if sounds_like_vowel else 'a'} {name}"
 
 
-def caption(name: str, style: str, keywords: list[str], rng: random.Random) -> str:
-    """A caption drawn at random: article, style and keywords come and go, a keyword may stand for the name."""
-    subject = rng.choice(keywords) if keywords and rng.random() < 0.1 else name
+def caption(row: Mapping[str, Any], rng: random.Random) -> str:
+    """A caption of a single picture drawn at random: its name or an everyday one, as often; article, style and keywords come and go.
+
+    Args:
+        row: of a table that `build` wrote.
+    """
+    everyday_names = [] if row["skin_tone"] else names_of(row["concept"])
+    subject = rng.choice(everyday_names) if everyday_names and rng.random() < 0.5 else row["name"]
     text = with_article(subject) if rng.random() < 0.7 else subject
-    if keywords and rng.random() < 0.15:
+    keywords = row["keywords"]
+    if keywords and rng.random() < 0.1:
         text += ", " + ", ".join(rng.sample(keywords, k=min(len(keywords), rng.randint(1, 2))))
-    if rng.random() < 0.75:
-        text += f", {STYLES[style].prompt}"
+    if rng.random() < 0.6:
+        text += f", {STYLES[row['style']].prompt}"
     return text
 
 
@@ -156,7 +174,7 @@ def fetch_package(package: str, version: str, cache: Path) -> Path:
 
 
 def _names(folder: Path) -> dict[str, dict]:
-    """slug of the English label -> emojibase record (group and subgroup as words)."""
+    """slug of the English label -> emojibase record (its hexcode and tags, group and subgroup as words)."""
     messages = json.loads((folder / "en/messages.json").read_text())
     groups = {g["order"]: g["key"] for g in messages["groups"]}
     subgroups = {g["order"]: g["key"] for g in messages["subgroups"]}
@@ -167,6 +185,7 @@ def _names(folder: Path) -> dict[str, dict]:
                 "group": groups[record["group"]],
                 "subgroup": subgroups[record["subgroup"]],
                 "tags": sorted(record.get("tags", [])),
+                "hexcode": record["hexcode"],
             }
     return table
 
@@ -186,8 +205,10 @@ def split_tone(icon: str, known_names: dict) -> tuple[str, str]:
 
 
 def icons(cache: Path) -> Iterator[tuple[Icon, str]]:
-    """Every visible icon of the four sets with its SVG text, in a fixed order."""
+    """The visible icons of all sets with their SVG texts, in a fixed order: few of those with a skin tone, and of sets that write
+    names without spaces those that emojibase knows."""
     known_names = _names(fetch_package(*NAMES_PACKAGE, cache))
+    joined = {name.replace("-", ""): name for name in known_names}
     group_names = {
         "Animals & Nature": "animals-nature",
         "Food & Drink": "food-drink",
@@ -203,11 +224,16 @@ def icons(cache: Path) -> Iterator[tuple[Icon, str]]:
             for group, members in metadata.get("categories", {}).items()
             for icon in members
         }
+        dashed = sum("-" in icon for icon in data["icons"]) > len(data["icons"]) / 2
         for icon, body in sorted(data["icons"].items()):
-            if body.get("hidden"):
+            spelled = icon if dashed else joined.get(icon, "")
+            base, tone = split_tone(spelled, known_names)
+            if body.get("hidden") or not base or (tone and _percent(f"{style}/{icon}") >= TONES_PERCENT):
                 continue
-            base, tone = split_tone(icon, known_names)
-            record = known_names.get(base, {"group": category.get(icon, "other"), "subgroup": "", "tags": []})
+            base = joined.get(base.replace("-", ""), base)
+            record = known_names.get(
+                base, {"group": category.get(icon, "other"), "subgroup": "", "tags": [], "hexcode": ""}
+            )
             concept = base.replace("-", " ")
             name = f"{concept} {tone} skin tone" if tone else concept
             width, height = (body.get(side, data[side]) for side in ("width", "height"))
@@ -225,6 +251,7 @@ def icons(cache: Path) -> Iterator[tuple[Icon, str]]:
                     group=record["group"],
                     subgroup=record["subgroup"],
                     keywords=record["tags"],
+                    hexcode=record["hexcode"],
                     caption=f"{with_article(name)}, {source.prompt}",
                     licence=source.licence,
                     source=f"{source.package}@{source.version}:{icon}",
@@ -252,7 +279,7 @@ def _render_job(job: tuple[str, int]) -> bytes:
     return render(*job)
 
 
-def build(out: Path, icons_dir: Path | None = None, size: int = 128) -> dict[str, int]:
+def build(out: Path, icons_dir: Path | None = None, size: int = 256) -> dict[str, int]:
     """Render the whole set into `out` as parquet splits; returns the number of pictures of each split.
 
     Args:

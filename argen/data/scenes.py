@@ -8,7 +8,7 @@ single-picture set, so held-out concepts stay held out.
 import json
 import random
 from collections import defaultdict
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
 from io import BytesIO
 from itertools import cycle
@@ -30,6 +30,7 @@ NUMBERS = ("zero", "one", "two", "three", "four", "five", "six")
 RELATIONS = ("to the left of", "to the right of", "above", "below")
 KINDS = {"count": 0.35, "colour": 0.15, "pair": 0.25, "relation": 0.25}
 PALETTE = ((230, 25, 75), (60, 180, 75), (0, 130, 200), (245, 130, 48), (145, 30, 180), (70, 240, 240))  # of segments
+AS_IT_COMES = 0.75  # share of the single things that keep the place and the size of their icon
 INK = 245  # what is darker in some channel is no ground
 AREA = 100  # pixels of 128 x 128 that an object has at least
 COMMON = (  # fmt: skip; things that a model too small for all of them learns, and can then draw
@@ -95,10 +96,15 @@ def _colourful(image: np.ndarray) -> bool:
 def boxes(image: np.ndarray) -> list[tuple[int, int, int, int]]:
     """(left, top, right, bottom) of each connected component of the ink of [H, W, 3] uint8, largest first."""
     ink = torch.from_numpy(image.min(axis=2) < INK)
-    places = torch.arange(1.0, ink.numel() + 1).reshape(ink.shape)
-    labels = torch.where(ink, places, 0.0)
-    while not torch.equal(labels, grown := torch.where(ink, F.max_pool2d(labels[None], 3, 1, 1)[0], 0.0)):
-        labels = grown
+    places = torch.arange(1.0, ink.numel() + 1).reshape(
+        ink.shape
+    )  # a component has the largest of its places as its label
+    labels, before = torch.where(ink, places, 0.0), None
+    while before is None or not torch.equal(labels, before):
+        before, labels = labels, torch.where(ink, F.max_pool2d(labels[None], 3, 1, 1)[0], 0.0)
+        labels = torch.where(
+            ink, labels.flatten()[(labels.long() - 1).clamp(min=0)], 0.0
+        )  # and that of the place it names
     least = AREA * ink.numel() / 128**2
     ids, areas = labels[ink].unique(return_counts=True)
     components = []
@@ -128,10 +134,11 @@ class Composer:
 
     Args:
         only: draw these things alone, see `thing_of`; None for all that are simple.
+        kinds: share of each kind.
     """
 
-    def __init__(self, table, size: int, only: Collection[str] | None = None):
-        self.size = size
+    def __init__(self, table, size: int, only: Collection[str] | None = None, kinds: Mapping[str, float] = KINDS):
+        self.size, self.kinds = size, kinds
         self.icons: dict[str, list[tuple[str, np.ndarray]]] = defaultdict(list)  # style -> (name, picture)
         self.colourful: dict[str, list[tuple[str, np.ndarray]]] = defaultdict(list)
         for row in table:
@@ -153,7 +160,7 @@ class Composer:
             )
 
     def scene(self, rng: random.Random) -> tuple[Scene, Image.Image]:
-        kind = rng.choices(list(KINDS), KINDS.values())[0]
+        kind = rng.choices(list(self.kinds), self.kinds.values())[0]
         style = rng.choice(self.styles)
         few = len(self.colourful[style]) < 2  # then no scene of this style names a colour
         kind = {"colour": "count", "pair": "relation"}.get(kind, kind) if few else kind
@@ -181,12 +188,14 @@ class Composer:
         return scene, Image.fromarray(canvas)
 
     def _paste(self, canvas, image, cell, layout, rng) -> tuple[int, int, int, int]:
-        """Put `image` somewhere inside its cell of the layout; returns the box of its ink."""
-        room = self.size // max(layout)
-        side = int(room * rng.uniform(0.78, 0.92))
+        """Put `image` somewhere inside its cell of the layout, where it is alone often as it comes; returns the box of its ink."""
+        if layout == (1, 1) and rng.random() < AS_IT_COMES:
+            side, top, left = self.size, 0, 0
+        else:
+            side = int(self.size // max(layout) * rng.uniform(0.78, 0.92))
+            extent = [self.size // n for n in layout]
+            top, left = (cell[axis] * extent[axis] + rng.randint(1, extent[axis] - side - 1) for axis in (0, 1))
         small = np.asarray(Image.fromarray(image).resize((side, side), Image.Resampling.LANCZOS))
-        extent = [self.size // n for n in layout]
-        top, left = (cell[axis] * extent[axis] + rng.randint(1, extent[axis] - side - 1) for axis in (0, 1))
         canvas[top : top + side, left : left + side] = small
         rows, columns = np.nonzero((small < INK).any(-1))
         return (
@@ -205,13 +214,16 @@ class Composer:
         return joint.join(with_article(name) for name in names)
 
 
-def build(emoji: Path, out: Path, num: int = 12000, seed: int = 0, common: bool = False) -> dict[str, int]:
+def build(
+    emoji: Path, out: Path, num: int = 12000, seed: int = 0, common: bool = False, kind: str | None = None
+) -> dict[str, int]:
     """Compose `num` training scenes (and a tenth of that for each other split) into `out`.
 
     Args:
         emoji: folder made by ``argen data emoji``.
         seed: the same seed gives the same scenes.
         common: of the things in `COMMON` alone; without a test split, as none of them is held out in every style.
+        kind: of this kind alone; None for all.
     """
     check_new(out)
     if num < 10:
@@ -219,7 +231,7 @@ def build(emoji: Path, out: Path, num: int = 12000, seed: int = 0, common: bool 
     rows: dict[str, list[dict]] = {}
     for split in SPLITS[:2] if common else SPLITS:
         table = read_split(emoji, split)
-        composer = Composer(table, table[0]["image"].width, COMMON if common else None)
+        composer = Composer(table, table[0]["image"].width, COMMON if common else None, {kind: 1.0} if kind else KINDS)
         rng = random.Random(f"{seed}/{split}")
         rows[split] = []
         for _ in tqdm(range(num if split == "train" else num // 10), desc=f"compose {split}"):

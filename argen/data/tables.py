@@ -5,6 +5,7 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
+from PIL.Image import Resampling
 
 from argen.files import naming
 from tokenizers_img.pixels import opaque
@@ -65,7 +66,13 @@ def read_split(folder: str | Path, split: str):
     return Dataset.from_parquet([str(file) for file in files])
 
 
-def pixels(table) -> np.ndarray:
-    """All pictures of a table as one array [N, H, W, 3] uint8 (a set of this size fits in memory)."""
-    images = [np.asarray(opaque(image)) for image in table["image"]]
-    return np.stack(images)
+def pixels(table, size: int | None = None) -> np.ndarray:
+    """All pictures of a table as one array [N, H, W, 3] uint8 (a set of this size fits in memory), of `size` pixels a side; None for
+    their own."""
+    images = (opaque(image) for image in table["image"])
+    return np.stack(
+        [
+            np.asarray(image if size in (None, image.width) else image.resize((size, size), Resampling.BOX))
+            for image in images
+        ]
+    )

@@ -17,7 +17,7 @@ from argen.data.scenes import INK, segments
 from argen.eval.images import ImageArray, ImageSet, Table, open_images
 from argen.models.annotators import canny
 
-TOLERANCE = 2  # pixels of 128 x 128
+SIDE, TOLERANCE = 128, 2  # pixels: images are compared with that as their longer side, edges within that
 Box = tuple[int, int, int, int]
 
 
@@ -29,6 +29,13 @@ def edge_f1(result: np.ndarray, target: np.ndarray, tolerance: int = TOLERANCE) 
     near = [F.max_pool2d(edges, 2 * tolerance + 1, 1, tolerance) for edges in maps]
     precision, recall = (_share(edges, other) for edges, other in zip(maps, reversed(near), strict=True))
     return 2 * precision * recall / max(precision + recall, 1e-9)
+
+
+def brought(image: ImageArray, how: Image.Resampling = Image.Resampling.BICUBIC) -> ImageArray:
+    """An image [H, W, 3] whose longer side is `SIDE`."""
+    scale = SIDE / max(image.shape[:2])
+    size = round(image.shape[1] * scale), round(image.shape[0] * scale)
+    return image if scale == 1 else np.asarray(Image.fromarray(image).resize(size, how))
 
 
 def _share(edges: Tensor, near: Tensor) -> float:
@@ -81,10 +88,14 @@ def evaluate(scenes: Scenes, kind: str, followed: ImageSet, free: ImageSet) -> d
     """Scores of the pictures drawn with the control of `kind`, and of those drawn for the same prompts without."""
     sums: dict[str, list[float]] = {}
     for index in range(len(followed)):
-        control = scenes[index]
-        for name, result in (("", followed[index]), (", without control", free[index])):
+        scale = SIDE / max(scenes[index].shape[:2])
+        control, boxes = (
+            brought(scenes[index]),
+            [tuple(round(scale * side) for side in box) for box in scenes.boxes[index]],
+        )
+        for name, result in (("", brought(followed[index])), (", without control", brought(free[index]))):
             if kind == "seg":
-                sums.setdefault(f"segment mIoU{name}", []).append(segment_iou(result, control, scenes.boxes[index]))
+                sums.setdefault(f"segment mIoU{name}", []).append(segment_iou(result, control, boxes))
             else:
                 maps = canny(result), canny(control)
                 sums.setdefault(f"edge F1{name}", []).append(edge_f1(*maps))

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from argen.bounds import MAX_SIDE
@@ -56,18 +56,18 @@ class FileList(ImageSet):
         self.path, self.zip = path, None
         self.transparent: set[str] = set()
         if path.is_dir():
-            files = {str(file.relative_to(path)): file.stat() for file in _files_under(path)}
+            files = {str(file.relative_to(path)): file.stat() for file in files_under(path)}
             facts = {name: (stat.st_size, stat.st_mtime_ns) for name, stat in files.items()}
         else:
             self.zip = zipfile.ZipFile(path)
             facts = {m.filename: (m.file_size, m.CRC) for m in self.zip.infolist() if not m.is_dir()}
         facts = {name: fact for name, fact in facts.items() if Path(name).suffix.lower() in SUFFIXES}
-        skipped = {name for name in facts if _is_litter(name)}
+        skipped = {name for name in facts if is_litter(name)}
         if skipped:
             what = "1 file that macOS" if len(skipped) == 1 else f"{len(skipped)} files that macOS"
             are = "is" if len(skipped) == 1 else "are"
             logger.warning("%s: %s left beside the images, or in hidden folders, %s skipped", path, what, are)
-        self.names = sorted(facts.keys() - skipped, key=_natural)
+        self.names = sorted(facts.keys() - skipped, key=natural)
         self.identity = digest([path.name, *((name, facts[name]) for name in self.names)])
 
     def __len__(self) -> int:
@@ -82,7 +82,7 @@ class FileList(ImageSet):
         return np.asarray(opaque(image))
 
 
-def _files_under(folder: Path) -> Iterator[Path]:
+def files_under(folder: Path) -> Iterator[Path]:
     """The files in a folder, its subfolders and those that are linked there, each folder once."""
     visited = set()
     for place, folders, names in os.walk(folder, followlinks=True):
@@ -93,13 +93,13 @@ def _files_under(folder: Path) -> Iterator[Path]:
         yield from (file for name in names if (file := Path(place, name)).is_file())
 
 
-def _is_litter(name: str) -> bool:
+def is_litter(name: str) -> bool:
     """Whether a file was left by a system or a program: by its name, or in such a folder."""
     *folders, file = Path(name).parts
     return file.startswith("._") or any(folder.startswith(".") or folder in LITTER for folder in folders)
 
 
-def _natural(name: str) -> list[str | int]:
+def natural(name: str) -> list[str | int]:
     """Texts and numbers in turn, to sort by."""
     return [int(part) if index % 2 else part for index, part in enumerate(re.split(r"(\d+)", name))]
 
@@ -197,12 +197,17 @@ def digest(facts: object) -> str:
     return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
 
 
-def crop_adm(image: Image.Image, size: int) -> Image.Image:
-    """Centre square as ImageNet evaluations take it: halved while twice too large, bicubic, cut (guided-diffusion)."""
-    while min(image.size) >= 2 * size:
+def shrunk(image: Image.Image, side: int) -> Image.Image:
+    """The whole image with its shorter side of `side` pixels: halved while twice too large, then bicubic (guided-diffusion)."""
+    while min(image.size) >= 2 * side:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
-    scale = size / min(image.size)
-    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
+    scale = side / min(image.size)
+    return image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
+
+
+def crop_adm(image: Image.Image, size: int) -> Image.Image:
+    """Centre square as ImageNet evaluations take it, of `shrunk` (guided-diffusion)."""
+    image = shrunk(image, size)
     left, top = (image.width - size) // 2, (image.height - size) // 2
     return image.crop((left, top, left + size, top + size))
 
@@ -212,6 +217,37 @@ def crop_square(image: Image.Image, size: int) -> Image.Image:
     side = min(image.size)
     left, top = (image.width - side) // 2, (image.height - side) // 2
     return image.crop((left, top, left + side, top + side)).resize((size, size), Image.Resampling.LANCZOS)
+
+
+def crops(image: Image.Image, size: int, how: str) -> list[Image.Image]:
+    """The crops of an image that LlamaGen makes token ids of.
+
+    Args:
+        size: of the crops, in pixels.
+        how: "center", the one of `crop_adm`; "flip", this and its mirror; "ten:RANGE", of the image cropped to int(size * RANGE) the four
+            corners (top left, top right, bottom left, bottom right) and the centre, then the same of its mirror, as torchvision's ten
+            crops do. LlamaGen's range is 1.1.
+
+    Raises:
+        ValueError: another `how`, or a range that is not from 1 to 2.
+    """
+    if how in ("center", "flip"):
+        image = crop_adm(image, size)
+        return [image] if how == "center" else [image, ImageOps.mirror(image)]
+    if not re.fullmatch(r"ten:\d(\.\d{1,6})?", how) or not 1 <= float(how[4:]) <= 2:
+        raise ValueError(
+            f"unknown crops {cut(how)!r}: expected center, flip or ten:RANGE, a range from 1 to 2, e.g. ten:1.1"
+        )
+    image = crop_adm(image, int(size * float(how[4:])))
+    return [*_five_crops(image, size), *_five_crops(ImageOps.mirror(image), size)]
+
+
+def _five_crops(image: Image.Image, size: int) -> list[Image.Image]:
+    """The corners and the centre of a square, in the order of torchvision."""
+    far = image.width - size
+    middle = round(far / 2)
+    corners = (0, 0), (far, 0), (0, far), (far, far), (middle, middle)
+    return [image.crop((left, top, left + size, top + size)) for left, top in corners]
 
 
 CROPS: dict[str, Callable[[Image.Image, int], Image.Image]] = {"adm": crop_adm, "square": crop_square}

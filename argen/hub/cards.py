@@ -29,6 +29,8 @@ FOLDER = Path(__file__).parents[1] / "cards"
 CARD_FILE = "argen.toml"
 KINDS = ("generator", "tokenizer", "encoder", "drafter", "diffusion", "counter", "judge")
 SAVED = ("argen.hub.loading:load", "")  # targets of saved pipelines, whose model_index.json says what they are
+ADAPTED = "argen.hub.loading:read_adapted"  # target of a LoRA that was trained
+TRAINED_VQ = "argen.models.tokenizers:read_saved_vq"  # target of a VQ of LlamaGen that was trained
 DIFFUSION = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
 DEFAULTS = ("guidance_scale", "temperature", "top_k", "top_p", "steps")
 MAX_BYTES = 1_000_000  # of a card
@@ -182,7 +184,7 @@ def read_folder_card(path: Path) -> Card:
         ValueError: it is none; it names what no card of argen or of an installed package names, or lies in a folder of itself.
     """
     card = read_card(path)
-    trusted = set(SAVED).union(*(known.references for known in all_cards().values()))
+    trusted = {ADAPTED, TRAINED_VQ, *SAVED}.union(*(known.references for known in all_cards().values()))
     trusted |= {reader.point.value for reader in readers.installed.values()}
     trusted |= {f"{reader.__module__}:{reader.__qualname__}" for reader in readers.added.values()}
     if unknown := sorted(card.references - trusted):

@@ -43,6 +43,7 @@ from argen.hub.cards import (
 from argen.hub.memory import SHARE, check_memory, out_of_memory
 from argen.hub.options import Attention, Dtype, LoadOptions, Offload, Quantize, check_arguments
 from argen.hub.quantized import NAMES, decoding_network, quantized, quantizes, writing_network
+from argen.models.lora import add_adapters, read_adapter, read_adapters
 from argen.models.quantized import Quantization, check_quantizable, quantized_bytes
 from argen.models.quantized import quantize as quantize_network
 from argen.registry import pipelines, resolve
@@ -78,6 +79,7 @@ def load(
     quantize: Quantize | None = None,
     compile: bool = False,
     offload: Offload | None = None,
+    lora: str | None = None,
     **others: Any,
 ) -> Any:
     """The pipeline of a generator, the network of a tokenizer, or a text and image encoder.
@@ -100,6 +102,7 @@ def load(
             not compiled, but for rounding.
         offload: "model": networks are out of memory while they do nothing. On a GPU all but the one that works wait on the CPU; on a CPU a T5
             stays on disk until a prompt must be encoded whose features are not kept there (`argen.models.prompt_cache`).
+        lora: folders of LoRA that are added to the network that writes the tokens, "PATH" or "PATH:WEIGHT", several with commas between.
         others: not allowed; arguments of diffusers' ``from_pretrained`` raise an error that names the alternative.
 
     Raises:
@@ -109,7 +112,9 @@ def load(
     """
     check_arguments(others)
     name = dtype_name(dtype)
-    options = LoadOptions(dtype=name, attention=attention, quantize=quantize, compile=compile, offload=offload)
+    options = LoadOptions(
+        dtype=name, attention=attention, quantize=quantize, compile=compile, offload=offload, lora=lora
+    )
     return _open(model, None if device is None else pick(device), options, tokenizer, image_size)
 
 
@@ -147,6 +152,7 @@ def _open(
     if not lenient:
         check_options(model, options if how is None else replace(options, quantize="int8"), where)
     check_memory(model, options, where)
+    adapters = read_adapters(options.lora)
     token = ON_DEMAND.set(options.offload is not None and where.type == "cpu")
     try:
         loaded = _load(model, tokenizer, image_size)
@@ -154,6 +160,8 @@ def _open(
         ON_DEMAND.reset(token)
     if how is not None:
         check_quantizable(writing_network(loaded), how)
+    if adapters:
+        add_adapters(adapted_network(loaded), adapters)
     if lenient:
         decodes = hasattr(getattr(loaded, "transformer", None), "compiled") and not quantized(loaded)
         options = replace(
@@ -161,6 +169,27 @@ def _open(
         )
         options = options if can_offload(loaded, where) else replace(options, offload=None)
     return _prepared(loaded, device, options)
+
+
+def adapted_network(model: Any) -> torch.nn.Module:
+    """The network of a generator that LoRA is added to.
+
+    Raises:
+        InvalidValue: the model has none, or is quantized.
+    """
+    network = getattr(model, "transformer", None)
+    if not isinstance(network, torch.nn.Module):
+        raise InvalidValue(f"lora is for generators, not for a {type(model).__name__}: leave it out", "lora")
+    if quantized(model):
+        raise InvalidValue("the model is quantized: add lora to the one that it was made of", "lora")
+    return network
+
+
+def read_adapted(folder: Path, base: str) -> Any:
+    """A LoRA that was trained, on the model that it was trained on."""
+    loaded = _load(base, None, None)
+    add_adapters(adapted_network(loaded), [(read_adapter(folder), 1.0)])
+    return loaded
 
 
 def _prepared(model: Any, device: torch.device | str | None, options: LoadOptions) -> Any:

@@ -42,6 +42,11 @@ class ModelCache:
                     del self.loaded[old]
             return loaded
 
+    def forget(self, model: str) -> None:
+        """Release a model; who asks for it next has it loaded again."""
+        with self.locks[model], self.lock:
+            self.loaded.pop(model, None)
+
 
 def size_of(model: Any) -> int:
     """Bytes of the weights of a network or of a pipeline."""

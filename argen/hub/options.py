@@ -27,6 +27,9 @@ class LoadOptions:
         default=None,
         description="keep networks out of memory that do nothing: on a GPU all but one, on a CPU the text encoder T5",
     )
+    lora: str | None = Field(
+        default=None, description="folders of LoRA, as runs/style/final:0.8,runs/cats/final, with weights where not 1"
+    )
 
 
 INSTEAD = {  # of arguments of diffusers' and transformers' from_pretrained
@@ -52,6 +55,6 @@ def check_arguments(others: Mapping[str, Any]) -> None:
     ValueError: an argument that `argen.hub.loading.load` does not have; names what stands for it.
     """
     for name in others:
-        known = "tokenizer, image_size, device, dtype, attention, quantize, compile, offload"
+        known = "tokenizer, image_size, device, dtype, attention, quantize, compile, offload, lora"
         instead = INSTEAD.get(name, f"it has {known}{nearest(name, known.split(', '))}")
         raise InvalidValue(f"{name} is not an argument of argen.load: {instead}", name)

@@ -1,11 +1,15 @@
 """Access to models: every model name that a front end gets is checked here."""
 
+import json
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from argen.hub.cards import check_kind, ids
+
+TRAINED = "trainings/"  # what the names of models begin with that were trained on the page
+DEPTHS = "[!.]*", "[!.]*/[!.]*", "[!.]*/[!.]*/[!.]*"  # of folders that are looked through
 
 
 class UnknownModel(KeyError):
@@ -18,17 +22,35 @@ class ModelAccess:
     Args:
         load: id or path -> the model.
         folders: where saved pipelines may be loaded from, beside the models that have an id.
+        trainings: folder of those that the page has trained, which are called "trainings/NAME"; None for no such.
     """
 
-    def __init__(self, load: Callable[[str], Any], folders: Sequence[Path] = ()):
-        self.load, self.folders = load, [folder.resolve() for folder in folders]
+    def __init__(self, load: Callable[[str], Any], folders: Sequence[Path] = (), trainings: Path | None = None):
+        self.load, self.folders, self.trainings = load, [folder.resolve() for folder in folders], trainings
+
+    def trained(self) -> dict[str, Path]:
+        """The folders of what the page has trained, by the names of these models; the newest first."""
+        results = self.trainings.glob("[!.]*/final") if self.trainings else []
+        times = {path: path.stat().st_mtime for path in results if path.is_dir()}
+        return {f"{TRAINED}{path.parent.name}": path for path in sorted(times, key=lambda path: -times[path])}
+
+    def saved(self, pipeline: str) -> list[str]:
+        """The names of what was trained, and the paths of what lies up to three folders below one of `folders`, that are saved pipelines of
+        a class."""
+        trained = [name for name, path in self.trained().items() if _class_of(path) == pipeline]
+        within = None if self.trainings is None else self.trainings.resolve()
+        files = {
+            file for folder in self.folders for depth in DEPTHS for file in folder.glob(f"{depth}/model_index.json")
+        }
+        found = [file.parent for file in sorted(files) if within not in file.parents]
+        return trained + [str(path) for path in found if _class_of(path) == pipeline]
 
     def __call__(self, name: str, kind: str = "generator") -> Any:
         """Load a model. Raises as `check` and the loader do."""
         return self.load(self.check(name, kind))
 
     def check(self, name: str, kind: str = "generator") -> str:
-        """Check the name of a model: an id of `kind`, or a path inside one of `folders` -> the name to load.
+        """Check the name of a model: an id of `kind`, a path inside one of `folders`, or what was trained -> the name to load.
 
         Raises:
             UnknownModel: anything else.
@@ -37,7 +59,9 @@ class ModelAccess:
         known = ids(kind)
         if name in known:
             return name
-        if (path := self._inside(name)) is not None:
+        if (path := self._inside(name)) is None and name.startswith(TRAINED) and name in (trained := self.trained()):
+            path = str(trained[name])
+        if path is not None:
             check_kind(path, kind)
             return path
         raise UnknownModel(f"there is no model {name[:100]!r}: expected one of {', '.join(known)}")
@@ -66,3 +90,11 @@ class ModelAccess:
             return str(path) if name.strip() and inside and path.exists() else None
         except (OSError, ValueError):
             return None
+
+
+def _class_of(folder: Path) -> str | None:
+    """The class of a saved pipeline; None where it is none."""
+    try:
+        return json.loads((folder / "model_index.json").read_text())["_class_name"]
+    except (OSError, ValueError, TypeError, LookupError):
+        return None

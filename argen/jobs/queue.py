@@ -131,7 +131,7 @@ class Studio:
         folders: Sequence[Path] = (),
     ):
         self.store, self.device, self.paused = Store(folder, metadata), threading.RLock(), False
-        self.models = ModelAccess(models, folders)
+        self.models = ModelAccess(models, folders, self.store.trainings)
         self.changed = threading.Condition()
         self.live: Progress | None = None
         self.preview_requested, self.cancelled, self.closing = 0.0, False, False

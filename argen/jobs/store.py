@@ -83,6 +83,7 @@ class Store:
     Attributes:
         private_folder: folder inside it with the database, the thumbnails and the tokens of interrupted jobs; readable by its owner
             alone, and locked by one program at a time.
+        trainings: folder of the trainings of the page, see `argen.jobs.trainings`; it is made by the first one.
         exports: folder of uploads, and of files made for one download; emptied at start.
 
     Raises:
@@ -92,6 +93,7 @@ class Store:
     def __init__(self, folder: Path, metadata: bool = True):
         self.folder, self.private_folder, self.metadata = folder, folder / ".studio", metadata
         self.exports, self.lock = self.private_folder / "page", threading.RLock()
+        self.trainings = folder / "trainings"
         try:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             self.private_folder.mkdir(mode=0o700, exist_ok=True)

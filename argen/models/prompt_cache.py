@@ -5,7 +5,6 @@ which those that were not used for the longest time go first. A folder that cann
 """
 
 import hashlib
-import os
 from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
@@ -17,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from argen.files import replacing
+from argen.files import cache_folder, replacing
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -28,9 +27,7 @@ SAMPLES, SAMPLE = 32, 4096  # of a file of weights: how many, and bytes of each
 
 def folder() -> Path:
     """Where the features are kept."""
-    own = os.environ.get("ARGEN_CACHE")
-    above = Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "argen"
-    return above / "prompts"
+    return cache_folder("prompts")
 
 
 def key(encoder: "PreTrainedModel", device: torch.device, ids: Tensor, mask: Tensor) -> str | None:

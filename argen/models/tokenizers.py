@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from argen.bounds import MAX_SIDE
 from argen.files import WEIGHTS
 from argen.models.files import load_network, read_encoder
 from tokenizers_img.hub import hub_folder
@@ -44,6 +45,25 @@ def read_llamagen_vq(folder: Path, name: str) -> "LlamaGenVQ":
 
     stride = int(name.split("_")[1].removeprefix("ds"))
     return LlamaGenVQ.from_original(folder / f"{name}.pt", stride)
+
+
+def read_saved_vq(folder: Path, image_size: int) -> "LlamaGenVQ":
+    """A VQ of LlamaGen as `argen train llamagen-vq` writes it.
+
+    Args:
+        image_size: side of the images it was trained at, in pixels.
+
+    Raises:
+        ValueError: a size that its stride does not divide.
+    """
+    from diffusers import VQModel
+
+    from tokenizers_img.llamagen_vq import LlamaGenVQ
+
+    tokenizer = LlamaGenVQ(load_network(VQModel, folder), image_size)
+    if not isinstance(image_size, int) or not 0 < image_size <= MAX_SIDE or image_size % tokenizer.stride:
+        raise ValueError(f"image_size is {image_size}: expected a multiple of {tokenizer.stride}, at most {MAX_SIDE}")
+    return tokenizer
 
 
 def read_flextok(folder: Path) -> "FlexTokenizer":

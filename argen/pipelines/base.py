@@ -25,6 +25,7 @@ from argen.data.reading import Reading
 from argen.hub.cards import Card
 from argen.hub.memory import images_at_once
 from argen.metadata import MADE_BY, TOKENS, made_by
+from argen.pipelines.adapting import Adapting
 from argen.pipelines.arguments import check_call, check_prompts, check_sampling, check_unknown
 from argen.pipelines.canvas import TokenGrid
 from argen.pipelines.editing import Editing
@@ -78,7 +79,7 @@ class TokenPipelineOutput(BaseOutput, Generic[Images]):
     origins: Tensor | None = None
 
 
-class TokenPipeline(Editing, Ranking, Running, Saving):
+class TokenPipeline(Adapting, Editing, Ranking, Running, Saving):
     """Base of the pipelines: a subclass defines how prompts are encoded and how tokens are decoded to pixels.
 
     Attributes:
@@ -477,12 +478,15 @@ class TokenPipeline(Editing, Ranking, Running, Saving):
         return changed.to(tokens.device)
 
     def class_of(self, prompt: str) -> int:
-        """Return the class that a prompt names, for a model that reads no text.
+        """Return the class that a prompt names, for a model that reads no text: by the names that it was made with, by ImageNet's if it has
+        as many, else by number.
 
         Raises:
             ValueError: there is no such class.
         """
-        return class_id(prompt)
+        count = self.transformer.config.get("classes")
+        numbers = None if count in (None, 1000) else [str(number) for number in range(count)]
+        return class_id(prompt, self.config.get("class_names") or numbers)
 
     @overload
     def images(self, tokens: Tensor, output_type: Literal["pil"] = "pil") -> list[Image.Image]: ...

@@ -163,10 +163,10 @@ class LatentGrid(TokenGrid):
 
 def check_grids(generator: Any, image_tokenizer: Any) -> None:
     """Raises:
-    ValueError: a generator writes another grid than that of an image tokenizer whose images have one size.
+    ValueError: a generator writes a larger grid than that of an image tokenizer whose images have one size.
     """
     expected = getattr(image_tokenizer, "grid", None)
-    if isinstance(expected, int) and generator.config.grid != expected:
+    if isinstance(expected, int) and generator.config.grid > expected:
         raise ValueError(
             f"the generator writes {generator.config.grid} x {generator.config.grid} tokens, the image tokenizer reads "
             f"{expected} x {expected}: expected a generator of this tokenizer"

@@ -39,8 +39,9 @@ class ControlARPipeline(LlamaGenPipeline):
         groups: list[str] | None = None,
         any_size: bool = False,
         drafter: Drafter | None = None,
+        class_names: list[str] | None = None,
     ):
-        super().__init__(transformer, vq, text_encoder, tokenizer, groups, drafter)
+        super().__init__(transformer, vq, text_encoder, tokenizer, groups, drafter, class_names)
         self.register_to_config(any_size=any_size)
 
     @classmethod
@@ -62,28 +63,35 @@ class ControlARPipeline(LlamaGenPipeline):
     official = Defaults(guidance_scale=4.0, top_k=2000)
 
     def prepare(self, control: Control) -> Control:
-        """See `TokenPipeline.prepare`. Without a requested size, a model of any size takes the control image's own, as
-        near as whole cells come and as large as fits.
+        """See `TokenPipeline.prepare`; the control image is brought to the size that the network reads. Without a requested size, a
+        model of any size takes the control image's own, as near as whole cells come and as large as fits.
 
         Raises:
             ValueError: an unknown kind; a size that the model does not make; a control image of another shape than that.
         """
         check_kind(control.kind)
-        side = self.transformer.config.grid * CELL
+        cell = self.cell
+        side = self.transformer.config.grid * cell
         width, height = control.image.size
         if control.size is not None:
             size = control.size
             self._check_size(size)
         else:
             size = self._fit_size(width, height) if self.config.any_size else (side, side)
-        if abs(width * size[1] / height - size[0]) >= CELL and abs(height * size[0] / width - size[1]) >= CELL:
+        if abs(width * size[1] / height - size[0]) >= cell and abs(height * size[0] / width - size[1]) >= cell:
             fitting = self._fit_size(width, height)
             hint = f" or ask for the size {fitting[0]}x{fitting[1]}" if self.config.any_size else ""
             raise ValueError(
                 f"the control image is {width} x {height}, of another shape than the image asked for, "
                 f"{size[0]} x {size[1]}: crop it{hint}"
             )
-        return replace(control, image=resized(control.image, control.kind, size), size=size)
+        read = (size[0] // cell * CELL, size[1] // cell * CELL)
+        return replace(control, image=resized(control.image, control.kind, read), size=size)
+
+    @property
+    def cell(self) -> int:
+        """Side in pixels of what a token stands for in the image; in the control image it is `CELL`."""
+        return self.image_tokenizer.stride
 
     @property
     def _max_cells(self) -> tuple[int, int]:
@@ -91,13 +99,13 @@ class ControlARPipeline(LlamaGenPipeline):
         return self.transformer.length, self.vq.grid if isinstance(self.vq, ViTVQGAN) else self.transformer.length
 
     def _check_size(self, size: tuple[int, int]) -> None:
-        side = self.transformer.config.grid * CELL
+        cell, side = self.cell, self.transformer.config.grid * self.cell
         if not self.config.any_size and size != (side, side):
             raise ValueError(f"size is {size[0]} x {size[1]}: this model makes images of {side} x {side} only")
         cells, cells_of_side = self._max_cells
-        if size[0] % CELL or size[1] % CELL or math.prod(size) > cells * CELL**2 or max(size) > cells_of_side * CELL:
+        if size[0] % cell or size[1] % cell or math.prod(size) > cells * cell**2 or max(size) > cells_of_side * cell:
             raise ValueError(
-                f"size is {size[0]} x {size[1]}: expected multiples of {CELL}, and at most {side} x {side} pixels in all"
+                f"size is {size[0]} x {size[1]}: expected multiples of {cell}, and at most {side} x {side} pixels in all"
             )
 
     def _fit_size(self, width: int, height: int) -> tuple[int, int]:
@@ -110,7 +118,7 @@ class ControlARPipeline(LlamaGenPipeline):
         for rows in range(cells_of_side, 0, -1):
             columns = round(rows * width / height)
             if 1 <= columns <= cells_of_side and rows * columns <= cells:
-                return columns * CELL, rows * CELL
+                return columns * self.cell, rows * self.cell
         raise ValueError(f"the control image is {width} x {height}, too long and thin for this model: crop it")
 
     def shape_of(self, control: Control | None = None, num_tokens: int | None = None) -> tuple[int, int]:

@@ -36,6 +36,7 @@ class FlexARPipeline(TokenPipeline):
     text_encoder, tokenizer: for a model of texts; None for a model of classes. They are flan-t5-xl's as published; the
         shipped model has a CLIP, which can rank candidates, too.
     groups: names that a model of texts takes as "class:NAME".
+    class_names: those of a model of classes; None for ImageNet's, or numbers.
     steps, tokenizer_guidance: of the flow from tokens to an image, which begins with the same noise for all images.
     official_null: see `argen.models.flexar.FlexARSession`.
     """
@@ -56,10 +57,11 @@ class FlexARPipeline(TokenPipeline):
         steps: int = 25,
         tokenizer_guidance: float = 7.5,
         official_null: bool = False,
+        class_names: list[str] | None = None,
     ):
         super().__init__()
         flow = {"steps": steps, "tokenizer_guidance": tokenizer_guidance, "official_null": official_null}
-        self.register_to_config(groups=groups, **flow)
+        self.register_to_config(groups=groups, class_names=class_names, **flow)
         self.register_modules(
             transformer=transformer, flextok=flextok, vae=vae, text_encoder=text_encoder, tokenizer=tokenizer
         )

@@ -8,7 +8,6 @@ from diffusers import VQModel
 from torch import Tensor
 from transformers import CLIPModel, PreTrainedTokenizerFast, T5EncoderModel
 
-from argen.data.imagenet import class_id
 from argen.files import WEIGHTS
 from argen.models.drafter import Drafter
 from argen.models.files import emoji_text, load_network
@@ -30,6 +29,7 @@ class LlamaGenPipeline(TokenPipeline):
     text_encoder, tokenizer: for a model of captions; None for a model of classes. They are flan-t5-xl's as published;
         the shipped model has a CLIP, which can rank candidates, too.
     groups: names that a model of captions takes as "class:NAME".
+    class_names: those of a model of classes; None for ImageNet's, or numbers.
     drafter: of the generator, for the samplers "speculative" and "lantern".
     """
 
@@ -44,10 +44,11 @@ class LlamaGenPipeline(TokenPipeline):
         tokenizer: PreTrainedTokenizerFast | None = None,
         groups: list[str] | None = None,
         drafter: Drafter | None = None,
+        class_names: list[str] | None = None,
     ):
         super().__init__()
         check_grids(transformer, vq)
-        self.register_to_config(groups=groups)
+        self.register_to_config(groups=groups, class_names=class_names)
         self.register_modules(
             transformer=transformer, vq=vq, text_encoder=text_encoder, tokenizer=tokenizer, drafter=drafter
         )
@@ -83,11 +84,6 @@ class LlamaGenPipeline(TokenPipeline):
     @property
     def image_tokenizer(self) -> LlamaGenVQ | ViTVQGAN:
         return self.vq if isinstance(self.vq, ViTVQGAN) else LlamaGenVQ(self.vq)
-
-    def class_of(self, prompt: str) -> int:
-        """See `TokenPipeline.class_of`; where the model has not ImageNet's, by number."""
-        count = self.transformer.config.classes
-        return class_id(prompt, None if count == 1000 else [str(number) for number in range(count)])
 
     def start(
         self,
@@ -165,7 +161,7 @@ class LlamaGenPipeline(TokenPipeline):
         _, rows, columns = tokens.shape
         if not isinstance(self.vq, ViTVQGAN):
             return LlamaGenVQ(self.vq).decode(tokens.flatten(1), (rows, columns)).clamp(0, 1)
-        side, cell = self.vq.grid, self.vq.config.patch_size
+        side, cell = self.vq.grid, self.vq.stride
         grid = self.blank_tokens((side, side)).repeat(len(tokens), 1, 1)
         grid[:, :rows, :columns] = tokens
         return self.vq.decode(grid.flatten(1))[..., : cell * rows, : cell * columns].clamp(0, 1)

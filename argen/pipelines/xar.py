@@ -50,6 +50,7 @@ class XARPipeline(TokenPipeline):
     vae: the network of its image tokenizer.
     text_encoder, tokenizer: for a model of captions; None for a model of classes, as published.
     groups: names that a model of captions takes as "class:NAME".
+    class_names: those of a model of classes; None for ImageNet's, or numbers.
     """
 
     model_cpu_offload_seq = "text_encoder->transformer->vae"
@@ -62,9 +63,10 @@ class XARPipeline(TokenPipeline):
         text_encoder: CLIPModel | None = None,
         tokenizer: PreTrainedTokenizerFast | None = None,
         groups: list[str] | None = None,
+        class_names: list[str] | None = None,
     ):
         super().__init__()
-        self.register_to_config(groups=groups)
+        self.register_to_config(groups=groups, class_names=class_names)
         self.register_modules(transformer=transformer, vae=vae, text_encoder=text_encoder, tokenizer=tokenizer)
 
     @classmethod

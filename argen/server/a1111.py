@@ -286,7 +286,9 @@ def set_options(
     studio: StudioDep, owner: Owner, default_models: DefaultModels, options: Annotated[dict[str, Any], BodyParam()]
 ):
     if options.get("sd_model_checkpoint") is not None:
-        default_models[owner] = studio.models.check(str(options["sd_model_checkpoint"]))
+        name = str(options["sd_model_checkpoint"])
+        studio.models.check(name)
+        default_models[owner] = name
     return {}
 
 

@@ -164,7 +164,8 @@ def models():
 
 @router.get("/v1/models/{name:path}")
 def model(studio: StudioDep, name: str):
-    return model_object(studio.models.check(name))
+    studio.models.check(name)
+    return model_object(name)
 
 
 @router.api_route("/v1/{path:path}", methods=["GET", "POST", "PUT", "DELETE", "PATCH"], include_in_schema=False)

@@ -10,18 +10,24 @@ import os
 import shutil
 import zlib
 from pathlib import Path
+from typing import Any
 
 from accelerate import Accelerator, PartialState
 
 from argen.files import naming
+from argen.words import cut
 
 logger = logging.getLogger(__name__)
 NEW, CURRENT, OLD, DAMAGED = "checkpoint.new", "checkpoint", "checkpoint.old", "checkpoint.damaged"
+LATER = {  # settings that checkpoints of earlier releases do not name -> what they were then
+    "decline": ("cosine",), "floor": (0.02,), "decayed": ("all",), "clip": ("norm",), "ema_warmup": (True,), "micro_batch": (None,),
+    "hold": (0.0,),
+}  # fmt: skip
 RECIPE, FILES = "recipe.json", "files.json"  # FILES: name -> size and CRC-32
 
 
-def write(accelerator: Accelerator, out: Path, recipe: dict) -> None:
-    """Save all that the accelerator holds as ``out/checkpoint``; the one before is kept as ``checkpoint.old``."""
+def write(accelerator: Accelerator, out: Path, recipe: dict, step: int) -> None:
+    """Save all that the accelerator holds after a step as ``out/checkpoint``; the one before is kept as ``checkpoint.old``."""
     new, current, old = out / NEW, out / CURRENT, out / OLD
     if accelerator.is_main_process:
         shutil.rmtree(new, ignore_errors=True)
@@ -30,7 +36,7 @@ def write(accelerator: Accelerator, out: Path, recipe: dict) -> None:
         accelerator.save_state(new)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        (new / RECIPE).write_text(json.dumps(recipe, indent=2))
+        (new / RECIPE).write_text(json.dumps(recipe | {"step": step}, indent=2))
         files = sorted(path for path in new.rglob("*") if path.is_file())
         manifest = {path.relative_to(new).as_posix(): _facts(path, flush=True) for path in files}
         (new / "files.part").write_text(json.dumps(manifest))
@@ -58,7 +64,29 @@ def find(accelerator: Accelerator | PartialState, out: Path) -> Path | None:
 
 def recipe_of(folder: Path) -> dict:
     """Recipe of a checkpoint; those that do not name their precision were trained in bf16."""
-    return {"precision": "bf16"} | json.loads((folder / RECIPE).read_text())
+    recipe = json.loads((folder / RECIPE).read_text())
+    return {"precision": "bf16"} | {key: value for key, value in recipe.items() if key != "step"}
+
+
+def step_of(out: Path) -> int | None:
+    """The step after which the checkpoint was written that a training in `out` goes on from, without reading all of it; None where there
+    is none."""
+    for name in (NEW, CURRENT, OLD):
+        try:
+            if (out / name / FILES).is_file():
+                return json.loads((out / name / RECIPE).read_text())["step"]
+        except (OSError, ValueError, LookupError):
+            continue
+    return None
+
+
+def differences(before: Any, now: Any, name: str = "") -> list[str]:
+    """What differs between two recipes, e.g. "learning_rate was 0.001 and is 0.0001". What one of them has not, as of an earlier release,
+    counts only where it is no default."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        keys = [key for key in {**before, **now} if key in before or now[key] not in LATER.get(key, ())]
+        return [text for key in keys for text in differences(before.get(key), now.get(key), key)]
+    return [] if before == now else [f"{name} was {cut(str(before))} and is {cut(str(now))}"]
 
 
 def load(accelerator: Accelerator, folder: Path, recipe: dict) -> None:
@@ -67,9 +95,9 @@ def load(accelerator: Accelerator, folder: Path, recipe: dict) -> None:
     Raises:
         ValueError: it is of another training, or cannot be read.
     """
-    if recipe_of(folder) != json.loads(json.dumps(recipe)):
+    if differing := differences(recipe_of(folder), json.loads(json.dumps(recipe))):
         raise ValueError(
-            f"{folder.parent} holds a training with another recipe, setting, seed, option or precision: choose another --out"
+            f"{folder.parent} holds a training with other settings ({'; '.join(differing[:3])}): choose another --out, or the same settings"
         )
     try:
         accelerator.load_state(folder)

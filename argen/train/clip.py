@@ -17,14 +17,16 @@ from argen.data.tables import pixels, read_split
 from argen.eval.retrieval import held_out_sample, recall
 from argen.models.clip import TextImageEncoder
 from argen.train.loop import Recipe, Schedule, Task
+from argen.train.tokens import shares
 from argen.words import text_normalizer
 from tokenizers_img.pixels import from_uint8
 
 SCHEDULES = {
-    "cpu": Schedule(steps=900, batch_size=192, learning_rate=1e-3, warmup=100, weight_decay=0.05, betas=(0.9, 0.98)),
+    "cpu": Schedule(steps=1500, batch_size=192, learning_rate=1e-3, warmup=100, weight_decay=0.05, betas=(0.9, 0.98)),
     "gpu": Schedule(steps=8000, batch_size=1024, learning_rate=1e-3, weight_decay=0.05, betas=(0.9, 0.98)),
 }
 MAX_LENGTH = 32
+SIZE = 128  # pixels of an image's side
 VOCABULARY = 2048
 SCENES_SHARE = 0.25
 
@@ -71,7 +73,7 @@ def network() -> CLIPModel:
                 "bos_token_id": 1,
                 "eos_token_id": 3,
             },
-            vision_config={**tower, "num_hidden_layers": 4, "image_size": 128, "patch_size": 16},
+            vision_config={**tower, "num_hidden_layers": 4, "image_size": SIZE, "patch_size": 16},
             projection_dim=192,
         )
     )
@@ -84,16 +86,13 @@ class CLIPTask(Task):
 
     def __init__(self, data: Path, scenes: Path):
         self.singles = {split: read_split(data, split) for split in ("train", "test")}
-        self.images = torch.from_numpy(pixels(self.singles["train"]))
+        self.images = torch.from_numpy(pixels(self.singles["train"], SIZE))
         self.rows = self.singles["train"].remove_columns("image").to_list()
         table = read_split(scenes, "train")
-        self.scene_images, self.scene_captions = torch.from_numpy(pixels(table)), list(table["caption"])
-        counts: dict[str, int] = {}
-        for row in self.rows:
-            counts[row["concept"]] = counts.get(row["concept"], 0) + 1
-        self.weights = torch.tensor([counts[row["concept"]] ** -0.5 for row in self.rows])
+        self.scene_images, self.scene_captions = torch.from_numpy(pixels(table, SIZE)), list(table["caption"])
+        self.weights = shares([(row["concept"], row["style"]) for row in self.rows])
         rng = random.Random(0)
-        captions = [caption(row["name"], row["style"], row["keywords"], rng) for row in self.rows for _ in range(3)]
+        captions = [caption(row, rng) for row in self.rows for _ in range(3)]
         self.tokenizer = text_tokenizer(captions + self.scene_captions)
         self.networks: dict[str, nn.Module] = {"model": network()}
 
@@ -104,7 +103,7 @@ class CLIPTask(Task):
         rng = random.Random(int(torch.randint(2**62, (1,), generator=generator)))
         captions, keys = [], []
         for row in (self.rows[index] for index in indices):
-            captions.append(caption(row["name"], row["style"], row["keywords"], rng))
+            captions.append(caption(row, rng))
             keys.append((row["name"], row["style"]))
         captions += [self.scene_captions[index] for index in scene_indices]
         keys += [(text, "") for text in captions[len(indices) :]]
@@ -142,7 +141,7 @@ class CLIPTask(Task):
         """Eight held-out images, each before the seven that its caption ranks first."""
         rows, cosines = self._held_out()
         ranking = torch.cat([torch.arange(8)[:, None], cosines[:8].topk(7, dim=1).indices], dim=1)
-        images = torch.from_numpy(pixels(self.singles["test"]))[torch.tensor(rows)[ranking]]  # [8, 8, H, W, 3]
+        images = torch.from_numpy(pixels(self.singles["test"], SIZE))[torch.tensor(rows)[ranking]]  # [8, 8, H, W, 3]
         return Image.fromarray(rearrange(images, "r c h w d -> (r h) (c w) d").numpy())
 
     def save(self, folder: Path) -> None:

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from argen.data.scenes import segments
 from argen.data.tables import read_split
-from argen.models.annotators import as_control, canny
-from argen.models.controlar import ControlAR
+from argen.models.annotators import annotate, as_control, resized
+from argen.models.controlar import CELL, ControlAR
 from argen.models.llamagen import LlamaGen
 from argen.pipelines.controlar import ControlARPipeline
 from argen.train.llamagen import LlamaGenTask
@@ -77,7 +77,7 @@ class ControlTask(LlamaGenTask):
         captions, images, tokens = self.shaped[int(torch.randint(2, (1,), generator=generator))]
         indices = torch.randint(len(captions), (size,), generator=generator)
         text = self.text([captions[index] for index in indices.tolist()])
-        control = torch.stack([_edges(image) for image in images[indices]])
+        control = torch.stack([self.edges(image) for image in images[indices]])
         dropped = torch.zeros(size, dtype=torch.bool)
         return {"tokens": tokens[indices], "read": tokens[indices], "dropped": dropped, "control": control, **text}
 
@@ -89,13 +89,24 @@ class ControlTask(LlamaGenTask):
         boxed_images += [(self.scene_images[index], self.scene_boxes[index]) for index in scenes.tolist()]
         use_segments = torch.rand(len(boxed_images), generator=generator) < 0.5
         maps = [
-            _control(segments(image.numpy(), boxes)) if segmented else _edges(image)
+            self.control(segments(image.numpy(), boxes), "seg") if segmented else self.edges(image)
             for (image, boxes), segmented in zip(boxed_images, use_segments, strict=True)
         ]
         return batch | {"control": torch.stack(maps)}
 
     def held_out(self, rows: slice) -> dict[str, Tensor]:
-        return super().held_out(rows) | {"control": torch.stack([_edges(p) for p in self.held_out_images[rows]])}
+        return super().held_out(rows) | {
+            "control": torch.stack([self.edges(image) for image in self.held_out_images[rows]])
+        }
+
+    def control(self, image: np.ndarray, kind: str) -> Tensor:
+        """What the network reads of an image [H, W, 3] uint8, or of a map of its segments: [3, h, w] in [-1, 1], cells of `CELL` pixels a side."""
+        height, width = (side // self.vq.config.patch_size * CELL for side in image.shape[:2])
+        return as_control(annotate(resized(Image.fromarray(image), kind, (width, height)), kind))
+
+    def edges(self, image: Tensor) -> Tensor:
+        """`control` of the canny edges of an image [H, W, 3] uint8."""
+        return self.control(image.numpy(), "canny")
 
     def logits(self, network: nn.Module, batch: dict[str, Tensor]) -> Tensor:
         return network(*self.condition(batch), batch["read"], batch["control"], batch["dropped"])
@@ -109,15 +120,6 @@ class ControlTask(LlamaGenTask):
         step = max(1, len(self.held_out_captions) // 32)
         images = [Image.fromarray(image.numpy()) for image in self.held_out_images[::step][:32]]
         return super().pipeline_kwargs() | {"control_image": images, "control_type": "canny"}
-
-
-def _control(image) -> Tensor:
-    """[H, W, 3] uint8 -> [3, H, W] in [-1, 1]."""
-    return as_control(torch.from_numpy(image).permute(2, 0, 1))
-
-
-def _edges(image: Tensor) -> Tensor:
-    return as_control(torch.from_numpy(canny(image.numpy()))[None])
 
 
 RECIPE = Recipe(ControlTask, SCHEDULES, takes=("scenes", "tokenizer", "clip", "generator"), start="emoji-llamagen")

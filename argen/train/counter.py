@@ -18,6 +18,7 @@ SCHEDULES = {
     "cpu": Schedule(steps=2000, batch_size=64, learning_rate=2e-3, warmup=100, weight_decay=0.01),
     "gpu": Schedule(steps=10000, batch_size=256, learning_rate=2e-3, weight_decay=0.01),
 }
+SIZE = 128  # pixels on a side of the images
 SIGMA = 1.2  # cells, of what one thing becomes
 SINGLE_SHARE = 0.15  # of a batch shows icons alone, many of which have several parts
 COUNT_WEIGHT = 0.05  # of the error of the sum beside that of the cells, which are scaled up by
@@ -50,18 +51,18 @@ class CounterTask(Task):
     """
 
     def __init__(self, data: Path, scenes: Path):
-        self.singles = torch.from_numpy(pixels(read_split(data, "train")))
+        self.singles = torch.from_numpy(pixels(read_split(data, "train"), SIZE))
         self.single = target([(0.5, 0.5)])
-        self.scenes, self.targets = self.read(scenes, "train")
-        self.held_out, self.held_out_targets = self.read(scenes, "validation")
+        self.scenes, self.targets = self.read_split(scenes, "train")
+        self.held_out, self.held_out_targets = self.read_split(scenes, "validation")
         self.networks: dict[str, nn.Module] = {"model": Counter()}
 
-    def read(self, scenes: Path, split: str) -> tuple[Tensor, Tensor]:
+    def read_split(self, scenes: Path, split: str) -> tuple[Tensor, Tensor]:
         """Pictures [N, H, W, 3] uint8 and their densities [N, 28, 28]."""
         table = read_split(scenes, split)
-        images, densities = torch.from_numpy(pixels(table)), []
+        images, densities = torch.from_numpy(pixels(table, SIZE)), []
         for things in table["objects"]:
-            boxes = torch.tensor([thing["box"] for thing in json.loads(things)]) / images.shape[1]
+            boxes = torch.tensor([thing["box"] for thing in json.loads(things)]) / table[0]["image"].width
             densities.append(target([((a + c) / 2, (b + d) / 2) for a, b, c, d in boxes.tolist()]))
         return images, torch.stack(densities)
 

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from argen.models.drafter import Drafter
+from argen.models.files import load_network
 from argen.models.layers import causal_mask
 from argen.models.llamagen import LlamaGen
 from argen.pipelines.llamagen import LlamaGenPipeline
@@ -31,7 +32,7 @@ class DraftTask(LlamaGenTask):
 
     def __init__(self, data: Path, scenes: Path, tokenizer: Path, clip: Path, generator: Path):
         super().__init__(data, scenes, tokenizer, clip)
-        self.target = LlamaGen.from_pretrained(generator).float().eval().requires_grad_(False)
+        self.target = load_network(LlamaGen, generator).requires_grad_(False)
         config = self.target.config
         model = Drafter(config.n_embed, config.grid, config.dim, config.heads, HIDDEN)
         model.embed_tokens.weight.data = self.target.tok_embeddings.weight.data.clone()

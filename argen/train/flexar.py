@@ -7,6 +7,7 @@ from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
 from argen.device import autocast
+from argen.models.files import load_network
 from argen.models.flexar import FlexAR
 from argen.pipelines.flexar import FlexARPipeline
 from argen.train.flextok import GUIDANCE, STEPS
@@ -35,8 +36,8 @@ class FlexARTask(CaptionsTask):
     group_share = 0.1
 
     def __init__(self, data: Path, scenes: Path, vae: Path, flextok: Path, clip: Path):
-        self.vae = AutoencoderKL.from_pretrained(vae, torch_dtype=torch.float32).eval().requires_grad_(False)
-        self.flextok = FlexTok.from_pretrained(flextok, torch_dtype=torch.float32).eval().requires_grad_(False)
+        self.vae = load_network(AutoencoderKL, vae).requires_grad_(False)
+        self.flextok = load_network(FlexTok, flextok).requires_grad_(False)
         super().__init__(data, scenes, clip)
         width = self.clip.config.text_config.hidden_size
         model = FlexAR(self.flextok.fsq.n_embed, self.flextok.config.registers, text_dim=width, **SIZES)

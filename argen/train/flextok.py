@@ -17,6 +17,7 @@ from transformers import CLIPVisionModel
 
 from argen.data.tables import pixels, read_split
 from argen.eval.metrics import psnr
+from argen.models.files import load_network
 from argen.train.loop import Recipe, Schedule, Task
 from tokenizers_img.flextok.network import FlexTok
 from tokenizers_img.flextok.tokenizer import FlexTokenizer
@@ -82,10 +83,10 @@ class FlexTokTask(Task):
     """
 
     def __init__(self, data: Path, scenes: Path, vae: Path, clip: Path):
-        self.vae = KLVAE(AutoencoderKL.from_pretrained(vae, torch_dtype=torch.float32).eval().requires_grad_(False))
+        self.vae = KLVAE(load_network(AutoencoderKL, vae).requires_grad_(False))
         vision = CLIPVisionModel.from_pretrained(clip, dtype=torch.float32).eval()
         singles, composed, self.test = (
-            torch.from_numpy(pixels(read_split(folder, split)))
+            torch.from_numpy(pixels(read_split(folder, split), self.vae.config.image_size))
             for folder, split in ((data, "train"), (scenes, "train"), (data, "test"))
         )
         images, self.singles = torch.cat([singles, composed]), len(singles)

@@ -11,23 +11,26 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
+from argen.data.emoji import everyday
 from argen.data.scenes import HUES, Composer, boxes
 from argen.data.tables import pixels, read_split
 from argen.device import autocast
 from argen.eval import judge as scoring
 from argen.eval.reconstruction import reconstruct
+from argen.models.files import load_network
 from argen.models.judge import Judge
 from argen.train.loop import Recipe, Schedule, Task
-from tokenizers_img.pixels import opaque
 from tokenizers_img.vit_vqgan import ViTVQGAN
 
 SCHEDULES = {
     "cpu": Schedule(steps=3000, batch_size=128, learning_rate=2e-3, warmup=100, weight_decay=0.1),
     "gpu": Schedule(steps=10000, batch_size=512, learning_rate=2e-3, weight_decay=0.05),
 }
+SIDE = 128  # pixels of the pictures that objects are cut from
 JITTER = 2  # pixels
 SETTLING = 30  # batches after which the norms know the averaged weights
 FIT_STEPS, FIT_DECAY = 200, 1e-4  # of the groups
+PART = 512  # pictures that go through the tokenizer at a time
 UNKNOWN = -100  # the colour of an icon that keeps its own
 
 
@@ -53,6 +56,18 @@ def varied(images: Tensor, any_colour: Tensor, generator: torch.Generator) -> Te
     return out.masked_fill(hidden, 1.0).clamp(0, 1)
 
 
+def seen_through(tokenizer: ViTVQGAN, table) -> np.ndarray:
+    """The pictures of a table as the tokenizer gives them back, [N, SIDE, SIDE, 3] uint8."""
+    size, parts = tokenizer.config.image_size, []
+    for first in range(0, len(table), PART):
+        part = table.select(range(first, min(first + PART, len(table))))
+        with autocast("cpu"):
+            reconstructed, _ = reconstruct(tokenizer, torch.from_numpy(pixels(part, size)))
+        small = F.interpolate(reconstructed.float(), (SIDE, SIDE), mode="area") if size != SIDE else reconstructed
+        parts.append((small * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy())
+    return np.concatenate(parts)
+
+
 class JudgeTask(Task):
     """Objects as generators of the family draw them: half of the pictures have been through the tokenizer.
 
@@ -69,14 +84,14 @@ class JudgeTask(Task):
             for icons_of_style in Composer(icons, icons[0]["image"].width).icons.values()
             for name, _ in icons_of_style
         }
+        known_names |= everyday() & set(icons["concept"])
         self.names, self.colours = sorted(known_names), list(HUES)
         rows = [place for place, name in enumerate(icons["concept"]) if name in known_names]
         icons = icons.select(rows)
-        real = np.concatenate([pixels(icons), pixels(composed)])
-        vq = ViTVQGAN.from_pretrained(tokenizer, torch_dtype=torch.float32).eval()
-        with autocast("cpu"):
-            reconstructed, _ = reconstruct(vq, torch.from_numpy(real))
-        self.images = (real, (reconstructed * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy())
+        vq = load_network(ViTVQGAN, tokenizer)
+        tables, scale = (icons, composed), SIDE / composed[0]["image"].width
+        real = np.concatenate([pixels(table, SIDE) for table in tables])
+        self.images = (real, np.concatenate([seen_through(vq, table) for table in tables]))
 
         self.objects: list[tuple[int, tuple, int, int]] = []  # picture, box, name, colour
         for index, name in enumerate(icons["concept"]):
@@ -86,16 +101,26 @@ class JudgeTask(Task):
         for index, things in enumerate(composed["objects"], len(icons)):
             for thing in json.loads(things):
                 colour = self.colours.index(thing["colour"]) if thing["colour"] else UNKNOWN
-                self.objects.append((index, tuple(thing["box"]), self.names.index(thing["name"]), colour))
+                self.objects.append(
+                    (
+                        index,
+                        tuple(round(scale * side) for side in thing["box"]),
+                        self.names.index(thing["name"]),
+                        colour,
+                    )
+                )
         counts = Counter(name for *_, name, _ in self.objects)
         self.weights = torch.tensor([1 / counts[name] for *_, name, _ in self.objects])
 
-        held_out = read_split(scenes, "validation")
-        self.truths, self.scenes = list(scoring.truths_of(held_out)), pixels(held_out)
-        for row in read_split(data, "validation").select_columns(["concept", "image"]):
-            if row["concept"] in known_names:
-                self.truths.append(scoring.Truth(row["concept"], "single", ((row["concept"], ""),)))
-                self.scenes = np.concatenate([self.scenes, np.asarray(opaque(row["image"]))[None]])
+        composed = read_split(scenes, "validation")
+        self.truths, self.scenes = list(scoring.truths_of(composed)), list(pixels(composed, SIDE))
+        prompts = [truth for truth in scoring.read_prompts(scoring.EVERYDAY_PROMPTS) if not truth.objects[0][1]]
+        held_out = read_split(data, "validation")
+        for name, image in zip(held_out["concept"], pixels(held_out, SIDE), strict=True):
+            wanted = [truth for truth in prompts if name in (truth.objects[0][0], *truth.accepted)]
+            wanted += [scoring.Truth(name, "single", ((name, ""),))] if name in known_names else []
+            self.truths += wanted
+            self.scenes += [image] * len(wanted)
         model = Judge(self.names, self.colours).to(memory_format=torch.channels_last)  # a third faster on a CPU
         self.networks: dict[str, nn.Module] = {"model": model}
 
@@ -108,7 +133,7 @@ class JudgeTask(Task):
             image_index, box, name, colour = self.objects[index]
             left, top, right, bottom = (side + step for side, step in zip(box, move, strict=True))
             image = self.images[int(reconstructed)][image_index]
-            crop = scoring.crop(image, (max(0, left), max(0, top), min(128, right), min(128, bottom)))
+            crop = scoring.crop(image, (max(0, left), max(0, top), min(SIDE, right), min(SIDE, bottom)))
             crops.append(crop.flip(2) if mirrored else crop)
             names.append(name)
             colours.append(colour)

@@ -13,6 +13,7 @@ from diffusers import AutoencoderKL
 from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
 
+from argen.models.files import load_network
 from argen.train.loop import Recipe, Schedule
 from argen.train.vit_vqgan import DecoderTask, Reconstruction, augment
 from tokenizers_img.kl_vae import KLVAE, network
@@ -99,10 +100,10 @@ class KLDecoderTask(DecoderTask):
 
     def start(self, tokenizer: Path) -> tuple[KLVAE, list[nn.Module]]:
         """See `DecoderTask.start`."""
-        vae = AutoencoderKL.from_pretrained(tokenizer, torch_dtype=torch.float32)
+        vae = load_network(AutoencoderKL, tokenizer)
         vae.register_to_config(_name_or_path="emoji-vae")
         return KLVAE(compilable(vae)), [vae.encoder, vae.quant_conv]
 
 
 RECIPE = Recipe(KLVAETask, SCHEDULES, takes=("total",))
-DECODER_RECIPE = Recipe(KLDecoderTask, DECODER_SCHEDULES, takes=("vae", "clip", "total"))
+DECODER_RECIPE = Recipe(KLDecoderTask, DECODER_SCHEDULES, takes=("vae", "judge", "total"))

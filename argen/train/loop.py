@@ -1,17 +1,19 @@
 """The one training loop: accelerate, the machine's fast precision, EMA, exact resume, sample grids.
 
 A *task* (`argen/train/<model>.py`) holds the networks, draws a batch for a step and says its losses; the loop does the
-rest. Batches are drawn from (seed, step) alone, so that a run that was stopped goes on exactly as if it had not been.
+rest. Batches are drawn from (seed, step) alone, so that a run that was stopped goes on exactly as if it had not been. Each of several
+processes draws the whole batch and takes its part, so that they train as one process would.
 """
 
 import json
 import shutil
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from accelerate import Accelerator, PartialState
@@ -28,10 +30,25 @@ from argen.files import naming
 from argen.train import checkpoints
 from argen.train.muon import FloatMuon
 
+LOG_EVERY = 10  # steps between lines of the log; those of `Training.evaluate` have scores, too
+
 
 @dataclass(frozen=True)
 class Schedule:
-    """How long and how fast: one for `cpu` (two cores with bf16 units), one for `gpu` (one H100)."""
+    """How long and how fast: one for `cpu` (two cores with bf16 units), one for `gpu` (one H100).
+
+    Attributes:
+        batch_size: of all processes together.
+        micro_batch: samples of one forward and backward pass of a process, whose gradients are added up; None for all at once.
+        warmup: steps in which the learning rate rises.
+        hold: share of the steps before it declines.
+        decline: what it does after that: "cosine" or "linear", down to the share `floor` of it, or "constant".
+        decayed: which parameters decay: "all", or "matrices", which have two axes or more.
+        clip: what `grad_clip` bounds: the "norm" of the gradients, or each "value".
+        ema_decay: of the averaged weights; 0 for those of the last step.
+        ema_warmup: the first steps count less, for short runs.
+        muon: train the matrices of the hidden layers with Muon, at the same rate.
+    """
 
     steps: int
     batch_size: int
@@ -41,24 +58,39 @@ class Schedule:
     weight_decay: float = 1e-4
     grad_clip: float = 1.0
     ema_decay: float = 0.999
-    muon: bool = False  # train the matrices of the hidden layers with Muon, at the same rate
+    muon: bool = False
+    hold: float = 0.0
+    decline: Literal["cosine", "linear", "constant"] = "cosine"
+    floor: float = 0.02
+    decayed: Literal["all", "matrices"] = "all"
+    clip: Literal["norm", "value"] = "norm"
+    ema_warmup: bool = True
+    micro_batch: int | None = None
 
     def rate(self, step: int) -> float:
-        """Learning rate of a step: linear warm-up, then a cosine down to 2%."""
-        progress = min(1.0, step / self.steps)
+        """Learning rate of a step."""
+        progress = min(1.0, max(0.0, step / self.steps - self.hold) / (1 - self.hold))
         cosine = 0.5 * (1 + torch.cos(torch.tensor(progress * torch.pi)).item())
-        return self.learning_rate * min(1.0, (step + 1) / self.warmup) * (0.02 + 0.98 * cosine)
+        left = {"cosine": cosine, "linear": 1 - progress, "constant": 1.0}[self.decline]
+        rise = min(1.0, (step + 1) / self.warmup) if self.warmup else 1.0
+        return self.learning_rate * rise * (self.floor + (1 - self.floor) * left)
 
 
 class Task(Protocol):
     networks: dict[str, nn.Module]  # "model" is the one that is averaged, evaluated and shipped
     extra_state: tuple[nn.Module, ...] = ()  # further modules that a checkpoint saves
     options: dict[str, str] = {}  # what was chosen beside the schedule
+    total: int = 0  # steps of the schedule; the loop sets it
 
-    def batch(self, size: int, generator: torch.Generator) -> dict[str, Tensor]: ...
+    def batch(self, size: int, generator: torch.Generator) -> dict[str, Tensor]:
+        """What is drawn by chance for a step: tensors whose first axis are the samples."""
+
+    def read(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """A part of a batch, with what has to be read for it."""
+        return batch
 
     def losses(self, batch: dict[str, Tensor], step: int, log: dict[str, float]) -> Iterator[tuple[str, Tensor]]:
-        """Yields (network, loss) pairs; the network takes an optimizer step before the next pair is asked for."""
+        """Yields (network, loss) pairs, each the mean of the samples; the network takes an optimizer step before the next pair is asked for."""
 
     def evaluate(self) -> dict[str, float]:
         """Scores on held-out data, with the averaged weights in place."""
@@ -90,8 +122,14 @@ def optimizers_of(network: nn.Module, schedule: Schedule, precision: str = "bf16
     matrices = [p for p in trained if schedule.muon and p.ndim == 2 and id(p) not in embeddings]
     matrix_ids = {id(p) for p in matrices}
     others = [p for p in trained if id(p) not in matrix_ids]
+    groups: list[dict[str, Any]] = [{"params": others, "weight_decay": decay}]
+    if schedule.decayed == "matrices":
+        groups = [
+            {"params": [p for p in others if p.ndim > 1], "weight_decay": decay},
+            {"params": [p for p in others if p.ndim < 2], "weight_decay": 0.0},
+        ]
     optimizers: list[torch.optim.Optimizer] = [
-        torch.optim.AdamW(others, lr=rate, betas=schedule.betas, weight_decay=decay)
+        torch.optim.AdamW([group for group in groups if group["params"]], lr=rate, betas=schedule.betas)
     ]
     if matrices:
         muon = torch.optim.Muon if precision == "bf16" else FloatMuon
@@ -100,7 +138,8 @@ def optimizers_of(network: nn.Module, schedule: Schedule, precision: str = "bf16
 
 
 def short_attention(device: torch.device) -> AbstractContextManager:
-    """For sequences of some 64 tokens: on a CPU plain matrix products train faster than the fused kernel."""
+    """For sequences of some 64 tokens: on a CPU plain matrix products train faster than the fused kernel. It holds for all threads, so for a
+    whole training, or what is read ahead would depend on when."""
     return sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else nullcontext()
 
 
@@ -142,8 +181,11 @@ class Training:
         settings = {"seed": seed, "networks": list(task.networks), "options": task.options}
         self.recipe = {"precision": precision, "schedule": asdict(schedule), **settings}
         self.task, self.schedule, self.out, self.seed = task, schedule, out, seed
+        task.total = schedule.steps
         self.prepare(precision, checkpoint)
         self.log: dict[str, float] = {}
+        self.reader = ThreadPoolExecutor(1)
+        self.ahead: tuple[int, Future] | None = None  # the next step's batch, which is read while this one is learned
         self.started = time.time()
 
     def prepare(self, precision: str, checkpoint: Path | None) -> None:
@@ -153,8 +195,9 @@ class Training:
         self.task.networks = {name: accelerator.prepare(network) for name, network in networks.items()}
         self.optimizers = {name: [accelerator.prepare(part) for part in parts] for name, parts in optimizers.items()}
         self.model = accelerator.unwrap_model(self.task.networks["model"])
-        decay = self.schedule.ema_decay
-        self.ema = EMAModel(self.model.parameters(), decay=decay, use_ema_warmup=True, power=0.75)
+        decay, warmup = self.schedule.ema_decay, self.schedule.ema_warmup
+        least, after = (0.0, 0) if warmup else (decay, -1)  # of all steps alike
+        self.ema = EMAModel(self.model.parameters(), decay, least, after, use_ema_warmup=warmup, power=0.75)
         self.ema.to(accelerator.device)
         self.progress = Progress()
         accelerator.register_for_checkpointing(self.ema, self.progress, *self.task.extra_state)
@@ -163,37 +206,90 @@ class Training:
         if accelerator.is_main_process:
             checkpoints.trim_log(self.out / "log.jsonl", self.progress.step)
 
-    def step(self) -> None:
-        """One step of every network."""
-        accelerator, step = self.accelerator, self.progress.step
-        generator = step_generator(self.seed * 1000 + accelerator.process_index, step)
-        batch = self.task.batch(self.schedule.batch_size, generator)
-        batch = {key: value.to(accelerator.device) for key, value in batch.items()}
-        losses = self.task.losses(batch, step, self.log)
-        while (item := _next(losses, accelerator)) is not None:
-            name, loss = item
-            accelerator.backward(loss)
-            accelerator.clip_grad_norm_(self.task.networks[name].parameters(), self.schedule.grad_clip)
+    def step(self, last: bool = False) -> None:
+        """One step of every network: on each its loss on every part of the batch, then its optimizers.
+
+        Args:
+            last: the batch of no further step is read ahead.
+        """
+        accelerator, step, size = self.accelerator, self.progress.step, self.schedule.batch_size
+        parts = self.ahead[1].result() if self.ahead and self.ahead[0] == step else self.read(step)
+        self.ahead = None if last else (step + 1, self.reader.submit(self.read, step + 1))
+        losses, logs = [], []
+        for part, count in parts:
+            part = {key: value.to(accelerator.device) for key, value in part.items()}
+            logs.append((count, {}))
+            losses.append(self.task.losses(part, step, logs[-1][1]))
+        while (
+            name := self._backward(losses, [count * accelerator.num_processes / size for _, count in parts])
+        ) is not None:
+            norm = self._clip(self.task.networks[name])
+            if norm is not None and name == "model":
+                self.log["gradient norm"] = norm
             for optimizer in self.optimizers[name]:
                 for group in optimizer.param_groups:
                     group["lr"] = self.schedule.rate(step)
                 optimizer.step()
             self.task.networks[name].zero_grad()
+        for key in logs[0][1]:
+            self.log[key] = sum(count * log[key] for count, log in logs) / sum(count for count, _ in logs)
         self.ema.step(self.model.parameters())
         self.progress.step += 1
 
+    def read(self, step: int) -> list[tuple[dict[str, Tensor], int]]:
+        """The parts of the batch of a step that this process takes, with what has to be read for them, and how many samples each has."""
+        batch = self.task.batch(self.schedule.batch_size, step_generator(self.seed * 1000, step))
+        return [(self.task.read(part), count) for part, count in self.parts(batch)]
+
+    def parts(self, batch: dict[str, Tensor]) -> Iterator[tuple[dict[str, Tensor], int]]:
+        """The parts of a batch that this process takes, one after the other, and how many samples each has."""
+        size, rank, processes = self.schedule.batch_size, self.accelerator.process_index, self.accelerator.num_processes
+        first, last = size * rank // processes, size * (rank + 1) // processes
+        for start in range(first, last, self.schedule.micro_batch or size):
+            end = min(start + (self.schedule.micro_batch or size), last)
+            whole = end - start == size
+            yield (batch if whole else {key: value[start:end] for key, value in batch.items()}), end - start
+
+    def _backward(self, losses: list[Iterator[tuple[str, Tensor]]], shares: list[float]) -> str | None:
+        """Add up the gradients of the parts' next losses -> the network they are of; None where there are no more."""
+        name = None
+        for index, (part, share) in enumerate(zip(losses, shares, strict=True)):
+            if (item := _next(part, self.accelerator)) is None:
+                return None
+            name, loss = item
+            last = index == len(losses) - 1
+            with nullcontext() if last else self.accelerator.no_sync(self.task.networks[name]):
+                self.accelerator.backward(loss * share if share != 1 else loss)
+        return name
+
+    def _clip(self, network: nn.Module) -> float | None:
+        """Bound the gradients -> their norm before, where that is what is bounded."""
+        if self.schedule.clip == "value":
+            self.accelerator.clip_grad_value_(network.parameters(), self.schedule.grad_clip)
+            return None
+        return float(self.accelerator.clip_grad_norm_(network.parameters(), self.schedule.grad_clip))
+
     def evaluate(self) -> dict[str, float]:
         """Write a sample and a line of the log; gives the scores, none in processes other than the first."""
+        if self.ahead:
+            self.ahead[1].exception()  # what is measured may use the parts that are read with: one after the other
         if not self.accelerator.is_main_process:
             return {}
         with _averaged(self.model, self.ema):
             scores = self.task.evaluate()
             self.task.sample().save(self.out / f"sample-{self.progress.step:06d}.png")
-        entry = {"step": self.progress.step, "seconds": time.time() - self.started, **self.log, **scores}
-        with (self.out / "log.jsonl").open("a") as file:
-            file.write(json.dumps(entry) + "\n")
+        entry = self.write_log(scores)
         tqdm.write(json.dumps({key: round(value, 4) for key, value in entry.items()}))
         return scores
+
+    def write_log(self, scores: dict[str, float]) -> dict[str, float]:
+        """Add a line to the log -> what it says."""
+        step, rate = self.progress.step, self.schedule.rate(max(0, self.progress.step - 1))
+        entry = {"step": step, "seconds": time.time() - self.started, "rate": rate, **self.log, **scores}
+        if self.accelerator.is_main_process:
+            with (self.out / "log.jsonl").open("a") as file:
+                file.write(json.dumps(entry) + "\n")
+        return entry
 
     def finish(self, scores: dict[str, float]) -> dict[str, float]:
         """Write what ships; gives the scores, measured now if there are none."""
@@ -229,16 +325,21 @@ def train(
     progress, scores = training.progress, {}
     end = min(steps or schedule.steps, schedule.steps)
     hidden = not training.accelerator.is_main_process
-    with tqdm(initial=progress.step, total=end, desc=out.name, disable=hidden) as bar:
+    with (
+        short_attention(training.accelerator.device),
+        tqdm(initial=progress.step, total=end, desc=out.name, disable=hidden) as bar,
+    ):
         while progress.step < end:
-            training.step()
+            training.step(last=progress.step + 1 == end)
             bar.update()
             if progress.step % 20 == 0:
                 bar.set_postfix({key: f"{value:.4g}" for key, value in training.log.items()})
             if progress.step % evaluate_every == 0 or progress.step == end:
                 scores = training.evaluate()
+            elif progress.step % LOG_EVERY == 0:
+                training.write_log({})
             if progress.step % checkpoint_every == 0 or progress.step == end:
-                checkpoints.write(training.accelerator, out, training.recipe)
+                checkpoints.write(training.accelerator, out, training.recipe, progress.step)
     return training.finish(scores)
 
 
@@ -254,7 +355,7 @@ def _fast_precision() -> str:
 
 
 def _next(losses: Iterator[tuple[str, Tensor]], accelerator: Accelerator) -> tuple[str, Tensor] | None:
-    with accelerator.autocast(), short_attention(accelerator.device):
+    with accelerator.autocast():
         return next(losses, None)
 
 

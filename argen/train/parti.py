@@ -1,6 +1,6 @@
 """Recipe `emoji-parti`: text to the tokens of `emoji-vitvqgan`, conditioned on the text states of `emoji-clip`.
 
-In two stages: `emoji-parti` learns with dropout, `emoji-parti-second` goes on from there without.
+In three stages: `emoji-parti` learns with dropout, `emoji-parti-second` goes on from there without, `emoji-parti-third` with many coloured things.
 """
 
 from pathlib import Path
@@ -23,6 +23,13 @@ SECOND_SCHEDULES = {
         steps=5000, batch_size=64, learning_rate=2.5e-3, warmup=100, weight_decay=0.03, betas=(0.9, 0.98), muon=True
     ),
     "gpu": Schedule(steps=10000, batch_size=512, learning_rate=5e-4, weight_decay=0.03, betas=(0.9, 0.98)),
+}
+
+THIRD_SCHEDULES = {
+    "cpu": Schedule(
+        steps=1000, batch_size=64, learning_rate=1.5e-3, warmup=50, weight_decay=0.03, betas=(0.9, 0.98), muon=True
+    ),
+    "gpu": Schedule(steps=5000, batch_size=512, learning_rate=3e-4, weight_decay=0.03, betas=(0.9, 0.98)),
 }
 
 
@@ -50,7 +57,16 @@ class PartiTask(TokensTask):
         return PartiPipeline(self.clip, self.text_tokenizer, self._model(), self.vq)
 
 
+class ThirdPartiTask(PartiTask):
+    """Two of five pictures are scenes."""
+
+    scenes_share = 0.4
+
+
 RECIPE = Recipe(PartiTask, SCHEDULES, takes=("scenes", "tokenizer", "clip"))
 SECOND_RECIPE = Recipe(
     PartiTask, SECOND_SCHEDULES, takes=("scenes", "tokenizer", "clip", "generator"), start="emoji-parti"
+)
+THIRD_RECIPE = Recipe(
+    ThirdPartiTask, THIRD_SCHEDULES, takes=("scenes", "tokenizer", "clip", "generator"), start="emoji-parti"
 )

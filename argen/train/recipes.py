@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from accelerate.utils import set_seed
 
 from argen.bounds import check
 from argen.hub.cards import all_cards, write_card
@@ -14,12 +15,13 @@ from argen.train.loop import Recipe, Task, train
 
 
 def trained(recipe: Recipe, part: str, folder: Path | None, shipped: Path) -> Path:
-    """The folder of a trained part ("clip", "tokenizer", "vae" or "generator"); None is that in `shipped`.
+    """The folder of a trained part ("clip", "tokenizer", "vae", "judge" or "generator"); None is that in `shipped`.
 
     Raises:
         ValueError: it holds none, or another network than the one that ships.
     """
-    models = {"clip": "emoji-clip", "vae": "emoji-vae", "tokenizer": recipe.tokenizer, "generator": recipe.start}
+    models = {"clip": "emoji-clip", "vae": "emoji-vae", "judge": "emoji-judge"}
+    models |= {"tokenizer": recipe.tokenizer, "generator": recipe.start}
     model = models[part]
     folder = folder or shipped / model
     if not (folder / "config.json").is_file():
@@ -98,7 +100,7 @@ def run(
         steps: stop there; the schedule stays as long as it is.
         compile: the networks go through ``torch.compile`` first.
         x: of a recipe that takes it, see `argen.train.xar.XARTask`; None for that of the shipped model.
-        parts: clip, tokenizer, vae, generator, see `trained`.
+        parts: clip, tokenizer, vae, judge, generator, see `trained`.
     """
     known = recipes[recipe]
     check("run_seed", seed, "seed")
@@ -121,6 +123,7 @@ def run(
     check_set("data", data)
     check_set("scenes", scenes)
     folders = (data,) if known.needs_data else ()
+    set_seed(seed)  # of the weights
     task = known.task(*folders, *(kwargs[name] for name in known.takes))
     check_batch(task, schedule.batch_size)
     if compile:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from argen.data.scenes import COMMON, HUES, NUMBERS
 from argen.models.emoji_diffusion import NOISE, SAMPLED, assembled
+from argen.models.files import load_network
 from argen.train.loop import Recipe, Schedule
 from argen.train.tokens import LatentsTask
 
@@ -70,7 +71,7 @@ class StableDiffusionTask(LatentsTask):
     def __init__(self, data: Path, scenes: Path, vae: Path, clip: Path, first_stage: Path | None = None):
         super().__init__(data, scenes, vae, clip)
         if first_stage is not None:
-            model = UNet2DConditionModel.from_pretrained(first_stage).float()
+            model = load_network(UNet2DConditionModel, first_stage)
         else:
             channels, side = self.image_tokens.shape[1:3]
             width = self.clip.config.text_config.hidden_size

@@ -20,6 +20,7 @@ from torch.utils.data import ConcatDataset
 from transformers import Blip2QFormerModel
 
 from argen.eval.retrieval import held_out_sample, recall
+from argen.models.files import load_network
 from argen.train.loop import Recipe, Schedule
 from argen.train.seed_encoder import halved, varied
 from argen.train.tokens import CaptionsTask, paired
@@ -197,6 +198,19 @@ class Quantised(nn.Module):
         return losses, z.detach()
 
 
+class Mirrored(Sequence):
+    """The mirror images of [B, H, W, 3]."""
+
+    def __init__(self, images: Tensor):
+        self.images = images
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> Tensor:
+        return self.images[index].flip(1)
+
+
 class ImagesTask(CaptionsTask):
     """Base of the stages: captions, images as the encoder sees them, and their embeddings by `emoji-clip`.
 
@@ -213,10 +227,10 @@ class ImagesTask(CaptionsTask):
     strength = 0.7  # less than all, or their colours would not be those of the captions
 
     def __init__(self, data: Path, scenes: Path, encoder: Path, clip: Path):
-        self.encoder = ConvEncoder.from_pretrained(encoder, torch_dtype=torch.float32).eval().requires_grad_(False)
+        self.encoder = load_network(ConvEncoder, encoder).requires_grad_(False)
         self.count = 0
         super().__init__(data, scenes, clip)
-        self.all = ConcatDataset([self.images, self.scene_images, self.held_out_images])
+        self.all = ConcatDataset([self.images, self.scene_images, Mirrored(self.images), self.held_out_images])
 
     def tokens(self, images: Tensor) -> Tensor:
         """[B, H, W, 3] uint8 -> their places in `all`: what is seen of them is computed anew in each step."""
@@ -265,7 +279,8 @@ class SeedContrastiveTask(ImagesTask):
         names = sorted({row["concept"] for row in self.rows})
         numbers = {name: number for number, name in enumerate(names)}
         self.labels = torch.full((len(self.all),), UNNAMED)
-        self.labels[: len(self.rows)] = torch.tensor([numbers[row["concept"]] for row in self.rows])
+        for first in (0, len(self.rows) + len(self.captions)):  # the single images, and their mirror images
+            self.labels[first : first + len(self.rows)] = torch.tensor([numbers[row["concept"]] for row in self.rows])
         words = self.clip.text_model.embeddings.token_embedding.weight
         sizes = {name: SIZES[name] for name in ("dim", "layers", "heads", "hidden", "features")}
         queries = nn.Parameter(0.02 * torch.randn(1, SIZES["tokens"], SIZES["dim"]))
@@ -333,7 +348,7 @@ class SeedTask(ImagesTask):
             raise ValueError(
                 f"the encoder in {tokenizer} cannot name anything: give what emoji-seed-contrastive has saved"
             )
-        model = Seed.from_pretrained(tokenizer, torch_dtype=torch.float32)
+        model = load_network(Seed, tokenizer)
         self.total, self.usage = total, CodeUsage(SIZES["n_embed"])
         self.extra_state = (self.usage,)
         generator = torch.Generator().manual_seed(0)

@@ -21,6 +21,7 @@ SCHEDULES = {
     "cpu": Schedule(steps=3300, batch_size=128, learning_rate=2e-3, warmup=100, weight_decay=0.1),
     "gpu": Schedule(steps=20000, batch_size=512, learning_rate=2e-3, weight_decay=0.05),
 }
+SIDE = 128  # pixels of the images
 DROPOUT, SMOOTHING = 0.2, 0.1
 RECOLOURED = 0.1  # of the pictures lose their colours, and as many change them
 SETTLING = 30  # batches after which the norms know the averaged weights
@@ -84,10 +85,10 @@ class EncoderTask(Task):
         concepts, styles = list(table["concept"]), list(table["style"])
         numbers = {concept: number for number, concept in enumerate(sorted(set(concepts)))}
         self.labels = torch.tensor([numbers[concept] for concept in concepts])
-        self.images = halved(torch.from_numpy(pixels(table)))
+        self.images = halved(torch.from_numpy(pixels(table, SIDE)))
         self.weights = shares(list(zip(concepts, styles, strict=True)))
         rows = [row for row, concept in enumerate(held_out["concept"]) if concept in numbers]
-        self.held_out = halved(torch.from_numpy(pixels(held_out)))[rows]
+        self.held_out = halved(torch.from_numpy(pixels(held_out, SIDE)))[rows]
         self.held_out_labels = torch.tensor([numbers[held_out["concept"][row]] for row in rows], dtype=torch.long)
         model = Namer(ConvEncoder(names=len(numbers))).to(memory_format=torch.channels_last)
         self.networks: dict[str, nn.Module] = {"model": model}

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from argen.eval.retrieval import held_out_sample
+from argen.models.files import load_network
 from argen.models.seed_llama import Vocabulary, add_words, likelihoods
 from argen.train.loop import Recipe, Schedule
 from argen.train.seed import ImagesTask
@@ -47,7 +48,7 @@ class SeedLMTask(ImagesTask):
 
     def __init__(self, data: Path, scenes: Path, tokenizer: Path, clip: Path, first_stage: Path | None = None):
         super().__init__(data, scenes, tokenizer / "vision", clip)
-        self.seed = Seed.from_pretrained(tokenizer, torch_dtype=torch.float32).eval().requires_grad_(False)
+        self.seed = load_network(Seed, tokenizer).requires_grad_(False)
         self.both = AutoTokenizer.from_pretrained(clip)
         add_words(self.both, self.seed.config.n_embed)
         self.words = Vocabulary.of(self.both)

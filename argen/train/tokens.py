@@ -13,9 +13,10 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import AutoTokenizer, CLIPModel
 
-from argen.data.emoji import GROUPS, caption
+from argen.data.emoji import GROUPS, caption, everyday
 from argen.data.scenes import thing_of
 from argen.data.tables import pixels, read_split
+from argen.models.files import load_network
 from argen.pipelines.base import TokenPipeline
 from argen.pipelines.prompts import group_caption
 from argen.train.loop import Task
@@ -24,13 +25,23 @@ from tokenizers_img.pixels import from_uint8
 from tokenizers_img.vit_vqgan import ViTVQGAN
 
 TEXT_DROPOUT = 0.1
+EVERYDAY = 3.0  # weight of a picture of something that people ask for, in the words of `argen.data.concepts`
+MIRRORED = (
+    "animal",
+    "plant",
+    "food",
+    "drink",
+    "transport-ground",
+    "transport-air",
+    "transport-water",
+)  # subgroups that may be mirrored
 CORRUPTION = 0.15  # at most this share of the tokens that are read is another picture's: sampling will slip, too
 
 
 def initialised_from(folder: Path, saved: type[nn.Module], network: type[nn.Module], **changes) -> nn.Module:
     """Return a new `network` with the weights and configuration of the one `saved` in a folder, but for `changes`; weights that
     only the new one has are random."""
-    start = saved.from_pretrained(folder).float()
+    start = load_network(saved, folder)
     config = {key: value for key, value in start.config.items() if not key.startswith("_")}
     model = network(**config | changes)
     model.load_state_dict(start.state_dict(), strict=network is saved)
@@ -53,9 +64,11 @@ def slipped(tokens: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def shares(combinations: Sequence[tuple[str, str]]) -> Tensor:
-    """Weights of pictures by their concept and style: those of one combination, as skin tones are, share one picture's weight."""
+    """Weights of pictures by their concept and style: those of one combination, as skin tones are, share one picture's weight; what has
+    everyday names counts `EVERYDAY` times."""
     tones = Counter(combinations)
-    return torch.tensor([1 / tones[combination] for combination in combinations])
+    often = [EVERYDAY if concept in everyday() else 1.0 for concept, _ in combinations]
+    return torch.tensor([weight / tones[each] for weight, each in zip(often, combinations, strict=True)])
 
 
 def near_codes(codes: Tensor, dim: int) -> Tensor:
@@ -76,11 +89,13 @@ class CaptionsTask(Task):
         scenes_share: of the pictures are scenes.
         group_share: of the single pictures are shown with the name of their group instead of a caption.
         groups: by name.
+        image_size: side of the pictures that `tokens` takes.
         only: the single pictures are of these things alone, see `argen.data.scenes.thing_of`; None for all.
     """
 
     null_caption: str | None = ""
-    scenes_share, group_share = 0.12, 0.0
+    scenes_share, group_share = 0.2, 0.0
+    image_size = 128
     groups = tuple(GROUPS)
     only: tuple[str, ...] | None = None
 
@@ -88,19 +103,27 @@ class CaptionsTask(Task):
         self.text_tokenizer = AutoTokenizer.from_pretrained(clip)
         self.clip = CLIPModel.from_pretrained(clip, dtype=torch.float32).eval().requires_grad_(False)
 
-        table = self.read(data, "train")
-        self.rows, self.images = table.remove_columns("image").to_list(), torch.from_numpy(pixels(table))
+        table = self.read_split(data, "train")
+        self.rows, self.images = (
+            table.remove_columns("image").to_list(),
+            torch.from_numpy(pixels(table, self.image_size)),
+        )
         table = read_split(scenes, "train")
         self.captions = list(table["caption"])
-        self.scene_images = torch.from_numpy(pixels(table))
+        self.scene_images = torch.from_numpy(pixels(table, self.image_size))
         self.image_tokens, self.scene_tokens = self.tokens(self.images), self.tokens(self.scene_images)
-        table = self.read(data, "validation")
-        self.held_out_captions, self.held_out_images = list(table["caption"]), torch.from_numpy(pixels(table))
+        self.mirrored_tokens = self.tokens(self.images.flip(2))
+        self.mirrors = torch.tensor([row["subgroup"].startswith(MIRRORED) for row in self.rows])
+        table = self.read_split(data, "validation")
+        self.held_out_captions, self.held_out_images = (
+            list(table["caption"]),
+            torch.from_numpy(pixels(table, self.image_size)),
+        )
         self.held_out_tokens = self.tokens(self.held_out_images)
 
         self.weights = shares([(row["concept"], row["style"]) for row in self.rows])
 
-    def read(self, data: Path, split: str):
+    def read_split(self, data: Path, split: str):
         """A split of the single pictures.
 
         Raises:
@@ -122,7 +145,7 @@ class CaptionsTask(Task):
         """A caption of a single picture, drawn at random."""
         if self.group_share and rng.random() < self.group_share:
             return group_caption(f"class:{row['group']}", self.groups)
-        return caption(row["name"], row["style"], row["keywords"], rng)
+        return caption(row, rng)
 
     def text(self, captions: list[str]) -> dict[str, Tensor]:
         text = self.text_tokenizer(captions, padding=True, truncation=True, return_tensors="pt")
@@ -138,9 +161,12 @@ class CaptionsTask(Task):
         dropped = [rng.random() < TEXT_DROPOUT for _ in captions]
         if self.null_caption is not None:
             captions = [self.null_caption if drop else text for text, drop in zip(captions, dropped, strict=True)]
-        tokens = torch.cat([self.image_tokens[indices], self.scene_tokens[scene_indices]])
+        mirror = self.mirrors[indices] & (torch.rand(len(indices), generator=generator) < 0.5)
+        singles, images = self.image_tokens[indices], self.images[indices]
+        singles[mirror], images[mirror] = self.mirrored_tokens[indices[mirror]], images[mirror].flip(2)
+        tokens = torch.cat([singles, self.scene_tokens[scene_indices]])
         batch = {"tokens": tokens, "dropped": torch.tensor(dropped), **self.text(captions)}
-        return batch | self.more(tokens, self.images[indices], scene_indices, generator)
+        return batch | self.more(tokens, images, scene_indices, generator)
 
     def more(self, tokens: Tensor, images: Tensor, scenes: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
         """Further entries of a batch, from its tokens, its single images [n, H, W, 3] uint8 and the indices of its scenes."""
@@ -208,7 +234,8 @@ class LatentsTask(CaptionsTask):
     """
 
     def __init__(self, data: Path, scenes: Path, vae: Path, clip: Path):
-        self.vae = KLVAE(AutoencoderKL.from_pretrained(vae, torch_dtype=torch.float32).eval().requires_grad_(False))
+        self.vae = KLVAE(load_network(AutoencoderKL, vae).requires_grad_(False))
+        self.image_size = self.vae.config.image_size
         super().__init__(data, scenes, clip)
 
     @torch.no_grad()
@@ -230,7 +257,8 @@ class TokensTask(CaptionsTask):
     """
 
     def __init__(self, data: Path, scenes: Path, tokenizer: Path, clip: Path):
-        self.vq = ViTVQGAN.from_pretrained(tokenizer).float().eval().requires_grad_(False)
+        self.vq = load_network(ViTVQGAN, tokenizer).requires_grad_(False)
+        self.image_size = self.vq.config.image_size
         super().__init__(data, scenes, clip)
 
     @torch.no_grad()

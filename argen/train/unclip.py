@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from argen.data.scenes import COMMON
 from argen.models.clip import TextImageEncoder
 from argen.models.emoji_diffusion import EMOJI_SEED, NOISE, unclip
+from argen.models.files import load_network
 from argen.train.loop import Recipe, Schedule
 from argen.train.sd import velocity_error
 from argen.train.tokens import LatentsTask, paired
@@ -56,8 +57,8 @@ class UnCLIPTask(LatentsTask):
 
     def __init__(self, data: Path, scenes: Path, tokenizer: Path, vae: Path, clip: Path):
         super().__init__(data, scenes, vae, clip)
-        seed = Seed.from_pretrained(tokenizer, torch_dtype=torch.float32)
-        conv = ConvEncoder.from_pretrained(tokenizer / "vision", torch_dtype=torch.float32)
+        seed = load_network(Seed, tokenizer)
+        conv = load_network(ConvEncoder, tokenizer / "vision")
         self.seed = SeedTokenizer(seed, TwoEncoders(self.clip.vision_model, conv), **EMOJI_SEED).eval()
         self.seed.requires_grad_(False)
         channels, side = self.image_tokens.shape[1:3]

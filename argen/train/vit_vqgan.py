@@ -2,7 +2,7 @@
 
 The paper's losses in two stages: the first trains everything on the codebook, L2 and L1 terms, and at its end moves the
 codes to where the vectors are; the second keeps encoder and codes, so that ids keep their meaning, and trains the decoder
-on, at its end with the perceptual and the adversarial term.
+on edges and features of a classifier too, and at its end with the adversarial term.
 """
 
 from collections.abc import Iterator
@@ -13,14 +13,16 @@ import torch.nn.functional as F
 from einops import rearrange
 from PIL import Image
 from torch import Tensor, nn
-from transformers import CLIPVisionModel
 
 from argen.data.tables import pixels, read_split
 from argen.device import autocast
 from argen.eval import reconstruction
+from argen.models.files import load_network
+from argen.models.judge import Judge
 from argen.train.loop import Recipe, Schedule, Task
 from tokenizers_img.kl_vae import KLVAE
 from tokenizers_img.pixels import from_uint8
+from tokenizers_img.quantize import revive
 from tokenizers_img.vit_vqgan import ViTVQGAN
 
 SCHEDULES = {
@@ -28,12 +30,12 @@ SCHEDULES = {
     "gpu": Schedule(steps=40000, batch_size=256, learning_rate=8e-4),
 }
 DECODER_SCHEDULES = {
-    "cpu": Schedule(steps=2400, batch_size=32, learning_rate=1.5e-3, warmup=50, muon=True),
-    "gpu": Schedule(steps=10000, batch_size=256, learning_rate=2e-4),
+    "cpu": Schedule(steps=6000, batch_size=16, learning_rate=1.5e-3, warmup=100, muon=True),
+    "gpu": Schedule(steps=20000, batch_size=256, learning_rate=2e-4),
 }
 L1, L2 = 0.2, 1.0
-PERCEPTUAL, ADVERSARIAL = 0.01, 0.15  # the second relative to the gradient of the other terms
-SHARPEN_FROM = 0.65  # share of the decoder's schedule after which these two terms join
+EDGES, FEATURES, ADVERSARIAL = 0.4, 0.05, 0.25  # the last relative to the gradient of the other terms
+SHARPEN_FROM = 0.4  # share of the decoder's schedule after which the adversarial term joins
 SMOOTHNESS, SHAKE = 20.0, 0.05  # weight of the discriminator's penalty, and the noise that it must not notice
 REVIVE_EVERY, REVIVE_UNTIL = 50, 0.8  # steps; share of the schedule
 NOISE = 0.15  # standard deviation, of the size of the quantization error of 4096 codes on the unit sphere
@@ -42,13 +44,15 @@ NOISE_ONLY, NOISE_UNTIL = 0.06, 0.2  # shares of the schedule: no picture quanti
 
 def network() -> ViTVQGAN:
     return ViTVQGAN(
-        image_size=128,
-        patch_size=16,
+        image_size=256,
+        patch_size=32,
         encoder_size={"dim": 192, "depth": 4, "heads": 3, "dim_head": 64, "mlp_dim": 768},
         decoder_size={"dim": 256, "depth": 5, "heads": 4, "dim_head": 64, "mlp_dim": 1024},
         embed_dim=16,
         n_embed=4096,
         conv_channels=[32, 64, 128, 192],
+        encoder_scale=2,
+        pyramid=[32, 64, 128],
     )
 
 
@@ -63,15 +67,14 @@ class PatchDiscriminator(nn.Sequential):
 
 
 def augment(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Mirror, shift by up to 8 pixels, now and then four pictures in one or other colours; [B, H, W, 3] uint8."""
+    """Mirror, shift by up to a sixteenth, now and then four pictures in one or other colours; [B, H, W, 3] uint8."""
+    height, width = images.shape[1:3]
+    most = height // 16
     flip, mosaic, recolour = (torch.rand(len(images), generator=generator) for _ in range(3))
     out = torch.where(flip[:, None, None, None] < 0.5, images, images.flip(2))
-    shifts = torch.randint(-8, 9, (len(images), 2), generator=generator)
-    padded = F.pad(out, (0, 0, 8, 8, 8, 8), value=255)
-    height, width = out.shape[1:3]
-    out = torch.stack(
-        [p[8 + y : 8 + y + height, 8 + x : 8 + x + width] for p, (y, x) in zip(padded, shifts.tolist(), strict=True)]
-    )
+    starts = torch.randint(2 * most + 1, (len(images), 2), generator=generator).tolist()
+    padded = F.pad(out, (0, 0, most, most, most, most), value=255)
+    out = torch.stack([p[y : y + height, x : x + width] for p, (y, x) in zip(padded, starts, strict=True)])
     for index in (mosaic < 0.12).nonzero().flatten().tolist():
         four = out[torch.randint(len(out), (4,), generator=generator)]
         small = F.avg_pool2d(four.permute(0, 3, 1, 2).float(), 2).round().to(torch.uint8)
@@ -81,24 +84,32 @@ def augment(images: Tensor, generator: torch.Generator) -> Tensor:
     return out
 
 
-class PerceptualDistance(nn.Module):
-    """Distance between images in the hidden states of our own image encoder, each state normalised (as in LPIPS)."""
+class FeatureDistance(nn.Module):
+    """Distance between images in what the first layers of `emoji-judge` see of them, each place normalised (as in LPIPS)."""
 
-    def __init__(self, vision: nn.Module, layers: tuple[int, ...] = (1, 2, 3, 4)):
+    def __init__(self, judge: Judge):
         super().__init__()
-        self.vision = vision.requires_grad_(False).eval()
-        self.layers = layers
+        self.judge = judge.requires_grad_(False).eval()
+
+    def states(self, pixels: Tensor) -> Iterator[Tensor]:
+        x = self.judge.stem(F.interpolate(2 * pixels - 1, scale_factor=0.5, mode="area"))
+        for block in self.judge.blocks:
+            yield F.normalize(x, dim=1)
+            x = block(x)
 
     def forward(self, generated: Tensor, real: Tensor) -> Tensor:
         """Pixels [B, 3, H, W] in [0, 1], twice -> scalar."""
-        with torch.no_grad():
-            real_states = self.vision(pixel_values=2 * real - 1, output_hidden_states=True).hidden_states
-        generated_states = self.vision(pixel_values=2 * generated - 1, output_hidden_states=True).hidden_states
-        distance = torch.zeros((), device=generated.device)
-        for layer in self.layers:
-            a, b = (F.normalize(states[layer][:, 1:].float(), dim=-1) for states in (generated_states, real_states))
-            distance = distance + (a - b).square().sum(-1).mean()
-        return distance / len(self.layers)
+        pairs = zip(self.states(generated), self.states(real), strict=True)
+        return torch.stack([(a - b).float().square().sum(dim=1).mean() for a, b in pairs]).mean()
+
+
+def edge_distance(generated: Tensor, real: Tensor) -> Tensor:
+    """Mean difference between neighbours' differences of [B, 3, H, W], at three resolutions -> scalar."""
+    error, distance = generated - real, generated.new_zeros(())
+    for _ in range(3):
+        distance = distance + error.diff(dim=2).abs().mean() + error.diff(dim=3).abs().mean()
+        error = F.avg_pool2d(error, 2)
+    return distance
 
 
 class Reconstruction(Task):
@@ -110,7 +121,9 @@ class Reconstruction(Task):
     """
 
     def __init__(self, model: ViTVQGAN | KLVAE, data: Path):
-        self.train, self.test = (torch.from_numpy(pixels(read_split(data, s))) for s in ("train", "test"))
+        self.train, self.test = (
+            torch.from_numpy(pixels(read_split(data, s), model.config.image_size)) for s in ("train", "test")
+        )
         self.networks: dict[str, nn.Module] = {"model": model}
         model.to(memory_format=torch.channels_last)
 
@@ -179,8 +192,8 @@ class ViTVQGANTask(Reconstruction):
         if step % REVIVE_EVERY or step > REVIVE_UNTIL * self.total:
             return
         model = self._model()
-        z = model.pre_quant(model.encoder(real)).flatten(0, 1)
-        model.quantizer.revive((count < 2).to(z.device), z)
+        z = model.encode_vectors(real).flatten(0, 1)
+        revive(model.quantizer.embedding.weight, (count < 2).to(z.device), z)
         count.zero_()
 
 
@@ -197,7 +210,7 @@ def refit_codes(model: ViTVQGAN, images: Tensor, rounds: int = 12) -> float:
         The mean cosine of the vectors to their codes.
     """
     with autocast(model.device):
-        parts = [model.pre_quant(model.encoder(from_uint8(p).to(model.device))).float() for p in images.split(64)]
+        parts = [model.encode_vectors(from_uint8(p).to(model.device)).float() for p in images.split(64)]
     z = F.normalize(torch.cat(parts).flatten(0, 1), dim=-1)  # [M, C]
     codes = F.normalize(model.quantizer.embedding.weight.float(), dim=-1)
     for round_ in range(rounds + 1):
@@ -214,26 +227,35 @@ def refit_codes(model: ViTVQGAN, images: Tensor, rounds: int = 12) -> float:
 
 
 class DecoderTask(Reconstruction):
-    """The second stage: the decoder alone, at its end with the perceptual and the adversarial term.
+    """The second stage: the decoder alone, at its end with the adversarial term.
 
     Args:
-        tokenizer, clip: folders of the tokenizer after the first stage, and of `emoji-clip`.
-        total: steps of the schedule, which says when the two terms join.
+        tokenizer, judge: folders of the tokenizer after the first stage, and of `emoji-judge`.
+        total: steps of the schedule, which says when the adversarial term joins.
     """
 
-    def __init__(self, data: Path, tokenizer: Path, clip: Path, total: int):
+    def __init__(self, data: Path, tokenizer: Path, judge: Path, total: int):
         model, frozen = self.start(tokenizer)
         for part in frozen:
             part.requires_grad_(False)
         super().__init__(model, data)
         self.networks["discriminator"] = PatchDiscriminator().to(memory_format=torch.channels_last)
-        self.perceptual = PerceptualDistance(CLIPVisionModel.from_pretrained(clip, dtype=torch.float32))
+        self.feature_distance = FeatureDistance(load_network(Judge, judge))
         self.total = total
 
     def start(self, tokenizer: Path) -> tuple[ViTVQGAN, list[nn.Module]]:
         """Return the tokenizer, and its parts that are frozen."""
-        model = ViTVQGAN.from_pretrained(tokenizer, torch_dtype=torch.float32)
-        model.register_to_config(_name_or_path="emoji-vitvqgan")  # what is saved names no folder of this machine
+        trained = load_network(ViTVQGAN, tokenizer).state_dict()
+        model = network()
+        fresh = model.state_dict()  # a tokenizer with another head gives what fits
+        model.load_state_dict(
+            {
+                key: trained[key]
+                if trained.get(key, fresh[key]).shape == fresh[key].shape and key in trained
+                else fresh[key]
+                for key in fresh
+            }
+        )
         return model, [model.encoder, model.pre_quant, model.quantizer]
 
     def batch(self, size: int, generator: torch.Generator) -> dict[str, Tensor]:
@@ -245,18 +267,17 @@ class DecoderTask(Reconstruction):
         real, discriminator = batch["pixels"], self.networks["discriminator"]
         decoded = self.networks["model"](real)[0].float()
         error = decoded - real
-        loss = L2 * error.square().mean() + L1 * error.abs().mean()
-        log |= {"l2": error.square().mean().item(), "l1": error.abs().mean().item()}
+        edges, features = edge_distance(decoded, real), self.feature_distance.to(real.device)(decoded, real)
+        loss = L2 * error.square().mean() + L1 * error.abs().mean() + EDGES * edges + FEATURES * features
+        log |= {"l2": error.square().mean().item(), "edges": edges.item(), "features": features.item()}
         if step < SHARPEN_FROM * self.total:
             yield "model", loss
             return
 
-        distance = self.perceptual.to(real.device)(decoded, real)
-        loss = loss + PERCEPTUAL * distance
         discriminator.requires_grad_(False)
         fooled = -discriminator(decoded).float().mean()
         discriminator.requires_grad_(True)
-        log |= {"perceptual": distance.item(), "fooled": fooled.item()}
+        log |= {"fooled": fooled.item()}
         yield "model", loss + ADVERSARIAL * adaptive_weight(loss, fooled, decoded) * fooled
 
         real_logits, fake_logits = discriminator(real).float(), discriminator(decoded.detach()).float()
@@ -275,4 +296,4 @@ def adaptive_weight(loss: Tensor, fooled: Tensor, decoded: Tensor) -> Tensor:
 
 
 RECIPE = Recipe(ViTVQGANTask, SCHEDULES, takes=("total",))
-DECODER_RECIPE = Recipe(DecoderTask, DECODER_SCHEDULES, takes=("tokenizer", "clip", "total"))
+DECODER_RECIPE = Recipe(DecoderTask, DECODER_SCHEDULES, takes=("tokenizer", "judge", "total"))

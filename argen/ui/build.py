@@ -3,6 +3,7 @@
 import logging
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import gradio as gr
@@ -17,6 +18,7 @@ logger = logging.getLogger(__name__)
 STYLE = ".thumbnail-item .caption-label { position: static; display: block; max-width: 100%; border: none; text-align: center; }"
 STYLE += " .thumbnail-item:has(.caption-label) { display: flex; flex-direction: column; }"
 STYLE += " .thumbnail-item:has(.caption-label) img { flex: 1; min-height: 0; }"
+TO_TOP = "() => { window.scrollTo(0, 0); return []; }"
 CLEAN_EVERY, KEEP_FOR = 3600, 86400  # seconds: uploaded and served files
 
 
@@ -74,9 +76,12 @@ def build(context: AppContext) -> gr.Blocks:
     os.environ["GRADIO_TEMP_DIR"] = str(context.studio.store.exports.resolve())  # uploads, and copies of served files
     with Page(title="argen", analytics_enabled=False, delete_cache=(CLEAN_EVERY, KEEP_FOR)) as page:
         gr.Markdown("# argen\nImages written token by token, from words.")
-        for name, module in tabs.items():
-            with gr.Tab(module.TITLE) as tab:
-                lay_out(name, module, context, tab)
+        context = replace(context, chosen=gr.State(None))
+        with gr.Tabs() as bar:
+            for name, module in tabs.items():
+                with gr.Tab(module.TITLE, id=name) as tab:
+                    lay_out(name, module, context, tab)
+        context.chosen.change(lambda: gr.Tabs(selected="generate"), None, bar, js=TO_TOP, show_progress="hidden")
         endpoints.Endpoints(context)
         gr.HTML(f"<style>{STYLE}</style>", padding=False)
     for event in page.fns.values():

@@ -37,12 +37,14 @@ class AppContext:
         admin: owner who may change what concerns all users; None where nobody logs in, so that everybody may.
         device: of the pipelines of the Diffusion tab.
         memory: bytes that these pipelines may take, see `argen.hub.model_cache.ModelCache`.
+        chosen: model that another tab has chosen for *Generate*, and when; `argen.ui.build.build` lays it out.
     """
 
     studio: Studio
     admin: str | None = None
     device: torch.device = torch.device("cpu")
     memory: int | None = None
+    chosen: gr.State | None = None
 
     def owner(self, request: gr.Request) -> str:
         """The owner who sent an event; the sessions of the page carry their names, see `argen.server.guard.Sessions`."""

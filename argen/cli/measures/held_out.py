@@ -46,5 +46,7 @@ def run(args: argparse.Namespace) -> None:
     elif args.model == "argen/emoji-seed":
         scores = retrieval.of_tokens(model, load_model("argen/emoji-clip", args.device).embed, args.data)
     else:
-        scores = reconstruction.evaluate(model, torch.from_numpy(pixels(read_split(args.data, "test"))))
+        scores = reconstruction.evaluate(
+            model, torch.from_numpy(pixels(read_split(args.data, "test"), model.config.image_size))
+        )
     print(json.dumps(scores) if args.json else "\n".join(f"{name:55} {value:.3f}" for name, value in scores.items()))

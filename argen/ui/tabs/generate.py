@@ -46,6 +46,7 @@ def layout(context: AppContext, tab: gr.Tab) -> None:
     create = Generate(context)
     gr.on(None, create.view.restore, None, create.view.job_outputs)
     gr.on(None, create.presets, None, create.name)
+    gr.on(None, create.model_choices, None, create.model)
 
 
 class Generate:
@@ -53,16 +54,16 @@ class Generate:
 
     Attributes:
         view: shows its job.
-        name: dropdown of the presets.
+        name, model: dropdowns of the presets and of the models.
     """
 
     def __init__(self, context: AppContext):
         self.models, self.context = context.studio.models, context
-        ids = generators()
+        ids = self.names()
         pipe = self.models(ids[0])
         with gr.Row():
             with gr.Column(scale=2):
-                model = gr.Dropdown(ids, value=ids[0], label="Model", elem_id="model")
+                self.model = model = gr.Dropdown(ids, value=ids[0], label="Model", elem_id="model")
                 prompt = gr.Textbox(label="Prompt", placeholder="a red apple", autofocus=True, elem_id="prompt")
                 prompt_length = gr.Markdown(elem_id="length")
                 names = classes(pipe)
@@ -92,6 +93,8 @@ class Generate:
         model_fields = [style, *settings, *self.sampling.widgets, group]
         fields = [model, prompt, num, seed, *model_fields]
         model.input(self.model_updates, model, model_fields)
+        if context.chosen is not None:
+            context.chosen.change(self.choose, context.chosen, [model, *model_fields])
         reset.click(self.model_updates, model, model_fields)
         group.input(lambda name: f"class:{name}", group, prompt)
         sampler = settings[SETTINGS.index("sampler")]
@@ -105,6 +108,19 @@ class Generate:
         self.name.input(self.preset, self.name, [restored, restored_settings])
         apply.click(self.apply, restored, fields)
         save.click(self.save_preset, [self.name, *fields[:-1]], self.name)
+
+    def names(self) -> list[str]:
+        """The generators, and what was trained here."""
+        return [*generators(), *self.models.trained()]
+
+    def model_choices(self) -> dict:
+        return gr.update(choices=self.names())
+
+    def choose(self, chosen: tuple[str, float] | None) -> list:
+        """Show the model that another tab has chosen."""
+        if chosen is None:
+            return [gr.skip()] * (2 + len(SETTINGS) + len(self.sampling.widgets) + 1)
+        return [gr.update(choices=self.names(), value=chosen[0]), *self.model_updates(chosen[0])]
 
     def settings(self, pipe: TokenPipeline) -> list[gr.components.Component]:
         """Lay out the widgets under More: of each of `SETTINGS`, then those of the samplers; in the order of `model_updates`."""

@@ -29,10 +29,10 @@ class BigramTask(Task):
 
     def __init__(self, data: Path):
         self.tokenizer = Mosaic()
-        self.tokens, self.held_out = (self.read(data, split) for split in ("train", "validation"))
+        self.tokens, self.held_out = (self.read_split(data, split) for split in ("train", "validation"))
         self.networks = {"model": Bigram()}  # "model" is averaged, evaluated and saved
 
-    def read(self, data: Path, split: str) -> Tensor:
+    def read_split(self, data: Path, split: str) -> Tensor:
         """Ids of the images of a split [N, 64]."""
         images = from_uint8(torch.from_numpy(pixels(read_split(data, split))))
         size = self.tokenizer.config.image_size

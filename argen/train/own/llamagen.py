@@ -1,0 +1,139 @@
+"""`argen train llamagen`: LlamaGen on classes or captions of one's own images, from nothing or from any LlamaGen.
+
+The defaults are those of the official code (github.com/FoundationVision/LlamaGen, autoregressive/train): AdamW (0.9, 0.95), decay 0.05
+of matrices, a constant rate of 1e-4, gradients clipped at norm 1, the condition left out in a tenth of the samples.
+
+Letters in shape comments: B samples, N tokens of an image, T condition positions.
+"""
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+from transformers import CLIPModel
+
+from argen.device import pick
+from argen.hub.loading import load
+from argen.models.llamagen import SIZES, ClassEmbedder, LlamaGen
+from argen.models.t5 import T5
+from argen.pipelines.llamagen import LlamaGenPipeline
+from argen.train.loop import Schedule
+from argen.train.own.options import OwnOptions
+from argen.train.own.run import OwnRecipe
+from argen.train.own.start import read_text_encoder, size_of, start_of
+from argen.train.own.tokens import OwnTokensTask, check_conditions, cross_entropy, examples_of
+from argen.train.sources import Source
+from samplers.errors import InvalidValue
+from tokenizers_img.llamagen_vq import LlamaGenVQ
+from tokenizers_img.vit_vqgan import ViTVQGAN
+
+SCHEDULE = Schedule(
+    steps=10_000,
+    batch_size=256,
+    learning_rate=1e-4,
+    warmup=0,
+    betas=(0.9, 0.95),
+    weight_decay=0.05,
+    ema_decay=0.9999,
+    decline="constant",
+    decayed="matrices",
+)
+LORA_SCHEDULE = replace(
+    SCHEDULE, steps=1_000, batch_size=8, warmup=20, weight_decay=0.0, ema_decay=0.99, decline="cosine"
+)
+
+
+class LlamaGenTask(OwnTokensTask):
+    """LlamaGen after classes or captions."""
+
+    @torch.no_grad()
+    def condition(self, texts: list[str]) -> dict[str, Tensor]:
+        """What the network reads of classes or captions: "condition", class ids [B] or text features [B, T, C], and "mask" [B, T]."""
+        if self.pipe.transformer.config.classes is not None:
+            classes = torch.tensor([self.pipe.class_of(text) for text in texts])
+            return {"condition": classes, "mask": torch.ones(len(texts), 1, dtype=torch.bool)}
+        features, mask = self.pipe.encode_text(texts)
+        return {"condition": features, "mask": mask}
+
+    def conditioned(self, batch: dict[str, Tensor]) -> Tensor:
+        """Class ids [B] or text features [B, T, C], "none" in place of those that are left out."""
+        condition, dropped = batch["condition"], batch["dropped"]
+        none = self.pipe.transformer.unconditional(condition)
+        return torch.where(dropped.view(-1, *[1] * (condition.ndim - 1)), none, condition)
+
+    def loss(self, network: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        """The mean cross-entropy of tokens [B, N], in nats; a caption that is left out keeps its mask, as in the official code."""
+        condition = self.conditioned(batch)
+        return cross_entropy(network(condition, batch["mask"], batch["tokens"]), batch["tokens"])
+
+
+MINI = {"dim": 256, "depth": 6, "heads": 4, "multiple_of": 32}  # for a CPU
+
+
+def new_pipeline(options: OwnOptions, source: Source) -> LlamaGenPipeline:
+    """A pipeline with a network of random weights, after classes where the images have some, else after captions.
+
+    Raises:
+        ValueError: a size, a tokenizer or a text encoder that cannot be used.
+    """
+    sizes = size_of(options, SIZES | {"mini": MINI}, "B")
+    if options.tokenizer is None:
+        raise InvalidValue(
+            "a new network needs an image tokenizer: give --tokenizer, e.g. argen/emoji-vitvqgan, or --init a model to start from",
+            "tokenizer",
+        )
+    images = load(options.tokenizer)
+    if not isinstance(images, LlamaGenVQ | ViTVQGAN):
+        raise InvalidValue(
+            f"{options.tokenizer} is no tokenizer that LlamaGen reads: expected its VQ, or a ViT-VQGAN", "tokenizer"
+        )
+    fixed = isinstance(images, ViTVQGAN)
+    side = images.config.image_size if fixed else options.image_size or images.config.image_size
+    if side % images.stride or (fixed and options.image_size not in (None, side)):
+        expected = str(side) if fixed else f"a multiple of {images.stride}"
+        raise InvalidValue(
+            f"image_size is {options.image_size}: expected {expected}, of {options.tokenizer}", "image_size"
+        )
+    shared = {"n_embed": len(images.codebook), "grid": side // images.stride, **sizes}
+    vq = images if fixed else images.vq
+    if source.classes is not None:
+        return LlamaGenPipeline(LlamaGen(classes=len(source.classes), **shared), vq, class_names=list(source.classes))
+    text_encoder, tokenizer, width = read_text_encoder(options.text_encoder or T5)
+    small = isinstance(text_encoder, CLIPModel)
+    length = {"caption_length": 24, "caption_attention": True} if small else {}  # a small network reads word by word
+    return LlamaGenPipeline(LlamaGen(caption_dim=width, **length, **shared), vq, text_encoder, tokenizer)
+
+
+def with_classes(pipe: LlamaGenPipeline, names: list[str]) -> None:
+    """Give a model of classes a table of other classes; "no class" stays what it was, and each new one begins there."""
+    network, old = pipe.transformer, pipe.transformer.cls_embedding.embedding_table.weight
+    network.cls_embedding = ClassEmbedder(len(names), network.config.dim)
+    network.cls_embedding.embedding_table.weight.data = old.data[-1:].repeat(len(names) + 1, 1)
+    network.register_to_config(classes=len(names))
+    pipe.register_to_config(class_names=names)
+
+
+def started(options: OwnOptions, source: Source) -> LlamaGenPipeline:
+    """The pipeline that a training starts from: a model, with a table of its own classes where the images have other ones.
+
+    Raises:
+        ValueError: see `start_of`.
+    """
+    pipe = start_of(options, source, LlamaGenPipeline, "LlamaGen")
+    if not isinstance(pipe.transformer, LlamaGen):
+        raise InvalidValue(f"{options.init} is no LlamaGen: expected one to start from", "init")
+    if source.classes is not None:
+        with_classes(pipe, list(source.classes))
+    return pipe
+
+
+def prepare(options: OwnOptions, source: Source, held: Source) -> LlamaGenTask:
+    """See `argen.train.own.run.OwnRecipe.prepare`."""
+    check_conditions(source)
+    pipe = new_pipeline(options, source) if options.init is None else started(options, source)
+    pipe = pipe.to(pick(None))
+    crops = "ten:1.1" if source.classes is not None else "center"
+    return LlamaGenTask(pipe, *examples_of(pipe, options, source, held, crops), options)
+
+
+RECIPE = OwnRecipe(prepare, SCHEDULE, LORA_SCHEDULE)

@@ -1,0 +1,73 @@
+"""What a training on own images starts from: a model, or the parts of a new one."""
+
+from typing import Any
+
+from argen.hub.loading import load
+from argen.models.clip import TextImageEncoder
+from argen.models.t5 import T5, read_t5
+from argen.train.own.options import OwnOptions
+from argen.train.sources import Source
+from argen.words import cut
+from samplers.errors import InvalidValue
+
+
+def start_of(options: OwnOptions, source: Source, kind: type, name: str) -> Any:
+    """The pipeline that `--init` names, in float32.
+
+    Args:
+        kind: class of the pipeline.
+        name: what errors call it.
+
+    Raises:
+        InvalidValue: it is another kind of model, draws captions where the images have classes or the other way round, or a setting is for new
+            networks alone.
+    """
+    for setting in ("size", "tokenizer", "text_encoder"):
+        if getattr(options, setting) is not None:
+            raise InvalidValue(
+                f"{setting} is for a new network, and {options.init} has its own: leave one of them out", setting
+            )
+    pipe = load(options.init, dtype="fp32")
+    if not isinstance(pipe, kind):
+        raise InvalidValue(f"{options.init} is no {name}: expected one to start from", "init")
+    if options.image_size not in (None, pipe.image_size):
+        raise InvalidValue(
+            f"image_size is {options.image_size}: expected {pipe.image_size}, that of {options.init}", "image_size"
+        )
+    by_class = pipe.components.get("text_encoder") is None
+    if by_class != (source.classes is not None):
+        has, needs = ("captions", "classes") if by_class else ("classes", "captions")
+        raise InvalidValue(
+            f"{options.init} draws {needs}, and the images have {has}: choose another model to start from", "init"
+        )
+    if by_class and options.lora is not None:
+        raise InvalidValue("lora is for models of captions, and this one draws classes: leave it out", "lora")
+    return pipe
+
+
+def size_of(options: OwnOptions, sizes: dict[str, dict], usual: str) -> dict:
+    """The sizes of a new network.
+
+    Raises:
+        InvalidValue: there is no such size.
+    """
+    size = options.size or usual
+    if size not in sizes:
+        *others, last = sizes
+        raise InvalidValue(f"size is {cut(size)}: expected {', '.join(others)} or {last}", "size")
+    return sizes[size]
+
+
+def read_text_encoder(name: str) -> tuple[Any, Any, int]:
+    """A text encoder, its tokenizer, and the width of its states.
+
+    Raises:
+        InvalidValue: it is none.
+    """
+    if name == T5 or "t5" in name.lower():
+        encoder, tokenizer = read_t5(name)
+        return encoder, tokenizer, encoder.config.d_model
+    encoder = load(name)
+    if not isinstance(encoder, TextImageEncoder):
+        raise InvalidValue(f"{name} is no text encoder: expected {T5} or argen/emoji-clip", "text_encoder")
+    return encoder.clip, encoder.tokenizer, encoder.clip.config.text_config.hidden_size

@@ -1,0 +1,234 @@
+"""Trainings on own images, by the command: a folder in, a model out that `argen.load` reads."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import argen
+from argen.cli.main import main
+from argen.registry import recipes
+from argen.train.own import xar
+from argen.train.own.options import OwnOptions
+from argen.train.own.run import opened, run
+from tokenizers_img.kl_vae import KLVAE
+from tokenizers_img.pixels import from_pil
+
+COLOURS = {"red": (220, 30, 30), "green": (30, 180, 30), "blue": (30, 60, 220)}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ARGEN_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+def square(colour: str, number: int) -> Image.Image:
+    image = np.full((128, 128, 3), 255, np.uint8)
+    image[20 + number : 90 + number, 30:100] = COLOURS[colour]
+    return Image.fromarray(image)
+
+
+@pytest.fixture(scope="module")
+def classes(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("classes")
+    for colour in COLOURS:
+        (folder / colour).mkdir()
+        for number in range(6):
+            square(colour, number).save(folder / colour / f"{number}.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def captioned(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("captioned")
+    for colour in COLOURS:
+        for number in range(4):
+            square(colour, number).save(folder / f"{colour}{number}.png")
+            (folder / f"{colour}{number}.txt").write_text(f"a {colour} square")
+    return folder
+
+
+def train(recipe, folder, out, *more):
+    few = ["--steps", "2", "--batch-size", "4", "--evaluate-every", "2"]
+    return main(["train", recipe, "--images", str(folder), "--out", str(out), *few, *more])
+
+
+def test_llamagen_learns_classes_of_a_folder(classes, tmp_path, capsys):
+    new = ["--size", "mini", "--tokenizer", "argen/emoji-vitvqgan", "--crops", "flip"]
+    assert train("llamagen", classes, tmp_path / "run", *new) == 0
+    said = capsys.readouterr().out
+    assert "classes: 3" in said
+    assert "held-out loss 8.3" in said  # ln 4096: the head begins at zero
+    pipe = argen.load(tmp_path / "run" / "final")
+    assert pipe.class_of("class:green") == 1
+    assert pipe("class:blue", generator=torch.Generator().manual_seed(0)).images[0].size == (pipe.image_size,) * 2
+    with pytest.raises(ValueError, match="no class is named 'yellow'"):
+        pipe("class:yellow")
+    assert main(["generate", "class:red", "--model", str(tmp_path / "run/final"), "-o", str(tmp_path / "a.png")]) == 0
+
+
+MODELS = {"llamagen": "llamagen", "parti": "parti", "xar": "xar", "flexar": "flextok-ar"}
+
+
+@pytest.mark.parametrize(("recipe", "model"), [(recipe, f"argen/emoji-{name}") for recipe, name in MODELS.items()])
+def test_a_lora_learns_captions(captioned, tmp_path, recipe, model, capsys):
+    rate = ["--learning-rate", "0.01", "--warmup", "0"]
+    assert train(recipe, captioned, tmp_path / "run", "--init", model, "--lora", "4", *rate) == 0
+    assert "captions: 11, for 11 of 11 images" in capsys.readouterr().out
+    final = tmp_path / "run" / "final"
+    assert {path.name for path in final.iterdir()} == {"adapter_config.json", "adapter_model.safetensors", "argen.toml"}
+    pipe, plain = argen.load(final), argen.load(model)
+    assert pipe.card.arguments["base"] == model
+    changed = [
+        name
+        for name, value in pipe.transformer.state_dict().items()
+        if not torch.equal(value, plain.transformer.state_dict()[name])
+    ]
+    assert changed
+    assert all(name.endswith(".weight") and "norm" not in name for name in changed)
+    again = argen.load(model, lora=f"{final}:1")
+    assert all(
+        torch.equal(value, again.transformer.state_dict()[name])
+        for name, value in pipe.transformer.state_dict().items()
+    )
+    assert main(["generate", "a red square", "--model", str(final), "-o", str(tmp_path / "a.png")]) == 0
+
+
+@pytest.mark.parametrize(("recipe", "tokenizer"), [("xar", "argen/emoji-vae"), ("flexar", "argen/emoji-flextok")])
+def test_classes_become_a_model_that_another_training_starts_from(classes, tmp_path, recipe, tokenizer):
+    assert train(recipe, classes, tmp_path / "run", "--size", "mini", "--tokenizer", tokenizer) == 0
+    pipe = argen.load(tmp_path / "run" / "final")
+    assert pipe.class_of("class:green") == 1
+    drawn = [pipe("class:green", generator=torch.Generator().manual_seed(0), output_type="pt").images for _ in range(2)]
+    assert torch.equal(*drawn)
+    (tmp_path / "others" / "yellow").mkdir(parents=True)
+    for number in range(3):
+        square("red", number).save(tmp_path / "others" / "yellow" / f"{number}.png")
+    again = ["--init", str(tmp_path / "run" / "final"), "--crops", "center"]
+    assert train(recipe, tmp_path / "others", tmp_path / "again", *again) == 0
+    assert argen.load(tmp_path / "again" / "final").class_of("class:yellow") == 0
+
+
+def test_xar_keeps_what_its_tokenizer_says(classes, tmp_path):
+    """The cache holds the bits of float16 numbers."""
+    numbers = torch.randn(3, 2, 4, 5, 5)
+    bits = xar.bits_of(numbers)
+    assert bits.shape == (3, 200)
+    assert torch.equal(xar.moments_of(bits.long(), (4, 5, 5)), numbers.half().float())
+    options = OwnOptions(images=str(classes), size="mini", tokenizer="argen/emoji-vae", batch_size=4)
+    source = opened(options)
+    task = xar.prepare(options, source, source)
+    batch = task.batch(4, torch.Generator().manual_seed(0))
+    batch["drawn"].zero_()
+    latents = task.read(batch)["tokens"]
+    pixels = torch.stack([from_pil(source.image(int(index)), 128) for index in batch["image"]])
+    pixels = torch.where(batch["crop"].view(-1, 1, 1, 1) == 1, pixels.flip(-1), pixels)
+    assert torch.allclose(latents, KLVAE(task.pipe.vae).encode(pixels), atol=5e-3)
+    assert task.loss(task.networks["model"], task.read(batch)).item() > 0
+
+
+def test_xar_falls_in_the_last_quarter():
+    schedule = replace(xar.SCHEDULE, steps=800, warmup=100)
+    rates = [schedule.rate(step) for step in (0, 99, 599, 600, 800)]
+    assert rates == pytest.approx([4e-6, 4e-4, 4e-4, 4e-4, 1e-5], rel=1e-3)
+
+
+def test_a_new_network_learns_captions(captioned, tmp_path):
+    assert train("parti", captioned, tmp_path / "run") == 0
+    pipe = argen.load(tmp_path / "run" / "final")
+    assert type(pipe).__name__ == "PartiPipeline"
+    new = ["--size", "mini", "--tokenizer", "argen/emoji-vitvqgan", "--text-encoder", "argen/emoji-clip"]
+    assert train("llamagen", captioned, tmp_path / "other", *new) == 0
+    assert argen.load(tmp_path / "other" / "final").transformer.config.caption_attention
+
+
+def test_the_second_start_goes_on_and_encodes_nothing(classes, tmp_path, monkeypatch):
+    options = OwnOptions(
+        images=str(classes),
+        size="mini",
+        tokenizer="argen/emoji-vitvqgan",
+        crops="center",
+        batch_size=4,
+        evaluate_every=2,
+    )
+    straight = run(recipes["llamagen"], options, tmp_path / "straight", steps=4)
+    run(recipes["llamagen"], options, tmp_path / "stopped", steps=4, stop=2)
+    fail = lambda *_: pytest.fail("it was encoded before")  # noqa: E731
+    monkeypatch.setattr("argen.train.token_cache.TokenCache._encode_shard", fail)
+    again = run(recipes["llamagen"], options, tmp_path / "stopped", steps=4)
+    assert again == straight
+    weights = [argen.load(tmp_path / name / "final").transformer.state_dict() for name in ("straight", "stopped")]
+    assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
+
+
+@pytest.mark.parametrize(
+    ("recipe", "options", "message"),
+    [
+        ("llamagen", [], "a new network needs an image tokenizer"),
+        (
+            "llamagen",
+            ["--tokenizer", "argen/emoji-vitvqgan", "--size", "Q"],
+            "size is Q: expected B, L, XL, XXL, 3B or mini",
+        ),
+        ("llamagen", ["--tokenizer", "argen/emoji-vae"], "argen/emoji-vae is no tokenizer that LlamaGen reads"),
+        ("llamagen", ["--init", "argen/emoji-parti"], "argen/emoji-parti is no LlamaGen"),
+        ("llamagen", ["--init", "argen/emoji-llamagen"], "draws captions, and the images have classes"),
+        ("llamagen", ["--init", "argen/emoji-llamagen", "--size", "B"], "size is for a new network"),
+        ("llamagen", ["--tokenizer", "argen/emoji-vitvqgan", "--size", "mini", "--lora", "4"], "lora"),
+        (
+            "llamagen",
+            ["--tokenizer", "argen/emoji-vitvqgan", "--size", "mini", "--image-size", "96"],
+            "image_size is 96",
+        ),
+        ("parti", [], "have classes, and Parti reads captions"),
+        ("xar", ["--tokenizer", "argen/emoji-vitvqgan"], "argen/emoji-vitvqgan is no tokenizer that xAR reads"),
+        (
+            "xar",
+            ["--tokenizer", "argen/emoji-vae", "--image-size", "40"],
+            "image_size is 40: expected a multiple of 32",
+        ),
+        ("xar", [], "a new network needs an image tokenizer"),
+        ("xar", ["--init", "argen/emoji-xar"], "draws captions, and the images have classes"),
+        ("flexar", ["--tokenizer", "argen/emoji-vae"], "argen/emoji-vae is no tokenizer that FlexAR reads"),
+        ("flexar", ["--init", "argen/emoji-parti"], "argen/emoji-parti is no FlexAR"),
+        ("llamagen", ["--data", "x"], "--data is of the shipped family: leave it out"),
+        (
+            "llamagen",
+            ["--crops", "five", "--tokenizer", "argen/emoji-vitvqgan", "--size", "mini"],
+            "unknown crops 'five'",
+        ),
+    ],
+)
+def test_what_cannot_be_trained_is_refused(classes, tmp_path, capsys, recipe, options, message):
+    assert train(recipe, classes, tmp_path / "run", *options) == 2
+    said = capsys.readouterr().err
+    assert message in said
+    assert said.strip().count("\n") == 0
+    assert not (tmp_path / "run").exists()
+
+
+def test_options_of_the_other_kind_are_refused(tmp_path, capsys):
+    assert main(["train", "llamagen", "--out", str(tmp_path / "run")]) == 2
+    assert "the recipe llamagen learns from your own images: give --images a folder" in capsys.readouterr().err
+    assert main(["train", "emoji-parti", "--images", "x", "--out", str(tmp_path / "run")]) == 2
+    assert "--images is for own images, and emoji-parti is of the shipped family" in capsys.readouterr().err
+
+
+def test_a_drafter_of_a_generator(captioned, tmp_path):
+    assert train("drafter", captioned, tmp_path / "run", "--init", "argen/emoji-llamagen") == 0
+    pipe = argen.load(tmp_path / "run" / "final")
+    assert pipe.drafter.length == pipe.transformer.length
+    output = pipe("a red square", sampler="speculative", generator=torch.Generator().manual_seed(0))
+    assert output.forward_passes < pipe.length + 2
+
+
+@pytest.mark.parametrize("init", ["argen/emoji-control", "argen/emoji-llamagen"])
+def test_a_controlar_follows_edges(captioned, tmp_path, init):
+    assert train("controlar", captioned, tmp_path / "run", "--init", init, "--control", "canny") == 0
+    pipe = argen.load(tmp_path / "run" / "final")
+    image = pipe("a red square", control_image=square("red", 0), generator=torch.Generator().manual_seed(0)).images[0]
+    assert image.size == (pipe.image_size,) * 2
