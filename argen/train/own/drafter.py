@@ -19,9 +19,10 @@ from argen.models.layers import causal_mask
 from argen.models.llamagen import LlamaGen
 from argen.pipelines.llamagen import LlamaGenPipeline
 from argen.train.loop import Schedule
-from argen.train.own.llamagen import LlamaGenTask, started
+from argen.train.own.llamagen import LlamaGenTask, with_classes
 from argen.train.own.options import OwnOptions
 from argen.train.own.run import OwnRecipe
+from argen.train.own.start import start_of
 from argen.train.own.tokens import AT_ONCE, Examples, check_conditions, examples_of
 from argen.train.sources import Source
 from samplers.errors import InvalidValue
@@ -128,7 +129,7 @@ def prepare(options: OwnOptions, source: Source, held: Source) -> DrafterTask:
     check_conditions(source)
     if options.init is None:
         raise InvalidValue("a drafter guesses the tokens of a model: give --init a LlamaGen", "init")
-    pipe = started(options, source)
+    pipe = start_of(options, source, LlamaGenPipeline, LlamaGen, "LlamaGen", with_classes)
     crops = "ten:1.1" if source.classes is not None else "center"
     return DrafterTask(pipe, *examples_of(pipe, options, source, held, crops), options)
 

@@ -10,20 +10,18 @@ import torch
 from torch import Tensor, nn
 
 from argen.device import pick
-from argen.hub.loading import load
 from argen.models.flexar import FlexAR
 from argen.pipelines.flexar import FlexARPipeline
 from argen.train.loop import Schedule
 from argen.train.own.options import OwnOptions
 from argen.train.own.run import OwnRecipe
-from argen.train.own.start import read_text_encoder, size_of, start_of
+from argen.train.own.start import image_tokenizer_of, read_text_encoder, size_of, start_of
 from argen.train.own.tokens import (
     OwnTokensTask,
     check_conditions,
     cross_entropy,
     examples_of,
     shown_states,
-    states_of,
 )
 from argen.train.sources import Source
 from samplers.errors import InvalidValue
@@ -50,13 +48,6 @@ TEXT_ENCODER = "argen/emoji-clip"
 class FlexARTask(OwnTokensTask):
     """FlexAR after classes or captions."""
 
-    @torch.no_grad()
-    def condition(self, texts: list[str]) -> dict[str, Tensor]:
-        """Class ids "condition" [B], or text states, see `states_of`."""
-        if self.pipe.text_encoder is None:
-            return {"condition": torch.tensor([self.pipe.class_of(text) for text in texts])}
-        return states_of(self.pipe, texts)
-
     def loss(self, network: nn.Module, batch: dict[str, Tensor]) -> Tensor:
         """See `OwnTokensTask.loss`."""
         if "states" in batch:
@@ -74,14 +65,7 @@ def new_pipeline(options: OwnOptions, source: Source) -> FlexARPipeline:
         ValueError: a size, a tokenizer or a text encoder that cannot be used.
     """
     sizes = size_of(options, SIZES, "113M")
-    if options.tokenizer is None:
-        raise InvalidValue(
-            "a new network needs an image tokenizer: give --tokenizer, e.g. argen/emoji-flextok, or --init a model to start from",
-            "tokenizer",
-        )
-    images = load(options.tokenizer)
-    if not isinstance(images, FlexTokenizer):
-        raise InvalidValue(f"{options.tokenizer} is no tokenizer that FlexAR reads: expected a FlexTok", "tokenizer")
+    images = image_tokenizer_of(options, FlexTokenizer, "FlexAR", "a FlexTok", "argen/emoji-flextok")
     if options.image_size not in (None, images.config.image_size):
         raise InvalidValue(
             f"image_size is {options.image_size}: expected {images.config.image_size}, that of {options.tokenizer}",
@@ -97,32 +81,21 @@ def new_pipeline(options: OwnOptions, source: Source) -> FlexARPipeline:
     return FlexARPipeline(FlexAR(text_dim=width, **shared), *parts, encoder, tokenizer, **flow)
 
 
-def with_classes(pipe: FlexARPipeline, names: list[str]) -> None:
-    """Give a model of classes a table of other classes, each of which begins at "no class", which is zero."""
-    network = pipe.transformer
+def with_classes(network: FlexAR, count: int) -> None:
+    """Give a network a table of other classes, each of which begins at "no class", which is zero."""
     parts = network.models["ar_image_model"]["preprocessor"]
-    parts.cls_embedding = nn.Embedding(len(names), network.config.dim).to(parts.embedding.weight)
+    parts.cls_embedding = nn.Embedding(count, network.config.dim).to(parts.embedding.weight)
     nn.init.zeros_(parts.cls_embedding.weight)
-    network.register_to_config(classes=len(names))
-    pipe.register_to_config(class_names=names)
-
-
-def started(options: OwnOptions, source: Source) -> FlexARPipeline:
-    """The pipeline that a training starts from: a model, with a table of its own classes where the images have other ones.
-
-    Raises:
-        ValueError: see `start_of`.
-    """
-    pipe = start_of(options, source, FlexARPipeline, "FlexAR")
-    if source.classes is not None:
-        with_classes(pipe, list(source.classes))
-    return pipe
 
 
 def prepare(options: OwnOptions, source: Source, held: Source) -> FlexARTask:
     """See `argen.train.own.run.OwnRecipe.prepare`."""
     check_conditions(source)
-    pipe = new_pipeline(options, source) if options.init is None else started(options, source)
+    pipe = (
+        new_pipeline(options, source)
+        if options.init is None
+        else start_of(options, source, FlexARPipeline, FlexAR, "FlexAR", with_classes)
+    )
     pipe = pipe.to(pick(None))
     crops = "flip" if source.classes is not None else "center"
     return FlexARTask(pipe, *examples_of(pipe, options, source, held, crops), options)

@@ -13,14 +13,13 @@ from torch import Tensor, nn
 from transformers import CLIPModel
 
 from argen.device import pick
-from argen.hub.loading import load
 from argen.models.llamagen import SIZES, ClassEmbedder, LlamaGen
 from argen.models.t5 import T5
 from argen.pipelines.llamagen import LlamaGenPipeline
 from argen.train.loop import Schedule
 from argen.train.own.options import OwnOptions
 from argen.train.own.run import OwnRecipe
-from argen.train.own.start import read_text_encoder, size_of, start_of
+from argen.train.own.start import image_tokenizer_of, read_text_encoder, size_of, start_of
 from argen.train.own.tokens import OwnTokensTask, check_conditions, cross_entropy, examples_of
 from argen.train.sources import Source
 from samplers.errors import InvalidValue
@@ -77,16 +76,9 @@ def new_pipeline(options: OwnOptions, source: Source) -> LlamaGenPipeline:
         ValueError: a size, a tokenizer or a text encoder that cannot be used.
     """
     sizes = size_of(options, SIZES | {"mini": MINI}, "B")
-    if options.tokenizer is None:
-        raise InvalidValue(
-            "a new network needs an image tokenizer: give --tokenizer, e.g. argen/emoji-vitvqgan, or --init a model to start from",
-            "tokenizer",
-        )
-    images = load(options.tokenizer)
-    if not isinstance(images, LlamaGenVQ | ViTVQGAN):
-        raise InvalidValue(
-            f"{options.tokenizer} is no tokenizer that LlamaGen reads: expected its VQ, or a ViT-VQGAN", "tokenizer"
-        )
+    images = image_tokenizer_of(
+        options, LlamaGenVQ | ViTVQGAN, "LlamaGen", "its VQ, or a ViT-VQGAN", "argen/emoji-vitvqgan"
+    )
     fixed = isinstance(images, ViTVQGAN)
     side = images.config.image_size if fixed else options.image_size or images.config.image_size
     if side % images.stride or (fixed and options.image_size not in (None, side)):
@@ -104,33 +96,21 @@ def new_pipeline(options: OwnOptions, source: Source) -> LlamaGenPipeline:
     return LlamaGenPipeline(LlamaGen(caption_dim=width, **length, **shared), vq, text_encoder, tokenizer)
 
 
-def with_classes(pipe: LlamaGenPipeline, names: list[str]) -> None:
-    """Give a model of classes a table of other classes; "no class" stays what it was, and each new one begins there."""
-    network, old = pipe.transformer, pipe.transformer.cls_embedding.embedding_table.weight
-    network.cls_embedding = ClassEmbedder(len(names), network.config.dim)
-    network.cls_embedding.embedding_table.weight.data = old.data[-1:].repeat(len(names) + 1, 1)
-    network.register_to_config(classes=len(names))
-    pipe.register_to_config(class_names=names)
-
-
-def started(options: OwnOptions, source: Source) -> LlamaGenPipeline:
-    """The pipeline that a training starts from: a model, with a table of its own classes where the images have other ones.
-
-    Raises:
-        ValueError: see `start_of`.
-    """
-    pipe = start_of(options, source, LlamaGenPipeline, "LlamaGen")
-    if not isinstance(pipe.transformer, LlamaGen):
-        raise InvalidValue(f"{options.init} is no LlamaGen: expected one to start from", "init")
-    if source.classes is not None:
-        with_classes(pipe, list(source.classes))
-    return pipe
+def with_classes(network: LlamaGen, count: int) -> None:
+    """Give a network a table of other classes; "no class" stays what it was, and each new one begins there."""
+    old = network.cls_embedding.embedding_table.weight
+    network.cls_embedding = ClassEmbedder(count, network.config.dim)
+    network.cls_embedding.embedding_table.weight.data = old.data[-1:].repeat(count + 1, 1)
 
 
 def prepare(options: OwnOptions, source: Source, held: Source) -> LlamaGenTask:
     """See `argen.train.own.run.OwnRecipe.prepare`."""
     check_conditions(source)
-    pipe = new_pipeline(options, source) if options.init is None else started(options, source)
+    pipe = (
+        new_pipeline(options, source)
+        if options.init is None
+        else start_of(options, source, LlamaGenPipeline, LlamaGen, "LlamaGen", with_classes)
+    )
     pipe = pipe.to(pick(None))
     crops = "ten:1.1" if source.classes is not None else "center"
     return LlamaGenTask(pipe, *examples_of(pipe, options, source, held, crops), options)

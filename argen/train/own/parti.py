@@ -6,7 +6,6 @@ Google released no training code. The defaults are the paper's (arXiv 2206.10789
 
 from dataclasses import replace
 
-import torch
 from torch import Tensor, nn
 
 from argen.device import pick
@@ -17,7 +16,7 @@ from argen.pipelines.parti import PartiPipeline
 from argen.train.loop import Schedule
 from argen.train.own.options import OwnOptions
 from argen.train.own.run import OwnRecipe
-from argen.train.own.tokens import OwnTokensTask, check_conditions, cross_entropy, examples_of, shown_states, states_of
+from argen.train.own.tokens import OwnTokensTask, check_conditions, cross_entropy, examples_of, shown_states
 from argen.train.sources import Source
 from argen.words import cut
 from samplers.errors import InvalidValue
@@ -42,11 +41,6 @@ SIZES = {"mini": {}, "B": {"dim": 768, "encoder_depth": 2, "decoder_depth": 12, 
 
 class PartiTask(OwnTokensTask):
     """Parti after captions."""
-
-    @torch.no_grad()
-    def condition(self, texts: list[str]) -> dict[str, Tensor]:
-        """See `argen.train.own.tokens.states_of`."""
-        return states_of(self.pipe, texts)
 
     def loss(self, network: nn.Module, batch: dict[str, Tensor]) -> Tensor:
         """See `OwnTokensTask.loss`."""

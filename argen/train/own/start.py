@@ -1,5 +1,6 @@
 """What a training on own images starts from: a model, or the parts of a new one."""
 
+from collections.abc import Callable
 from typing import Any
 
 from argen.hub.loading import load
@@ -11,12 +12,15 @@ from argen.words import cut
 from samplers.errors import InvalidValue
 
 
-def start_of(options: OwnOptions, source: Source, kind: type, name: str) -> Any:
-    """The pipeline that `--init` names, in float32.
+def start_of(
+    options: OwnOptions, source: Source, kind: type, network: type, name: str, with_classes: Callable[[Any, int], None]
+) -> Any:
+    """The pipeline that `--init` names, in float32, with a table of the images' own classes where they have some.
 
     Args:
-        kind: class of the pipeline.
+        kind, network: classes of the pipeline and of its network.
         name: what errors call it.
+        with_classes: gives such a network a table of so many other classes.
 
     Raises:
         InvalidValue: it is another kind of model, draws captions where the images have classes or the other way round, or a setting is for new
@@ -28,7 +32,7 @@ def start_of(options: OwnOptions, source: Source, kind: type, name: str) -> Any:
                 f"{setting} is for a new network, and {options.init} has its own: leave one of them out", setting
             )
     pipe = load(options.init, dtype="fp32")
-    if not isinstance(pipe, kind):
+    if not isinstance(pipe, kind) or not isinstance(pipe.transformer, network):
         raise InvalidValue(f"{options.init} is no {name}: expected one to start from", "init")
     if options.image_size not in (None, pipe.image_size):
         raise InvalidValue(
@@ -42,7 +46,33 @@ def start_of(options: OwnOptions, source: Source, kind: type, name: str) -> Any:
         )
     if by_class and options.lora is not None:
         raise InvalidValue("lora is for models of captions, and this one draws classes: leave it out", "lora")
+    if source.classes is not None:
+        with_classes(pipe.transformer, len(source.classes))
+        pipe.transformer.register_to_config(classes=len(source.classes))
+        pipe.register_to_config(class_names=list(source.classes))
     return pipe
+
+
+def image_tokenizer_of(options: OwnOptions, kind: Any, name: str, expected: str, example: str) -> Any:
+    """The image tokenizer of a new network.
+
+    Args:
+        kind: class of it, or a union of classes.
+        name: what errors call the network.
+        expected, example: what it reads, in words, and an id.
+
+    Raises:
+        InvalidValue: none is named, or one of another kind.
+    """
+    if options.tokenizer is None:
+        raise InvalidValue(
+            f"a new network needs an image tokenizer: give --tokenizer, e.g. {example}, or --init a model to start from",
+            "tokenizer",
+        )
+    tokenizer = load(options.tokenizer)
+    if not isinstance(tokenizer, kind):
+        raise InvalidValue(f"{options.tokenizer} is no tokenizer that {name} reads: expected {expected}", "tokenizer")
+    return tokenizer
 
 
 def size_of(options: OwnOptions, sizes: dict[str, dict], usual: str) -> dict:

@@ -156,9 +156,12 @@ class OwnTokensTask(Task):
         texts = [own[int(chance * len(own))] for own, chance in zip(captions, batch["caption"].tolist(), strict=True)]
         return {"tokens": tokens, "dropped": batch["dropped"], **self.condition(texts)}
 
+    @torch.no_grad()
     def condition(self, texts: list[str]) -> dict[str, Tensor]:
-        """What the network reads of classes or captions, first axis B."""
-        raise NotImplementedError
+        """What the network reads of classes, class ids "condition" [B], or of captions, see `states_of`."""
+        if self.pipe.components.get("text_encoder", "under another name") is None:
+            return {"condition": torch.tensor([self.pipe.class_of(text) for text in texts])}
+        return states_of(self.pipe, texts)
 
     def loss(self, network: nn.Module, batch: dict[str, Tensor]) -> Tensor:
         """The mean cross-entropy of a batch's "tokens" [B, N], in nats, without the condition of those that are "dropped" [B]."""

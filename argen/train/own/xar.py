@@ -2,7 +2,7 @@
 
 The defaults are those of the official code (github.com/OliverRensu/xAR): AdamW (0.9, 0.96), decay 0.02 of matrices, 4e-4 after a rise over an
 eighth of the steps, a fall to 1e-5 in their last quarter, and Noisy Context Learning: every cell is noised for a time of its own, and reads
-those before it with their noise. The image tokenizer's mean and deviation are kept, and its latents are drawn anew for each step.
+those before it at their own noise levels. Mean and standard deviation of the posterior are cached; latents are sampled from it at each step.
 
 Letters in shape comments: B samples, C channels of a latent of h x w, N positions of the sequence, K entities.
 """
@@ -14,14 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from argen.device import pick
-from argen.hub.loading import load
 from argen.models.xar import SIZES, XAR
 from argen.pipelines.xar import XARPipeline
 from argen.train.loop import Schedule
 from argen.train.own.options import OwnOptions
 from argen.train.own.run import OwnRecipe
-from argen.train.own.start import read_text_encoder, size_of, start_of
-from argen.train.own.tokens import OwnTokensTask, check_conditions, examples_of, shown_states, states_of
+from argen.train.own.start import image_tokenizer_of, read_text_encoder, size_of, start_of
+from argen.train.own.tokens import OwnTokensTask, check_conditions, examples_of, shown_states
 from argen.train.sources import Source
 from samplers.errors import InvalidValue
 from tokenizers_img.kl_vae import KLVAE
@@ -47,13 +46,6 @@ CELLS = 2  # along each side, as published
 
 class XARTask(OwnTokensTask):
     """xAR after classes or captions; what the cache keeps of an image are the bits of float16 numbers."""
-
-    @torch.no_grad()
-    def condition(self, texts: list[str]) -> dict[str, Tensor]:
-        """Class ids "condition" [B], or text states, see `states_of`."""
-        if self.pipe.text_encoder is None:
-            return {"condition": torch.tensor([self.pipe.class_of(text) for text in texts])}
-        return states_of(self.pipe, texts)
 
     def drawn(self, size: int, generator: torch.Generator) -> dict[str, Tensor]:
         """What is drawn for each sample: "drawn" [B, C, h, w] of the latents' distribution, a time of each entity [B, K], "noise" [B, N, C]."""
@@ -119,16 +111,7 @@ def new_pipeline(options: OwnOptions, source: Source) -> XARPipeline:
         ValueError: a size, a tokenizer or a text encoder that cannot be used.
     """
     sizes = size_of(options, SIZES | {"mini": MINI}, "B")
-    if options.tokenizer is None:
-        raise InvalidValue(
-            "a new network needs an image tokenizer: give --tokenizer, e.g. argen/emoji-vae, or --init a model to start from",
-            "tokenizer",
-        )
-    images = load(options.tokenizer)
-    if not isinstance(images, KLVAE):
-        raise InvalidValue(
-            f"{options.tokenizer} is no tokenizer that xAR reads: expected a KL autoencoder", "tokenizer"
-        )
+    images = image_tokenizer_of(options, KLVAE, "xAR", "a KL autoencoder", "argen/emoji-vae")
     side = options.image_size or images.config.image_size
     if side % (CELLS * images.stride):
         raise InvalidValue(
@@ -144,32 +127,21 @@ def new_pipeline(options: OwnOptions, source: Source) -> XARPipeline:
     return XARPipeline(XAR(caption_dim=width, **sizes, **shared), images.vae, encoder, tokenizer)
 
 
-def with_classes(pipe: XARPipeline, names: list[str]) -> None:
-    """Give a model of classes a table of other classes; "no class" stays what it was, and each new one begins there."""
-    network = pipe.transformer
+def with_classes(network: XAR, count: int) -> None:
+    """Give a network a table of other classes; "no class" stays what it was, and each new one begins there."""
     table = network.class_emb.weight.data
-    network.class_emb = nn.Embedding(len(names) + 1, table.shape[1]).to(table)
-    network.class_emb.weight.data = table[-1:].repeat(len(names) + 1, 1)
-    network.register_to_config(classes=len(names))
-    pipe.register_to_config(class_names=names)
-
-
-def started(options: OwnOptions, source: Source) -> XARPipeline:
-    """The pipeline that a training starts from: a model, with a table of its own classes where the images have other ones.
-
-    Raises:
-        ValueError: see `start_of`.
-    """
-    pipe = start_of(options, source, XARPipeline, "xAR")
-    if source.classes is not None:
-        with_classes(pipe, list(source.classes))
-    return pipe
+    network.class_emb = nn.Embedding(count + 1, table.shape[1]).to(table)
+    network.class_emb.weight.data = table[-1:].repeat(count + 1, 1)
 
 
 def prepare(options: OwnOptions, source: Source, held: Source) -> XARTask:
     """See `argen.train.own.run.OwnRecipe.prepare`."""
     check_conditions(source)
-    pipe = new_pipeline(options, source) if options.init is None else started(options, source)
+    pipe = (
+        new_pipeline(options, source)
+        if options.init is None
+        else start_of(options, source, XARPipeline, XAR, "xAR", with_classes)
+    )
     pipe = pipe.to(pick(None))
     vae = KLVAE(pipe.vae)
     crops = "flip" if source.classes is not None else "center"
