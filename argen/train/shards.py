@@ -21,7 +21,7 @@ from typing import Any
 
 import filelock
 
-from argen.files import delete_unfinished, replacing
+from argen.files import cache_folder, delete_unfinished, replacing
 
 logger = logging.getLogger(__name__)
 FORMAT = 1
@@ -33,29 +33,45 @@ class ShardedCache:
     """The folder of a key. While an object lives, `prune` leaves its folder alone.
 
     Args:
-        root: folder of all keys.
-        settings: what the entries depend on, plain values.
+        root: folder of all keys; None for `place` under the folder that ARGEN_CACHE names.
+        settings: what the entries depend on, plain values; those in `needed`, and more.
         rank, world: of this process, and how many there are.
         barrier: waits for all processes.
-        shard: entries of a shard.
+        shard: entries of a shard; None for `usual`.
+
+    Attributes:
+        kind: what errors call it.
+        place: its folder among the caches.
         ending: of the names of shards.
+
+    Raises:
+        ValueError: a setting is missing.
     """
+
+    kind: str
+    place: str
+    ending: str
+    needed: tuple[str, ...]
+    usual: int
 
     def __init__(
         self,
-        root: Path,
+        root: str | Path | None,
         settings: dict[str, Any],
-        rank: int,
-        world: int,
-        barrier: Callable[[], None],
-        shard: int,
-        ending: str,
+        *,
+        rank: int = 0,
+        world: int = 1,
+        barrier: Callable[[], None] = lambda: None,
+        shard: int | None = None,
     ):
+        if missing := [name for name in self.needed if name not in settings]:
+            raise ValueError(f"the settings of a {self.kind} cache lack {', '.join(missing)}")
+        root = cache_folder(self.place) if root is None else Path(root)
         self._manifest = {"format": FORMAT, **settings}
         text = json.dumps(self._manifest, sort_keys=True, separators=(",", ":"))
         self.key = hashlib.sha256(text.encode()).hexdigest()
         self.root, self.folder = root, root / self.key[:16]
-        self.rank, self.world, self.barrier, self.shard, self.ending = rank, world, barrier, shard, ending
+        self.rank, self.world, self.barrier, self.shard = rank, world, barrier, shard or self.usual
         self._in_use = _use(self.folder)
         with suppress(FileNotFoundError):
             os.utime(self.folder / "manifest.json")  # when it was used last

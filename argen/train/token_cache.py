@@ -24,13 +24,11 @@ from safetensors.torch import save
 from torch import Tensor
 from tqdm import tqdm
 
-from argen.files import cache_folder
 from argen.train.shards import ShardedCache, prune
 
 __all__ = ["FeatureCache", "TokenCache", "Tokens", "prune"]
 logger = logging.getLogger(__name__)
 SHARD, ROW_GROUP, TEXT_SHARD = 10_000, 10_000, 1000  # images of a shard; rows of a group, one page; texts of a shard
-SETTINGS = ("tokenizer", "size", "resize", "crop", "flip", "dtype")
 
 
 class Images(Protocol):
@@ -44,32 +42,10 @@ class Images(Protocol):
 
 
 class TokenCache(ShardedCache):
-    """Token ids of images.
+    """Token ids of images, which depend on: tokenizer (a hash of its weights and settings), size, resize, crop, flip, dtype."""
 
-    Args:
-        root: folder of all keys; None for ``tokens`` under the folder that ARGEN_CACHE names.
-        settings: tokenizer (a hash of its weights and settings), size, resize, crop, flip, dtype; more may come along.
-        rank, world, barrier: see `ShardedCache`.
-        shard: images of a shard.
-
-    Raises:
-        ValueError: a setting is missing.
-    """
-
-    def __init__(
-        self,
-        root: str | Path | None,
-        settings: dict[str, Any],
-        *,
-        rank: int = 0,
-        world: int = 1,
-        barrier: Callable[[], None] = lambda: None,
-        shard: int = SHARD,
-    ):
-        if missing := [name for name in SETTINGS if name not in settings]:
-            raise ValueError(f"the settings of a token cache lack {', '.join(missing)}")
-        root = cache_folder("tokens") if root is None else Path(root)
-        super().__init__(root, settings, rank, world, barrier, shard, ".parquet")
+    kind, place, ending, usual = "token", "tokens", ".parquet", SHARD
+    needed = ("tokenizer", "size", "resize", "crop", "flip", "dtype")
 
     def encode(
         self,
@@ -281,29 +257,14 @@ class Tokens:
 
 
 class FeatureCache(ShardedCache):
-    """Features of texts, [T, C] bf16 without padding.
+    """Features of texts, [T, C] bf16 without padding, which depend on: encoder (a hash of its weights and settings), and what else there is, e.g.
+    cleaning and the longest text."""
 
-    Args:
-        root: folder of all keys; None for ``features`` under the folder that ARGEN_CACHE names.
-        settings: encoder (a hash of its weights and settings), and what else the features depend on, e.g. cleaning and the longest text.
-        rank, world, barrier: see `ShardedCache`.
-        shard: texts of a shard.
-    """
+    kind, place, ending, usual = "feature", "features", ".safetensors", TEXT_SHARD
+    needed = ("encoder",)
 
-    def __init__(
-        self,
-        root: str | Path | None,
-        settings: dict[str, Any],
-        *,
-        rank: int = 0,
-        world: int = 1,
-        barrier: Callable[[], None] = lambda: None,
-        shard: int = TEXT_SHARD,
-    ):
-        if "encoder" not in settings:
-            raise ValueError("the settings of a feature cache lack encoder")
-        root = cache_folder("features") if root is None else Path(root)
-        super().__init__(root, settings, rank, world, barrier, shard, ".safetensors")
+    def __init__(self, root: str | Path | None, settings: dict[str, Any], **others: Any):
+        super().__init__(root, settings, **others)
         self._where: dict[str, Any] = {}
         self._opened: set[Path] = set()
         self._open_new()
