@@ -65,6 +65,10 @@ class OwnOptions:
     dropped: Annotated[float, Field(ge=0, le=1)] = Field(
         0.1, description="share of images whose class or caption is left out, for guidance"
     )
+    objective: Literal["next", "mixed"] = Field(
+        "next",
+        description="mixed: half of the samples are images to complete, whose known tokens are seen by those before them, for editing",
+    )
     ema_decay: Annotated[float, Field(ge=0, lt=1)] | None = Field(
         None, description="of the averaged weights, which are what is saved"
     )
