@@ -216,5 +216,5 @@ class GraphedStep:
 
 def _padded(name: str, value: Any, padding: int) -> Any:
     """An argument of a pass of more tokens."""
-    each = value is not None and PER_TOKEN.get(name) == value.ndim
+    each = name in PER_TOKEN and value is not None and value.ndim == PER_TOKEN[name]
     return F.pad(value, (0, 0, 0, padding)) if each else value
