@@ -82,9 +82,7 @@ def everyday(pipe, judge) -> float:
 
     truths = read_prompts(EVERYDAY_PROMPTS)
     images = draw(pipe, [truth.prompt for truth in truths])
-    scores = [
-        verdict(judge, np.asarray(image), truth)["identity"] for image, truth in zip(images, truths, strict=True)
-    ]
+    scores = [verdict(judge, np.asarray(image), truth)["identity"] for image, truth in zip(images, truths, strict=True)]
     return sum(scores) / len(scores)
 
 
