@@ -11,6 +11,7 @@ import argen
 from argen.cli.main import main
 from argen.registry import recipes
 from argen.train.own import xar
+from argen.train.own.latents import bits_of, moments_of
 from argen.train.own.options import OwnOptions
 from argen.train.own.run import opened, run
 from tokenizers_img.kl_vae import KLVAE
@@ -116,9 +117,9 @@ def test_classes_become_a_model_that_another_training_starts_from(classes, tmp_p
 def test_xar_keeps_what_its_tokenizer_says(classes, tmp_path):
     """The cache holds the bits of float16 numbers."""
     numbers = torch.randn(3, 2, 4, 5, 5)
-    bits = xar.bits_of(numbers)
+    bits = bits_of(numbers)
     assert bits.shape == (3, 200)
-    assert torch.equal(xar.moments_of(bits.long(), (4, 5, 5)), numbers.half().float())
+    assert torch.equal(moments_of(bits.long(), (4, 5, 5)), numbers.half().float())
     options = OwnOptions(images=str(classes), size="mini", tokenizer="argen/emoji-vae", batch_size=4)
     source = opened(options)
     task = xar.prepare(options, source, source)

@@ -30,6 +30,7 @@ from tokenizers_img.base import ImageTokenizer
 
 SHOWN = 16  # images of a sample sheet
 AT_ONCE = 32  # held-out images
+DROPPED = 0.1  # share of the images whose condition is left out
 
 
 @dataclass
@@ -125,7 +126,8 @@ class OwnTokensTask(Task):
 
     def __init__(self, pipe: Any, examples: Examples, held_out: Examples, options: OwnOptions):
         self.pipe, self.examples, self.held_out = pipe, examples, held_out
-        self.dropped, self.base = options.dropped, options.init or ""
+        self.dropped = DROPPED if options.dropped is None else options.dropped
+        self.base = options.init or ""
         self.adapter, self.digest = None, digest_of(pipe.transformer)
         if options.lora is not None:
             if options.init is None:
@@ -133,10 +135,8 @@ class OwnTokensTask(Task):
             self.adapter = lora.inject(pipe.transformer, options.lora)
         pipe.transformer.train()
         self.networks: dict[str, nn.Module] = {"model": pipe.transformer}
-        self.options = {
-            name: str(getattr(options, name)) for name in ("init", "size", "tokenizer", "lora", "dropped", "crops")
-        }
-        self.options |= {"images": examples.source.identity}
+        self.options = {name: str(getattr(options, name)) for name in ("init", "size", "tokenizer", "lora", "crops")}
+        self.options |= {"dropped": str(self.dropped), "images": examples.source.identity}
 
     def batch(self, size: int, generator: torch.Generator) -> dict[str, Tensor]:
         """Which images, crops and captions, and whose conditions are left out, [B] each."""
