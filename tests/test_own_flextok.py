@@ -131,8 +131,8 @@ def test_the_folder_is_a_tokenizer_that_trainings_start_from(squares, tmp_path, 
     tokenizer = argen.load(final)
     assert (tokenizer.config.image_size, tokenizer.config.tokens, tokenizer.config.n_embed) == (SIDE, 6, 125)
     assert (tokenizer.steps, tokenizer.guidance_scale) == (12, 3.0)
-    image, again, tokens = str(squares / "0.png"), tmp_path / "again.png", tmp_path / "tokens.json"
-    assert main(["reconstruct", image, "--tokenizer", str(final), "--tokens", "2", "-o", str(again)]) == 0
+    image, again, tokens = str(squares / "0.png"), tmp_path / "again.png", tmp_path / "tokens.npz"
+    assert main(["reconstruct", image, "--tokenizer", str(final), "-o", str(again)]) == 0
     assert Image.open(again).size == (SIDE, SIDE)
     assert main(["tokenize", image, "--tokenizer", str(final), "-o", str(tokens)]) == 0
     assert train(squares, tmp_path / "more", "--init", str(final), "--image-size", str(SIDE)) == 0
