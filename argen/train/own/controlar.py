@@ -22,7 +22,7 @@ from argen.pipelines.llamagen import LlamaGenPipeline
 from argen.train.own import llamagen
 from argen.train.own.options import OwnOptions
 from argen.train.own.run import OwnRecipe
-from argen.train.own.tokens import Examples, check_conditions, cross_entropy, examples_of
+from argen.train.own.tokens import Examples, check_captions, cross_entropy, examples_of
 from argen.train.sources import Source
 from samplers.errors import InvalidValue
 
@@ -102,12 +102,8 @@ def started(options: OwnOptions) -> ControlARPipeline:
 
 def prepare(options: OwnOptions, source: Source, held: Source) -> ControlARTask:
     """See `argen.train.own.run.OwnRecipe.prepare`."""
-    check_conditions(source)
+    check_captions(source, "ControlAR")
     check_kind(options.control)
-    if not source.has_captions:
-        raise ValueError(
-            f"the images in {source.path} have classes, and ControlAR reads captions: name a table with --captions"
-        )
     if options.init is None:
         raise InvalidValue("controlar starts from a model: give --init a ControlAR or a LlamaGen of captions", "init")
     if options.crops not in (None, "center"):
