@@ -80,6 +80,15 @@ class ControlARTask(llamagen.LlamaGenTask):
         return {"control_image": images, "control_type": "map" if own else self.kind}
 
 
+def check_control(options: OwnOptions) -> None:
+    """Raises:
+    ValueError: there is no such control, or the crops are not those that control images are made of.
+    """
+    check_kind(options.control)
+    if options.crops not in (None, "center"):
+        raise InvalidValue(f"crops is {options.crops}: expected center, of which the control image is made", "crops")
+
+
 def started(options: OwnOptions) -> ControlARPipeline:
     """A ControlAR, or a LlamaGen of captions with a new control path.
 
@@ -103,11 +112,9 @@ def started(options: OwnOptions) -> ControlARPipeline:
 def prepare(options: OwnOptions, source: Source, held: Source) -> ControlARTask:
     """See `argen.train.own.run.OwnRecipe.prepare`."""
     check_captions(source, "ControlAR")
-    check_kind(options.control)
+    check_control(options)
     if options.init is None:
         raise InvalidValue("controlar starts from a model: give --init a ControlAR or a LlamaGen of captions", "init")
-    if options.crops not in (None, "center"):
-        raise InvalidValue(f"crops is {options.crops}: expected center, of which the control image is made", "crops")
     pipe = started(options)
     return ControlARTask(pipe, *examples_of(pipe, options, source, held, "center"), options)
 

@@ -51,7 +51,7 @@ class OwnOptions:
     image_size: Annotated[int, Field(ge=16, le=4096)] | None = Field(None, description="side of the crops in pixels")
     crops: str | None = Field(None, description="center, flip or ten:RANGE; of a tokenizer center or flip")
     control: str = Field(
-        "canny", description="what controlar follows, a type of argen control, where no control images come along"
+        "canny", description="what a ControlAR follows, a type of argen control, where no control images come along"
     )
     lora: Annotated[int, Field(ge=1, le=256)] | None = Field(
         None, description="rank of a LoRA that is trained instead of the network"
