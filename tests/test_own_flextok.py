@@ -113,6 +113,20 @@ def test_the_flow_is_learned(squares, tmp_path):
     assert torch.equal(task.vae.vae.state_dict()["decoder.conv_out.weight"], vae)
 
 
+def test_parts_of_a_batch_train_as_the_whole(squares, tmp_path):
+    states = []
+    for micro in (None, 4):
+        torch.manual_seed(0)
+        task = task_of(squares)
+        schedule = recipes["flextok"].scheduled(options(squares, batch_size=10, micro_batch=micro), 5)
+        training = Training(task, schedule, tmp_path / str(micro), 0, "fp32")
+        for _ in range(3):
+            training.step()
+        states.append(training.model.state_dict())
+    for name, value in states[0].items():
+        torch.testing.assert_close(states[1][name], value, atol=2e-4, rtol=0)
+
+
 def test_a_stopped_run_goes_on_exactly(squares, tmp_path):
     straight = run(recipes["flextok"], options(squares), tmp_path / "straight", steps=4)
     run(recipes["flextok"], options(squares), tmp_path / "stopped", steps=4, stop=2)

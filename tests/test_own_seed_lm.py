@@ -1,5 +1,6 @@
 """SEED-LLaMA on own images and captions: the sequences it learns, LoRA with layers that are trained whole, what is written and refused."""
 
+import copy
 import json
 
 import numpy as np
@@ -7,11 +8,13 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from test_seed_llama import pipe as published  # noqa: F401, a fixture
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import argen
 from argen.cli.main import main
 from argen.models.lora import CONFIG, FILE, add_adapters, digest_of, read_adapter
+from argen.models.seed_llama import image_text
 from argen.pipelines.seed_llama import SeedLlamaPipeline
 from argen.registry import recipes
 from argen.train import lora
@@ -95,6 +98,29 @@ def test_a_model_that_answers_learns_its_answers(pipe):
     assert [code for code in ids[:given] if code in image] == image
 
 
+def test_a_published_layout_is_trained(published, captioned, tmp_path, monkeypatch):  # noqa: F811
+    """With the words of sentencepiece and two tables, both of which a LoRA trains."""
+    sequences = seed_lm.Sequences(published)
+    codes, words, end = list(range(published.length)), published.words, published.tokenizer.eos_token_id
+    image = [words.begin, *(code + words.shift for code in codes), words.end]
+    ids, given = sequences.of(codes, "a red square", described=False, dropped=False)
+    assert ids[:given] == published.encode_text("USER: Please generate an image of a red square.\nASSISTANT:")
+    assert ids[given:] == [*image, end]
+    ids, given = sequences.of(codes, "a red square", described=True, dropped=False)
+    assert ids[:given] == published.encode_text(f"USER: {image_text(codes)}\nASSISTANT:")
+    assert published.tokenizer.decode(ids[given:-1]).strip() == "a red square"
+    monkeypatch.setattr("argen.train.own.start.load", lambda *_, **__: copy.deepcopy(published))
+    given = ["--init", "a published one", "--learning-rate", "0.01", "--warmup", "0"]
+    assert train(captioned, tmp_path / "run", *given, "--lora", "2") == 0
+    trained, before = published.transformer, copy.deepcopy(published.transformer)
+    add_adapters(trained, [(read_adapter(tmp_path / "run" / "final"), 1.0)])
+    for name in ("model.embed_tokens.weight", "lm_head.weight", "model.layers.1.mlp.down_proj.weight"):
+        assert not torch.equal(trained.get_parameter(name), before.get_parameter(name)), name
+    task = task_of(captioned)
+    assert task.dropped == 0
+    assert task.examples.tokens.ids(3).tolist() == task.pipe.read(task.examples.source.image(3))  # squashed
+
+
 def test_the_loss_is_that_of_the_learned_words(captioned):
     task = task_of(captioned, described=1.0, dropped=0.0)
     model = task.networks["model"]
@@ -138,12 +164,23 @@ def test_it_learns_to_draw_and_to_describe(captioned, tmp_path):
     assert after["held-out loss of captions"] < 0.8 * before["held-out loss of captions"]
 
 
-def test_a_stopped_run_goes_on_exactly(captioned, tmp_path):
-    given = options(captioned, lora=4)
+def test_parts_of_a_batch_train_as_the_whole(captioned):
+    """Though its sequences are of different lengths."""
+    task = task_of(captioned)
+    model, batch = task.networks["model"].eval(), task.batch(6, torch.Generator().manual_seed(0))
+    parts = [{name: value[rows] for name, value in batch.items()} for rows in (slice(2), slice(2, 6))]
+    with torch.no_grad():
+        whole, few, many = (task.loss(model, task.read(part)).item() for part in (batch, *parts))
+    assert whole == pytest.approx((2 * few + 4 * many) / 6, rel=1e-5)
+
+
+@pytest.mark.parametrize(("rank", "file"), [(4, FILE), (None, "transformer/model.safetensors")])
+def test_a_stopped_run_goes_on_exactly(captioned, tmp_path, rank, file):
+    given = options(captioned, lora=rank)
     straight = run(recipes["seed-lm"], given, tmp_path / "straight", steps=4)
     run(recipes["seed-lm"], given, tmp_path / "stopped", steps=4, stop=2)
     assert run(recipes["seed-lm"], given, tmp_path / "stopped", steps=4) == straight
-    ends = [load_file(tmp_path / name / "final" / FILE) for name in ("straight", "stopped")]
+    ends = [load_file(tmp_path / name / "final" / file) for name in ("straight", "stopped")]
     assert all(torch.equal(value, ends[1][name]) for name, value in ends[0].items())
 
 
