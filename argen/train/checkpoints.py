@@ -18,7 +18,9 @@ from argen.files import naming
 from argen.words import cut
 
 logger = logging.getLogger(__name__)
-logging.getLogger("accelerate.utils.other").addFilter(  # said of every network with one table for reading and writing words
+logging.getLogger(
+    "accelerate.utils.other"
+).addFilter(  # said of every network with one table for reading and writing words
     lambda record: "Removed shared tensor" not in record.getMessage()
 )
 NEW, CURRENT, OLD, DAMAGED = "checkpoint.new", "checkpoint", "checkpoint.old", "checkpoint.damaged"
