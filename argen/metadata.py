@@ -34,12 +34,20 @@ PARAMETERS = "parameters"  # of A1111's text
 
 
 def save_images(
-    images: list[tuple[Image.Image, Request | None]], paths: list[Path], grids: Sequence[Grid | None] | None = None
+    images: list[tuple[Image.Image, Request | None]],
+    paths: list[Path],
+    grids: Sequence[Grid | None] | None = None,
+    size: tuple[int, int] | None = None,
 ) -> None:
     """Write PNG files, each with the request that makes it again, as JSON and as programs read it that know A1111's text, and with
-    the tokens that it was made of: all of them, or none."""
+    the tokens that it was made of: all of them, or none.
+
+    Args:
+        size: they are scaled to, see `argen.images.fitted`; None for their own.
+    """
     with ExitStack() as stack:
         for (image, request), path, grid in zip(images, paths, grids or [None] * len(paths), strict=True):
+            image = _scaled(image, size)
             image.save(stack.enter_context(replacing(path)), "PNG", pnginfo=_info(image, request, grid))
 
 
@@ -81,12 +89,18 @@ def encoded(
         quality: of the last two, 0 to 100.
     """
     buffer = BytesIO()
-    original_info = image.info
-    image = fitted(image, size)
-    image.info |= {name: original_info[name] for name in (TOKENS, MADE_BY, PARAMETERS) if name in original_info}
+    image = _scaled(image, size)
     how = {"pnginfo": _info(image, request)} if form == "png" else {"quality": quality}
     image.save(buffer, form.upper(), **how)
     return base64.b64encode(buffer.getvalue()).decode()
+
+
+def _scaled(image: Image.Image, size: tuple[int, int] | None) -> Image.Image:
+    """An image in another size, with what it says of how it was made."""
+    info = {name: image.info[name] for name in (TOKENS, MADE_BY, PARAMETERS) if name in image.info}
+    image = fitted(image, size)
+    image.info |= info
+    return image
 
 
 def _info(image: Image.Image, request: Request | None, grid: Grid | None = None) -> PngInfo:

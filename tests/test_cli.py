@@ -8,14 +8,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
 import argen
 from argen.cli.main import main
 from argen.data import emoji
 from argen.files import WEIGHTS, replacing
 from argen.hub.cards import all_cards
-from argen.metadata import read_request, save_tokens
+from argen.metadata import TOKENS, read_request, save_tokens
 
 
 @pytest.fixture(scope="module")
@@ -300,3 +300,13 @@ def test_tokens_of_another_kind_are_refused(capsys, tmp_path, tokenizer, tokens,
     save_tokens(tmp_path / "a.npz", tokenizer, tokens)
     assert message in refused(capsys, "detokenize", tmp_path / "a.npz", "-o", tmp_path / "a.png")
     assert not (tmp_path / "a.png").exists()
+
+
+def test_an_image_is_made_in_another_size_on_request(tmp_path):
+    whole, small = (str(tmp_path / name) for name in ("whole.png", "small.png"))
+    assert main(["generate", "a red heart", "--seed", "1", "-o", whole]) == 0
+    assert main(["generate", "a red heart", "--seed", "1", "--size", "128x96", "-o", small]) == 0
+    wanted = ImageOps.pad(Image.open(whole), (128, 96), Image.Resampling.LANCZOS, color="white")
+    assert (np.asarray(Image.open(small)) == np.asarray(wanted)).all()
+    assert read_request(small) == read_request(whole)
+    assert Image.open(small).info[TOKENS] == Image.open(whole).info[TOKENS]

@@ -54,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--size",
         type=size,
         metavar="WxH",
-        help="of the image, under a control or of a checkpoint that does not say it (default: the model's)",
+        help="of the image (default: the model's): of what is drawn under a control, or by a checkpoint that does not say it; other images are scaled",
     )
     parser.add_argument("--tokenizer", metavar="FILE", help="image tokenizer of a LlamaGen that --model FILE names")
     parser.add_argument(
@@ -83,8 +83,10 @@ def controlled(args, overrides: dict, own_file: bool) -> dict:
         from argen.request import Control
 
         return {"control": Control(open_image(args.control), **control)}
-    if control and "control" not in overrides:
-        raise ValueError("--control-type, --control-strength and --size need --control, the image to follow")
+    if "control" not in overrides:
+        if control.keys() - {"size"}:
+            raise ValueError("--control-type and --control-strength need --control, the image to follow")
+        return {}
     return {"control": replace(overrides["control"], **control)} if control else {}
 
 
@@ -117,7 +119,7 @@ def run(args: argparse.Namespace) -> None:
         for job in pipe.run(request):
             bar.update(round(100 * job.progress) - bar.n)
     seconds = time.perf_counter() - started
-    save_images(list(zip(job.images, job.requests, strict=True)), paths)
+    save_images(list(zip(job.images, job.requests, strict=True)), paths, size=None if request.control else args.size)
     if args.json:
         scores = job.scores or [None] * len(paths)
         images = [

@@ -114,6 +114,7 @@ class ControlAR(LlamaGen):
         multiple_of: int = 256,
         dropout: float = 0.1,
         caption_attention: bool = False,
+        looks_ahead: bool = False,
     ):
         if depth % 3:
             raise ValueError(
@@ -131,6 +132,7 @@ class ControlAR(LlamaGen):
             multiple_of=multiple_of,
             dropout=dropout,
             caption_attention=caption_attention,
+            looks_ahead=looks_ahead,
         )
         self.adapter = ControlEncoder(encoder, resize, encoder_sizes or ENCODERS["dinov2-small"])
         self.adapter_mlp = MLP(self.adapter.model.config.hidden_size, dim)

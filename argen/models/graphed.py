@@ -24,7 +24,10 @@ from argen.models.kv_cache import KeyValueCache
 from tokenizers_img.attention import DispatchedAttention
 
 SPARE = 64  # slots behind those of a picture, for trees; the last one takes the keys of what pads a pass
-PER_TOKEN = ("control",)  # arguments of a pass that have an entry for each of its tokens: [..., n, D]
+PER_TOKEN = {
+    "control": 4,
+    "scores": 3,
+}  # arguments of a pass that have an entry for each of its tokens, [..., n, D], where they have so many axes
 ALIGNED = 64  # a buffer's slots are a multiple of so many, as kernels like them
 ROOMS = 4  # that are kept while no cache has them
 GRAPHS = 32  # that a room keeps
@@ -213,4 +216,5 @@ class GraphedStep:
 
 def _padded(name: str, value: Any, padding: int) -> Any:
     """An argument of a pass of more tokens."""
-    return F.pad(value, (0, 0, 0, padding)) if name in PER_TOKEN and value is not None else value
+    each = name in PER_TOKEN and value is not None and value.ndim == PER_TOKEN[name]
+    return F.pad(value, (0, 0, 0, padding)) if each else value

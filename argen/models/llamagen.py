@@ -122,6 +122,22 @@ class Layer(nn.Module):
         return x + self.drop(self.feed_forward(self.ffn_norm(x))), prefix
 
 
+class _Prefixes:
+    """Stands for a cache in a pass over cells that are known: gives each layer what stands before them, and keeps theirs."""
+
+    def __init__(self, prefixes: list[Pair]):
+        self.prefixes, self.own = prefixes, []
+
+    def append(self, layer: int, key: Tensor, value: Tensor) -> Pair:
+        self.own.append((key, value))
+        return tuple(torch.cat(pair, dim=1) for pair in zip(self.prefixes[layer], (key, value), strict=True))
+
+    def joined(self) -> list[Pair]:
+        """Of each layer all of them."""
+        pairs = zip(self.prefixes, self.own, strict=True)
+        return [tuple(torch.cat(part, dim=1) for part in zip(*pair, strict=True)) for pair in pairs]
+
+
 class MLP(nn.Module):
     """Two matrices without biases, so that zeros stay zeros."""
 
@@ -169,6 +185,7 @@ class LlamaGen(Decoding, ModelMixin, ConfigMixin):
         multiple_of: the feed-forward width is 8/3 of `dim`, rounded up to a multiple of this.
         dropout: in training, on embeddings and on what a layer adds.
         caption_attention: words attend and are attended to, each for itself. In the published models they are not.
+        looks_ahead: it was trained to see known cells that come later, see `look_ahead`. The published models were not.
     """
 
     @register_to_config
@@ -185,6 +202,7 @@ class LlamaGen(Decoding, ModelMixin, ConfigMixin):
         multiple_of: int = 256,
         dropout: float = 0.1,
         caption_attention: bool = False,
+        looks_ahead: bool = False,
     ):
         super().__init__()
         hidden = multiple_of * -(-int(8 * dim / 3) // multiple_of)
@@ -259,7 +277,7 @@ class LlamaGen(Decoding, ModelMixin, ConfigMixin):
         Args:
             tokens, positions: [R, n], [n] or [R, n].
             visible: [1 or R, 1, n, m - P] bool, which picture tokens, cached and new, each token sees.
-            scores: from `condition`.
+            scores: from `condition`; or [R, n, P], for each token its own.
             prefixes: from `condition`, or None where they are the first entries of `cache`.
             control: [J, R, n, D] of the cells that are predicted.
         """
@@ -269,11 +287,29 @@ class LlamaGen(Decoding, ModelMixin, ConfigMixin):
             ~visible, -torch.inf
         )
         x = self.drop(self.tok_embeddings(tokens))
-        mask = torch.cat([scores[:, None, None].expand(-1, 1, tokens.shape[1], -1), mask], dim=-1).to(x.dtype)
+        scores = scores[:, None] if scores.ndim == 3 else scores[:, None, None].expand(-1, 1, tokens.shape[1], -1)
+        mask = torch.cat([scores, mask], dim=-1).to(x.dtype)
         for index, layer in enumerate(self.layers):
             x = self.controlled(x, index, control)
             x = layer(x, freqs_cis, mask, index, cache, None if prefixes is None else prefixes[index])
         return self.norm(x)
+
+    def look_ahead(self, tokens: Tensor, known: Tensor, scores: Tensor, prefixes: list[Pair]) -> list[Pair]:
+        """Read the known cells of an image for those before them, which are written first.
+
+        Each sees the condition and the known cells from itself on, so that what it is read as does not depend on what comes before it.
+
+        Args:
+            tokens, known: [R, N], and bool.
+            scores, prefixes: from `condition`.
+
+        Returns:
+            Keys and values [R, P + N, H, D/H] in each layer, of which `ahead_scores` says what is seen.
+        """
+        cells = torch.arange(tokens.shape[1], device=tokens.device)
+        read = _Prefixes(prefixes)
+        self.decode(tokens, cells, (known[:, None] & (cells >= cells[:, None]))[:, None], scores, cache=read)
+        return read.joined()
 
     def step(
         self,
@@ -295,7 +331,14 @@ class LlamaGen(Decoding, ModelMixin, ConfigMixin):
             return torch.full_like(condition, self.config.classes)
         return self.cls_embedding.uncond_embedding.to(condition.dtype).expand_as(condition)
 
-    def forward(self, condition: Tensor, mask: Tensor, tokens: Tensor, control: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        condition: Tensor,
+        mask: Tensor,
+        tokens: Tensor,
+        control: Tensor | None = None,
+        known: Tensor | None = None,
+    ) -> Tensor:
         """Teacher forcing.
 
         Args:
@@ -303,6 +346,7 @@ class LlamaGen(Decoding, ModelMixin, ConfigMixin):
             mask: [R, T] bool; T is 1 for classes.
             tokens: [R, n].
             control: [J, R, n, D].
+            known: [R, n] bool, the cells that all before them see, see `look_ahead`; but the first cell is written without.
 
         Returns:
             Logits [R, n, K], float32.
@@ -312,8 +356,24 @@ class LlamaGen(Decoding, ModelMixin, ConfigMixin):
         input_tokens = tokens[:, :-1]
         positions = torch.arange(input_tokens.shape[1], device=tokens.device)
         visible = causal_mask(len(positions), len(positions), tokens.device)
+        if known is not None:
+            prefixes = self.look_ahead(tokens, known, scores, prefixes)
+            scores = ahead_scores(scores, known, positions)
         rest = self.decode(input_tokens, positions, visible, scores, prefixes, control=parts[1])
         return self.output(torch.cat([hidden[:, -1:], rest], dim=1)).float()
+
+
+def ahead_scores(scores: Tensor, known: Tensor, positions: Tensor) -> Tensor:
+    """What is added to the scores of what stands before an image, for tokens at cells `positions` [n] or [R, n]: [R, n, P + N].
+
+    Args:
+        scores: [R, P], of the condition.
+        known: [R, N] bool; those behind a token are seen.
+    """
+    positions = positions if positions.ndim == 2 else positions[None]
+    seen = known[:, None] & (torch.arange(known.shape[1], device=known.device) > positions[..., None])
+    ahead = torch.zeros(seen.shape, device=scores.device).masked_fill(~seen, -torch.inf)
+    return torch.cat([scores[:, None].expand(-1, ahead.shape[1], -1), ahead], dim=-1)
 
 
 LLAMA_NAMES = {  # LANTERN's conversion -> LlamaGen's own names
@@ -351,6 +411,15 @@ def _init(module: nn.Module) -> None:
         nn.init.normal_(module.weight, std=0.02)
 
 
+def known_ahead(grid: Tensor, guided: bool) -> Tensor | None:
+    """Cells of [B, N] ids that are known behind the first that is not (-1): [R, N] bool, or None where there are none."""
+    undecided = grid < 0
+    known = ~undecided & (undecided.long().cumsum(dim=1) > 0)
+    if not known.any():
+        return None
+    return torch.cat([known, known]) if guided else known
+
+
 class LlamaGenSession:
     """`samplers.steps.Session` of a `LlamaGen`, bound to the conditions of B images.
 
@@ -360,6 +429,8 @@ class LlamaGenSession:
         columns: cells of a row; as many as the grid has, by default.
         drafter: `argen.models.drafter.Drafter` of this model, for the samplers that draft.
         codebook: [K, C], of the picture tokenizer, for those that relax.
+        grid: [B, N] ids of an image that is completed, -1 where a cell is to be written: a model that `looks_ahead` sees those behind
+            the first of these.
 
     Attributes:
         prefix: [R, T, D], hidden states of the condition.
@@ -376,6 +447,7 @@ class LlamaGenSession:
         columns: int | None = None,
         drafter=None,
         codebook: Tensor | None = None,
+        grid: Tensor | None = None,
     ):
         self.model, self.guided, self.control = model, guided, control
         self.drafter, self.codebook = drafter, codebook
@@ -383,7 +455,11 @@ class LlamaGenSession:
         self.length = model.length if control is None else control.shape[2]
         first = None if control is None else control[:, :, :1]
         self.prefix, self.scores, prefixes = model.condition(embedded, mask, first)
-        before = self.scores.shape[1]  # slots of the condition
+        self.known = known_ahead(grid, guided) if grid is not None and model.config.looks_ahead else None
+        if self.known is not None:
+            tokens = (torch.cat([grid, grid]) if guided else grid).clamp(min=0)
+            prefixes = model.look_ahead(tokens, self.known, self.scores, prefixes)
+        before = prefixes[0][0].shape[1]  # slots of the condition, and of cells ahead
         self.decode, self.cache = decoding(model, model.step, model.depth, before + self.length, before)
         self.cache.place(torch.arange(-before, 0), None, guided, embedded.device)
         for index, prefix in enumerate(prefixes):
@@ -404,7 +480,8 @@ class LlamaGenSession:
                 tokens = torch.cat([tokens, tokens])
                 positions = torch.cat([positions, positions]) if positions.ndim == 2 else positions
             control = self._ahead(positions)
-            parts.append(self.decode(tokens, positions, visible, self.scores, None, control, cache=self.cache))
+            scores = self.scores if self.known is None else ahead_scores(self.scores, self.known, positions)
+            parts.append(self.decode(tokens, positions, visible, scores, None, control, cache=self.cache))
         self.hidden, logits = (torch.cat(part, dim=1) for part in zip(*parts, strict=True))
         return logits.chunk(2) if self.guided else (logits, None)
 

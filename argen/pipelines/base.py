@@ -86,11 +86,14 @@ class TokenPipeline(Adapting, Editing, Ranking, Running, Saving):
         card: of the loaded checkpoint, if it has one.
         canvas: kind of grid that the pipeline fills.
         ordered: whether every prefix of the tokens is an image, so that `num_tokens` can vary and beam search works.
+        looks_ahead: whether tokens that are kept are seen by those before them, too; then `start` takes them as ``grid=``, [B, N]
+            with -1 where a token is to be written.
     """
 
     card: Card | None = None
     canvas: TokenGrid = TokenGrid()
     ordered = False
+    looks_ahead = False
     _interrupt = False
     if TYPE_CHECKING:  # of diffusers, whose classes type checkers do not see
         components: dict[str, Any]
@@ -295,7 +298,8 @@ class TokenPipeline(Adapting, Editing, Ranking, Running, Saving):
         emitted = -every
         step = Step(grid.clone(), forward_passes=0)
         self.bring("tokens")
-        session = self.start(prompts, callable(scale) or scale != 1, shape, controls)
+        completed = {"grid": grid} if self.looks_ahead else {}
+        session = self.start(prompts, callable(scale) or scale != 1, shape, controls, **completed)
         for step in sampler(session, grid, sampling, scale, noise):
             if step.decided - emitted >= every:
                 emitted = step.decided

@@ -82,6 +82,10 @@ class LlamaGenPipeline(TokenPipeline):
         return self.transformer.length
 
     @property
+    def looks_ahead(self) -> bool:
+        return self.transformer.config.looks_ahead
+
+    @property
     def image_tokenizer(self) -> LlamaGenVQ | ViTVQGAN:
         return self.vq if isinstance(self.vq, ViTVQGAN) else LlamaGenVQ(self.vq)
 
@@ -91,6 +95,7 @@ class LlamaGenPipeline(TokenPipeline):
         guided: bool,
         shape: tuple[int, int] | None = None,
         controls: list[Control] | None = None,
+        grid: Tensor | None = None,
     ) -> LlamaGenSession:
         """See `TokenPipeline.start`. A prompt is a class (`argen.data.imagenet.class_id`) or a caption.
 
@@ -120,6 +125,7 @@ class LlamaGenPipeline(TokenPipeline):
             columns,
             self.drafter,
             self.image_tokenizer.codebook.to(self.device),
+            grid,
         )
 
     def control(self, controls: list[Control]) -> Tensor:

@@ -1,7 +1,8 @@
 """Recipe `emoji-llamagen`: a decoder-only generator of the tokens of `emoji-vitvqgan`, after a caption or a group of emoji.
 
-In two stages: `emoji-llamagen` learns with dropout and, as the published models, from the mean of a caption's words;
-`emoji-llamagen-second` goes on from there without dropout, and each word attends and is attended to.
+In three stages: `emoji-llamagen` learns with dropout and, as the published models, from the mean of a caption's words;
+`emoji-llamagen-second` goes on from there without dropout, and each word attends and is attended to; `emoji-llamagen-third` learns more single
+things.
 """
 
 from pathlib import Path
@@ -25,6 +26,12 @@ SECOND_SCHEDULES = {
         steps=5000, batch_size=64, learning_rate=2.5e-3, warmup=100, weight_decay=0.03, betas=(0.9, 0.98), muon=True
     ),
     "gpu": Schedule(steps=20000, batch_size=512, learning_rate=5e-4, weight_decay=0.03, betas=(0.9, 0.98)),
+}
+THIRD_SCHEDULES = {
+    "cpu": Schedule(
+        steps=3000, batch_size=64, learning_rate=2.5e-3, warmup=100, weight_decay=0.03, betas=(0.9, 0.98), muon=True
+    ),
+    "gpu": Schedule(steps=10000, batch_size=512, learning_rate=5e-4, weight_decay=0.03, betas=(0.9, 0.98)),
 }
 SIZES = {"caption_length": 24, "dim": 256, "depth": 6, "heads": 4, "multiple_of": 32, "dropout": 0.05}
 
@@ -70,7 +77,16 @@ class LlamaGenTask(TokensTask):
         return LlamaGenPipeline(self._model(), self.vq, self.clip, self.text_tokenizer, list(self.groups))
 
 
+class ThirdLlamaGenTask(LlamaGenTask):
+    """One of five pictures is a scene."""
+
+    scenes_share = 0.2
+
+
 RECIPE = Recipe(LlamaGenTask, SCHEDULES, takes=("scenes", "tokenizer", "clip"))
 SECOND_RECIPE = Recipe(
     LlamaGenTask, SECOND_SCHEDULES, takes=("scenes", "tokenizer", "clip", "generator"), start="emoji-llamagen"
+)
+THIRD_RECIPE = Recipe(
+    ThirdLlamaGenTask, THIRD_SCHEDULES, takes=("scenes", "tokenizer", "clip", "generator"), start="emoji-llamagen"
 )

@@ -142,8 +142,8 @@ class CaptionsTask(Task):
         raise NotImplementedError
 
     def caption(self, row: dict, rng: random.Random) -> str:
-        """A caption of a single picture, drawn at random."""
-        if self.group_share and rng.random() < self.group_share:
+        """A caption of a single picture, drawn at random; that of a group which has no name is never one of groups."""
+        if self.group_share and rng.random() < self.group_share and row["group"] in self.groups:
             return group_caption(f"class:{row['group']}", self.groups)
         return caption(row, rng)
 

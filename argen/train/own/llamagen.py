@@ -20,7 +20,7 @@ from argen.train.loop import Schedule
 from argen.train.own.options import OwnOptions
 from argen.train.own.run import OwnRecipe
 from argen.train.own.start import image_tokenizer_of, read_text_encoder, size_of, start_of
-from argen.train.own.tokens import OwnTokensTask, check_conditions, cross_entropy, examples_of
+from argen.train.own.tokens import Examples, OwnTokensTask, check_conditions, cross_entropy, examples_of
 from argen.train.sources import Source
 from samplers.errors import InvalidValue
 from tokenizers_img.llamagen_vq import LlamaGenVQ
@@ -43,7 +43,33 @@ LORA_SCHEDULE = replace(
 
 
 class LlamaGenTask(OwnTokensTask):
-    """LlamaGen after classes or captions."""
+    """LlamaGen after classes or captions.
+
+    With the objective "mixed" every second sample is an image to complete: its known tokens, all but those of a rectangle or a random
+    share, are seen by those before them (`LlamaGen.look_ahead`), and the loss is that of the others. The mixture is after TokenUnify's
+    (arXiv 2405.16847), without its prediction of all later tokens at once.
+    """
+
+    def __init__(self, pipe: LlamaGenPipeline, examples: Examples, held_out: Examples, options: OwnOptions):
+        super().__init__(pipe, examples, held_out, options)
+        self.mixed, self.completed = options.objective == "mixed", None  # known cells of held-out images, or None
+        if self.mixed:
+            if options.lora is not None:
+                raise InvalidValue("objective mixed changes what the network reads: leave lora out", "objective")
+            pipe.transformer.register_to_config(looks_ahead=True)
+            self.options |= {"objective": options.objective}
+
+    def batch(self, size: int, generator: torch.Generator) -> dict[str, Tensor]:
+        """See `OwnTokensTask.batch`; where images are completed, also their "known" cells [B, N]."""
+        batch = super().batch(size, generator)
+        if not self.mixed:
+            return batch
+        known = known_cells(size, self.pipe.transformer.config.grid, generator)
+        return batch | {"known": known & (torch.rand(size, 1, generator=generator) < 0.5)}
+
+    def read(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """See `OwnTokensTask.read`."""
+        return super().read(batch) | {name: batch[name] for name in ("known",) if name in batch}
 
     @torch.no_grad()
     def condition(self, texts: list[str]) -> dict[str, Tensor]:
@@ -62,8 +88,44 @@ class LlamaGenTask(OwnTokensTask):
 
     def loss(self, network: nn.Module, batch: dict[str, Tensor]) -> Tensor:
         """The mean cross-entropy of tokens [B, N], in nats; a caption that is left out keeps its mask, as in the official code."""
-        condition = self.conditioned(batch)
-        return cross_entropy(network(condition, batch["mask"], batch["tokens"]), batch["tokens"])
+        condition, tokens = self.conditioned(batch), batch["tokens"]
+        if "known" not in batch:
+            return cross_entropy(network(condition, batch["mask"], tokens), tokens)
+        logits = network(condition, batch["mask"], tokens, known=batch["known"])
+        return cross_entropy(logits[~batch["known"]][None], tokens[~batch["known"]][None])
+
+    @torch.no_grad()
+    def evaluate(self) -> dict[str, float]:
+        """See `OwnTokensTask.evaluate`; also the mean loss in the middle of held-out images, all around which is known."""
+        scores = super().evaluate()
+        if self.mixed:
+            grid = self.pipe.transformer.config.grid
+            known = torch.ones(grid, grid, dtype=torch.bool)
+            known[grid // 4 : -(grid // 4), grid // 4 : -(grid // 4)] = False
+            self.completed = known.flatten()
+            scores |= {"held-out loss of the middle": super().evaluate()["held-out loss"]}
+            self.completed = None
+        return scores
+
+    def held_out_batch(self, first: int) -> dict[str, Tensor]:
+        """See `OwnTokensTask.held_out_batch`."""
+        batch = super().held_out_batch(first)
+        return batch if self.completed is None else batch | {"known": self.completed.expand(len(batch["tokens"]), -1)}
+
+
+def known_cells(size: int, grid: int, generator: torch.Generator) -> Tensor:
+    """What is known of images to complete, [B, N] bool: all but a rectangle of any size, or a random share of the cells."""
+    chance = torch.rand(6, size, generator=generator)
+    sides = 1 + (chance[:2] * grid).long()
+    first = (chance[2:4] * (grid - sides + 1)).long()
+    cells = torch.arange(grid)
+    rows, columns = (
+        (cells >= start[:, None]) & (cells < (start + side)[:, None]) for start, side in zip(first, sides, strict=True)
+    )
+    outside = ~(rows[:, :, None] & columns[:, None]).flatten(1)
+    scattered = torch.rand(size, grid * grid, generator=generator) < chance[4, :, None]
+    known = torch.where(chance[5, :, None] < 0.5, outside, scattered)
+    return known & ~known.all(dim=1, keepdim=True)
 
 
 MINI = {"dim": 256, "depth": 6, "heads": 4, "multiple_of": 32}  # for a CPU
@@ -116,4 +178,4 @@ def prepare(options: OwnOptions, source: Source, held: Source) -> LlamaGenTask:
     return LlamaGenTask(pipe, *examples_of(pipe, options, source, held, crops), options)
 
 
-RECIPE = OwnRecipe(prepare, SCHEDULE, LORA_SCHEDULE)
+RECIPE = OwnRecipe(prepare, SCHEDULE, LORA_SCHEDULE, mixed=True)

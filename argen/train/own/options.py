@@ -69,6 +69,10 @@ class OwnOptions:
     described: Annotated[float, Field(ge=0, le=1)] = Field(
         0.5, description="share of images that seed-lm learns to describe, instead of to draw"
     )
+    objective: Literal["next", "mixed"] = Field(
+        "next",
+        description="mixed: half of the samples are images to complete, whose known tokens are seen by those before them, for editing",
+    )
     ema_decay: Annotated[float, Field(ge=0, lt=1)] | None = Field(
         None, description="of the averaged weights, which are what is saved"
     )

@@ -34,19 +34,23 @@ class OwnRecipe:
         schedule: that of the official code.
         lora: that of a LoRA; None where there is none.
         conditions: whether classes or captions of the images are learned.
+        mixed: whether it can learn to complete images.
     """
 
     prepare: Callable[[OwnOptions, Source, Source], Task]
     schedule: Schedule
     lora: Schedule | None = None
     conditions: bool = True
+    mixed: bool = False
 
     def scheduled(self, options: OwnOptions, steps: int | None) -> Schedule:
         """The schedule, as the options change it.
 
         Raises:
-            InvalidValue: a LoRA is asked for, and the recipe has none.
+            InvalidValue: a LoRA or an objective is asked for that the recipe does not have.
         """
+        if options.objective == "mixed" and not self.mixed:
+            raise InvalidValue("objective is mixed, which only the recipe llamagen has: leave it out", "objective")
         start = self.schedule if options.lora is None else self.lora
         if start is None:
             raise InvalidValue("this recipe trains no LoRA: leave lora out", "lora")

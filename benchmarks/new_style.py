@@ -1,0 +1,131 @@
+"""A LoRA on a style that no shipped model has seen: line drawings, of 200 things for training and of others to look at.
+
+    pip install ".[train]"
+    python benchmarks/new_style.py images lines/
+    argen train llamagen --images lines/train --init argen/emoji-llamagen --lora 16 --steps 400 --batch-size 32 --out runs/lines
+    python benchmarks/new_style.py score --images lines/ --lora runs/lines/final --sheet lines.png
+
+The icons are Microsoft's Fluent emoji in high contrast (MIT), fetched with npm. `score` asks for things that were not trained on, with the
+words of the style, and tells the new style from the old by the features of `argen/emoji-clip`: an image is of the one whose mean is nearer,
+that of the icons trained on or that of what the model draws without the LoRA. What is forgotten is read off the 60 everyday prompts, which
+do not name the style.
+"""
+
+import argparse
+import csv
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from argen.command import Parser, guarded, load_model
+
+PACKAGE, VERSION = "@iconify-json/fluent-emoji-high-contrast", "1.2.6"
+STYLE = "line drawing"
+TRAINED, SIZE = 200, 256
+
+
+def make_images(args: argparse.Namespace) -> None:
+    """Write `train` with a table of captions, and `other`: things of the same groups that are not trained on."""
+    from argen.data.emoji import NAMES_PACKAGE, THINGS, cache_folder, fetch_package, render, with_article
+    from argen.data.emoji import _names as names_of_package
+
+    cache = args.icons or cache_folder()
+    known = names_of_package(fetch_package(*NAMES_PACKAGE, cache))
+    icons = json.loads((fetch_package(PACKAGE, VERSION, cache) / "icons.json").read_text())
+    things = [icon for icon in sorted(icons["icons"]) if known.get(icon, {"group": ""})["group"] in THINGS]
+    chosen = np.random.default_rng(0).permutation(things)
+    for folder, part in (("train", chosen[:TRAINED]), ("other", chosen[TRAINED : TRAINED + 100])):
+        (args.out / folder).mkdir(parents=True)
+        with (args.out / folder / "metadata.csv").open("w", encoding="utf-8", newline="") as file:
+            table = csv.writer(file)
+            table.writerow(["file_name", "text"])
+            for icon in part:
+                body, side = icons["icons"][icon]["body"], icons["height"]
+                svg = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {side} {side}" width="{side}" height="{side}">{body}</svg>'
+                (args.out / folder / f"{icon}.png").write_bytes(render(svg, SIZE))
+                table.writerow([f"{icon}.png", f"{with_article(icon.replace('-', ' '))}, {STYLE}"])
+    print(f"{TRAINED} images to train on and {len(things[TRAINED : TRAINED + 100])} others in {args.out}")
+
+
+def read_images(folder: Path) -> tuple[list[str], list[Image.Image]]:
+    """Captions and images of a folder that `make_images` wrote."""
+    with (folder / "metadata.csv").open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    return [row["text"] for row in rows], [Image.open(folder / row["file_name"]).convert("RGB") for row in rows]
+
+
+@torch.no_grad()
+def features(encoder, images: list[Image.Image]) -> Tensor:
+    """Unit features [B, E]."""
+    return F.normalize(torch.cat([encoder.embed_images(images[i : i + 32]) for i in range(0, len(images), 32)]), dim=-1)
+
+
+def draw(pipe, prompts: list[str]) -> list[Image.Image]:
+    """One image of each prompt, whose seed is its number."""
+    images: list[Image.Image] = []
+    for first in range(0, len(prompts), 16):
+        part = prompts[first : first + 16]
+        generators = [torch.Generator().manual_seed(first + index) for index in range(len(part))]
+        images += pipe(part, generator=generators, **pipe.defaults).images
+    return images
+
+
+def everyday(pipe, judge) -> float:
+    """Share of the everyday prompts whose thing is among the judge's five most probable names."""
+    from argen.eval.judge import EVERYDAY_PROMPTS, read_prompts, verdict
+
+    truths = read_prompts(EVERYDAY_PROMPTS)
+    images = draw(pipe, [truth.prompt for truth in truths])
+    scores = [verdict(judge, np.asarray(image), truth)["identity"] for image, truth in zip(images, truths, strict=True)]
+    return sum(scores) / len(scores)
+
+
+def score(args: argparse.Namespace) -> None:
+    """Print the shares, and write a sheet: real icons that were not trained on, with the LoRA, without."""
+    pipe, encoder, judge = (load_model(name, None) for name in (args.model, "argen/emoji-clip", "argen/emoji-judge"))
+    _, trained = read_images(args.images / "train")
+    prompts, real = (part[: args.num] for part in read_images(args.images / "other"))
+    old = draw(pipe, prompts)
+    before = everyday(pipe, judge)
+    pipe.load_lora_weights(args.lora)
+    new = draw(pipe, prompts)
+    means = torch.stack([features(encoder, trained).mean(0), features(encoder, old[::2]).mean(0)])
+    for name, images in (("real icons", real), ("with the LoRA", new), ("without", old[1::2])):
+        nearer = (features(encoder, images) @ F.normalize(means, dim=-1).T).argmax(-1)
+        print(f"{name}, {len(images)}: {(nearer == 0).float().mean():.0%} of the new style")
+    print(f"everyday prompts: {before:.0%} without, {everyday(pipe, judge):.0%} with the LoRA")
+    if args.sheet:
+        columns = list(zip(real, new, old, strict=True))[:10]
+        sheet = Image.new("RGB", (len(columns) * 128, 3 * 128), "white")
+        for x, column in enumerate(columns):
+            for y, image in enumerate(column):
+                sheet.paste(image.resize((128, 128), Image.Resampling.LANCZOS), (128 * x, 128 * y))
+        sheet.save(args.sheet)
+
+
+def main() -> int:
+    parser = Parser(prog="python benchmarks/new_style.py", description=__doc__.splitlines()[0])
+    commands = parser.add_subparsers(required=True)
+    command = commands.add_parser("images", help="write the icons")
+    command.add_argument("out", type=Path, help="new folder")
+    command.add_argument("--icons", type=Path, metavar="DIR", help="where npm packages are kept")
+    command.set_defaults(run=make_images)
+    command = commands.add_parser("score", help="draw with and without a LoRA")
+    command.add_argument("--images", type=Path, required=True, metavar="DIR", help="what `images` wrote")
+    command.add_argument("--lora", required=True, metavar="DIR")
+    command.add_argument("--model", default="argen/emoji-llamagen", metavar="ID")
+    command.add_argument("--num", type=int, default=40, help="prompts (default: 40, at most 100)")
+    command.add_argument("--sheet", type=Path, metavar="PNG", help="where images go to be looked at")
+    command.set_defaults(run=score)
+    args = parser.parse_args()
+    return guarded("benchmarks/new_style.py", args.run, args)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
