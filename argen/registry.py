@@ -376,6 +376,8 @@ recipes = Registry(
         "flexar": "argen.train.own.flexar:RECIPE",
         "vit-vqgan": "argen.train.own.vit_vqgan:RECIPE",
         "llamagen-vq": "argen.train.own.llamagen_vq:RECIPE",
+        "flextok": "argen.train.own.flextok:RECIPE",
+        "seed-lm": "argen.train.own.seed_lm:RECIPE",
         "emoji-clip": "argen.train.clip:RECIPE",
         "emoji-vitvqgan": "argen.train.vit_vqgan:RECIPE",
         "emoji-vitvqgan-decoder": "argen.train.vit_vqgan:DECODER_RECIPE",

@@ -10,7 +10,8 @@ from PIL import Image
 import argen
 from argen.cli.main import main
 from argen.registry import recipes
-from argen.train.own import xar
+from argen.train.own import drafter, xar
+from argen.train.own.latents import bits_of, moments_of
 from argen.train.own.options import OwnOptions
 from argen.train.own.run import opened, run
 from tokenizers_img.kl_vae import KLVAE
@@ -116,9 +117,9 @@ def test_classes_become_a_model_that_another_training_starts_from(classes, tmp_p
 def test_xar_keeps_what_its_tokenizer_says(classes, tmp_path):
     """The cache holds the bits of float16 numbers."""
     numbers = torch.randn(3, 2, 4, 5, 5)
-    bits = xar.bits_of(numbers)
+    bits = bits_of(numbers)
     assert bits.shape == (3, 200)
-    assert torch.equal(xar.moments_of(bits.long(), (4, 5, 5)), numbers.half().float())
+    assert torch.equal(moments_of(bits.long(), (4, 5, 5)), numbers.half().float())
     options = OwnOptions(images=str(classes), size="mini", tokenizer="argen/emoji-vae", batch_size=4)
     source = opened(options)
     task = xar.prepare(options, source, source)
@@ -224,6 +225,29 @@ def test_a_drafter_of_a_generator(captioned, tmp_path):
     assert pipe.drafter.length == pipe.transformer.length
     output = pipe("a red square", sampler="speculative", generator=torch.Generator().manual_seed(0))
     assert output.forward_passes < pipe.length + 2
+
+
+def test_a_drafter_of_a_controlar_sees_what_it_follows(captioned, tmp_path):
+    options = OwnOptions(images=str(captioned), init="argen/emoji-control", dropped=0.0)
+    source = opened(options)
+    task = drafter.prepare(options, source, source)
+    batch, target = task.read(task.batch(2, torch.Generator().manual_seed(0))), task.target
+    hidden, count = task.hidden(batch), batch["tokens"].shape[1]
+    predicted = target.output(hidden[:, -count - 1 : -1])
+    expected = target(batch["condition"], batch["mask"], batch["tokens"], batch["control"])
+    torch.testing.assert_close(predicted, expected, atol=1e-3, rtol=1e-3)
+    assert not torch.allclose(predicted, target(batch["condition"], batch["mask"], batch["tokens"]), atol=0.1)
+    assert train("drafter", captioned, tmp_path / "run", "--init", "argen/emoji-control") == 0
+    pipe = argen.load(tmp_path / "run" / "final")
+    control = {
+        "control_image": square("red", 0),
+        "control_type": "canny",
+        "generator": torch.Generator().manual_seed(0),
+    }
+    output = pipe("a red square", sampler="speculative", **control)
+    assert output.forward_passes < pipe.length + 2
+    crops = ["--init", "argen/emoji-control", "--crops", "flip"]
+    assert train("drafter", captioned, tmp_path / "other", *crops) == 2
 
 
 @pytest.mark.parametrize("init", ["argen/emoji-control", "argen/emoji-llamagen"])

@@ -27,7 +27,7 @@ from argen.jobs.queue import Forbidden
 from argen.jobs.trainings import FAILED, FINISHED, MINI, RUNNING, STOPPED, Plan, Trainings, attach, time_left
 from argen.train.containers import Zip
 from argen.ui.context import AppContext
-from argen.ui.tabs.train import Train, describe
+from argen.ui.tabs.train import Train, describe, named
 
 MODEL = "argen/emoji-llamagen"
 COLOURS = {"red": (220, 30, 30), "blue": (30, 60, 220)}
@@ -190,6 +190,7 @@ BAD = [
     ("ok", {"lora": 300}, "lora is 300: expected"),
     ("ok", {"learning_rate": -1.0}, r"learning_rate is -1\.0: expected"),
     ("ok", {"recipe": "drafter"}, "recipe is drafter: expected one of llamagen"),
+    ("ok", {"recipe": "seed-lm", "init": MINI, "lora": None}, "seed-lm trains no new small network: choose a model"),
     ("ok", {"init": "/etc"}, "there is no model '/etc'"),
     ("ok", {"images": "/nowhere"}, "no images at /nowhere"),
 ]
@@ -269,6 +270,8 @@ def test_models_to_start_from(tmp_path):
     trainings = Trainings(ModelAccess(None, [tmp_path], tmp_path / "trainings"))
     assert trainings.starts("llamagen") == [MODEL, "trainings/mine", str(tmp_path / "a/b")]
     assert trainings.starts("flexar") == ["argen/emoji-flextok-ar"]
+    assert trainings.starts("seed-lm") == ["argen/emoji-seed-lm"]
+    assert MINI not in dict(named(trainings.starts("seed-lm"), "seed-lm")).values()
     assert (trainings.starts("parti"), trainings.starts("xar")) == (["argen/emoji-parti"], ["argen/emoji-xar"])
 
 

@@ -31,6 +31,7 @@ KINDS = ("generator", "tokenizer", "encoder", "drafter", "diffusion", "counter",
 SAVED = ("argen.hub.loading:load", "")  # targets of saved pipelines, whose model_index.json says what they are
 ADAPTED = "argen.hub.loading:read_adapted"  # target of a LoRA that was trained
 TRAINED_VQ = "argen.models.tokenizers:read_saved_vq"  # target of a VQ of LlamaGen that was trained
+TRAINED_FLEXTOK = "argen.models.tokenizers:read_saved_flextok"  # target of a FlexTok that was trained
 DIFFUSION = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
 DEFAULTS = ("guidance_scale", "temperature", "top_k", "top_p", "steps")
 MAX_BYTES = 1_000_000  # of a card
@@ -184,7 +185,9 @@ def read_folder_card(path: Path) -> Card:
         ValueError: it is none; it names what no card of argen or of an installed package names, or lies in a folder of itself.
     """
     card = read_card(path)
-    trusted = {ADAPTED, TRAINED_VQ, *SAVED}.union(*(known.references for known in all_cards().values()))
+    trusted = {ADAPTED, TRAINED_VQ, TRAINED_FLEXTOK, *SAVED}.union(
+        *(known.references for known in all_cards().values())
+    )
     trusted |= {reader.point.value for reader in readers.installed.values()}
     trusted |= {f"{reader.__module__}:{reader.__qualname__}" for reader in readers.added.values()}
     if unknown := sorted(card.references - trusted):

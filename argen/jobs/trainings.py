@@ -31,12 +31,14 @@ from argen.words import cut
 from samplers.errors import InvalidValue
 
 MINI = "mini"  # in the place of a model to start from: a new small network
-PARTS = {  # recipe -> what a new small network reads
+PARTS = {  # recipe -> what a new small network reads, None where there is no such network
     "llamagen": {"tokenizer": "argen/emoji-vitvqgan", "text_encoder": "argen/emoji-clip"},
     "parti": {"tokenizer": "argen/emoji-vitvqgan", "text_encoder": "argen/emoji-clip"},
     "xar": {"tokenizer": "argen/emoji-vae", "text_encoder": "argen/emoji-clip"},
     "flexar": {"tokenizer": "argen/emoji-flextok", "text_encoder": "argen/emoji-clip"},
+    "seed-lm": None,
 }
+MODULES = {"seed-lm": "seed_llama"}  # recipe -> module of its pipeline, where they have other names
 RUNNING, STOPPING, FINISHED, STOPPED, FAILED = "running", "stopping", "finished", "stopped", "failed"
 NAME = r"\w[\w.+-]{0,59}"
 MOST_STEPS = 1_000_000
@@ -71,7 +73,7 @@ class Plan:
         Args:
             init: what `argen.load` takes for the attribute of this name.
         """
-        new = {"size": MINI} | PARTS[self.recipe]
+        new = {"size": MINI} | (PARTS[self.recipe] or {})
         options = {"images": self.images} | (new if self.init == MINI else {"init": init, "lora": self.lora})
         options |= {"steps": self.steps, "batch_size": self.batch_size, "learning_rate": self.learning_rate}
         options |= {"evaluate_every": self.every}
@@ -125,13 +127,13 @@ class Trainings:
 
     def shipped(self, recipe: str) -> list[str]:
         """Models that a recipe can start from, of those that ship."""
-        module = f"argen.pipelines.{recipe}:"
+        module = f"argen.pipelines.{MODULES.get(recipe, recipe)}:"
         generators = [card for card in all_cards().values() if card.kind == "generator" and card.ships]
         return [card.id for card in generators if card.target.startswith(module)]
 
     def starts(self, recipe: str) -> list[str]:
         """Also those that were trained, and those in the folders of models."""
-        module = f"argen.pipelines.{recipe}:"
+        module = f"argen.pipelines.{MODULES.get(recipe, recipe)}:"
         kind = next(name for name, target in pipelines.built_in.items() if target.startswith(module))
         return self.shipped(recipe) + self.models.saved(kind)
 
@@ -239,6 +241,8 @@ class Trainings:
             raise InvalidValue(f"recipe is {cut(plan.recipe)}: expected one of {', '.join(PARTS)}", "recipe")
         if not isinstance(plan.steps, int) or not 1 <= plan.steps <= MOST_STEPS:
             raise InvalidValue(f"steps is {cut(plan.steps)}: expected a whole number from 1 to {MOST_STEPS:,}", "steps")
+        if plan.init == MINI and PARTS[plan.recipe] is None:
+            raise InvalidValue(f"{plan.recipe} trains no new small network: choose a model to start from", "init")
         if plan.init != MINI:
             self.models.check(plan.init)
             if plan.lora is None:
@@ -343,7 +347,7 @@ def check_fits(plan: Plan, source) -> None:
     ValueError: the images have classes, and what is trained reads captions.
     """
     card = all_cards().get(plan.init)
-    by_captions = plan.recipe == "parti" or (card is not None and "text" in card.takes)
+    by_captions = plan.recipe in ("parti", "seed-lm") or (card is not None and "text" in card.takes)
     if source.classes is not None and by_captions:
         what = "Parti" if plan.init == MINI else plan.init
         raise ValueError(

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from argen.bounds import MAX_SIDE
+from argen.bounds import MAX_SIDE, check
 from argen.files import WEIGHTS
 from argen.models.files import load_network, read_encoder
 from tokenizers_img.hub import hub_folder
@@ -83,6 +83,26 @@ def read_emoji_flextok(folder: Path) -> "FlexTokenizer":
     return FlexTokenizer(
         load_network(FlexTok, folder), load_network(AutoencoderKL, WEIGHTS / "emoji-vae"), **EMOJI_FLOW
     )
+
+
+def read_saved_flextok(folder: Path, steps: int, guidance_scale: float) -> "FlexTokenizer":
+    """A FlexTok as `argen train flextok` writes it, its VAE in the folder `vae`.
+
+    Args:
+        steps, guidance_scale: of its flow, from tokens to an image.
+
+    Raises:
+        ValueError: one of them is out of bounds.
+    """
+    from diffusers import AutoencoderKL
+
+    from tokenizers_img.flextok.network import FlexTok
+    from tokenizers_img.flextok.tokenizer import FlexTokenizer
+
+    check("steps", steps)
+    check("guidance_scale", guidance_scale)
+    vae = load_network(AutoencoderKL, folder / "vae")
+    return FlexTokenizer(load_network(FlexTok, folder), vae, steps, guidance_scale)
 
 
 def read_vae(folder: Path) -> "KLVAE":

@@ -18,6 +18,11 @@ from argen.files import naming
 from argen.words import cut
 
 logger = logging.getLogger(__name__)
+logging.getLogger(
+    "accelerate.utils.other"
+).addFilter(  # said of every network with one table for reading and writing words
+    lambda record: "Removed shared tensor" not in record.getMessage()
+)
 NEW, CURRENT, OLD, DAMAGED = "checkpoint.new", "checkpoint", "checkpoint.old", "checkpoint.damaged"
 LATER = {  # settings that checkpoints of earlier releases do not name -> what they were then
     "decline": ("cosine",), "floor": (0.02,), "decayed": ("all",), "clip": ("norm",), "ema_warmup": (True,), "micro_batch": (None,),

@@ -15,12 +15,20 @@ LAYERS = {  # class of the network -> its layers that are changed, as a regular 
     "Parti": r"(encoder|decoder)_layers\.\d+\.(\w+_attn\.(q|k|v|out)_proj|mlp\.(up|down)_proj)",
     "ControlAR": r"layers\.\d+\.(attention\.(wqkv|wo)|feed_forward\.(w1|w2|w3))",
     "XAR": r"(encoder|decoder)_blocks\.\d+\.(attn\.(qkv|proj)|cross_attn\.(q|k|v|out)_proj|mlp\.(fc1_g|fc1_x|fc2))",
+    "LlamaForCausalLM": r"model\.layers\.\d+\.(self_attn\.(q|k|v|o)_proj|mlp\.(gate|up|down)_proj)",
     "FlexAR": r"models\.ar_image_model\.trunk\.blocks\.\d+\.(attn|self_attn|cross_attn|mlp)\.(qkv|proj|Wq|Wk|Wv|fc1|fc2|fc3)",
 }
+
+# of SEED-LLaMA's code: rank 16 has alpha 32, and these layers are trained whole; one table that is both stays as it is
+LLAMA = {"lora_dropout": 0.05, "modules_to_save": ["input_layernorm", "post_attention_layernorm", "norm"]}
+TABLES = ["embed_tokens", "lm_head"]
 
 
 def inject(network: nn.Module, rank: int, alpha: float | None = None) -> dict:
     """Freeze a network and put factors of a rank beside its layers -> the settings of peft.
+
+    Args:
+        alpha: of the factors, see peft; None for that of the network's own recipe.
 
     Raises:
         InvalidValue: the rank is out of bounds, or there is no list of the network's layers.
@@ -34,7 +42,11 @@ def inject(network: nn.Module, rank: int, alpha: float | None = None) -> dict:
     if layers is None:
         raise InvalidValue(f"lora is for {', '.join(LAYERS)}, not for a {type(network).__name__}: leave it out", "lora")
     network.requires_grad_(False)
-    config = LoraConfig(r=rank, lora_alpha=alpha or rank, target_modules=layers)
+    further, scale = {}, 1
+    if type(network).__name__ == "LlamaForCausalLM":
+        tables = [] if network.config.tie_word_embeddings else TABLES
+        further, scale = LLAMA | {"modules_to_save": LLAMA["modules_to_save"] + tables}, 2
+    config = LoraConfig(r=rank, lora_alpha=alpha or scale * rank, target_modules=layers, **further)
     inject_adapter_in_model(config, network)
     return json.loads(json.dumps(config.to_dict(), default=_plain))
 
@@ -45,7 +57,7 @@ def _plain(value: object) -> object:
 
 
 def save(network: nn.Module, config: dict, base: str, digest: str, folder: Path) -> None:
-    """Write the factors that were trained, in bfloat16."""
+    """Write the factors and the layers that were trained, in bfloat16."""
     from peft import get_peft_model_state_dict
 
     state = get_peft_model_state_dict(network)

@@ -4,6 +4,7 @@ Half of the sequences begin with the caption, half with the picture, so that it 
 from there: the loss was still falling.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -35,6 +36,20 @@ SECOND_SCHEDULES = {
 SIZES = {"hidden_size": 256, "intermediate_size": 640, "num_hidden_layers": 6, "num_attention_heads": 4}
 IGNORED = -100  # label of padding
 SHOWN = 8  # captions of the sample
+
+
+def padded(rows: Sequence[Sequence[int]]) -> Tensor:
+    """Rows of ids -> [B, L], filled with -1 at their ends."""
+    width = max(map(len, rows))
+    return torch.tensor([[*row, *[-1] * (width - len(row))] for row in rows])
+
+
+def word_errors(network: nn.Module, ids: Tensor) -> Tensor:
+    """Ids [B, L], padded with -1 -> the cross-entropy of each but the first [B, L - 1], in nats, 0 for padding."""
+    logits = network(input_ids=ids.clamp(min=0), attention_mask=(ids >= 0).long()).logits[:, :-1].float()
+    targets = torch.where(ids < 0, IGNORED, ids)[:, 1:]
+    wrong = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none", ignore_index=IGNORED)
+    return wrong.view(targets.shape)
 
 
 class SeedLMTask(ImagesTask):
@@ -99,19 +114,11 @@ class SeedLMTask(ImagesTask):
             image = [self.words.begin, *(code + self.words.shift for code in codes), self.words.end]
             caption = [] if dropped else [word for word in words if word >= 0]
             rows.append([start, *(image + caption if image_first else caption + image), end])
-        width = max(map(len, rows))
-        return torch.tensor([row + [-1] * (width - len(row)) for row in rows], device=batch["tokens"].device)
+        return padded(rows).to(batch["tokens"].device)
 
     def error(self, network: nn.Module, batch: dict[str, Tensor]) -> Tensor:
         ids = self.sequences(batch)
-        logits = network(input_ids=ids.clamp(min=0), attention_mask=(ids >= 0).long()).logits[:, :-1].float()
-        wrong = F.cross_entropy(
-            logits.flatten(0, 1),
-            torch.where(ids < 0, IGNORED, ids)[:, 1:].flatten(),
-            reduction="none",
-            ignore_index=IGNORED,
-        )
-        return wrong[(ids[:, 1:] >= 0).flatten()]
+        return word_errors(network, ids)[ids[:, 1:] >= 0]
 
     def evaluate(self) -> dict[str, float]:
         """The loss on held-out combinations, and how often a picture's own caption is the most probable of 100."""

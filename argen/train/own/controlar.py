@@ -22,7 +22,7 @@ from argen.pipelines.llamagen import LlamaGenPipeline
 from argen.train.own import llamagen
 from argen.train.own.options import OwnOptions
 from argen.train.own.run import OwnRecipe
-from argen.train.own.tokens import Examples, check_conditions, cross_entropy, examples_of
+from argen.train.own.tokens import Examples, check_captions, cross_entropy, examples_of
 from argen.train.sources import Source
 from samplers.errors import InvalidValue
 
@@ -80,6 +80,15 @@ class ControlARTask(llamagen.LlamaGenTask):
         return {"control_image": images, "control_type": "map" if own else self.kind}
 
 
+def check_control(options: OwnOptions) -> None:
+    """Raises:
+    ValueError: there is no such control, or the crops are not those that control images are made of.
+    """
+    check_kind(options.control)
+    if options.crops not in (None, "center"):
+        raise InvalidValue(f"crops is {options.crops}: expected center, of which the control image is made", "crops")
+
+
 def started(options: OwnOptions) -> ControlARPipeline:
     """A ControlAR, or a LlamaGen of captions with a new control path.
 
@@ -102,16 +111,10 @@ def started(options: OwnOptions) -> ControlARPipeline:
 
 def prepare(options: OwnOptions, source: Source, held: Source) -> ControlARTask:
     """See `argen.train.own.run.OwnRecipe.prepare`."""
-    check_conditions(source)
-    check_kind(options.control)
-    if not source.has_captions:
-        raise ValueError(
-            f"the images in {source.path} have classes, and ControlAR reads captions: name a table with --captions"
-        )
+    check_captions(source, "ControlAR")
+    check_control(options)
     if options.init is None:
         raise InvalidValue("controlar starts from a model: give --init a ControlAR or a LlamaGen of captions", "init")
-    if options.crops not in (None, "center"):
-        raise InvalidValue(f"crops is {options.crops}: expected center, of which the control image is made", "crops")
     pipe = started(options)
     return ControlARTask(pipe, *examples_of(pipe, options, source, held, "center"), options)
 

@@ -1,4 +1,4 @@
-"""`argen train drafter`: the EAGLE drafter of a LlamaGen, on one's own images, for the samplers "speculative" and "lantern".
+"""`argen train drafter`: the EAGLE drafter of a LlamaGen or a ControlAR, on one's own images, for the samplers "speculative" and "lantern".
 
 The defaults are those of LANTERN's code (github.com/jadohu/LANTERN): AdamW (0.9, 0.95), decay 0.01 of everything, gradients clipped at the value 0.5, noise on
 the hidden states that are read, a loss on hidden states and a tenth of one on tokens. That code writes the target's hidden states to disk
@@ -17,8 +17,10 @@ from torch import Tensor, nn
 from argen.models.drafter import Drafter
 from argen.models.layers import causal_mask
 from argen.models.llamagen import LlamaGen
+from argen.pipelines.controlar import ControlARPipeline
 from argen.pipelines.llamagen import LlamaGenPipeline
 from argen.train.loop import Schedule
+from argen.train.own.controlar import ControlARTask, check_control
 from argen.train.own.llamagen import LlamaGenTask, with_classes
 from argen.train.own.options import OwnOptions
 from argen.train.own.run import OwnRecipe
@@ -75,10 +77,17 @@ class DrafterTask(LlamaGenTask):
     def hidden(self, batch: dict[str, Tensor]) -> Tensor:
         """The target's hidden states [B, T + N, D], of condition and tokens."""
         condition, tokens = self.conditioned(batch), batch["tokens"]
-        prefix, scores, prefixes = self.target.condition(self.target.cls_embedding(condition), batch["mask"])
+        first, after = self.added(batch)
+        prefix, scores, prefixes = self.target.condition(self.target.cls_embedding(condition), batch["mask"], first)
         positions = torch.arange(tokens.shape[1], device=tokens.device)
         visible = causal_mask(len(positions), len(positions), tokens.device)
-        return torch.cat([prefix, self.target.decode(tokens, positions, visible, scores, prefixes)], dim=1)
+        return torch.cat(
+            [prefix, self.target.decode(tokens, positions, visible, scores, prefixes, control=after)], dim=1
+        )
+
+    def added(self, batch: dict[str, Tensor]) -> tuple[Tensor | None, Tensor | None]:
+        """What control adds to the stream, see `LlamaGen.condition` and `LlamaGen.decode`."""
+        return None, None
 
     def parts(self, network: nn.Module, hidden: Tensor, noise: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Of all positions but the first token's, [B, N - 1] each: the smooth L1 distance of the guesses, the cross-entropy of the distribution
@@ -114,6 +123,15 @@ class DrafterTask(LlamaGenTask):
         self.pipe.save_pretrained(folder)
 
 
+class ControlARDrafterTask(DrafterTask, ControlARTask):
+    """The drafter of a ControlAR, which follows control images."""
+
+    def added(self, batch: dict[str, Tensor]) -> tuple[Tensor | None, Tensor | None]:
+        """See `DrafterTask.added`: that of the first cell, and that of the cells after each token; the last token has its own."""
+        control = self.target.control(batch["control"]).masked_fill(batch["dropped"][None, :, None, None], 0)
+        return control[:, :, :1], torch.cat([control[:, :, 1:], control[:, :, -1:]], dim=2)
+
+
 def drafter_of(target: LlamaGen) -> Drafter:
     """A drafter with random weights, but the target's head as its table of tokens, which stays as it is."""
     config = target.config
@@ -128,10 +146,14 @@ def prepare(options: OwnOptions, source: Source, held: Source) -> DrafterTask:
     """See `argen.train.own.run.OwnRecipe.prepare`."""
     check_conditions(source)
     if options.init is None:
-        raise InvalidValue("a drafter guesses the tokens of a model: give --init a LlamaGen", "init")
+        raise InvalidValue("a drafter guesses the tokens of a model: give --init a LlamaGen or a ControlAR", "init")
     pipe = start_of(options, source, LlamaGenPipeline, LlamaGen, "LlamaGen", with_classes)
     crops = "ten:1.1" if source.classes is not None else "center"
-    return DrafterTask(pipe, *examples_of(pipe, options, source, held, crops), options)
+    task = DrafterTask
+    if isinstance(pipe, ControlARPipeline):
+        check_control(options)
+        task, crops = ControlARDrafterTask, "center"
+    return task(pipe, *examples_of(pipe, options, source, held, crops), options)
 
 
 RECIPE = OwnRecipe(prepare, SCHEDULE)

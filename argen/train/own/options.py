@@ -38,7 +38,7 @@ class OwnOptions:
     init: str | None = Field(None, description="model to start from", json_schema_extra={"metavar": "MODEL"})
     size: str | None = Field(
         None,
-        description="of a new network, as published: B, L, XL, XXL, 3B of LlamaGen, small, base of ViT-VQGAN, VQ-16, VQ-8 of LlamaGen's VQ; or mini",
+        description="of a new network, as published: B, L, XL, XXL, 3B of LlamaGen, small, base of ViT-VQGAN, VQ-16, VQ-8 of LlamaGen's VQ, d12-d12, d18-d18, d18-d28 of FlexTok; or mini",
     )
     tokenizer: str | None = Field(
         None, description="image tokenizer of a new network", json_schema_extra={"metavar": "MODEL"}
@@ -51,7 +51,7 @@ class OwnOptions:
     image_size: Annotated[int, Field(ge=16, le=4096)] | None = Field(None, description="side of the crops in pixels")
     crops: str | None = Field(None, description="center, flip or ten:RANGE; of a tokenizer center or flip")
     control: str = Field(
-        "canny", description="what controlar follows, a type of argen control, where no control images come along"
+        "canny", description="what a ControlAR follows, a type of argen control, where no control images come along"
     )
     lora: Annotated[int, Field(ge=1, le=256)] | None = Field(
         None, description="rank of a LoRA that is trained instead of the network"
@@ -62,8 +62,12 @@ class OwnOptions:
     )
     learning_rate: Annotated[float, Field(gt=0, le=1)] | None = Field(None, description="after the warm-up")
     warmup: Annotated[int, Field(ge=0)] | None = Field(None, description="steps in which the learning rate rises")
-    dropped: Annotated[float, Field(ge=0, le=1)] = Field(
-        0.1, description="share of images whose class or caption is left out, for guidance"
+    dropped: Annotated[float, Field(ge=0, le=1)] | None = Field(
+        None,
+        description="share of images whose class or caption, or of flextok whose tokens, are left out, for guidance",
+    )
+    described: Annotated[float, Field(ge=0, le=1)] = Field(
+        0.5, description="share of images that seed-lm learns to describe, instead of to draw"
     )
     objective: Literal["next", "mixed"] = Field(
         "next",

@@ -16,7 +16,7 @@ from argen.pipelines.parti import PartiPipeline
 from argen.train.loop import Schedule
 from argen.train.own.options import OwnOptions
 from argen.train.own.run import OwnRecipe
-from argen.train.own.tokens import OwnTokensTask, check_conditions, cross_entropy, examples_of, shown_states
+from argen.train.own.tokens import OwnTokensTask, check_captions, cross_entropy, examples_of, shown_states
 from argen.train.sources import Source
 from argen.words import cut
 from samplers.errors import InvalidValue
@@ -68,11 +68,7 @@ def new_pipeline(options: OwnOptions) -> PartiPipeline:
 
 def prepare(options: OwnOptions, source: Source, held: Source) -> PartiTask:
     """See `argen.train.own.run.OwnRecipe.prepare`."""
-    check_conditions(source)
-    if not source.has_captions:
-        raise ValueError(
-            f"the images in {source.path} have classes, and Parti reads captions: name a table with --captions"
-        )
+    check_captions(source, "Parti")
     pipe = new_pipeline(options) if options.init is None else load(options.init, dtype="fp32")
     if not isinstance(pipe, PartiPipeline):
         raise InvalidValue(f"{options.init} is no Parti: expected one to start from, as argen/emoji-parti", "init")

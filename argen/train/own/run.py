@@ -107,20 +107,26 @@ def opened(options: OwnOptions, conditions: bool = True) -> Source:
 
 
 def encoded(
-    tokenizer: ImageTokenizer, source: Source, size: int, how: str, encode: Callable[[Tensor], Tensor] | None = None
+    tokenizer: ImageTokenizer,
+    source: Source,
+    size: int,
+    how: str,
+    encode: Callable[[Tensor], Tensor] | None = None,
+    whole: Callable[[Image.Image], Tensor] | None = None,
 ) -> Tokens:
     """The token ids of all crops of all images, made now or taken from the cache.
 
     Args:
         size: side of the crops in pixels.
-        how: see `argen.eval.images.crops`.
+        how: see `argen.eval.images.crops`, or what to call `whole`.
         encode: pixels [B, 3, size, size] in [0, 1] -> whole numbers [B, L]; None for the tokenizer's ids.
+        whole: an image as it is -> pixels [3, size, size] in [0, 1], in the place of crops.
     """
     device = pick(None)
 
     @torch.no_grad()
     def numbers_of(images: list[Image.Image]) -> Tensor:
-        pixels = torch.stack([from_pil(image, size) for image in images])
+        pixels = torch.stack([from_pil(image, size) if whole is None else whole(image) for image in images])
         return (encode or tokenizer.encode)(pixels.to(tokenizer.device, tokenizer.dtype)).cpu()
 
     settings = {
@@ -128,9 +134,9 @@ def encoded(
         "size": size,
         "resize": "adm",
         "crop": how,
-        "flip": how != "center",
+        "flip": whole is None and how != "center",
     }
     state = PartialState()
     shared = {"rank": state.process_index, "world": state.num_processes, "barrier": state.wait_for_everyone}
     cache = TokenCache(None, settings | {"dtype": str(tokenizer.dtype), "device": device.type}, **shared)
-    return cache.encode(source, numbers_of, lambda image: crops(image, size, how))
+    return cache.encode(source, numbers_of, lambda image: crops(image, size, how) if whole is None else [image])

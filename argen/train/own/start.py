@@ -12,19 +12,15 @@ from argen.words import cut
 from samplers.errors import InvalidValue
 
 
-def start_of(
-    options: OwnOptions, source: Source, kind: type, network: type, name: str, with_classes: Callable[[Any, int], None]
-) -> Any:
-    """The pipeline that `--init` names, in float32, with a table of the images' own classes where they have some.
+def model_of(options: OwnOptions, kind: type, network: type, name: str) -> Any:
+    """The pipeline that `--init` names, in float32.
 
     Args:
         kind, network: classes of the pipeline and of its network.
         name: what errors call it.
-        with_classes: gives such a network a table of so many other classes.
 
     Raises:
-        InvalidValue: it is another kind of model, draws captions where the images have classes or the other way round, or a setting is for new
-            networks alone.
+        InvalidValue: it is another kind of model, or a setting is for new networks alone.
     """
     for setting in ("size", "tokenizer", "text_encoder"):
         if getattr(options, setting) is not None:
@@ -38,6 +34,22 @@ def start_of(
         raise InvalidValue(
             f"image_size is {options.image_size}: expected {pipe.image_size}, that of {options.init}", "image_size"
         )
+    return pipe
+
+
+def start_of(
+    options: OwnOptions, source: Source, kind: type, network: type, name: str, with_classes: Callable[[Any, int], None]
+) -> Any:
+    """The pipeline that `--init` names, in float32, with a table of the images' own classes where they have some.
+
+    Args:
+        kind, network, name: see `model_of`.
+        with_classes: gives such a network a table of so many other classes.
+
+    Raises:
+        InvalidValue: see `model_of`; it draws captions where the images have classes or the other way round.
+    """
+    pipe = model_of(options, kind, network, name)
     by_class = pipe.components.get("text_encoder") is None
     if by_class != (source.classes is not None):
         has, needs = ("captions", "classes") if by_class else ("classes", "captions")

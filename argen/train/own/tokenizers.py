@@ -293,18 +293,24 @@ def crop(image: Image.Image, size: int, how: str, scale: float, left: float, top
     return ImageOps.mirror(image) if how != "center" and mirror < 0.5 else image
 
 
-def check_options(options: OwnOptions) -> None:
-    """Raises:
-    InvalidValue: something that a tokenizer has no use for, or a size beside a model to start from.
+def check_options(options: OwnOptions, reads_vae: bool = False) -> None:
+    """Args:
+        reads_vae: a new network reads another tokenizer.
+
+    Raises:
+        InvalidValue: something that a tokenizer has no use for, or that of a new network beside a model to start from.
     """
-    for name in ("tokenizer", "text_encoder"):
+    for name in ("text_encoder",) if reads_vae else ("tokenizer", "text_encoder"):
         if getattr(options, name) is not None:
             raise InvalidValue(
                 f"{name} is for generators, and this recipe trains a tokenizer: leave it out; --init names the one to start from",
                 name,
             )
-    if options.init is not None and options.size is not None:
-        raise InvalidValue(f"size is for a new network, and {options.init} has its own: leave one of them out", "size")
+    for name in ("size", "tokenizer"):
+        if options.init is not None and getattr(options, name) is not None:
+            raise InvalidValue(
+                f"{name} is for a new network, and {options.init} has its own: leave one of them out", name
+            )
 
 
 def started(init: str, kind: type[Tokenizer], name: str) -> Tokenizer:

@@ -30,6 +30,7 @@ from tokenizers_img.base import ImageTokenizer
 
 SHOWN = 16  # images of a sample sheet
 AT_ONCE = 32  # held-out images
+DROPPED = 0.1  # share of the images whose condition is left out
 
 
 @dataclass
@@ -70,19 +71,22 @@ def examples_of(
     crops: str,
     tokenizer: ImageTokenizer | None = None,
     encode: Callable[[Tensor], Tensor] | None = None,
+    whole: Callable[[Image.Image], Tensor] | None = None,
+    too_long: Callable[[str], bool] | None = None,
 ) -> tuple[Examples, Examples]:
     """Say what there is, and encode it by the pipeline's image tokenizer.
 
     Args:
         crops: see `argen.eval.images.crops`.
-        tokenizer, encode: another one; see `argen.train.own.run.encoded`.
+        tokenizer, encode, whole: see `argen.train.own.run.encoded`; `whole` where the options name no crops.
+        too_long: see `Source.report`.
     """
     if PartialState().is_main_process:
-        print(source.report(size=pipe.image_size))
+        print(source.report(size=pipe.image_size, too_long=too_long))
     tokenizer = tokenizer or pipe.image_tokenizer
+    how, whole = options.crops or crops, None if options.crops else whole
     first, second = (
-        Examples(encoded(tokenizer, part, pipe.image_size, options.crops or crops, encode), part)
-        for part in (source, held)
+        Examples(encoded(tokenizer, part, pipe.image_size, how, encode, whole), part) for part in (source, held)
     )
     return first, second
 
@@ -116,6 +120,20 @@ def check_conditions(source: Source) -> None:
         )
 
 
+def check_captions(source: Source, name: str) -> None:
+    """Args:
+        name: what errors call the network.
+
+    Raises:
+        ValueError: the images have no captions.
+    """
+    check_conditions(source)
+    if not source.has_captions:
+        raise ValueError(
+            f"the images in {source.path} have classes, and {name} reads captions: name a table with --captions"
+        )
+
+
 class OwnTokensTask(Task):
     """Args:
     pipe: the pipeline whose `transformer` is trained.
@@ -125,7 +143,8 @@ class OwnTokensTask(Task):
 
     def __init__(self, pipe: Any, examples: Examples, held_out: Examples, options: OwnOptions):
         self.pipe, self.examples, self.held_out = pipe, examples, held_out
-        self.dropped, self.base = options.dropped, options.init or ""
+        self.dropped = DROPPED if options.dropped is None else options.dropped
+        self.base = options.init or ""
         self.adapter, self.digest = None, digest_of(pipe.transformer)
         if options.lora is not None:
             if options.init is None:
@@ -133,10 +152,8 @@ class OwnTokensTask(Task):
             self.adapter = lora.inject(pipe.transformer, options.lora)
         pipe.transformer.train()
         self.networks: dict[str, nn.Module] = {"model": pipe.transformer}
-        self.options = {
-            name: str(getattr(options, name)) for name in ("init", "size", "tokenizer", "lora", "dropped", "crops")
-        }
-        self.options |= {"images": examples.source.identity}
+        self.options = {name: str(getattr(options, name)) for name in ("init", "size", "tokenizer", "lora", "crops")}
+        self.options |= {"dropped": str(self.dropped), "images": examples.source.identity}
 
     def batch(self, size: int, generator: torch.Generator) -> dict[str, Tensor]:
         """Which images, crops and captions, and whose conditions are left out, [B] each."""
@@ -150,11 +167,13 @@ class OwnTokensTask(Task):
 
     def read(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """Tokens [B, N] and conditions of a drawn batch."""
-        images = batch["image"].tolist()
-        tokens = self.examples.ids(images, batch["crop"].tolist())
-        captions = [self.examples.conditions(index) for index in images]
-        texts = [own[int(chance * len(own))] for own, chance in zip(captions, batch["caption"].tolist(), strict=True)]
-        return {"tokens": tokens, "dropped": batch["dropped"], **self.condition(texts)}
+        tokens = self.examples.ids(batch["image"].tolist(), batch["crop"].tolist())
+        return {"tokens": tokens, "dropped": batch["dropped"], **self.condition(self.texts(batch))}
+
+    def texts(self, batch: dict[str, Tensor]) -> list[str]:
+        """Classes or captions of a drawn batch; of several one."""
+        own = [self.examples.conditions(index) for index in batch["image"].tolist()]
+        return [texts[int(chance * len(texts))] for texts, chance in zip(own, batch["caption"].tolist(), strict=True)]
 
     @torch.no_grad()
     def condition(self, texts: list[str]) -> dict[str, Tensor]:

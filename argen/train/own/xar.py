@@ -9,7 +9,6 @@ Letters in shape comments: B samples, C channels of a latent of h x w, N positio
 
 from dataclasses import replace
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -17,6 +16,7 @@ from argen.device import pick
 from argen.models.xar import SIZES, XAR
 from argen.pipelines.xar import XARPipeline
 from argen.train.loop import Schedule
+from argen.train.own.latents import bits_of, drawn_latents, moments
 from argen.train.own.options import OwnOptions
 from argen.train.own.run import OwnRecipe
 from argen.train.own.start import image_tokenizer_of, read_text_encoder, size_of, start_of
@@ -69,8 +69,7 @@ class XARTask(OwnTokensTask):
         return self._with_latents(batch, self.drawn(len(batch["tokens"]), torch.Generator().manual_seed(first)))
 
     def _with_latents(self, read: dict[str, Tensor], drawn: dict[str, Tensor]) -> dict[str, Tensor]:
-        mean, deviation = moments_of(read["tokens"], tuple(drawn["drawn"].shape[1:])).unbind(1)
-        latents = mean + deviation * drawn["drawn"]
+        latents = drawn_latents(read["tokens"], drawn["drawn"])
         return read | {"tokens": latents, "times": drawn["times"], "noise": drawn["noise"]}
 
     def loss(self, network: nn.Module, batch: dict[str, Tensor]) -> Tensor:
@@ -85,23 +84,6 @@ class XARTask(OwnTokensTask):
         else:
             velocity = network(noisy, batch["times"], batch["condition"], batch["dropped"])
         return (velocity.float() - (noise - x)).square().mean()
-
-
-def moments(vae: KLVAE, pixels: Tensor) -> Tensor:
-    """Pixels [B, 3, H, W] in [0, 1] -> mean and deviation of their scaled latents [B, 2, C, h, w]."""
-    posterior = vae.posterior(pixels)
-    return torch.stack([posterior.mean, posterior.std], dim=1).float() * vae.vae.config.scaling_factor
-
-
-def bits_of(numbers: Tensor) -> Tensor:
-    """[B, ...] in float16 -> [B, L], whole numbers below 65536 with the same bits."""
-    return torch.from_numpy(numbers.flatten(1).half().cpu().numpy().view(np.uint16).astype(np.int32))
-
-
-def moments_of(bits: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """What `bits_of` made of moments [B, 2, *shape] -> float32."""
-    numbers = bits.cpu().numpy().astype(np.uint16).view(np.float16)
-    return torch.from_numpy(numbers.astype(np.float32)).view(len(bits), 2, *shape)
 
 
 def new_pipeline(options: OwnOptions, source: Source) -> XARPipeline:

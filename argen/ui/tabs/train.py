@@ -83,7 +83,7 @@ class Train:
             lora = gr.Number(16, precision=0, minimum=1, maximum=256, label="LoRA rank", min_width=120)
             steps = gr.Number(STEPS[False], precision=0, minimum=1, label="Steps", min_width=120, elem_id="train-steps")
         first = next(iter(trainings.PARTS))
-        choices = named(self.trainings.shipped(first))
+        choices = named(self.trainings.shipped(first), first)
         self.init = gr.Dropdown(
             choices, value=choices[0][1], allow_custom_value=True, label="Start from", elem_id="train-init"
         )
@@ -124,7 +124,7 @@ class Train:
         """Update what a recipe can start from."""
         if not self.allowed(request):
             return gr.skip()
-        choices = named(self.trainings.starts(recipe))
+        choices = named(self.trainings.starts(recipe), recipe)
         known = init in (value for _, value in choices)
         return gr.update(choices=choices, value=init if known else choices[0][1])
 
@@ -236,9 +236,10 @@ class Train:
         return describe(state), curve(state), caption, sample, *buttons(state), now, timer
 
 
-def named(models: list[str]) -> list[tuple[str, str]]:
+def named(models: list[str], recipe: str) -> list[tuple[str, str]]:
     """The choices of what a training starts from."""
-    return [*((name, name) for name in models), (NEW, MINI)]
+    new = [] if trainings.PARTS[recipe] is None else [(NEW, MINI)]
+    return [*((name, name) for name in models), *new]
 
 
 def selected(name: str | None) -> str:
