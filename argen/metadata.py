@@ -97,7 +97,7 @@ def encoded(
 
 def _scaled(image: Image.Image, size: tuple[int, int] | None) -> Image.Image:
     """An image in another size, with what it says of how it was made."""
-    info = {name: image.info[name] for name in (TOKENS, MADE_BY, PARAMETERS) if name in image.info}
+    info: dict[Any, Any] = {name: image.info[name] for name in (TOKENS, MADE_BY, PARAMETERS) if name in image.info}
     image = fitted(image, size)
     image.info |= info
     return image

@@ -86,14 +86,11 @@ class TokenPipeline(Adapting, Editing, Ranking, Running, Saving):
         card: of the loaded checkpoint, if it has one.
         canvas: kind of grid that the pipeline fills.
         ordered: whether every prefix of the tokens is an image, so that `num_tokens` can vary and beam search works.
-        looks_ahead: whether tokens that are kept are seen by those before them, too; then `start` takes them as ``grid=``, [B, N]
-            with -1 where a token is to be written.
     """
 
     card: Card | None = None
     canvas: TokenGrid = TokenGrid()
     ordered = False
-    looks_ahead = False
     _interrupt = False
     if TYPE_CHECKING:  # of diffusers, whose classes type checkers do not see
         components: dict[str, Any]
@@ -142,6 +139,12 @@ class TokenPipeline(Adapting, Editing, Ranking, Running, Saving):
     def defaults(self) -> Defaults:
         """Default sampling settings: the card's, else `official`."""
         return replace(self.official, **self.card.defaults) if self.card else self.official
+
+    @property
+    def looks_ahead(self) -> bool:
+        """Whether tokens that are kept are seen by those before them, too; then `start` takes ``grid=``, [B, N] with -1 where a token is to
+        be written."""
+        return False
 
     @property
     def name(self) -> str:
