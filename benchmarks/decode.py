@@ -26,8 +26,9 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 from argen.command import Parser, guarded
 from argen.device import DTYPES, pick
 from argen.hub.loading import compile_decoding
-from argen.models.llamagen import SIZES, LlamaGen, LlamaGenSession
+from argen.models.llamagen import SIZES, LlamaGen
 from argen.models.quantized import Quantization, quantize
+from argen.models.session import LlamaGenSession
 from samplers.logits import Gumbel, Sampling, guide, keys_of
 from samplers.steps import Sequential
 from samplers.steps import pick as decide

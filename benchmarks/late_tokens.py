@@ -17,8 +17,9 @@ import torch
 
 from argen.command import Parser, guarded
 from argen.hub.loading import compile_decoding
-from argen.models.llamagen import SIZES, LlamaGen, LlamaGenSession
+from argen.models.llamagen import SIZES, LlamaGen
 from argen.models.quantized import Quantization, quantize
+from argen.models.session import LlamaGenSession
 
 PLACES = (64, 560, 1100, 2304)
 GRID, PASSES, CHUNK = 48, 13, 256

@@ -20,12 +20,12 @@ from argen.models.controlar import ControlAR
 from argen.models.dalle_mini import DalleMiniDecoder
 from argen.models.flexar import FlexAR, FlexARSession
 from argen.models.gptq import hessian
-from argen.models.llamagen import LlamaGen, LlamaGenSession
+from argen.models.llamagen import LlamaGen
 from argen.models.parti import Parti
 from argen.models.quantized import HEADS, Quantization, QuantizedLinear, layers_of
 from argen.models.rotation import random_rotation, rotate, stream_of
 from argen.models.seed_llama import SeedLlamaSession, Vocabulary
-from argen.models.session import DecoderSession
+from argen.models.session import DecoderSession, LlamaGenSession
 
 # --- every network, tiny
 

@@ -16,7 +16,8 @@ from argen.cli.main import main
 from argen.hub.cards import all_cards
 from argen.hub.loading import compile_decoding, loader
 from argen.models.kv_cache import KeyValueCache
-from argen.models.llamagen import LlamaGen, LlamaGenSession
+from argen.models.llamagen import LlamaGen
+from argen.models.session import LlamaGenSession
 
 needs_openvino = pytest.mark.skipif(
     importlib.util.find_spec("openvino") is None, reason="OpenVINO is not installed: pip install '.[openvino]'"

@@ -15,7 +15,8 @@ import argen
 from argen.metadata import read_request, save_images
 from argen.models.annotators import as_control, canny
 from argen.models.controlar import ENCODERS, ControlAR, converted
-from argen.models.llamagen import SIZES, LlamaGenSession
+from argen.models.llamagen import SIZES
+from argen.models.session import LlamaGenSession
 from argen.pipelines import controlar
 from argen.pipelines.controlar import ControlARPipeline
 from argen.request import Control, Request

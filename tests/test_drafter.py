@@ -9,7 +9,8 @@ from conftest import published_keys, shapes
 from safetensors.torch import load_file
 
 from argen.models.drafter import Drafter, DraftSession
-from argen.models.llamagen import SIZES, LlamaGen, LlamaGenSession, converted
+from argen.models.llamagen import SIZES, LlamaGen, converted
+from argen.models.session import LlamaGenSession
 from argen.pipelines.llamagen import left_padded
 from samplers.lantern import Lantern, table_of
 from samplers.logits import Gumbel, Recorded, Sampling, keep_top_k, keep_top_p, keys_of

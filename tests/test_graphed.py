@@ -13,7 +13,8 @@ import argen
 from argen.hub.abilities import check_compile
 from argen.models import graphed
 from argen.models.graphed import GraphedStep
-from argen.models.llamagen import LlamaGen, LlamaGenSession
+from argen.models.llamagen import LlamaGen
+from argen.models.session import LlamaGenSession
 from samplers.logits import Gumbel, Sampling
 from samplers.steps import Sequential
 

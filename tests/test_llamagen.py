@@ -12,7 +12,8 @@ from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
 import argen
 from argen.data.imagenet import class_id
-from argen.models.llamagen import SIZES, LlamaGen, LlamaGenSession
+from argen.models.llamagen import SIZES, LlamaGen
+from argen.models.session import LlamaGenSession
 from argen.pipelines.llamagen import LlamaGenPipeline, clean_caption, left_padded
 from samplers.jacobi import Jacobi
 from samplers.logits import Recorded, Sampling

@@ -10,7 +10,8 @@ import argen
 from argen.cli.main import main
 from argen.models.compiled import CompiledStep
 from argen.models.graphed import GraphedStep
-from argen.models.llamagen import LlamaGen, LlamaGenSession
+from argen.models.llamagen import LlamaGen
+from argen.models.session import LlamaGenSession
 from argen.train.own.llamagen import known_cells
 
 N = 16

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from argen.models.kv_cache import KeyValueCache
 from argen.models.layers import Linear, causal_mask, check_heads, grid_places, rotary_table, rotate, split_heads
-from argen.models.llamagen import LlamaGenSession
+from argen.models.session import LlamaGenSession
 from samplers.trees import of_images
 from tokenizers_img.attention import DispatchedAttention
 from tokenizers_img.checkpoint import load_strict, read_state_dict

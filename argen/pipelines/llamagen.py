@@ -11,8 +11,9 @@ from transformers import CLIPModel, PreTrainedTokenizerFast, T5EncoderModel
 from argen.files import WEIGHTS
 from argen.models.drafter import Drafter
 from argen.models.files import emoji_text, load_network
-from argen.models.llamagen import LlamaGen, LlamaGenSession
+from argen.models.llamagen import LlamaGen
 from argen.models.llamagen_files import read_generator
+from argen.models.session import LlamaGenSession
 from argen.models.t5 import read_t5, text_features
 from argen.pipelines.base import Defaults, TokenPipeline
 from argen.pipelines.canvas import check_grids
