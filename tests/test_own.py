@@ -65,6 +65,7 @@ def test_llamagen_learns_classes_of_a_folder(classes, tmp_path, capsys):
     assert "held-out loss 8.3" in said  # ln 4096: the head begins at zero
     pipe = argen.load(tmp_path / "run" / "final")
     assert pipe.class_of("class:green") == 1
+    assert (pipe.card.takes, pipe.card.grid) == (("class",), True)
     assert pipe("class:blue", generator=torch.Generator().manual_seed(0)).images[0].size == (pipe.image_size,) * 2
     with pytest.raises(ValueError, match="no class is named 'yellow'"):
         pipe("class:yellow")
