@@ -1,15 +1,18 @@
 """Trainings on own images, by the command: a folder in, a model out that `argen.load` reads."""
 
+import shutil
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from accelerate import PartialState
 from PIL import Image
 
 import argen
 from argen.cli.main import main
 from argen.registry import recipes
+from argen.train import checkpoints
 from argen.train.own import xar
 from argen.train.own.options import OwnOptions
 from argen.train.own.run import opened, run
@@ -164,6 +167,35 @@ def test_the_second_start_goes_on_and_encodes_nothing(classes, tmp_path, monkeyp
     assert again == straight
     weights = [argen.load(tmp_path / name / "final").transformer.state_dict() for name in ("straight", "stopped")]
     assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
+
+
+def test_the_last_checkpoints_are_kept(classes, tmp_path, monkeypatch):
+    options = OwnOptions(
+        images=str(classes),
+        size="mini",
+        tokenizer="argen/emoji-vitvqgan",
+        crops="center",
+        batch_size=2,
+        evaluate_every=1,
+        keep_checkpoints=3,
+    )
+    monkeypatch.setattr("argen.train.own.tokens.OwnTokensTask.sample", lambda task: Image.new("RGB", (8, 8)))
+    out = tmp_path / "run"
+    run(recipes["llamagen"], options, out, steps=5, stop=4)
+    kept = {path.name: checkpoints.step_of(out) for path in out.glob("checkpoint*")}
+    assert kept.keys() == {"checkpoint", "checkpoint-000003", "checkpoint-000002"}
+    assert {checkpoints.damage(out / name) for name in kept} == {None}
+    straight = run(recipes["llamagen"], options, out, steps=5)
+    shutil.rmtree(out / "checkpoint")
+    shutil.rmtree(out / "final")
+    shutil.rmtree(out / "checkpoint-000004")
+    (out / "checkpoint-000003").rename(out / "checkpoint")
+    assert checkpoints.step_of(out) == 3
+    assert run(recipes["llamagen"], options, out, steps=5) == straight
+    (out / "checkpoint" / "recipe.json").write_text("cut")
+    (out / "checkpoint-000004" / "recipe.json").write_text("cut")
+    assert checkpoints.find(PartialState(), out) == out / "checkpoint"  # what was kept before those that are damaged
+    assert checkpoints.step_of(out) == 3
 
 
 @pytest.mark.parametrize(

@@ -312,6 +312,7 @@ def train(
     checkpoint_every: int = 500,
     evaluate_every: int = 1000,
     precision: str | None = None,
+    keep: int = 1,
 ) -> dict[str, float]:
     """Train until ``schedule.steps`` (or `steps`), resuming from the last checkpoint in `out`; returns the last scores.
 
@@ -319,6 +320,7 @@ def train(
     at the end, ``out/final`` with the averaged weights.
 
     Args:
+        keep: how many checkpoints are kept, the last ones.
         precision: "bf16" (mixed) or "fp32"; None for that of the checkpoint, or without one the faster one here.
     """
     training = Training(task, schedule, out, seed, precision)
@@ -339,7 +341,7 @@ def train(
             elif progress.step % LOG_EVERY == 0:
                 training.write_log({})
             if progress.step % checkpoint_every == 0 or progress.step == end:
-                checkpoints.write(training.accelerator, out, training.recipe, progress.step)
+                checkpoints.write(training.accelerator, out, training.recipe, progress.step, keep)
     return training.finish(scores)
 
 

@@ -83,7 +83,8 @@ def run(
         for network in task.networks.values():
             network.compile()
     every = options.evaluate_every
-    return train(task, schedule, out, seed=seed, steps=stop, checkpoint_every=every, evaluate_every=every)
+    often = {"checkpoint_every": every, "evaluate_every": every, "keep": options.keep_checkpoints}
+    return train(task, schedule, out, seed=seed, steps=stop, **often)
 
 
 def opened(options: OwnOptions, conditions: bool = True) -> Source:
