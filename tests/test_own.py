@@ -11,6 +11,7 @@ from PIL import Image
 
 import argen
 from argen.cli.main import main
+from argen.jobs.trainings import read_log
 from argen.registry import recipes
 from argen.train import checkpoints
 from argen.train.own import xar
@@ -167,6 +168,31 @@ def test_the_second_start_goes_on_and_encodes_nothing(classes, tmp_path, monkeyp
     assert again == straight
     weights = [argen.load(tmp_path / name / "final").transformer.state_dict() for name in ("straight", "stopped")]
     assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
+
+
+def test_a_tracker_shows_losses_scores_and_samples(classes, tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    new = ["--size", "mini", "--tokenizer", "argen/emoji-vitvqgan", "--crops", "center"]
+    assert train("llamagen", classes, tmp_path / "run", *new, "--tracker", "tensorboard") == 0
+    events = EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
+    entry = read_log(tmp_path / "run" / "log.jsonl")[-1]
+    assert {"loss", "rate", "gradient norm", "held-out loss", "seconds"} <= set(events.Tags()["scalars"])
+    (shown,) = events.Scalars("held-out loss")
+    assert (shown.step, shown.value) == (2, pytest.approx(entry["held-out loss"], rel=1e-5))
+    sheet = Image.open(tmp_path / "run" / "sample-000002.png")
+    (image,) = (
+        events.Images("samples/image/0") if "samples/image/0" in events.Tags()["images"] else events.Images("samples")
+    )
+    assert (image.width, image.height) == sheet.size
+
+
+def test_a_tracker_that_is_not_installed_is_named(classes, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("argen.train.tracking.get_available_trackers", list)
+    assert train("llamagen", classes, tmp_path / "run", "--tracker", "wandb") == 2
+    assert capsys.readouterr().err.endswith("tracker is wandb, which is not installed: pip install wandb\n")
+    assert not (tmp_path / "run").exists()
 
 
 def test_the_last_checkpoints_are_kept(classes, tmp_path, monkeypatch):

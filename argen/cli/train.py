@@ -11,7 +11,7 @@ DESCRIPTION = """Train a model: a generator or an image tokenizer on your own im
 family, emoji-..., on sets that `argen data` makes. A run that was stopped resumes with the same command."""
 OWN = [  # settings of `argen.train.own.options.OwnOptions` that have a flag of their own
     "images", "captions", "image_column", "caption_column", "label_column", "control_column", "split", "missing_captions", "strict", "init", "size", "text_encoder",
-    "image_size", "crops", "control", "lora", "batch_size", "micro_batch", "learning_rate", "warmup", "dropped", "ema_decay", "evaluate_every", "keep_checkpoints",
+    "image_size", "crops", "control", "lora", "batch_size", "micro_batch", "learning_rate", "warmup", "dropped", "ema_decay", "evaluate_every", "keep_checkpoints", "tracker",
 ]  # fmt: skip
 
 

@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from argen.device import fast_dtype, pick
 from argen.files import naming
-from argen.train import checkpoints
+from argen.train import checkpoints, tracking
 from argen.train.muon import FloatMuon
 
 LOG_EVERY = 10  # steps between lines of the log; those of `Training.evaluate` have scores, too
@@ -168,13 +168,16 @@ class Recipe:
 class Training:
     """A task in training, at the last checkpoint of its folder if there is one; see `train`."""
 
-    def __init__(self, task: Task, schedule: Schedule, out: Path, seed: int, precision: str | None):
+    def __init__(
+        self, task: Task, schedule: Schedule, out: Path, seed: int, precision: str | None, tracker: str | None = None
+    ):
         out.mkdir(parents=True, exist_ok=True)
         set_seed(seed)
         checkpoint = checkpoints.find(PartialState(), out)
         precision = precision or _precision(checkpoint)
         AcceleratorState._reset_state()  # an earlier training of this process may have had another precision
-        self.accelerator = Accelerator(mixed_precision="bf16" if precision == "bf16" else "no")
+        mixed = "bf16" if precision == "bf16" else "no"
+        self.accelerator = Accelerator(mixed_precision=mixed, log_with=tracker, project_dir=out)
         slower = precision == "bf16" and _fast_precision() == "fp32"
         note = " (as it began; this machine is faster in fp32)" if slower else ""
         self.accelerator.print(f"{out.name}: training in {precision} on {self.accelerator.device}{note}")
@@ -183,6 +186,7 @@ class Training:
         self.task, self.schedule, self.out, self.seed = task, schedule, out, seed
         task.total = schedule.steps
         self.prepare(precision, checkpoint)
+        tracking.begin(self.accelerator, out, self.recipe, self.progress.step)
         self.log: dict[str, float] = {}
         self.reader = ThreadPoolExecutor(1)
         self.ahead: tuple[int, Future] | None = None  # the next step's batch, which is read while this one is learned
@@ -277,7 +281,9 @@ class Training:
             return {}
         with _averaged(self.model, self.ema):
             scores = self.task.evaluate()
-            self.task.sample().save(self.out / f"sample-{self.progress.step:06d}.png")
+            sheet = self.task.sample()
+        sheet.save(self.out / f"sample-{self.progress.step:06d}.png")
+        tracking.show(self.accelerator, sheet, self.progress.step)
         entry = self.write_log(scores)
         tqdm.write(json.dumps({key: round(value, 4) for key, value in entry.items()}))
         return scores
@@ -289,6 +295,7 @@ class Training:
         if self.accelerator.is_main_process:
             with (self.out / "log.jsonl").open("a") as file:
                 file.write(json.dumps(entry) + "\n")
+            self.accelerator.log({key: value for key, value in entry.items() if key != "step"}, step=step)
         return entry
 
     def finish(self, scores: dict[str, float]) -> dict[str, float]:
@@ -300,6 +307,7 @@ class Training:
                 with naming(self.out / "final"):
                     self.task.save(self.out / "final.new")
                 checkpoints.replace_folder(self.out / "final.new", self.out / "final")
+        tracking.end(self.accelerator)
         return scores
 
 
@@ -313,6 +321,7 @@ def train(
     evaluate_every: int = 1000,
     precision: str | None = None,
     keep: int = 1,
+    tracker: str | None = None,
 ) -> dict[str, float]:
     """Train until ``schedule.steps`` (or `steps`), resuming from the last checkpoint in `out`; returns the last scores.
 
@@ -321,9 +330,10 @@ def train(
 
     Args:
         keep: how many checkpoints are kept, the last ones.
+        tracker: name of one of accelerate's that gets the log and the samples, too; None for none.
         precision: "bf16" (mixed) or "fp32"; None for that of the checkpoint, or without one the faster one here.
     """
-    training = Training(task, schedule, out, seed, precision)
+    training = Training(task, schedule, out, seed, precision, tracker)
     progress, scores = training.progress, {}
     end = min(steps or schedule.steps, schedule.steps)
     hidden = not training.accelerator.is_main_process

@@ -69,4 +69,7 @@ class OwnOptions:
         None, description="of the averaged weights, which are what is saved"
     )
     evaluate_every: Positive = Field(500, description="steps between scores, sample images and checkpoints")
+    tracker: Literal["tensorboard", "trackio", "wandb"] | None = Field(
+        None, description="where losses, rates, scores and samples are shown, too"
+    )
     keep_checkpoints: Positive = Field(1, description="how many checkpoints are kept, the last ones")

@@ -18,6 +18,7 @@ from argen.train.loop import Schedule, Task, train
 from argen.train.own.options import OwnOptions
 from argen.train.sources import Source, held_out, open_source
 from argen.train.token_cache import TokenCache, Tokens
+from argen.train.tracking import check_tracker
 from samplers.errors import InvalidValue
 from tokenizers_img.base import ImageTokenizer
 from tokenizers_img.pixels import from_pil
@@ -74,6 +75,7 @@ def run(
     Raises:
         FileNotFoundError, ValueError: images or options that cannot be used; says which, before anything is written.
     """
+    check_tracker(options.tracker)
     schedule = recipe.scheduled(options, steps)
     with PartialState().main_process_first():  # what it finds out is kept for the others
         source = opened(options, recipe.conditions)
@@ -84,7 +86,7 @@ def run(
             network.compile()
     every = options.evaluate_every
     often = {"checkpoint_every": every, "evaluate_every": every, "keep": options.keep_checkpoints}
-    return train(task, schedule, out, seed=seed, steps=stop, **often)
+    return train(task, schedule, out, seed=seed, steps=stop, tracker=options.tracker, **often)
 
 
 def opened(options: OwnOptions, conditions: bool = True) -> Source:
