@@ -12,13 +12,13 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from accelerate import PartialState
 from einops import rearrange
 from PIL import Image
 from torch import Tensor, nn
 
 from argen.hub.cards import ADAPTED, Card, write_card
 from argen.models.lora import digest_of
+from argen.processes import processes
 from argen.train import lora
 from argen.train.loop import Task
 from argen.train.own.options import OwnOptions
@@ -77,7 +77,7 @@ def examples_of(
         crops: see `argen.eval.images.crops`.
         tokenizer, encode: another one; see `argen.train.own.run.encoded`.
     """
-    if PartialState().is_main_process:
+    if processes().is_main_process:
         print(source.report(size=pipe.image_size))
     tokenizer = tokenizer or pipe.image_tokenizer
     first, second = (
@@ -123,6 +123,8 @@ class OwnTokensTask(Task):
     options: of them the share of conditions that are left out, and the rank of a LoRA.
     """
 
+    shards = True
+
     def __init__(self, pipe: Any, examples: Examples, held_out: Examples, options: OwnOptions):
         self.pipe, self.examples, self.held_out = pipe, examples, held_out
         self.dropped, self.base = options.dropped, options.init or ""
@@ -137,6 +139,11 @@ class OwnTokensTask(Task):
             name: str(getattr(options, name)) for name in ("init", "size", "tokenizer", "lora", "dropped", "crops")
         }
         self.options |= {"images": examples.source.identity}
+
+    def use(self, network: nn.Module) -> None:
+        """See `argen.train.loop.Task.use`; the pipeline has it, too."""
+        super().use(network)
+        self.pipe.transformer = network
 
     def batch(self, size: int, generator: torch.Generator) -> dict[str, Tensor]:
         """Which images, crops and captions, and whose conditions are left out, [B] each."""
