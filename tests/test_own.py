@@ -195,6 +195,51 @@ def test_a_tracker_that_is_not_installed_is_named(classes, tmp_path, capsys, mon
     assert not (tmp_path / "run").exists()
 
 
+def test_options_come_from_a_file(classes, tmp_path, capsys):
+    config = tmp_path / "mini.toml"
+    config.write_text(
+        'size = "mini"\ntokenizer = "argen/emoji-vitvqgan"\ncrops = "center"\nbatch-size = 7\nsteps = 99\n'
+    )
+    assert train("llamagen", classes, tmp_path / "run", "--config", str(config)) == 0
+    schedule = checkpoints.recipe_of(tmp_path / "run" / "checkpoint")["schedule"]
+    assert (schedule["steps"], schedule["batch_size"]) == (2, 4)  # of the command line
+    capsys.readouterr()
+    for text, message in (
+        ("size = ", "is no TOML"),
+        ("speed = 3", "has 'speed': expected options of own images"),
+        ("batch-size = 0", "batch_size is 0: expected"),
+        ("steps = 1.5", "steps is 1.5: expected a whole number"),
+    ):
+        config.write_text(text)
+        arguments = [
+            "train",
+            "llamagen",
+            "--images",
+            str(classes),
+            "--out",
+            str(tmp_path / "no"),
+            "--config",
+            str(config),
+        ]
+        assert main(arguments) == 2
+        said = capsys.readouterr().err
+        assert message in said
+        assert said.count("\n") == 1
+    assert main(["train", "emoji-parti", "--out", str(tmp_path / "no"), "--config", str(config)]) == 2
+    assert "--config is for own images" in capsys.readouterr().err
+
+
+def test_shards_need_gpus(classes, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    new = ["--size", "mini", "--tokenizer", "argen/emoji-vitvqgan", "--crops", "center"]
+    for version, message in (("1", "fsdp_version is 1: expected 2"), ("2", "FSDP needs GPUs, and this runs on cpu")):
+        monkeypatch.setenv("FSDP_VERSION", version)
+        assert train("llamagen", classes, tmp_path / "run", *new) == 2
+        said = capsys.readouterr().err
+        assert message in said
+        assert said.strip().count("\n") == 0
+
+
 def test_the_last_checkpoints_are_kept(classes, tmp_path, monkeypatch):
     options = OwnOptions(
         images=str(classes),
