@@ -129,7 +129,8 @@ def run(args: argparse.Namespace) -> None:
         lock = attach(args.out)  # noqa: F841 - held to the end
         options = {name: value for name in (*OWN, "tokenizer") if (value := getattr(args, name)) is not None}
         scores = train_own(recipe, OwnOptions(**options), args.out, args.seed, args.steps, compile=args.compile)
-        print(f"{args.out / 'final'}: " + ", ".join(f"{name} {value:.4g}" for name, value in scores.items()))
+        if scores:  # of the first process
+            print(f"{args.out / 'final'}: " + ", ".join(f"{name} {value:.4g}" for name, value in scores.items()))
         return
     if foreign := [name for name in OWN if getattr(args, name) not in (None, False)]:
         raise ValueError(
