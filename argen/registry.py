@@ -311,6 +311,7 @@ commands = Registry(
             "grid",
             "describe",
             "quantize",
+            "merge",
             "control",
             "bind",
             "erase",

@@ -49,8 +49,9 @@ class Tiny(Task):
         save_file(self.networks["model"].state_dict(), folder / "model.safetensors")
 
 
-def run(out: Path, steps: int | None = None) -> dict[str, float]:
-    return train(Tiny(), SCHEDULE, out, steps=steps, checkpoint_every=2, evaluate_every=4, precision="fp32")
+def run(out: Path, steps: int | None = None, keep: int = 1) -> dict[str, float]:
+    often = {"checkpoint_every": 2, "evaluate_every": 4, "keep": keep}
+    return train(Tiny(), SCHEDULE, out, steps=steps, **often, precision="fp32")
 
 
 @pytest.fixture(scope="module")
@@ -100,24 +101,27 @@ def killed_at(monkeypatch, moment: int) -> None:
     monkeypatch.setattr(Accelerator, "save_state", counted(Accelerator.save_state, half_written))
 
 
-@pytest.mark.parametrize("done", [4, 12])
-def test_a_kill_between_any_two_changes_of_folders_loses_one_checkpoint_at_most(tmp_path, straight, monkeypatch, done):
+@pytest.mark.parametrize(("done", "keep"), [(4, 1), (12, 1), (6, 2)])
+def test_a_kill_between_any_two_changes_of_folders_loses_one_checkpoint_at_most(
+    tmp_path, straight, monkeypatch, done, keep
+):
     """`done`: the steps of the run before the one that is killed."""
     for moment in range(1, 60):
         out = tmp_path / f"{moment}"
-        run(out, steps=done)
+        run(out, steps=done, keep=keep)
         try:
             with monkeypatch.context() as patch:
                 killed_at(patch, moment)
-                run(out, steps=done + 2)
+                run(out, steps=done + 2, keep=keep)
         except Killed:
-            assert run(out) == straight[1]
+            assert run(out, keep=keep) == straight[1]
             assert same(out, straight[0])
+            assert keep == 1 or {path.name for path in out.glob("checkpoint*")} == {"checkpoint", "checkpoint-000010"}
             assert (out / "sample-000012.png").is_file()
             shutil.rmtree(out)
         else:
             break
-    assert moment > (8 if done == 4 else 3)
+    assert moment > (3 if done == 12 else 8)
 
 
 def test_a_run_between_the_two_renames_goes_on_from_the_newer(tmp_path, straight, monkeypatch):

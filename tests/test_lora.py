@@ -1,6 +1,7 @@
 """LoRA: trained factors beside a frozen network, added to weights when a model is loaded, and on a pipeline as in diffusers."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from safetensors.torch import load_file, save_file
 
 import argen
 from argen.cli.main import main
+from argen.hub.cards import ADAPTED, find_card, write_card
 from argen.models.lora import CONFIG, FILE, digest_of, parse
 from argen.train import lora
 from samplers.errors import InvalidValue
@@ -63,6 +65,62 @@ def test_adapters_come_and_go_on_a_pipeline(folder):
         pipe.set_adapters("cats")
     pipe.unload_lora_weights()
     assert all(torch.equal(value, weights[name]) for name, value in pipe.transformer.state_dict().items())
+
+
+def test_adapters_are_fused_and_unfused(folder):
+    pipe, name = argen.load(MODEL), "layers.0.attention.wqkv.weight"
+    before = pipe.transformer.state_dict()[name].clone()
+    with pytest.raises(ValueError, match="there is no LoRA to fuse: add one with load_lora_weights first"):
+        pipe.fuse_lora()
+    pipe.load_lora_weights(folder, adapter_name="style")
+    full = pipe.transformer.state_dict()[name] - before
+    pipe.fuse_lora(lora_scale=0.5)
+    torch.testing.assert_close(pipe.transformer.state_dict()[name] - before, full / 2, atol=1e-6, rtol=1e-4)
+    with pytest.raises(ValueError, match=r"the LoRA style is a part of the weights: call unfuse_lora\(\) first"):
+        pipe.set_adapters("style", 2.0)
+    pipe.load_lora_weights(folder, adapter_name="more")  # it is checked against the weights without adapters
+    torch.testing.assert_close(pipe.transformer.state_dict()[name] - before, 1.5 * full, atol=1e-6, rtol=1e-4)
+    pipe.set_adapters("more", 0.0)
+    pipe.unfuse_lora()
+    assert pipe.get_active_adapters() == ["style"]
+    torch.testing.assert_close(pipe.transformer.state_dict()[name] - before, full, atol=1e-6, rtol=1e-4)
+    pipe.fuse_lora(adapter_names=["style"])
+    pipe.unload_lora_weights()
+    assert pipe.get_active_adapters() == []
+    torch.testing.assert_close(pipe.transformer.state_dict()[name] - before, full, atol=1e-6, rtol=1e-4)
+
+
+def test_a_merged_folder_draws_as_the_model_with_its_lora(folder, tmp_path, capsys):
+    both = ["--lora", f"{folder}:0.5", "--lora", f"{folder}:0.25"]
+    assert main(["merge", MODEL, *both, "-o", str(tmp_path / "merged")]) == 0
+    assert f"{MODEL} with the LoRA {folder}:0.5, {folder}:0.25" in capsys.readouterr().out
+    assert {path.name for path in tmp_path.iterdir()} == {"merged"}
+    pipe = argen.load(tmp_path / "merged")
+    assert torch.equal(drawn(pipe), drawn(argen.load(MODEL, lora=f"{folder}:0.5,{folder}:0.25")))
+    assert pipe.card.defaults == argen.load(MODEL).card.defaults
+    assert not list((tmp_path / "merged").rglob("adapter*"))
+    write_card(
+        replace(find_card(MODEL), target=ADAPTED, arguments={"base": MODEL}), folder
+    )  # as `argen train` writes it
+    assert main(["merge", str(folder), "-o", str(tmp_path / "itself"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["base"] == MODEL
+    assert torch.equal(drawn(argen.load(tmp_path / "itself")), drawn(argen.load(MODEL, lora=str(folder))))
+
+
+def test_what_cannot_be_merged(folder, tmp_path, capsys):
+    (tmp_path / "there").mkdir()
+    for arguments, message in (
+        ([MODEL, "-o", "new"], "lora is missing: name what is merged"),
+        ([MODEL, "--lora", str(folder), "-o", "there"], "is there already: choose another --out"),
+        ([MODEL, "--lora", "none", "-o", "new"], "lora is none: expected a folder with adapter_config.json"),
+        (["argen/emoji-parti", "--lora", str(folder), "-o", "new"], "which was trained on argen/emoji-llamagen"),
+        (["argen/emoji-vitvqgan", "--lora", str(folder), "-o", "new"], "is a tokenizer, expected a generator"),
+    ):
+        assert main(["merge", *arguments[:-1], str(tmp_path / arguments[-1])]) == 2
+        said = capsys.readouterr().err
+        assert message in said
+        assert said.count("\n") == 1
+    assert {path.name for path in tmp_path.iterdir()} == {"there"}
 
 
 def test_peft_reads_the_folder(folder):

@@ -1,15 +1,19 @@
 """Trainings on own images, by the command: a folder in, a model out that `argen.load` reads."""
 
+import shutil
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from accelerate import PartialState
 from PIL import Image
 
 import argen
 from argen.cli.main import main
+from argen.jobs.trainings import read_log
 from argen.registry import recipes
+from argen.train import checkpoints
 from argen.train.own import drafter, xar
 from argen.train.own.latents import bits_of, moments_of
 from argen.train.own.options import OwnOptions
@@ -66,6 +70,7 @@ def test_llamagen_learns_classes_of_a_folder(classes, tmp_path, capsys):
     assert "held-out loss 8.3" in said  # ln 4096: the head begins at zero
     pipe = argen.load(tmp_path / "run" / "final")
     assert pipe.class_of("class:green") == 1
+    assert (pipe.card.takes, pipe.card.grid) == (("class",), True)
     assert pipe("class:blue", generator=torch.Generator().manual_seed(0)).images[0].size == (pipe.image_size,) * 2
     with pytest.raises(ValueError, match="no class is named 'yellow'"):
         pipe("class:yellow")
@@ -164,6 +169,105 @@ def test_the_second_start_goes_on_and_encodes_nothing(classes, tmp_path, monkeyp
     assert again == straight
     weights = [argen.load(tmp_path / name / "final").transformer.state_dict() for name in ("straight", "stopped")]
     assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
+
+
+def test_a_tracker_shows_losses_scores_and_samples(classes, tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    new = ["--size", "mini", "--tokenizer", "argen/emoji-vitvqgan", "--crops", "center"]
+    assert train("llamagen", classes, tmp_path / "run", *new, "--tracker", "tensorboard") == 0
+    events = EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
+    entry = read_log(tmp_path / "run" / "log.jsonl")[-1]
+    assert {"loss", "rate", "gradient norm", "held-out loss", "seconds"} <= set(events.Tags()["scalars"])
+    (shown,) = events.Scalars("held-out loss")
+    assert (shown.step, shown.value) == (2, pytest.approx(entry["held-out loss"], rel=1e-5))
+    sheet = Image.open(tmp_path / "run" / "sample-000002.png")
+    (image,) = (
+        events.Images("samples/image/0") if "samples/image/0" in events.Tags()["images"] else events.Images("samples")
+    )
+    assert (image.width, image.height) == sheet.size
+
+
+def test_a_tracker_that_is_not_installed_is_named(classes, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("argen.train.tracking.get_available_trackers", list)
+    assert train("llamagen", classes, tmp_path / "run", "--tracker", "wandb") == 2
+    assert capsys.readouterr().err.endswith("tracker is wandb, which is not installed: pip install wandb\n")
+    assert not (tmp_path / "run").exists()
+
+
+def test_options_come_from_a_file(classes, tmp_path, capsys):
+    config = tmp_path / "mini.toml"
+    config.write_text(
+        'size = "mini"\ntokenizer = "argen/emoji-vitvqgan"\ncrops = "center"\nbatch-size = 7\nsteps = 99\n'
+    )
+    assert train("llamagen", classes, tmp_path / "run", "--config", str(config)) == 0
+    schedule = checkpoints.recipe_of(tmp_path / "run" / "checkpoint")["schedule"]
+    assert (schedule["steps"], schedule["batch_size"]) == (2, 4)  # of the command line
+    capsys.readouterr()
+    for text, message in (
+        ("size = ", "is no TOML"),
+        ("speed = 3", "has 'speed': expected options of own images"),
+        ("batch-size = 0", "batch_size is 0: expected"),
+        ("steps = 1.5", "steps is 1.5: expected a whole number"),
+    ):
+        config.write_text(text)
+        arguments = [
+            "train",
+            "llamagen",
+            "--images",
+            str(classes),
+            "--out",
+            str(tmp_path / "no"),
+            "--config",
+            str(config),
+        ]
+        assert main(arguments) == 2
+        said = capsys.readouterr().err
+        assert message in said
+        assert said.count("\n") == 1
+    assert main(["train", "emoji-parti", "--out", str(tmp_path / "no"), "--config", str(config)]) == 2
+    assert "--config is for own images" in capsys.readouterr().err
+
+
+def test_shards_need_gpus(classes, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    new = ["--size", "mini", "--tokenizer", "argen/emoji-vitvqgan", "--crops", "center"]
+    for version, message in (("1", "fsdp_version is 1: expected 2"), ("2", "FSDP needs GPUs, and this runs on cpu")):
+        monkeypatch.setenv("FSDP_VERSION", version)
+        assert train("llamagen", classes, tmp_path / "run", *new) == 2
+        said = capsys.readouterr().err
+        assert message in said
+        assert said.strip().count("\n") == 0
+
+
+def test_the_last_checkpoints_are_kept(classes, tmp_path, monkeypatch):
+    options = OwnOptions(
+        images=str(classes),
+        size="mini",
+        tokenizer="argen/emoji-vitvqgan",
+        crops="center",
+        batch_size=2,
+        evaluate_every=1,
+        keep_checkpoints=3,
+    )
+    monkeypatch.setattr("argen.train.own.tokens.OwnTokensTask.sample", lambda task: Image.new("RGB", (8, 8)))
+    out = tmp_path / "run"
+    run(recipes["llamagen"], options, out, steps=5, stop=4)
+    kept = {path.name: checkpoints.step_of(out) for path in out.glob("checkpoint*")}
+    assert kept.keys() == {"checkpoint", "checkpoint-000003", "checkpoint-000002"}
+    assert {checkpoints.damage(out / name) for name in kept} == {None}
+    straight = run(recipes["llamagen"], options, out, steps=5)
+    shutil.rmtree(out / "checkpoint")
+    shutil.rmtree(out / "final")
+    shutil.rmtree(out / "checkpoint-000004")
+    (out / "checkpoint-000003").rename(out / "checkpoint")
+    assert checkpoints.step_of(out) == 3
+    assert run(recipes["llamagen"], options, out, steps=5) == straight
+    (out / "checkpoint" / "recipe.json").write_text("cut")
+    (out / "checkpoint-000004" / "recipe.json").write_text("cut")
+    assert checkpoints.find(PartialState(), out) == out / "checkpoint"  # what was kept before those that are damaged
+    assert checkpoints.step_of(out) == 3
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import sys
 import textwrap
 import time
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,16 +17,19 @@ import numpy as np
 import psutil
 import pytest
 from PIL import Image
+from test_server import Served
 from test_ui import PATIENCE, chromium, page, site  # noqa: F401, fixtures
 from test_ui import pytestmark as marks
 
+from argen.hub.cards import ADAPTED, Card, ids, write_card
 from argen.hub.loading import load
 from argen.hub.model_cache import ModelCache
 from argen.jobs import trainings as background
 from argen.jobs.access import ModelAccess
-from argen.jobs.queue import Forbidden
+from argen.jobs.queue import Forbidden, Studio
 from argen.jobs.trainings import FAILED, FINISHED, MINI, RUNNING, STOPPED, Plan, Trainings, attach, time_left
 from argen.train.containers import Zip
+from argen.ui.build import build
 from argen.ui.context import AppContext
 from argen.ui.tabs.train import Train, describe, named
 
@@ -233,6 +237,62 @@ def test_images_that_cannot_be_used_are_refused(images, tmp_path):
         with pytest.raises(ValueError, match="the images have classes, and .* reads captions"):
             background.check_fits(refused, source)
     background.check_fits(plan(tmp_path, init=MINI), source)
+    with pytest.raises(ValueError, match="^lora is for models of captions, and this one draws classes: leave it out$"):
+        background.check_fits(plan(tmp_path, init="trainings/mine"), source, by_class=True)
+    captions = background.look(images)
+    with pytest.raises(ValueError, match="mine draws classes, and the images have captions: choose another model"):
+        background.check_fits(plan(tmp_path, init="trainings/mine"), captions, by_class=True)
+
+
+def made(folder: Path, name: str, *, index: dict | None = None, **changes) -> None:
+    """A training that is finished: the card of what it made, and the index of a pipeline where it is one."""
+    final = folder / name / "final"
+    final.mkdir(parents=True)
+    card = Card(name, "generator", "made here", ADAPTED if index is None else "argen.hub.loading:load")
+    write_card(replace(card, **changes), final)
+    if index is not None:
+        (final / "model_index.json").write_text(json.dumps(index))
+
+
+def test_every_front_end_lists_what_was_trained(tmp_path, pipe):
+    studio = Studio(tmp_path, lambda name: pipe)
+    folder = studio.store.trainings
+    assert studio.models.generators() == ids("generator")
+    made(folder, "a-lora", grid=True)
+    made(folder, "by-class", grid=True, index={"_class_name": "LlamaGenPipeline", "text_encoder": [None, None]})
+    made(folder, "ordered", index={"_class_name": "FlexARPipeline", "text_encoder": ["transformers", "CLIPModel"]})
+    made(folder, "a-vq", kind="tokenizer")
+    (folder / "broken" / "final").mkdir(parents=True)
+    (folder / "broken" / "final" / "argen.toml").write_text("id =")
+    fits = lambda **which: {  # noqa: E731
+        name.removeprefix("trainings/") for name in studio.models.generators(**which) if name.startswith("trainings/")
+    }
+    assert fits() == fits(control=False) == {"a-lora", "by-class", "ordered"}
+    assert fits(grid=True) == {"a-lora", "by-class"}
+    assert fits(text=True) == {"a-lora", "ordered"}
+    assert fits(control=True) == set()
+    assert not studio.models.draws_classes("trainings/a-lora")
+    assert studio.models.draws_classes("trainings/by-class")
+    blocks = build(AppContext(studio))
+    fields = {"model", "edit-model", "grid-model", "batch-model", "eval-model", "gallery-model"}
+    choices = {
+        block.elem_id: {name for _, name in block.choices}
+        for block in blocks.blocks.values()
+        if block.elem_id in fields
+    }
+    shown = {field: {name for name in names if name.startswith("trainings/")} for field, names in choices.items()}
+    everything = {"trainings/a-lora", "trainings/by-class", "trainings/ordered"}
+    assert shown == dict.fromkeys(fields, everything) | {
+        "edit-model": {"trainings/a-lora", "trainings/by-class"},
+        "eval-model": {"trainings/a-lora", "trainings/ordered"},
+    }
+    served = Served(studio, page=blocks)
+    try:
+        listed = {model["id"] for model in served.ask("/v1/models")[1]["data"]}
+        assert listed == {*ids("generator"), *everything}
+        assert {model["model_name"] for model in served.ask("/sdapi/v1/sd-models")[1]} == listed
+    finally:
+        served.close()
 
 
 def test_a_bomb_is_not_unpacked(tmp_path, monkeypatch):

@@ -1,17 +1,20 @@
 """`argen train`."""
 
 import argparse
+import tomllib
 from pathlib import Path
 
 from argen.command import add_settings
 from argen.registry import recipes
+from argen.words import cut
+from samplers.settings import settings_of
 
 HELP = "train a model"
 DESCRIPTION = """Train a model: a generator or an image tokenizer on your own images (--images), by the recipe of its published code, or one of the shipped
 family, emoji-..., on sets that `argen data` makes. A run that was stopped resumes with the same command."""
 OWN = [  # settings of `argen.train.own.options.OwnOptions` that have a flag of their own
     "images", "captions", "image_column", "caption_column", "label_column", "control_column", "split", "missing_captions", "strict", "init", "size", "text_encoder",
-    "image_size", "crops", "control", "lora", "batch_size", "micro_batch", "learning_rate", "warmup", "dropped", "described", "objective", "ema_decay", "evaluate_every",
+    "image_size", "crops", "control", "lora", "batch_size", "micro_batch", "learning_rate", "warmup", "dropped", "described", "objective", "ema_decay", "evaluate_every", "keep_checkpoints", "tracker",
 ]  # fmt: skip
 
 
@@ -47,6 +50,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     own = parser.add_argument_group(
         "own images", "of the recipes " + ", ".join(name for name in recipes if not name.startswith("emoji-"))
     )
+    own.add_argument(
+        "--config", type=Path, metavar="FILE", help="TOML with some of these options and steps; others on the line win"
+    )
     add_settings(own, OwnOptions, OWN, "the recipe's")
     parser = parser.add_argument_group("the shipped family", "of the recipes emoji-...")
     parser.add_argument(
@@ -70,6 +76,36 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--setting", choices=("cpu", "gpu"), default="cpu", help="length and batch size")
 
 
+def read_config(args: argparse.Namespace) -> None:
+    """Set options that were not given to what the file of --config says.
+
+    Raises:
+        ValueError: it cannot be read, or has something else; says what.
+    """
+    from argen.train.own.options import OwnOptions
+
+    known = settings_of(OwnOptions)
+    try:
+        content = tomllib.loads(args.config.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{args.config} is no TOML ({error}): expected lines as size = 'B'") from error
+    for key, value in content.items():
+        name = key.replace("-", "_")
+        if name not in (*OWN, "tokenizer", "steps"):
+            raise ValueError(
+                f"{args.config} has {cut(repr(key))}: expected options of own images, as size or batch-size"
+            )
+        if name == "steps" and (not isinstance(value, int) or value < 1):
+            raise ValueError(f"{args.config}: steps is {cut(repr(value))}: expected a whole number, at least 1")
+        if getattr(args, name) in (None, False):
+            try:
+                setattr(
+                    args, name, value if name == "steps" or known[name].kind is bool else known[name].parse(str(value))
+                )
+            except ValueError as error:
+                raise ValueError(f"{args.config}: {error}") from error
+
+
 def run(args: argparse.Namespace) -> None:
     from argen.files import WEIGHTS
     from argen.jobs.trainings import attach
@@ -79,6 +115,10 @@ def run(args: argparse.Namespace) -> None:
     from argen.train.own.run import run as train_own
 
     recipe = recipes[args.recipe]
+    if args.config is not None:
+        if not isinstance(recipe, OwnRecipe):
+            raise ValueError(f"--config is for own images, and {args.recipe} is of the shipped family: leave it out")
+        read_config(args)
     given = [
         name for name in ("data", "scenes", "clip", "vae", "judge", "generator", "x") if getattr(args, name) is not None
     ]
@@ -89,7 +129,8 @@ def run(args: argparse.Namespace) -> None:
         lock = attach(args.out)  # noqa: F841 - held to the end
         options = {name: value for name in (*OWN, "tokenizer") if (value := getattr(args, name)) is not None}
         scores = train_own(recipe, OwnOptions(**options), args.out, args.seed, args.steps, compile=args.compile)
-        print(f"{args.out / 'final'}: " + ", ".join(f"{name} {value:.4g}" for name, value in scores.items()))
+        if scores:  # of the first process
+            print(f"{args.out / 'final'}: " + ", ".join(f"{name} {value:.4g}" for name, value in scores.items()))
         return
     if foreign := [name for name in OWN if getattr(args, name) not in (None, False)]:
         raise ValueError(

@@ -19,7 +19,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate import PartialState
 from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
@@ -29,6 +28,7 @@ from argen.eval import metrics
 from argen.eval.features import Extractor
 from argen.eval.images import ImageArray, ImageSet, cropped, digest, open_images
 from argen.files import replacing
+from argen.processes import processes
 from argen.words import cut
 
 logger = logging.getLogger(__name__)
@@ -61,11 +61,6 @@ class Statistics:
 def generator_of(seed: int, index: int) -> torch.Generator:
     """Generator that image `index` of a run is sampled with, in whatever batch and process."""
     return torch.Generator().manual_seed((seed << 32) + index)
-
-
-def processes() -> PartialState:
-    """State of this process among those of the run."""
-    return PartialState(cpu=not torch.accelerator.is_available())
 
 
 def features(

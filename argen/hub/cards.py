@@ -350,8 +350,3 @@ def list_models(kind: str | None = None) -> list[Card]:
 def ids(kind: str) -> list[str]:
     """Those of a kind, see `Card`."""
     return [card.id for card in list_models(kind)]
-
-
-def generators(control: bool = False) -> list[str]:
-    """The generators that take a control image, or those that take none."""
-    return [card.id for card in list_models("generator") if ("control" in card.takes) == control]

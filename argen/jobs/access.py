@@ -3,10 +3,11 @@
 import json
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from argen.hub.cards import check_kind, ids
+from argen.hub.cards import CARD_FILE, Card, check_kind, ids, list_models, read_folder_card
 
 TRAINED = "trainings/"  # what the names of models begin with that were trained on the page
 DEPTHS = "[!.]*", "[!.]*/[!.]*", "[!.]*/[!.]*/[!.]*"  # of folders that are looked through
@@ -33,6 +34,30 @@ class ModelAccess:
         results = self.trainings.glob("[!.]*/final") if self.trainings else []
         times = {path: path.stat().st_mtime for path in results if path.is_dir()}
         return {f"{TRAINED}{path.parent.name}": path for path in sorted(times, key=lambda path: -times[path])}
+
+    def generators(self, control: bool | None = None, grid: bool = False, text: bool = False) -> list[str]:
+        """The names of generators, as every front end lists them: those that have an id, then what was trained here.
+
+        Args:
+            control: those that take a control image, or those that take none; None for both.
+            grid: only those whose images are grids of tokens, which can be edited.
+            text: only those that draw captions.
+        """
+        trained = {name: card for name, path in self.trained().items() if (card := _generator_card(path)) is not None}
+        cards = {card.id: card for card in list_models("generator")} | trained
+        return [
+            name
+            for name, card in cards.items()
+            if control in (None, "control" in card.takes)
+            and (card.grid or not grid)
+            and ("text" in card.takes or not text)
+        ]
+
+    def draws_classes(self, name: str) -> bool:
+        """Whether a generator draws classes alone; the name has been checked."""
+        path = Path(self.check(name))
+        card = _generator_card(path) if path.is_dir() else next(card for card in list_models() if card.id == name)
+        return card is not None and "text" not in card.takes
 
     def saved(self, pipeline: str) -> list[str]:
         """The names of what was trained, and the paths of what lies up to three folders below one of `folders`, that are saved pipelines of
@@ -90,6 +115,21 @@ class ModelAccess:
             return str(path) if name.strip() and inside and path.exists() else None
         except (OSError, ValueError):
             return None
+
+
+def _generator_card(folder: Path) -> Card | None:
+    """The card of a generator in a folder, with what its pipeline takes; None where there is none."""
+    try:
+        card = read_folder_card(folder / CARD_FILE)
+    except ValueError:
+        return None
+    try:
+        index = json.loads((folder / "model_index.json").read_text())
+        by_class = not any(index["text_encoder"])
+    except (OSError, ValueError, TypeError, LookupError):  # a LoRA, or a pipeline whose encoder has another name
+        by_class = False
+    card = replace(card, takes=("class",)) if by_class else card
+    return card if card.kind == "generator" else None
 
 
 def _class_of(folder: Path) -> str | None:

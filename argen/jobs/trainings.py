@@ -150,7 +150,7 @@ class Trainings:
         check_name(name)
         self.check(plan)
         images = Path(plan.images if upload is None else upload)
-        check_fits(plan, look(images))
+        check_fits(plan, look(images), plan.init != MINI and self.models.draws_classes(plan.init))
         with self.lock:
             self._check_free()
             folder = self.folder / name
@@ -342,18 +342,26 @@ def look(images: Path):
     return source
 
 
-def check_fits(plan: Plan, source) -> None:
-    """Raises:
-    ValueError: the images have classes, and what is trained reads captions.
+def check_fits(plan: Plan, source, by_class: bool = False) -> None:
+    """Check that what is trained can learn what the images have, as the process of the training does later.
+
+    Args:
+        by_class: whether the model that it starts from draws classes alone.
+
+    Raises:
+        ValueError: it cannot, or no LoRA can.
     """
-    card = all_cards().get(plan.init)
-    by_captions = plan.recipe in ("parti", "seed-lm") or (card is not None and "text" in card.takes)
+    by_captions = not by_class and (plan.recipe in ("parti", "seed-lm") or plan.init != MINI)
     if source.classes is not None and by_captions:
         what = "Parti" if plan.init == MINI else plan.init
         raise ValueError(
             f"the images have classes, and {what} reads captions: put a .txt file beside each image, or train a new small "
             "network of another recipe"
         )
+    if plan.init != MINI:
+        from argen.train.own.start import check_conditions_of
+
+        check_conditions_of(plan.init, by_class, source.classes is not None, plan.lora)
 
 
 def check_name(name: str) -> None:

@@ -18,6 +18,7 @@ class Adapting(DiffusionPipeline):
 
     _adapters: dict[str, tuple[Adapter, float]] = {}
     _unchanged: dict[str, torch.Tensor] = {}  # parameters as they are without adapters
+    _fused: dict[str, float] = {}  # adapters that `fuse_lora` has made a part of the weights, and their weights before
 
     def load_lora_weights(self, pretrained_model_name_or_path: str | Path, adapter_name: str | None = None) -> None:
         """Add a LoRA to the weights; "PATH:WEIGHT" adds a part of it.
@@ -62,20 +63,64 @@ class Adapting(DiffusionPipeline):
                 else f"{len(weights)} weights for {len(names)} adapters"
             )
             raise InvalidValue(f"{wrong}: expected some of {expected}", "adapter_names")
+        self._check_separate(names)
         chosen = dict(zip(names, weights, strict=True))
         self._restore()
-        self._adapters = {name: (adapter, chosen.get(name, 0.0)) for name, (adapter, _) in self._adapters.items()}
+        self._adapters = {
+            name: (adapter, weight if name in self._fused else chosen.get(name, 0.0))
+            for name, (adapter, weight) in self._adapters.items()
+        }
+        self._add()
+
+    def fuse_lora(self, lora_scale: float = 1.0, adapter_names: Sequence[str] | None = None) -> None:
+        """Make adapters a part of the weights, so that they stay there when all are unloaded, and are saved with them.
+
+        Args:
+            lora_scale: by which their weights are multiplied.
+            adapter_names: which; None for all that count.
+
+        Raises:
+            ValueError: there is none, or none of a name; one is fused already.
+        """
+        names = [name for name in self.get_active_adapters() if name not in self._fused]
+        names = names if adapter_names is None else list(adapter_names)
+        unknown = [name for name in names if name not in self._adapters]
+        if unknown or not names:
+            wrong = f"there is no LoRA called {unknown[0]}" if unknown else "there is no LoRA to fuse"
+            raise InvalidValue(f"{wrong}: add one with load_lora_weights first", "adapter_names")
+        self._check_separate(names)
+        self._restore()
+        self._fused = self._fused | {name: self._adapters[name][1] for name in names}
+        scaled = {name: (self._adapters[name][0], lora_scale * self._fused[name]) for name in names}
+        self._adapters = self._adapters | scaled
+        self._add()
+
+    def unfuse_lora(self) -> None:
+        """Let the adapters that were fused, and were not unloaded since, be adapters as they were before."""
+        self._restore()
+        before = {name: (self._adapters[name][0], weight) for name, weight in self._fused.items()}
+        self._adapters, self._fused = self._adapters | before, {}
         self._add()
 
     def unload_lora_weights(self) -> None:
-        """Take all adapters away; the weights are what they were."""
+        """Take all adapters away; the weights are what they were, but for what was fused, which stays."""
         self._restore()
-        self._adapters = {}
+        self._adapters = {name: value for name, value in self._adapters.items() if name in self._fused}
         self._add()
+        self._adapters, self._unchanged, self._fused = {}, {}, {}
 
     def get_active_adapters(self) -> list[str]:
         """Names of the adapters that count."""
         return [name for name, (_, weight) in self._adapters.items() if weight]
+
+    def _check_separate(self, names: Sequence[str]) -> None:
+        """Raises:
+        InvalidValue: one of the adapters is fused.
+        """
+        if fused := [name for name in names if name in self._fused]:
+            raise InvalidValue(
+                f"the LoRA {fused[0]} is a part of the weights: call unfuse_lora() first", "adapter_names"
+            )
 
     def _restore(self) -> None:
         parameters = dict(getattr(self, PART).named_parameters())

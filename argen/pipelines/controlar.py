@@ -30,6 +30,8 @@ class ControlARPipeline(LlamaGenPipeline):
     others: see `LlamaGenPipeline`, with a `ControlAR` as transformer.
     """
 
+    controlled = True
+
     def __init__(
         self,
         transformer: ControlAR,

@@ -14,6 +14,7 @@ from argen.files import naming, removed_if_cut
 from argen.hub.cards import CARD_FILE, Card, all_cards, read_folder_card, write_card
 from argen.hub.loading import choose_attention, compile_decoding, compiles_quantized, settle
 from argen.hub.quantized import PART, quantized, read_quantized, write_network
+from argen.pipelines.canvas import TokenGrid
 from tokenizers_img.mapped import AS_STORED
 
 MOVED = {  # modules of the parts of saved pipelines, as earlier releases named them
@@ -27,6 +28,8 @@ class Saving(DiffusionPipeline):
     """Mixin of `TokenPipeline`: its files, its device and its attention backend."""
 
     card: Card | None = None
+    canvas: TokenGrid
+    controlled = False  # whether a control image is followed
     _offloaded_from: torch.device | None = None  # the GPU on which networks are only while they work
     _stage = ""
 
@@ -78,7 +81,7 @@ class Saving(DiffusionPipeline):
             super().save_pretrained(save_directory, **arguments)
             if quantized(self):  # whose file says so
                 write_network(self.transformer, folder / PART)
-            card = self.card or Card("", "generator", f"a saved {type(self).__name__}", "")
+            card = self.card or self._new_card()
             card = replace(
                 card,
                 id="".join(filter(str.isprintable, folder.name)),
@@ -88,6 +91,13 @@ class Saving(DiffusionPipeline):
                 order=1000,
             )
             write_card(replace(card, arguments={}), folder)
+
+    def _new_card(self) -> Card:
+        """The card of a pipeline that came without one."""
+        takes = "text" if self.components.get("text_encoder", self) is not None else "class"
+        grid = self.canvas.discrete and self.canvas.placed and not self.controlled
+        about = f"a saved {type(self).__name__}"
+        return Card("", "generator", about, "", takes=(takes, *["control"] * self.controlled), grid=grid)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **arguments: Any) -> Self:

@@ -23,7 +23,7 @@ from pydantic import Field
 from starlette.exceptions import HTTPException
 
 from argen.bounds import MAX_SCALED, check_pixels, check_size
-from argen.hub.cards import ids, reading_of
+from argen.hub.cards import reading_of
 from argen.images import from_base64
 from argen.jobs.queue import Progress, Studio
 from argen.jobs.store import CANCELLED, RUNNING
@@ -293,9 +293,9 @@ def set_options(
 
 
 @router.get("/sd-models")
-def models():
+def models(studio: StudioDep):
     unknown_fields = {"hash": None, "sha256": None, "filename": "", "config": None}
-    return [{"title": name, "model_name": name, **unknown_fields} for name in ids("generator")]
+    return [{"title": name, "model_name": name, **unknown_fields} for name in studio.models.generators()]
 
 
 @router.post("/refresh-checkpoints")
@@ -304,7 +304,7 @@ def models():
 @router.post("/unload-checkpoint")
 @router.post("/reload-checkpoint")
 def nothing_to_do():
-    """Do nothing: the list of models does not change while the server runs, and models are loaded on first use."""
+    """Do nothing: the list of models is always the newest, and they are loaded on first use."""
     return {}
 
 

@@ -22,7 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 
-from argen.hub.cards import ids, reading_of
+from argen.hub.cards import reading_of
 from argen.images import TooLarge, read_image
 from argen.jobs.job_progress import final_progress
 from argen.jobs.queue import Progress, Studio
@@ -158,8 +158,8 @@ def _edit_request(studio: Studio, body: Generation, data: bytes, mask: bytes | N
 
 
 @router.get("/v1/models")
-def models():
-    return {"object": "list", "data": [model_object(name) for name in ids("generator")]}
+def models(studio: StudioDep):
+    return {"object": "list", "data": [model_object(name) for name in studio.models.generators()]}
 
 
 @router.get("/v1/models/{name:path}")

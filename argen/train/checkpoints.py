@@ -1,12 +1,14 @@
 """The checkpoint of a training: written whole, swapped in, and read back after a kill at any moment.
 
 Beside ``checkpoint`` lie, at most, ``checkpoint.new``, which is being written or waits to be renamed, and ``checkpoint.old``, the one
-before, which is read where a file of the newer one is damaged. What is whole has a list of its files, written last.
+before, which is read where a file of the newer one is damaged. What is whole has a list of its files, written last. Where more are kept,
+those before are ``checkpoint-000500`` and so on, by their steps.
 """
 
 import json
 import logging
 import os
+import re
 import shutil
 import zlib
 from pathlib import Path
@@ -28,11 +30,16 @@ LATER = {  # settings that checkpoints of earlier releases do not name -> what t
     "decline": ("cosine",), "floor": (0.02,), "decayed": ("all",), "clip": ("norm",), "ema_warmup": (True,), "micro_batch": (None,),
     "hold": (0.0,),
 }  # fmt: skip
+NUMBERED = rf"{CURRENT}-(\d{{6,}})"
 RECIPE, FILES = "recipe.json", "files.json"  # FILES: name -> size and CRC-32
 
 
-def write(accelerator: Accelerator, out: Path, recipe: dict, step: int) -> None:
-    """Save all that the accelerator holds after a step as ``out/checkpoint``; the one before is kept as ``checkpoint.old``."""
+def write(accelerator: Accelerator, out: Path, recipe: dict, step: int, keep: int = 1) -> None:
+    """Save all that the accelerator holds after a step as ``out/checkpoint``; the one before is kept as ``checkpoint.old``.
+
+    Args:
+        keep: of how many steps checkpoints are kept, with this one; from two on those before are called by their steps.
+    """
     new, current, old = out / NEW, out / CURRENT, out / OLD
     if accelerator.is_main_process:
         shutil.rmtree(new, ignore_errors=True)
@@ -46,9 +53,30 @@ def write(accelerator: Accelerator, out: Path, recipe: dict, step: int) -> None:
         manifest = {path.relative_to(new).as_posix(): _facts(path, flush=True) for path in files}
         (new / "files.part").write_text(json.dumps(manifest))
         (new / "files.part").rename(new / FILES)
+        _retire(out, keep)  # what a kill has left
         shutil.rmtree(old, ignore_errors=True)
         _swap(new, current, old)
+        _retire(out, keep)
     accelerator.wait_for_everyone()
+
+
+def numbered(out: Path) -> dict[int, Path]:
+    """The checkpoints that are called by their steps, the oldest first."""
+    found = {int(match[1]): path for path in out.glob(f"{CURRENT}-*") if (match := re.fullmatch(NUMBERED, path.name))}
+    return dict(sorted(found.items()))
+
+
+def _retire(out: Path, keep: int) -> None:
+    """Call the checkpoint before the present one by its step, and delete the oldest until `keep` are left with the present one; with one to
+    keep nothing is done."""
+    if keep == 1:
+        return
+    if (out / OLD / RECIPE).is_file():
+        before = json.loads((out / OLD / RECIPE).read_text())["step"]
+        shutil.rmtree(out / f"{CURRENT}-{before:06d}", ignore_errors=True)
+        (out / OLD).rename(out / f"{CURRENT}-{before:06d}")
+    for path in list(numbered(out).values())[: 1 - keep]:
+        shutil.rmtree(path)
 
 
 def find(accelerator: Accelerator | PartialState, out: Path) -> Path | None:
@@ -76,7 +104,7 @@ def recipe_of(folder: Path) -> dict:
 def step_of(out: Path) -> int | None:
     """The step after which the checkpoint was written that a training in `out` goes on from, without reading all of it; None where there
     is none."""
-    for name in (NEW, CURRENT, OLD):
+    for name in (NEW, CURRENT, OLD, *(path.name for path in reversed(numbered(out).values()))):
         try:
             if (out / name / FILES).is_file():
                 return json.loads((out / name / RECIPE).read_text())["step"]
@@ -149,11 +177,17 @@ def _recover(out: Path) -> None:
     if current.exists() and (reason := damage(current)):
         shutil.rmtree(out / DAMAGED, ignore_errors=True)
         current.rename(out / DAMAGED)
-        has_previous = old.exists() and damage(old) is None
+        has_previous = previous(out) is not None
         then = "; the training goes on from the checkpoint before" if has_previous else ""
         logger.warning("%s is damaged (%s) and put aside as %s%s", current, reason, DAMAGED, then)
-    if not current.exists() and old.exists() and damage(old) is None:
-        old.rename(current)
+    if not current.exists() and (before := previous(out)) is not None:
+        before.rename(current)
+
+
+def previous(out: Path) -> Path | None:
+    """The newest whole checkpoint before the present one; None where there is none."""
+    candidates = [out / OLD, *reversed(numbered(out).values())]
+    return next((path for path in candidates if path.exists() and damage(path) is None), None)
 
 
 def damage(folder: Path) -> str | None:

@@ -10,13 +10,13 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import torch
-from accelerate import Accelerator, PartialState
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import set_seed
 from diffusers.training_utils import EMAModel
@@ -27,8 +27,10 @@ from tqdm import tqdm
 
 from argen.device import fast_dtype, pick
 from argen.files import naming
-from argen.train import checkpoints
+from argen.processes import processes
+from argen.train import checkpoints, tracking
 from argen.train.muon import FloatMuon
+from argen.train.sharding import Averages, WholeCopy, check_shards, is_sharded
 
 LOG_EVERY = 10  # steps between lines of the log; those of `Training.evaluate` have scores, too
 
@@ -80,6 +82,7 @@ class Task(Protocol):
     networks: dict[str, nn.Module]  # "model" is the one that is averaged, evaluated and shipped
     extra_state: tuple[nn.Module, ...] = ()  # further modules that a checkpoint saves
     options: dict[str, str] = {}  # what was chosen beside the schedule
+    shards: bool = False  # whether it only calls its one network, which may then be in shards, and scores a copy of it
     total: int = 0  # steps of the schedule; the loop sets it
 
     def batch(self, size: int, generator: torch.Generator) -> dict[str, Tensor]:
@@ -100,6 +103,10 @@ class Task(Protocol):
 
     def save(self, folder: Path) -> None:
         """Write what ships."""
+
+    def use(self, network: nn.Module) -> None:
+        """Score, sample and save with this network, a copy of the one that is trained, or with that again."""
+        self.networks["model"] = network
 
     def _model(self) -> nn.Module:
         """The network itself, also where training has wrapped it."""
@@ -168,21 +175,27 @@ class Recipe:
 class Training:
     """A task in training, at the last checkpoint of its folder if there is one; see `train`."""
 
-    def __init__(self, task: Task, schedule: Schedule, out: Path, seed: int, precision: str | None):
+    def __init__(
+        self, task: Task, schedule: Schedule, out: Path, seed: int, precision: str | None, tracker: str | None = None
+    ):
         out.mkdir(parents=True, exist_ok=True)
         set_seed(seed)
-        checkpoint = checkpoints.find(PartialState(), out)
+        checkpoint = checkpoints.find(processes(), out)
         precision = precision or _precision(checkpoint)
         AcceleratorState._reset_state()  # an earlier training of this process may have had another precision
-        self.accelerator = Accelerator(mixed_precision="bf16" if precision == "bf16" else "no")
+        mixed = "bf16" if precision == "bf16" else "no"
+        self.accelerator = Accelerator(mixed_precision=mixed, log_with=tracker, project_dir=out)
+        check_shards(self.accelerator, task.networks, task.shards, schedule.muon)
         slower = precision == "bf16" and _fast_precision() == "fp32"
         note = " (as it began; this machine is faster in fp32)" if slower else ""
         self.accelerator.print(f"{out.name}: training in {precision} on {self.accelerator.device}{note}")
         settings = {"seed": seed, "networks": list(task.networks), "options": task.options}
-        self.recipe = {"precision": precision, "schedule": asdict(schedule), **settings}
+        shards = {"shards": True} if is_sharded(self.accelerator) else {}  # whose checkpoints are others
+        self.recipe = {"precision": precision, "schedule": asdict(schedule), **settings, **shards}
         self.task, self.schedule, self.out, self.seed = task, schedule, out, seed
         task.total = schedule.steps
         self.prepare(precision, checkpoint)
+        tracking.begin(self.accelerator, out, self.recipe, self.progress.step)
         self.log: dict[str, float] = {}
         self.reader = ThreadPoolExecutor(1)
         self.ahead: tuple[int, Future] | None = None  # the next step's batch, which is read while this one is learned
@@ -192,12 +205,15 @@ class Training:
         """Make the optimizers and the averaged weights, and load the checkpoint."""
         accelerator, networks = self.accelerator, self.task.networks
         optimizers = {name: optimizers_of(network, self.schedule, precision) for name, network in networks.items()}
-        self.task.networks = {name: accelerator.prepare(network) for name, network in networks.items()}
-        self.optimizers = {name: [accelerator.prepare(part) for part in parts] for name, parts in optimizers.items()}
+        copied = accelerator.is_main_process and is_sharded(accelerator)
+        self.copy = WholeCopy(networks["model"], copied)
+        self.task.networks, self.optimizers = {}, {}
+        for name, network in networks.items():
+            self.task.networks[name], *self.optimizers[name] = accelerator.prepare(network, *optimizers[name])
         self.model = accelerator.unwrap_model(self.task.networks["model"])
         decay, warmup = self.schedule.ema_decay, self.schedule.ema_warmup
         least, after = (0.0, 0) if warmup else (decay, -1)  # of all steps alike
-        self.ema = EMAModel(self.model.parameters(), decay, least, after, use_ema_warmup=warmup, power=0.75)
+        self.ema = Averages(self.model.parameters(), decay, least, after, use_ema_warmup=warmup, power=0.75)
         self.ema.to(accelerator.device)
         self.progress = Progress()
         accelerator.register_for_checkpointing(self.ema, self.progress, *self.task.extra_state)
@@ -254,11 +270,12 @@ class Training:
         """Add up the gradients of the parts' next losses -> the network they are of; None where there are no more."""
         name = None
         for index, (part, share) in enumerate(zip(losses, shares, strict=True)):
-            if (item := _next(part, self.accelerator)) is None:
-                return None
-            name, loss = item
-            last = index == len(losses) - 1
-            with nullcontext() if last else self.accelerator.no_sync(self.task.networks[name]):
+            with ExitStack() as unsynced:  # around the forward pass, too, or each part is
+                for network in self.task.networks.values() if index < len(losses) - 1 else ():
+                    unsynced.enter_context(self.accelerator.no_sync(network))
+                if (item := _next(part, self.accelerator)) is None:
+                    return None
+                name, loss = item
                 self.accelerator.backward(loss * share if share != 1 else loss)
         return name
 
@@ -273,14 +290,31 @@ class Training:
         """Write a sample and a line of the log; gives the scores, none in processes other than the first."""
         if self.ahead:
             self.ahead[1].exception()  # what is measured may use the parts that are read with: one after the other
-        if not self.accelerator.is_main_process:
-            return {}
-        with _averaged(self.model, self.ema):
+        with self.averaged() as ready:
+            if not ready:
+                return {}
             scores = self.task.evaluate()
-            self.task.sample().save(self.out / f"sample-{self.progress.step:06d}.png")
+            sheet = self.task.sample()
+        sheet.save(self.out / f"sample-{self.progress.step:06d}.png")
+        tracking.show(self.accelerator, sheet, self.progress.step)
         entry = self.write_log(scores)
         tqdm.write(json.dumps({key: round(value, 4) for key, value in entry.items()}))
         return scores
+
+    @contextmanager
+    def averaged(self) -> Iterator[bool]:
+        """Meanwhile the task has the averaged weights in the first process -> whether this is the first."""
+        first = self.accelerator.is_main_process
+        if not is_sharded(self.accelerator):
+            with _averaged(self.model, self.ema) if first else nullcontext():
+                yield first
+            return
+        trained, network = self.task.networks["model"], self.copy.fill(self.ema, self.accelerator.device)
+        if network is not None:
+            self.task.use(network)
+        yield first
+        self.task.use(trained)
+        self.copy.release()
 
     def write_log(self, scores: dict[str, float]) -> dict[str, float]:
         """Add a line to the log -> what it says."""
@@ -289,17 +323,19 @@ class Training:
         if self.accelerator.is_main_process:
             with (self.out / "log.jsonl").open("a") as file:
                 file.write(json.dumps(entry) + "\n")
+            self.accelerator.log({key: value for key, value in entry.items() if key != "step"}, step=step)
         return entry
 
     def finish(self, scores: dict[str, float]) -> dict[str, float]:
         """Write what ships; gives the scores, measured now if there are none."""
-        if self.accelerator.is_main_process:
-            with _averaged(self.model, self.ema):
+        with self.averaged() as ready:
+            if ready:
                 scores = scores or self.task.evaluate()  # where there was nothing left to do
                 shutil.rmtree(self.out / "final.new", ignore_errors=True)
                 with naming(self.out / "final"):
                     self.task.save(self.out / "final.new")
                 checkpoints.replace_folder(self.out / "final.new", self.out / "final")
+        tracking.end(self.accelerator)
         return scores
 
 
@@ -312,6 +348,8 @@ def train(
     checkpoint_every: int = 500,
     evaluate_every: int = 1000,
     precision: str | None = None,
+    keep: int = 1,
+    tracker: str | None = None,
 ) -> dict[str, float]:
     """Train until ``schedule.steps`` (or `steps`), resuming from the last checkpoint in `out`; returns the last scores.
 
@@ -319,9 +357,11 @@ def train(
     at the end, ``out/final`` with the averaged weights.
 
     Args:
+        keep: how many checkpoints are kept, the last ones.
+        tracker: name of one of accelerate's that gets the log and the samples, too; None for none.
         precision: "bf16" (mixed) or "fp32"; None for that of the checkpoint, or without one the faster one here.
     """
-    training = Training(task, schedule, out, seed, precision)
+    training = Training(task, schedule, out, seed, precision, tracker)
     progress, scores = training.progress, {}
     end = min(steps or schedule.steps, schedule.steps)
     hidden = not training.accelerator.is_main_process
@@ -339,7 +379,7 @@ def train(
             elif progress.step % LOG_EVERY == 0:
                 training.write_log({})
             if progress.step % checkpoint_every == 0 or progress.step == end:
-                checkpoints.write(training.accelerator, out, training.recipe, progress.step)
+                checkpoints.write(training.accelerator, out, training.recipe, progress.step, keep)
     return training.finish(scores)
 
 

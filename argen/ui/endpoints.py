@@ -9,7 +9,7 @@ from anyio.to_thread import run_sync
 from PIL import Image
 
 from argen.eval.reconstruction import decoded, encoded
-from argen.hub.cards import all_cards, generators, ids
+from argen.hub.cards import all_cards, ids
 from argen.jobs.job_progress import final_progress, follow
 from argen.jobs.store import DONE
 from argen.models.annotators import KINDS
@@ -28,8 +28,8 @@ class Endpoints:
 
     def __init__(self, context: AppContext):
         self.context, self.studio = context, context.studio
-        free, controlled = generators(), generators(control=True)
-        grids = [name for name in free if all_cards()[name].grid]
+        names = self.studio.models.generators
+        free, grids, controlled = names(control=False), names(control=False, grid=True), names(control=True)
         with gr.Column(visible=False):
             kinds = gr.Dropdown(list(KINDS), value="canny", label="Control")
             tokenizers = gr.Dropdown(ids("tokenizer"), value=TOKENIZER, label="Tokenizer")
@@ -126,7 +126,9 @@ class Endpoints:
 
     def models(self) -> list[dict]:
         """List the models."""
-        return [{"id": name, "kind": model.kind, "about": model.about} for name, model in all_cards().items()]
+        listed = [{"id": name, "kind": card.kind, "about": card.about} for name, card in all_cards().items()]
+        trained = [name for name in self.studio.models.generators() if name not in all_cards()]
+        return listed + [{"id": name, "kind": "generator", "about": "trained on this page"} for name in trained]
 
 
 def _add(function: Callable, inputs: list, outputs) -> None:
@@ -138,7 +140,8 @@ def _prompt() -> gr.Textbox:
 
 
 def _model(names: Sequence[str]) -> gr.Dropdown:
-    return gr.Dropdown(list(names), value=names[0], label="Model")
+    """The model; `argen.jobs.access.ModelAccess` checks its name, which a training may have got since the page was made."""
+    return gr.Dropdown(list(names), value=names[0], label="Model", allow_custom_value=True)
 
 
 def _numbers() -> tuple[gr.Number, gr.Number]:

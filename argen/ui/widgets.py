@@ -1,6 +1,7 @@
 """Widgets made of settings, with their bounds and help, and the settings of all samplers, of which the selected one's are visible."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import gradio as gr
@@ -30,6 +31,12 @@ def image_gallery(label: str, **properties) -> gr.Gallery:
     """Create a gallery below its label, which Gradio would lay over the images."""
     gr.Markdown(label)
     return gr.Gallery(label=label, show_label=False, object_fit="contain", **properties)
+
+
+def update_choices(tab: gr.Tab, models: gr.Dropdown, names: Callable[[], list[str]]) -> None:
+    """Let a dropdown of models have the newest names, when the page is loaded and when its tab is opened."""
+    for event in (partial(gr.on, None), tab.select):
+        event(lambda: gr.update(choices=names()), None, models, show_progress="hidden")
 
 
 class SamplerSettings:

@@ -53,6 +53,8 @@ class DrafterTask(LlamaGenTask):
     others: see `OwnTokensTask`.
     """
 
+    shards = False
+
     def __init__(self, pipe: LlamaGenPipeline, examples: Examples, held_out: Examples, options: OwnOptions):
         super().__init__(pipe, examples, held_out, options)
         self.target = pipe.transformer.eval().requires_grad_(False)

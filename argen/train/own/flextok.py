@@ -12,7 +12,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from accelerate import PartialState
 from einops import rearrange
 from torch import Tensor, nn
 
@@ -21,6 +20,7 @@ from argen.eval.images import crop_adm
 from argen.hub.cards import TRAINED_FLEXTOK, Card, write_card
 from argen.hub.loading import load
 from argen.models.clip import TextImageEncoder
+from argen.processes import processes
 from argen.train import flextok as emoji
 from argen.train.flextok import Aligned, FlowTask, begin
 from argen.train.loop import Schedule
@@ -122,7 +122,7 @@ class OwnFlexTokTask(FlowTask):
         self.shape, self.grid = (self.vae.config.latent_channels, side, side), network.config.grid
         aligned = Aligned(network.requires_grad_(True), self.width).to(network.device).train()
         self.networks: dict[str, nn.Module] = {"model": aligned}
-        if PartialState().is_main_process:
+        if processes().is_main_process:
             print(source.report(size=self.size))
         self.examples, self.held = (
             Examples(encoded(seen, part, self.size, options.crops or "flip"), part) for part in (source, held)

@@ -76,4 +76,8 @@ class OwnOptions:
     ema_decay: Annotated[float, Field(ge=0, lt=1)] | None = Field(
         None, description="of the averaged weights, which are what is saved"
     )
-    evaluate_every: Positive = Field(500, description="steps between scores and sample images")
+    evaluate_every: Positive = Field(500, description="steps between scores, sample images and checkpoints")
+    tracker: Literal["tensorboard", "trackio", "wandb"] | None = Field(
+        None, description="where losses, rates, scores and samples are shown, too"
+    )
+    keep_checkpoints: Positive = Field(1, description="how many checkpoints are kept, the last ones")

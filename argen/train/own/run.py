@@ -6,7 +6,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from accelerate import PartialState
 from accelerate.utils import set_seed
 from PIL import Image
 from torch import Tensor
@@ -14,10 +13,13 @@ from torch import Tensor
 from argen.device import pick
 from argen.eval.images import crops
 from argen.metadata import fingerprint
+from argen.processes import processes
 from argen.train.loop import Schedule, Task, train
 from argen.train.own.options import OwnOptions
+from argen.train.sharding import check_launch
 from argen.train.sources import Source, held_out, open_source
 from argen.train.token_cache import TokenCache, Tokens
+from argen.train.tracking import check_tracker
 from samplers.errors import InvalidValue
 from tokenizers_img.base import ImageTokenizer
 from tokenizers_img.pixels import from_pil
@@ -78,8 +80,10 @@ def run(
     Raises:
         FileNotFoundError, ValueError: images or options that cannot be used; says which, before anything is written.
     """
+    check_launch()
+    check_tracker(options.tracker)
     schedule = recipe.scheduled(options, steps)
-    with PartialState().main_process_first():  # what it finds out is kept for the others
+    with processes().main_process_first():  # what it finds out is kept for the others
         source = opened(options, recipe.conditions)
     set_seed(seed)  # of a new network's weights
     task = recipe.prepare(options, *held_out(source))
@@ -87,7 +91,8 @@ def run(
         for network in task.networks.values():
             network.compile()
     every = options.evaluate_every
-    return train(task, schedule, out, seed=seed, steps=stop, checkpoint_every=every, evaluate_every=every)
+    often = {"checkpoint_every": every, "evaluate_every": every, "keep": options.keep_checkpoints}
+    return train(task, schedule, out, seed=seed, steps=stop, tracker=options.tracker, **often)
 
 
 def opened(options: OwnOptions, conditions: bool = True) -> Source:
@@ -136,7 +141,7 @@ def encoded(
         "crop": how,
         "flip": whole is None and how != "center",
     }
-    state = PartialState()
+    state = processes()
     shared = {"rank": state.process_index, "world": state.num_processes, "barrier": state.wait_for_everyone}
     cache = TokenCache(None, settings | {"dtype": str(tokenizer.dtype), "device": device.type}, **shared)
     return cache.encode(source, numbers_of, lambda image: crops(image, size, how) if whole is None else [image])

@@ -12,6 +12,27 @@ from argen.words import cut
 from samplers.errors import InvalidValue
 
 
+def check_conditions_of(name: str, by_class: bool, has_classes: bool, lora: int | None) -> None:
+    """Check that a model to start from can learn what the images have.
+
+    Args:
+        name: of the model.
+        by_class: whether it draws classes, not captions.
+        has_classes: whether the images have classes, not captions.
+        lora: rank of the LoRA that is asked for.
+
+    Raises:
+        InvalidValue: it draws captions where the images have classes, or the other way round; a LoRA of a model of classes.
+    """
+    if by_class != has_classes:
+        has, needs = ("captions", "classes") if by_class else ("classes", "captions")
+        raise InvalidValue(
+            f"{name} draws {needs}, and the images have {has}: choose another model to start from", "init"
+        )
+    if by_class and lora is not None:
+        raise InvalidValue("lora is for models of captions, and this one draws classes: leave it out", "lora")
+
+
 def model_of(options: OwnOptions, kind: type, network: type, name: str) -> Any:
     """The pipeline that `--init` names, in float32.
 
@@ -51,13 +72,7 @@ def start_of(
     """
     pipe = model_of(options, kind, network, name)
     by_class = pipe.components.get("text_encoder") is None
-    if by_class != (source.classes is not None):
-        has, needs = ("captions", "classes") if by_class else ("classes", "captions")
-        raise InvalidValue(
-            f"{options.init} draws {needs}, and the images have {has}: choose another model to start from", "init"
-        )
-    if by_class and options.lora is not None:
-        raise InvalidValue("lora is for models of captions, and this one draws classes: leave it out", "lora")
+    check_conditions_of(options.init, by_class, source.classes is not None, options.lora)
     if source.classes is not None:
         with_classes(pipe.transformer, len(source.classes))
         pipe.transformer.register_to_config(classes=len(source.classes))

@@ -18,7 +18,6 @@ from typing import Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
-from accelerate import PartialState
 from accelerate.utils import gather_object, reduce
 from einops import rearrange
 from PIL import Image, ImageOps
@@ -29,6 +28,7 @@ from argen.eval.features import Extractor, encoder_features
 from argen.eval.images import crop_adm, shrunk
 from argen.eval.metrics import Moments, frechet_distance, psnr
 from argen.hub.loading import load
+from argen.processes import processes
 from argen.train.loop import Task
 from argen.train.own.options import OwnOptions
 from argen.train.sources import Source
@@ -120,7 +120,7 @@ class OwnTokenizerTask(Task):
         self.vectors: list[Tensor] = []
         self.options = {name: str(getattr(options, name)) for name in ("init", "size", "crops")}
         self.options |= {"image_size": str(size), "images": source.identity}
-        if PartialState().is_main_process:
+        if processes().is_main_process:
             print(source.report(size=size))
 
     def batch(self, size: int, generator: torch.Generator) -> dict[str, Tensor]:

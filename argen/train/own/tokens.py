@@ -12,13 +12,13 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from accelerate import PartialState
 from einops import rearrange
 from PIL import Image
 from torch import Tensor, nn
 
 from argen.hub.cards import ADAPTED, Card, write_card
 from argen.models.lora import digest_of
+from argen.processes import processes
 from argen.train import lora
 from argen.train.loop import Task
 from argen.train.own.options import OwnOptions
@@ -81,7 +81,7 @@ def examples_of(
         tokenizer, encode, whole: see `argen.train.own.run.encoded`; `whole` where the options name no crops.
         too_long: see `Source.report`.
     """
-    if PartialState().is_main_process:
+    if processes().is_main_process:
         print(source.report(size=pipe.image_size, too_long=too_long))
     tokenizer = tokenizer or pipe.image_tokenizer
     how, whole = options.crops or crops, None if options.crops else whole
@@ -141,6 +141,8 @@ class OwnTokensTask(Task):
     options: of them the share of conditions that are left out, and the rank of a LoRA.
     """
 
+    shards = True
+
     def __init__(self, pipe: Any, examples: Examples, held_out: Examples, options: OwnOptions):
         self.pipe, self.examples, self.held_out = pipe, examples, held_out
         self.dropped = DROPPED if options.dropped is None else options.dropped
@@ -154,6 +156,11 @@ class OwnTokensTask(Task):
         self.networks: dict[str, nn.Module] = {"model": pipe.transformer}
         self.options = {name: str(getattr(options, name)) for name in ("init", "size", "tokenizer", "lora", "crops")}
         self.options |= {"dropped": str(self.dropped), "images": examples.source.identity}
+
+    def use(self, network: nn.Module) -> None:
+        """See `argen.train.loop.Task.use`; the pipeline has it, too."""
+        super().use(network)
+        self.pipe.transformer = network
 
     def batch(self, size: int, generator: torch.Generator) -> dict[str, Tensor]:
         """Which images, crops and captions, and whose conditions are left out, [B] each."""

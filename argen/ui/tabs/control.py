@@ -3,7 +3,6 @@
 import gradio as gr
 from PIL import Image
 
-from argen.hub.cards import generators
 from argen.models.annotators import KINDS, annotate, as_image
 from argen.request import Control, Request
 from argen.ui.context import AppContext, View, user_errors
@@ -16,7 +15,8 @@ TITLE = "Control"
 
 
 def layout(context: AppContext, tab: gr.Tab) -> None:
-    models, ids = context.studio.models, generators(control=True)
+    models = context.studio.models
+    ids = models.generators(control=True)
 
     def control(image, kind, strength=1.0) -> Control:
         composite = (image or {}).get("composite")

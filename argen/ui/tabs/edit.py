@@ -10,14 +10,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from argen.hub.cards import all_cards, generators
 from argen.pipelines.base import TokenPipeline
 from argen.pipelines.editing import masked_cells
 from argen.registry import samplers_of
 from argen.request import Grid, Request, rows_of
 from argen.ui.context import AppContext, View, user_errors
 from argen.ui.inputs import canvas_input
-from argen.ui.widgets import SamplerSettings
+from argen.ui.widgets import SamplerSettings, update_choices
 from argen.words import check_length
 from tokenizers_img.pixels import on_white, upright
 
@@ -29,18 +28,23 @@ TITLE = "Edit"
 
 
 def layout(context: AppContext, tab: gr.Tab) -> None:
-    Edit(context)
+    edit = Edit(context)
+    update_choices(tab, edit.model, edit.names)
 
 
 class Edit:
-    """The tab, laid out inside the current `gr.Blocks`, for generators whose tokens form a grid."""
+    """The tab, laid out inside the current `gr.Blocks`, for generators whose tokens form a grid.
+
+    Attributes:
+        model: dropdown of them.
+    """
 
     def __init__(self, context: AppContext):
         self.context, models = context, context.studio.models
-        ids = [name for name in generators() if all_cards()[name].grid]
+        ids = self.names()
         with gr.Row():
             with gr.Column(scale=2):
-                model = gr.Dropdown(ids, value=ids[0], label="Model")
+                self.model = model = gr.Dropdown(ids, value=ids[0], label="Model", elem_id="edit-model")
                 prompt = gr.Textbox(label="Prompt", placeholder="a red apple", elem_id="edit-prompt")
                 latest, source = gr.Button("Use latest image", elem_id="edit-latest"), gr.State(None)
                 image = canvas_input(
@@ -91,6 +95,9 @@ class Edit:
         variation_button.click(self.handler_for(variation), [*inputs, share], self.view.job_outputs)
         continue_button.click(self.handler_for(keep_prefix), [*inputs, prefix_share], self.view.job_outputs)
         outpaint_button.click(self.handler_for(outpaint), [*inputs, side, num_cells], self.view.job_outputs)
+
+    def names(self) -> list[str]:
+        return self.context.studio.models.generators(control=False, grid=True)
 
     def use_latest(self, request: gr.Request) -> tuple:
         """Return (the latest image, its prompt, its id)."""

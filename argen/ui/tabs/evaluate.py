@@ -3,6 +3,7 @@
 import tempfile
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import gradio as gr
@@ -12,11 +13,11 @@ from PIL import Image
 from argen.eval import judge, run
 from argen.eval.features import encoder_features
 from argen.eval.images import open_images
-from argen.hub.cards import generators
 from argen.hub.loading import load
 from argen.jobs.queue import Studio
 from argen.metadata import save_images
 from argen.ui.context import AppContext, user_errors
+from argen.ui.widgets import update_choices
 from argen.words import number_of
 from tokenizers_img.pixels import opaque
 
@@ -29,7 +30,9 @@ TITLE = "Evaluate"
 
 
 def layout(context: AppContext, tab: gr.Tab) -> None:
-    studio, ids = context.studio, generators()
+    studio = context.studio
+    names = partial(studio.models.generators, control=False, text=True)
+    ids = names()
 
     def measure(what: str, model: str, num: float, seed: float) -> Iterator[tuple]:
         with user_errors():
@@ -55,6 +58,7 @@ def layout(context: AppContext, tab: gr.Tab) -> None:
                 elem_id="eval",
             )
             first_images = gr.Image(label="The first 64", format="png", interactive=False, elem_id="eval-grid")
+    update_choices(tab, model, names)
     running = measure_button.click(measure, [what, model, num, seed], [state, table, first_images], concurrency_limit=1)
     stop.click(lambda: "stopped", None, state, cancels=[running])
 

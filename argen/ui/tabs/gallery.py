@@ -4,10 +4,9 @@ import gradio as gr
 import numpy as np
 import torch
 
-from argen.hub.cards import ids
 from argen.jobs.store import SavedImage
 from argen.ui.context import AppContext, display_settings, enlarge, origin_overlay, overlay, user_errors
-from argen.ui.widgets import image_gallery
+from argen.ui.widgets import image_gallery, update_choices
 
 PAGE_SIZE = 48
 MAX_ZIPPED = 1000
@@ -19,6 +18,7 @@ TITLE = "Gallery"
 def layout(context: AppContext, tab: gr.Tab) -> None:
     gallery = Gallery(context)
     tab.select(*gallery.first)
+    update_choices(tab, gallery.model, gallery.names)
 
 
 class Gallery:
@@ -29,7 +29,7 @@ class Gallery:
         self.page_ids, self.selected_ids = gr.State([]), gr.State([])
         with gr.Row():
             search = gr.Textbox(label="Words of the prompt", elem_id="search")
-            model = gr.Dropdown(["", *ids("generator")], value="", label="Model")
+            self.model = model = gr.Dropdown(self.names(), value="", label="Model", elem_id="gallery-model")
             favourites_only = gr.Checkbox(False, label="Favourites only", elem_id="favourites")
             page = gr.Number(1, precision=0, minimum=1, label="Page", elem_id="gallery-page")
         with gr.Row():
@@ -80,6 +80,9 @@ class Gallery:
         download.click(self.download_zip, inputs[:3], zip_file)
         show_confidence.click(self.confidence_maps, self.selected_ids, confidence)
         self.first = self.search, inputs, outputs
+
+    def names(self) -> list[str]:
+        return ["", *self.studio.models.generators()]
 
     def search(self, search: str, model: str, favourites_only: bool, page: float, request: gr.Request) -> tuple:
         """Return (thumbnails with prompts, range shown, ids)."""

@@ -4,13 +4,12 @@ import gradio as gr
 
 from argen.data.emoji import STYLES
 from argen.data.imagenet import class_names
-from argen.hub.cards import generators
 from argen.metadata import read_request
 from argen.pipelines.base import TokenPipeline
 from argen.registry import about_of, samplers
 from argen.request import Request
 from argen.ui.context import AppContext, View, display_settings, queue_table, user_errors
-from argen.ui.widgets import SamplerSettings
+from argen.ui.widgets import SamplerSettings, update_choices
 from argen.words import check_length
 from samplers.settings import settings_of
 
@@ -46,7 +45,7 @@ def layout(context: AppContext, tab: gr.Tab) -> None:
     create = Generate(context)
     gr.on(None, create.view.restore, None, create.view.job_outputs)
     gr.on(None, create.presets, None, create.name)
-    gr.on(None, create.model_choices, None, create.model)
+    update_choices(tab, create.model, create.names)
 
 
 class Generate:
@@ -110,11 +109,8 @@ class Generate:
         save.click(self.save_preset, [self.name, *fields[:-1]], self.name)
 
     def names(self) -> list[str]:
-        """The generators, and what was trained here."""
-        return [*generators(), *self.models.trained()]
-
-    def model_choices(self) -> dict:
-        return gr.update(choices=self.names())
+        """The generators without control images, and what was trained here."""
+        return self.models.generators(control=False)
 
     def choose(self, chosen: tuple[str, float] | None) -> list:
         """Show the model that another tab has chosen."""

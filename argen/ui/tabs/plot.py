@@ -4,11 +4,11 @@ from pathlib import Path
 
 import gradio as gr
 
-from argen.hub.cards import generators
 from argen.jobs.store import DONE, OVER
 from argen.jobs.tables import Axis, axis_names, expand_axes, grid_image, read_table, settings_csv
 from argen.request import Request
 from argen.ui.context import TICK, AppContext, user_errors
+from argen.ui.widgets import update_choices
 from argen.words import number_of
 
 NONE = "none"
@@ -20,13 +20,20 @@ TITLE = "X/Y/Z plot and Batch"
 def layout(context: AppContext, tab: gr.Tab) -> None:
     plot = Plot(context)
     tab.select(plot.restore, None, plot.grid_outputs)
+    for model in plot.models:
+        update_choices(tab, model, plot.names)
 
 
 class Plot:
-    """The tab, laid out inside the current `gr.Blocks`."""
+    """The tab, laid out inside the current `gr.Blocks`.
+
+    Attributes:
+        models: dropdowns of models.
+    """
 
     def __init__(self, context: AppContext):
-        self.context, self.studio, ids = context, context.studio, generators()
+        self.context, self.studio = context, context.studio
+        ids = self.names()
         grid_state = gr.State(None)  # the axes, and the ids of the jobs
         names = axis_names()
         gr.Markdown("### X/Y/Z plot: one prompt under several settings")
@@ -82,7 +89,11 @@ class Plot:
                     "The images will appear in the gallery. Waiting jobs are on disk and resume after a restart.",
                     elem_id="batch-state",
                 )
+        self.models = [model, default_model]
         queue_rows.click(self.queue_rows, [file, default_model], batch_status)
+
+    def names(self) -> list[str]:
+        return self.studio.models.generators(control=False)
 
     def start(self, request: gr.Request, model: str, prompt: str, seed: float, *fields: str) -> tuple:
         """Queue every combination of the axes."""
