@@ -30,7 +30,7 @@ from argen.files import naming
 from argen.processes import processes
 from argen.train import checkpoints, tracking
 from argen.train.muon import FloatMuon
-from argen.train.sharding import Averages, WholeCopy, check_shards, is_sharded
+from argen.train.sharding import Averages, WholeCopy, check_shards, is_sharded, trained
 
 LOG_EVERY = 10  # steps between lines of the log; those of `Training.evaluate` have scores, too
 
@@ -125,10 +125,10 @@ def optimizers_of(network: nn.Module, schedule: Schedule, precision: str = "bf16
     """
     rate, decay = schedule.learning_rate, schedule.weight_decay
     embeddings = {id(m.weight) for m in network.modules() if isinstance(m, nn.Embedding)}
-    trained = [p for p in network.parameters() if p.requires_grad]
-    matrices = [p for p in trained if schedule.muon and p.ndim == 2 and id(p) not in embeddings]
+    learned = trained(network)
+    matrices = [p for p in learned if schedule.muon and p.ndim == 2 and id(p) not in embeddings]
     matrix_ids = {id(p) for p in matrices}
-    others = [p for p in trained if id(p) not in matrix_ids]
+    others = [p for p in learned if id(p) not in matrix_ids]
     groups: list[dict[str, Any]] = [{"params": others, "weight_decay": decay}]
     if schedule.decayed == "matrices":
         groups = [
@@ -213,7 +213,7 @@ class Training:
         self.model = accelerator.unwrap_model(self.task.networks["model"])
         decay, warmup = self.schedule.ema_decay, self.schedule.ema_warmup
         least, after = (0.0, 0) if warmup else (decay, -1)  # of all steps alike
-        self.ema = Averages(self.model.parameters(), decay, least, after, use_ema_warmup=warmup, power=0.75)
+        self.ema = Averages(trained(self.model), decay, least, after, use_ema_warmup=warmup, power=0.75)
         self.ema.to(accelerator.device)
         self.progress = Progress()
         accelerator.register_for_checkpointing(self.ema, self.progress, *self.task.extra_state)
@@ -249,7 +249,7 @@ class Training:
             self.task.networks[name].zero_grad()
         for key in logs[0][1]:
             self.log[key] = sum(count * log[key] for count, log in logs) / sum(count for count, _ in logs)
-        self.ema.step(self.model.parameters())
+        self.ema.step(trained(self.model))
         self.progress.step += 1
 
     def read(self, step: int) -> list[tuple[dict[str, Tensor], int]]:
@@ -309,11 +309,11 @@ class Training:
             with _averaged(self.model, self.ema) if first else nullcontext():
                 yield first
             return
-        trained, network = self.task.networks["model"], self.copy.fill(self.ema, self.accelerator.device)
+        own, network = self.task.networks["model"], self.copy.fill(self.ema, self.accelerator.device)
         if network is not None:
             self.task.use(network)
         yield first
-        self.task.use(trained)
+        self.task.use(own)
         self.copy.release()
 
     def write_log(self, scores: dict[str, float]) -> dict[str, float]:
@@ -401,12 +401,12 @@ def _next(losses: Iterator[tuple[str, Tensor]], accelerator: Accelerator) -> tup
 
 @contextmanager
 def _averaged(model: nn.Module, ema: EMAModel) -> Iterator[None]:
-    ema.store(model.parameters())
-    ema.copy_to(model.parameters())
+    ema.store(trained(model))
+    ema.copy_to(trained(model))
     model.eval()
     yield
     model.train()
-    ema.restore(model.parameters())
+    ema.restore(trained(model))
 
 
 class Progress:

@@ -79,6 +79,11 @@ class Averages(EMAModel):
         self.shadow_params = [_as(value, other) for value, other in pairs]
 
 
+def trained(network: nn.Module) -> list[nn.Parameter]:
+    """The parameters that change: those of a LoRA, say, without the network's."""
+    return [parameter for parameter in network.parameters() if parameter.requires_grad]
+
+
 def whole(value: Tensor) -> Tensor:
     """A tensor, gathered from its shards in the first process and empty in the others; one that is no shard as it is."""
     if not isinstance(value, DTensor):
@@ -106,7 +111,7 @@ class WholeCopy:
     @torch.no_grad()
     def fill(self, averages: EMAModel, device: torch.device) -> nn.Module | None:
         """Give it averaged weights -> the network on a device, None in other processes; all of them take part."""
-        own = None if self.network is None else list(self.network.parameters())
+        own = None if self.network is None else trained(self.network)
         for index, value in enumerate(averages.shadow_params):
             gathered = whole(value)
             if own is not None:
