@@ -389,8 +389,6 @@ recipes = Registry(
         "emoji-parti-third": "argen.train.parti:THIRD_RECIPE",
         "emoji-llamagen": "argen.train.llamagen:RECIPE",
         "emoji-llamagen-second": "argen.train.llamagen:SECOND_RECIPE",
-        "emoji-llamagen-third": "argen.train.llamagen:THIRD_RECIPE",
-        "emoji-llamagen-fourth": "argen.train.llamagen:FOURTH_RECIPE",
         "emoji-control": "argen.train.controlar:RECIPE",
         "emoji-drafter": "argen.train.drafter:RECIPE",
         "emoji-xar": "argen.train.xar:RECIPE",

@@ -82,7 +82,7 @@ def test_a_saved_pipeline_keeps_its_defaults(tmp_path):
     pipe.save_pretrained(tmp_path / "mine")
     again = argen.load(tmp_path / "mine")
     assert again.defaults == pipe.defaults
-    assert again.defaults.temperature == 0.9  # which its class has not
+    assert again.defaults.temperature == 0.6  # which its class has not
     assert again.card.takes == ("text", "class")
 
 

@@ -11,7 +11,7 @@ LAYERS = [
     ["tokenizers_img"],
     ["argen.words", "argen.files", "argen.registry", "argen.garbage", "argen"],
     ["argen.bounds", "argen.images", "argen.device"],
-    ["argen.request"],
+    ["argen.request", "argen.processes"],
     ["argen.metadata"],
     ["argen.data"],
     ["argen.models"],
@@ -24,7 +24,7 @@ LAYERS = [
     ["argen.jobs"],
     ["argen.ui", "argen.server"],
     ["argen.cli"],
-    ["argen.__main__", "app", "benchmarks"],
+    ["argen.__main__", "argen.train.__main__", "app", "benchmarks"],
 ]
 NAMES = {name: (level, name) for level, names in enumerate(LAYERS) for name in names}
 FILES = [

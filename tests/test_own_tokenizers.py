@@ -357,7 +357,7 @@ import test_own_tokenizers as tests
 vit_vqgan.MINI, llamagen_vq.MINI = tests.VIT, tests.VQ
 tokenizers.REVIVE_EVERY, tokenizers.SEEN = 3, 1
 state = tests.after_steps(sys.argv[2], Path(sys.argv[3]), Path(sys.argv[4]), None)
-if tokenizers.PartialState().is_main_process:
+if tokenizers.processes().is_main_process:
     torch.save(state, Path(sys.argv[4]) / "state.pt")
 """
 

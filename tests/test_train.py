@@ -116,8 +116,6 @@ def task(request, composed, small_llamagen, small_vae, small_flextok, small_seed
         "emoji-parti-third": lambda: ThirdPartiTask(SAMPLE, composed, tokenizer, clip, WEIGHTS / "emoji-parti"),
         "emoji-llamagen": lambda: llamagen.LlamaGenTask(SAMPLE, composed, tokenizer, clip),
         "emoji-llamagen-second": lambda: llamagen.LlamaGenTask(SAMPLE, composed, tokenizer, clip, small_llamagen),
-        "emoji-llamagen-third": lambda: llamagen.ThirdLlamaGenTask(SAMPLE, composed, tokenizer, clip, small_llamagen),
-        "emoji-llamagen-fourth": lambda: llamagen.FourthLlamaGenTask(SAMPLE, composed, tokenizer, clip, small_llamagen),
         "emoji-control": lambda: controlar.ControlTask(SAMPLE, composed, tokenizer, clip, small_llamagen),
         "emoji-drafter": lambda: drafter.DraftTask(SAMPLE, composed, tokenizer, clip, small_llamagen),
         "emoji-xar": lambda: xar.XARTask(SAMPLE, composed, small_vae, clip),

@@ -173,7 +173,7 @@ def fetch_package(package: str, version: str, cache: Path) -> Path:
     return folder
 
 
-def _names(folder: Path) -> dict[str, dict]:
+def named(folder: Path) -> dict[str, dict]:
     """slug of the English label -> emojibase record (its hexcode and tags, group and subgroup as words)."""
     messages = json.loads((folder / "en/messages.json").read_text())
     groups = {g["order"]: g["key"] for g in messages["groups"]}
@@ -207,7 +207,7 @@ def split_tone(icon: str, known_names: dict) -> tuple[str, str]:
 def icons(cache: Path) -> Iterator[tuple[Icon, str]]:
     """The visible icons of all sets with their SVG texts, in a fixed order: few of those with a skin tone, and of sets that write
     names without spaces those that emojibase knows."""
-    known_names = _names(fetch_package(*NAMES_PACKAGE, cache))
+    known_names = named(fetch_package(*NAMES_PACKAGE, cache))
     joined = {name.replace("-", ""): name for name in known_names}
     group_names = {
         "Animals & Nature": "animals-nature",

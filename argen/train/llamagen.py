@@ -1,8 +1,7 @@
 """Recipe `emoji-llamagen`: a decoder-only generator of the tokens of `emoji-vitvqgan`, after a caption or a group of emoji.
 
-In four stages: `emoji-llamagen` learns with dropout and, as the published models, from the mean of a caption's words;
-`emoji-llamagen-second` goes on from there without dropout, and each word attends and is attended to; `emoji-llamagen-third` learns more single
-things, `emoji-llamagen-fourth` many coloured ones.
+In two stages: `emoji-llamagen` learns with dropout and, as the published models, from the mean of a caption's words;
+`emoji-llamagen-second` goes on from there without dropout, and each word attends and is attended to.
 """
 
 from pathlib import Path
@@ -26,18 +25,6 @@ SECOND_SCHEDULES = {
         steps=5000, batch_size=64, learning_rate=2.5e-3, warmup=100, weight_decay=0.03, betas=(0.9, 0.98), muon=True
     ),
     "gpu": Schedule(steps=20000, batch_size=512, learning_rate=5e-4, weight_decay=0.03, betas=(0.9, 0.98)),
-}
-THIRD_SCHEDULES = {
-    "cpu": Schedule(
-        steps=3000, batch_size=64, learning_rate=2.5e-3, warmup=100, weight_decay=0.03, betas=(0.9, 0.98), muon=True
-    ),
-    "gpu": Schedule(steps=10000, batch_size=512, learning_rate=5e-4, weight_decay=0.03, betas=(0.9, 0.98)),
-}
-FOURTH_SCHEDULES = {
-    "cpu": Schedule(
-        steps=1000, batch_size=64, learning_rate=1.5e-3, warmup=50, weight_decay=0.03, betas=(0.9, 0.98), muon=True
-    ),
-    "gpu": Schedule(steps=5000, batch_size=512, learning_rate=3e-4, weight_decay=0.03, betas=(0.9, 0.98)),
 }
 SIZES = {"caption_length": 24, "dim": 256, "depth": 6, "heads": 4, "multiple_of": 32, "dropout": 0.05}
 
@@ -83,25 +70,7 @@ class LlamaGenTask(TokensTask):
         return LlamaGenPipeline(self._model(), self.vq, self.clip, self.text_tokenizer, list(self.groups))
 
 
-class ThirdLlamaGenTask(LlamaGenTask):
-    """One of five pictures is a scene."""
-
-    scenes_share = 0.2
-
-
-class FourthLlamaGenTask(LlamaGenTask):
-    """Two of five pictures are scenes."""
-
-    scenes_share = 0.4
-
-
 RECIPE = Recipe(LlamaGenTask, SCHEDULES, takes=("scenes", "tokenizer", "clip"))
 SECOND_RECIPE = Recipe(
     LlamaGenTask, SECOND_SCHEDULES, takes=("scenes", "tokenizer", "clip", "generator"), start="emoji-llamagen"
-)
-THIRD_RECIPE = Recipe(
-    ThirdLlamaGenTask, THIRD_SCHEDULES, takes=("scenes", "tokenizer", "clip", "generator"), start="emoji-llamagen"
-)
-FOURTH_RECIPE = Recipe(
-    FourthLlamaGenTask, FOURTH_SCHEDULES, takes=("scenes", "tokenizer", "clip", "generator"), start="emoji-llamagen"
 )
