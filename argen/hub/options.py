@@ -19,7 +19,10 @@ class LoadOptions:
 
     dtype: Dtype = Field(default="auto", description="precision of the networks")
     attention: Attention | None = Field(default=None, description="attention backend")
-    quantize: Quantize | None = Field(default=None, description="weights of the network that writes the tokens")
+    quantize: Quantize | None = Field(
+        default=None,
+        description="weights of the network that writes the tokens; int4 is for large ones, small ones draw visibly worse with it",
+    )
     compile: bool = Field(
         default=False, description="decode through a compiled graph: faster after some seconds of compiling"
     )

@@ -221,6 +221,8 @@ class Training:
             checkpoints.load(accelerator, checkpoint, self.recipe)
         if accelerator.is_main_process:
             checkpoints.trim_log(self.out / "log.jsonl", self.progress.step)
+            if checkpoint:
+                accelerator.print(f"{self.out.name}: goes on from step {self.progress.step}")
 
     def step(self, last: bool = False) -> None:
         """One step of every network: on each its loss on every part of the batch, then its optimizers.

@@ -120,9 +120,16 @@ def read_text_encoder(name: str) -> tuple[Any, Any, int]:
 
     Raises:
         InvalidValue: it is none.
+        ConnectionError: it is a T5 that is not here and cannot be fetched.
     """
     if name == T5 or "t5" in name.lower():
-        encoder, tokenizer = read_t5(name)
+        try:
+            encoder, tokenizer = read_t5(name)
+        except OSError as error:
+            raise ConnectionError(
+                f"the text encoder {name} is not on this machine and could not be fetched: connect to the network, or give "
+                "--text-encoder a folder that holds it, or argen/emoji-clip, which ships"
+            ) from error
         return encoder, tokenizer, encoder.config.d_model
     encoder = load(name)
     if not isinstance(encoder, TextImageEncoder):

@@ -83,6 +83,7 @@ def examples_of(
     """
     if processes().is_main_process:
         print(source.report(size=pipe.image_size, too_long=too_long))
+        print(f"held out: {len(held):,} more, for the scores")
     tokenizer = tokenizer or pipe.image_tokenizer
     how, whole = options.crops or crops, None if options.crops else whole
     first, second = (
@@ -146,7 +147,8 @@ class OwnTokensTask(Task):
     def __init__(self, pipe: Any, examples: Examples, held_out: Examples, options: OwnOptions):
         self.pipe, self.examples, self.held_out = pipe, examples, held_out
         self.dropped = DROPPED if options.dropped is None else options.dropped
-        self.base = options.init or ""
+        local = options.init is not None and Path(options.init).exists()
+        self.base = str(Path(options.init).resolve()) if local else options.init or ""
         self.adapter, self.digest = None, digest_of(pipe.transformer)
         if options.lora is not None:
             if options.init is None:
