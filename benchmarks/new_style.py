@@ -5,7 +5,7 @@ draws without these words (the prior preservation of DreamBooth, arXiv 2208.1224
 
     pip install ".[train]"
     python benchmarks/new_style.py images lines/
-    argen train llamagen --images lines/train --init argen/emoji-llamagen --lora 16 --steps 300 --batch-size 32 --learning-rate 1e-3 --out runs/lines
+    argen train llamagen --images lines/train --init argen/emoji-llamagen --lora 16 --steps 400 --batch-size 32 --learning-rate 1e-3 --out runs/lines
     python benchmarks/new_style.py score --images lines/ --lora runs/lines/final --sheet lines.png
 
 The icons are Microsoft's Fluent emoji in high contrast (MIT), fetched with npm. `score` asks for things that were not trained on, with the
