@@ -1,17 +1,16 @@
-"""A LoRA on a style that no shipped model has seen: line drawings, of 200 things for training and of others to look at.
+"""A LoRA on a style that no shipped model has seen: black and white icons of 200 things for training and of others to look at.
 
 Beside them the model's own images of the same 200 things are trained on, without the words of the style, so that it does not forget how it
 draws without these words (the prior preservation of DreamBooth, arXiv 2208.12242).
 
     pip install ".[train]"
-    python benchmarks/new_style.py images lines/
-    argen train llamagen --images lines/train --init argen/emoji-llamagen --lora 16 --steps 400 --batch-size 32 --learning-rate 1e-3 --out runs/lines
-    python benchmarks/new_style.py score --images lines/ --lora runs/lines/final --sheet lines.png
+    python benchmarks/new_style.py images icons/
+    argen train llamagen --images icons/train --init argen/emoji-llamagen --lora 16 --steps 400 --batch-size 32 --learning-rate 1e-3 --out runs/icons
+    python benchmarks/new_style.py score --images icons/ --lora runs/icons/final --sheet icons.png
 
 The icons are Microsoft's Fluent emoji in high contrast (MIT), fetched with npm. `score` asks for things that were not trained on, with the
 words of the style, and tells the new style from the old by the features of `argen/emoji-clip`, with a linear rule that tells the icons trained
-on from the model's own. What is forgotten is read off the 60 everyday prompts, which
-do not name the style.
+on from the model's own. What is forgotten is read off the 60 everyday prompts, which do not name the style.
 """
 
 import argparse

@@ -63,7 +63,9 @@ def lines() -> list[list[str]]:
     commands = [
         part.strip() for line in block.splitlines() for part in line.partition("  #")[0].split("&&") if part.strip()
     ]
-    return [shlex.split(one) for one in commands if not any(name in one for name in (*HUB, "runs/")) and one != "argen ui"]
+    return [
+        shlex.split(one) for one in commands if not any(name in one for name in (*HUB, "runs/")) and one != "argen ui"
+    ]
 
 
 def blocked() -> list[str]:
